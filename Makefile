@@ -1,0 +1,62 @@
+# Two commands on a fresh machine: `make demo` (the main job) and `make test` (what CI runs). Both build .venv first.
+.PHONY: help install demo test nightly lab figures bench testbed wheel
+
+PYTHON  ?= $(shell command -v python3.11 || command -v python3)
+VENV    := .venv
+PY      := $(VENV)/bin/python
+STAMP   := $(VENV)/.installed
+OLDEST  := 5.17.0
+OVERLAY := build/transformers-5.17
+
+help:
+	@echo "make install   .venv with everything (again only when settings.ini or setup.py change)"
+	@echo "make demo      probe -> boundaries -> schedule -> pruned answers -> figures, into build/demo"
+	@echo "make test      what CI runs; the last line counts passed and failed"
+	@echo "make nightly   the long version of the tests"
+	@echo "make lab       JupyterLab on the notebooks"
+	@echo "make figures   data/ -> figures/"
+	@echo "make bench     time the stages on this machine"
+	@echo "make testbed   train the embedded model again"
+	@echo "make wheel     a wheel in dist/"
+
+install: $(STAMP)
+
+# The stamp is written last, so an interrupted installation is taken up again. A half-made environment (no pip) is made anew.
+$(STAMP): settings.ini setup.py
+	@echo "installing into $(VENV) (some minutes, 6 GB, the first time)"
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check torch torchvision
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+# The oldest supported transformers as an overlay on the same torch: a folder for PYTHONPATH, not a second environment.
+$(OVERLAY)/.installed: $(STAMP)
+	@rm -rf $(OVERLAY)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(OVERLAY) transformers==$(OLDEST)
+	@touch $@
+
+demo: install
+	$(PY) -m seats_analysis.cli demo --out build/demo
+
+test: $(OVERLAY)/.installed
+	$(PY) tests/run_all.py --overlay $(OVERLAY)
+
+nightly: $(OVERLAY)/.installed
+	$(PY) tests/run_all.py --overlay $(OVERLAY) --nightly
+
+lab: install
+	$(PY) -m jupyter lab --notebook-dir nbs
+
+figures: install
+	$(PY) -m seats_analysis.cli figures
+
+bench: install
+	$(PY) -m seats_analysis.cli bench
+
+testbed: install
+	$(PY) -m seats_analysis.cli train-testbed
+
+# setuptools builds in build/lib and ships whatever an earlier build left there.
+wheel: install
+	rm -rf build/lib build/bdist.*
+	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

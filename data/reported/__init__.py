@@ -1,0 +1,1 @@
+"Installed as `seats_analysis._reported`: see DATA in setup.py."

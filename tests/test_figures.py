@@ -1,0 +1,237 @@
+"""Figures: legible, the same bytes twice, drawn from stored data alone."""
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from seats_analysis import figures as F
+from seats_analysis.boundaries import Boundaries, find_boundaries, ramp, synthetic_profile
+from seats_analysis.media import Clip, encode_clip
+from seats_analysis.schedule import Schedule
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def made_up_bounds(profile):
+    return {r: find_boundaries(profile, r, margin=.1, n_boot=100) for r in ('both', 'visual', 'audio')}
+
+
+@pytest.fixture(scope='module')
+def profile():
+    return synthetic_profile(clips=40)
+
+
+@pytest.fixture(scope='module')
+def clip():
+    rng = np.random.default_rng(0)
+    wave = (.1*rng.standard_normal(128000)).astype('float32')
+    return Clip(id='noise', frames=rng.integers(0, 255, (16, 112, 112, 3)).astype('uint8'), fps=2., waveform=wave, sample_rate=16000)
+
+
+def kept_of(n_visual=128, n_audio=80, grid=(8, 4, 4)):
+    stages = [dict(stage=1, layer=0, visual=list(range(0, n_visual, 3)), audio=list(range(0, n_audio, 2))),
+              dict(stage=2, layer=4, visual=list(range(0, n_visual, 9)), audio=list(range(0, n_audio, 7))), dict(stage=3, layer=9, visual=[], audio=[])]
+    return dict(schema=F.SCHEMA_KEPT, clip='noise.mp4', grid=list(grid), audio_tokens=n_audio, audio_rate=10, stages=stages, question='what is it ?', answered='noise')
+
+
+def made_up_log(families=sum(F.GROUPS, ())):
+    return [dict(step=s, loss=3*np.exp(-s/900) + .2, seconds=s, accuracy={f: min(1., .25 + s/4000) for f in families}) for s in range(0, 4001, 200)]
+
+
+def rows():
+    seats = [dict(method='seats', trr=t, accuracy=a, flops_fraction=f, ci=(a - .02, a + .01)) for t, a, f in ((35, .97, .42), (25, .965, .34), (15, .96, .25), (10, .95, .21))]
+    return [dict(method='full', trr=100, accuracy=.97, flops_fraction=1., ci=(.95, .99)), *seats,
+            dict(method='random', trr=10, accuracy=.62, flops_fraction=.21, ci=(.56, .68))]
+
+
+def deep_profile(layers):
+    "A profile for a model of the size of the real ones."
+    s, l = layers//2, layers - layers//6
+    return synthetic_profile({r: ramp(layers, s, l) for r in ('visual', 'audio', 'both')}, clips=20)
+
+
+def every_figure(profile, clip):
+    "All figures, and those that crowd most: many layers, many families."
+    bounds = made_up_bounds(profile)
+    yield 'dependency', F.dependency_figure(profile, bounds)
+    yield 'corrected', F.dependency_figure(profile, bounds, corrected=True)
+    yield 'without boundaries', F.dependency_figure(profile, split=None)
+    yield 'families', F.family_figure(profile, bounds)
+    for layers in (28, 48):
+        deep = deep_profile(layers)
+        yield f'dependency, {layers} layers', F.dependency_figure(deep, made_up_bounds(deep))
+        yield f'families, {layers} layers', F.family_figure(deep)
+    for name in ('qwen2.5-omni-7b', 'qwen3-omni-30b-a3b'):
+        yield f'retention of {name}', F.retention_figure({f'TRR {t} %': Schedule.published(name, t) for t in (35, 25, 15, 10)})
+    yield 'retention of a short model', F.retention_figure(Schedule.from_boundaries(Boundaries(12, 3, 9), .1, .3))
+    yield 'kept', F.kept_figure(clip, kept_of())
+    yield 'learning', F.learning_curves_figure(made_up_log(), marks={2000: 'grown'})
+    yield 'tradeoff', F.tradeoff_figure(rows())
+
+
+def visible_texts(fig):
+    "Every piece of text that is drawn, with its box in pixels."
+    from matplotlib.text import Text
+    with F.house_style():
+        fig.draw_without_rendering()
+        renderer = fig.canvas.get_renderer()
+        found = [t for t in fig.findobj(Text) if t.get_visible() and t.get_text().strip() and _drawn(t)]
+        return [(t.get_text(), t.get_window_extent(renderer)) for t in found]
+
+
+def _drawn(text):
+    "Not a tick label that its axis hides."
+    for ax in text.figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            for tick in axis.get_major_ticks() + axis.get_minor_ticks():
+                if text in (tick.label1, tick.label2):
+                    lo, hi = sorted(axis.get_view_interval())
+                    shown = tick.label1.get_visible() if text is tick.label1 else tick.label2.get_visible()
+                    return shown and lo - 1e-9 <= tick.get_loc() <= hi + 1e-9
+    return True
+
+
+def test_no_text_overlaps_or_is_cut(profile, clip):
+    for name, fig in every_figure(profile, clip):
+        texts, canvas = visible_texts(fig), fig.bbox
+        for (a, box), (b, other) in itertools.combinations(texts, 2):
+            shared = (min(box.x1, other.x1) - max(box.x0, other.x0), min(box.y1, other.y1) - max(box.y0, other.y0))
+            assert min(shared) < 1.5, f'{name}: {a!r} and {b!r} overlap by {shared}'
+        for text, box in texts:
+            assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= canvas.x1 + 1 and box.y1 <= canvas.y1 + 1, f'{name}: {text!r} is cut off'
+
+
+def test_type_is_legible_at_one_column(profile, clip):
+    for name, fig in every_figure(profile, clip):
+        assert fig.get_size_inches()[0] == F.COLUMN
+        from matplotlib.text import Text
+        sizes = [t.get_fontsize() for t in fig.findobj(Text) if t.get_text().strip()]
+        assert min(sizes) >= 5.5, name
+
+
+def test_conditions_differ_without_colour():
+    for key in ('linestyle', 'marker'):
+        values = [look[key] for look in (*F.LOOKS.values(), F.CONTROL)]
+        assert len(set(values)) == len(values)
+
+
+def test_printed_layers_start_at_one(profile):
+    bounds = {'both': Boundaries(12, 3, 8, 9, shallow_end_ci=(2, 3), late_start_ci=(7, 9))}
+    ax, strip = F.dependency_figure(profile, bounds).axes
+    assert [t.get_text() for t in strip.get_xticklabels()] == [*map(str, range(1, 13)), 'none']
+    edges = sorted({round(x, 3) for p in ax.patches for x in (p.get_x(), p.get_x() + p.get_width())})
+    assert edges == [.5, 3.5, 8.5, 12.5]
+    assert {tuple(line.get_xdata()) for line in strip.lines} == {(3, 4), (4,), (8, 10), (9,), (10, 10)}
+    curve = next(line for line in ax.lines if line.get_label() == 'both')
+    assert curve.get_xdata().tolist() == list(range(1, 14)) and curve.get_ydata()[-1] == 100
+
+
+def test_curves_are_the_retained_performance(profile):
+    from seats_analysis.boundaries import retained
+    ax = F.dependency_figure(profile).axes[0]
+    for removed in F.LOOKS:
+        line = next(line for line in ax.lines if line.get_label() == removed)
+        np.testing.assert_allclose(line.get_ydata(), 100*retained(profile, removed).retained)
+
+
+def test_an_unscanned_layer_leaves_a_gap(profile):
+    some = profile.isel(layer=[0, 4, 8, 12])
+    line = next(line for line in F.dependency_figure(some).axes[0].lines if line.get_label() == 'both')
+    assert line.get_xdata().tolist() == [1, 5, 9, 13]
+
+
+def test_same_data_same_bytes_without_dates(profile, clip, tmp_path):
+    drawn = [dict(every_figure(profile, clip)) for _ in range(2)]
+    for name in ('dependency', 'kept', 'learning', 'tradeoff'):
+        first, second = (F.save_figure(d[name], tmp_path/f'{name}{i}') for i, d in enumerate(drawn))
+        assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second], name
+        assert [p.suffix for p in first] == ['.png', '.pdf']
+        assert not any(word in p.read_bytes() for p in first for word in (b'CreationDate', b'matplotlib', b'Matplotlib'))
+    assert not list(tmp_path.glob('.*'))
+
+
+def test_saving_does_not_depend_on_the_callers_style(profile, tmp_path):
+    import matplotlib
+    plain = F.save_figure(F.dependency_figure(profile), tmp_path/'plain')
+    with matplotlib.rc_context({'font.size': 20, 'savefig.dpi': 40, 'axes.facecolor': 'red'}):
+        styled = F.save_figure(F.dependency_figure(profile), tmp_path/'styled')
+        assert matplotlib.rcParams['font.size'] == 20
+    assert plain[0].read_bytes() == styled[0].read_bytes()
+
+
+def test_old_figure_survives_a_full_disk(profile, tmp_path, monkeypatch):
+    old = F.save_figure(F.tradeoff_figure(rows()), tmp_path/'a')
+    before = [p.read_bytes() for p in old]
+    def full(self, data):
+        with open(self, 'wb') as f: f.write(data[:10])
+        raise OSError(28, 'No space left on device', str(self))
+    monkeypatch.setattr(Path, 'write_bytes', full)
+    with pytest.raises(OSError): F.save_figure(F.dependency_figure(profile), tmp_path/'a')
+    assert [p.read_bytes() for p in old] == before and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize('part', ['video', 'audio'])
+def test_kept_figure_of_one_modality(clip, part):
+    from dataclasses import replace
+    if part == 'video': fig = F.kept_figure(replace(clip, waveform=None), kept_of(n_audio=0))
+    else: fig = F.kept_figure(replace(clip, frames=None), kept_of(n_visual=0, grid=(0, 0, 0)))
+    assert len(fig.axes) == 3
+
+
+def test_kept_figure_shows_what_was_kept(clip):
+    kept = kept_of()
+    fig = F.kept_figure(clip, kept)
+    frames, sound = fig.axes[2], fig.axes[3]
+    assert len(frames.collections[0].get_paths()) == len(kept['stages'][0]['visual'])
+    assert len(sound.collections[-1].get_segments()) == len(kept['stages'][0]['audio'])
+    image = frames.images[0].get_array()
+    assert (image[:28, :28] == clip.frames[0, :28, :28]).all() and (image[:28, 28:56] != clip.frames[0, :28, 28:56]).any()
+
+
+def test_long_clips_show_eight_frames(clip):
+    from dataclasses import replace
+    long = replace(clip, frames=np.repeat(clip.frames, 8, 0), waveform=np.tile(clip.waveform, 8))
+    fig = F.kept_figure(long, kept_of(64*16, 640, (64, 4, 4)))
+    assert fig.axes[0].images[0].get_array().shape[1] == 8*112
+
+
+def test_learning_curves_of_unknown_families_and_a_short_log():
+    fig = F.learning_curves_figure(made_up_log([f'family{i}' for i in range(7)])[:2])
+    assert len(fig.axes) == 4
+
+
+def test_broken_data_is_refused_by_name(tmp_path):
+    cases = {F.open_profile: 'p.nc', F.load_kept: 'k.json', F.load_results: 'r.json', F.read_log: 'l.jsonl', Schedule.load: 's_trr10.json'}
+    for read, name in cases.items():
+        (tmp_path/name).write_text('{"broken": \n{}\n')
+        with pytest.raises(ValueError, match=name): read(tmp_path/name)
+        with pytest.raises((ValueError, FileNotFoundError), match='missing'): read(tmp_path/f'missing-{name}')
+
+
+def test_figures_from_a_data_folder(profile, clip, tmp_path):
+    data = tmp_path/'data'
+    for part in ('profiles', 'schedules', 'results', 'testbed'): (data/part).mkdir(parents=True)
+    profile.to_netcdf(data/'profiles'/'m.nc', engine='h5netcdf')
+    for trr in (35, 10): Schedule.published('qwen2.5-omni-7b', trr).save(data/'schedules'/f'm_trr{trr}.json')
+    encode_clip(clip, data/'results'/'noise.mp4')
+    (data/'results'/'kept_example.json').write_text(json.dumps(kept_of()))
+    (data/'results'/'m.json').write_text(json.dumps(dict(schema=F.SCHEMA_RESULTS, rows=rows())))
+    (data/'testbed'/'train_log.jsonl').write_text('\n'.join(map(json.dumps, made_up_log())))
+    code = ("import sys; from seats_analysis.figures import make_figures; print(len(make_figures(*sys.argv[1:]))); "
+            "assert not {'torch', 'transformers'} & set(sys.modules), 'a model library was imported'")
+    done = subprocess.run([sys.executable, '-c', code, data, tmp_path/'figures'], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    names = ['kept_example', 'm_dependency', 'm_dependency_corrected', 'm_dependency_test', 'm_families', 'm_retention', 'm_tradeoff', 'testbed_learning']
+    assert done.stdout.strip() == str(2*len(names))
+    assert sorted(p.name for p in (tmp_path/'figures').iterdir()) == sorted(f'{n}{s}' for n in names for s in ('.png', '.pdf'))
+
+
+def test_committed_figures_are_those_of_the_data():
+    "Whatever can be drawn from data/ is in figures/, and nothing else."
+    if not (ROOT/'data'/'profiles'/'testbed.nc').exists(): pytest.skip('no committed profile yet')
+    names = set(F.figure_jobs(ROOT/'data'))
+    assert {p.stem for p in (ROOT/'figures').glob('*.png')} == names == {p.stem for p in (ROOT/'figures').glob('*.pdf')}
