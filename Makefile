@@ -13,7 +13,7 @@ help:
 	@echo "make demo      probe -> boundaries -> schedule -> pruned answers -> figures, into build/demo"
 	@echo "make test      what CI runs; the last line counts passed and failed"
 	@echo "make nightly   the long version of the tests"
-	@echo "make lab       JupyterLab on the notebooks"
+	@echo "make lab       JupyterLab on the notebooks (LAB=--no-browser and the like are passed on)"
 	@echo "make figures   data/ -> figures/"
 	@echo "make bench     time the stages on this machine"
 	@echo "make testbed   train the embedded model again"
@@ -36,7 +36,7 @@ $(OVERLAY)/.installed: $(STAMP)
 	@touch $@
 
 demo: install
-	$(PY) -m seats_analysis.cli demo --out build/demo
+	$(VENV)/bin/seats demo --out build/demo
 
 test: $(OVERLAY)/.installed
 	$(PY) tests/run_all.py --overlay $(OVERLAY)
@@ -45,16 +45,16 @@ nightly: $(OVERLAY)/.installed
 	$(PY) tests/run_all.py --overlay $(OVERLAY) --nightly
 
 lab: install
-	$(PY) -m jupyter lab --notebook-dir nbs
+	$(PY) -m jupyter lab --ServerApp.root_dir=. $(LAB) nbs/index.ipynb
 
 figures: install
-	$(PY) -m seats_analysis.cli figures
+	$(VENV)/bin/seats figures
 
 bench: install
-	$(PY) -m seats_analysis.cli bench
+	$(VENV)/bin/seats bench
 
 testbed: install
-	$(PY) -m seats_analysis.cli train-testbed
+	$(VENV)/bin/seats train-testbed
 
 # setuptools builds in build/lib and ships whatever an earlier build left there.
 wheel: install

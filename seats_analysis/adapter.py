@@ -151,7 +151,7 @@ def _clips(samples, load):
     first = {(s.video, s.audio): s for s in samples}
     return {key: load(s) for key, s in first.items()}
 
-# %% ../nbs/02_adapter.ipynb #b9db7525
+# %% ../nbs/02_adapter.ipynb #f14d3e22
 def _media_kwargs(processor, clip, rates):
     "Keyword arguments that hand a clip to the processor, and the content types that the prompt must mention."
     kwargs, media = {}, []
@@ -159,15 +159,19 @@ def _media_kwargs(processor, clip, rates):
     seen = clip is not None and clip.frames is not None and len(clip.frames) > 0
     if seen:
         media.append('video')
-        frames = torch.as_tensor(clip.frames).permute(0, 3, 1, 2)
-        size = dict(processor.video_processor.size)
-        kwargs.update(videos=[frames], videos_kwargs=dict(size=size, fps=float(clip.fps), do_sample_frames=False))
+        kwargs.update(videos=[torch.as_tensor(clip.frames).permute(0, 3, 1, 2)], videos_kwargs=_video_kwargs(processor, clip.fps))
     if heard:
-        kwargs['audio'] = [clip.waveform]
+        kwargs.update(audio=[clip.waveform], audio_kwargs=dict(truncation=False))
         if not seen: media.append('audio')
     if seen and heard: kwargs.update(_interleave(processor))
     if seen: kwargs.update(position_id_per_seconds=rates.positions_per_second, seconds_per_chunk=rates.seconds_per_chunk)
     return kwargs, media
+
+def _video_kwargs(processor, fps):
+    "Nothing is left to class defaults: limits as the processor has them saved, the true rate, all frames."
+    video = processor.video_processor
+    cap = dict(cap_pixels_per_frame=video.cap_pixels_per_frame or False) if hasattr(video, 'cap_pixels_per_frame') else {}
+    return dict(size=dict(video.size), fps=float(fps), do_sample_frames=False, **cap)
 
 def _interleave(processor):
     "How this version's processor is told that the sound belongs to the video."
@@ -263,7 +267,7 @@ def encode(
     fps:float=2., # frames per second at which files are decoded; clips keep their own
     max_frames:int|None=None, # most frames of a file
 )->Encoded:
-    "Samples as one batch; each is processed and positioned alone, then they are left-padded (DESIGN 7)."
+    "Samples as one batch; each is processed and positioned alone, then they are left-padded."
     if not samples: raise ValueError('encode needs at least one sample')
     if answers is not None and len(answers) != len(samples):
         raise ValueError(f'{len(answers)} answers for {len(samples)} samples')
@@ -313,7 +317,7 @@ def rotate(
     a, b = x.chunk(2, -1)
     return x*cos + torch.cat((-b, a), -1)*sin
 
-# %% ../nbs/02_adapter.ipynb #a9a4ab33
+# %% ../nbs/02_adapter.ipynb #2c113b6a
 def causal_mask(
     valid:torch.Tensor, # (B, S) bool, False at padding
     branch:torch.Tensor|None=None, # (B, S) int, -1 in the common part; a branch sees that part and itself
@@ -330,7 +334,9 @@ def layer_mask(
     dtype:torch.dtype, # of the hidden states
 )->torch.Tensor|None:
     "The mask as the model's attention implementation wants it. Raises ValueError for one that takes no such mask."
-    kind = adapter_for(model).config(model).get_text_config()._attn_implementation
+    config = adapter_for(model).config(model).get_text_config()
+    if 'sliding_attention' in (config.layer_types or ()): raise ValueError('decoders with sliding-window layers are not supported')
+    kind = config._attn_implementation
     if kind not in ('sdpa', 'eager'): raise ValueError(f'attention implementation {kind!r} takes no mask; load the model with "sdpa" or "eager"')
     plain = torch.ones(allowed.shape[-2:], dtype=torch.bool, device=allowed.device).tril()
     if kind == 'sdpa' and (allowed == plain).all(): return None

@@ -87,7 +87,7 @@ def media_windows(
 def video_media(
     grid_thw:torch.Tensor, # (videos, 3) int, temporal grids and patches in height and width
     merge_size:int, # patches per side of one merged token
-    grids_per_window:int=2, # temporal grids in one window (METHOD 2.3)
+    grids_per_window:int=2, # temporal grids in one window (SEATS, arXiv 2605.20035)
 )->list[Medium]:
     "The videos of a batch, from the processor's `video_grid_thw`."
     per_grid = [(t, h*w // merge_size**2) for t, h, w in grid_thw.tolist()]

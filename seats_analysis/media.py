@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['atomic_write', 'Clip', 'encode_clip', 'decode_clip', 'Sample', 'load_media', 'read_samples', 'write_samples']
 
-# %% ../nbs/00_media.ipynb #d7fab8f5
+# %% ../nbs/00_media.ipynb #2af3534b
 import io
 import json
 import math
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../nbs/00_media.ipynb #43eaf12e
+# %% ../nbs/00_media.ipynb #dc89aeb5
 def _target(path):
     "Resolve links (so that the file behind one is replaced, not the link) and refuse a folder."
     path = Path(path)
@@ -44,7 +44,7 @@ def atomic_write(
         part.unlink(missing_ok=True)
         raise
 
-# %% ../nbs/00_media.ipynb #c0e94a41
+# %% ../nbs/00_media.ipynb #bae341c6
 def _check_frames(frames, fps):
     "Refuse anything but (T, H, W, 3) uint8 at a positive rate."
     shape = getattr(frames, "shape", ())
@@ -60,7 +60,7 @@ def _check_waveform(waveform, sample_rate):
     if not np.isfinite(waveform).all(): raise ValueError("waveform: holds values that are not finite")
     if not sample_rate > 0: raise ValueError(f"sample_rate: {sample_rate!r}, expected a positive number of samples per second")
 
-# %% ../nbs/00_media.ipynb #e31f3558
+# %% ../nbs/00_media.ipynb #b89209b4
 @dataclass(frozen=True, eq=False, repr=False)
 class Clip:
     "Decoded media: frames, sound or both, on one clock that starts at 0."
@@ -87,7 +87,7 @@ class Clip:
         heard = "no audio" if self.waveform is None else f"{len(self.waveform) / self.sample_rate:.3f} s of sound at {self.sample_rate} Hz"
         return f"Clip({self.id!r}: {seen}, {heard})"
 
-# %% ../nbs/00_media.ipynb #b943b6ec
+# %% ../nbs/00_media.ipynb #9beed555
 def _add_video(out, clip, crf):
     "Add an H.264 stream whose time base is one frame."
     rate = Fraction(clip.fps).limit_denominator(1001)
@@ -103,7 +103,7 @@ def _add_audio(out, clip, bit_rate):
     stream.bit_rate = bit_rate
     return stream
 
-# %% ../nbs/00_media.ipynb #9bd65904
+# %% ../nbs/00_media.ipynb #504c818d
 def _video_packets(stream, frames):
     "Encode frames one tick apart; the duration is set so that the last one is shown as long as the others."
     import av
@@ -122,7 +122,7 @@ def _audio_packets(stream, waveform, rate, size=1024):
         yield from stream.encode(frame)
     yield from stream.encode(None)
 
-# %% ../nbs/00_media.ipynb #2ddb19e9
+# %% ../nbs/00_media.ipynb #28796f4b
 def _encode(clip, crf, bit_rate):
     "Bytes of the mp4."
     import av
@@ -149,7 +149,7 @@ def encode_clip(
     with atomic_write(path) as part: part.write_bytes(data)
     return Path(path)
 
-# %% ../nbs/00_media.ipynb #be8e6650
+# %% ../nbs/00_media.ipynb #0d535390
 def _check_format(path, file):
     "Refuse text and still images, which FFmpeg would decode as video."
     name = file.format.name
@@ -164,13 +164,14 @@ def _open_media(
     import av
     if not Path(path).is_file(): raise ValueError(f"{path}: {'is a folder' if Path(path).is_dir() else 'no such file'}, expected a video or audio file")
     try:
-        with av.open(f"file:{path}") as file:  # the prefix keeps a colon in a file name from being read as a protocol
+        # The prefix keeps a colon in a file name from being read as a protocol; titles in old encodings are no reason to refuse a film.
+        with av.open(f"file:{path}", metadata_errors="replace") as file:
             _check_format(path, file)
             yield file
     except av.error.FFmpegError as e:
         raise ValueError(f"{path}: not a video or audio file, or broken ({e.strerror or e})") from e
 
-# %% ../nbs/00_media.ipynb #8a6590ef
+# %% ../nbs/00_media.ipynb #ececacdd
 @dataclass(frozen=True)
 class _Spans:
     "Where the streams of a file lie on its own clock, in seconds; None for a stream that is not there."
@@ -184,17 +185,21 @@ def _media_streams(file):
     real = (s for s in file.streams.video if not s.disposition & Disposition.attached_pic)
     return next(real, None), next(iter(file.streams.audio), None)
 
+def _span(times):
+    "(begin, end) of [(time stamp, duration), ...] in seconds; a last packet of unknown duration lasts as long as the mean gap."
+    first, (last, lasts) = min(times)[0], max(times)
+    gap = (last - first) / max(len(times) - 1, 1)
+    return first, max(last + (lasts or gap), max(at + length for at, length in times))
+
 def _packet_spans(packets):
     "{stream type: (begin, end) in seconds}, from the packets that carry a time."
-    spans = {}
+    times = {}
     for p in packets:
-        if p.pts is None: continue
-        begin, end = float(p.pts * p.time_base), float((p.pts + (p.duration or 0)) * p.time_base)
-        first, last = spans.get(p.stream.type, (begin, end))
-        spans[p.stream.type] = min(first, begin), max(last, end)
-    return spans
+        if p.pts is not None:
+            times.setdefault(p.stream.type, []).append((float(p.pts * p.time_base), float((p.duration or 0) * p.time_base)))
+    return {kind: _span(t) for kind, t in times.items()}
 
-# %% ../nbs/00_media.ipynb #49e3bd9d
+# %% ../nbs/00_media.ipynb #ae322031
 def _check_whole(path, file, end):
     "Refuse a file that promises more seconds than its packets hold."
     promised = (file.duration or 0) / 1e6 + (file.start_time or 0) / 1e6
@@ -211,7 +216,7 @@ def _scan(path):
         if len(streams) == len(file.streams): _check_whole(path, file, max(end for _, end in spans.values()))
         return _Spans((file.start_time or 0) / 1e6, spans.get("video"), spans.get("audio"))
 
-# %% ../nbs/00_media.ipynb #dd326523
+# %% ../nbs/00_media.ipynb #675133ee
 def _grid(
     seconds,    # length of the video
     fps,        # frames per second asked for
@@ -233,7 +238,7 @@ def _on_screen(
         shown = frame
     if shown is not None: yield from [shown] * (len(times) - k)
 
-# %% ../nbs/00_media.ipynb #cf261dbd
+# %% ../nbs/00_media.ipynb #28825eaa
 def _turn(
     pixels, # (H, W, 3) as stored
     matrix, # nine int32: a, b, u, c, d, v, x, y, w, or None
@@ -251,7 +256,7 @@ def _pixels(frame, size):
     rgb = frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
     return _turn(rgb, None if matrix is None else np.frombuffer(bytes(matrix), "<i4"))
 
-# %% ../nbs/00_media.ipynb #4e56a5f3
+# %% ../nbs/00_media.ipynb #21ded810
 def _timed_frames(stream, file, start):
     "Yield (seconds from `start`, frame) for every decoded frame."
     stream.thread_type = "AUTO"
@@ -275,7 +280,7 @@ def _decode_frames(
     if not frames: raise ValueError(f"{path}: none of its video frames can be decoded")
     return np.stack(frames), fps
 
-# %% ../nbs/00_media.ipynb #b06104ba
+# %% ../nbs/00_media.ipynb #58903434
 def _stretches(
     slack=0.05, # seconds by which time stamp and sample count may disagree
 ): # function of an audio frame; its value changes where a new stretch begins
@@ -293,11 +298,11 @@ def _stretches(
 def _resample(frames, sample_rate):
     "(N,) float32 mono at `sample_rate` from consecutive audio frames."
     import av
-    resampler = av.AudioResampler("fltp", "mono", sample_rate)
-    parts = [out.to_ndarray()[0] for frame in chain(frames, [None]) for out in resampler.resample(frame)]
+    resampler = av.AudioResampler("fltp", rate=sample_rate)  # channels are averaged here: FFmpeg's own mix of floats is louder and can clip
+    parts = [out.to_ndarray().mean(0) for frame in chain(frames, [None]) for out in resampler.resample(frame)]
     return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
-# %% ../nbs/00_media.ipynb #49bc77c2
+# %% ../nbs/00_media.ipynb #6f62c86a
 def _lay_out(
     stretches, # iterable of (first sample's position, (n,) float32)
     limit,     # positions at which the stream ends
@@ -322,7 +327,7 @@ def _decode_waveform(
             stretches.append((round((at - spans.start) * sample_rate), _resample(chain([first], frames), sample_rate)))
     return _lay_out(stretches, round((spans.audio[1] - spans.start) * sample_rate))
 
-# %% ../nbs/00_media.ipynb #f67ff41c
+# %% ../nbs/00_media.ipynb #42a264b7
 def _check_request(fps, sample_rate, max_frames):
     "Refuse rates and limits that mean nothing."
     if not (fps > 0 and math.isfinite(fps)): raise ValueError(f"fps: {fps!r}, expected a positive number of frames per second")
@@ -345,7 +350,7 @@ def decode_clip(
     if frames is None and waveform is None: raise ValueError(f"{path}: nothing in it can be decoded")
     return Clip(path.stem, frames, rate, waveform, sample_rate)
 
-# %% ../nbs/00_media.ipynb #82937443
+# %% ../nbs/00_media.ipynb #84e04a34
 @dataclass(frozen=True)
 class Sample:
     "A multiple-choice question about a clip."
@@ -372,7 +377,7 @@ class Sample:
         media = self.audio if self.video is None else self.video
         return "" if media is None else media.id if isinstance(media, Clip) else Path(media).stem
 
-# %% ../nbs/00_media.ipynb #eafe623d
+# %% ../nbs/00_media.ipynb #fb1b9f6b
 def load_media(
     sample,            # Sample
     fps=2.0,           # as for decode_clip
@@ -387,7 +392,7 @@ def load_media(
     if heard.waveform is None: raise ValueError(f"{sample.audio}: holds no sound (audio of sample {sample.id!r})")
     return replace(heard, id=sample.clip, frames=seen and seen.frames, fps=seen.fps if seen else heard.fps)
 
-# %% ../nbs/00_media.ipynb #7ab068e3
+# %% ../nbs/00_media.ipynb #4cdc0d93
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 def _answer_index(
@@ -402,7 +407,7 @@ def _answer_index(
     if 0 <= at < len(choices): return at
     raise ValueError(f"answer {answer!r}, expected one of the choices, an index below {len(choices)}, or a letter up to {_LETTERS[len(choices) - 1]}")
 
-# %% ../nbs/00_media.ipynb #314e1355
+# %% ../nbs/00_media.ipynb #d697224b
 _NEEDED = "video", "question", "choices", "answer"
 
 def _check_row(row):
@@ -425,7 +430,7 @@ def _media_path(row, field, folder):
     if not (folder / name).is_file(): raise ValueError(f"{field} {name!r}: no such file in {folder}")
     return str(folder / name)
 
-# %% ../nbs/00_media.ipynb #62119ab9
+# %% ../nbs/00_media.ipynb #57c596de
 def _row_sample(row, folder, default_id):
     "A JSON object as a Sample."
     _check_row(row)
@@ -440,7 +445,7 @@ def _read_lines(path):
     except UnicodeDecodeError as e: raise ValueError(f"{path}: not UTF-8 text, expected a JSONL file of questions") from e
     yield from ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
 
-# %% ../nbs/00_media.ipynb #d1e6e911
+# %% ../nbs/00_media.ipynb #a57a620b
 def _check_ids(path, samples):
     "Refuse a file in which two questions share an id."
     seen = set()
@@ -461,7 +466,7 @@ def read_samples(
     _check_ids(path, samples)
     return samples
 
-# %% ../nbs/00_media.ipynb #377928f9
+# %% ../nbs/00_media.ipynb #e25ac600
 def _sample_row(sample, folder):
     "A Sample as a JSON object without what is left at its default."
     if isinstance(sample.video, Clip): raise ValueError(f"sample {sample.id!r}: its clip is in memory, expected a file (see encode_clip)")

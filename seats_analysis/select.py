@@ -45,7 +45,7 @@ def window_sizes(total:int, # tokens of one video or audio
 def stage1_counts(sizes:Sequence[int], # tokens per window
                   ratio:float, # fraction kept, 0 or more; at 1 and above everything stays
     ) -> tuple[int, ...]: # tokens kept per window
-    "Tokens Stage I keeps in each window: at least one, at most all (METHOD 2.3)."
+    "Tokens Stage I keeps in each window: at least one, at most all (SEATS, arXiv 2605.20035)."
     if not ratio >= 0: raise ValueError(f"ratio is the fraction kept and must be 0 or more, not {ratio!r}")
     return tuple(_kept(size, min(ratio, 1.)) for size in sizes)
 
@@ -54,7 +54,7 @@ def stage2_counts(n_visual:int, # visual tokens present
                   visual:float, # fraction of the visual tokens kept, 0 to 1
                   audio:float, # fraction of the audio tokens kept, 0 to 1
     ) -> tuple[int, int]: # visual and audio totals
-    "Totals of one Stage II step: at least one of each modality that is there (METHOD 2.5)."
+    "Totals of one Stage II step: at least one of each modality that is there (SEATS, arXiv 2605.20035)."
     for name, ratio in (("visual", visual), ("audio", audio)):
         if not 0 <= ratio <= 1: raise ValueError(f"{name} is the fraction kept and must lie in [0, 1], not {ratio!r}")
     return _kept(n_visual, visual), _kept(n_audio, audio)
@@ -89,7 +89,7 @@ def attention_received(q:Tensor, # (T, H, d) queries of one encoder layer, after
                        sizes:Sequence[int], # tokens per window, sum T
                        block:int=2**24, # most attention weights held at once (64 MiB in float32)
     ) -> Tensor: # (T,) float32, mean 1 in every window
-    "Attention each token receives in its window: mean over heads, summed over queries (METHOD 2.2)."
+    "Attention each token receives in its window: mean over heads, summed over queries (SEATS, arXiv 2605.20035)."
     if sum(sizes) != len(q): raise ValueError(f"windows of {sum(sizes)} tokens in all do not cut {len(q)} tokens; use window_sizes")
     out = [q.new_zeros(0, dtype=torch.float32)]
     with _true_float32(q.device):
@@ -119,7 +119,7 @@ def undo_order(values:Tensor, # (T,) or (T, ...) in the encoder's order
 def _distances(features, # (G, N, D) tokens per window
                attention, # (G, N) attention received, or None
     ): # (G, N, N) float32, [g, i, j] from i to the candidate j
-    "Attention-weighted cosine distance to each candidate (METHOD 2.3); not clamped, the diagonal as computed."
+    "Attention-weighted cosine distance to each candidate (SEATS, arXiv 2605.20035); not clamped, the diagonal as computed."
     x = features.float()
     x = x / (x.norm(dim=-1, keepdim=True) + 1e-8)
     with _true_float32(x.device): distance = 1 - x @ x.mT
@@ -182,7 +182,7 @@ def select_in_clip(features:Tensor, # (T, D) float, tokens of one modality, wind
                    sizes:Sequence[int], # tokens per window, sum T (several clips concatenated)
                    n:int|Sequence[int], # tokens kept per window, as `stage1_counts` gives them
     ) -> Tensor: # (T,) bool, True = kept
-    "Stage I of one modality: `select_diverse` on every window, as one batch (METHOD 2.3)."
+    "Stage I of one modality: `select_diverse` on every window, as one batch (SEATS, arXiv 2605.20035)."
     if sum(sizes) != len(features): raise ValueError(f"windows of {sum(sizes)} tokens in all do not cut {len(features)} tokens")
     table, back = _window_table(sizes)
     if not back: return torch.zeros(0, dtype=torch.bool, device=features.device)
@@ -195,7 +195,7 @@ def query_scores(q:Tensor, # (B, H, d) query of one position per sample, after r
                  k:Tensor, # (B, K, S, d) keys of all positions, after rotary; K divides H
                  mask:Tensor|None=None, # (B, S) bool, False = padding; None = no padding
     ) -> Tensor: # (B, S) float32, sums to 1 per sample, 0 on padding
-    "Attention of one query over all positions, mean over heads (METHOD 2.4)."
+    "Attention of one query over all positions, mean over heads (SEATS, arXiv 2605.20035)."
     if q.shape[1] % k.shape[1]: raise ValueError(f"{k.shape[1]} key heads do not divide {q.shape[1]} query heads")
     grouped = q.float().unflatten(1, (k.shape[1], -1)) * q.shape[-1]**-.5
     with _true_float32(q.device): logits = grouped @ k.float().mT
@@ -256,7 +256,7 @@ def plan_budgets(mean_visual:Tensor, # (B, W) float, mean score of each window's
                  temperature:float=.1, # tau, above 0
                  scale_free:bool=False, # divide mean scores by their average over windows first (ablation)
     ) -> tuple[Tensor, Tensor]: # (B, W) int64 visual and audio tokens kept; together exactly visual + audio
-    "Share T_v + T_a between windows, then each window's part between its modalities (METHOD 2.5, exact totals)."
+    "Share T_v + T_a between windows, then each window's part between its modalities (SEATS, arXiv 2605.20035, with exact totals)."
     if not temperature > 0: raise ValueError(f"temperature must be above 0, not {temperature!r}")
     t_v, t_a = (_on(t, mean_visual.device).view(-1, 1) for t in (visual, audio))
     cap, has_v, has_a = size_visual + size_audio, size_visual > 0, size_audio > 0
@@ -302,7 +302,7 @@ def select_in_windows(scores:Tensor, # (B, S) float, from `query_scores`
                       temperature:float=.1, # tau of the window shares
                       scale_free:bool=False, # see `plan_budgets`
     ) -> Tensor: # (B, S) bool; True on visual[b] + audio[b] visual and audio tokens and on every other position
-    "One Stage II step: exactly T_v + T_a tokens, shared between windows and modalities (METHOD 2.5)."
+    "One Stage II step: exactly T_v + T_a tokens, shared between windows and modalities (SEATS, arXiv 2605.20035)."
     if not len(visual) == len(audio) == len(scores): raise ValueError(f"{len(scores)} samples, but {len(visual)} and {len(audio)} totals")
     joint = _on([v > 0 and a > 0 for v, a in zip(visual, audio)], scores.device, torch.bool).view(-1, 1)
     w = max(n_windows, 1)

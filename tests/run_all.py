@@ -63,7 +63,7 @@ def changed_by(command, root):
     with tempfile.TemporaryDirectory() as copy:
         copy_sources(root, Path(copy))
         before = hashes(Path(copy))
-        run = python("-c", f"import sys; from nbdev.cli import {command}; sys.argv[1:] = []; {command}()", cwd=copy, env=environment(),
+        run = python("-c", f"from nbdev.cli import {command}; {command}()", cwd=copy, env=environment(),
                      capture_output=True, text=True)
         after = hashes(Path(copy))
     crash = [f"{command} failed: {run.stderr.strip()[-2000:]}"] if run.returncode or "Failed to" in run.stderr else []
@@ -92,9 +92,9 @@ def notebooks(root):
 def test_notebook(path, flags="", env=None, root=ROOT):
     "Run one notebook by nbdev_test: (passed, seconds, output)."
     start = time.time()
-    code = "import sys; from nbdev.cli import nbdev_test; nbdev_test()"
+    code = "import sys; from nbdev.cli import nbdev_test; nbdev_test(path=sys.argv[1], flags=sys.argv[2])"
     try:
-        run = python("-c", code, "--path", path, "--flags", flags, cwd=root, env=env or environment(), timeout=LIMIT,
+        run = python("-c", code, path, flags, cwd=root, env=env or environment(), timeout=LIMIT,
                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         passed, output = run.returncode == 0 and "Success" in run.stdout, run.stdout
     except subprocess.TimeoutExpired as e:
@@ -137,7 +137,7 @@ def pytest(name, *args, env=None, cwd=ROOT):
     report = RESULTS / f"{name}.xml"
     RESULTS.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
-    run = python("-m", "pytest", "-q", "--durations=5", f"--junitxml={report}", *args, cwd=cwd, env=env or environment())
+    run = python("-m", "pytest", "-q", "-rs", "--durations=5", f"--junitxml={report}", *args, cwd=cwd, env=env or environment())
     return junit_counts(report, run.returncode)
 
 
@@ -150,7 +150,7 @@ def run_pytest(args):
 
 def run_oldest(args):
     if args.overlay is None: return 0, 0
-    overlay = args.overlay.resolve()
+    overlay = args.overlay.absolute()
     wanted = overlay.name.removeprefix("transformers-")
     env = environment(PYTHONPATH=os.pathsep.join(filter(None, [str(overlay), os.environ.get("PYTHONPATH")])))
     found = python("-c", "import transformers; print(transformers.__version__)", env=env, capture_output=True, text=True).stdout.strip()

@@ -233,3 +233,18 @@ def test_frame_rate_is_the_true_one(model, processor):
     assert fast.layout.counts()['visual'].item() == 2*slow.layout.counts()['visual'].item()
     times = fast.position_ids[0, 0][fast.layout.visual[0]].unique()
     assert (times[1:] - times[:-1]).tolist() == [5]*7
+
+
+def test_long_sound_is_not_cut(model, processor):
+    "The feature extractor's chunk is 30 s; what comes after it must not vanish."
+    wave = np.random.default_rng(0).standard_normal(16000*33, 'float32')*.1
+    encoded = encode(model, processor, [question(Clip('long', None, 2., wave, 16000))])
+    assert encoded.layout.counts()['audio'].item() == 330
+
+
+def test_frames_of_odd_number_and_a_blip_of_sound(model, processor):
+    "Seven frames make four grids; a sound too short for one token is no sound."
+    rng = np.random.default_rng(0)
+    clip = Clip('odd', rng.integers(0, 255, (7, 112, 112, 3), dtype='uint8'), 2., np.zeros(800, 'float32'), 16000)
+    counts = encode(model, processor, [question(clip)]).layout.counts()
+    assert (counts['visual'].item(), counts['audio'].item()) == (64, 0)

@@ -73,6 +73,10 @@ def every_figure(profile, clip):
     yield 'tradeoff', F.tradeoff_figure(rows())
 
 
+@pytest.fixture(scope='module')
+def drawn(profile, clip): return dict(every_figure(profile, clip))
+
+
 def visible_texts(fig):
     "Every piece of text that is drawn, with its box in pixels."
     from matplotlib.text import Text
@@ -95,8 +99,8 @@ def _drawn(text):
     return True
 
 
-def test_no_text_overlaps_or_is_cut(profile, clip):
-    for name, fig in every_figure(profile, clip):
+def test_no_text_overlaps_or_is_cut(drawn):
+    for name, fig in drawn.items():
         texts, canvas = visible_texts(fig), fig.bbox
         for (a, box), (b, other) in itertools.combinations(texts, 2):
             shared = (min(box.x1, other.x1) - max(box.x0, other.x0), min(box.y1, other.y1) - max(box.y0, other.y0))
@@ -105,8 +109,8 @@ def test_no_text_overlaps_or_is_cut(profile, clip):
             assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= canvas.x1 + 1 and box.y1 <= canvas.y1 + 1, f'{name}: {text!r} is cut off'
 
 
-def test_type_is_legible_at_one_column(profile, clip):
-    for name, fig in every_figure(profile, clip):
+def test_type_is_legible_at_one_column(drawn):
+    for name, fig in drawn.items():
         assert fig.get_size_inches()[0] == F.COLUMN
         from matplotlib.text import Text
         sizes = [t.get_fontsize() for t in fig.findobj(Text) if t.get_text().strip()]
@@ -145,9 +149,10 @@ def test_an_unscanned_layer_leaves_a_gap(profile):
 
 
 def test_same_data_same_bytes_without_dates(profile, clip, tmp_path):
-    drawn = [dict(every_figure(profile, clip)) for _ in range(2)]
-    for name in ('dependency', 'kept', 'learning', 'tradeoff'):
-        first, second = (F.save_figure(d[name], tmp_path/f'{name}{i}') for i, d in enumerate(drawn))
+    draw = dict(dependency=lambda: F.dependency_figure(profile, made_up_bounds(profile)), kept=lambda: F.kept_figure(clip, kept_of()),
+                learning=lambda: F.learning_curves_figure(made_up_log()), tradeoff=lambda: F.tradeoff_figure(rows()))
+    for name, make in draw.items():
+        first, second = (F.save_figure(make(), tmp_path/f'{name}{i}') for i in range(2))
         assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second], name
         assert [p.suffix for p in first] == ['.png', '.pdf']
         assert not any(word in p.read_bytes() for p in first for word in (b'CreationDate', b'matplotlib', b'Matplotlib'))
@@ -209,7 +214,7 @@ def test_broken_data_is_refused_by_name(tmp_path):
     for read, name in cases.items():
         (tmp_path/name).write_text('{"broken": \n{}\n')
         with pytest.raises(ValueError, match=name): read(tmp_path/name)
-        with pytest.raises((ValueError, FileNotFoundError), match='missing'): read(tmp_path/f'missing-{name}')
+        with pytest.raises((ValueError, FileNotFoundError), match=f'missing-{name}'): read(tmp_path/f'missing-{name}')
 
 
 def test_figures_from_a_data_folder(profile, clip, tmp_path):
@@ -235,3 +240,13 @@ def test_committed_figures_are_those_of_the_data():
     if not (ROOT/'data'/'profiles'/'testbed.nc').exists(): pytest.skip('no committed profile yet')
     names = set(F.figure_jobs(ROOT/'data'))
     assert {p.stem for p in (ROOT/'figures').glob('*.png')} == names == {p.stem for p in (ROOT/'figures').glob('*.pdf')}
+
+
+def test_a_model_that_only_guesses_still_gets_its_figures(tmp_path):
+    guess = synthetic_profile(full=.25, clips=30)
+    (tmp_path/'profiles').mkdir()
+    guess.to_netcdf(tmp_path/'profiles'/'guess.nc', engine='h5netcdf')
+    jobs = F.figure_jobs(tmp_path)
+    assert set(jobs) == {'guess_dependency', 'guess_dependency_test', 'guess_families'}      # nothing is above chance, so nothing is corrected
+    for draw in jobs.values(): draw()
+    with pytest.raises(ValueError, match='not above chance'): F.dependency_figure(guess, corrected=True)

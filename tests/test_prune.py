@@ -338,6 +338,31 @@ def test_choices_are_scored_from_the_pruned_cache(model, batch, singles):
         logp = naive_continue(model, singles[0], sets, list(ids), 'retain').log_softmax(-1)
         close(together[0, c], logp[torch.arange(len(ids)), list(ids)].mean())
 
+def test_generate_without_a_cache(model, singles):
+    "Every step is a prefill of its own; the video is encoded once."
+    with prune(model, PLANS['stage1']):
+        options = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, suppress_tokens=list(range(10))) # no placeholders of media
+        out, with_cache = (model.generate(**singles[0].inputs, **options, use_cache=c) for c in (False, True))
+    assert torch.equal(out, with_cache) # stage I does not look at the text
+
+def test_stock_positions(model, singles):
+    "Inputs as the processor makes them, without positions of ours."
+    for one in (singles[0], singles[5]):
+        stock = {**{k: v for k, v in one.inputs.items() if k != 'position_ids'}, 'use_audio_in_video': True}
+        with prune(model, PLANS['all_stages']):
+            close(model(**stock).logits[:, -1], last(model, one))
+            options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+            assert torch.equal(model.generate(**stock, **options), model.generate(**one.inputs, **options))
+
+def test_several_prompts_in_one_block(model, singles):
+    "Generations follow one another, and caches of two prompts are continued in turn."
+    step = lambda one, cache: model(input_ids=torch.tensor([[20]]), past_key_values=cache).logits
+    with prune(model, PLANS['all_stages'], kv='retain') as run:
+        alone = [step(one, model(**one.inputs, use_cache=True).past_key_values) for one in (singles[0], singles[2])]
+        caches = [model(**one.inputs, use_cache=True).past_key_values for one in (singles[0], singles[2])]
+        for i in (0, 1): assert torch.equal(step(singles[2*i], caches[i]), alone[i])
+        assert run.samples == 4
+
 # ---------------------------------------------------------------- methods
 
 def test_random_has_the_counts_of_seats(model, batch):
@@ -447,19 +472,25 @@ def test_bad_arguments(model, batch, singles):
 # ---------------------------------------------------------------- no waiting for the device
 
 class NoSync(TorchDispatchMode):
-    "Refuses what would need a value of the device, or a shape that depends on one."
+    "While `on`, refuses what would need a value of the device, or a shape that depends on one."
+    on = False
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in ('_local_scalar_dense', 'nonzero', 'masked_select', 'item', 'is_nonzero', 'equal', '_unique2', 'unique_dim'): raise Broken(name)
-        if name in ('index', 'index_put', 'index_put_') and any(i is not None and i.dtype == torch.bool for i in args[1]): raise Broken('boolean index')
+        if self.on and name in ('_local_scalar_dense', 'nonzero', 'masked_select', 'is_nonzero', 'equal', '_unique2', 'unique_dim'): raise Broken(name)
+        if self.on and name in ('index', 'index_put', 'index_put_') and any(i is not None and i.dtype == torch.bool for i in args[1]): raise Broken('mask')
         return func(*args, **(kwargs or {}))
 
 def test_no_sync_between_first_and_last_layer(model, batch):
-    layers, mode = adapter_for(model).layers(model), NoSync()
-    with pytest.raises(Broken), mode: torch.ones(3)[torch.ones(3) > 0] # the guard does bite
-    on = layers[0].register_forward_pre_hook(lambda *_: mode.__enter__() and None)
-    with prune(model, PLANS['visual_leaves_first'], kv='evict') as run:
-        off = layers[-1].register_forward_hook(lambda *_: mode.__exit__(None, None, None))
-        model.generate(**batch.inputs, max_new_tokens=3, min_new_tokens=3)
-        assert len(run.kept) == 5
-    on.remove(), off.remove()
+    layers, mode, steps = adapter_for(model).layers(model), NoSync(), []
+    def turn(on): return lambda *_: setattr(mode, 'on', on) or steps.append(on)
+    handles = [layers[0].register_forward_pre_hook(turn(True))] # registered first, so ours runs inside
+    try:
+        with prune(model, PLANS['visual_leaves_first']) as run, mode:
+            handles.append(layers[-1].register_forward_hook(turn(False)))
+            model.generate(**batch.inputs, max_new_tokens=3, min_new_tokens=3)
+            assert len(run.kept) == 5 and steps == [True, False]*3
+            mode.on = True
+            for bad in (lambda: torch.ones(3)[torch.ones(3) > 0], lambda: torch.ones(3).sum().item()): # the guard does bite
+                with pytest.raises(Broken): bad()
+    finally:
+        for h in handles: h.remove()

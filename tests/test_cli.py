@@ -1,0 +1,367 @@
+"""The command line: one line and exit 2 for bad input, nothing lost, results on stdout."""
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from seats_analysis import cli
+from seats_analysis.boundaries import Boundaries, synthetic_profile
+from seats_analysis.schedule import Schedule
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = {'torch', 'transformers', 'xarray', 'matplotlib', 'pandas', 'scipy', 'av', 'seaborn', 'h5netcdf'}
+
+
+def seats(*args):
+    "Run a command in this process. Bugs surface as exceptions."
+    result = CliRunner().invoke(cli.app, [str(a) for a in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit): raise result.exception
+    return result
+
+
+def refused(*args):
+    "The one line of a command that must end with exit code 2 and nothing on stdout."
+    result = seats(*args)
+    assert result.exit_code == 2, (result.exit_code, result.stdout, result.stderr)
+    assert result.stdout == '' and result.stderr.count('\n') == 1 and result.stderr.startswith('seats: '), result.stderr
+    assert 'Traceback' not in result.stderr
+    return result.stderr
+
+
+def outside(*args, **kw):
+    "Run the console script in a process of its own."
+    code = 'import sys; from seats_analysis.cli import main; sys.argv[0] = "seats"; main()'
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, env=env, **kw)
+
+
+@pytest.fixture
+def profile(tmp_path):
+    "A stored profile of 12 layers with known blocks."
+    data = synthetic_profile(clips=64)
+    data.attrs['tokens'] = '{"visual": 128, "audio": 80, "text": 17}'
+    data.to_netcdf(tmp_path/'made-up.nc', engine='h5netcdf')
+    return tmp_path/'made-up.nc'
+
+
+@pytest.fixture(scope='module')
+def model():
+    "The testbed's structure with random weights."
+    from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
+    from seats_analysis.testbed import build_config, build_processor, init_weights
+    thinker = Thinker(build_config()).eval()
+    init_weights(thinker, 0)
+    return thinker, build_processor()
+
+
+@pytest.fixture(scope='module')
+def questions(tmp_path_factory):
+    "A JSONL with six questions on two real clips."
+    from seats_analysis.media import write_samples
+    from seats_analysis.testbed import fresh_samples
+    folder = tmp_path_factory.mktemp('clips')
+    samples = [replace(s, split=('derive', 'test')[i//3]) for i, s in enumerate(fresh_samples(6, per_clip=3, folder=folder))]
+    return write_samples(samples, folder/'questions.jsonl')
+
+
+@pytest.fixture
+def clip(questions): return next(questions.parent.glob('*.mp4'))
+
+
+@pytest.fixture
+def stubbed(monkeypatch, model):
+    "`load_model` gives the random model under any name."
+    monkeypatch.setattr(cli, 'check_model', lambda name: None)
+    monkeypatch.setattr(cli, 'load_model', lambda name, device='': model)
+
+
+# help and start-up
+
+@pytest.mark.parametrize('command', ['', 'probe', 'boundaries', 'schedule', 'run', 'figures', 'train-testbed', 'demo'])
+def test_help(command):
+    result = seats(*command.split(), '--help')
+    assert result.exit_code == 0 and 'Usage: ' in result.stdout and result.stderr == ''
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert outside('--help').returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1     # CPU seconds: the wall clock depends on the neighbours
+    code = f'import sys, seats_analysis.cli; print(sorted({HEAVY!r} & set(sys.modules)))'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == '[]', done.stderr
+
+
+def test_version_and_bare_call():
+    from seats_analysis import __version__
+    assert seats('--version').stdout.strip() == __version__
+    assert seats().exit_code == 0 and 'Commands:' in seats().stdout
+
+
+# the command line itself
+
+@pytest.mark.parametrize('args, says', [
+    (['prob'], "No such command 'prob'"), (['probe', '--bogus'], '--bogus'), (['probe', '--limit', 'many'], "'many'|valid integer"), (['probe', '--limit', '0'], '--limit'),
+    (['schedule'], "Missing argument"), (['run', 'x.mp4'], "--question"), (['schedule', 'x.nc', '--trr', 'ten'], '--trr')])
+def test_usage_errors_are_one_line(args, says):
+    import re
+    assert re.search(says, refused(*args))
+
+
+# bad input
+
+@pytest.mark.parametrize('trr', ['0', '-5', '100.1', 'nan', 'inf'])
+def test_trr_outside_its_range(profile, tmp_path, trr):
+    assert '(0, 100]' in refused('schedule', profile, '--trr', trr, '--out', tmp_path/'plan.json')
+    assert '(0, 100]' in refused('run', 'x.mp4', '--question', '?', '--trr', trr)
+    assert not (tmp_path/'plan.json').exists()
+
+
+def test_unreachable_target_names_the_feasible_range(profile, tmp_path):
+    says = refused('schedule', profile, '--trr', '80', '--late', 'estimate', '--out', tmp_path/'plan.json')
+    assert 'feasible is up to 66.67 %' in says
+    says = refused('schedule', profile, '--visual', '80', '--audio', '10', '--late', 'estimate', '--out', tmp_path/'plan.json')
+    assert 'visual' in says and 'feasible' in says
+
+
+@pytest.mark.parametrize('command', [['boundaries'], ['schedule', '--trr', '10']])
+def test_missing_and_broken_profiles(tmp_path, command):
+    assert 'none.nc' in refused(*command, tmp_path/'none.nc')
+    (tmp_path/'text.nc').write_text('hello')
+    assert 'text.nc' in refused(*command, tmp_path/'text.nc')
+    import xarray as xr
+    xr.Dataset({'a': 1}).to_netcdf(tmp_path/'other.nc', engine='h5netcdf')
+    assert 'other.nc' in refused(*command, tmp_path/'other.nc')
+
+
+def test_profile_without_token_counts(profile, tmp_path):
+    synthetic_profile(clips=64).to_netcdf(tmp_path/'bare.nc', engine='h5netcdf')
+    assert '--tokens' in refused('schedule', tmp_path/'bare.nc', '--trr', '10')
+    assert seats('schedule', tmp_path/'bare.nc', '--trr', '10', '--tokens', '128,80').exit_code == 0
+    assert '--tokens' in refused('schedule', tmp_path/'bare.nc', '--trr', '10', '--tokens', 'many')
+
+
+def test_conflicting_targets(profile):
+    for given in ([], ['--trr', '10', '--visual', '5'], ['--visual', '5'], ['--trr', '10', '--visual', '5', '--audio', '20']):
+        assert 'either --trr N' in refused('schedule', profile, *given)
+
+
+@pytest.mark.parametrize('name, says', [('nope', "unknown model 'nope'"), ('a/b/c', "unknown model 'a/b/c'")])
+def test_unknown_model(name, says, clip):
+    assert says in refused('probe', '--model', name)
+    assert says in refused('run', clip, '--question', '?', '--model', name)
+
+
+def test_model_the_hub_does_not_give(questions, monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    assert "unknown model 'nobody/nothing'" in refused('probe', '--model', 'nobody/nothing', '--data', questions)
+
+
+def test_folder_that_is_no_om_llm(tmp_path, questions):
+    assert 'no config.json' in refused('probe', '--model', tmp_path, '--data', questions)
+    (tmp_path/'config.json').write_text(json.dumps(dict(model_type='bert', architectures=['BertModel'])))
+    assert 'not an om-LLM' in refused('probe', '--model', tmp_path, '--data', questions)
+
+
+def test_jsonl_with_a_missing_field_names_the_line(questions, tmp_path):
+    lines = questions.read_text().splitlines()
+    broken = json.loads(lines[2]); del broken['answer']
+    bad = questions.parent/'bad.jsonl'
+    bad.write_text('\n'.join([*lines[:2], json.dumps(broken), *lines[3:]]))
+    says = refused('probe', '--data', bad, '--out', tmp_path/'p.nc')
+    assert 'line 3' in says and 'answer' in says and not (tmp_path/'p.nc').exists()
+    assert 'none.jsonl' in refused('probe', '--data', tmp_path/'none.jsonl')
+
+
+def test_out_that_cannot_be_written_is_refused_first(tmp_path, questions):
+    assert 'is a folder' in refused('probe', '--data', questions, '--out', tmp_path)
+    (tmp_path/'file').write_text('')
+    assert 'not a folder' in refused('probe', '--data', questions, '--out', tmp_path/'file'/'p.nc')
+
+
+def test_clip_that_is_missing_or_not_a_video(tmp_path, clip):
+    (tmp_path/'text.mp4').write_text('not a film')
+    (tmp_path/'half.mp4').write_bytes(clip.read_bytes()[:3000])
+    for name in ('none.mp4', 'text.mp4', 'half.mp4'): assert name in refused('run', tmp_path/name, '--question', '?')
+
+
+def test_corrupted_schedule(tmp_path, clip, profile):
+    plan = tmp_path/'plan.json'
+    assert seats('schedule', profile, '--trr', '10', '--out', plan).exit_code == 0
+    text = plan.read_text()
+    for damage in (text[:100], '[]', text.replace('"schema"', '"scheme"'), text.replace('"num_layers": 12', '"num_layers": 6'), '\x00'):
+        plan.write_text(damage)
+        assert 'plan.json' in refused('run', clip, '--question', '?', '--schedule', plan)
+    assert 'none.json' in refused('run', clip, '--question', '?', '--schedule', tmp_path/'none.json')
+
+
+def test_schedule_for_another_layer_count(tmp_path, clip, stubbed):
+    Schedule.published('qwen2.5-omni-7b', 10).save(tmp_path/'seven.json')
+    says = refused('run', clip, '--question', '?', '--schedule', tmp_path/'seven.json', '--kept', tmp_path/'kept.json')
+    assert '28 layers' in says and '12' in says and not (tmp_path/'kept.json').exists()
+
+
+def test_schedule_and_trr_exclude_each_other(clip):
+    assert 'not both' in refused('run', clip, '--question', '?', '--schedule', 'x.json', '--trr', '10')
+
+
+def test_trr_for_a_model_without_boundaries(clip, stubbed):
+    assert '--profile' in refused('run', clip, '--question', '?', '--trr', '10', '--model', 'some/model')
+
+
+def test_old_schedule_survives_a_full_disk(profile, tmp_path):
+    plan = tmp_path/'plan.json'
+    assert seats('schedule', profile, '--trr', '35', '--out', plan).exit_code == 0
+    before = plan.read_bytes()
+    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))                 # the kernel refuses to let any file grow past 200 bytes
+    done = outside('schedule', profile, '--trr', '10', '--out', plan, preexec_fn=small)
+    assert done.returncode == 2 and done.stderr.count('\n') <= 2 and 'seats: File too large' in done.stderr, done.stderr
+    assert plan.read_bytes() == before and {p.name for p in tmp_path.iterdir()} == {'plan.json', profile.name}
+
+
+def test_old_profile_survives_a_full_disk(questions, tmp_path, stubbed, monkeypatch):
+    import xarray as xr
+    out = tmp_path/'p.nc'
+    out.write_bytes(b'old')
+    def full(self, path, **kw):
+        Path(path).write_bytes(b'half')
+        raise OSError(28, 'No space left on device', str(path))
+    monkeypatch.setattr(xr.Dataset, 'to_netcdf', full)
+    result = seats('probe', '--model', 'any', '--data', questions, '--limit', '1', '--layers', '6', '--out', out)
+    assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith('seats: No space left on device')
+    assert out.read_bytes() == b'old' and [p.name for p in tmp_path.iterdir()] == ['p.nc']
+
+
+def test_interrupt_is_one_line_and_130(questions, tmp_path, monkeypatch):
+    def stop(*args, **kw): raise KeyboardInterrupt
+    monkeypatch.setattr(cli, 'load_model', stop)
+    result = seats('probe', '--data', questions, '--out', tmp_path/'p.nc')
+    assert (result.exit_code, result.stderr.strip(), result.stdout) == (130, 'seats: interrupted', '')
+
+
+def test_a_bug_keeps_its_traceback(questions, tmp_path, monkeypatch):
+    def broken(*args, **kw): raise RuntimeError('a bug')
+    monkeypatch.setattr(cli, 'load_model', broken)
+    with pytest.raises(RuntimeError, match='a bug'): seats('probe', '--data', questions, '--out', tmp_path/'p.nc')
+
+
+# what the commands do
+
+def test_boundaries_prints_layers_from_one(profile):
+    result = seats('boundaries', profile)
+    head, _, *rows = result.stdout.splitlines()
+    assert [r.split()[0] for r in rows] == ['visual', 'audio', 'both'] and 'late starts (95 %)' in head
+    stored = json.loads(seats('boundaries', profile, '--json').stdout)['both']
+    assert f'{stored["late_start"] + 1} ({stored["late_start_ci"][0] + 1} to {stored["late_start_ci"][1] + 1})' in rows[2]
+    assert rows[2].split()[1:4] == ['1', 'to', str(stored['shallow_end'])]
+
+
+def test_schedule_meets_its_target_and_prints_both_ratios(profile, tmp_path):
+    for trr in (35, 25, 15, 10, 100):
+        result = seats('schedule', profile, '--trr', trr, '--late', 'estimate', '--out', tmp_path/'plan.json')
+        plan = Schedule.load(tmp_path/'plan.json')
+        assert abs(plan.token_trr(128, 80) - trr/100) < 1e-9
+        assert f'visual {100*plan.trr["visual"]:.3g} %, audio {100*plan.trr["audio"]:.3g} %' in result.stdout
+        assert (plan.late_start, plan.evidence['kind']) == (8, 'derived') if trr < 100 else plan.keeps_all
+    as_json = json.loads(seats('schedule', profile, '--trr', '10', '--out', tmp_path/'plan.json', '--json').stdout)
+    assert as_json == json.loads((tmp_path/'plan.json').read_text())
+
+
+def test_schedule_default_out_and_note_about_the_certificate(profile):
+    result = seats('schedule', profile, '--trr', '10')
+    assert (profile.parent/'made-up_trr10.json').is_file()
+    assert 'no late block is certified' in result.stderr and Schedule.load(profile.parent/'made-up_trr10.json').late_start == 12
+    apart = seats('schedule', profile, '--trr', '10', '--apart', '--late', 'estimate', '--json')
+    assert json.loads(apart.stdout)['late_start'] == {'visual': 7, 'audio': 8}
+
+
+def test_probe_writes_a_profile_that_schedule_understands(questions, tmp_path, stubbed):
+    out = tmp_path/'p.nc'
+    result = seats('probe', '--model', 'any', '--data', questions, '--limit', '4', '--layers', '0:12:6', '--removed', 'both', '--out', out, '--json')
+    assert result.exit_code == 0 and json.loads(result.stdout)['samples'] == 4
+    from seats_analysis.figures import open_profile
+    stored = open_profile(out)
+    assert stored['layer'].values.tolist() == [0, 6, 12] and stored['removed'].values.tolist() == ['both']
+    assert json.loads(stored.attrs['tokens'])['visual'] == 128 and json.loads(stored.attrs['tokens'])['audio'] == 80
+
+
+def test_run_answers_with_and_without_pruning(tmp_path, clip, stubbed):
+    Schedule.from_trr(Boundaries(12, 4, 9), 10, 128, 80).save(tmp_path/'plan.json')
+    ask = ['run', clip, '--question', 'what pitch is heard first ?', '--max-tokens', '3', '--model', 'testbed', '--json']
+    full = json.loads(seats(*ask).stdout)
+    assert full['flops_fraction'] == 1 and full['tokens']['visual'] == 128 and 'trr' not in full
+    pruned = json.loads(seats(*ask, '--schedule', tmp_path/'plan.json', '--choice', 'low', '--choice', 'high', '--kept', tmp_path/'kept.json').stdout)
+    assert pruned['flops_fraction'] < .5 and abs(pruned['token_trr'] - .1) < 1e-9
+    assert pruned['tokens_per_layer'][-1] == pruned['tokens']['text'] and abs(sum(pruned['choices'].values()) - 1) < 1e-6
+    from seats_analysis.figures import kept_figure, load_kept
+    from seats_analysis.media import decode_clip
+    kept = load_kept(tmp_path/'kept.json')
+    assert kept['grid'] == [8, 4, 4] and kept['audio_tokens'] == 80 and (tmp_path/kept['clip']).resolve() == clip.resolve()
+    sizes = [len(s['visual']) + len(s['audio']) for s in kept['stages']]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] == 0 and sizes[0] + pruned['tokens']['text'] == pruned['tokens_per_layer'][0]
+    assert len(kept_figure(decode_clip(clip), kept).axes) == 2*len(sizes)
+
+
+def test_run_with_trr_solves_for_the_clip_and_prints_both(clip, profile, stubbed):
+    result = seats('run', clip, '--question', 'what ?', '--trr', '10', '--profile', profile, '--late', 'estimate', '--max-tokens', '2', '--model', 'x/y')
+    assert result.exit_code == 0 and 'together 10.0000%' in result.stdout and 'visual' in result.stdout and 'audio' in result.stdout
+
+
+def test_published_pair_is_used_where_there_is_one():
+    plan = cli._plan_for_run(None, 10., 'Qwen/Qwen2.5-Omni-7B', None, 'certified', (500, 100))
+    assert plan == Schedule.published('qwen2.5-omni-7b', 10)
+    other = cli._plan_for_run(None, 12., 'Qwen/Qwen2.5-Omni-7B', None, 'certified', (500, 100))
+    assert abs(other.token_trr(500, 100) - .12) < 1e-9 and other.late_start == 23
+
+
+# demo
+
+def small_profile(seed=0, **attrs):
+    profile = synthetic_profile(clips=20, seed=seed)
+    nll = (profile['correct']*-1.).astype('float32')
+    same = dict(weights_sha256='w', prompt_sha256='p', versions='v', threads=2, device='cpu', dtype='float32', attention='sdpa')
+    return profile.assign(nll=nll).assign_attrs(same | attrs).assign_coords(sample=np.arange(profile.sizes['sample']).astype(str))
+
+
+def test_same_environment_means_equal_and_another_means_close():
+    ours = small_profile()
+    flipped = ours.copy(deep=True)
+    flipped['correct'][0, 0, 0] = not flipped['correct'][0, 0, 0]
+    verdict = lambda a, b: [holds for _, holds, _ in cli.compare_profiles(a, b)]
+    assert verdict(ours, ours) == [True] and verdict(ours, flipped) == [False]
+    assert verdict(ours, flipped.assign_attrs(threads=4)) == [True]                       # one answer of thousands may turn elsewhere
+    assert verdict(ours, small_profile(seed=1, threads=4)) == [False]
+    assert verdict(ours, ours.assign_attrs(weights_sha256='other')) == [False]
+    assert verdict(ours.isel(sample=slice(0, 8)), ours) == [True]                         # --limit compares what there is
+
+
+def test_schedules_and_accuracies_are_compared(tmp_path):
+    plans = {trr: Schedule.from_trr(Boundaries(12, 4, 9), trr, 128, 80) for trr in cli.TARGETS}
+    for trr, plan in plans.items(): plan.save(tmp_path/f'testbed_trr{trr}.json')
+    assert all(holds for _, holds, _ in cli.compare_plans(plans, tmp_path))
+    Schedule.from_trr(Boundaries(12, 4, 10), 10, 128, 80).save(tmp_path/'testbed_trr10.json')
+    assert [holds for _, holds, _ in cli.compare_plans(plans, tmp_path)] == [True, True, True, False]
+
+
+def test_nothing_committed_is_no_agreement(tmp_path):
+    assert [holds for _, holds, _ in cli.agreement(tmp_path, small_profile(), {}, [])] == [False]
+
+
+@pytest.mark.skipif(not (ROOT/'data'/'testbed'/'model.safetensors').exists(), reason='the testbed has no weights yet')
+def test_demo_on_a_few_questions(tmp_path):
+    done = outside('demo', '--limit', '16', '--out', tmp_path/'demo', '--data', ROOT/'data', '--threads', '1', cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'agrees' in done.stdout and 'Traceback' not in done.stderr
+    written = {p.relative_to(tmp_path/'demo').as_posix() for p in (tmp_path/'demo').rglob('*') if p.is_file()}
+    assert {'profiles/testbed.nc', 'results/testbed.json', 'results/kept_example.json', *(f'schedules/testbed_trr{t}.json' for t in cli.TARGETS),
+            'figures/testbed_dependency.png', 'figures/testbed_retention.pdf', 'figures/kept_example.png'} <= written
+    rows = json.loads((tmp_path/'demo'/'results'/'testbed.json').read_text())['rows']
+    assert [(r['method'], r['trr']) for r in rows] == [('full', 100), *(('seats', t) for t in cli.TARGETS), ('random', 10)]
