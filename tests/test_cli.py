@@ -340,7 +340,12 @@ def test_same_environment_means_equal_and_another_means_close():
     assert verdict(ours, flipped.assign_attrs(threads=4)) == [True]                       # one answer of thousands may turn elsewhere
     assert verdict(ours, small_profile(seed=1, threads=4)) == [False]
     assert verdict(ours, ours.assign_attrs(weights_sha256='other')) == [False]
-    assert verdict(ours.isel(sample=slice(0, 8)), ours) == [True]                         # --limit compares what there is
+    assert verdict(ours.isel(sample=slice(0, 8)), ours) == [True]                         # one split of two, compared on what is common
+    assert [holds for _, holds, _ in cli.compare_profiles(ours, flipped, exact=False)] == [True]
+
+
+def test_update_needs_all_questions():
+    assert '--limit' in refused('demo', '--update', '--limit', '3')
 
 
 def test_schedules_and_accuracies_are_compared(tmp_path):
