@@ -32,7 +32,7 @@ $(STAMP): settings.ini setup.py
 # The oldest supported transformers as an overlay on the same torch: a folder for PYTHONPATH, not a second environment.
 $(OVERLAY)/.installed: $(STAMP)
 	@rm -rf $(OVERLAY)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(OVERLAY) transformers==$(OLDEST)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(OVERLAY) transformers==$(OLDEST) "huggingface-hub>=1.5,<2"
 	@touch $@
 
 demo: install

@@ -19,7 +19,7 @@ import numpy as np
 from .boundaries import control_families, needed_families, retained
 from .media import atomic_write
 
-# %% ../nbs/12_figures.ipynb #4945d457
+# %% ../nbs/12_figures.ipynb #49cd9784
 COLUMN, PAGE = 3.5, 7.2                    # widths in inches: one journal column, two columns
 BLUE, ORANGE, GREEN, RED, PURPLE, INK = '#0173b2', '#de8f05', '#029e73', '#d55e00', '#cc78bc', '#222222'
 LOOKS = {'both': dict(color=INK, linestyle='-', marker='o'),
@@ -31,7 +31,7 @@ RC = {'font.size': 7, 'axes.labelsize': 7, 'axes.titlesize': 7, 'xtick.labelsize
       'xtick.major.width': .6, 'ytick.major.width': .6, 'xtick.major.size': 2.5, 'ytick.major.size': 2.5,
       'font.family': 'sans-serif', 'font.sans-serif': ['DejaVu Sans'], 'pdf.fonttype': 42, 'legend.frameon': False,
       'axes.titlelocation': 'left', 'axes.titlepad': 3, 'axes.labelpad': 2, 'grid.linewidth': .4, 'grid.color': '#dddddd',
-      'figure.dpi': 130, 'savefig.dpi': 300}
+      'figure.dpi': 90, 'savefig.dpi': 300}
 
 # %% ../nbs/12_figures.ipynb #aeae5973
 @contextmanager
@@ -141,7 +141,7 @@ def _boundary_legend(fig):
     fig.legend(keys, ['middle starts', 'late starts', 'late, certified', '95 % interval'], loc='outside lower center', ncols=4,
                fontsize=6, handlelength=1.1, handletextpad=.4, columnspacing=1.1, borderpad=0)
 
-# %% ../nbs/12_figures.ipynb #a7b109ee
+# %% ../nbs/12_figures.ipynb #71a90021
 def _as_mapping(boundaries):
     "Boundaries per condition, from a mapping or from one `Boundaries`."
     if boundaries is None: return {}
@@ -587,7 +587,7 @@ def _schedule_jobs(folder):
         plans = {f'TRR {percent:g} %': Schedule.load(paths[percent]) for percent in sorted(paths, reverse=True)}
         yield f'{name}_retention', lambda plans=plans: retention_figure(plans)
 
-# %% ../nbs/12_figures.ipynb #75a0dac8
+# %% ../nbs/12_figures.ipynb #95c6b584
 def _kept_job(path, data):
     "The kept figure of a JSON file; its clip lies beside it, under the data folder or in the testbed."
     from seats_analysis.media import decode_clip
@@ -597,6 +597,12 @@ def _kept_job(path, data):
     if clip is None: raise FileNotFoundError(f'{path}: its clip {kept["clip"]!r} is neither in {path.parent} nor in {data} nor in the testbed')
     return kept_figure(decode_clip(clip, fps=kept.get('fps', 2.)), kept)
 
+def _schema(path):
+    "What a JSON file says it is. Raises ValueError for a broken file."
+    try: found = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error: raise ValueError(f'{path}: not JSON: {error}') from None
+    return found.get('schema') if isinstance(found, dict) else None
+
 def figure_jobs(
     data, # folder such as the project's data/
 )->dict: # figure name -> function without arguments that draws it
@@ -604,9 +610,10 @@ def figure_jobs(
     data, jobs = Path(data), {}
     for path in sorted((data/'profiles').glob('*.nc')): jobs.update(_profile_jobs(path))
     jobs.update(_schedule_jobs(data/'schedules'))
-    for path in sorted((data/'results').glob('kept_*.json')): jobs[path.stem] = lambda path=path: _kept_job(path, data)
     for path in sorted((data/'results').glob('*.json')):
-        if not path.stem.startswith('kept_'): jobs[f'{path.stem}_tradeoff'] = lambda path=path: tradeoff_figure(load_results(path)['rows'])
+        schema = _schema(path)
+        if schema == SCHEMA_KEPT: jobs[path.stem] = lambda path=path: _kept_job(path, data)
+        if schema == SCHEMA_RESULTS: jobs[f'{path.stem}_tradeoff'] = lambda path=path: tradeoff_figure(load_results(path)['rows'])
     if (log := data/'testbed'/'train_log.jsonl').is_file(): jobs['testbed_learning'] = lambda: learning_curves_figure(log)
     if not jobs: raise ValueError(f'{data}: nothing to draw; looked for profiles/*.nc, schedules/*_trr*.json, results/*.json and testbed/train_log.jsonl')
     return jobs
