@@ -511,7 +511,7 @@ def _write_kept(path, ran, encoded, model, clip, question, answer):
     place = os.path.relpath(clip, path.absolute().parent)
     _write_json(path, kept_data(ran, encoded, rates(model), place, question=question, answered=answer))
 
-# %% ../nbs/14_cli.ipynb #c2f732bd
+# %% ../nbs/14_cli.ipynb #3ed83343
 @app.command()
 def figures(
     data: Annotated[Path, typer.Option('--data', help='Folder with profiles/, schedules/, results/ and testbed/.')] = Path('data'),
@@ -519,7 +519,7 @@ def figures(
     as_json: Json = False,
 ):
     "Redraw every figure from stored data; no model is loaded."
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     from seats_analysis.figures import figure_jobs, save_figure
     jobs, written = figure_jobs(data), []
     for name, draw in (bar := tqdm(jobs.items(), desc='figures', unit='figure')):
