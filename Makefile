@@ -6,7 +6,7 @@ VENV    := .venv
 PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.installed
 OLDEST  := 5.17.0
-OVERLAY := build/transformers-5.17
+OVERLAY := build/transformers-$(basename $(OLDEST))
 
 help:
 	@echo "make install   .venv with everything (again only when settings.ini or setup.py change)"
@@ -30,7 +30,7 @@ $(STAMP): settings.ini setup.py
 	@touch $@
 
 # The oldest supported transformers as an overlay on the same torch: a folder for PYTHONPATH, not a second environment.
-$(OVERLAY)/.installed: $(STAMP)
+$(OVERLAY)/.installed: | $(STAMP)
 	@rm -rf $(OVERLAY)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(OVERLAY) transformers==$(OLDEST) "huggingface-hub>=1.5,<2"
 	@touch $@

@@ -78,7 +78,7 @@ def _version(wanted):
 def _group(version: Annotated[bool, typer.Option('--version', help='Print the version and leave.', is_eager=True, callback=_version)] = False):
     pass
 
-# %% ../nbs/14_cli.ipynb #90a74096
+# %% ../nbs/14_cli.ipynb #f4e8a50d
 def _quiet():
     "No progress bars or advice from transformers among our lines."
     from transformers.utils import logging
@@ -97,6 +97,7 @@ def _reachable(name):
     try: HfApi().model_info(name, timeout=10)
     except Exception as error: raise _unknown(name, f'{type(error).__name__}: {one_line(error)[:90]}') from None
 
+# %% ../nbs/14_cli.ipynb #e9fbb372
 def _architecture(name):
     "The transformers class that serves a checkpoint. Raises ValueError where there is none."
     import transformers
@@ -112,7 +113,7 @@ def check_model(name):
     if name != 'testbed' and not Path(name).is_dir() and name.count('/') != 1: raise _unknown(name, 'not of the form owner/name')
     if Path(name).is_dir() and not (Path(name)/'config.json').is_file(): raise _unknown(name, f'{name} has no config.json')
 
-# %% ../nbs/14_cli.ipynb #4e3395a4
+# %% ../nbs/14_cli.ipynb #c41feb9c
 def load_model(
     name:str, # `testbed`, a folder, or a hub id
     device:str='', # 'cpu', 'cuda'; '' takes a GPU where there is one
@@ -131,6 +132,7 @@ def load_model(
         processor = AutoProcessor.from_pretrained(name)
     return model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')), processor
 
+# %% ../nbs/14_cli.ipynb #6d98ae89
 def load_data(
     name:str, # `testbed` or a JSONL file
     limit:int|None=None, # at most so many questions
@@ -211,7 +213,7 @@ def _probe(model, processor, samples, data, **options):
     profile.attrs |= dict(data_sha256=hash_samples(samples), tokens=json.dumps(mean_tokens(model, processor, samples)))
     return profile
 
-# %% ../nbs/14_cli.ipynb #ae2dd3f7
+# %% ../nbs/14_cli.ipynb #fd157d94
 def _names(text, what):
     "A comma-separated option as a tuple."
     names = tuple(n.strip() for n in text.split(',') if n.strip())
@@ -224,6 +226,7 @@ def _layer_list(text):
     try: return list(range(*map(int, text.split(':')))) if ':' in text else [int(n) for n in text.split(',')]
     except (ValueError, TypeError): raise ValueError(f'--layers {text!r}: give layers as 0,4,8 or as start:stop:step') from None
 
+# %% ../nbs/14_cli.ipynb #2a21cc53
 @app.command()
 def probe(
     model: Model = 'testbed', data: Data = 'testbed', limit: Limit = None,
@@ -245,7 +248,7 @@ def probe(
     result = dict(profile=str(out), samples=len(samples), clips=len(set(profile['clip'].values)), full_accuracy=accuracy)
     emit(as_json, result, f'{out}: {len(samples)} questions on {result["clips"]} clips, {100*accuracy:.1f} % right with nothing removed')
 
-# %% ../nbs/14_cli.ipynb #68f41932
+# %% ../nbs/14_cli.ipynb #e22ecbbc
 def _find(profile, removed, split, **options):
     "`find_boundaries` on the split, or on everything where the profile has no splits."
     from seats_analysis.boundaries import find_boundaries
@@ -255,6 +258,7 @@ def _find(profile, removed, split, **options):
 
 def _span(low, high): return '-' if low > high else f'{low}' if low == high else f'{low} to {high}'
 
+# %% ../nbs/14_cli.ipynb #acac955c
 def boundary_row(
     b, # Boundaries
 )->dict: # column -> text, layers printed from 1
@@ -340,7 +344,7 @@ def _which_targets(trr, visual, audio):
     if (trr is None) == (visual is None and audio is None) or (visual is None) != (audio is None):
         raise ValueError('give either --trr N, or --visual N and --audio N (percent)')
 
-# %% ../nbs/14_cli.ipynb #219019ae
+# %% ../nbs/14_cli.ipynb #83a90862
 @app.command()
 def schedule(
     profile: Profile,
@@ -366,6 +370,7 @@ def schedule(
     _say_uncertified(plan, bounds, late)
     emit(as_json, json.loads(out.read_text()), f'{out}\n{describe(plan)}')
 
+# %% ../nbs/14_cli.ipynb #c80fb320
 def _say_uncertified(plan, bounds, late):
     "Explain on stderr why nothing is removed late."
     if late == 'certified' and not plan.keeps_all and max(plan.late(m) for m in ('visual', 'audio')) == plan.num_layers:
@@ -401,7 +406,7 @@ def _published_pair(model, trr):
     name = next((k for k in PUBLISHED if k in model.lower()), None)
     return Schedule.published(name, int(trr)) if name and trr in PUBLISHED[name]['pairs'] else None
 
-# %% ../nbs/14_cli.ipynb #1dd654ac
+# %% ../nbs/14_cli.ipynb #8cea7814
 def _clip_sample(clip, question, choices, letters):
     "The question about a clip, which is decoded here so that a broken file costs no model."
     from seats_analysis.media import Sample, decode_clip
@@ -417,6 +422,7 @@ def _plan_for_run(path, trr, model, profile, late, counts):
     if profile is None and (published := _published_pair(model, trr)): return published
     return Schedule.from_trr(stored_boundaries(model, profile), trr, *counts, late=late)
 
+# %% ../nbs/14_cli.ipynb #ea78c371
 def _answer(model, processor, encoded, plan, max_new_tokens):
     "Generate under a plan: (answer text, Run)."
     import torch
@@ -555,7 +561,7 @@ def train_testbed(
     figures.save_figure(figures.learning_curves_figure(out/'train_log.jsonl'), out/'learning')
     print(f'{out}: model, processor, log and learning curves')
 
-# %% ../nbs/14_cli.ipynb #fd7cc120
+# %% ../nbs/14_cli.ipynb #ed1d8800
 TARGETS = (35, 25, 15, 10)
 SCHEMA_RESULTS = 'seats_analysis/results/1'
 
@@ -576,6 +582,7 @@ def _cost(frame, full, config):
     return dict(flops_fraction=part('counter'), causal_fraction=part('causal'), time_ratio=spent(frame)/spent(full),
                 ms={k: round(v, 1) for k, v in frame.attrs['ledger'].items()})
 
+# %% ../nbs/14_cli.ipynb #8a7d4b10
 def result_rows(
     runs, # list of (method, TRR in percent, frame of `evaluate`); the first is the full model
     config, # of the model, for FLOPs
@@ -617,7 +624,7 @@ def _demo_answers(model, processor, samples, bounds, plans, batch):
     runs = [('full', 100, None), *(('seats', trr, plan) for trr, plan in plans.items()), ('random', least, Random(plans[least]))]
     return result_rows([(method, trr, answer(plan)) for method, trr, plan in runs], adapter_for(model).config(model), bounds)
 
-# %% ../nbs/14_cli.ipynb #bc6ca8a1
+# %% ../nbs/14_cli.ipynb #8f6c828e
 def _demo_kept(model, processor, samples, plan, out):
     "One worked example of what is kept, preferably a question that needs both modalities."
     from seats_analysis.adapter import encode, rates, score_choices
@@ -627,7 +634,7 @@ def _demo_kept(model, processor, samples, plan, out):
     encoded = encode(model, processor, [sample])
     with prune(model, plan) as ran: best = score_choices(model, encoded).best[0].item()
     data = kept_data(ran, encoded, rates(model), f'clips/{Path(sample.video).name}', question=sample.question, answered=sample.choices[best])
-    _write_json(out, data)
+    _write_json(out, data | dict(model='testbed', revision=None, seed=0))
 
 def _demo_plans(profile, bounds):
     "Schedules for all targets, from the boundaries' estimate."
@@ -643,6 +650,7 @@ def _demo_profile(model, processor, samples, out, whole, batch):
     save_profile(profile, out/'profiles'/'testbed.nc')
     return profile
 
+# %% ../nbs/14_cli.ipynb #b65975ee
 def _demo(out, limit, whole, batch):
     "Do the main job and write everything below `out`: (profile, plans, rows)."
     from seats_analysis.figures import make_figures

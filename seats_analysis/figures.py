@@ -69,7 +69,7 @@ def _figure(width, height, **kw):
     FigureCanvasAgg(fig)
     return fig
 
-# %% ../nbs/12_figures.ipynb #29a33034
+# %% ../nbs/12_figures.ipynb #10b6e1f8
 def _draw_curve(ax, curve, look, label, band=True, **kw):
     "One condition in percent against printed layers, its band behind it."
     x = curve['layer'] + 1
@@ -90,6 +90,7 @@ def _possible(profile, removed, **kw):
     try: return _curve(profile, removed, **kw)
     except ValueError: return None
 
+# %% ../nbs/12_figures.ipynb #634d7c0c
 def _shade_blocks(ax, bounds, n_layers, inches=2.9):
     "Shallow, middle and late as bands, named above an axis of that width where there is room; code layers i..j are printed i+1..j."
     edges = [0, bounds.shallow_end, bounds.late_start, n_layers]
@@ -107,7 +108,7 @@ def _layer_axis(ax, n_layers, label=True):
     ax.set_xlim(.5, n_layers + 1.5)
     if label: ax.set_xlabel('Tokens removed before layer')
 
-# %% ../nbs/12_figures.ipynb #112ff2e7
+# %% ../nbs/12_figures.ipynb #146f3137
 def _interval(bounds, name):
     "A boundary and its 95 % interval, as printed layers; `None` where there is none."
     value = getattr(bounds, name, None)
@@ -131,6 +132,7 @@ def _draw_boundaries(ax, bounds, conditions):
     ax.tick_params(axis='y', length=0)
     ax.grid(axis='x')
 
+# %% ../nbs/12_figures.ipynb #04f5b58f
 def _boundary_legend(fig):
     "What the marks of the strip mean, below the figure."
     from matplotlib.lines import Line2D
@@ -141,7 +143,7 @@ def _boundary_legend(fig):
     fig.legend(keys, ['middle starts', 'late starts', 'late, certified', '95 % interval'], loc='outside lower center', ncols=4,
                fontsize=6, handlelength=1.1, handletextpad=.4, columnspacing=1.1, borderpad=0)
 
-# %% ../nbs/12_figures.ipynb #71a90021
+# %% ../nbs/12_figures.ipynb #ac0329c8
 def _as_mapping(boundaries):
     "Boundaries per condition, from a mapping or from one `Boundaries`."
     if boundaries is None: return {}
@@ -152,6 +154,7 @@ def _chance_line(ax, chance):
     ax.annotate('chance', (1, 100*chance), (-2, 1.5), xycoords=ax.get_yaxis_transform(),
                 textcoords='offset points', ha='right', va='bottom', fontsize=6, color='#555555')
 
+# %% ../nbs/12_figures.ipynb #907b4bea
 def dependency_figure(
     profile, # xr.Dataset of `probe_dependency`
     boundaries=None, # {condition: Boundaries}, one Boundaries, or None for the curves alone
@@ -194,7 +197,7 @@ def _top(least, curves, most=160):
     "Upper end of the axis: room for values above 100 %, up to a limit."
     return float(np.clip(103*max(c['value'].max() for c in curves) + 2, least, most))
 
-# %% ../nbs/12_figures.ipynb #62d2649c
+# %% ../nbs/12_figures.ipynb #1083ad06
 def _grid_of_axes(n, width, columns, row_height, **kw):
     "A figure with n panels, row by row, and the empty ones taken out."
     rows = -(-n // columns)
@@ -209,6 +212,7 @@ def _families_in_order(profile):
     rank = lambda f: ({(True, False): 0, (False, True): 1, (True, True): 2}.get((f in sees, f in hears), 3), f)
     return sorted(sees + tuple(set(hears) - set(sees)) + control_families(profile), key=rank)
 
+# %% ../nbs/12_figures.ipynb #7675e152
 def family_figure(
     profile, # xr.Dataset of `probe_dependency`
     boundaries=None, # as in `dependency_figure`: shades the blocks of `both`
@@ -251,7 +255,7 @@ def _finish_panels(fig, axes, columns, n_layers):
     handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), loc='outside upper center', ncols=3, handlelength=2.6, borderpad=0)
 
-# %% ../nbs/12_figures.ipynb #a082da5c
+# %% ../nbs/12_figures.ipynb #7ff74650
 STAIRS = (('#8fb8de', '-'), ('#4a8fc7', (0, (5, 1.2))), ('#1f5f99', (0, (3, 1, 1, 1))), ('#0b2f52', (0, (1, .8))))
 
 def _labelled(schedules):
@@ -271,6 +275,7 @@ def _plan_blocks(ax, plan, modality):
     from types import SimpleNamespace
     _shade_blocks(ax, SimpleNamespace(shallow_end=plan.shallow_end, late_start=plan.late(modality)), plan.num_layers, inches=1.4)
 
+# %% ../nbs/12_figures.ipynb #0c82042a
 def retention_figure(
     schedules, # label -> Schedule, a sequence of them, or one; all for the same number of layers
     title=None, # legend title
@@ -386,7 +391,7 @@ def _draw_sound(ax, spectrogram, seconds, kept, stage, max_hz):
     if len(keep) < n: ax.hlines([.12]*len(keep), [j/rate for j in sorted(keep)], [(j + 1)/rate for j in sorted(keep)], color=RED, linewidth=2)
     ax.set(xlim=(0, seconds), ylim=(0, max_hz/1000), yticks=[0, max_hz/1000])
 
-# %% ../nbs/12_figures.ipynb #c4923746
+# %% ../nbs/12_figures.ipynb #172a5275
 def _stage_title(stage):
     "What a row shows, layers printed from 1."
     names = {0: 'all tokens', 1: 'stage I', 2: 'stage II', 3: 'stage III'}
@@ -403,6 +408,7 @@ def _rows_of(kept):
     full = dict(stage=0, layer=0, visual=range(grids*rows*cols), audio=range(kept['audio_tokens']))
     return [full] + [s for s in kept['stages'] if len(s['visual']) + len(s['audio'])]
 
+# %% ../nbs/12_figures.ipynb #8a09f4ba
 def kept_figure(
     clip, # media.Clip: frames and/or waveform
     kept, # dict of `load_kept`
@@ -425,6 +431,7 @@ def kept_figure(
         _finish_kept(fig, axes[-1], heard, kept)
     return fig
 
+# %% ../nbs/12_figures.ipynb #f00a07b9
 def _finish_kept(fig, last, heard, kept):
     "Axis labels, tight spacing, and what became of the rest."
     gone = [f'stage III, from layer {s["layer"] + 1}: text only' for s in kept['stages'] if not s['visual'] and not s['audio']][:1]
@@ -456,7 +463,7 @@ def _panels_of(families, groups):
     rest = [f for f in families if not any(f in names for names in groups)]
     return [names for names in [*found, *(rest[k:k + 3] for k in range(0, len(rest), 3))] if names]
 
-# %% ../nbs/12_figures.ipynb #545da5e8
+# %% ../nbs/12_figures.ipynb #7b8ba6b3
 def learning_curves_figure(
     log, # path of a training log, or its rows
     groups=GROUPS, # families that share a panel, up to four in each
@@ -476,6 +483,7 @@ def learning_curves_figure(
         for k, ax in enumerate(axes[:n]): _step_axis(ax, rows, marks or {}, labels=k + 2 >= n)
     return fig
 
+# %% ../nbs/12_figures.ipynb #af8d13c4
 def _accuracy_panel(ax, rows, families, chance):
     "Accuracy of up to four families."
     for family, look in zip(families, _THREE):
@@ -507,7 +515,7 @@ def _step_axis(ax, rows, marks, labels):
     ax.tick_params(labelbottom=labels)
     if labels: ax.set_xlabel('Training steps (thousands)')
 
-# %% ../nbs/12_figures.ipynb #b3dedaf2
+# %% ../nbs/12_figures.ipynb #38a26cea
 METHOD_LOOKS = {'seats': dict(color=BLUE, linestyle='-', marker='o'), 'random': dict(color=RED, linestyle='--', marker='v'),
                 'full': dict(color=INK, linestyle='', marker='s')}
 SCHEMA_RESULTS = 'seats_analysis/results/1'
@@ -522,6 +530,7 @@ def load_results(
     except (ValueError, TypeError, KeyError): pass
     raise ValueError(f'{path}: not a results file: it needs schema {SCHEMA_RESULTS!r} and rows with method, accuracy and flops_fraction')
 
+# %% ../nbs/12_figures.ipynb #32285adc
 def tradeoff_figure(
     rows, # dicts: method, trr (percent), accuracy (fraction), flops_fraction (of full), maybe ci (low, high)
     chance=.25, # accuracy of a guess
@@ -549,7 +558,7 @@ def _draw_method(ax, method, rows):
         if method != 'full': ax.annotate(f'{r["trr"]:g}', (xi, end), (0, 2 if up else -2), textcoords='offset points', ha='center',
                                          va='bottom' if up else 'top', fontsize=5.5, color=look['color'])
 
-# %% ../nbs/12_figures.ipynb #2d5b0053
+# %% ../nbs/12_figures.ipynb #b4ad32b3
 def open_profile(
     path, # NetCDF file of a dependency profile
 ):  # xr.Dataset in memory
@@ -563,6 +572,7 @@ def open_profile(
         raise ValueError(f'{path}: not a dependency profile, it has no {", ".join(lacks)}')
     return profile
 
+# %% ../nbs/12_figures.ipynb #4cd6a9ee
 def _profile_jobs(path):
     "Figures of one profile: both splits, and the families."
     from seats_analysis.boundaries import find_boundaries
@@ -587,7 +597,7 @@ def _schedule_jobs(folder):
         plans = {f'TRR {percent:g} %': Schedule.load(paths[percent]) for percent in sorted(paths, reverse=True)}
         yield f'{name}_retention', lambda plans=plans: retention_figure(plans)
 
-# %% ../nbs/12_figures.ipynb #95c6b584
+# %% ../nbs/12_figures.ipynb #8d0bdcba
 def _kept_job(path, data):
     "The kept figure of a JSON file; its clip lies beside it, under the data folder or in the testbed."
     from seats_analysis.media import decode_clip
@@ -603,6 +613,7 @@ def _schema(path):
     except ValueError as error: raise ValueError(f'{path}: not JSON: {error}') from None
     return found.get('schema') if isinstance(found, dict) else None
 
+# %% ../nbs/12_figures.ipynb #d16058fa
 def figure_jobs(
     data, # folder such as the project's data/
 )->dict: # figure name -> function without arguments that draws it

@@ -14,14 +14,14 @@ __all__ = ['COLOURS', 'SHAPES', 'PLACES', 'PITCHES', 'KINDS', 'NUMBERS', 'DAYS',
            'save_testbed', 'clip_samples', 'fresh_samples', 'held_out_seed', 'write_clip', 'make_clips',
            'testbed_samples']
 
-# %% ../nbs/03_testbed.ipynb #40a5e2dd
+# %% ../nbs/03_testbed.ipynb #12b9c62a
 import json, math, random
 from dataclasses import dataclass, asdict, field, replace
 from pathlib import Path
 import numpy as np
 from .media import Clip, Sample
 
-# %% ../nbs/03_testbed.ipynb #2dd531c6
+# %% ../nbs/03_testbed.ipynb #18730004
 COLOURS = {'red': (220, 40, 40), 'green': (40, 180, 60), 'blue': (50, 80, 225), 'yellow': (230, 210, 50),
            'purple': (160, 50, 190), 'white': (240, 240, 240)}
 SHAPES = ('circle', 'square', 'triangle', 'cross')
@@ -31,7 +31,7 @@ KINDS = ('steady', 'pulsing', 'rising', 'falling')
 NUMBERS = ('one', 'two', 'three', 'four')
 DAYS = ('monday', 'tuesday', 'wednesday', 'thursday', 'friday', 'saturday', 'sunday')
 
-# %% ../nbs/03_testbed.ipynb #1190b8b9
+# %% ../nbs/03_testbed.ipynb #2c5e54e8
 WINDOWS, WINDOW_SECONDS, FPS, SAMPLE_RATE = 4, 2.0, 2.0, 16000
 SIZE, CELL = 112, 28                       # pixels: frame side, side of one merged visual token
 NEEDS = {'colour': ('visual',), 'shape': ('visual',), 'position': ('visual',),
@@ -41,7 +41,7 @@ NEEDS = {'colour': ('visual',), 'shape': ('visual',), 'position': ('visual',),
 ONE_HOP = ('colour', 'shape', 'position', 'tone', 'pattern', 'order')
 TWO_HOP = ('see_while_hear', 'hear_while_see')
 
-# %% ../nbs/03_testbed.ipynb #b40d8916
+# %% ../nbs/03_testbed.ipynb #f58f1814
 @dataclass(frozen=True)
 class Thing:
     "One object: on screen for one second (one temporal grid), inside one merged token's cell."
@@ -61,7 +61,7 @@ class Scene:
     @property
     def seconds(self): return int(self.windows * WINDOW_SECONDS)
 
-# %% ../nbs/03_testbed.ipynb #b07fe836
+# %% ../nbs/03_testbed.ipynb #953e730f
 def make_scene(
     seed:int,            # the only source of randomness
     windows:int=WINDOWS, # length in windows of 2 s; training begins with shorter clips
@@ -80,7 +80,7 @@ def make_scene(
                    for w, p, k in zip(places(n_sounds), pitches, kinds))
     return Scene(seed, things, sounds, windows, brightness)
 
-# %% ../nbs/03_testbed.ipynb #9af9fc80
+# %% ../nbs/03_testbed.ipynb #cdb716e5
 def _stencil(shape, radius, dy, dx):
     "Boolean mask of a shape inside one cell, off centre by (dy, dx) pixels."
     y, x = np.mgrid[:CELL, :CELL] - (CELL - 1) / 2
@@ -114,7 +114,7 @@ def render_frames(
     frames += rng.standard_normal((*frames.shape[:3], 1), 'float32') * 4
     return frames.clip(0, 255).astype('uint8')
 
-# %% ../nbs/03_testbed.ipynb #843a515b
+# %% ../nbs/03_testbed.ipynb #a779e7ee
 def _voice(sound, rng):
     "Waveform of one sound, 0.35 to 0.45 s."
     n = int(rng.uniform(.35, .45) * SAMPLE_RATE)
@@ -141,7 +141,7 @@ def render_clip(scene:Scene)->Clip:
     return Clip(id=f'scene{scene.seed}', frames=render_frames(scene), fps=FPS,
                 waveform=render_waveform(scene), sample_rate=SAMPLE_RATE)
 
-# %% ../nbs/03_testbed.ipynb #d6aa474e
+# %% ../nbs/03_testbed.ipynb #76747377
 def _pick(rng, answer, pool, avoid=()):
     "Four shuffled choices, one of them the answer."
     others = [p for p in pool if p != answer and p not in avoid]
@@ -153,7 +153,7 @@ def _together(scene):
     "Pairs of an object and a sound in the same window."
     return [(t, s) for t in scene.things for s in scene.sounds if t.window == s.window]
 
-# %% ../nbs/03_testbed.ipynb #112d69ca
+# %% ../nbs/03_testbed.ipynb #4fa7d671
 def _ask_colour(scene, rng):
     t = rng.choice(scene.things); return f'what colour is the {t.shape} ?', *_pick(rng, t.colour, COLOURS)
 def _ask_shape(scene, rng):
@@ -168,7 +168,7 @@ def _ask_order(scene, rng):
     i = rng.choice([0, -1])
     return f'what pitch is heard {("first", "last")[i]} ?', *_pick(rng, scene.sounds[i].pitch, PITCHES)
 
-# %% ../nbs/03_testbed.ipynb #e417c60b
+# %% ../nbs/03_testbed.ipynb #57375ea5
 def _ask_see_while_hear(scene, rng):
     t, s = rng.choice(_together(scene))
     return f'what colour is seen with the {s.pitch} sound ?', *_pick(rng, t.colour, COLOURS)
@@ -186,7 +186,7 @@ def _ask_control(scene, rng):
     i = rng.randrange(7)
     return f'what day comes after {DAYS[i]} ?', *_pick(rng, DAYS[(i+1) % 7], DAYS, avoid=(DAYS[i],))
 
-# %% ../nbs/03_testbed.ipynb #0e03fdfd
+# %% ../nbs/03_testbed.ipynb #4ca10016
 _ASK = {f: globals()[f'_ask_{f}'] for f in NEEDS}
 
 def can_ask(scene:Scene, family:str)->bool:
@@ -205,7 +205,7 @@ def ask(
     return Sample(id=f'scene{scene.seed}-{family}', video=f'scene{scene.seed}', question=question, choices=choices,
                   answer=answer, family=family, lettered=lettered, **kw)
 
-# %% ../nbs/03_testbed.ipynb #23af0541
+# %% ../nbs/03_testbed.ipynb #62a88d6c
 CAPTION = 'describe the clip .'
 def caption(scene:Scene)->str:
     "Free-form description, window by window: what is seen, what is heard."
@@ -216,7 +216,7 @@ def caption(scene:Scene)->str:
         parts.append(' '.join(words) or 'nothing')
     return ' then '.join(parts)
 
-# %% ../nbs/03_testbed.ipynb #0df67994
+# %% ../nbs/03_testbed.ipynb #563eb564
 SPECIAL = dict(pad_token='<|endoftext|>', eos_token='<|im_end|>', im_start='<|im_start|>',
                image_token='<|IMAGE|>', audio_token='<|AUDIO|>', video_token='<|VIDEO|>',
                vision_bos_token='<|vision_bos|>', vision_eos_token='<|vision_eos|>',
@@ -240,7 +240,7 @@ def vocabulary()->list:
         for _ in range(60): words |= set(_ASK[f](full, rng)[0].split())
     return [*SPECIAL.values(), '<|unk|>', *sorted(words)]
 
-# %% ../nbs/03_testbed.ipynb #0e5fb7da
+# %% ../nbs/03_testbed.ipynb #4bed44d6
 def build_tokenizer():
     "A word-level tokenizer with the special tokens of Qwen-Omni."
     from tokenizers import Tokenizer, models, pre_tokenizers, decoders
@@ -254,7 +254,7 @@ def build_tokenizer():
                                    eos_token=SPECIAL['eos_token'], extra_special_tokens=extra, padding_side='left',
                                    clean_up_tokenization_spaces=False)
 
-# %% ../nbs/03_testbed.ipynb #2177d2bc
+# %% ../nbs/03_testbed.ipynb #e30d55bd
 MEL_BINS, HOP, POSITIONS_PER_SECOND = 64, 400, 10
 
 def build_processor():
@@ -269,7 +269,7 @@ def build_processor():
                                 video_processor=Qwen2VLVideoProcessor(**pixels, do_sample_frames=False),
                                 feature_extractor=hearing, tokenizer=build_tokenizer(), chat_template=CHAT_TEMPLATE)
 
-# %% ../nbs/03_testbed.ipynb #e44a1c3e
+# %% ../nbs/03_testbed.ipynb #59884cf4
 def build_config(
     layers:int=16, # decoder layers
     width:int=128, # hidden size of the decoder
@@ -296,7 +296,7 @@ def build_config(
         audio_start_token_id=token('audio_bos_token'), audio_end_token_id=token('audio_eos_token'),
         position_id_per_seconds=POSITIONS_PER_SECOND, seconds_per_chunk=2, pad_token_id=0, user_token_id=ids['user'])
 
-# %% ../nbs/03_testbed.ipynb #af7f9be0
+# %% ../nbs/03_testbed.ipynb #41564bfd
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything that decides the weights; the file beside them holds the same fields."
@@ -327,7 +327,7 @@ class TrainConfig:
     threads: int = 2
     compile: bool = True         # compile the decoder layers (needs a C++ compiler); 20 % faster on 2 cores
 
-# %% ../nbs/03_testbed.ipynb #0631d897
+# %% ../nbs/03_testbed.ipynb #c85459af
 def patchify(
     frames, # (N, 16, 112, 112, 3) uint8 tensor
 ):  # (N*512, 1176) float32, in the order of Qwen2VLVideoProcessor
@@ -340,7 +340,7 @@ def patchify(
     mean, std = (255*torch.tensor(v)[:, None] for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     return x.sub_(mean).div_(std).flatten(1)
 
-# %% ../nbs/03_testbed.ipynb #a77d02c0
+# %% ../nbs/03_testbed.ipynb #eb2e5445
 def mel_bank():
     "The Mel filters of the testbed's feature extractor, (201, 64) float32."
     import torch
@@ -360,7 +360,7 @@ def log_mel(
     logs = torch.maximum(logs, logs.amax((1, 2), keepdim=True) - 8)
     return (logs + 4) / 4
 
-# %% ../nbs/03_testbed.ipynb #f9414e14
+# %% ../nbs/03_testbed.ipynb #674df4c2
 HARD = TWO_HOP + ('sequence', 'count')
 SLOW = TWO_HOP + ('sequence', 'colour', 'tone', 'position')     # learned last
 
@@ -382,7 +382,7 @@ def question_words(sample):
     lines = [f'{"ABCD"[i]}. {c}' for i, c in enumerate(sample.choices)] if sample.lettered else []
     return '\n'.join([sample.question, *lines])
 
-# %% ../nbs/03_testbed.ipynb #13344e40
+# %% ../nbs/03_testbed.ipynb #f68195f4
 def _branch(question, answer, ids):
     "Token ids of one question with its answer, and the positions that are to be predicted."
     prompt = [ids[w] for w in f'{question} <|im_end|> <|im_start|> assistant'.split()]
@@ -415,7 +415,7 @@ def branches(scene, rng, letters, room, ids, focus=False, with_facts=False):
         if sum(len(t) for t, _ in out) + len(new[0]) > room: return out, asked
         out.append(new); asked.append(sample)
 
-# %% ../nbs/03_testbed.ipynb #407c7b82
+# %% ../nbs/03_testbed.ipynb #01acb617
 def features(scenes):
     "Pixel patches and mel features of scenes, straight from the renderer: no codec, no processor."
     import torch
@@ -442,7 +442,7 @@ def hints(
             out['pitch'][b, at], out['kind'][b, at] = 1 + list(PITCHES).index(s.pitch), 1 + KINDS.index(s.kind)
     return out
 
-# %% ../nbs/03_testbed.ipynb #ba7cdcc2
+# %% ../nbs/03_testbed.ipynb #b657f372
 def make_batch(
     step, # with the seed, decides everything
     config:TrainConfig, letters:float, ids:dict, windows:int=WINDOWS, focus=False, brightness:float=4., with_facts=False, crowded=False,
@@ -452,7 +452,7 @@ def make_batch(
     scenes = [make_scene(rng.randrange(10**6, 10**9), windows, crowded, brightness) for _ in range(config.batch)]
     return (*features(scenes), *zip(*(branches(s, rng, letters, config.branch_tokens, ids, focus, with_facts) for s in scenes)), hints(scenes))
 
-# %% ../nbs/03_testbed.ipynb #d3d80ce4
+# %% ../nbs/03_testbed.ipynb #209c9320
 def init_weights(
     model, # thinker, any weights
     seed:int,
@@ -492,7 +492,7 @@ def grow(
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight); torch.nn.init.zeros_(layer.mlp.down_proj.weight)
     return tall
 
-# %% ../nbs/03_testbed.ipynb #48f1f7cd
+# %% ../nbs/03_testbed.ipynb #f37f68a6
 WINDOWED = 'flash_equal_windows'   # the towers hand the window limits only to implementations with "flash" in their name
 
 def _windowed_attention(module, q, k, v, attention_mask, scaling=None, dropout=0., cu_seq_lens_q=None, **kw):
@@ -510,7 +510,7 @@ def fast_towers(model):
     for tower in (model.visual, model.audio_tower) if hasattr(model, 'visual') else (model.model.visual, model.model.audio_tower):
         tower.config._attn_implementation_internal = WINDOWED
 
-# %% ../nbs/03_testbed.ipynb #7ad91022
+# %% ../nbs/03_testbed.ipynb #c800d7d0
 def media_prefix(ids, windows=WINDOWS):
     "Token ids of everything before the question: 6 + 52 a window."
     window = [ids['<|VIDEO|>']]*32 + [ids['<|AUDIO|>']]*20
@@ -544,7 +544,7 @@ def pack(
     mask |= torch.eye(P+K, dtype=torch.bool)                # padding sees itself, or its softmax would be NaN
     return tokens, positions, torch.zeros(mask.shape).masked_fill_(~mask, -1e30)[:, None], labels
 
-# %% ../nbs/03_testbed.ipynb #0805adc4
+# %% ../nbs/03_testbed.ipynb #130f5b6f
 def prefix_positions(model, ids, windows=WINDOWS):
     "M-RoPE positions of the media prefix, (3, P), from the model's own rule."
     import torch
@@ -585,7 +585,7 @@ def packed_hidden(
                                  use_cache=False).last_hidden_state
     return hidden[:, media.shape[1]:], labels, towers
 
-# %% ../nbs/03_testbed.ipynb #07dee2dd
+# %% ../nbs/03_testbed.ipynb #3a67d97f
 def quick_accuracy(model, config, ids, positions, letters=0.):
     "Accuracy per family on held-out scenes straight from the renderer: the right choice's first word ranks first."
     import torch
@@ -603,7 +603,7 @@ def quick_accuracy(model, config, ids, positions, letters=0.):
                 at += len(tokens)
     return {f: round(float(np.mean(v)), 4) for f, v in sorted(right.items())}
 
-# %% ../nbs/03_testbed.ipynb #9b383535
+# %% ../nbs/03_testbed.ipynb #cec8ad51
 def learning_rate(step, c):
     "Warm-up, constant, linear decay."
     if step < c.decay_at: return c.lr * min(1, (step+1)/c.warmup)
@@ -646,7 +646,7 @@ def _prepare(model, c):
         for layer in model.get_decoder().layers: layer.compile(dynamic=False)
     return model
 
-# %% ../nbs/03_testbed.ipynb #3369584e
+# %% ../nbs/03_testbed.ipynb #1d8cafb9
 class _Steps:
     "Batches by step number, for a DataLoader that makes them in a second process."
     def __init__(self, config, ids): self.config, self.ids = config, ids
@@ -665,7 +665,7 @@ def _batches(config, ids, start):
     from torch.utils.data import DataLoader
     return DataLoader(_Steps(config, ids), batch_size=None, sampler=range(start, config.steps), num_workers=1, prefetch_factor=4)
 
-# %% ../nbs/03_testbed.ipynb #06249e62
+# %% ../nbs/03_testbed.ipynb #46ee01d1
 class _Trainer:
     "Model, optimiser and step of a run that can stop and go on."
     def __init__(self, config, folder):
@@ -711,7 +711,7 @@ class _Trainer:
                      seconds=self.seconds, layers=self.model.config.text_config.num_hidden_layers)
         with atomic_write(self.checkpoint) as tmp: torch.save(state, tmp)
 
-# %% ../nbs/03_testbed.ipynb #86f0e0bf
+# %% ../nbs/03_testbed.ipynb #802b0d63
 def _train_step(self, batch):
     "One update; the loss as a number."
     import torch
@@ -737,7 +737,7 @@ def _report(self, losses):
     return row
 _Trainer.report = _report
 
-# %% ../nbs/03_testbed.ipynb #9d7d48af
+# %% ../nbs/03_testbed.ipynb #cb8e7ec6
 def train_testbed(
     config:TrainConfig=TrainConfig(),
     folder='data/testbed', # checkpoints, log and the finished model go here
@@ -765,7 +765,7 @@ def train_testbed(
     finally: bar.close()
     return run.model
 
-# %% ../nbs/03_testbed.ipynb #e6091f08
+# %% ../nbs/03_testbed.ipynb #ee189900
 def testbed_folder()->Path:
     "Where the shipped model, processor, clips and questions are: in the installed package, or in the checkout."
     from importlib import resources
@@ -783,7 +783,7 @@ def load_testbed(
     return (Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder, dtype='float32').eval(),
             Qwen2_5OmniProcessor.from_pretrained(folder))
 
-# %% ../nbs/03_testbed.ipynb #86b4ed54
+# %% ../nbs/03_testbed.ipynb #f625918f
 def save_testbed(
     model,  # trained thinker
     config:TrainConfig,
@@ -796,7 +796,7 @@ def save_testbed(
     build_processor().save_pretrained(folder)
     (folder/'train.json').write_text(json.dumps(asdict(config), indent=1) + '\n')
 
-# %% ../nbs/03_testbed.ipynb #05e8da3d
+# %% ../nbs/03_testbed.ipynb #5a9adfc1
 def clip_samples(
     scene:Scene, n:int, # questions about it, of different families
     seed:int=0,
@@ -824,7 +824,7 @@ def fresh_samples(
         out += clip_samples(scene, per_clip, video=write_clip(scene, folder) if folder else None, split='fresh')
     return out[:n]
 
-# %% ../nbs/03_testbed.ipynb #4474aeb5
+# %% ../nbs/03_testbed.ipynb #4a0e8fe9
 def held_out_seed(seed, k):
     "Scene seeds under 10**6, which training never draws."
     if not 0 <= seed < 90: raise ValueError(f'seed must be from 0 to 89, not {seed}')

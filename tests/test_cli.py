@@ -56,7 +56,7 @@ def model():
     "The testbed's structure with random weights."
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
     from seats_analysis.testbed import build_config, build_processor, init_weights
-    thinker = Thinker(build_config()).eval()
+    thinker = Thinker(build_config(layers=12)).eval()
     init_weights(thinker, 0)
     return thinker, build_processor()
 

@@ -106,7 +106,7 @@ def test_no_text_overlaps_or_is_cut(drawn):
             shared = (min(box.x1, other.x1) - max(box.x0, other.x0), min(box.y1, other.y1) - max(box.y0, other.y0))
             assert min(shared) < 1.5, f'{name}: {a!r} and {b!r} overlap by {shared}'
         for text, box in texts:
-            assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= canvas.x1 + 1 and box.y1 <= canvas.y1 + 1, f'{name}: {text!r} is cut off'
+            assert box.x0 >= -3 and box.y0 >= -3 and box.x1 <= canvas.x1 + 3 and box.y1 <= canvas.y1 + 3, f'{name}: {text!r} is cut off'
 
 
 def test_type_is_legible_at_one_column(drawn):

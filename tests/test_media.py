@@ -353,7 +353,7 @@ def test_full_disk(tmp_path, write):
 def test_interrupt_from_outside(tmp_path):
     "Ctrl-C while a file is being written: nothing half-written is left."
     (tmp_path/"a.txt").write_text("old")
-    code = ("import sys, time; from pathlib import Path; from seats_analysis.media import atomic_write\n"
+    code = ("import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler); from pathlib import Path; from seats_analysis.media import atomic_write\n"
             "with atomic_write(Path(sys.argv[1])/'a.txt') as part:\n part.write_text('half'); print('writing', flush=True); time.sleep(60)")
     run = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert run.stdout.readline() == "writing\n"
