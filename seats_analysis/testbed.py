@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'PLACES', 'PITCHES', 'KINDS', 'NUMBERS', 'DAYS', 'WINDOWS', 'WINDOW_SECONDS', 'FPS',
            'SAMPLE_RATE', 'SIZE', 'CELL', 'NEEDS', 'ONE_HOP', 'TWO_HOP', 'CAPTION', 'SPECIAL', 'CHAT_TEMPLATE',
-           'MEL_BINS', 'HOP', 'POSITIONS_PER_SECOND', 'HARD', 'SLOW', 'HINTS', 'WINDOWED', 'Thing', 'Sound', 'Scene',
-           'make_scene', 'render_frames', 'render_waveform', 'render_clip', 'can_ask', 'ask', 'caption', 'vocabulary',
-           'build_tokenizer', 'build_processor', 'build_config', 'TrainConfig', 'patchify', 'mel_bank', 'log_mel',
-           'answer_words', 'question_words', 'facts', 'branches', 'features', 'hints', 'make_batch', 'init_weights',
-           'grow', 'fast_towers', 'media_prefix', 'pack', 'prefix_positions', 'encode_media', 'packed_hidden',
-           'quick_accuracy', 'learning_rate', 'hint_loss', 'train_testbed', 'testbed_folder', 'load_testbed',
+           'MEL_BINS', 'HOP', 'POSITIONS_PER_SECOND', 'HARD', 'SLOW', 'POOLS', 'HINTS', 'BONDS', 'WINDOWED', 'Thing',
+           'Sound', 'Scene', 'make_scene', 'render_frames', 'render_waveform', 'render_clip', 'can_ask', 'ask',
+           'caption', 'vocabulary', 'build_tokenizer', 'build_processor', 'build_config', 'TrainConfig', 'patchify',
+           'mel_bank', 'log_mel', 'Lesson', 'lesson', 'answer_words', 'question_words', 'facts', 'links', 'branches',
+           'features', 'hints', 'bonds', 'make_batch', 'init_weights', 'grow', 'fast_towers', 'media_prefix', 'pack',
+           'prefix_positions', 'encode_media', 'packed_hidden', 'quick_accuracy', 'learning_rate', 'hint_loss',
+           'bond_loss', 'letter_labels', 'letter_loss', 'train_testbed', 'testbed_folder', 'load_testbed',
            'save_testbed', 'clip_samples', 'fresh_samples', 'held_out_seed', 'write_clip', 'make_clips',
            'testbed_samples']
 
@@ -271,7 +272,7 @@ def build_processor():
 
 # %% ../nbs/03_testbed.ipynb #59884cf4
 def build_config(
-    layers:int=16, # decoder layers
+    layers:int=20, # decoder layers
     width:int=128, # hidden size of the decoder
     tower:int=64, # hidden size of both towers
 ):
@@ -302,11 +303,11 @@ class TrainConfig:
     "Everything that decides the weights; the file beside them holds the same fields."
     seed: int = 0
     first_layers: int = 8        # decoder layers to begin with
-    growth: tuple = ((3750, 12, 2, 1), (5100, 16, 12, 16)) # (step, layers from then on, before which layer, seed)
-    letters_at: int = 9000       # step from which on some questions list lettered choices
+    growth: tuple = ((3750, 12, 2, 1), (4500, 16, 12, 16), (7100, 20, 16, 20)) # (step, layers from then on, before which layer, seed)
+    letters_at: int = 5800       # step from which on all families are asked alike, some with lettered choices
     letters: float = .35         # which share of them
-    steps: int = 5260
-    decay_at: int = 4900         # step from which on the learning rate falls linearly to `final_lr`
+    steps: int = 7250
+    decay_at: int = 6600         # step from which on the learning rate falls linearly to `final_lr`
     short_until: int = 2750      # step up to which clips have two windows instead of four
     batch: int = 8               # clips a step
     branch_tokens: int = 176     # room for questions and the caption behind each clip
@@ -316,7 +317,9 @@ class TrainConfig:
     weight_decay: float = .1
     betas: tuple = (.9, .98)
     clip_norm: float = 1.
-    facts_from: int = 3750       # step from which on two branches of bare facts (colour circle red, ...) are learned too
+    facts_from: int = 3750       # step from which on two branches of bare facts in a row (colour circle red, ...) are learned too
+    links_from: int = 4500       # step from which on each fact is a branch of its own, and sounds and objects are told what they belong to
+    bond_layer: int = 6          # decoder layer before which they are told
     review: tuple = (3750, 4250) # steps with short clips only, an object and a sound in every window
     dim_until: int = 3750        # step up to which the light differs more from clip to clip
     focus_from: int = 3500       # step from which on most questions are of the slow families, and every other batch is short
@@ -364,11 +367,32 @@ def log_mel(
 HARD = TWO_HOP + ('sequence', 'count')
 SLOW = TWO_HOP + ('sequence', 'colour', 'tone', 'position')     # learned last
 
+@dataclass(frozen=True)
+class Lesson:
+    "What the clips and the branches of one step are like."
+    windows: int = WINDOWS
+    crowded: float = 0.     # share of the clips with an object and a sound in every window
+    brightness: float = 4.
+    rows: bool = False      # two branches of facts in a row
+    links: float = 0.       # share of the links that are asked one by one
+    focus: float = 0.       # share of the questions that are of the slow families; 0: all families alike
+    letters: float = 0.     # share of the questions that list lettered choices
+
+def lesson(step, c:TrainConfig)->Lesson:
+    "The curriculum: short and bright clips, then facts, then links, then everything with letters."
+    review, settled = c.review[0] <= step < c.review[1], step >= c.letters_at
+    short = step < c.short_until or review or (step >= c.focus_from and step % 2)
+    links = step >= c.links_from
+    return Lesson(2 if short else WINDOWS, 1. if review else .25 if settled else .6*links, 15. if step < c.dim_until else 4.,
+                  rows=c.facts_from <= step < c.links_from, links=.3 if settled else 1.*links,
+                  focus=0. if settled else .6 if links else .8*(step >= c.focus_from), letters=c.letters*settled)
+
+# %% ../nbs/03_testbed.ipynb #7f0c1de3
 def _families(scene, rng, focus):
     "An endless order of families to ask a scene about: each once, then the harder ones; in focus mostly the slow ones."
     pool = [f for f in NEEDS if can_ask(scene, f)]
     slow = [f for f in pool if f in SLOW]
-    while focus: yield rng.choice(slow if rng.random() < .8 else pool)
+    while focus: yield rng.choice(slow if rng.random() < focus else pool)
     yield from rng.sample(pool, len(pool))
     while True: yield rng.choice([f for f in pool if f in HARD])
 
@@ -405,12 +429,33 @@ def _fact_branch(scene, rng, ids, most=12):
         at.append(len(tokens) - 1)
     return tokens, at
 
-def branches(scene, rng, letters, room, ids, focus=False, with_facts=False):
+# %% ../nbs/03_testbed.ipynb #7f0c1de4
+def links(scene, rng, share, quick=.25):
+    "Facts as branches of three words each, so that no fact helps with the next; those learned early only now and then."
+    out = [('where', t.colour, t.place) for t in scene.things] + [('pitch', s.kind, s.pitch) for s in scene.sounds]
+    out = [f for f in out if rng.random() < quick]
+    out += [('colour', t.shape, t.colour) for t in scene.things]
+    out += [('after', a.colour, b.colour) for a, b in zip(scene.things, scene.things[1:])]
+    for t, s in _together(scene): out += [('seen', s.pitch, t.colour), ('heard', t.colour, s.pitch)]
+    return [f for f in out if rng.random() < share]
+
+# %% ../nbs/03_testbed.ipynb #7f0c1de9
+POOLS = (COLOURS, SHAPES, PLACES, PITCHES, KINDS, NUMBERS, DAYS)
+
+def _list_branch(rng, ids):
+    "Text only: a lettered list and one of its entries, whose letter is to be predicted."
+    words, i = rng.sample(list(rng.choice(POOLS)), 4), rng.randrange(4)
+    listed = [w for pair in zip(('A.', 'B.', 'C.', 'D.'), words) for w in pair]
+    return [ids[w] for w in (*listed, words[i], listed[2*i])], [9]
+
+def branches(scene, rng, room, ids, lesson=Lesson()):
     "The caption, maybe facts, and as many questions as fit, each as a branch; and the questions as samples."
     out, asked = [_branch(CAPTION, caption(scene), ids)], []
-    if with_facts: out = [_fact_branch(scene, rng, ids), _fact_branch(scene, rng, ids), *out]
-    for family in _families(scene, rng, focus):
-        sample = ask(scene, family, rng, lettered=rng.random() < letters)
+    if lesson.rows: out = [_fact_branch(scene, rng, ids), _fact_branch(scene, rng, ids), *out]
+    if lesson.links: out = [*(([ids[w] for w in f], [2]) for f in links(scene, rng, lesson.links)), *out]
+    if lesson.letters and lesson.links: out = [*(_list_branch(rng, ids) for _ in range(3)), *out]
+    for family in _families(scene, rng, lesson.focus):
+        sample = ask(scene, family, rng, lettered=rng.random() < lesson.letters)
         new = _branch(question_words(sample), answer_words(sample), ids)
         if sum(len(t) for t, _ in out) + len(new[0]) > room: return out, asked
         out.append(new); asked.append(sample)
@@ -442,15 +487,35 @@ def hints(
             out['pitch'][b, at], out['kind'][b, at] = 1 + list(PITCHES).index(s.pitch), 1 + KINDS.index(s.kind)
     return out
 
+# %% ../nbs/03_testbed.ipynb #7f0c1de6
+BONDS = dict(before=(0, 7), seen=(1, 7))    # read at (0 visual, 1 audio) tokens; a colour, or 0 for none
+
+def bonds(
+    scenes, # of one length
+):  # name -> (B, tokens) int64, -100 where nothing is asked
+    "At an object the colour of the one before it, at a sound the colour of the object in its window."
+    import torch
+    n, number = scenes[0].seconds, {c: 1 + i for i, c in enumerate(COLOURS)}
+    out = {k: torch.full((len(scenes), (16 if tower == 0 else 10)*n), -100) for k, (tower, _) in BONDS.items()}
+    for b, scene in enumerate(scenes):
+        for i, t in enumerate(scene.things):
+            out['before'][b, 16*(2*t.window + t.second) + 4*t.row + t.col] = number[scene.things[i-1].colour] if i else 0
+        for s in scene.sounds:
+            start = 10*(s.window*WINDOW_SECONDS + s.onset)
+            out['seen'][b, round(start):round(start + 3.5)] = next((number[t.colour] for t in scene.things if t.window == s.window), 0)
+    return out
+
 # %% ../nbs/03_testbed.ipynb #b657f372
 def make_batch(
     step, # with the seed, decides everything
-    config:TrainConfig, letters:float, ids:dict, windows:int=WINDOWS, focus=False, brightness:float=4., with_facts=False, crowded=False,
-):  # pixel patches, mel features, branches and samples of each clip, hints
+    config:TrainConfig, ids:dict,
+    lesson:Lesson=Lesson(), # what the clips and branches are like
+):  # pixel patches, mel features, branches and samples of each clip, hints and bonds
     "What one training step sees; scenes 10**6 and up are for training only."
     rng = random.Random(f'batch {config.seed} {step}')
-    scenes = [make_scene(rng.randrange(10**6, 10**9), windows, crowded, brightness) for _ in range(config.batch)]
-    return (*features(scenes), *zip(*(branches(s, rng, letters, config.branch_tokens, ids, focus, with_facts) for s in scenes)), hints(scenes))
+    crowd = lambda: lesson.crowded == 1 or (lesson.crowded > 0 and rng.random() < lesson.crowded)
+    scenes = [make_scene(rng.randrange(10**6, 10**9), lesson.windows, crowd(), lesson.brightness) for _ in range(config.batch)]
+    return (*features(scenes), *zip(*(branches(s, rng, config.branch_tokens, ids, lesson) for s in scenes)), hints(scenes) | bonds(scenes))
 
 # %% ../nbs/03_testbed.ipynb #209c9320
 def init_weights(
@@ -574,7 +639,7 @@ def packed_hidden(
     model, batch, # (patches, mel, branches, ...) as `make_batch` gives
     positions:dict, # windows of a clip -> (3, P) from `prefix_positions`
     ids:dict, room:int,
-):  # hidden states of the branches (B, K, width), labels (B, K), outputs of both towers
+):  # hidden states of the branches (B, K, width), labels and tokens (B, K), outputs of both towers
     "One forward over media and packed branches; the stock modules, called one by one."
     import torch
     towers = encode_media(model, *batch[:2])
@@ -583,7 +648,7 @@ def packed_hidden(
     hidden = model.get_decoder()(inputs_embeds=torch.cat([media, model.get_input_embeddings()(tokens)], 1),
                                  position_ids=positions, attention_mask={'full_attention': mask},
                                  use_cache=False).last_hidden_state
-    return hidden[:, media.shape[1]:], labels, towers
+    return hidden[:, media.shape[1]:], labels, tokens, towers
 
 # %% ../nbs/03_testbed.ipynb #3a67d97f
 def quick_accuracy(model, config, ids, positions, letters=0.):
@@ -591,7 +656,7 @@ def quick_accuracy(model, config, ids, positions, letters=0.):
     import torch
     right = {}
     for i in range(config.eval_clips // config.batch):
-        batch = make_batch(f'eval {i}', config, letters, ids)
+        batch = make_batch(f'eval {i}', config, ids, Lesson(letters=letters))
         with torch.no_grad():
             logits = model.lm_head(packed_hidden(model, batch, positions, ids, config.branch_tokens)[0])
         for row, made, samples in zip(logits, batch[2], batch[3]):
@@ -621,30 +686,56 @@ def _hint_heads(width, seed):
     "One linear read-out per hint; they are not part of the model."
     import torch
     torch.manual_seed(seed)
-    return torch.nn.ModuleDict({k: torch.nn.Linear(width, n) for k, (_, n) in HINTS.items()})
-
-def _through_noise(x, level, generator):
-    "Features at unit rms with Gaussian noise on top."
-    import torch
-    x = x * x.pow(2).mean(-1, keepdim=True).rsqrt()
-    return x + level*torch.randn(x.shape, generator=generator)
-
-def hint_loss(heads, towers, wanted, noise=0., seed=0):
-    "Mean cross-entropy of the read-outs; \"nothing\" counts a twentieth."
-    import torch
-    total, generator = 0., torch.Generator().manual_seed(seed)
-    if noise: towers = [_through_noise(x, noise, generator) for x in towers]
-    for name, (tower, n) in HINTS.items():
-        weight = torch.tensor([.05] + [1.]*(n-1))
-        total = total + torch.nn.functional.cross_entropy(heads[name](towers[tower]).flatten(0, 1), wanted[name].flatten(), weight)
-    return total / len(HINTS)
+    return torch.nn.ModuleDict({k: torch.nn.Linear(width, n) for k, (_, n) in (HINTS | BONDS | dict(letter=(2, 4))).items()})
 
 def _prepare(model, c):
     "The faster towers and, if asked for, compiled decoder layers."
     fast_towers(model)
     if c.compile:
-        for layer in model.get_decoder().layers: layer.compile(dynamic=False)
+        for i, layer in enumerate(model.get_decoder().layers):
+            if i != c.bond_layer: layer.compile(dynamic=False)       # its input is read by a hook
     return model
+
+# %% ../nbs/03_testbed.ipynb #7f0c1de8
+def _unit(x):
+    "Features at unit rms."
+    return x * x.pow(2).mean(-1, keepdim=True).add(1e-6).rsqrt()
+
+def hint_loss(heads, towers, wanted, noise=0., seed=0):
+    "Mean cross-entropy of the read-outs, through Gaussian noise; \"nothing\" counts a twentieth."
+    import torch
+    total, generator = 0., torch.Generator().manual_seed(seed)
+    if noise: towers = [_unit(x) + noise*torch.randn(x.shape, generator=generator) for x in towers]
+    for name, (tower, n) in HINTS.items():
+        weight = torch.tensor([.05] + [1.]*(n-1))
+        total = total + torch.nn.functional.cross_entropy(heads[name](towers[tower]).flatten(0, 1), wanted[name].flatten(), weight)
+    return total / len(HINTS)
+
+def bond_loss(heads, stream, wanted):
+    "Mean cross-entropy of the bonds, read from the decoder's hidden states (B, P+K, width) at media tokens."
+    import torch
+    windows = wanted['seen'].shape[1] // 20
+    media = _unit(stream[:, 4:4+52*windows]).unflatten(1, (windows, 52))        # after the four tokens that open the prompt
+    seen, heard = media[:, :, :32].flatten(1, 2), media[:, :, 32:].flatten(1, 2)
+    return sum(torch.nn.functional.cross_entropy(heads[k]((seen, heard)[tower]).flatten(0, 1), wanted[k].flatten())
+               for k, (tower, _) in BONDS.items()) / len(BONDS)
+
+# %% ../nbs/03_testbed.ipynb #7f0c1dea
+def letter_labels(tokens, ids):
+    "For each word that a letter precedes, the letter's number; -100 elsewhere. (B, K) int64 to (B, K) int64"
+    import torch
+    letters, words = torch.full((len(ids),), -100), torch.zeros(len(ids), dtype=torch.bool)
+    letters[[ids[f'{x}.'] for x in 'ABCD']] = torch.arange(4)
+    words[[ids[w] for pool in POOLS for w in pool]] = True
+    labels = torch.nn.functional.pad(letters[tokens[:, :-1]], (1, 0), value=-100)
+    return labels.masked_fill(~words[tokens], -100)
+
+def letter_loss(heads, stream, tokens, ids):
+    "Each listed choice has to know its letter, read from the decoder's hidden states at the branches."
+    import torch
+    labels = letter_labels(tokens, ids)
+    if (labels < 0).all(): return 0.
+    return torch.nn.functional.cross_entropy(heads['letter'](_unit(stream[:, -tokens.shape[1]:])).flatten(0, 1), labels.flatten())
 
 # %% ../nbs/03_testbed.ipynb #1d8cafb9
 class _Steps:
@@ -654,12 +745,7 @@ class _Steps:
     def __getitem__(self, step):
         import torch
         torch.set_num_threads(1)
-        c = self.config
-        review = c.review[0] <= step < c.review[1]
-        short = step < c.short_until or review or (step >= c.focus_from and step % 2)
-        letters = c.letters if step >= c.letters_at else 0.
-        return make_batch(step, c, letters, self.ids, 2 if short else WINDOWS, step >= c.focus_from,
-                          15. if step < c.dim_until else 4., step >= c.facts_from, review)
+        return make_batch(step, self.config, self.ids, lesson(step, self.config))
 
 def _batches(config, ids, start):
     from torch.utils.data import DataLoader
@@ -685,6 +771,9 @@ class _Trainer:
     def _set(self, model):
         self.positions = {w: prefix_positions(model, self.ids, w) for w in (2, WINDOWS)}
         self.model = _prepare(model, self.config)
+        layers = model.get_decoder().layers
+        read = lambda module, inputs: setattr(self, 'stream', inputs[0])
+        layers[min(self.config.bond_layer, len(layers)-1)].register_forward_pre_hook(read)
         self.optimizer = _optimizer(model, self.heads, self.config)
 
     def grow(self, layers, at, seed):
@@ -715,13 +804,15 @@ class _Trainer:
 def _train_step(self, batch):
     "One update; the loss as a number."
     import torch
-    hidden, labels, towers = packed_hidden(self.model, batch, self.positions, self.ids, self.config.branch_tokens)
+    hidden, labels, tokens, towers = packed_hidden(self.model, batch, self.positions, self.ids, self.config.branch_tokens)
     asked = labels >= 0
     loss = torch.nn.functional.cross_entropy(self.model.lm_head(hidden[asked]), labels[asked])
     noise = .5 if self.step >= self.config.noisy_hints_from else 0.
     hint = hint_loss(self.heads, towers, batch[4], noise, self.step) if self.step >= self.config.hints_from else 0.
-    (loss + hint).backward()
-    self.hint = float(hint)
+    bond = bond_loss(self.heads, self.stream, batch[4]) if self.step >= self.config.links_from else 0.
+    if self.step >= self.config.letters_at: bond = bond + letter_loss(self.heads, self.stream, tokens, self.ids)
+    (loss + hint + bond).backward()
+    self.hint, self.bond = float(hint), float(bond)
     torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
     for group in self.optimizer.param_groups: group['lr'] = learning_rate(self.step, self.config)
     self.optimizer.step(); self.optimizer.zero_grad()
@@ -731,7 +822,7 @@ _Trainer.train_step = _train_step
 def _report(self, losses):
     "Append accuracies and loss to the log."
     acc = quick_accuracy(self.model, self.config, self.ids, self.positions, .5 if self.step > self.config.letters_at else 0.)
-    row = dict(step=self.step, loss=round(float(np.mean(losses)), 4), hint=round(self.hint, 4), seconds=round(self.seconds), accuracy=acc)
+    row = dict(step=self.step, loss=round(float(np.mean(losses)), 4), hint=round(self.hint, 4), bond=round(self.bond, 4), seconds=round(self.seconds), accuracy=acc)
     kept = [l for l in self.log.read_text().splitlines() if json.loads(l)['step'] < self.step] if self.log.exists() else []
     self.log.write_text('\n'.join([*kept, json.dumps(row)]) + '\n')
     return row
