@@ -259,9 +259,9 @@ def store_kv_policies(
     from seats_analysis.probe import provenance
     from seats_analysis.schedule import Schedule
     from seats_analysis.testbed import load_testbed
-    (model, processor), samples = load_testbed(), caption_samples(limit=limit)
     found = sorted((int(p.stem.removeprefix('testbed_trr')), p) for p in Path(schedules).glob('testbed_trr*.json'))
     if not found: raise ValueError(f'no testbed_trr*.json in {str(schedules)!r}; `seats schedule` makes them')
+    (model, processor), samples = load_testbed(), caption_samples(limit=limit)
     rows = kv_policies(model, processor, samples, {trr: Schedule.load(p) for trr, p in reversed(found)})
     note = provenance(model, processor, samples, seed=0, split='test', clips=len(samples)) | dict(schema='seats_analysis/kv_policies/1', rows=rows)
     with atomic_write(out) as part: part.write_text(json.dumps(note, indent=1) + '\n', encoding='utf-8')
