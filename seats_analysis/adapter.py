@@ -6,9 +6,9 @@
 __all__ = ['QWEN2_5_OMNI', 'QWEN3_OMNI', 'FAMILIES', 'IMAGES', 'LETTERS', 'OmniAdapter', 'adapter_for', 'Rates', 'rates',
            'token_ids', 'audio_rows', 'audio_token_counts', 'layout_of', 'prompt_text', 'answer_texts', 'turn_text',
            'chat_prompt', 'Prompt', 'rope_index', 'Encoded', 'encode', 'decoder_inputs', 'rotary_tables', 'rotate',
-           'DeepStack', 'without_deepstack', 'deepstack_tables', 'causal_mask', 'layer_mask', 'run_layers',
-           'final_logits', 'layer_query', 'layer_key', 'last_vision_attention', 'last_audio_attention', 'vision_qk',
-           'audio_qk', 'attention_call', 'window_index', 'last_logits_only', 'ChoiceScores', 'score_choices']
+           'DeepStack', 'without_deepstack', 'causal_mask', 'layer_mask', 'run_layers', 'final_logits', 'layer_query',
+           'layer_key', 'last_vision_attention', 'last_audio_attention', 'vision_qk', 'audio_qk', 'attention_call',
+           'window_index', 'last_logits_only', 'ChoiceScores', 'score_choices']
 
 # %% ../nbs/02_adapter.ipynb #017b27f5
 import copy
@@ -435,16 +435,6 @@ def without_deepstack(kwargs:Mapping)->dict:
     "Keyword arguments of the text model that leave the adding to the caller."
     return {k: None if k in ('deepstack_visual_embeds', 'visual_pos_masks') else v for k, v in kwargs.items()}
 
-def deepstack_tables(
-    kwargs:Mapping, # of the text model, from `decoder_inputs`
-    length:int, # positions, at least those of the prompt; those behind it get zeros
-)->tuple: # one per layer from layer 0 on: (B, length, D); empty where the family has none
-    "What `run_layers` adds after each of the first layers; cut it like the rotary tables."
-    if (deep := DeepStack.of(kwargs)) is None: return ()
-    zero = kwargs['inputs_embeds'].new_zeros(1)
-    pad = lambda x: torch.nn.functional.pad(x, (0, 0, 0, length - x.shape[1]))
-    return tuple(pad(deep.add(i, zero.expand_as(kwargs['inputs_embeds']))) for i in range(len(deep.embeds)))
-
 # %% ../nbs/02_adapter.ipynb #2c113b6a
 def causal_mask(
     valid:torch.Tensor, # (B, S) bool, False at padding
@@ -474,16 +464,14 @@ def layer_mask(
 def run_layers(
     model,
     hidden:torch.Tensor, # (B, S, D) before layer `start`
-    rotary:tuple, # cos and sin of these positions, each (B, S, head size); behind them any `deepstack_tables`
+    rotary:tuple, # cos and sin of these positions, each (B, S, head size)
     mask:torch.Tensor|None, # from `layer_mask`
     start:int=0, stop:int|None=None, # 0-based, half-open
 )->torch.Tensor: # (B, S, D) before layer `stop`
     "Run some decoder layers, without a cache."
-    (cos, sin, *deep), layers = rotary, adapter_for(model).layers(model)
-    for i in range(len(layers))[start:stop]:
-        out = layers[i](hidden, attention_mask=mask, position_embeddings=(cos, sin), position_ids=None, past_key_values=None, use_cache=False)
+    for layer in adapter_for(model).layers(model)[start:stop]:
+        out = layer(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=None, past_key_values=None, use_cache=False)
         hidden = out[0] if isinstance(out, tuple) else out
-        if i < len(deep): hidden = hidden + deep[i]
     return hidden
 
 def final_logits(

@@ -496,7 +496,7 @@ def finish_plan(s, given):
     "What only a pass with cuts needs to know. Raises ValueError for outputs that it cannot give."
     if given.get('output_hidden_states'):
         raise ValueError('pruned layers have hidden states of different lengths, with which neither `output_hidden_states` nor speech output can go on: '
-                         'generate text only (`generation_mode="text"`), or leave the `prune` block')
+                         'generate text only (`generation_mode="text"`; Qwen3-Omni: `return_audio=False`), or leave the `prune` block')
     s.prefill.order = visual_order(given['input_ids'], s.prefill.layout, token_ids(s.model)[IMAGE])
 
 # %% ../nbs/09_prune.ipynb #ce86d5ab

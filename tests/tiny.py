@@ -80,3 +80,37 @@ def thinker(family, layers=LAYERS, attention='sdpa', seed=0):
     import transformers
     name = {'qwen2.5-omni': 'Qwen2_5OmniThinkerForConditionalGeneration', 'qwen3-omni': 'Qwen3OmniMoeThinkerForConditionalGeneration'}[family]
     return randomise(getattr(transformers, name)._from_config(config(family, layers), attn_implementation=attention), seed)
+
+
+def _speech25():
+    small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16)
+    talker = dict(**small, vocab_size=8448, embedding_size=128, intermediate_size=32, num_key_value_heads=2,
+                  tts_text_start_token_id=1, tts_text_end_token_id=1, tts_text_pad_token_id=0,
+                  rope_parameters=dict(rope_type='default', rope_theta=1e4, mrope_section=[4, 2, 2]))
+    dit = dict(**small, emb_dim=16, enc_emb_dim=8, enc_dim=8, enc_channels=[8]*5, enc_attention_channels=4, enc_se_channels=4, look_ahead_layers=[0],
+               look_backward_layers=[0], mel_dim=8)
+    wave = dict(mel_dim=8, upsample_initial_channel=64)
+    return dict(talker_config=talker, token2wav_config=dict(dit_config=dit, bigvgan_config=wave))
+
+
+def _speech3():
+    small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    text = dict(**small, head_dim=16, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+                rope_parameters=dict(rope_type='default', rope_theta=1e4, mrope_section=[4, 2, 2], mrope_interleaved=True))
+    talker = dict(text_config=text, code_predictor_config=dict(**small, head_dim=16, vocab_size=64, num_code_groups=4), num_code_groups=4,
+                  spatial_merge_size=2, thinker_hidden_size=64, accept_hidden_layer=2, speaker_id={'ethan': 3})
+    wave = dict(**small, codebook_size=64, num_quantizers=4, decoder_dim=32)
+    from seats_analysis.testbed import vocabulary
+    ids = {w: i for i, w in enumerate(vocabulary())}
+    return dict(talker_config=talker, code2wav_config=wave, im_start_token_id=ids['<|im_start|>'], user_token_id=ids['user'],
+                assistant_token_id=ids['assistant'], tts_pad_token_id=0, tts_bos_token_id=1, tts_eos_token_id=1)
+
+
+def full(family, speech=False, layers=LAYERS):
+    "The model around the thinker, with or without talker."
+    import transformers
+    name, more = {'qwen2.5-omni': ('Qwen2_5Omni', _speech25), 'qwen3-omni': ('Qwen3OmniMoe', _speech3)}[family]
+    settings = getattr(transformers, name + 'Config')(thinker_config=config(family, layers).to_dict(), enable_audio_output=speech, **(more() if speech else {}))
+    model = randomise(getattr(transformers, name + 'ForConditionalGeneration')(settings))
+    if speech and family == 'qwen2.5-omni': model.speaker_map = {'Chelsie': dict(bos_token=1, cond=torch.zeros(1, 8), ref_mel=torch.zeros(1, 8, 8))}
+    return model
