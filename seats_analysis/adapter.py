@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 
+import numpy as np
 import torch
 
 from .layout import (AUDIO, IMAGE, VISUAL, TokenLayout, audio_media, images_as_visual, pad_left, stack_layouts,
@@ -42,6 +43,7 @@ class OmniAdapter:
     token_fields: Mapping[int, str] # modality -> config field with its placeholder token
     audio_rows: Callable = _halved # (mel frames of a sound, config of the audio tower) -> rows of its last layer
     rows_per_token: int = 2 # of which the mean is an audio token
+    least_frames: Callable = lambda config: 1 # (config of the audio tower) -> mel frames that a sound is filled up to with silence
 
     def part(self, model, name):
         "The module called `name` in `paths`. Raises ValueError where the model has none."
@@ -77,7 +79,8 @@ def _chunked(frames, config):
 
 QWEN3_OMNI = OmniAdapter(
     family='qwen3-omni', classes=('Qwen3OmniMoeThinkerForConditionalGeneration', 'Qwen3OmniMoeForConditionalGeneration'),
-    paths=QWEN2_5_OMNI.paths, token_fields=QWEN2_5_OMNI.token_fields, audio_rows=_chunked, rows_per_token=1)
+    paths=QWEN2_5_OMNI.paths, token_fields=QWEN2_5_OMNI.token_fields, audio_rows=_chunked, rows_per_token=1,
+    least_frames=lambda config: 2*config.n_window) # its tower pads all chunks of a call to the longest, so a shorter one would depend on its neighbours
 FAMILIES = {a.family: a for a in (QWEN2_5_OMNI, QWEN3_OMNI)}
 
 def adapter_for(
@@ -97,6 +100,7 @@ class Rates:
     positions_per_second: float # M-RoPE time positions, and audio tokens, per second
     seconds_per_chunk: float # seconds of video and sound that lie side by side
     merge_size: int # patches per side of one visual token
+    least_frames: int = 1 # mel frames that a sound is filled up to with silence
     grids_per_window: int = 2 # temporal grids of a Stage I window
 
     @property
@@ -104,8 +108,9 @@ class Rates:
 
 def rates(model)->Rates:
     "The rates of a model. Qwen3-Omni's configuration need not name a chunk: its windows are of 2 s."
-    cfg = adapter_for(model).config(model)
-    return Rates(cfg.position_id_per_seconds, float(getattr(cfg, 'seconds_per_chunk', 2)), cfg.vision_config.spatial_merge_size)
+    adapter = adapter_for(model)
+    cfg, least = adapter.config(model), adapter.least_frames
+    return Rates(cfg.position_id_per_seconds, float(getattr(cfg, 'seconds_per_chunk', 2)), cfg.vision_config.spatial_merge_size, least(cfg.audio_config))
 
 def token_ids(
     model,
@@ -205,12 +210,16 @@ def _media(processor, part, rates, interleave=True):
     if isinstance(part, str): return []
     if not isinstance(part, Clip): return [('image', dict(images=[torch.as_tensor(part).permute(2, 0, 1)], images_kwargs=dict(size=dict(processor.image_processor.size))))]
     heard = part.waveform is not None and len(part.waveform) >= 4*processor.feature_extractor.hop_length
-    sound = dict(audio=[part.waveform], audio_kwargs=dict(truncation=False)) if heard else {}
+    sound = dict(audio=[_filled(part.waveform, rates.least_frames*processor.feature_extractor.hop_length)], audio_kwargs=dict(truncation=False)) if heard else {}
     if part.frames is None or not len(part.frames): return [('audio', sound)] if heard else []
     sight = dict(videos=[torch.as_tensor(part.frames).permute(0, 3, 1, 2)], videos_kwargs=_video_kwargs(processor, part.fps),
                  position_id_per_seconds=rates.positions_per_second, seconds_per_chunk=rates.seconds_per_chunk)
     if heard and interleave: return [('video', {**sight, **sound, **_interleave(processor)})]
     return [('video', sight), *([('audio', sound)] if heard else [])]
+
+def _filled(waveform, n):
+    "The sound with silence behind it, up to `n` samples."
+    return np.pad(waveform, (0, max(n - len(waveform), 0)))
 
 def _video_kwargs(processor, fps):
     "Nothing is left to class defaults: limits as the processor has them saved, the true rate, all frames."
