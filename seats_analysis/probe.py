@@ -237,6 +237,7 @@ def _view(model, hidden, rotary, extra, layout, clip):
     n = int(media[-1]) + 1 if len(media) else 0
     @cache
     def before(layer):
+        if not n: return hidden[0, :0]
         seen = causal_mask(torch.ones(1, n, dtype=torch.bool, device=hidden.device))
         cut = Cut(None, None, tuple(t[:, :n] for t in rotary), layer_mask(model, seen, hidden.dtype), tuple(e[:, :n] for e in extra))
         return _through(model, hidden[:, :n], cut, 0, layer)[0]
