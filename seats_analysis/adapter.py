@@ -8,7 +8,8 @@ __all__ = ['QWEN2_5_OMNI', 'QWEN3_OMNI', 'FAMILIES', 'IMAGES', 'LETTERS', 'OmniA
            'chat_prompt', 'Prompt', 'rope_index', 'Encoded', 'encode', 'decoder_inputs', 'rotary_tables', 'rotate',
            'DeepStack', 'without_deepstack', 'causal_mask', 'layer_mask', 'run_layers', 'final_logits', 'layer_query',
            'layer_key', 'last_vision_attention', 'last_audio_attention', 'vision_qk', 'audio_qk', 'attention_call',
-           'window_index', 'last_logits_only', 'ChoiceScores', 'score_choices']
+           'window_index', 'LayerKeys', 'run_layer', 'layer_keys', 'deepstack_inputs', 'Questions', 'encode_questions',
+           'last_logits_only', 'ChoiceScores', 'score_choices']
 
 # %% ../nbs/02_adapter.ipynb #017b27f5
 import copy
@@ -554,6 +555,93 @@ def window_index(
     if not hasattr(v, 'window_size'): return torch.arange(int(grid_thw.prod(-1).sum()) // v.spatial_merge_size**2) # Qwen3 has no windows
     return get_vision_window_index(grid_thw, spatial_merge_size=v.spatial_merge_size, window_size=v.window_size,
                                    patch_size=v.patch_size)[0]
+
+# %% ../nbs/02_adapter.ipynb #8bd5f595
+class LayerKeys:
+    "In place of a cache, for one call of one layer: earlier keys and values go in front, and what the layer attends to is remembered."
+    def __init__(self,
+        before=None, # keys and values (1 or B, KV heads, n, head size) to put in front
+        only=False, # end the call when keys and values are known
+    ): self.before, self.only, self.kv = before, only, None
+
+    def update(self, keys, values, *args, **kwargs):
+        "What attention asks of a cache."
+        if self.before is not None:
+            keys, values = (torch.cat([old.expand(len(new), -1, -1, -1), new], 2) for old, new in zip(self.before, (keys, values)))
+        self.kv = keys, values
+        if self.only: raise _Stop
+        return keys, values
+
+# %% ../nbs/02_adapter.ipynb #e7e68b45
+def run_layer(
+    model,
+    hidden:torch.Tensor, # (B, n, D) before the layer
+    rotary:tuple, # cos and sin of these positions, each (1 or B, n, head size)
+    mask:torch.Tensor|None, # (1 or B, 1, n, m + n) from `layer_mask`
+    layer:int, # 0-based
+    before:tuple|None=None, # keys and values of m earlier positions, each (1 or B, KV heads, m, head size)
+)->tuple: # hidden states after the layer; keys and values (B, KV heads, m + n, head size)
+    "Run one stock decoder layer behind positions whose keys and values are known."
+    held, run = LayerKeys(before), adapter_for(model).layers(model)[layer]
+    out = run(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=None, past_key_values=held, use_cache=True)
+    return (out[0] if isinstance(out, tuple) else out), held.kv
+
+def layer_keys(model, hidden, rotary, layer, before=None)->tuple: # keys and values (B, KV heads, m + n, head size)
+    "Keys and values only, without the rest of the layer; arguments as for `run_layer`."
+    held, run = LayerKeys(before, only=True), adapter_for(model).layers(model)[layer]
+    try: run(hidden, attention_mask=None, position_embeddings=rotary, position_ids=None, past_key_values=held, use_cache=True)
+    except _Stop: pass
+    return held.kv
+
+# %% ../nbs/02_adapter.ipynb #f187830a
+def deepstack_inputs(
+    seen:Mapping, # from `decoder_inputs`
+)->tuple: # of (B, S, D), one for each of the first layers; empty in families without DeepStack
+    "What the text model adds to the hidden states after layer 0, 1, .. ."
+    embeds, at = seen.get('deepstack_visual_embeds') or (), seen.get('visual_pos_masks')
+    return tuple(torch.zeros_like(seen['inputs_embeds']).masked_scatter(at[..., None], e.to(seen['inputs_embeds'].dtype)) for e in embeds)
+
+# %% ../nbs/02_adapter.ipynb #a3564471
+@dataclass(frozen=True)
+class Questions:
+    "Questions on the same media."
+    encoded: Encoded # the first one, (1, S)
+    shared: int # positions that all prompts begin with, all media among them
+    tails: tuple # per question: token ids after the common part, at least one
+    samples: tuple[Sample, ...]
+    choice_ids: tuple # per sample, per choice: token ids
+
+    def positions(self, depth:torch.Tensor): # (n,) tokens after the common part, from 0 -> (3, 1, n) M-RoPE positions
+        "Positions behind the common part, where there is only text."
+        return self.encoded.position_ids[:, :1, self.shared, None] + depth.to(self.encoded.position_ids.device)
+
+def _prompts(model, processor, samples, encoded):
+    "Token ids of all prompts, made from the first one's; None where they do not begin alike."
+    media = ('video',) if encoded.layout.visual.any() else ('audio',) if encoded.layout.audio.any() else ()
+    rows = [processor.tokenizer(chat_prompt(processor, s, media))['input_ids'] for s in samples]
+    ends = [max((i + 1 for i, t in enumerate(row) if t in token_ids(model).values()), default=0) for row in rows]
+    first = encoded.inputs['input_ids'][0].tolist()
+    head, rest = len(first) - len(rows[0]) + ends[0], [row[end:] for row, end in zip(rows, ends)]
+    alike = first[head:] == rest[0] and all(row[:end] == rows[0][:ends[0]] for row, end in zip(rows, ends))
+    return [first[:head] + row for row in rest] if alike else None
+
+# %% ../nbs/02_adapter.ipynb #fc61ba0e
+def encode_questions(
+    model,
+    processor, # the model's processor
+    samples:Sequence[Sample], # on the same media, at least one
+    **limits, # fps, max_frames: see `encode`
+)->list: # of Questions; more than one only where prompts do not begin alike
+    "Questions on one clip, with the clip encoded once. Raises ValueError for samples on different media."
+    if len({(s.video, s.audio) for s in samples}) != 1: raise ValueError(f'{len(samples)} samples, expected one or more on the same media')
+    encoded = encode(model, processor, samples[:1], **limits)
+    prompts = [encoded.inputs['input_ids'][0].tolist()] if len(samples) == 1 else _prompts(model, processor, samples, encoded)
+    if prompts is None: return [q for s in samples for q in encode_questions(model, processor, [s], **limits)]
+    most = min(map(len, prompts)) - 1 # the answer position belongs to the question
+    shared = next((i for i in range(most) if len({p[i] for p in prompts}) > 1), most)
+    tokens = lambda text: tuple(processor.tokenizer(text, add_special_tokens=False)['input_ids'])
+    choices = tuple(tuple(tokens(t) for t in answer_texts(s)) for s in samples)
+    return [Questions(encoded, shared, tuple(tuple(p[shared:]) for p in prompts), tuple(samples), choices)]
 
 # %% ../nbs/02_adapter.ipynb #57104f81
 @contextmanager
