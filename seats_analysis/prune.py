@@ -6,13 +6,14 @@
 __all__ = ['CODES', 'KV', 'SCORE_LAYERS', 'Cut', 'plan_cuts', 'Tokens', 'right_align', 'take', 'cut_tokens', 'window_tokens',
            'Part', 'Entry', 'Method', 'Run', 'Slots', 'slots_of', 'shorten_cache', 'LogicalLength', 'pick_slots',
            'label_cache', 'plain_cache', 'causal_mask', 'decode_mask', 'EncoderCall', 'visual_call', 'audio_call',
-           'find_call', 'visual_attention', 'audio_attention', 'Prefill', 'start_tokens', 'media_index', 'visual_order',
-           'visual_received', 'received', 'entry_keep', 'token_scores', 'check_prompt', 'known_shape', 'plan_prefill',
-           'next_positions', 'read_layout', 'finish_plan', 'position_rows', 'carry_out', 'enter_decoder', 'choose',
-           'shorten', 'enter_layer', 'add_deepstack', 'deepstack_hooks', 'finish_prefill', 'columns_after',
-           'enter_decode_step', 'gone', 'check_media_left', 'continue_prompt', 'follow_up', 'Sections', 'EncoderWatch',
-           'Session', 'install', 'repeat_order', 'pick_media', 'number_copies', 'media_sizes', 'repeat_encoded',
-           'repeat_media', 'repeat_cache', 'expand_inputs', 'expand_per_sample', 'as_method', 'check_model', 'prune']
+           'find_call', 'visual_attention', 'audio_attention', 'Check', 'check_entry', 'check_scores', 'check_finite',
+           'Prefill', 'start_tokens', 'media_index', 'visual_order', 'visual_received', 'received', 'entry_keep',
+           'token_scores', 'check_prompt', 'known_shape', 'plan_prefill', 'next_positions', 'read_layout',
+           'finish_plan', 'position_rows', 'carry_out', 'enter_decoder', 'choose', 'shorten', 'enter_layer',
+           'add_deepstack', 'deepstack_hooks', 'finish_prefill', 'columns_after', 'enter_decode_step', 'gone',
+           'check_media_left', 'continue_prompt', 'follow_up', 'Sections', 'EncoderWatch', 'Session', 'install',
+           'repeat_order', 'pick_media', 'number_copies', 'media_sizes', 'repeat_encoded', 'repeat_media',
+           'repeat_cache', 'expand_inputs', 'expand_per_sample', 'as_method', 'check_model', 'prune']
 
 # %% ../nbs/09_prune.ipynb #9644a026
 import copy
@@ -33,7 +34,7 @@ from .adapter import (IMAGES, DeepStack, adapter_for, attention_call, audio_qk, 
 from .cost import Ledger
 from .layout import AUDIO, IMAGE, NAMES, PAD, TEXT, VISUAL, TokenLayout
 from .schedule import Schedule
-from .select import (attention_received, pool_groups, query_scores, select_in_clip, select_in_windows, stage1_counts,
+from .select import (attention_received, finite_rows, pool_groups, query_scores, select_in_clip, select_in_windows, stage1_counts,
                                    stage2_counts, undo_order, window_sizes)
 
 # %% ../nbs/09_prune.ipynb #76700800
@@ -414,6 +415,40 @@ def audio_attention(
     sizes = [n for r in rows for n in window_sizes(r, group*rates(model).audio_per_window)]
     return pool_groups(attention_received(*audio_qk(last_audio_attention(model), hidden), sizes), group, rows)
 
+# %% ../nbs/09_prune.ipynb #cb9d6d5f
+@dataclass(frozen=True)
+class Check:
+    "Whether one choice was made from finite values."
+    place: str # stage and layer
+    rows: tuple # what each flag is about
+    finite: torch.Tensor # (rows,) bool, on the device
+
+def check_entry(entry:Entry)->Check:
+    "Features and attention of stage I, for every sample and modality."
+    ok, B = finite_rows(entry.features), len(entry.parts)//len(CODES)
+    if entry.attention is not None: ok = ok & finite_rows(entry.attention[:, None])
+    flags = [part.all() for part in ok.split([sum(p.sizes) for p in entry.parts])]
+    rows = tuple(f'the {p.modality} features of sample {i % B}' for i, p in enumerate(entry.parts))
+    return Check('stage I, before layer 0', rows, torch.stack(flags))
+
+def check_scores(
+    scores:torch.Tensor, # (B, S) of `token_scores`
+    layer:int, # the drop is made before it, 0-based
+)->Check:
+    "Scores of stage II, for every sample."
+    return Check(f'stage II, before layer {layer}', tuple(f'the scores of sample {b}' for b in range(len(scores))), finite_rows(scores))
+
+def check_finite(
+    checks:Sequence, # of `Check`, in the order of the layers
+):
+    "Raise ValueError for the first choice that was made from NaN or infinity. The one look at the device in a prefill."
+    flags = torch.cat([c.finite for c in checks]).tolist() if checks else [] # to the host, after the last layer
+    bad = [where for where, ok in zip(((c.place, row) for c in checks for row in c.rows), flags) if not ok]
+    if not bad: return
+    place, rows = bad[0][0], ', '.join(row for place, row in bad if place == bad[0][0])
+    raise ValueError(f'{place}: {rows} hold NaN or infinity, and no token is chosen by those. Check the inputs and the weights; '
+                     'float16 overflows where bfloat16 and float32 do not')
+
 # %% ../nbs/09_prune.ipynb #d01ec671
 @dataclass
 class Prefill:
@@ -431,6 +466,7 @@ class Prefill:
     position: torch.Tensor|None = None # (B,) of the next token
     stages: list = field(default_factory=list)
     layers: list = field(default_factory=list)
+    checks: list = field(default_factory=list) # of `Check`
 
     @property
     def numbers(self): return tuple(p.number for p in self.parts if p.modality == 'visual')
@@ -497,8 +533,9 @@ def entry_keep(
     "Stage I: ask the method, put its answer into the sequence."
     index = prefill.index.to(embeds.device, non_blocking=True)
     attention = received(calls, prefill) if method.uses_attention else None
-    chosen = method.enter(Entry(embeds.flatten(0, 1)[index], attention, prefill.parts))
-    return prefill.tokens.valid.flatten().scatter(0, index, chosen).view(embeds.shape[:2])
+    entry = Entry(embeds.flatten(0, 1)[index], attention, prefill.parts)
+    prefill.checks.append(check_entry(entry))
+    return prefill.tokens.valid.flatten().scatter(0, index, method.enter(entry)).view(embeds.shape[:2])
 
 # %% ../nbs/09_prune.ipynb #83faba5b
 def token_scores(
@@ -604,6 +641,7 @@ def choose(s, cut, layer, hidden, tables): # -> (B, S) bool
     if cut.stage == 3: return tokens.valid & ~torch.stack([tokens.is_(m) for m in cut.gone]).any(0)
     scorer = s.layers[layer - 1 if s.run.score_layer == 'own' else layer]
     scores = token_scores(scorer, hidden, tables, tokens) if s.method.uses_scores else None
+    if scores is not None: s.prefill.checks.append(check_scores(scores, layer))
     return s.method.drop(tokens, scores, cut, s.prefill.windows) & tokens.valid
 
 def shorten(s, cut, layer, hidden, kwargs): # -> (B, width, D)
@@ -642,8 +680,9 @@ def deepstack_hooks(s): # -> (module, hook)
 
 # %% ../nbs/09_prune.ipynb #efbb3e5f
 def finish_prefill(s, output):
-    "Label the cache, fill in the run."
+    "Label the cache, fill in the run; raises ValueError if something was chosen from NaN."
     p, cache = s.prefill, getattr(output, 'past_key_values', None)
+    check_finite(p.checks)
     held = [p.tokens]*len(p.layers) if s.run.kv == 'evict' else p.layers
     if cache is not None: label_cache(cache, replace(Slots.of(held, p.layout.shape[1], p.position), gone=gone(p) if s.run.kv == 'evict' else ()))
     s.run._stages, s.run._layers = p.stages, p.layers
