@@ -6,12 +6,14 @@
 __all__ = ['CODES', 'KV', 'SCORE_LAYERS', 'Cut', 'plan_cuts', 'Tokens', 'right_align', 'take', 'cut_tokens', 'window_tokens',
            'Part', 'Entry', 'Method', 'Run', 'Slots', 'slots_of', 'shorten_cache', 'LogicalLength', 'pick_slots',
            'label_cache', 'plain_cache', 'causal_mask', 'decode_mask', 'EncoderCall', 'visual_call', 'audio_call',
-           'find_call', 'visual_attention', 'audio_attention', 'Prefill', 'start_tokens', 'media_index', 'received',
-           'entry_keep', 'token_scores', 'check_prompt', 'known_shape', 'plan_prefill', 'next_positions',
-           'position_rows', 'enter_decoder', 'choose', 'shorten', 'enter_layer', 'finish_prefill', 'columns_after',
-           'enter_decode_step', 'gone', 'check_media_left', 'continue_prompt', 'follow_up', 'Sections', 'EncoderWatch',
-           'Session', 'install', 'repeat_order', 'pick_media', 'number_copies', 'media_sizes', 'repeat_encoded',
-           'repeat_media', 'repeat_cache', 'expand_inputs', 'expand_per_sample', 'as_method', 'check_model', 'prune']
+           'find_call', 'visual_attention', 'audio_attention', 'Check', 'check_entry', 'check_scores', 'check_finite',
+           'Prefill', 'start_tokens', 'media_index', 'visual_order', 'visual_received', 'received', 'entry_keep',
+           'token_scores', 'check_prompt', 'known_shape', 'plan_prefill', 'next_positions', 'read_layout',
+           'finish_plan', 'position_rows', 'carry_out', 'enter_decoder', 'choose', 'shorten', 'enter_layer',
+           'add_deepstack', 'deepstack_hooks', 'finish_prefill', 'columns_after', 'enter_decode_step', 'gone',
+           'check_media_left', 'continue_prompt', 'follow_up', 'Sections', 'EncoderWatch', 'Session', 'install',
+           'repeat_order', 'pick_media', 'number_copies', 'media_sizes', 'repeat_encoded', 'repeat_media',
+           'repeat_cache', 'expand_inputs', 'expand_per_sample', 'as_method', 'check_model', 'prune']
 
 # %% ../nbs/09_prune.ipynb #9644a026
 import copy
@@ -27,12 +29,12 @@ from weakref import WeakSet, ref
 import numpy as np
 import torch
 
-from .adapter import (adapter_for, attention_call, audio_token_counts, audio_qk, last_audio_attention, last_vision_attention, layer_key,
-                                    layer_query, layout_of, rates, token_ids, vision_qk, window_index)
+from .adapter import (IMAGES, DeepStack, adapter_for, attention_call, audio_qk, audio_rows, audio_token_counts, last_audio_attention,
+                                    last_vision_attention, layer_key, layer_query, layout_of, rates, token_ids, vision_qk, window_index, without_deepstack)
 from .cost import Ledger
 from .layout import AUDIO, IMAGE, NAMES, PAD, TEXT, VISUAL, TokenLayout
 from .schedule import Schedule
-from .select import (attention_received, pool_groups, query_scores, select_in_clip, select_in_windows, stage1_counts,
+from .select import (attention_received, finite_rows, pool_groups, query_scores, select_in_clip, select_in_windows, stage1_counts,
                                    stage2_counts, undo_order, window_sizes)
 
 # %% ../nbs/09_prune.ipynb #76700800
@@ -376,10 +378,10 @@ def visual_call(model, grid_thw)->EncoderCall: # grid_thw (videos, 3)
     grids = grid_thw.tolist() # to the host, long before the first decoder layer
     return EncoderCall(grids, sum(t*h*w for t, h, w in grids) // rates(model).merge_size**2)
 
-def audio_call(feature_lens)->EncoderCall: # (sounds,) mel frames
-    "A call of the audio tower that is about to begin; a convolution of stride 2, then two frames make a token."
+def audio_call(model, feature_lens)->EncoderCall: # (sounds,) mel frames
+    "A call of the audio tower that is about to begin."
     lengths = feature_lens.tolist() # to the host, long before the first decoder layer
-    return EncoderCall(lengths, sum((n + 1)//2//2 for n in lengths))
+    return EncoderCall(lengths, sum(audio_token_counts(model, lengths)))
 
 def find_call(
     calls:Sequence, # `EncoderCall`s, oldest first
@@ -406,12 +408,46 @@ def visual_attention(
 def audio_attention(
     model,
     lengths:Sequence[int], # mel frames of each sound
-    hidden:torch.Tensor, # (frames, D) input of the last attention module
+    hidden:torch.Tensor, # (rows, D) input of the last attention module
 )->torch.Tensor: # (tokens,) float32
     "Attention received by every audio token, within windows of `seconds_per_chunk`."
-    frames, width = [(n + 1)//2 for n in lengths], 2*rates(model).audio_per_window
-    sizes = [n for f in frames for n in window_sizes(f, width)]
-    return pool_groups(attention_received(*audio_qk(last_audio_attention(model), hidden), sizes), 2, frames)
+    rows, group = audio_rows(model, lengths), adapter_for(model).rows_per_token
+    sizes = [n for r in rows for n in window_sizes(r, group*rates(model).audio_per_window)]
+    return pool_groups(attention_received(*audio_qk(last_audio_attention(model), hidden), sizes), group, rows)
+
+# %% ../nbs/09_prune.ipynb #cb9d6d5f
+@dataclass(frozen=True)
+class Check:
+    "Whether one choice was made from finite values."
+    place: str # stage and layer
+    rows: tuple # what each flag is about
+    finite: torch.Tensor # (rows,) bool, on the device
+
+def check_entry(entry:Entry)->Check:
+    "Features and attention of stage I, for every sample and modality."
+    ok, B = finite_rows(entry.features), len(entry.parts)//len(CODES)
+    if entry.attention is not None: ok = ok & finite_rows(entry.attention[:, None])
+    flags = [part.all() for part in ok.split([sum(p.sizes) for p in entry.parts])]
+    rows = tuple(f'the {p.modality} features of sample {i % B}' for i, p in enumerate(entry.parts))
+    return Check('stage I, before layer 0', rows, torch.stack(flags))
+
+def check_scores(
+    scores:torch.Tensor, # (B, S) of `token_scores`
+    layer:int, # the drop is made before it, 0-based
+)->Check:
+    "Scores of stage II, for every sample."
+    return Check(f'stage II, before layer {layer}', tuple(f'the scores of sample {b}' for b in range(len(scores))), finite_rows(scores))
+
+def check_finite(
+    checks:Sequence, # of `Check`, in the order of the layers
+):
+    "Raise ValueError for the first choice that was made from NaN or infinity. The one look at the device in a prefill."
+    flags = torch.cat([c.finite for c in checks]).tolist() if checks else [] # to the host, after the last layer
+    bad = [where for where, ok in zip(((c.place, row) for c in checks for row in c.rows), flags) if not ok]
+    if not bad: return
+    place, rows = bad[0][0], ', '.join(row for place, row in bad if place == bad[0][0])
+    raise ValueError(f'{place}: {rows} hold NaN or infinity, and no token is chosen by those. Check the inputs and the weights; '
+                     'float16 overflows where bfloat16 and float32 do not')
 
 # %% ../nbs/09_prune.ipynb #d01ec671
 @dataclass
@@ -422,12 +458,15 @@ class Prefill:
     cuts: list # of `Cut`
     index: torch.Tensor # (T,) int64 `media_index`
     windows: int # runs of visual or audio tokens, whichever are more
+    order: torch.Tensor|None = None # (T_v,) int64 visual tokens as their tower gives them, images first; None = in sequence
+    deep: DeepStack|None = None # of what is in the sequence; None where the family has none
     tokens: Tokens|None = None # what is in the sequence now
     tables: tuple|None = None # cos and sin of what is in the sequence; None = as handed over
     mask: torch.Tensor|None = None
     position: torch.Tensor|None = None # (B,) of the next token
     stages: list = field(default_factory=list)
     layers: list = field(default_factory=list)
+    checks: list = field(default_factory=list) # of `Check`
 
     @property
     def numbers(self): return tuple(p.number for p in self.parts if p.modality == 'visual')
@@ -453,6 +492,23 @@ def media_index(
     return torch.cat([(layout.modality == code).flatten().nonzero()[:, 0] for code in CODES.values()])
 
 # %% ../nbs/09_prune.ipynb #1c0af4f4
+def visual_order(
+    input_ids:torch.Tensor, # (B, S)
+    layout:TokenLayout, # (B, S) on the CPU
+    image:int, # id of the image token
+)->torch.Tensor|None: # (T_v,) int64; None where all visual tokens come from one call of the tower
+    "For every visual token in sequence its place among all images' tokens, then all videos'."
+    pictures = input_ids.cpu()[layout.visual] == image
+    if not pictures.any() or pictures.all(): return None
+    return torch.where(pictures, pictures.cumsum(0), pictures.sum() + (~pictures).cumsum(0)) - 1
+
+def visual_received(calls, prefill, n):
+    "Attention received by the visual tokens in sequence; None where no calls fit."
+    if prefill.order is None: return getattr(find_call(calls, n, received=True), 'received', None)
+    done = [c for c in calls if c.received is not None]
+    if len(done) < 2 or done[-2].tokens + done[-1].tokens != n: return None # images are encoded first
+    return torch.cat([done[-2].received, done[-1].received])[prefill.order.to(done[-1].received.device, non_blocking=True)]
+
 def received(
     calls:dict, # modality -> `EncoderCall`s
     prefill:Prefill,
@@ -460,12 +516,14 @@ def received(
     "Attention received by the prompt's tokens. Raises ValueError where the encoders did not run."
     found = []
     for name, n in {m: sum(sum(p.sizes) for p in prefill.parts if p.modality == m) for m in CODES}.items():
-        if n and (call := find_call(calls[name], n, received=True)) is None:
+        if not n: continue
+        found.append(visual_received(calls[name], prefill, n) if name == 'visual' else getattr(find_call(calls[name], n, received=True), 'received', None))
+        if found[-1] is None:
             raise ValueError(f'stage I wants the attention that {n} {name} tokens receive in their encoder, but no call of it gave that many: '
                              'pass pixel values and audio features, not precomputed embeddings')
-        if n: found.append(call.received)
     return torch.cat(found)
 
+# %% ../nbs/09_prune.ipynb #507bf1e1
 def entry_keep(
     method:Method,
     prefill:Prefill,
@@ -475,8 +533,9 @@ def entry_keep(
     "Stage I: ask the method, put its answer into the sequence."
     index = prefill.index.to(embeds.device, non_blocking=True)
     attention = received(calls, prefill) if method.uses_attention else None
-    chosen = method.enter(Entry(embeds.flatten(0, 1)[index], attention, prefill.parts))
-    return prefill.tokens.valid.flatten().scatter(0, index, chosen).view(embeds.shape[:2])
+    entry = Entry(embeds.flatten(0, 1)[index], attention, prefill.parts)
+    prefill.checks.append(check_entry(entry))
+    return prefill.tokens.valid.flatten().scatter(0, index, method.enter(entry)).view(embeds.shape[:2])
 
 # %% ../nbs/09_prune.ipynb #83faba5b
 def token_scores(
@@ -517,18 +576,35 @@ def plan_prefill(s, given, cache, copies=1):
     if s.method is None and given.get('input_ids') is None: return
     check_prompt(given, cache)
     visual = int((given['input_ids'] == token_ids(s.model)[VISUAL]).sum())
-    layout, first = layout_of(s.model, known_shape(s.encoders, given, visual)), s.run.samples
+    layout, first = read_layout(s, given, visual), s.run.samples
     s.run.begin(layout, len(s.layers), copies)
     if cache is not None: vars(cache).pop(_SLOTS, None)
     parts = number_copies(s.method.parts(layout, first), first, copies) if s.method else ()
     cuts = s.method.plan(layout, parts) if s.method else []
     if cuts: s.prefill = Prefill(layout, parts, cuts, media_index(layout), int(layout.run.max()) + 1)
+    if cuts: finish_plan(s, given)
 
 def next_positions(slots, cache, q, tail=None): # -> (3, B, q) int64
     "M-RoPE positions of the next q tokens after a pruned prompt; `tail` (B, n) bool says which columns after it are real, None = all."
     done, device = cache.get_seq_length(0) - slots.lengths[0], slots.position.device
     step = done + torch.arange(q, device=device) if tail is None else (tail.to(device).long().cumsum(1)[:, done:] - 1).clamp(min=0)
     return (slots.position[:, None] + step).expand(3, -1, -1)
+
+# %% ../nbs/09_prune.ipynb #22682c6d
+def read_layout(s, given, visual): # visual: video tokens in the prompt -> TokenLayout
+    "The layout of a prefill, images counted as the session counts them."
+    image = s.encoders.call_of((given.get('mm_encoder_outputs') or {}).get('image'))
+    given = known_shape(s.encoders, given, visual)
+    if image is not None: s.encoders.calls['visual'].insert(0, image)
+    if image is not None and given.get('image_grid_thw') is None: given = {**given, 'image_grid_thw': torch.tensor(image.shape)}
+    return layout_of(s.model, given, s.images)
+
+def finish_plan(s, given):
+    "What only a pass with cuts needs to know. Raises ValueError for outputs that it cannot give."
+    if given.get('output_hidden_states'):
+        raise ValueError('pruned layers have hidden states of different lengths, with which neither `output_hidden_states` nor speech output can go on: '
+                         'generate text only (`generation_mode="text"`; Qwen3-Omni: `return_audio=False`), or leave the `prune` block')
+    s.prefill.order = visual_order(given['input_ids'], s.prefill.layout, token_ids(s.model)[IMAGE])
 
 # %% ../nbs/09_prune.ipynb #ce86d5ab
 def position_rows(kwargs, embeds): # -> (3, B, S) int64
@@ -537,16 +613,23 @@ def position_rows(kwargs, embeds): # -> (3, B, S) int64
     if positions is None: positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
     return positions.expand(3, *positions.shape) if positions.ndim == 2 else positions[-3:]
 
-def enter_decoder(s, kwargs): # -> new keyword arguments, or None
+def carry_out(p, keep, cut): # -> (B, width) int64 positions that stay
+    "Shorten what `Prefill` knows about the sequence."
+    index, p.tokens = cut_tokens(p.tokens, keep, cut)
+    p.deep = p.deep and p.deep.cut(index)
+    p.stages.append((cut.name, p.tokens))
+    return index
+
+def enter_decoder(s, kwargs): # -> new keyword arguments
     "Stage I."
     p, embeds = s.prefill, kwargs['inputs_embeds']
+    if (deep := DeepStack.of(kwargs)) is not None: p.deep, kwargs = deep, without_deepstack(kwargs) # from here on `add_deepstack` adds them
     positions = position_rows(kwargs, embeds)
     p.position = positions.amax((0, 2)) + 1
     p.tokens = start_tokens(p.layout, p.numbers, embeds.device)
-    if (cut := p.entry_cut) is None: return None
+    if (cut := p.entry_cut) is None: return kwargs
     with torch.no_grad(): keep = entry_keep(s.method, p, embeds, s.encoders.calls)
-    index, p.tokens = cut_tokens(p.tokens, keep, cut)
-    p.stages.append((cut.name, p.tokens))
+    index = carry_out(p, keep, cut)
     positions = take(positions.permute(1, 2, 0), index).permute(2, 0, 1)
     return {**kwargs, 'inputs_embeds': take(embeds, index), 'position_ids': positions,
             'attention_mask': p.tokens.valid.long() if cut.padded else None}
@@ -558,6 +641,7 @@ def choose(s, cut, layer, hidden, tables): # -> (B, S) bool
     if cut.stage == 3: return tokens.valid & ~torch.stack([tokens.is_(m) for m in cut.gone]).any(0)
     scorer = s.layers[layer - 1 if s.run.score_layer == 'own' else layer]
     scores = token_scores(scorer, hidden, tables, tokens) if s.method.uses_scores else None
+    if scores is not None: s.prefill.checks.append(check_scores(scores, layer))
     return s.method.drop(tokens, scores, cut, s.prefill.windows) & tokens.valid
 
 def shorten(s, cut, layer, hidden, kwargs): # -> (B, width, D)
@@ -565,8 +649,7 @@ def shorten(s, cut, layer, hidden, kwargs): # -> (B, width, D)
     p, cache = s.prefill, kwargs.get('past_key_values')
     tables = p.tables or kwargs['position_embeddings']
     with torch.no_grad(): keep = choose(s, cut, layer, hidden, tables)
-    index, p.tokens = cut_tokens(p.tokens, keep, cut)
-    p.stages.append((cut.name, p.tokens))
+    index = carry_out(p, keep, cut)
     p.tables = tuple(take(t, index) for t in tables)
     if s.run.kv == 'evict' and cache is not None: shorten_cache(cache, layer, index)
     hidden = take(hidden, index)
@@ -583,10 +666,23 @@ def enter_layer(s, layer, hidden, kwargs): # -> hidden states and keyword argume
     if p.tables is None: return None
     return (hidden,), {**kwargs, 'attention_mask': p.mask, 'position_embeddings': p.tables, 'position_ids': None}
 
+# %% ../nbs/09_prune.ipynb #0f302272
+def add_deepstack(s, layer, output): # -> the layer's output, or None to leave it
+    "What the text model would have added to this layer's output."
+    if s.prefill is None or s.prefill.deep is None: return None
+    if isinstance(output, tuple): return (s.prefill.deep.add(layer, output[0]), *output[1:])
+    return s.prefill.deep.add(layer, output)
+
+def deepstack_hooks(s): # -> (module, hook)
+    "After every layer whose output is added to."
+    levels = len(getattr(adapter_for(s.model).visual(s.model), 'deepstack_visual_indexes', ()))
+    return [(layer, lambda m, args, out, i=i: add_deepstack(s, i, out)) for i, layer in enumerate(s.layers[:levels])]
+
 # %% ../nbs/09_prune.ipynb #efbb3e5f
 def finish_prefill(s, output):
-    "Label the cache, fill in the run."
+    "Label the cache, fill in the run; raises ValueError if something was chosen from NaN."
     p, cache = s.prefill, getattr(output, 'past_key_values', None)
+    check_finite(p.checks)
     held = [p.tokens]*len(p.layers) if s.run.kv == 'evict' else p.layers
     if cache is not None: label_cache(cache, replace(Slots.of(held, p.layout.shape[1], p.position), gone=gone(p) if s.run.kv == 'evict' else ()))
     s.run._stages, s.run._layers = p.stages, p.layers
@@ -672,6 +768,10 @@ class EncoderWatch:
 
     def forget(self): self.calls = {m: [] for m in CODES}
 
+    def call_of(self, output): # -> `EncoderCall` or None
+        "The call that returned `output`."
+        return next((c for c in self.calls['visual'] if output is not None and c.output is not None and c.output() is output), None)
+
     def forget_but(self, output): # -> `EncoderCall` or None
         "Forget all calls but the one that returned `output`."
         found = [c for c in self.calls['visual'] if output is not None and c.output is not None and c.output() is output]
@@ -695,7 +795,7 @@ class EncoderWatch:
     def before(self): # -> (module, pre-hook)
         adapter, given = adapter_for(self.model), lambda name, args, kwargs: kwargs[name] if name in kwargs else args[1]
         yield adapter.visual(self.model), lambda m, a, k: self.note('visual', visual_call(self.model, given('grid_thw', a, k)))
-        yield adapter.audio_tower(self.model), lambda m, a, k: self.note('audio', audio_call(given('feature_lens', a, k)))
+        yield adapter.audio_tower(self.model), lambda m, a, k: self.note('audio', audio_call(self.model, given('feature_lens', a, k)))
         yield last_vision_attention(self.model), lambda m, a, k: self.attend('visual', visual_attention, *attention_call(a, k))
         yield last_audio_attention(self.model), lambda m, a, k: self.attend('audio', audio_attention, attention_call(a, k)[0])
 
@@ -709,9 +809,9 @@ def _wants_attention(method): return method is not None and method.uses_attentio
 
 class Session:
     "The hooks of one `prune` block."
-    def __init__(self, model, method, kv, score_layer):
+    def __init__(self, model, method, kv, score_layer, images='keep'):
         adapter = adapter_for(model)
-        self.model, self.method = model, method
+        self.model, self.method, self.images = model, method, images
         self.run = Run(method, kv, score_layer, Ledger(str(next(model.parameters()).device)))
         self.sections = Sections(self.run.ledger)
         self.encoders = EncoderWatch(model, self.sections, _wants_attention(method))
@@ -762,6 +862,7 @@ def install(
     layers = ((layer, lambda m, a, k, i=i: session.before_layer(i, a, k)) for i, layer in enumerate(session.layers))
     before = [(session.thinker, session.before_thinker), (session.decoder, session.before_decoder), *layers, *session.encoders.before()]
     for module, hook in before: stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    for module, hook in deepstack_hooks(session): stack.callback(module.register_forward_hook(hook).remove)
     for module, hook in [(session.decoder, session.after_decoder), *session.encoders.after()]:
         stack.callback(module.register_forward_hook(hook).remove)
 
@@ -809,7 +910,7 @@ def media_sizes(model, given)->dict: # 'video', 'image', 'audio' -> tokens of ea
     for name in ('video', 'image'):
         if encoded.get(name) is not None: sizes[name] = [len(x) for x in encoded[name].pooler_output]
         elif given.get(f'{name}_grid_thw') is not None: sizes[name] = (given[f'{name}_grid_thw'].prod(-1) // rates(model).merge_size**2).tolist()
-    if given.get('feature_attention_mask') is not None: sizes['audio'] = audio_token_counts(given['feature_attention_mask']).tolist()
+    if given.get('feature_attention_mask') is not None: sizes['audio'] = audio_token_counts(model, given['feature_attention_mask'].sum(-1).tolist())
     return sizes
 
 # %% ../nbs/09_prune.ipynb #e0a1c026
@@ -886,11 +987,13 @@ def prune(
     plan:Schedule|Method|None, # a schedule (SEATS), a method with its schedule, or None to only measure
     kv:str='evict', # 'evict': every cut also shortens earlier caches; 'retain': each layer keeps what it processed
     score_layer:str='own', # stage II before layer d scores with layer d-1 ('own') or d ('next')
+    images:str='keep', # 'keep': images are never pruned; 'prune': they count as visual tokens
 ):
     "Within the block every forward pass and `generate` of the model is pruned. Yields a `Run`; undone on exit (SEATS, arXiv 2605.20035)."
     _one_of('kv', kv, KV)
     _one_of('score_layer', score_layer, SCORE_LAYERS)
-    session = Session(model, as_method(plan), kv, score_layer)
+    _one_of('images', images, IMAGES)
+    session = Session(model, as_method(plan), kv, score_layer, images)
     with ExitStack() as stack:
         with _ENTERING:
             check_model(session)
