@@ -5,12 +5,12 @@ from threading import Thread
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
-from seats_analysis.adapter import decoder_inputs, encode, final_logits, layer_mask, rope_index, rotary_tables, run_layers
+from seats_analysis.adapter import Prompt, decoder_inputs, encode, final_logits, layer_mask, rotary_tables, run_layers
 from seats_analysis.baselines import METHODS
 from seats_analysis.cost import kv_bytes
-from seats_analysis.layout import pad_left
 from seats_analysis.media import Clip, Sample
 from seats_analysis.prune import follow_up, pick_media, prune, repeat_order, slots_of
 from seats_analysis.schedule import Schedule
@@ -227,36 +227,38 @@ def test_prompt_lookup(model, singles):
 
 # ---------------------------------------------------------------- media of several sequences
 
-def by_hand(model, processor, *rows):
-    "A batch of prompts with several sounds and clips each, positioned one by one; rows are (videos, sounds)."
-    outs = []
-    for videos, sounds in rows:
-        text = '<|vision_bos|><|VIDEO|><|vision_eos|> '*len(videos) + '<|audio_bos|><|AUDIO|><|audio_eos|> '*len(sounds) + 'what pitch is heard first ?'
-        kwargs = dict(videos=[torch.as_tensor(v.frames).permute(0, 3, 1, 2) for v in videos]) if videos else {}
-        if sounds: kwargs['audio'] = [s.waveform for s in sounds]
-        out = dict(processor(text=[text], return_tensors='pt', **kwargs))
-        if videos: out['video_second_per_grid'] = torch.ones(len(videos))
-        out.update(zip(('position_ids', 'rope_deltas'), rope_index(model, out)))
-        outs.append(out)
-    return outs, collate(outs)
+PROMPTS = [Prompt('mixed', (tiny.clip(1, 2), 'or', tiny.clip(2, 1.3, sight=False), tiny.image(0), tiny.clip(3, 1, sound=False, size=(56, 56)), 'what ?')),
+           tiny.ask('text', None), tiny.ask('clip', tiny.clip(4, 3)),
+           Prompt('sounds', (tiny.clip(5, 2, sight=False), 'then', tiny.clip(6, 1.5, sight=False), 'what is heard ?'))]
 
-def collate(outs):
-    rows = lambda key, value: pad_left([o[key][0] for o in outs], value)
-    batch = dict(input_ids=rows('input_ids', 0), attention_mask=rows('attention_mask', 0),
-                 position_ids=pad_left([o['position_ids'][:, 0] for o in outs], 1).transpose(0, 1).contiguous())
-    for key in ('pixel_values_videos', 'video_grid_thw', 'video_second_per_grid', 'input_features', 'feature_attention_mask'):
-        if (found := [o[key] for o in outs if key in o]): batch[key] = torch.cat(found)
-    return batch
+@pytest.fixture(scope='module', params=tiny.FAMILIES)
+def other(request):
+    "A thinker of each family, with prompts of several clips, sounds and images, and of none."
+    thinker, processor = tiny.thinker(request.param), tiny.processor(request.param)
+    return thinker, encode(thinker, processor, PROMPTS), [encode(thinker, processor, [p]) for p in PROMPTS]
 
-@pytest.mark.parametrize('plan', [PLANS['all_stages'], None])
-def test_beams_over_several_media(model, processor, plan):
-    "Two sounds here, one there, a prompt without any in between, clips of different sizes: each beam has the media of its own sample."
-    rows = ([clip(1), clip(2, 3)], [clip(3), clip(4, 2)]), ([], []), ([clip(5, 2)], []), ([], [clip(6, 3), clip(7, 2), clip(8, 1)])
-    outs, batch = by_hand(model, processor, *rows)
-    options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, num_beams=2, num_return_sequences=2, suppress_tokens=WORDS)
-    with prune(model, plan):
-        together = model.generate(**batch, **options)[:, -4:]
-        for i, out in enumerate(outs): assert torch.equal(together[2*i:2*i+2], model.generate(**collate([out]), **options)[:, -4:]), i
+@pytest.mark.parametrize('plan, images', [('all_stages', 'keep'), ('visual_leaves_first', 'prune'), (None, 'keep')])
+def test_beams_over_several_media(other, plan, images):
+    "Every beam has the media of its own sample, however many, and what was noted about their encoding."
+    thinker, batch, singles = other
+    options = dict(GREEDY, num_beams=2, num_return_sequences=2, suppress_tokens=WORDS)
+    with prune(thinker, PLANS.get(plan), images=images) as run:
+        together, kept = new_tokens(thinker, batch, **options), run.kept
+        for i, one in enumerate(singles):
+            assert torch.equal(together[2*i:2*i+2], new_tokens(thinker, one, **options)), PROMPTS[i].id
+            for stage in run.kept: assert [r.tolist() for r in kept[stage][2*i:2*i+2]] == [r.tolist() for r in run.kept[stage]]
+
+def test_follow_up_in_both_families(other, turn):
+    "A retained batch takes the next turn as its samples do alone; with beams too."
+    thinker, batch, singles = other
+    beams = dict(GREEDY, num_beams=2, suppress_tokens=WORDS)
+    with prune(thinker, PLANS['all_stages'], kv='retain'):
+        sequences, cache = first_answer(thinker, batch, suppress_tokens=WORDS)
+        whole = follow_up(cache, torch.cat([sequences, turn.expand(len(batch), -1)], 1))
+        together = thinker.generate(**whole, **beams)[:, -NEW:]
+        for i in (0, 2, 3):
+            sequences, cache = first_answer(thinker, singles[i], suppress_tokens=WORDS)
+            assert torch.equal(together[i:i+1], thinker.generate(**follow_up(cache, torch.cat([sequences, turn], 1)), **beams)[:, -NEW:]), PROMPTS[i].id
 
 def test_pick_media():
     rng = np.random.default_rng(0)
