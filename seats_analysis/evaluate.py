@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOADERS', 'load_samples', 'ClipCache', 'score_rows', 'evaluate', 'clip_weights', 'wilson', 'accuracy_interval',
-           'accuracy_table']
+           'accuracy_table', 'caption_samples', 'caption_score', 'cache_bytes', 'caption_row', 'kv_policies',
+           'store_kv_policies']
 
 # %% ../nbs/11_evaluate.ipynb #81cc9957
 from collections.abc import Mapping, Sequence
@@ -172,3 +173,96 @@ def accuracy_table(
         groups = {'all': ~frame.family.isin(apart), **{f: frame.family == f for f in sorted(frame.family.unique())}}
         rows += [_table_row(name, f, frame[m], None if base is None else base[m.values], n_boot) for f, m in groups.items() if m.any()]
     return pd.DataFrame(rows).set_index(['run', 'family'])
+
+# %% ../nbs/11_evaluate.ipynb #e0c2f002
+def caption_samples(
+    split:str='test', # 'derive' or 'test'
+    limit:int|None=None, # at most so many
+)->list: # of `Sample`, the caption as its only choice
+    "The testbed's clips with their captions."
+    import json
+    from seats_analysis.testbed import testbed_folder
+    folder = testbed_folder()
+    rows = [json.loads(line) for line in (folder/'captions.jsonl').read_text(encoding='utf-8').splitlines()]
+    return [Sample(id=r['video'], video=str(folder/r['video']), question=r['question'], choices=(r['caption'],), answer=0, family='caption', split=r['split'])
+            for r in rows if r['split'] == split][:limit]
+
+def caption_score(
+    said:str, # what the model wrote
+    caption:str, # what is right
+    sep:str=' then ', # between windows
+)->dict: # right: list of bool, one per window; common, said, wanted: words
+    "Compare a caption with the right one, window by window."
+    from collections import Counter
+    ours, theirs = said.strip().split(sep), caption.split(sep)
+    words = lambda phrases: Counter((i, w) for i, p in enumerate(phrases) for w in p.split())
+    a, b = words(ours), words(theirs)
+    right = [i < len(ours) and ours[i].split() == p.split() for i, p in enumerate(theirs)]
+    return dict(right=right, exact=ours == theirs, common=(a & b).total(), said=a.total(), wanted=b.total())
+
+# %% ../nbs/11_evaluate.ipynb #e0c2f005
+def cache_bytes(
+    cache, # a transformers cache
+    decoded:int=0, # columns that came after the prefill
+)->int: # bytes of the whole batch
+    "Keys and values that the prefill left in a cache."
+    size = lambda x: x.nbytes // x.shape[-2] * (x.shape[-2] - decoded)
+    return sum(size(x) for layer in cache.layers for x in (layer.keys, layer.values))
+
+def _write_captions(model, processor, samples, plan, kv, batch_size, max_new_tokens):
+    "Greedy captions, and the bytes of the caches, of all samples."
+    texts, held = [], 0
+    with prune(model, plan, kv=kv):
+        for i in range(0, len(samples), batch_size):
+            batch = encode(model, processor, samples[i:i+batch_size])
+            out = model.generate(**batch.inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True)
+            texts += processor.tokenizer.batch_decode(out.sequences[:, batch.shape[1]:], skip_special_tokens=True)
+            held += cache_bytes(out.past_key_values, out.sequences.shape[1] - batch.shape[1] - 1)
+    return texts, held
+
+def caption_row(
+    model, processor, # a model that has learned to describe clips
+    samples:Sequence[Sample], # of `caption_samples`
+    plan=None, # see `evaluate`
+    kv:str='evict', # see `prune`
+    batch_size:int=16,
+    max_new_tokens:int=40,
+)->dict: # windows, its 95 % interval over clips, words, captions; bytes per clip
+    "Captions written under one plan and one policy, and how many are right."
+    texts, held = _write_captions(model, processor, samples, plan, kv, batch_size, max_new_tokens)
+    scores = [caption_score(t, s.choices[0]) for t, s in zip(texts, samples)]
+    right = [(r, s.clip) for score, s in zip(scores, samples) for r in score['right']]
+    total = lambda key: sum(score[key] for score in scores)
+    return dict(windows=float(np.mean([r for r, _ in right])), ci=list(accuracy_interval(*zip(*right))), words=2*total('common')/(total('said') + total('wanted')),
+                captions=total('exact')/len(scores), cache_bytes=held/len(samples))
+
+# %% ../nbs/11_evaluate.ipynb #e0c2f006
+def kv_policies(
+    model, processor,
+    samples:Sequence[Sample], # of `caption_samples`
+    plans:Mapping, # headline TRR in percent -> `Schedule`
+    **options, # of `caption_row`
+)->list: # of dict: kv ('full', 'evict', 'retain'), trr, and what `caption_row` gives
+    "Both cache policies under every plan, beside the full model."
+    samples = list(map(ClipCache(processor.feature_extractor.sampling_rate, size=len(samples)), samples)) # decoded once
+    rows = [dict(kv='full', trr=100, **caption_row(model, processor, samples, **options))]
+    return rows + [dict(kv=kv, trr=trr, **caption_row(model, processor, samples, plan, kv, **options)) for trr, plan in plans.items() for kv in ('evict', 'retain')]
+
+def store_kv_policies(
+    out='data/results/kv_policies.json', # file to write
+    schedules='data/schedules', # folder with testbed_trr*.json
+    limit:int|None=None, # clips; None = the whole test split
+)->list: # the rows
+    "Measure both policies on the testbed's captions and store the result with its provenance."
+    import json
+    from seats_analysis.media import atomic_write
+    from seats_analysis.probe import provenance
+    from seats_analysis.schedule import Schedule
+    from seats_analysis.testbed import load_testbed
+    found = sorted((int(p.stem.removeprefix('testbed_trr')), p) for p in Path(schedules).glob('testbed_trr*.json'))
+    if not found: raise ValueError(f'no testbed_trr*.json in {str(schedules)!r}; `seats schedule` makes them')
+    (model, processor), samples = load_testbed(), caption_samples(limit=limit)
+    rows = kv_policies(model, processor, samples, {trr: Schedule.load(p) for trr, p in reversed(found)})
+    note = provenance(model, processor, samples, seed=0, split='test', clips=len(samples)) | dict(schema='seats_analysis/kv_policies/1', rows=rows)
+    with atomic_write(out) as part: part.write_text(json.dumps(note, indent=1) + '\n', encoding='utf-8')
+    return rows

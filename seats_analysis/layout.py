@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAD', 'TEXT', 'VISUAL', 'AUDIO', 'IMAGE', 'NAMES', 'TokenLayout', 'run_ids', 'Medium', 'media_windows', 'video_media',
-           'audio_media', 'token_layout', 'pad_left', 'stack_layouts']
+           'audio_media', 'token_layout', 'images_as_visual', 'pad_left', 'stack_layouts']
 
 # %% ../nbs/01_layout.ipynb #2614626b
 from collections.abc import Sequence
@@ -138,6 +138,20 @@ def token_layout(
     if attention_mask is not None: modality[attention_mask.cpu() == 0] = PAD
     window = torch.maximum(_windows(modality, VISUAL, videos), _windows(modality, AUDIO, sounds))
     return TokenLayout(modality, window, run_ids(modality))
+
+# %% ../nbs/01_layout.ipynb #e10505fa
+def images_as_visual(
+    layout:TokenLayout, # with image tokens
+    images:Sequence[Medium], # all images of the batch, samples in order
+)->TokenLayout:
+    "The layout in which images are visual tokens, too. Raises ValueError if tokens and images do not match."
+    here, number = layout.image, _windows(layout.modality, IMAGE, images)
+    modality = layout.modality.masked_fill(here, VISUAL)
+    key, window = torch.where(here, -2 - number, layout.window), layout.window.clone()
+    for row, seen in enumerate(modality == VISUAL):
+        window[row, seen] = torch.unique_consecutive(key[row, seen], return_inverse=True)[1].int()
+    behind = layout.run.amax(1, keepdim=True) + 1
+    return TokenLayout(modality, window, torch.where(here, number + behind, layout.run))
 
 # %% ../nbs/01_layout.ipynb #e6e1e113
 def pad_left(

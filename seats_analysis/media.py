@@ -357,8 +357,8 @@ class Sample:
     id: str                   # unique within a data set
     video: str | Clip | None  # media file, decoded clip, or None
     question: str
-    choices: tuple            # answer texts
-    answer: int               # index of the right one
+    choices: tuple            # answer texts; () where there are none
+    answer: int               # index of the right one; -1 where there are no choices
     family: str = ""          # kind of question, results are reported per family
     split: str = ""           # "derive", "test" or whatever the data set calls it
     audio: str | None = None  # separate sound file, replaces the sound of `video`
@@ -368,6 +368,7 @@ class Sample:
         if isinstance(self.choices, str): raise TypeError(f"sample {self.id!r}: choices {self.choices!r}, expected a list of texts")
         object.__setattr__(self, "choices", tuple(self.choices))
         object.__setattr__(self, "answer", operator.index(self.answer))
+        if not self.choices and self.answer == -1: return  # nobody knows the answer
         if not 0 <= self.answer < len(self.choices):
             raise ValueError(f"sample {self.id!r}: answer {self.answer}, expected an index into its {len(self.choices)} choices")
 

@@ -4,30 +4,37 @@
 
 # %% auto #0
 __all__ = ['CODES', 'KV', 'SCORE_LAYERS', 'Cut', 'plan_cuts', 'Tokens', 'right_align', 'take', 'cut_tokens', 'window_tokens',
-           'Part', 'Entry', 'Method', 'Run', 'Slots', 'slots_of', 'shorten_cache', 'causal_mask', 'decode_mask',
-           'EncoderCall', 'visual_call', 'audio_call', 'find_call', 'visual_attention', 'audio_attention', 'Prefill',
-           'start_tokens', 'media_index', 'received', 'entry_keep', 'token_scores', 'check_prompt', 'known_shape',
-           'plan_prefill', 'next_positions', 'position_rows', 'enter_decoder', 'choose', 'shorten', 'enter_layer',
-           'finish_prefill', 'columns_after', 'enter_decode_step', 'Sections', 'EncoderWatch', 'Session', 'install',
-           'as_method', 'check_model', 'prune']
+           'Part', 'Entry', 'Method', 'Run', 'Slots', 'slots_of', 'shorten_cache', 'LogicalLength', 'pick_slots',
+           'label_cache', 'plain_cache', 'causal_mask', 'decode_mask', 'EncoderCall', 'visual_call', 'audio_call',
+           'find_call', 'visual_attention', 'audio_attention', 'Check', 'check_entry', 'check_scores', 'check_finite',
+           'Prefill', 'start_tokens', 'media_index', 'visual_order', 'visual_received', 'received', 'entry_keep',
+           'token_scores', 'check_prompt', 'known_shape', 'plan_prefill', 'next_positions', 'read_layout',
+           'finish_plan', 'position_rows', 'carry_out', 'enter_decoder', 'choose', 'shorten', 'enter_layer',
+           'add_deepstack', 'deepstack_hooks', 'finish_prefill', 'columns_after', 'enter_decode_step', 'gone',
+           'check_media_left', 'continue_prompt', 'follow_up', 'Sections', 'EncoderWatch', 'Session', 'install',
+           'repeat_order', 'pick_media', 'number_copies', 'media_sizes', 'repeat_encoded', 'repeat_media',
+           'repeat_cache', 'expand_inputs', 'expand_per_sample', 'as_method', 'check_model', 'prune']
 
 # %% ../nbs/09_prune.ipynb #9644a026
+import copy
 import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from threading import Lock
 from typing import ClassVar
 from weakref import WeakSet, ref
 
 import numpy as np
 import torch
 
-from .adapter import (adapter_for, attention_call, audio_qk, last_audio_attention, last_vision_attention, layer_key,
-                                    layer_query, layout_of, rates, token_ids, vision_qk, window_index)
+from .adapter import (IMAGES, DeepStack, adapter_for, attention_call, audio_qk, audio_rows, audio_token_counts, last_audio_attention,
+                                    last_vision_attention, layer_key, layer_query, layout_of, rates, token_ids, vision_qk, window_index, without_deepstack)
 from .cost import Ledger
-from .layout import AUDIO, NAMES, PAD, TEXT, VISUAL, TokenLayout
+from .layout import AUDIO, IMAGE, NAMES, PAD, TEXT, VISUAL, TokenLayout
 from .schedule import Schedule
-from .select import (attention_received, pool_groups, query_scores, select_in_clip, select_in_windows, stage1_counts,
+from .select import (attention_received, finite_rows, pool_groups, query_scores, select_in_clip, select_in_windows, stage1_counts,
                                    stage2_counts, undo_order, window_sizes)
 
 # %% ../nbs/09_prune.ipynb #76700800
@@ -225,9 +232,9 @@ class Run:
     _stages: list = field(default_factory=list, repr=False) # (name, Tokens) after every cut
     _layers: list = field(default_factory=list, repr=False) # Tokens, or None for the full prompt, of every layer
 
-    def begin(self, layout, layers):
-        "A prefill that keeps everything, until told otherwise."
-        self.layout, self.samples, self._stages, self._layers = layout, self.samples + len(layout), [], [None]*layers
+    def begin(self, layout, layers, copies=1):
+        "A prefill that keeps everything, until told otherwise; `copies` rows belong to each sample."
+        self.layout, self.samples, self._stages, self._layers = layout, self.samples + len(layout)//copies, [], [None]*layers
 
     @property
     def kept(self): # -> stage name -> per sample: int64 original positions, ascending
@@ -251,6 +258,7 @@ class Slots:
     prompt: int # columns of the prompt as it was given
     position: torch.Tensor # (B,) int64 M-RoPE position of the next token
     gaps: bool = False # whether columns after the prompt may be padding
+    gone: tuple = () # modalities of the prompt of which no layer holds a token
 
     @classmethod
     def of(cls, layers, prompt, position):
@@ -273,6 +281,66 @@ def shorten_cache(
     "Cut keys and values of the first layers."
     for layer in cache.layers[:layers]:
         layer.keys, layer.values = (take(x.transpose(1, 2), index).transpose(1, 2) for x in (layer.keys, layer.values))
+
+# %% ../nbs/09_prune.ipynb #e0a1c002
+class LogicalLength:
+    "What a pruned cache does differently from its class."
+    def get_seq_length(self, layer_idx=None): # None: of the cache as a whole
+        own, slots = super().get_seq_length(layer_idx or 0), slots_of(self)
+        return own if layer_idx is not None or slots is None or not own else slots.prompt + own - slots.lengths[0]
+
+    def crop(self, n): # n > 0: to n columns; otherwise: by -n columns
+        drop, slots = (self.get_seq_length() - n if n > 0 else -n), slots_of(self)
+        if slots is not None and drop > self.get_seq_length(0) - slots.lengths[0]:
+            raise ValueError(f'cannot take {drop} columns from a pruned cache: only {self.get_seq_length(0) - slots.lengths[0]} came after the prompt')
+        if drop > 0: super().crop(-drop)
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        pick_slots(self, lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        pick_slots(self, lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        pick_slots(self, lambda x: x[indices])
+
+    def __reduce__(self): return _empty_pruned, (type(self).__mro__[2],), vars(self) # its class has no name to be found by
+
+# %% ../nbs/09_prune.ipynb #e0a1c003
+@lru_cache(None)
+def _pruned(cls): return type('Pruned' + cls.__name__, (LogicalLength, cls), {})
+
+def _empty_pruned(cls):
+    new = cls.__new__(cls)
+    new.__class__ = _pruned(cls)
+    return new
+
+def pick_slots(
+    cache, # a transformers cache
+    pick, # (B, ...) tensor -> tensor of the rows wanted
+):
+    "Note the slots of other rows; layers that shared a tensor go on sharing it."
+    if (slots := slots_of(cache)) is None: return
+    new = {id(v): pick(v) for v in slots.valid if v is not None}
+    label_cache(cache, replace(slots, valid=tuple(v if v is None else new[id(v)] for v in slots.valid), position=pick(slots.position)))
+
+def label_cache(
+    cache, # a transformers cache
+    slots:Slots, # what its layers hold
+):
+    "Note on a cache what its layers hold, and let it report its logical length."
+    if not isinstance(cache, LogicalLength): cache.__class__ = _pruned(type(cache))
+    setattr(cache, _SLOTS, slots)
+
+def plain_cache(
+    cache, # a transformers cache
+)->bool:
+    "Whether the keys and values of all layers lie open on the device."
+    from transformers.cache_utils import DynamicLayer
+    return not getattr(cache, 'offloading', False) and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 # %% ../nbs/09_prune.ipynb #06408c1c
 def causal_mask(
@@ -310,10 +378,10 @@ def visual_call(model, grid_thw)->EncoderCall: # grid_thw (videos, 3)
     grids = grid_thw.tolist() # to the host, long before the first decoder layer
     return EncoderCall(grids, sum(t*h*w for t, h, w in grids) // rates(model).merge_size**2)
 
-def audio_call(feature_lens)->EncoderCall: # (sounds,) mel frames
-    "A call of the audio tower that is about to begin; a convolution of stride 2, then two frames make a token."
+def audio_call(model, feature_lens)->EncoderCall: # (sounds,) mel frames
+    "A call of the audio tower that is about to begin."
     lengths = feature_lens.tolist() # to the host, long before the first decoder layer
-    return EncoderCall(lengths, sum((n + 1)//2//2 for n in lengths))
+    return EncoderCall(lengths, sum(audio_token_counts(model, lengths)))
 
 def find_call(
     calls:Sequence, # `EncoderCall`s, oldest first
@@ -340,12 +408,46 @@ def visual_attention(
 def audio_attention(
     model,
     lengths:Sequence[int], # mel frames of each sound
-    hidden:torch.Tensor, # (frames, D) input of the last attention module
+    hidden:torch.Tensor, # (rows, D) input of the last attention module
 )->torch.Tensor: # (tokens,) float32
     "Attention received by every audio token, within windows of `seconds_per_chunk`."
-    frames, width = [(n + 1)//2 for n in lengths], 2*rates(model).audio_per_window
-    sizes = [n for f in frames for n in window_sizes(f, width)]
-    return pool_groups(attention_received(*audio_qk(last_audio_attention(model), hidden), sizes), 2, frames)
+    rows, group = audio_rows(model, lengths), adapter_for(model).rows_per_token
+    sizes = [n for r in rows for n in window_sizes(r, group*rates(model).audio_per_window)]
+    return pool_groups(attention_received(*audio_qk(last_audio_attention(model), hidden), sizes), group, rows)
+
+# %% ../nbs/09_prune.ipynb #cb9d6d5f
+@dataclass(frozen=True)
+class Check:
+    "Whether one choice was made from finite values."
+    place: str # stage and layer
+    rows: tuple # what each flag is about
+    finite: torch.Tensor # (rows,) bool, on the device
+
+def check_entry(entry:Entry)->Check:
+    "Features and attention of stage I, for every sample and modality."
+    ok, B = finite_rows(entry.features), len(entry.parts)//len(CODES)
+    if entry.attention is not None: ok = ok & finite_rows(entry.attention[:, None])
+    flags = [part.all() for part in ok.split([sum(p.sizes) for p in entry.parts])]
+    rows = tuple(f'the {p.modality} features of sample {i % B}' for i, p in enumerate(entry.parts))
+    return Check('stage I, before layer 0', rows, torch.stack(flags))
+
+def check_scores(
+    scores:torch.Tensor, # (B, S) of `token_scores`
+    layer:int, # the drop is made before it, 0-based
+)->Check:
+    "Scores of stage II, for every sample."
+    return Check(f'stage II, before layer {layer}', tuple(f'the scores of sample {b}' for b in range(len(scores))), finite_rows(scores))
+
+def check_finite(
+    checks:Sequence, # of `Check`, in the order of the layers
+):
+    "Raise ValueError for the first choice that was made from NaN or infinity. The one look at the device in a prefill."
+    flags = torch.cat([c.finite for c in checks]).tolist() if checks else [] # to the host, after the last layer
+    bad = [where for where, ok in zip(((c.place, row) for c in checks for row in c.rows), flags) if not ok]
+    if not bad: return
+    place, rows = bad[0][0], ', '.join(row for place, row in bad if place == bad[0][0])
+    raise ValueError(f'{place}: {rows} hold NaN or infinity, and no token is chosen by those. Check the inputs and the weights; '
+                     'float16 overflows where bfloat16 and float32 do not')
 
 # %% ../nbs/09_prune.ipynb #d01ec671
 @dataclass
@@ -356,12 +458,15 @@ class Prefill:
     cuts: list # of `Cut`
     index: torch.Tensor # (T,) int64 `media_index`
     windows: int # runs of visual or audio tokens, whichever are more
+    order: torch.Tensor|None = None # (T_v,) int64 visual tokens as their tower gives them, images first; None = in sequence
+    deep: DeepStack|None = None # of what is in the sequence; None where the family has none
     tokens: Tokens|None = None # what is in the sequence now
     tables: tuple|None = None # cos and sin of what is in the sequence; None = as handed over
     mask: torch.Tensor|None = None
     position: torch.Tensor|None = None # (B,) of the next token
     stages: list = field(default_factory=list)
     layers: list = field(default_factory=list)
+    checks: list = field(default_factory=list) # of `Check`
 
     @property
     def numbers(self): return tuple(p.number for p in self.parts if p.modality == 'visual')
@@ -387,6 +492,23 @@ def media_index(
     return torch.cat([(layout.modality == code).flatten().nonzero()[:, 0] for code in CODES.values()])
 
 # %% ../nbs/09_prune.ipynb #1c0af4f4
+def visual_order(
+    input_ids:torch.Tensor, # (B, S)
+    layout:TokenLayout, # (B, S) on the CPU
+    image:int, # id of the image token
+)->torch.Tensor|None: # (T_v,) int64; None where all visual tokens come from one call of the tower
+    "For every visual token in sequence its place among all images' tokens, then all videos'."
+    pictures = input_ids.cpu()[layout.visual] == image
+    if not pictures.any() or pictures.all(): return None
+    return torch.where(pictures, pictures.cumsum(0), pictures.sum() + (~pictures).cumsum(0)) - 1
+
+def visual_received(calls, prefill, n):
+    "Attention received by the visual tokens in sequence; None where no calls fit."
+    if prefill.order is None: return getattr(find_call(calls, n, received=True), 'received', None)
+    done = [c for c in calls if c.received is not None]
+    if len(done) < 2 or done[-2].tokens + done[-1].tokens != n: return None # images are encoded first
+    return torch.cat([done[-2].received, done[-1].received])[prefill.order.to(done[-1].received.device, non_blocking=True)]
+
 def received(
     calls:dict, # modality -> `EncoderCall`s
     prefill:Prefill,
@@ -394,12 +516,14 @@ def received(
     "Attention received by the prompt's tokens. Raises ValueError where the encoders did not run."
     found = []
     for name, n in {m: sum(sum(p.sizes) for p in prefill.parts if p.modality == m) for m in CODES}.items():
-        if n and (call := find_call(calls[name], n, received=True)) is None:
+        if not n: continue
+        found.append(visual_received(calls[name], prefill, n) if name == 'visual' else getattr(find_call(calls[name], n, received=True), 'received', None))
+        if found[-1] is None:
             raise ValueError(f'stage I wants the attention that {n} {name} tokens receive in their encoder, but no call of it gave that many: '
                              'pass pixel values and audio features, not precomputed embeddings')
-        if n: found.append(call.received)
     return torch.cat(found)
 
+# %% ../nbs/09_prune.ipynb #507bf1e1
 def entry_keep(
     method:Method,
     prefill:Prefill,
@@ -409,8 +533,9 @@ def entry_keep(
     "Stage I: ask the method, put its answer into the sequence."
     index = prefill.index.to(embeds.device, non_blocking=True)
     attention = received(calls, prefill) if method.uses_attention else None
-    chosen = method.enter(Entry(embeds.flatten(0, 1)[index], attention, prefill.parts))
-    return prefill.tokens.valid.flatten().scatter(0, index, chosen).view(embeds.shape[:2])
+    entry = Entry(embeds.flatten(0, 1)[index], attention, prefill.parts)
+    prefill.checks.append(check_entry(entry))
+    return prefill.tokens.valid.flatten().scatter(0, index, method.enter(entry)).view(embeds.shape[:2])
 
 # %% ../nbs/09_prune.ipynb #83faba5b
 def token_scores(
@@ -432,33 +557,54 @@ def check_prompt(given, cache):
         raise ValueError('prune reads from `input_ids` which positions are visual and audio; pass them, not `inputs_embeds` alone')
     if getattr(cache, 'is_compileable', False):
         raise ValueError(f'{type(cache).__name__} has a fixed length; prune needs a dynamic cache (`cache_implementation="dynamic"`)')
+    if cache is not None and not plain_cache(cache):
+        raise ValueError(f'{type(cache).__name__} is quantized or offloaded; prune needs a dynamic cache (`cache_implementation="dynamic"`)')
 
 def known_shape(encoders, given, tokens): # tokens: visual tokens in the prompt
     "The inputs, with the shape of videos that were encoded before; leaves the calls of the towers that belong to these inputs."
     video = (given.get('mm_encoder_outputs') or {}).get('video')
     call = encoders.forget_but(video)
+    if video is not None and call is None and given.get('video_grid_thw') is None:
+        raise ValueError('the encoded videos come from no call of the vision tower: pass pixel values, and leave `prefill_chunk_size` unset')
     if call is None or given.get('video_grid_thw') is not None: return given
     if call.tokens != tokens:
-        raise ValueError(f'the prompt has {tokens} visual tokens, its encoded videos {call.tokens}; beams and several returned sequences '
-                         'are not supported in a prune block: repeat the prompt in the batch instead')
+        raise ValueError(f'the prompt has {tokens} visual tokens, its encoded videos have {call.tokens}')
     return {**given, 'video_grid_thw': torch.tensor(call.shape)}
 
-def plan_prefill(s, given, cache):
-    "Read the layout, plan the cuts; without a cut the forward pass is left alone."
+def plan_prefill(s, given, cache, copies=1):
+    "Read the layout, plan the cuts; without a cut the forward pass is left alone. `copies` rows belong to each sample."
     if s.method is None and given.get('input_ids') is None: return
     check_prompt(given, cache)
     visual = int((given['input_ids'] == token_ids(s.model)[VISUAL]).sum())
-    layout, first = layout_of(s.model, known_shape(s.encoders, given, visual)), s.run.samples
-    s.run.begin(layout, len(s.layers))
+    layout, first = read_layout(s, given, visual), s.run.samples
+    s.run.begin(layout, len(s.layers), copies)
     if cache is not None: vars(cache).pop(_SLOTS, None)
-    parts = s.method.parts(layout, first) if s.method else ()
+    parts = number_copies(s.method.parts(layout, first), first, copies) if s.method else ()
     cuts = s.method.plan(layout, parts) if s.method else []
     if cuts: s.prefill = Prefill(layout, parts, cuts, media_index(layout), int(layout.run.max()) + 1)
+    if cuts: finish_plan(s, given)
 
-def next_positions(slots, cache, q): # -> (3, B, q) int64
-    "M-RoPE positions of the next q tokens after a pruned prompt."
-    step = cache.get_seq_length() - slots.lengths[0] + torch.arange(q, device=slots.position.device)
+def next_positions(slots, cache, q, tail=None): # -> (3, B, q) int64
+    "M-RoPE positions of the next q tokens after a pruned prompt; `tail` (B, n) bool says which columns after it are real, None = all."
+    done, device = cache.get_seq_length(0) - slots.lengths[0], slots.position.device
+    step = done + torch.arange(q, device=device) if tail is None else (tail.to(device).long().cumsum(1)[:, done:] - 1).clamp(min=0)
     return (slots.position[:, None] + step).expand(3, -1, -1)
+
+# %% ../nbs/09_prune.ipynb #22682c6d
+def read_layout(s, given, visual): # visual: video tokens in the prompt -> TokenLayout
+    "The layout of a prefill, images counted as the session counts them."
+    image = s.encoders.call_of((given.get('mm_encoder_outputs') or {}).get('image'))
+    given = known_shape(s.encoders, given, visual)
+    if image is not None: s.encoders.calls['visual'].insert(0, image)
+    if image is not None and given.get('image_grid_thw') is None: given = {**given, 'image_grid_thw': torch.tensor(image.shape)}
+    return layout_of(s.model, given, s.images)
+
+def finish_plan(s, given):
+    "What only a pass with cuts needs to know. Raises ValueError for outputs that it cannot give."
+    if given.get('output_hidden_states'):
+        raise ValueError('pruned layers have hidden states of different lengths, with which neither `output_hidden_states` nor speech output can go on: '
+                         'generate text only (`generation_mode="text"`; Qwen3-Omni: `return_audio=False`), or leave the `prune` block')
+    s.prefill.order = visual_order(given['input_ids'], s.prefill.layout, token_ids(s.model)[IMAGE])
 
 # %% ../nbs/09_prune.ipynb #ce86d5ab
 def position_rows(kwargs, embeds): # -> (3, B, S) int64
@@ -467,16 +613,23 @@ def position_rows(kwargs, embeds): # -> (3, B, S) int64
     if positions is None: positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
     return positions.expand(3, *positions.shape) if positions.ndim == 2 else positions[-3:]
 
-def enter_decoder(s, kwargs): # -> new keyword arguments, or None
+def carry_out(p, keep, cut): # -> (B, width) int64 positions that stay
+    "Shorten what `Prefill` knows about the sequence."
+    index, p.tokens = cut_tokens(p.tokens, keep, cut)
+    p.deep = p.deep and p.deep.cut(index)
+    p.stages.append((cut.name, p.tokens))
+    return index
+
+def enter_decoder(s, kwargs): # -> new keyword arguments
     "Stage I."
     p, embeds = s.prefill, kwargs['inputs_embeds']
+    if (deep := DeepStack.of(kwargs)) is not None: p.deep, kwargs = deep, without_deepstack(kwargs) # from here on `add_deepstack` adds them
     positions = position_rows(kwargs, embeds)
     p.position = positions.amax((0, 2)) + 1
     p.tokens = start_tokens(p.layout, p.numbers, embeds.device)
-    if (cut := p.entry_cut) is None: return None
+    if (cut := p.entry_cut) is None: return kwargs
     with torch.no_grad(): keep = entry_keep(s.method, p, embeds, s.encoders.calls)
-    index, p.tokens = cut_tokens(p.tokens, keep, cut)
-    p.stages.append((cut.name, p.tokens))
+    index = carry_out(p, keep, cut)
     positions = take(positions.permute(1, 2, 0), index).permute(2, 0, 1)
     return {**kwargs, 'inputs_embeds': take(embeds, index), 'position_ids': positions,
             'attention_mask': p.tokens.valid.long() if cut.padded else None}
@@ -488,6 +641,7 @@ def choose(s, cut, layer, hidden, tables): # -> (B, S) bool
     if cut.stage == 3: return tokens.valid & ~torch.stack([tokens.is_(m) for m in cut.gone]).any(0)
     scorer = s.layers[layer - 1 if s.run.score_layer == 'own' else layer]
     scores = token_scores(scorer, hidden, tables, tokens) if s.method.uses_scores else None
+    if scores is not None: s.prefill.checks.append(check_scores(scores, layer))
     return s.method.drop(tokens, scores, cut, s.prefill.windows) & tokens.valid
 
 def shorten(s, cut, layer, hidden, kwargs): # -> (B, width, D)
@@ -495,8 +649,7 @@ def shorten(s, cut, layer, hidden, kwargs): # -> (B, width, D)
     p, cache = s.prefill, kwargs.get('past_key_values')
     tables = p.tables or kwargs['position_embeddings']
     with torch.no_grad(): keep = choose(s, cut, layer, hidden, tables)
-    index, p.tokens = cut_tokens(p.tokens, keep, cut)
-    p.stages.append((cut.name, p.tokens))
+    index = carry_out(p, keep, cut)
     p.tables = tuple(take(t, index) for t in tables)
     if s.run.kv == 'evict' and cache is not None: shorten_cache(cache, layer, index)
     hidden = take(hidden, index)
@@ -513,12 +666,25 @@ def enter_layer(s, layer, hidden, kwargs): # -> hidden states and keyword argume
     if p.tables is None: return None
     return (hidden,), {**kwargs, 'attention_mask': p.mask, 'position_embeddings': p.tables, 'position_ids': None}
 
+# %% ../nbs/09_prune.ipynb #0f302272
+def add_deepstack(s, layer, output): # -> the layer's output, or None to leave it
+    "What the text model would have added to this layer's output."
+    if s.prefill is None or s.prefill.deep is None: return None
+    if isinstance(output, tuple): return (s.prefill.deep.add(layer, output[0]), *output[1:])
+    return s.prefill.deep.add(layer, output)
+
+def deepstack_hooks(s): # -> (module, hook)
+    "After every layer whose output is added to."
+    levels = len(getattr(adapter_for(s.model).visual(s.model), 'deepstack_visual_indexes', ()))
+    return [(layer, lambda m, args, out, i=i: add_deepstack(s, i, out)) for i, layer in enumerate(s.layers[:levels])]
+
 # %% ../nbs/09_prune.ipynb #efbb3e5f
 def finish_prefill(s, output):
-    "Label the cache, fill in the run."
+    "Label the cache, fill in the run; raises ValueError if something was chosen from NaN."
     p, cache = s.prefill, getattr(output, 'past_key_values', None)
+    check_finite(p.checks)
     held = [p.tokens]*len(p.layers) if s.run.kv == 'evict' else p.layers
-    if cache is not None: setattr(cache, _SLOTS, Slots.of(held, p.layout.shape[1], p.position))
+    if cache is not None: label_cache(cache, replace(Slots.of(held, p.layout.shape[1], p.position), gone=gone(p) if s.run.kv == 'evict' else ()))
     s.run._stages, s.run._layers = p.stages, p.layers
 
 def columns_after(slots, mask, new, q): # -> (B, new) bool, or None
@@ -535,12 +701,56 @@ def enter_decode_step(s, kwargs): # -> new keyword arguments, or None
     cache, embeds = kwargs.get('past_key_values'), kwargs['inputs_embeds']
     if (slots := slots_of(cache)) is None: return None
     q, seen = embeds.shape[1], {}
-    tail = columns_after(slots, kwargs.get('attention_mask'), cache.get_seq_length() - slots.lengths[0] + q, q)
+    tail = columns_after(slots, kwargs.get('attention_mask'), cache.get_seq_length(0) - slots.lengths[0] + q, q)
     keys = [(id(v), n) for v, n in zip(slots.valid, slots.lengths)]
     for i, key in enumerate(keys):
         if key not in seen: seen[key] = decode_mask(s.decoder.config, embeds, slots, tail, cache, i)
     s.masks = [seen[key] for key in keys]
     return {**kwargs, 'attention_mask': s.masks[0]}
+
+# %% ../nbs/09_prune.ipynb #e0a1c011
+def gone(prefill)->tuple: # names of modalities
+    "Modalities of which the last cut leaves some sample nothing."
+    had = {m: [sum(p.sizes) for p in prefill.parts if p.modality == m] for m in CODES}
+    return tuple(m for m in CODES if any(n and not aim[m] for n, aim in zip(had[m], prefill.cuts[-1].aims)))
+
+def check_media_left(slots, q):
+    "Raise ValueError where a question would follow on a cache without media. `q` new tokens"
+    if q > 1 and slots.gone:
+        raise ValueError(f'kv="evict" left no {" and no ".join(slots.gone)} tokens in this cache, so no further question can be asked about them: '
+                         'prune with kv="retain". (An answer goes on one token at a time.)')
+
+# %% ../nbs/09_prune.ipynb #e0a1c013
+def continue_prompt(slots, cache, given): # -> keyword arguments to change
+    "Positions of what follows a pruned prompt. Raises ValueError for positions that do not follow it."
+    q = (given['input_ids'] if given.get('input_ids') is not None else given['inputs_embeds']).shape[1]
+    check_media_left(slots, q)
+    tail = columns_after(slots, given.get('attention_mask'), cache.get_seq_length(0) - slots.lengths[0] + q, q)
+    ours, theirs = next_positions(slots, cache, q, tail), given.get('position_ids')
+    if theirs is None: return dict(position_ids=ours)
+    if q > 1: # as rare as a prefill, so it may wait for the device
+        wrong = (theirs[-3:] if theirs.ndim == 3 else theirs) != ours
+        if (wrong if tail is None else wrong & tail[:, -q:].to(wrong.device)).any():
+            raise ValueError('`position_ids` do not follow the pruned prompt: pass none, or in `generate` take the inputs from `follow_up`')
+    return {}
+
+# %% ../nbs/09_prune.ipynb #e0a1c012
+def follow_up(
+    cache, # of a prompt pruned with kv='retain', and what was generated after it
+    input_ids:torch.Tensor, # (B, T) int64 the conversation so far: prompt as it was given, answer, next turn
+    attention_mask:torch.Tensor|None=None, # (B, T), 0 at padding, also after an answer that ended early; None = no padding after the prompt
+)->dict: # input_ids (B, n) of what is not in the cache yet, attention_mask (B, T), position_ids (3, B, n), past_key_values
+    "Inputs of `model(...)` or `model.generate(...)` for the next turn of a conversation. Raises ValueError where it cannot go on."
+    slots = slots_of(cache)
+    if slots is None: raise ValueError('nothing was pruned from this cache; continue it without `follow_up`')
+    known, (B, T) = cache.get_seq_length(), input_ids.shape
+    if T <= known: raise ValueError(f'`input_ids` has {T} columns, of which the cache knows {known}: pass the whole conversation with its next turn')
+    check_media_left(slots, T - known)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if mask.shape != (B, T): raise ValueError(f'`attention_mask` must be {(B, T)} like `input_ids`, not {tuple(mask.shape)}')
+    if not mask[:, slots.prompt:].all(): slots.gaps = True
+    positions = next_positions(slots, cache, T - known, mask[:, slots.prompt:].bool())
+    return dict(input_ids=input_ids[:, known:], attention_mask=mask, position_ids=positions, past_key_values=cache)
 
 # %% ../nbs/09_prune.ipynb #aeb2b154
 class Sections:
@@ -557,6 +767,10 @@ class EncoderWatch:
         self.forget()
 
     def forget(self): self.calls = {m: [] for m in CODES}
+
+    def call_of(self, output): # -> `EncoderCall` or None
+        "The call that returned `output`."
+        return next((c for c in self.calls['visual'] if output is not None and c.output is not None and c.output() is output), None)
 
     def forget_but(self, output): # -> `EncoderCall` or None
         "Forget all calls but the one that returned `output`."
@@ -581,7 +795,7 @@ class EncoderWatch:
     def before(self): # -> (module, pre-hook)
         adapter, given = adapter_for(self.model), lambda name, args, kwargs: kwargs[name] if name in kwargs else args[1]
         yield adapter.visual(self.model), lambda m, a, k: self.note('visual', visual_call(self.model, given('grid_thw', a, k)))
-        yield adapter.audio_tower(self.model), lambda m, a, k: self.note('audio', audio_call(given('feature_lens', a, k)))
+        yield adapter.audio_tower(self.model), lambda m, a, k: self.note('audio', audio_call(self.model, given('feature_lens', a, k)))
         yield last_vision_attention(self.model), lambda m, a, k: self.attend('visual', visual_attention, *attention_call(a, k))
         yield last_audio_attention(self.model), lambda m, a, k: self.attend('audio', audio_attention, attention_call(a, k)[0])
 
@@ -595,9 +809,9 @@ def _wants_attention(method): return method is not None and method.uses_attentio
 
 class Session:
     "The hooks of one `prune` block."
-    def __init__(self, model, method, kv, score_layer):
+    def __init__(self, model, method, kv, score_layer, images='keep'):
         adapter = adapter_for(model)
-        self.model, self.method = model, method
+        self.model, self.method, self.images = model, method, images
         self.run = Run(method, kv, score_layer, Ledger(str(next(model.parameters()).device)))
         self.sections = Sections(self.run.ledger)
         self.encoders = EncoderWatch(model, self.sections, _wants_attention(method))
@@ -612,14 +826,14 @@ class Session:
 
     def before_thinker(self, module, args, kwargs):
         self.reset()
+        copies, kwargs = kwargs.get(_COPIES, 1), {k: v for k, v in kwargs.items() if k != _COPIES}
         given = self.signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.pop('kwargs', {})}
         cache = given.get('past_key_values')
         if cache is None or cache.get_seq_length() == 0:
-            with self.sections.during('selection'): return plan_prefill(self, given, cache)
-        if (slots := slots_of(cache)) is None or given.get('position_ids') is not None: return None
-        new = given['input_ids'] if given.get('input_ids') is not None else given['inputs_embeds']
-        return args, {**kwargs, 'position_ids': next_positions(slots, cache, new.shape[1])}
+            with self.sections.during('selection'): plan_prefill(self, given, cache, copies)
+        elif (slots := slots_of(cache)) is not None: kwargs.update(continue_prompt(slots, cache, given))
+        return args, kwargs
 
     def before_decoder(self, module, args, kwargs):
         cache = kwargs.get('past_key_values')
@@ -644,15 +858,112 @@ def install(
 ):
     "Register all hooks of a session."
     stack.callback(session.encoders.forget), stack.callback(session.reset)
+    expand_per_sample(session, stack)
     layers = ((layer, lambda m, a, k, i=i: session.before_layer(i, a, k)) for i, layer in enumerate(session.layers))
     before = [(session.thinker, session.before_thinker), (session.decoder, session.before_decoder), *layers, *session.encoders.before()]
     for module, hook in before: stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    for module, hook in deepstack_hooks(session): stack.callback(module.register_forward_hook(hook).remove)
     for module, hook in [(session.decoder, session.after_decoder), *session.encoders.after()]:
         stack.callback(module.register_forward_hook(hook).remove)
 
+# %% ../nbs/09_prune.ipynb #e0a1c021
+_MEDIA = dict(video=('pixel_values_videos', 'video_grid_thw', 'video_second_per_grid'), image=('pixel_values', 'image_grid_thw'),
+              audio=('input_features', 'feature_attention_mask', 'audio_feature_lengths')) # inputs with something for each medium
+_KIND = dict(video=VISUAL, image=IMAGE, audio=AUDIO)
+
+def repeat_order(
+    tokens:Sequence[int], # placeholders in each row
+    sizes:Sequence[int], # tokens of each medium, in the order of the rows
+    times:int, # copies of each row
+)->list: # of indices into the media
+    "The media of repeated rows. Raises ValueError if placeholders and media do not match."
+    order, left = [], list(range(len(sizes)))
+    for row, n in enumerate(tokens):
+        mine = []
+        while n > 0 and left: n -= sizes[left[0]]; mine.append(left.pop(0))
+        if n: raise ValueError(f'row {row} has placeholders that its media do not explain')
+        order += mine*times
+    if any(sizes[j] for j in left): raise ValueError(f'{len(left)} media are left over: no row has placeholders for them')
+    return order
+
+def pick_media(
+    x, # a sequence or tensor with one entry for each medium, or a tensor of all their rows one after another
+    order:Sequence[int], # of media
+    sizes:Sequence[int], # tokens of each medium
+):
+    "What belongs to the media in `order`."
+    if not isinstance(x, torch.Tensor): return type(x)(x[j] for j in order)
+    if len(x) == len(sizes): return x[list(order)]
+    rows = x.split([n*len(x)//sum(sizes) for n in sizes])
+    return torch.cat([rows[j] for j in order])
+
+# %% ../nbs/09_prune.ipynb #e0a1c024
+_COPIES = 'seats_copies' # keyword argument that travels through `generate` to the thinker's pre-hook, which takes it out
+
+def number_copies(parts, first, copies): # -> tuple of `Part`
+    "Copies of a sample have its number, so that a random method draws the same for them."
+    return parts if copies == 1 else tuple(replace(p, number=first + (p.number - first)//copies) for p in parts)
+
+def media_sizes(model, given)->dict: # 'video', 'image', 'audio' -> tokens of each medium
+    "What media there are among the inputs of `generate`, encoded or not."
+    encoded, sizes = given.get('mm_encoder_outputs') or {}, {}
+    for name in ('video', 'image'):
+        if encoded.get(name) is not None: sizes[name] = [len(x) for x in encoded[name].pooler_output]
+        elif given.get(f'{name}_grid_thw') is not None: sizes[name] = (given[f'{name}_grid_thw'].prod(-1) // rates(model).merge_size**2).tolist()
+    if given.get('feature_attention_mask') is not None: sizes['audio'] = audio_token_counts(model, given['feature_attention_mask'].sum(-1).tolist())
+    return sizes
+
+# %% ../nbs/09_prune.ipynb #e0a1c026
+def repeat_encoded(watch, output, order, sizes): # -> the tower's output for repeated rows
+    "Repeat what a tower returned, and what was noted about that call."
+    new = copy.copy(output)
+    new.pooler_output = pick_media(output.pooler_output, order, sizes)
+    if getattr(output, 'deepstack_features', None) is not None:
+        new.deepstack_features = [pick_media(level, order, sizes) for level in output.deepstack_features]
+    for call in [c for c in watch.calls['visual'] if c.output is not None and c.output() is output]:
+        seen = None if call.received is None else pick_media(call.received, order, sizes)
+        watch.calls['visual'].append(EncoderCall([call.shape[j] for j in order], sum(sizes[j] for j in order), seen, ref(new)))
+    return new
+
+# %% ../nbs/09_prune.ipynb #e0a1c025
+def repeat_media(s, input_ids, given, times): # -> inputs to change
+    "The media of `generate`'s inputs, for `times` copies of each sample."
+    ids, encoded, out = token_ids(s.model), dict(given.get('mm_encoder_outputs') or {}), {}
+    for name, sizes in media_sizes(s.model, given).items():
+        order = repeat_order((input_ids == ids[_KIND[name]]).sum(1).tolist(), sizes, times) # on the host, once for each `generate`
+        out.update({k: pick_media(given[k], order, sizes) for k in _MEDIA[name] if given.get(k) is not None})
+        if encoded.get(name) is not None: encoded[name] = repeat_encoded(s.encoders, encoded[name], order, sizes)
+    return {**out, 'mm_encoder_outputs': encoded} if encoded else out
+
+def repeat_cache(cache, rows, times): # -> cache
+    "A pruned cache for `times` copies of each of its rows, apart from the caller's."
+    if slots_of(cache) is None or len(slots_of(cache).position) != rows: return cache
+    new = copy.copy(cache)
+    new.layers = [copy.copy(layer) for layer in cache.layers]
+    new.batch_repeat_interleave(times)
+    return new
+
+# %% ../nbs/09_prune.ipynb #e0a1c027
+def expand_inputs(s, stock, expand_size=1, is_encoder_decoder=False, input_ids=None, **given): # -> input_ids, inputs
+    "What `generate` calls to get several rows for every sample; `stock` is the model's own way, which is right for rows."
+    if expand_size == 1 or input_ids is None:
+        return stock(expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **given)
+    cache, media = given.get('past_key_values'), repeat_media(s, input_ids, given, expand_size)
+    ids, rest = stock(expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids,
+                      **{k: v for k, v in given.items() if k not in media})
+    if cache is not None: rest['past_key_values'] = repeat_cache(cache, len(input_ids), expand_size)
+    return ids, {**rest, **media, _COPIES: expand_size}
+
+def expand_per_sample(s, stack):
+    "Let this thinker, and no other, expand the inputs of `generate` sample by sample, until `stack` is left."
+    name = '_expand_inputs_for_generation'
+    own, stock = vars(s.thinker).get(name), getattr(s.thinker, name)
+    setattr(s.thinker, name, partial(expand_inputs, s, stock))
+    stack.callback(partial(delattr, s.thinker, name) if own is None else partial(setattr, s.thinker, name, own))
+
 # %% ../nbs/09_prune.ipynb #33fad5ea
 KV, SCORE_LAYERS = ('evict', 'retain'), ('own', 'next')
-_ACTIVE = WeakSet() # thinkers inside a `prune` block
+_ACTIVE, _ENTERING = WeakSet(), Lock() # thinkers inside a `prune` block; one thread at a time asks and enters
 
 def _one_of(name, value, choices):
     if value not in choices: raise ValueError(f'`{name}` must be one of {", ".join(map(repr, choices))}, not {value!r}')
@@ -676,14 +987,17 @@ def prune(
     plan:Schedule|Method|None, # a schedule (SEATS), a method with its schedule, or None to only measure
     kv:str='evict', # 'evict': every cut also shortens earlier caches; 'retain': each layer keeps what it processed
     score_layer:str='own', # stage II before layer d scores with layer d-1 ('own') or d ('next')
+    images:str='keep', # 'keep': images are never pruned; 'prune': they count as visual tokens
 ):
     "Within the block every forward pass and `generate` of the model is pruned. Yields a `Run`; undone on exit (SEATS, arXiv 2605.20035)."
     _one_of('kv', kv, KV)
     _one_of('score_layer', score_layer, SCORE_LAYERS)
-    session = Session(model, as_method(plan), kv, score_layer)
-    check_model(session)
+    _one_of('images', images, IMAGES)
+    session = Session(model, as_method(plan), kv, score_layer, images)
     with ExitStack() as stack:
-        _ACTIVE.add(session.thinker)
+        with _ENTERING:
+            check_model(session)
+            _ACTIVE.add(session.thinker)
         stack.callback(_ACTIVE.discard, session.thinker)
         install(session, stack)
         yield session.run

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['window_sizes', 'stage1_counts', 'stage2_counts', 'attention_received', 'pool_groups', 'undo_order', 'diverse_order',
            'select_diverse', 'select_in_clip', 'query_scores', 'water_fill', 'plan_budgets', 'topk_in_groups',
-           'select_in_windows', 'kept_positions']
+           'select_in_windows', 'kept_positions', 'finite_rows']
 
 # %% ../nbs/08_select.ipynb #44cc4834
 from collections.abc import Sequence
@@ -320,3 +320,9 @@ def kept_positions(keep:Tensor, # (..., S) bool
     ) -> Tensor: # (..., n) int64, ascending
     "Positions of the kept tokens, without asking the device how many there are."
     return torch.argsort(~keep, dim=-1, stable=True)[..., :n]
+
+# %% ../nbs/08_select.ipynb #da1d6e34
+def finite_rows(values:Tensor, # (N, ...) what a choice is made from, any float dtype
+    ) -> Tensor: # (N,) bool, False where a row holds NaN or infinity, or its norm overflows float32
+    "Rows that may be chosen from."
+    return torch.isfinite(torch.linalg.vector_norm(values.flatten(1).float(), dim=1))

@@ -1,0 +1,265 @@
+"""The probe can be stopped at any moment: what was finished counts, the same command goes on, and nobody sees it in the result."""
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from seats_analysis import probe
+from seats_analysis.media import Clip, Sample
+from seats_analysis.probe import Journal, journal_of, load_profile, probe_dependency, probe_to_file
+
+ROOT = Path(__file__).resolve().parents[1]
+FORK = multiprocessing.get_context('fork')
+CLIPS, WORDS = 6, ('red', 'green circle', 'blue')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    "A forked process must not inherit a pool of threads."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope='module')
+def model():
+    from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
+    from seats_analysis.testbed import build_config
+    torch.manual_seed(0)
+    thinker = Thinker(build_config(layers=3, tower=32)).eval()
+    for p in thinker.parameters():
+        if p.dim() > 1: torch.nn.init.normal_(p, std=p[0].numel()**-.5)
+    return thinker
+
+
+@pytest.fixture(scope='module')
+def processor():
+    from seats_analysis.testbed import build_processor
+    return build_processor()
+
+
+@pytest.fixture(scope='module')
+def samples():
+    "Two questions on each of six clips."
+    def clip(seed):
+        rng = np.random.default_rng(seed)
+        return Clip(f'clip{seed}', rng.integers(0, 255, (4, 56, 56, 3), dtype='uint8'), 2., rng.standard_normal(32000, 'float32')*.1, 16000)
+    return [Sample(f'{c.id}-{q}', c, text, WORDS, q, 'a', 'derive') for c in map(clip, range(CLIPS))
+            for q, text in enumerate(('what colour is the circle ?', 'what is it ?'))]
+
+
+@pytest.fixture(scope='module')
+def whole(model, processor, samples, tmp_path_factory):
+    "The file of an uninterrupted run."
+    path = tmp_path_factory.mktemp('whole')/'p.nc'
+    probe_to_file(model, processor, samples, path, progress=False)
+    return path
+
+
+def rows_of(path): return sorted(p.name for p in journal_of(path).glob('[0-9]*.json'))
+
+
+def killed(run, seconds):
+    "Run in a forked process and kill it after some time; True if it was still running."
+    child = FORK.Process(target=run)
+    child.start()
+    child.join(seconds)
+    alive = child.is_alive()
+    if alive: os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    return alive
+
+
+def kill_and_resume(model, processor, samples, path, kills, seed):
+    "Kill one run again and again, each time checking that nothing finished is lost; (kills that hit, samples at each)."
+    draw, counts = random.Random(seed), []
+    run = lambda: probe_to_file(model, processor, samples, path, progress=False)
+    began = time.perf_counter()
+    alone = probe_dependency(model, processor, samples[:2], progress=False) is not None and time.perf_counter() - began
+    while len(counts) < kills:
+        if path.exists(): path.unlink()  # it came through: begin again
+        before = rows_of(path)
+        if killed(run, draw.uniform(.2, 1.5)*alone): counts.append(len(rows_of(path)))
+        if not path.exists(): assert set(before) <= set(rows_of(path)), 'a finished sample is gone'
+    probe_to_file(model, processor, samples, path, progress=False)
+    return counts
+
+
+def test_killed_and_resumed_is_the_uninterrupted_file(model, processor, samples, whole, tmp_path):
+    counts = kill_and_resume(model, processor, samples, tmp_path/'p.nc', kills=4, seed=1)
+    assert (tmp_path/'p.nc').read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['p.nc'] and len(counts) == 4
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize('seed', range(5))
+def test_many_random_kills(model, processor, samples, whole, tmp_path, seed):
+    counts = kill_and_resume(model, processor, samples, tmp_path/'p.nc', kills=20, seed=seed)
+    assert (tmp_path/'p.nc').read_bytes() == whole.read_bytes() and len(set(counts)) > 2
+
+
+def test_only_what_was_in_flight_is_run_again(model, processor, samples, tmp_path, monkeypatch):
+    "Stopped while the fourth clip is being written: its two questions are run again, nothing else."
+    ran, unit, write = [], probe._run_unit, Journal.write
+    def watch(model, processor, part, *args):
+        ran.append([s.id for s in part])
+        return unit(model, processor, part, *args)
+    def stop(self, i, row):
+        if i == 7: raise KeyboardInterrupt
+        write(self, i, row)
+    monkeypatch.setattr(probe, '_run_unit', watch)
+    monkeypatch.setattr(Journal, 'write', stop)
+    with pytest.raises(KeyboardInterrupt): probe_to_file(model, processor, samples, tmp_path/'p.nc', progress=False)
+    assert len(rows_of(tmp_path/'p.nc')) == 7 and len(ran) == 4
+    ran.clear()
+    monkeypatch.setattr(Journal, 'write', write)
+    probe_to_file(model, processor, samples, tmp_path/'p.nc', progress=False)
+    assert ran == [[s.id for s in samples[i:i + 2]] for i in (6, 8, 10)]
+
+
+@pytest.mark.parametrize('method', ['branch', 'plain'])
+def test_resumed_equals_whole_for_both_methods(model, processor, samples, tmp_path, method):
+    options = dict(method=method, layers=[0, 2], batch_size=3, progress=False)
+    expected = probe_dependency(model, processor, samples[:6], **options)
+    journal = tmp_path/'j'
+    probe_dependency(model, processor, samples[:6], journal=journal, **options)
+    for name in ('000001.json', '000004.json'): (journal/name).unlink()
+    (journal/'000003.json').write_text('{"id": "half a fi')
+    assert probe_dependency(model, processor, samples[:6], journal=journal, **options).identical(expected)
+
+
+def test_killed_while_the_file_is_written(model, processor, samples, whole, tmp_path, monkeypatch):
+    "The journal outlives the file's birth: stopped before, in between or after, the same call ends in the same file."
+    path, save, close = tmp_path/'p.nc', probe.save_profile, Journal.close
+    def late(*args):
+        save(*args)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(probe, 'save_profile', late)
+    with pytest.raises(KeyboardInterrupt): probe_to_file(model, processor, samples, path, progress=False)
+    assert len(rows_of(path)) == len(samples)
+    monkeypatch.setattr(probe, 'save_profile', save)
+    monkeypatch.setattr(probe, '_run_unit', lambda *args: pytest.fail('nothing is left to run'))
+    probe_to_file(model, processor, samples, path, progress=False)
+    assert path.read_bytes() == whole.read_bytes() and not journal_of(path).exists()
+
+
+# onto something else
+
+def other_weights(model, processor, samples):
+    with torch.no_grad(): model.lm_head.weight[0, 0] += 1
+    return model, processor, samples
+
+
+@pytest.mark.parametrize('change, says', [
+    (other_weights, 'other weights'),
+    (lambda m, p, s: (m, p, [replace(s[0], question='what colour ?'), *s[1:]]), "other data .2 samples there, 2 now; the first that differs is 'clip0-0'"),
+    (lambda m, p, s: (m, p, [replace(s[0], answer=1), *s[1:]]), "'clip0-0'"),
+    (lambda m, p, s: (m, p, s[:1]), "other data .2 samples there, 1 now; the first that differs is 'clip0-1'"),
+    (dict(layers=[0, 1]), r'other layers .\[1, 3\] there, \[0, 1, 3\] now'), (dict(removed='audio'), 'other removed'), (dict(seed=3), 'other seed .0 there, 3 now'),
+    (dict(method='plain'), 'other batch_size .*other max_branch_tokens .*other method .."branch" there, "plain" now'), (dict(fps=1.), 'other fps'),
+    (dict(max_branch_tokens=77), 'other max_branch_tokens .4096 there, 77 now')])
+def test_refuses_a_journal_of_another_run(model, processor, samples, tmp_path, change, says):
+    "Named, and nothing of the old run is lost."
+    base = dict(layers=[1], journal=tmp_path/'j', progress=False)
+    probe_dependency(model, processor, samples[:2], **base)
+    before = {p.name: p.read_bytes() for p in (tmp_path/'j').iterdir()}
+    saved = model.lm_head.weight.detach().clone()
+    try:
+        with pytest.raises(ValueError, match=f'cannot be continued: .*{says}'):
+            if callable(change): probe_dependency(*change(model, processor, samples[:2]), **base)
+            else: probe_dependency(model, processor, samples[:2], **base | change)
+    finally:
+        with torch.no_grad(): model.lm_head.weight.copy_(saved)
+    assert before == {p.name: p.read_bytes() for p in (tmp_path/'j').iterdir()}
+    probe_dependency(model, processor, samples[:2], **base)
+
+
+def test_selectors_tell_runs_apart(model, processor, samples, tmp_path):
+    ask = lambda s: probe_dependency(model, processor, samples[:2], {'part': s}, layers=[1], journal=tmp_path/'j', progress=False)
+    ask(probe.random_fraction(.5))
+    ask(probe.random_fraction(.5))
+    with pytest.raises(ValueError, match='other selectors'): ask(probe.random_fraction(.25))
+
+
+# several processes
+
+def test_processes_share_the_work(model, processor, samples, whole, tmp_path, monkeypatch):
+    "Two forked processes write one journal; the first one merges what both have measured, the other returns nothing."
+    path, done = tmp_path/'p.nc', FORK.Queue()
+    def work(rank):
+        os.environ.update(RANK=str(rank), WORLD_SIZE='2')
+        ran, unit = [], probe._run_unit
+        probe._run_unit = lambda m, p, part, *args: ran.extend(s.id for s in part) or unit(m, p, part, *args)
+        done.put((rank, probe_to_file(model, processor, samples, path, progress=False) is None, ran))
+    children = [FORK.Process(target=work, args=(rank,)) for rank in (0, 1)]
+    for c in children: c.start()
+    answers = sorted(done.get(timeout=300) for _ in children)
+    for c in children: c.join()
+    assert [(rank, nothing) for rank, nothing, _ in answers] == [(0, False), (1, True)]
+    assert [len(ran) for *_, ran in answers] == [6, 6] and sorted(sum((ran for *_, ran in answers), [])) == sorted(s.id for s in samples)
+    assert path.read_bytes() == whole.read_bytes() and not journal_of(path).exists()
+
+
+def test_auto_is_shared_too(model, processor, samples, tmp_path):
+    def work(rank):
+        os.environ.update(RANK=str(rank), WORLD_SIZE='2')
+        probe_to_file(model, processor, samples, tmp_path/'two.nc', layers='auto', progress=False)
+    children = [FORK.Process(target=work, args=(rank,)) for rank in (0, 1)]
+    for c in children: c.start()
+    for c in children: c.join(300)
+    assert [c.exitcode for c in children] == [0, 0]
+    probe_to_file(model, processor, samples, tmp_path/'one.nc', layers='auto', progress=False)
+    assert (tmp_path/'two.nc').read_bytes() == (tmp_path/'one.nc').read_bytes()
+
+
+# the command
+
+def environment(): return dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', ACCELERATE_USE_CPU='true')
+
+
+COMMAND = ['-c', 'from seats_analysis.cli import main; main()', 'probe', '--limit', '6', '--layers', '0:16:4', '--threads', '1']
+
+
+@pytest.fixture(scope='module')
+def commanded(tmp_path_factory):
+    path = tmp_path_factory.mktemp('command')/'p.nc'
+    done = subprocess.run([sys.executable, *COMMAND, '--out', path], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and 'sample/s' in done.stderr, done.stderr  # a rate, and the time that is left before it
+    return path
+
+
+def test_launched_twice_is_the_same_file(commanded, tmp_path):
+    "`accelerate launch` with two processes on a CPU."
+    launch = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no',
+              '--dynamo_backend', 'no', '--main_process_port', '0', '--no_python']
+    done = subprocess.run([*launch, sys.executable, *COMMAND, '--out', tmp_path/'p.nc'], env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert 'probe (1 of 2)' in done.stderr and 'probe (2 of 2)' in done.stderr and done.stdout.count('questions on') == 1
+    assert (tmp_path/'p.nc').read_bytes() == commanded.read_bytes()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize('stop, code', [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_stopped_command_goes_on(commanded, tmp_path, stop, code):
+    path = tmp_path/'p.nc'
+    with subprocess.Popen([sys.executable, *COMMAND, '--out', path], env=environment(), stderr=subprocess.PIPE, text=True) as child:
+        while not rows_of(path) and child.poll() is None: time.sleep(.005)
+        child.send_signal(stop)
+        said = child.stderr.read()
+    assert child.returncode == code and not path.exists() and 0 < len(rows_of(path)) < 6
+    if stop == signal.SIGINT: assert said.splitlines()[-1] == 'seats: interrupted' and 'the same command goes on' in said
+    other = subprocess.run([sys.executable, *COMMAND, '--limit', '5', '--out', path], env=environment(), capture_output=True, text=True)
+    assert other.returncode == 2 and 'other data (6 samples there, 5 now' in other.stderr.splitlines()[-1]
+    assert subprocess.run([sys.executable, *COMMAND, '--out', path], env=environment(), capture_output=True).returncode == 0
+    assert path.read_bytes() == commanded.read_bytes()

@@ -1,0 +1,171 @@
+"""Token selection against plain loops, and without a host sync. Parity with the recorded reference is in test_golden.py, properties over random layouts in
+test_properties.py."""
+import random, re
+from pathlib import Path
+import pytest, torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from plain import naive_budgets, naive_order, naive_repair
+from seats_analysis.select import (attention_received, diverse_order, finite_rows, kept_positions, plan_budgets, pool_groups, query_scores,
+    select_diverse, select_in_clip, select_in_windows, topk_in_groups, undo_order, water_fill)
+
+# ---------------------------------------------------------------- against plain loops
+
+@pytest.mark.parametrize("seed", range(6))
+def test_batched_windows_equal_one_by_one(seed):
+    g = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(1, 24, (7,), generator=g).tolist()
+    counts = [int(torch.randint(0, s+1, (1,), generator=g)) for s in sizes]
+    features, attention = torch.randn(7, 24, 12, generator=g), torch.rand(7, 24, generator=g) if seed % 2 else None
+    keep = select_diverse(features, attention, counts, sizes) # what lies in the padding must not matter
+    for i, (size, count) in enumerate(zip(sizes, counts)):
+        order, slack = naive_order(features[i, :size], None if attention is None else attention[i, :size], count)
+        assert int(keep[i].sum()) == count and not keep[i, size:].any()
+        if slack > 1e-4: assert keep[i].nonzero()[:, 0].tolist() == sorted(order)
+
+@pytest.mark.parametrize("seed", range(20))
+def test_selection_is_exact_among_duplicates(seed):
+    g = torch.Generator().manual_seed(seed)
+    base = torch.randn(3, 5, generator=g)*10**float(torch.randint(-6, 6, (1,), generator=g))
+    features = base[torch.randint(0, 3, (4, 30), generator=g)] + (1e-7*torch.randn(4, 30, 5, generator=g) if seed % 2 else 0)
+    n = [int(x) for x in torch.randint(0, 31, (4,), generator=g)]
+    keep = select_diverse(features, 1e5*torch.rand(4, 30, generator=g), n)
+    assert keep.sum(1).tolist() == n
+
+@pytest.mark.parametrize("seed", range(200))
+def test_water_level_equals_the_one_at_a_time_repair(seed):
+    r = random.Random(seed)
+    cap = [r.randint(1, 30) for _ in range(r.randint(1, 12))]
+    budget = [r.randint(1, c) for c in cap]
+    total = r.randint(len(cap), sum(cap))
+    few = sum(budget) < total
+    low, high = (budget, cap) if few else ([1]*len(cap), budget)
+    priority = [-i if few else i for i in range(len(cap))]
+    got = water_fill(*(torch.tensor([x]) for x in (low, high, [total], priority)))[0].tolist()
+    assert got == naive_repair(budget, cap, total)
+
+@pytest.mark.parametrize("seed", range(200))
+def test_budgets_equal_the_published_plan_where_it_is_exact(seed):
+    r = random.Random(seed)
+    w, tau = r.randint(1, 10), r.choice([.003, .03, .1, .3])
+    size_v, size_a = ([r.randint(low, 30) for _ in range(w)] for low in r.choice([(1, 1), (0, 1), (1, 0)]))
+    if not sum(size_v) or not sum(size_a): pytest.skip("one modality only: a plain top-k")
+    t_v, t_a = r.randint(1, sum(size_v)), r.randint(1, sum(size_a))
+    mean_v, mean_a = ([r.random()*.1 if s else 0. for s in size] for size in (size_v, size_a))
+    v, a = plan_budgets(*(torch.tensor([x]).double() for x in (mean_v, mean_a)), torch.tensor([size_v]), torch.tensor([size_a]), [t_v], [t_a], tau)
+    v, a = v[0].tolist(), a[0].tolist()
+    assert sum(v) + sum(a) == t_v + t_a
+    assert all(0 <= x <= s for x, s in zip(v+a, size_v+size_a))
+    plain = naive_budgets(mean_v, mean_a, size_v, size_a, t_v, t_a, tau)
+    if sum(map(sum, plain)) == t_v + t_a: assert list(zip(v, a)) == plain
+
+def random_batch(r, samples):
+    "Interleaved samples of unequal length, left-padded, some runs empty; scores of any shape."
+    rows = []
+    for _ in range(samples):
+        runs = [(kind, w) for w in range(5) for kind in (1, 2) for _ in range(r.randint(0, 7))]
+        rows.append([(0, -1)] + runs + [(0, -1)])
+    width = max(map(len, rows))
+    rows = [[(-1, -1)]*(width-len(row)) + row for row in rows]
+    return (torch.tensor([[x[i] for x in row] for row in rows]) for i in (0, 1))
+
+@pytest.mark.parametrize("seed", range(60))
+def test_stage2_is_exact_on_any_batch(seed):
+    r, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    modality, window = random_batch(r, 4)
+    counts = [[int((row == m).sum()) for row in modality] for m in (1, 2)]
+    totals = [[min(n, max(1, round(r.random()*n))) for n in side] for side in counts]
+    scores = torch.rand(modality.shape, generator=g)*10.**r.randint(-6, 3)
+    if seed % 4 == 1: scores = torch.zeros_like(scores)
+    if seed % 4 == 2: scores = scores.bfloat16()
+    if seed % 4 == 3: scores[torch.rand(scores.shape, generator=g) < .2] = torch.nan # prune refuses these; the counts hold all the same
+    args = 5, *totals, r.choice([1e-4, .1, .3]), bool(seed % 2)
+    keep = select_in_windows(scores, modality, window, *args)
+    assert (keep & (modality > 0)).sum(1).tolist() == [v+a for v, a in zip(*totals)]
+    assert keep[modality <= 0].all()
+    for i in range(4): # one by one: the same choice
+        alone = select_in_windows(scores[i:i+1], modality[i:i+1], window[i:i+1], 5, totals[0][i:i+1], totals[1][i:i+1], *args[3:])
+        assert torch.equal(alone[0], keep[i])
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("scale_free", (False, True))
+def test_an_emptied_window_takes_no_part(seed, scale_free):
+    "Window ids are fixed on the full sequence: a run that an earlier drop emptied leaves a gap, and the gap changes nothing."
+    g = torch.Generator().manual_seed(seed)
+    modality = torch.tensor([[1, 1, 2]*32])
+    window = torch.arange(4).repeat_interleave(24)[None]
+    scores = torch.rand(1, 96, generator=g) * torch.rand(1, 4, generator=g)[0, window] # some windows matter more
+    args = (24,), (12,), .1, scale_free
+    dense = select_in_windows(scores, modality, window, 4, *args)
+    gaps = select_in_windows(scores, modality, torch.tensor([1, 2, 5, 6])[window], 9, *args)
+    assert torch.equal(dense, gaps)
+
+@pytest.mark.parametrize("seed", range(20))
+def test_kept_tokens_are_the_best_of_their_group(seed):
+    g = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, 6, (3, 40), generator=g).float() # many ties
+    group, budget = torch.randint(0, 5, (3, 40), generator=g), torch.randint(0, 9, (3, 4), generator=g)
+    keep = topk_in_groups(scores, group, budget)
+    for b in range(3):
+        best = lambda i: (-float(scores[b, i]), i)
+        for k in range(4):
+            members = sorted((i for i in range(40) if group[b, i] == k), key=best)
+            assert sorted(members[:int(budget[b, k])]) == [i for i in range(40) if keep[b, i] and group[b, i] == k]
+        assert not keep[b, group[b] == 4].any()
+
+# ---------------------------------------------------------------- no host sync
+
+def public_calls():
+    "Each tensor function of the module, once, on small inputs."
+    tokens, stat, heads = torch.rand(40, 8), torch.rand(40), torch.rand(40, 2, 4)
+    modality, scores, size = torch.tensor([[0] + [1]*6 + [2]*4]*2), torch.rand(2, 11), torch.full((2, 1), 6)
+    window = torch.zeros_like(modality)
+    return dict(
+        attention_received=lambda: attention_received(heads, heads, (16, 16, 8)),
+        pool_groups=lambda: pool_groups(stat, 2, (21, 19)),
+        undo_order=lambda: undo_order(stat, torch.arange(40)),
+        diverse_order=lambda: diverse_order(tokens[None], stat[None], 5),
+        select_diverse=lambda: select_diverse(tokens.view(2, 20, 8), stat.view(2, 20), (3, 7), (15, 20)),
+        select_in_clip=lambda: select_in_clip(tokens, stat, (16, 16, 8), (3, 16, 2)),
+        query_scores=lambda: query_scores(torch.rand(2, 4, 8), torch.rand(2, 2, 11, 8), scores > 0),
+        water_fill=lambda: water_fill(size*0, size, size, size),
+        plan_budgets=lambda: plan_budgets(size.float(), size.float(), size, size, (3, 6), (2, 1), scale_free=True),
+        topk_in_groups=lambda: topk_in_groups(scores, window, size),
+        select_in_windows=lambda: select_in_windows(scores, modality, window, 1, (3, 2), (2, 1)),
+        kept_positions=lambda: kept_positions(scores > .5, 3),
+        finite_rows=lambda: finite_rows(tokens))
+
+HOST_ONLY = {"window_sizes", "stage1_counts", "stage2_counts"}
+
+def test_no_function_needs_a_value_from_the_device():
+    with FakeTensorMode():
+        for name, call in public_calls().items(): call()
+
+def test_every_public_function_is_covered():
+    import seats_analysis.select as module
+    assert set(public_calls()) | HOST_ONLY == set(module.__all__)
+
+def test_the_check_itself_can_fail():
+    with FakeTensorMode():
+        x = torch.rand(8)
+        with pytest.raises(DynamicOutputShapeException): x[x > .5]
+        with pytest.raises(DynamicOutputShapeException): x.nonzero()
+        with pytest.raises(DataDependentOutputException): x.sum().item()
+
+def test_exported_source_has_no_host_sync():
+    import seats_analysis.select as module
+    source = Path(module.__file__).read_text()
+    assert not re.search(r"\.(item|tolist|cpu|numpy|nonzero|masked_select|unique)\(", source)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_runs_without_sync_and_agrees():
+    cpu = {}
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        f, a, s = (torch.rand(shape).to(device) for shape in ((4, 30, 16), (4, 30), (2, 11)))
+        m = torch.tensor([[0] + [1]*6 + [2]*4]*2).to(device)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+        try: out = select_diverse(f, a, (3, 30, 7, 1)), select_in_windows(s, m, m*0, 1, (3, 2), (2, 1))
+        finally: torch.cuda.set_sync_debug_mode("default")
+        if device == "cpu": cpu = out
+    assert all(torch.equal(x, y.cpu()) for x, y in zip(cpu, out))
