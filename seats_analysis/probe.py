@@ -16,10 +16,9 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 import os
-import re
 import shutil
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -791,17 +790,16 @@ def next_layers(
     needs:Mapping|None=None, # family -> modalities
     guard:int=AUTO['guard'], tolerance:float=AUTO['tolerance'], rise:float=AUTO['rise'], # see `AUTO`
 )->list: # layers to scan next, empty when the boundaries are pinned down
-    "Where to look next: unscanned layers around each crossing, of the whole and of each split."
+    "Where to look next: unscanned layers around each crossing, in the `derive` split where there is one."
     layers, wanted, last = profile['layer'].values.tolist(), set(), profile['layer'].values[-1]
+    derive = profile['split'].values.astype(str) == 'derive'
     for name in profile['removed'].values:
-        keep = _answered(profile, str(name), needs or {})
-        for split in (None, *np.unique(profile['split'].values.astype(str))):
-            use = keep & (profile['split'].values.astype(str) == split) if split is not None else keep
-            if not use.any(): continue
-            curve = profile['correct'].sel(removed=name).values[use].mean(0)
-            for at in _crossings(curve, layers, tolerance, rise):
-                below = max((l for l in layers if l < at), default=0)
-                wanted |= {at + d for d in range(-guard, guard + 1)} | ({(below + at)//2} if at - below > 1 else set())
+        use = _answered(profile, str(name), needs or {})
+        if (use & derive).any(): use = use & derive
+        curve = profile['correct'].sel(removed=name).values[use].mean(0)
+        for at in _crossings(curve, layers, tolerance, rise):
+            below = max((l for l in layers if l < at), default=0)
+            wanted |= {at + d for d in range(-guard, guard + 1)} | ({(below + at)//2} if at - below > 1 else set())
     return sorted({int(l) for l in wanted if 0 <= l < last} - set(layers))
 
 # %% ../nbs/04_probe.ipynb #cb4e63d5
@@ -877,6 +875,7 @@ def _check_call(model, samples, layers, method, shard, journal, max_branch_token
     if max_branch_tokens is not None and max_branch_tokens < 1: raise ValueError(f'max_branch_tokens: {max_branch_tokens}, expected at least 1')
     if not 0 <= shard[0] < shard[1]: raise ValueError(f'shard: {shard}, expected a process number below the number of processes')
     if shard[1] > 1 and journal is None: raise ValueError('shard: several processes need a journal to share')
+    if layers == 'auto' and all(len(s.choices) < 2 for s in samples): raise ValueError("layers: 'auto' follows the share of right answers, and no sample has choices")
     if model.training: raise ValueError('the model is in training mode; call model.eval() first')
     _check_samples(samples)
 
@@ -910,7 +909,9 @@ def load_profile(path): # xr.Dataset, in memory
 # %% ../nbs/04_probe.ipynb #0aa6d989
 def processes()->tuple: # (number of this process, how many there are)
     "Which of several processes this is, as their launcher says."
-    return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    names = ('RANK', 'WORLD_SIZE'), ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE'), ('PMI_RANK', 'PMI_SIZE') # accelerate and torchrun; two MPIs
+    rank, of = next(((r, n) for r, n in names if r in os.environ and n in os.environ), (None, None))
+    return (int(os.environ[rank]), int(os.environ[of])) if rank else (0, 1)
 
 def journal_of(path)->Path:
     "Where the finished samples of an unfinished profile are."

@@ -1,5 +1,4 @@
 """The branch method gives what the plain one gives: every layer, condition, family, kind of question and budget, for less."""
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch
 
 from seats_analysis import probe
 from seats_analysis.adapter import adapter_for, encode, encode_questions
+from seats_analysis.cost import probe_flops
 from seats_analysis.media import Clip, Sample
 from seats_analysis.probe import (AUTO, Budget, all_but_sinks, branch_scores, every_token, family_curves, next_layers, pack_questions,
                                   plan_removals, probe_dependency, random_fraction, removal_scores, time_window)
@@ -235,15 +235,37 @@ def flops(run):
     return counter.get_total_flops()
 
 
-def test_cost_against_plain():
-    "On the testbed, all layers and three conditions: at most 0.35 of the FLOPs."
+@pytest.fixture(scope='module')
+def testbed():
     from seats_analysis.testbed import load_testbed, testbed_samples
-    model, processor = load_testbed()
-    samples = testbed_samples(split='derive', limit=2)
-    plain, branch = (flops(lambda: probe_dependency(model, processor, samples, method=m, progress=False)) for m in ('plain', 'branch'))
-    single = flops(lambda: probe_dependency(model, processor, samples[:1], method='branch', progress=False))
-    assert branch <= .35*plain and single <= .35*plain/2
-    assert single > .6*branch  # the second question on the clip costs less than the first
+    return *load_testbed(), testbed_samples(split='derive', limit=2)
+
+
+@torch.no_grad()
+def test_cost_against_plain(testbed):
+    "All layers and three conditions on a clip of the testbed: at most 0.35 of the FLOPs, encoders included, and the closed form says the same."
+    model, processor, samples = testbed
+    L, dims = adapter_for(model).num_layers(model), adapter_for(model).config(model)
+    q, = encode_questions(model, processor, samples)
+    single, layers = encode(model, processor, samples[:1]), list(range(L + 1))
+    branch = flops(lambda: branch_scores(model, q, NAMES, layers))
+    plain = sum(flops(lambda: removal_scores(model, encode(model, processor, [s]), NAMES, layers)) for s in samples)
+    assert branch <= .35*plain
+    one, = encode_questions(model, processor, samples[:1])
+    assert .55*branch < flops(lambda: branch_scores(model, one, NAMES, layers)) <= .35*plain/2  # the second question costs less than the first
+    encoders = flops(lambda: pack_questions(model, q))
+    pack = pack_questions(model, q)
+    kept = [(r.front, len(r.own)) for r in plan_removals(model, pack, probe._check_removed(NAMES))[0]]
+    form = probe_flops(dims, q.shared, len(pack.tail.ids), kept, logits=len(pack.tail.wanted))
+    assert form == pytest.approx(branch - encoders, rel=.005)
+    extra = probe.pack_branches(single.choice_ids).ids.shape[1]
+    form = probe_flops(dims, single.shape[1] - 1, 1 + extra, kept_of_one(model, one), 'plain', logits=1 + extra)
+    assert form == pytest.approx(plain/2 - encoders, rel=.02)  # the questions differ by a token or two
+
+
+def kept_of_one(model, one):
+    "What stays of a context that is the whole prompt but its last token."
+    return [(r.front, len(r.own)) for r in plan_removals(model, pack_questions(model, one), probe._check_removed(NAMES))[0]]
 
 
 # coarse to fine
@@ -338,3 +360,17 @@ def test_qwen3_omni_deepstack_matters(qwen3, monkeypatch):
     whole = run()
     monkeypatch.setattr(probe, 'deepstack_inputs', lambda seen: ())
     assert (run() - whole).abs().max() > 1e-3
+
+
+def test_auto_gives_the_boundaries_of_the_full_scan():
+    "On the testbed's stored profile: the layers that `auto` would have scanned lead to the same boundaries as all of them."
+    import json
+    from pathlib import Path
+    from seats_analysis.boundaries import find_boundaries
+    full = probe.load_profile(Path(__file__).resolve().parents[1]/'data'/'profiles'/'testbed.nc')
+    L, needs = int(full.layer[-1]), json.loads(full.attrs['needs'])
+    layers = sorted({*range(0, L, round(L**.5)), L})
+    while (more := next_layers(full.sel(layer=layers), needs)): layers = sorted({*layers, *more})
+    for removed in NAMES:
+        ours, theirs = (find_boundaries(p, removed) for p in (full.sel(layer=layers), full))
+        assert (ours.shallow_end, ours.late_start) == (theirs.shallow_end, theirs.late_start), removed
