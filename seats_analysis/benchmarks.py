@@ -177,11 +177,14 @@ def _parsed(paths):
         try: return datasets.Dataset.from_parquet([str(p) for p in paths], cache_dir=cache, keep_in_memory=True).to_list()
         except Exception as error: raise ValueError(f"{paths[0]}: not readable Parquet ({type(error).__name__})") from error
 
+def _video_id(video):
+    "What a video is called, whether the row gives a name or a path."
+    name = video.rsplit("/", 1)[-1]
+    return name[:-len(Path(name).suffix)] if Path(name).suffix.lower() in (".mp4", ".mkv", ".webm", ".mov") else name
+
 def _first(folder, patterns, video):
     "The first file that exists of some patterns, or None. A row's own path may begin with ./ or repeat the suffix."
-    name = video.removeprefix("./")
-    stem = name if Path(name).suffix.lower() not in (".mp4", ".mkv", ".webm", ".mov") else str(Path(name).with_suffix(""))
-    tried = [folder/name, *(folder/p.format(id=n) for p in patterns for n in (stem, Path(stem).name))]
+    tried = [folder/video.removeprefix("./"), *(folder/p.format(id=_video_id(video)) for p in patterns)]
     return next((p for p in tried if p.is_file()), None)
 
 def split_of(
@@ -199,7 +202,7 @@ def _sample(name, folder, bench, row, lettered):
     try:
         choices = plain_choices(row["choices"])
         return Sample(row["id"], str(video), row["question"], choices, answer_index(row["answer"], choices), family=row["family"],
-                      split=split_of(row["video"]), audio=None if sound is None else str(sound), lettered=lettered)
+                      split=split_of(_video_id(row["video"])), audio=None if sound is None else str(sound), lettered=lettered)
     except ValueError as error: raise ValueError(f"{name}, question {row['id']}: {error}") from error
 
 def load_benchmark(
