@@ -405,7 +405,7 @@ def _origin(profile):
                 seed=None if seed is None else int(seed), profile_hash=profile_hash(profile))
 
 # %% ../nbs/05_boundaries.ipynb #ab0f76c6
-REACH = 0.9  # chosen by `simulate.choose_reach` from data/results/boundary_coverage.json
+REACH = 0.9  # one step above what `simulate.choose_reach` finds in data/results/boundary_coverage.json
 
 
 def _late_interval(lates, late, counts, boot, tolerance, confidence, reach):

@@ -592,7 +592,7 @@ def simulate(
     profile: Annotated[Optional[Path], typer.Option('--profile', help="NetCDF file that the noise is taken from; default: the testbed's.")] = None,
     out: Annotated[Path, typer.Option('--out', help='JSON file to write.')] = Path('data/results/boundary_coverage.json'),
     trials: Annotated[int, typer.Option('--trials', min=1, help='Experiments for each shape and size.')] = 100,
-    replicates: Annotated[int, typer.Option('--replicates', min=10, help='Bootstrap replicates in each.')] = 300,
+    replicates: Annotated[int, typer.Option('--replicates', min=10, help='Bootstrap replicates in each.')] = 200,
     sizes: Annotated[str, typer.Option('--sizes', help='Questions per experiment, separated by commas.')] = '50,100,200,500,1000',
     seed: Annotated[int, typer.Option('--seed', min=0)] = 0, as_json: Json = False,
 ):

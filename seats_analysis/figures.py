@@ -563,12 +563,12 @@ def _draw_method(ax, method, rows):
 # %% ../nbs/12_figures.ipynb #a238674c
 SHAPE_LOOKS = tuple(dict(color=c, linestyle=s, marker=m) for c, s, m in zip((BLUE, ORANGE, GREEN, RED, PURPLE, INK), ('-', '--', '-.', ':', '-', '--'), 'osv^Dx'))
 
-def _study_panel(ax, study, value, title, ylabel):
-    "One curve per shape against the number of questions."
-    for shape, look in zip(dict.fromkeys(r['shape'] for r in study['rows']), SHAPE_LOOKS):
-        rows = [r for r in study['rows'] if r['shape'] == shape]
-        ax.plot([r['questions'] for r in rows], [value(r) for r in rows], label=shape, **look)
+def _study_panel(ax, study, value, title, ylabel, over=np.mean):
+    "One curve per shape against the number of questions; conditions are put together by `over`."
     sizes = sorted({r['questions'] for r in study['rows']})
+    for shape, look in zip(dict.fromkeys(r['shape'] for r in study['rows']), SHAPE_LOOKS):
+        at = lambda n: over([value(r) for r in study['rows'] if (r['shape'], r['questions']) == (shape, n)])
+        ax.plot(sizes, [at(n) for n in sizes], label=shape, **look)
     ax.set(xscale='log', xticks=sizes, xticklabels=map(str, sizes), xlabel='Questions', ylabel=ylabel)
     ax.minorticks_off()
     ax.set_title(title)
@@ -584,7 +584,7 @@ def coverage_figure(
         fig = _figure(PAGE, 2.15)
         axes = fig.subplots(1, 4)
         for ax, which, title in zip(axes, ('0', key), ('a  percentiles', 'b  default interval')):
-            _study_panel(ax, study, lambda r, which=which: 100*r['late_interval'][which]['coverage'], title, 'Coverage (%)')
+            _study_panel(ax, study, lambda r, which=which: 100*r['late_interval'][which]['coverage'], title, 'Coverage (%)', min)
             ax.axhline(100*study['goal'], color='#777777', linewidth=.7, linestyle=(0, (1, 1.5)), zorder=1)
             ax.set_ylim(min(80, *(100*r['late_interval']['0']['coverage'] - 2 for r in study['rows'])), 101)
         _study_panel(axes[2], study, lambda r: r['late_interval'][key]['width'], 'c  default interval', 'Mean width (layers)')
