@@ -9,7 +9,7 @@ __all__ = ['QWEN2_5_OMNI', 'QWEN3_OMNI', 'FAMILIES', 'IMAGES', 'LETTERS', 'OmniA
            'DeepStack', 'without_deepstack', 'causal_mask', 'layer_mask', 'run_layers', 'final_logits', 'layer_query',
            'layer_key', 'last_vision_attention', 'last_audio_attention', 'vision_qk', 'audio_qk', 'attention_call',
            'window_index', 'LayerKeys', 'run_layer', 'layer_keys', 'deepstack_inputs', 'Questions', 'encode_questions',
-           'last_logits_only', 'ChoiceScores', 'score_choices']
+           'last_logits_only', 'ChoiceScores', 'score_choices', 'limit_pixels']
 
 # %% ../nbs/02_adapter.ipynb #017b27f5
 import copy
@@ -726,3 +726,15 @@ def _choice_scores(encoded, tables, first, total):
     lettered = torch.tensor([s.lettered for s in encoded.samples])[:, None]
     nan = lambda x, ok: x.masked_fill(~ok, torch.nan)
     return ChoiceScores(nan(total.cpu(), tokens > 0), tokens, nan(letters, (tokens > 0) & lettered))
+
+# %% ../nbs/02_adapter.ipynb #404bf898
+def limit_pixels(
+    processor, # its video processor is changed
+    least:int, # merged tokens in a temporal grid, at least
+    most:int, # at most
+):
+    "Scale frames so that a grid has so many merged tokens. Raises ValueError for an empty range."
+    if not 0 < least <= most: raise ValueError(f'merged tokens per grid: {least} to {most}, expected 0 < least <= most')
+    video = processor.video_processor
+    token = (video.patch_size*video.merge_size)**2
+    video.size = dict(dict(video.size), shortest_edge=least*token, longest_edge=most*token)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLUMN', 'PAGE', 'BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'INK', 'LOOKS', 'BLOCK_SHADES', 'RC', 'CONTROL',
-           'STAIRS', 'SCHEMA_KEPT', 'GROUPS', 'METHOD_LOOKS', 'SCHEMA_RESULTS', 'house_style', 'save_figure',
-           'dependency_figure', 'family_figure', 'retention_figure', 'load_kept', 'kept_data', 'log_spectrogram',
-           'kept_figure', 'read_log', 'learning_curves_figure', 'load_results', 'tradeoff_figure', 'open_profile',
-           'figure_jobs', 'make_figures']
+           'STAIRS', 'SCHEMA_KEPT', 'GROUPS', 'METHOD_LOOKS', 'SCHEMA_RESULTS', 'SHAPE_LOOKS', 'SCHEMA_SENSITIVITY',
+           'house_style', 'save_figure', 'dependency_figure', 'family_figure', 'retention_figure', 'load_kept',
+           'kept_data', 'log_spectrogram', 'kept_figure', 'read_log', 'learning_curves_figure', 'load_results',
+           'tradeoff_figure', 'coverage_figure', 'boundaries_figure', 'load_sensitivity', 'sensitivity_figure',
+           'open_profile', 'figure_jobs', 'make_figures']
 
 # %% ../nbs/12_figures.ipynb #35eafdb5
 import io, json
@@ -18,6 +19,7 @@ import numpy as np
 
 from .boundaries import control_families, needed_families, retained
 from .media import atomic_write
+from .simulate import SCHEMA_COVERAGE, load_coverage
 
 # %% ../nbs/12_figures.ipynb #49cd9784
 COLUMN, PAGE = 3.5, 7.2                    # widths in inches: one journal column, two columns
@@ -558,6 +560,102 @@ def _draw_method(ax, method, rows):
         if method != 'full': ax.annotate(f'{r["trr"]:g}', (xi, end), (0, 2 if up else -2), textcoords='offset points', ha='center',
                                          va='bottom' if up else 'top', fontsize=5.5, color=look['color'])
 
+# %% ../nbs/12_figures.ipynb #a238674c
+SHAPE_LOOKS = tuple(dict(color=c, linestyle=s, marker=m) for c, s, m in zip((BLUE, ORANGE, GREEN, RED, PURPLE, INK), ('-', '--', '-.', ':', '-', '--'), 'osv^Dx'))
+
+def _study_panel(ax, study, value, title, ylabel, over=np.mean):
+    "One curve per shape against the number of questions; conditions are put together by `over`."
+    sizes = sorted({r['questions'] for r in study['rows']})
+    for shape, look in zip(dict.fromkeys(r['shape'] for r in study['rows']), SHAPE_LOOKS):
+        at = lambda n: over([value(r) for r in study['rows'] if (r['shape'], r['questions']) == (shape, n)])
+        ax.plot(sizes, [at(n) for n in sizes], label=shape, **look)
+    ax.set(xscale='log', xticks=sizes, xticklabels=map(str, sizes), xlabel='Questions', ylabel=ylabel)
+    ax.minorticks_off()
+    ax.set_title(title)
+
+def coverage_figure(
+    study, # dict of `simulate.load_coverage`
+    reach=None, # of the interval shown; None: the default of `find_boundaries`
+):  # matplotlib Figure, two columns wide
+    "Coverage of percentiles and of the default interval, mean width, and share of estimates within one layer."
+    from seats_analysis.boundaries import REACH
+    key = str(REACH if reach is None else reach)
+    with house_style():
+        fig = _figure(PAGE, 2.15)
+        axes = fig.subplots(1, 4)
+        for ax, which, title in zip(axes, ('0', key), ('a  percentiles', 'b  default interval')):
+            _study_panel(ax, study, lambda r, which=which: 100*r['late_interval'][which]['coverage'], title, 'Coverage (%)', min)
+            ax.axhline(100*study['goal'], color='#777777', linewidth=.7, linestyle=(0, (1, 1.5)), zorder=1)
+            ax.set_ylim(min(80, *(100*r['late_interval']['0']['coverage'] - 2 for r in study['rows'])), 101)
+        _study_panel(axes[2], study, lambda r: r['late_interval'][key]['width'], 'c  default interval', 'Mean width (layers)')
+        _study_panel(axes[3], study, lambda r: 100*r['errors']['late']['within_one'], 'd  estimate', 'Within 1 layer (%)')
+        axes[2].set_ylim(bottom=0)
+        axes[3].set_ylim(0, 103)
+        fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=6, borderpad=0)
+    return fig
+
+# %% ../nbs/12_figures.ipynb #dc5e3dbd
+def boundaries_figure(
+    table, # pandas.DataFrame of `boundaries.boundary_table`
+    num_layers, # L
+):  # matplotlib Figure, one column wide
+    "Boundaries with intervals, family by family."
+    rows = table.dropna(subset=['late_start']).reset_index()
+    with house_style():
+        fig = _figure(COLUMN, .17*len(rows) + .55)
+        ax = fig.subplots()
+        for y, row in rows.iterrows(): _boundary_line(ax, y, row, num_layers)
+        names = [r.removed if r.family == 'all' else r.family.replace('_', ' ') for r in rows.itertuples()]
+        ax.set_yticks(range(len(rows)), names)
+        for label, family in zip(ax.get_yticklabels(), rows.family): label.set_fontweight('bold' if family == 'all' else 'normal')
+        ax.set_ylim(len(rows) - .4, -.6)
+        ax.tick_params(axis='y', length=0)
+        ax.grid(axis='x')
+        _layer_axis(ax, num_layers)
+        ax.set_xlabel('Block begins at layer')
+    return fig
+
+def _boundary_line(ax, y, row, num_layers):
+    "Both boundaries of one row, and how firm the late start is."
+    look = LOOKS[row['removed']]
+    for name, face, shift in (('shallow_end', 'white', -.13), ('late_start', look['color'], .13)):
+        low, at, high = (int(row[f'{name}{end}']) + 1 for end in ('_low', '', '_high'))
+        ax.plot([low, high], [y + shift]*2, color=look['color'], linewidth=1.3, alpha=.55, solid_capstyle='butt')
+        ax.plot(at, y + shift, color=look['color'], marker=look['marker'], markerfacecolor=face, markersize=3.6, clip_on=False)
+    ax.text(num_layers + 1.8, y, f'{100*row["late_start_same"]:.0f} %', fontsize=5.5, va='center')
+
+# %% ../nbs/12_figures.ipynb #06ad98a0
+SCHEMA_SENSITIVITY = 'seats_analysis/sensitivity/1'
+
+def load_sensitivity(
+    path, # JSON file of `seats sensitivity`
+)->dict:
+    "Read a stored task-sensitivity table. Raises ValueError that names the file."
+    try:
+        found = json.loads(Path(path).read_text(encoding='utf-8'))
+        if found['schema'] == SCHEMA_SENSITIVITY and all({'made_for', 'used_on', 'kept'} <= set(r) for r in found['rows']): return found
+    except (ValueError, TypeError, KeyError, OSError): pass
+    raise ValueError(f'{path}: not a task-sensitivity table: it needs schema {SCHEMA_SENSITIVITY!r} and rows with made_for, used_on and kept')
+
+def sensitivity_figure(
+    rows, # dicts: made_for, used_on, kept (share of the full accuracy, or None)
+):  # matplotlib Figure, one column wide
+    "Retained performance of each schedule on each kind of question, in percent."
+    made, used = (list(dict.fromkeys(r[k] for r in rows)) for k in ('made_for', 'used_on'))
+    values = np.full((len(made), len(used)), np.nan)
+    for r in rows: values[made.index(r['made_for']), used.index(r['used_on'])] = np.nan if r['kept'] is None else 100*r['kept']
+    with house_style():
+        fig = _figure(COLUMN, .26*len(made) + .8)
+        ax = fig.subplots()
+        ax.imshow(values, cmap='Blues', vmin=50, vmax=110, aspect='auto')
+        for (i, j), v in np.ndenumerate(values):
+            ax.text(j, i, '-' if np.isnan(v) else f'{v:.0f}', ha='center', va='center', fontsize=6.5, color='white' if v > 92 else INK)
+        name = lambda texts: [t.replace('_', ' ') for t in texts]
+        ax.set_xticks(range(len(used)), name(used), rotation=30, ha='right')
+        ax.set_yticks(range(len(made)), name(made))
+        ax.set(xlabel='Used on', ylabel='Made for')
+    return fig
+
 # %% ../nbs/12_figures.ipynb #b4ad32b3
 def open_profile(
     path, # NetCDF file of a dependency profile
@@ -623,6 +721,8 @@ def figure_jobs(
     jobs.update(_schedule_jobs(data/'schedules'))
     for path in sorted((data/'results').glob('*.json')):
         schema = _schema(path)
+        if schema == SCHEMA_COVERAGE: jobs[path.stem] = lambda path=path: coverage_figure(load_coverage(path))
+        if schema == SCHEMA_SENSITIVITY: jobs[path.stem] = lambda path=path: sensitivity_figure(load_sensitivity(path)['rows'])
         if schema == SCHEMA_KEPT: jobs[path.stem] = lambda path=path: _kept_job(path, data)
         if schema == SCHEMA_RESULTS: jobs[f'{path.stem}_tradeoff'] = lambda path=path: tradeoff_figure(load_results(path)['rows'])
     if (log := data/'testbed'/'train_log.jsonl').is_file(): jobs['testbed_learning'] = lambda: learning_curves_figure(log)

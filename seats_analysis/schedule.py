@@ -377,6 +377,7 @@ def _evidence(bounds, late, scale):
     derived = any(b.profile_hash for b in given.values())
     hashes = sorted({b.profile_hash for b in given.values()})
     return dict(kind="derived" if derived else "stated", late=late, scale_requested=scale, profile_hash=hashes,
+                tolerance={m: b.parameters.get("tolerance") for m, b in given.items()},
                 boundaries={m: boundaries_to_dict(b) for m, b in given.items()})
 
 # %% ../nbs/06_schedule.ipynb #07d8a2fe
