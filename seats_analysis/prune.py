@@ -760,6 +760,7 @@ class Sections:
     def start(self, section): self.open.enter_context(self.ledger.time(section))
     def stop(self): self.open.close()
 
+# %% ../nbs/09_prune.ipynb #e0a1c040
 class EncoderWatch:
     "Notes every call of the two towers, and the attention that their tokens receive."
     def __init__(self, model, sections, wanted): # wanted: whether stage I needs the attention
