@@ -197,8 +197,10 @@ def coverage_study(
 
 
 def save_coverage(study, path):
-    "Write a study as JSON, atomically."
-    with atomic_write(path) as part: part.write_text(json.dumps(study, indent=1) + "\n")
+    "Write a study as JSON, one row a line, atomically."
+    head = json.dumps({key: value for key, value in study.items() if key != "rows"}, indent=1).removesuffix("\n}")
+    rows = ",\n".join("  " + json.dumps(row) for row in study["rows"])
+    with atomic_write(path) as part: part.write_text(f'{head},\n "rows": [\n{rows}\n ]\n}}\n')
 
 
 def load_coverage(path):

@@ -5,7 +5,7 @@
 sync       nbdev_export and nbdev_clean would change nothing (tried on a copy, so uncommitted work is neither needed clean nor touched)
 notebooks  every notebook from top to bottom, each in a process of its own
 pytest     the tests folder
-oldest     golden and adapter tests on the oldest supported transformers, found in the overlay folder
+oldest     golden, adapter, family and media tests on the oldest supported transformers, found in the overlay folder
 """
 import argparse
 import hashlib
@@ -154,11 +154,11 @@ def run_oldest(args):
     wanted = overlay.name.removeprefix("transformers-")
     env = environment(PYTHONPATH=os.pathsep.join(filter(None, [str(overlay), os.environ.get("PYTHONPATH")])))
     found = python("-c", "import transformers; print(transformers.__version__)", env=env, capture_output=True, text=True).stdout.strip()
-    heading(f"golden and adapter tests on transformers {found or 'that cannot be imported'}")
+    heading(f"golden, adapter, family and media tests on transformers {found or 'that cannot be imported'}")
     if not found.startswith(wanted):
         print(f"FAILED  expected transformers {wanted} in {overlay}")
         return 0, 1
-    tests = sorted([*ROOT.glob("tests/test_golden*.py"), *ROOT.glob("tests/test_adapter*.py")])
+    tests = sorted(p for name in ("golden", "adapter", "families", "any_media") for p in ROOT.glob(f"tests/test_{name}*.py"))
     counts = [pytest("oldest", *tests, env=env)] if tests else []
     counts.append(run_notebooks([p for p in notebooks(ROOT) if p.name.endswith("_adapter.ipynb")], env=env))
     return tuple(map(sum, zip(*counts)))
