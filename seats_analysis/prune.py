@@ -769,16 +769,15 @@ class EncoderWatch:
 
     def forget(self): self.calls = {m: [] for m in CODES}
 
-    def call_of(self, output): # -> `EncoderCall` or None
-        "The call that returned `output`."
+    def call_of(self, output): # -> the `EncoderCall` that returned `output`, or None
         return next((c for c in self.calls['visual'] if output is not None and c.output is not None and c.output() is output), None)
 
     def forget_but(self, output): # -> `EncoderCall` or None
         "Forget all calls but the one that returned `output`."
-        found = [c for c in self.calls['visual'] if output is not None and c.output is not None and c.output() is output]
+        found = self.call_of(output)
         self.forget()
-        self.calls['visual'] = found
-        return found[0] if found else None
+        if found is not None: self.calls['visual'] = [found]
+        return found
 
     def finish(self, modality, output):
         self.sections.stop()
