@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from plain import naive_budgets, naive_order, naive_repair
-from seats_analysis.select import (attention_received, diverse_order, finite_rows, kept_positions, plan_budgets, pool_groups, query_scores,
+from seats_analysis.select import (attention_received, diverse_order, divide_total, finite_rows, kept_positions, plan_budgets, pool_groups, query_scores,
     select_diverse, select_in_clip, select_in_windows, topk_in_groups, undo_order, water_fill)
 
 # ---------------------------------------------------------------- against plain loops
@@ -132,7 +132,8 @@ def public_calls():
         topk_in_groups=lambda: topk_in_groups(scores, window, size),
         select_in_windows=lambda: select_in_windows(scores, modality, window, 1, (3, 2), (2, 1)),
         kept_positions=lambda: kept_positions(scores > .5, 3),
-        finite_rows=lambda: finite_rows(tokens))
+        finite_rows=lambda: finite_rows(tokens),
+        divide_total=lambda: divide_total((3, 6), (2, 1), size[:, 0], size[:, 0], .5))
 
 HOST_ONLY = {"window_sizes", "stage1_counts", "stage2_counts"}
 
