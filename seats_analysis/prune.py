@@ -217,7 +217,8 @@ class Method:
     def drop(self, tokens, scores, cut, windows): # -> (B, S) bool; text and padding do not matter
         "Stage II: one budget for both modalities, shared between windows (`windows` runs in the full prompt)."
         visual, audio = ([a[m] for a in cut.aims] for m in CODES)
-        return select_in_windows(scores, tokens.modality, tokens.run, windows, visual, audio, self.schedule.temperature)
+        return select_in_windows(scores, tokens.modality, tokens.run, windows, visual, audio, self.schedule.temperature,
+                                 ratio=self.drops[cut.layer]['visual'])
 
 # %% ../nbs/09_prune.ipynb #d3bfd115
 @dataclass

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['window_sizes', 'stage1_counts', 'stage2_counts', 'attention_received', 'pool_groups', 'undo_order', 'diverse_order',
            'select_diverse', 'select_in_clip', 'query_scores', 'water_fill', 'plan_budgets', 'topk_in_groups',
-           'select_in_windows', 'kept_positions', 'finite_rows']
+           'divide_total', 'select_in_windows', 'kept_positions', 'finite_rows']
 
 # %% ../nbs/08_select.ipynb #44cc4834
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def _on(values, # host numbers, nested sequences allowed
         dtype=torch.long, # of the result
     ) -> Tensor: # `values` as a tensor on `device`, sent without waiting
     "Host numbers as a device tensor, without a host sync."
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    return (values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)).to(device, non_blocking=True)
 
 @contextmanager
 def _true_float32(device # of the products inside
@@ -251,7 +251,7 @@ def plan_budgets(mean_visual:Tensor, # (B, W) float, mean score of each window's
                  mean_audio:Tensor, # (B, W) float, likewise for audio
                  size_visual:Tensor, # (B, W) int64 visual tokens per window
                  size_audio:Tensor, # (B, W) int64 audio tokens per window
-                 visual:Sequence[int], # (B,) visual total per sample, host numbers, at most what is there
+                 visual:Sequence[int], # (B,) visual total per sample, host numbers or a tensor, at most what is there
                  audio:Sequence[int], # (B,) audio total per sample
                  temperature:float=.1, # tau, above 0
                  scale_free:bool=False, # divide mean scores by their average over windows first (ablation)
@@ -283,6 +283,19 @@ def topk_in_groups(scores:Tensor, # (B, S) float, higher is better
     rank = torch.arange(group.shape[1], device=group.device) - starts.take_along_dim(grouped, 1)
     return torch.zeros_like(group, dtype=torch.bool).scatter(1, order, rank < budget.take_along_dim(grouped, 1))
 
+# %% ../nbs/08_select.ipynb #eb390497
+def divide_total(visual:Sequence[int], # (B,) visual total as planned, host numbers
+                 audio:Sequence[int], # (B,) audio total as planned
+                 n_visual:Tensor, # (B,) int64 visual tokens that are there
+                 n_audio:Tensor, # (B,) int64 audio tokens that are there
+                 ratio:float, # fraction of the visual tokens kept
+    ) -> tuple[Tensor, Tensor]: # (B,) int64 visual and audio totals with the planned sum
+    "The planned sum, divided by the counts that an earlier step's split has left (SEATS, arXiv 2605.20035)."
+    total = _on(visual, n_visual.device) + _on(audio, n_visual.device)
+    wanted = torch.round(ratio*n_visual.double()).long().clamp(min=1)
+    visual = torch.maximum(torch.minimum(wanted, torch.minimum(n_visual, total)), total - n_audio)
+    return visual, total - visual
+
 # %% ../nbs/08_select.ipynb #d218660d
 def _groups(modality, # (B, S) int, 1 visual, 2 audio
             window, # (B, S) int window ids
@@ -301,6 +314,7 @@ def select_in_windows(scores:Tensor, # (B, S) float, from `query_scores`
                       audio:Sequence[int], # (B,) audio total per sample
                       temperature:float=.1, # tau of the window shares
                       scale_free:bool=False, # see `plan_budgets`
+                      ratio:float|None=None, # fraction of the visual tokens kept: `divide_total` by what is there; None = as planned
     ) -> Tensor: # (B, S) bool; True on visual[b] + audio[b] visual and audio tokens and on every other position
     "One Stage II step: exactly T_v + T_a tokens, shared between windows and modalities (SEATS, arXiv 2605.20035)."
     if not len(visual) == len(audio) == len(scores): raise ValueError(f"{len(scores)} samples, but {len(visual)} and {len(audio)} totals")
@@ -311,6 +325,9 @@ def select_in_windows(scores:Tensor, # (B, S) float, from `query_scores`
     sizes = zero.long().scatter_add(1, group, torch.ones_like(group))[:, :2*w]
     # float64 sums: the order in which a GPU adds them must not show in the mean
     means = zero.scatter_add(1, group, scores.double())[:, :2*w] / sizes.clamp(min=1)
+    if ratio is not None:
+        divided = divide_total(visual, audio, *(s.sum(1) for s in sizes.split(w, 1)), ratio)
+        visual, audio = (torch.where(joint[:, 0], t, _on(planned, t.device)) for t, planned in zip(divided, (visual, audio)))
     budget = plan_budgets(*means.split(w, 1), *sizes.split(w, 1), visual, audio, temperature, scale_free)
     return topk_in_groups(scores, group, torch.cat(budget, 1)) | (group == 2*w)
 

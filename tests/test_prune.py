@@ -151,7 +151,7 @@ def naive_prefill(model, encoded, plan, score_layer='own'):
             scorer = layers[l-1] if score_layer == 'own' else layer
             scores = naive_scores(scorer, h, at(cos), at(sin), [j for j, p in enumerate(here) if kind[p] not in (VISUAL, AUDIO)][-1])
             keep = select_in_windows(scores, kind[None, here], layout.run[:, here], int(layout.run.max())+1, [aim['visual']], [aim['audio']],
-                                     plan.temperature)[0].tolist()
+                                     plan.temperature, ratio=plan.keep_ratios['visual'][i])[0].tolist()
             h, here = h[:, keep], [p for p, k in zip(here, keep) if k]
             kept[f'drop{l}'] = here
         gone = [c for m, c in CODE.items() if plan.late(m) == l]

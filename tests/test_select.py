@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from plain import naive_budgets, naive_order, naive_repair
-from seats_analysis.select import (attention_received, diverse_order, finite_rows, kept_positions, plan_budgets, pool_groups, query_scores,
+from seats_analysis.select import (attention_received, diverse_order, divide_total, finite_rows, kept_positions, plan_budgets, pool_groups, query_scores,
     select_diverse, select_in_clip, select_in_windows, topk_in_groups, undo_order, water_fill)
 
 # ---------------------------------------------------------------- against plain loops
@@ -86,6 +86,20 @@ def test_stage2_is_exact_on_any_batch(seed):
         alone = select_in_windows(scores[i:i+1], modality[i:i+1], window[i:i+1], 5, totals[0][i:i+1], totals[1][i:i+1], *args[3:])
         assert torch.equal(alone[0], keep[i])
 
+@pytest.mark.parametrize("seed", range(60))
+def test_a_planned_total_is_divided_by_what_is_there(seed):
+    "As if the totals had been rounded from the present counts, where those have the planned sum."
+    r, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    modality = torch.tensor([[1]*r.randint(4, 9) + [2]*r.randint(4, 9)]).repeat(1, 3)
+    window = torch.arange(3).repeat_interleave(modality.shape[1]//3)[None]
+    n = [int((modality == m).sum()) for m in (1, 2)]
+    ratio = [r.choice((.3, .55, .8)) for _ in n]
+    there = [max(1, round(x*k)) for x, k in zip(ratio, n)]
+    shift = r.randint(1 - there[0], there[1] - 1)
+    planned, scores = [there[0] + shift, there[1] - shift], torch.rand(modality.shape, generator=g)
+    keep = lambda totals, **kw: select_in_windows(scores, modality, window, 3, *([t] for t in totals), .1, **kw)
+    assert torch.equal(keep(planned, ratio=ratio[0]), keep(there))
+
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("scale_free", (False, True))
 def test_an_emptied_window_takes_no_part(seed, scale_free):
@@ -132,7 +146,8 @@ def public_calls():
         topk_in_groups=lambda: topk_in_groups(scores, window, size),
         select_in_windows=lambda: select_in_windows(scores, modality, window, 1, (3, 2), (2, 1)),
         kept_positions=lambda: kept_positions(scores > .5, 3),
-        finite_rows=lambda: finite_rows(tokens))
+        finite_rows=lambda: finite_rows(tokens),
+        divide_total=lambda: divide_total((3, 6), (2, 1), size[:, 0], size[:, 0], .5))
 
 HOST_ONLY = {"window_sizes", "stage1_counts", "stage2_counts"}
 
