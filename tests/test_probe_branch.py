@@ -315,7 +315,7 @@ def test_cost_against_plain(testbed):
     q, = encode_questions(model, processor, samples)
     single, layers = encode(model, processor, samples[:1]), list(range(L + 1))
     branch = flops(lambda: branch_scores(model, q, NAMES, layers))
-    plain = sum(flops(lambda: removal_scores(model, encode(model, processor, [s]), NAMES, layers)) for s in samples)
+    plain = 2*flops(lambda: removal_scores(model, single, NAMES, layers))  # counting is slow: the other question differs by a token or two
     assert branch <= .35*plain
     one, = encode_questions(model, processor, samples[:1])
     assert .55*branch < flops(lambda: branch_scores(model, one, NAMES, layers)) <= .35*plain/2  # the second question costs less than the first
@@ -326,7 +326,7 @@ def test_cost_against_plain(testbed):
     assert form == pytest.approx(branch - encoders, rel=.005)
     extra = probe.pack_branches(single.choice_ids).ids.shape[1]
     form = probe_flops(dims, single.shape[1] - 1, 1 + extra, kept_of_one(model, one), 'plain', logits=1 + extra)
-    assert form == pytest.approx(plain/2 - encoders, rel=.02)  # the questions differ by a token or two
+    assert form == pytest.approx(plain/2 - encoders, rel=.005)
 
 
 def kept_of_one(model, one):
