@@ -136,6 +136,14 @@ def stage1(plan, layout, h, visual, audio):
     return sorted(chosen), aim
 
 
+def divide(planned, there, ratio):
+    "Totals of one step: the planned sum, split by what is there where both modalities are planned."
+    if not all(planned.values()): return [planned['visual']], [planned['audio']]
+    total = sum(planned.values())
+    visual = max(total - there['audio'], min(max(1, round(ratio*there['visual'])), there['visual'], total))
+    return [visual], [total - visual]
+
+
 def in_sequence(model, encoded, layout, visual):
     "Statistics of those visual tokens that count, in the order of the prompt."
     config = adapter_for(model).config(model)
@@ -156,8 +164,10 @@ def prefill(model, encoded, plan, layout=None):
         if l in plan.drop_layers:
             aim = {m: kept_of(aim[m], plan.keep_ratios[m][plan.drop_layers.index(l)]) for m in aim}
             query = [j for j, p in enumerate(here) if kind[p] not in (VISUAL, AUDIO)][-1]
+            there = {m: sum(int(kind[p]) == c for p in here) for m, c in CODE.items()}
+            totals = divide(aim, there, plan.keep_ratios['visual'][plan.drop_layers.index(l)])
             keep = select_in_windows(scores(layers[l-1], h, cos[:, here], sin[:, here], query), kind[None, here], layout.run[:, here],
-                                     int(layout.run.max()) + 1, [aim['visual']], [aim['audio']], plan.temperature)[0].tolist()
+                                     int(layout.run.max()) + 1, *totals, plan.temperature)[0].tolist()
             h, here = h[:, keep], [p for p, k in zip(here, keep) if k]
             kept[f'drop{l}'] = here
         if gone := [c for m, c in CODE.items() if plan.late(m) == l]:

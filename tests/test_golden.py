@@ -386,13 +386,13 @@ def works(model, inputs, plan=None):
 def special(name): return read_json("e2e_index.json")["token_ids"][name]
 def text_tokens(case): return case.inputs["input_ids"][0, ~torch.isin(case.inputs["input_ids"][0], torch.tensor(list(read_json("e2e_index.json")["token_ids"].values())))]
 
-def prompt(case, *media, lead=True):
-    "A prompt with other media than the case: 'video', or (first, frames) of a sound that is cut from the case's."
+def prompt(model, case, *media, lead=True):
+    "A prompt with other media than the case: 'video', or the frames of a sound that is cut from the case's."
     words, ids, inputs, sounds = text_tokens(case).tolist(), [], {}, []
     if lead: ids += words[:2]
     for medium in media:
         if medium == "video": kind, n = "video", int((case.types == 1).sum())
-        else: kind, n = "audio", int(audio_token_counts(torch.ones(1, medium)))
+        else: kind, (n,) = "audio", audio_token_counts(model, [medium])
         around = [special("vision_start"), special("vision_end")] if kind == "video" else [special("audio_start"), special("audio_end")]
         body = [special(kind)]*n
         ids += body if not lead and not ids else [around[0], *body, around[1]]
@@ -454,17 +454,17 @@ def on_late_past_the_end(model):
     same_as_recorded(model, "late_L_plus_2", late_start=None)
 
 def on_late_none(model): same_as_recorded(model, "late_none", late_start=None)
-def on_audio_only(model): works(model, prompt(quirk_case(), frames(quirk_case())))
-def on_video_only(model): works(model, prompt(quirk_case(), "video"))
+def on_audio_only(model): works(model, prompt(model, quirk_case(), frames(quirk_case())))
+def on_video_only(model): works(model, prompt(model, quirk_case(), "video"))
 def on_sounds(*cut):
     def check(model):
         case = quirk_case()
-        for media in (("video",), ()): works(model, prompt(case, *media, *(f(n) for f, n in zip(cut, (frames(case), frames(case)//2)))))
+        for media in (("video",), ()): works(model, prompt(model, case, *media, *(f(n) for f, n in zip(cut, (frames(case), frames(case)//2)))))
     return check
 
 def on_first_token(model):
     "A video token first in the prompt: it may go, and nothing is switched off by that."
-    run = works(model, prompt(quirk_case(), "video", frames(quirk_case()), lead=False))
+    run = works(model, prompt(model, quirk_case(), "video", frames(quirk_case()), lead=False))
     assert len(run.kept) == len(quirk_base().drops) + 2
 
 CHECKS = dict(
