@@ -6,15 +6,15 @@
 __all__ = ['CODES', 'ENCODED', 'KV', 'SCORE_LAYERS', 'Cut', 'plan_cuts', 'Tokens', 'right_align', 'take', 'cut_tokens',
            'window_tokens', 'Part', 'Entry', 'Method', 'Run', 'Slots', 'slots_of', 'shorten_cache', 'LogicalLength',
            'pick_slots', 'label_cache', 'plain_cache', 'causal_mask', 'decode_mask', 'EncoderCall', 'visual_call',
-           'audio_call', 'find_call', 'visual_attention', 'audio_attention', 'Check', 'check_entry', 'check_scores',
-           'check_finite', 'Prefill', 'start_tokens', 'media_index', 'visual_order', 'visual_received', 'received',
-           'entry_keep', 'token_scores', 'check_prompt', 'known_shape', 'plan_prefill', 'next_positions', 'read_layout',
-           'finish_plan', 'position_rows', 'carry_out', 'enter_decoder', 'choose', 'shorten', 'enter_layer',
-           'add_deepstack', 'deepstack_hooks', 'finish_prefill', 'columns_after', 'enter_decode_step', 'gone',
-           'check_media_left', 'continue_prompt', 'follow_up', 'Sections', 'EncoderWatch', 'watch_encoders',
-           'split_calls', 'join_calls', 'Session', 'install', 'repeat_order', 'pick_media', 'number_copies',
-           'media_sizes', 'repeat_encoded', 'repeat_media', 'repeat_cache', 'expand_inputs', 'expand_per_sample',
-           'as_method', 'check_model', 'prune']
+           'audio_call', 'find_call', 'visual_attention', 'audio_attention', 'encoder_keys', 'Check', 'check_entry',
+           'check_scores', 'check_finite', 'Prefill', 'start_tokens', 'media_index', 'visual_order', 'visual_received',
+           'noted', 'entry_keep', 'token_scores', 'check_prompt', 'known_shape', 'plan_prefill', 'next_positions',
+           'read_layout', 'finish_plan', 'position_rows', 'carry_out', 'enter_decoder', 'choose', 'shorten',
+           'enter_layer', 'add_deepstack', 'deepstack_hooks', 'finish_prefill', 'columns_after', 'enter_decode_step',
+           'gone', 'check_media_left', 'continue_prompt', 'follow_up', 'Sections', 'EncoderWatch', 'watch_encoders',
+           'join_calls', 'Session', 'install', 'repeat_order', 'pick_media', 'repeat_parts', 'media_sizes',
+           'repeat_encoded', 'repeat_media', 'repeat_cache', 'expand_inputs', 'expand_per_sample', 'as_method',
+           'check_model', 'prune']
 
 # %% ../nbs/09_prune.ipynb #9644a026
 import copy
@@ -180,6 +180,7 @@ class Entry:
     features: torch.Tensor # (T, D) rows of `inputs_embeds`
     attention: torch.Tensor|None # (T,) float32 attention received in the encoder; None where the method does not ask for it
     parts: tuple # of `Part`, in the same order
+    keys: dict|None = None # modality -> (T, k) float32 keys of the encoder's last layer; None where the method does not ask for them
 
 # %% ../nbs/09_prune.ipynb #102efe8f
 @dataclass(frozen=True)
@@ -189,6 +190,10 @@ class Method:
     name: ClassVar[str] = 'seats'
     uses_attention: ClassVar[bool] = True # stage I wants the attention received in the encoders
     uses_scores: ClassVar[bool] = True # stage II wants the scores of the last text token
+    uses_keys: ClassVar[bool] = False # stage I wants the keys of the encoders' last layers
+
+    @property
+    def grids(self): return self.schedule.windows['visual_grids'] # temporal grids of a visual window
 
     @property
     def drops(self): # layer -> modality -> fraction kept
@@ -210,7 +215,7 @@ class Method:
         kept = [sum(p.keep) for p in parts]
         return plan_cuts(full, [dict(visual=kept[b], audio=kept[B + b]) for b in range(B)], self.drops, self.late)
 
-    def enter(self, entry): # -> (T,) bool, True = kept
+    def enter(self, entry): # -> (T,) bool, True = kept; or that and (T, D) new features, for methods that merge
         "Stage I: tokens that cover their window, weighted by attention."
         sizes, keep = (sum((getattr(p, k) for p in entry.parts), ()) for k in ('sizes', 'keep'))
         return select_in_clip(entry.features, entry.attention, sizes, keep)
@@ -374,6 +379,7 @@ class EncoderCall:
     tokens: int # that come out
     received: torch.Tensor|None = None # (tokens,) float32 attention received, if it was asked for
     output: ref|None = None # weak reference to what the tower returned
+    keys: torch.Tensor|None = None # (tokens, k) float32, if they were asked for
 
 def visual_call(model, grid_thw)->EncoderCall: # grid_thw (videos, 3)
     "A call of the vision tower that is about to begin."
@@ -399,10 +405,11 @@ def visual_attention(
     grids:Sequence, # [t, h, w] in patches of each video
     hidden:torch.Tensor, # (patches, D) input of the last attention module
     position_embeddings:tuple, # of the same call
+    per_window:int|None=None, # temporal grids in a window; None: as the model's rates say
 )->torch.Tensor: # (tokens,) float32 in natural order
-    "Attention received by every visual token, within windows of two temporal grids."
+    "Attention received by every visual token, within windows of temporal grids."
     r = rates(model)
-    sizes = [n for t, h, w in grids for n in window_sizes(t*h*w, r.grids_per_window*h*w)]
+    sizes = [n for t, h, w in grids for n in window_sizes(t*h*w, (per_window or r.grids_per_window)*h*w)]
     stat = attention_received(*vision_qk(last_vision_attention(model), hidden, position_embeddings), sizes)
     order = window_index(model, torch.tensor(grids)).to(stat.device, non_blocking=True)
     return undo_order(pool_groups(stat, r.merge_size**2), order)
@@ -417,6 +424,22 @@ def audio_attention(
     sizes = [n for r in rows for n in window_sizes(r, group*rates(model).audio_per_window)]
     return pool_groups(attention_received(*audio_qk(last_audio_attention(model), hidden), sizes), group, rows)
 
+# %% ../nbs/09_prune.ipynb #d6c0a002
+def encoder_keys(
+    model,
+    modality:str, # visual or audio
+    shape:Sequence, # of the call, as in `EncoderCall`
+    hidden:torch.Tensor, # (rows, D) input of the last attention module
+    position_embeddings:tuple|None=None, # of the same call; visual only
+)->torch.Tensor: # (tokens, k) float32 in natural order
+    "Keys of the encoder's last layer, mean over the rows of a token and over heads."
+    if modality == 'audio':
+        keys = audio_qk(last_audio_attention(model), hidden)[1]
+        return pool_groups(keys.float(), adapter_for(model).rows_per_token, audio_rows(model, shape)).mean(1)
+    keys = vision_qk(last_vision_attention(model), hidden, position_embeddings)[1].float()
+    order = window_index(model, torch.tensor(shape)).to(keys.device, non_blocking=True)
+    return undo_order(pool_groups(keys, rates(model).merge_size**2).mean(1), order)
+
 # %% ../nbs/09_prune.ipynb #cb9d6d5f
 @dataclass(frozen=True)
 class Check:
@@ -429,6 +452,7 @@ def check_entry(entry:Entry)->Check:
     "Features and attention of stage I, for every sample and modality."
     ok, B = finite_rows(entry.features), len(entry.parts)//len(CODES)
     if entry.attention is not None: ok = ok & finite_rows(entry.attention[:, None])
+    if entry.keys is not None: ok = ok & torch.cat([finite_rows(x) for x in entry.keys.values()])
     flags = [part.all() for part in ok.split([sum(p.sizes) for p in entry.parts])]
     rows = tuple(f'the {p.modality} features of sample {i % B}' for i, p in enumerate(entry.parts))
     return Check('stage I, before layer 0', rows, torch.stack(flags))
@@ -504,26 +528,28 @@ def visual_order(
     if not pictures.any() or pictures.all(): return None
     return torch.where(pictures, pictures.cumsum(0), pictures.sum() + (~pictures).cumsum(0)) - 1
 
-def visual_received(calls, prefill, n):
-    "Attention received by the visual tokens in sequence; None where no calls fit."
-    if prefill.order is None: return getattr(find_call(calls, n, received=True), 'received', None)
+def visual_received(calls, prefill, n, what='received'):
+    "What was noted about the visual tokens in sequence; None where no calls fit."
+    if prefill.order is None: return getattr(find_call(calls, n, received=True), what, None)
     done = [c for c in calls if c.received is not None]
     if len(done) < 2 or done[-2].tokens + done[-1].tokens != n: return None # images are encoded first
-    return torch.cat([done[-2].received, done[-1].received])[prefill.order.to(done[-1].received.device, non_blocking=True)]
+    images, videos = (getattr(c, what) for c in done[-2:])
+    return torch.cat([images, videos])[prefill.order.to(videos.device, non_blocking=True)]
 
-def received(
+def noted(
     calls:dict, # modality -> `EncoderCall`s
     prefill:Prefill,
-)->torch.Tensor: # (T,) float32, visual tokens first
-    "Attention received by the prompt's tokens. Raises ValueError where the encoders did not run."
-    found = []
+    what:str, # 'received' or 'keys'
+)->dict: # modality -> (T,) or (T, k) float32, of modalities that the prompt has
+    "What the encoders left about the prompt's tokens. Raises ValueError where they did not run."
+    found = {}
     for name, n in {m: sum(sum(p.sizes) for p in prefill.parts if p.modality == m) for m in CODES}.items():
         if not n: continue
-        found.append(visual_received(calls[name], prefill, n) if name == 'visual' else getattr(find_call(calls[name], n, received=True), 'received', None))
-        if found[-1] is None:
+        found[name] = visual_received(calls[name], prefill, n, what) if name == 'visual' else getattr(find_call(calls[name], n, received=True), what, None)
+        if found[name] is None:
             raise ValueError(f'stage I wants the attention that {n} {name} tokens receive in their encoder, but no call of it gave that many: '
                              'pass pixel values and audio features, not precomputed embeddings')
-    return torch.cat(found)
+    return found
 
 # %% ../nbs/09_prune.ipynb #507bf1e1
 def entry_keep(
@@ -531,13 +557,18 @@ def entry_keep(
     prefill:Prefill,
     embeds:torch.Tensor, # (B, S, D)
     calls:dict, # modality -> `EncoderCall`s
-)->torch.Tensor: # (B, S) bool
+)->tuple: # (B, S) bool; embeds, changed where the method merges
     "Stage I: ask the method, put its answer into the sequence."
     index = prefill.index.to(embeds.device, non_blocking=True)
-    attention = received(calls, prefill) if method.uses_attention else None
-    entry = Entry(embeds.flatten(0, 1)[index], attention, prefill.parts)
+    attention = torch.cat(list(noted(calls, prefill, 'received').values())) if method.uses_attention else None
+    keys = noted(calls, prefill, 'keys') if method.uses_keys else None
+    entry = Entry(embeds.flatten(0, 1)[index], attention, prefill.parts, keys)
     prefill.checks.append(check_entry(entry))
-    return prefill.tokens.valid.flatten().scatter(0, index, method.enter(entry)).view(embeds.shape[:2])
+    keep = method.enter(entry)
+    if isinstance(keep, tuple):
+        keep, features = keep
+        embeds = embeds.flatten(0, 1).index_copy(0, index, features.to(embeds.dtype)).view(embeds.shape)
+    return prefill.tokens.valid.flatten().scatter(0, index, keep).view(embeds.shape[:2]), embeds
 
 # %% ../nbs/09_prune.ipynb #83faba5b
 def token_scores(
@@ -581,7 +612,7 @@ def plan_prefill(s, given, cache, copies=1):
     layout, first = read_layout(s, given, visual), s.run.samples
     s.run.begin(layout, len(s.layers), copies)
     if cache is not None: vars(cache).pop(_SLOTS, None)
-    parts = number_copies(s.method.parts(layout, first), first, copies) if s.method else ()
+    parts = repeat_parts(s.method.parts(layout[::copies], first), copies) if s.method else ()
     cuts = s.method.plan(layout, parts) if s.method else []
     if cuts: s.prefill = Prefill(layout, parts, cuts, media_index(layout), int(layout.run.max()) + 1)
     if cuts: finish_plan(s, given)
@@ -599,7 +630,7 @@ def read_layout(s, given, visual): # visual: video tokens in the prompt -> Token
     given = known_shape(s.encoders, given, visual)
     if image is not None: s.encoders.calls['visual'].insert(0, image)
     if image is not None and given.get('image_grid_thw') is None: given = {**given, 'image_grid_thw': torch.tensor(image.shape)}
-    return layout_of(s.model, given, s.images)
+    return layout_of(s.model, given, s.images, s.method.grids if s.method else None)
 
 def finish_plan(s, given):
     "What only a pass with cuts needs to know. Raises ValueError for outputs that it cannot give."
@@ -630,7 +661,7 @@ def enter_decoder(s, kwargs): # -> new keyword arguments
     p.position = positions.amax((0, 2)) + 1
     p.tokens = start_tokens(p.layout, p.numbers, embeds.device)
     if (cut := p.entry_cut) is None: return kwargs
-    with torch.no_grad(): keep = entry_keep(s.method, p, embeds, s.encoders.calls)
+    with torch.no_grad(): keep, embeds = entry_keep(s.method, p, embeds, s.encoders.calls)
     index = carry_out(p, keep, cut)
     positions = take(positions.permute(1, 2, 0), index).permute(2, 0, 1)
     return {**kwargs, 'inputs_embeds': take(embeds, index), 'position_ids': positions,
@@ -765,8 +796,9 @@ class Sections:
 # %% ../nbs/09_prune.ipynb #e0a1c040
 class EncoderWatch:
     "Notes every call of the two towers, and the attention that their tokens receive."
-    def __init__(self, model, sections, wanted): # wanted: whether stage I needs the attention
-        self.model, self.sections, self.wanted = model, sections, wanted
+    def __init__(self, model, sections, method): # method: None where stage I does not need the attention
+        self.model, self.sections, self.wanted = model, sections, method is not None
+        self.grids, self.keys = getattr(method, 'grids', None), getattr(method, 'uses_keys', False)
         self.forget()
 
     def forget(self): self.calls = {m: [] for m in CODES}
@@ -792,7 +824,9 @@ class EncoderWatch:
     def attend(self, modality, statistic, *inputs):
         if not self.wanted: return
         call = self.calls[modality][-1]
-        with self.sections.during('selection'), torch.no_grad(): call.received = statistic(self.model, call.shape, *inputs)
+        with self.sections.during('selection'), torch.no_grad():
+            call.received = statistic(self.model, call.shape, *inputs, *((self.grids,) if modality == 'visual' else ()))
+            if self.keys: call.keys = encoder_keys(self.model, modality, call.shape, *inputs)
 
     def before(self): # -> (module, pre-hook)
         adapter, given = adapter_for(self.model), lambda name, args, kwargs: kwargs[name] if name in kwargs else args[1]
@@ -812,23 +846,15 @@ ENCODED = 'seats_encoded' # keyword argument of the thinker inside a `prune` blo
 @contextmanager
 def watch_encoders(
     model,
-    ledger:Ledger, # gets the time: encoders, and selection for the attention received
+    ledger:Ledger, # gets the time: encoders, and selection for what the method asks
+    method, # what stage I of this method asks is noted: its `grids` and `uses_keys` decide
 ): # yields an `EncoderWatch`; its `calls` are those of the block
-    "Note every call of the towers, with the attention that their tokens receive."
-    watch = EncoderWatch(model, Sections(ledger), wanted=True)
+    "Note every call of the towers, with the attention that their tokens receive; several may watch at once."
+    watch = EncoderWatch(model, Sections(ledger), method)
     with ExitStack() as stack:
         for module, hook in watch.before(): stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for module, hook in watch.after(): stack.callback(module.register_forward_hook(hook).remove)
         yield watch
-
-def split_calls(
-    call:EncoderCall, # several media
-    sizes:Sequence[int], # tokens of each
-)->list: # of `EncoderCall`, one for each medium
-    "The media of a call, as if each had been encoded alone."
-    part = lambda x: x.split(list(sizes)) if isinstance(x, torch.Tensor) else [x]*len(sizes)
-    noted = {f.name: part(getattr(call, f.name)) for f in fields(call) if f.name not in ('shape', 'tokens', 'output')}
-    return [EncoderCall([shape], n, **{k: v[j] for k, v in noted.items()}) for j, (shape, n) in enumerate(zip(call.shape, sizes))]
 
 def join_calls(
     calls:Sequence[EncoderCall], # of one tower, in the order of the prompts
@@ -847,7 +873,7 @@ class Session:
         self.model, self.method, self.images = model, method, images
         self.run = Run(method, kv, score_layer, Ledger(str(next(model.parameters()).device)))
         self.sections = Sections(self.run.ledger)
-        self.encoders = EncoderWatch(model, self.sections, _wants_attention(method))
+        self.encoders = EncoderWatch(model, self.sections, method if _wants_attention(method) else None)
         self.thinker, self.decoder, self.layers = adapter.thinker(model), adapter.decoder(model), adapter.layers(model)
         self.signature = inspect.signature(self.thinker.forward)
         self.reset()
@@ -935,9 +961,9 @@ def pick_media(
 # %% ../nbs/09_prune.ipynb #e0a1c024
 _COPIES = 'seats_copies' # keyword argument that travels through `generate` to the thinker's pre-hook, which takes it out
 
-def number_copies(parts, first, copies): # -> tuple of `Part`
-    "Copies of a sample have its number, so that a random method draws the same for them."
-    return parts if copies == 1 else tuple(replace(p, number=first + (p.number - first)//copies) for p in parts)
+def repeat_parts(parts, copies): # -> tuple of `Part`
+    "Copies of a sample share its plan and its number, so that a random method draws the same for them."
+    return tuple(p for p in parts for _ in range(copies))
 
 def media_sizes(model, given)->dict: # 'video', 'image', 'audio' -> tokens of each medium
     "What media there are among the inputs of `generate`, encoded or not."
@@ -956,8 +982,8 @@ def repeat_encoded(watch, output, order, sizes): # -> the tower's output for rep
     if getattr(output, 'deepstack_features', None) is not None:
         new.deepstack_features = [pick_media(level, order, sizes) for level in output.deepstack_features]
     for call in [c for c in watch.calls['visual'] if c.output is not None and c.output() is output]:
-        seen = None if call.received is None else pick_media(call.received, order, sizes)
-        watch.calls['visual'].append(EncoderCall([call.shape[j] for j in order], sum(sizes[j] for j in order), seen, ref(new)))
+        seen, keys = (None if x is None else pick_media(x, order, sizes) for x in (call.received, call.keys))
+        watch.calls['visual'].append(EncoderCall([call.shape[j] for j in order], sum(sizes[j] for j in order), seen, ref(new), keys))
     return new
 
 # %% ../nbs/09_prune.ipynb #e0a1c025
