@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED_DEPTH', 'METHODS', 'ABLATIONS', 'usual_layers', 'Seats', 'even_shares', 'NoStage1', 'NoStage2', 'NoStage3',
            'UniformTRR', 'FlatBudgets', 'AttentionOnly', 'DiversityOnly', 'make_method']
 
-# %% ../nbs/10_baselines.ipynb #d9d35afe
+# %% ../nbs/10_baselines.ipynb #43f4df2b
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from .budget import nearest_levels
+from .merging import DyCoke, OmniZip, VisionZip, VisionZipOm
 from .prune import CODES, Entry, Method, Part
-from .rivals import FastV, FastVOm, Random, Rival, Uniform, keep_best
+from .rivals import VTW, DivPrune, DivPruneOm, FastV, FastVOm, PyramidDrop, Random, Rival, Uniform, keep_best
 from .schedule import Schedule, drop_positions, drop_shares
 from .select import topk_in_groups
 
@@ -120,7 +121,7 @@ class DiversityOnly(Seats):
     uses_attention: ClassVar[bool] = False
 
 # %% ../nbs/10_baselines.ipynb #4f1a118f
-METHODS = {m.name: m for m in (Seats, Random, Uniform, FastV, FastVOm)}
+METHODS = {m.name: m for m in (Seats, Random, Uniform, FastV, FastVOm, VisionZip, VisionZipOm, DivPrune, DivPruneOm, DyCoke, OmniZip, VTW, PyramidDrop)}
 ABLATIONS = {m.name: m for m in (NoStage1, NoStage2, NoStage3, UniformTRR, FlatBudgets, AttentionOnly, DiversityOnly)}
 
 def make_method(
