@@ -264,7 +264,7 @@ def match_cost(
     if abs(tried[near]/target - 1) <= tolerance/2: return dict(plans=(build(near),), knob=(near,))
     return dict(plans=(build(low), build(high)), share=(target - f_low)/(f_high - f_low), knob=(low, high))
 
-# %% ../nbs/11b_compare.ipynb #366f23d0
+# %% ../nbs/11b_compare.ipynb #db698053
 REGISTRY = METHODS | ABLATIONS # name -> class with `for_trr`
 _GROUPS = dict(all=tuple(METHODS), ablations=tuple(ABLATIONS))
 
@@ -296,9 +296,11 @@ def line_up(
     plans:Mapping, # headline TRR in percent -> `Schedule` of SEATS
     shape:DataShape,
     options:Mapping={}, # name -> options of that method
-)->list: # of `Entrant`: the full model, then for each TRR SEATS and the others
+    rules:Mapping={}, # label -> `Method` whose cost is not matched, but decided by a rule of its own; at the TRR that it comes to
+)->list: # of `Entrant`: the full model, methods by their own rule, then for each TRR SEATS and the others
     "Everyone that takes part."
     out = [Entrant('full', 'full', 100, (None,), setting='full')]
+    out += [Entrant(label, m.name, round(100*shape.retention(m)['layers'], 1), (m,), setting='rule') for label, m in rules.items()]
     for trr, plan in plans.items():
         seats = METHODS['seats'](plan)
         out.append(Entrant('seats', 'seats', trr, (seats,), knob=(1.,)))
@@ -587,9 +589,9 @@ def comparison_table(
                           '95 %': f"{percent(r['low']):.1f} to {percent(r['high']):.1f}", 'to SEATS': span(r, 'seats'), 'p': np.nan if r['mcnemar_p'] is None else r['mcnemar_p'],
                           'unparsable': r['unparsable'], 'note': '' if r['setting'] in ('full', 'matched') and (r['ranked'] or r['label'] == 'full') else r['setting'] if r['setting'] != 'matched' else 'not matched'} for r in order])
 
-# %% ../nbs/11b_compare.ipynb #0bdb776f
+# %% ../nbs/11b_compare.ipynb #4e9396aa
 SCHEMA = 'seats_analysis/eval/1'
-_CODE = ('media', 'layout', 'adapter', 'schedule', 'cost', 'select', 'prune', 'budget', 'rivals', 'baselines', 'evaluate', 'compare')
+_CODE = ('media', 'layout', 'adapter', 'schedule', 'cost', 'select', 'prune', 'budget', 'rivals', 'merging', 'baselines', 'evaluate', 'compare')
 
 def hash_code()->str:
     "sha256 of the modules that a comparison's numbers depend on."
@@ -611,7 +613,7 @@ def save_comparison(
         with atomic_write(name) as part: part.write_text(text, encoding='utf-8')
     return path
 
-# %% ../nbs/11b_compare.ipynb #cf0f0fea
+# %% ../nbs/11b_compare.ipynb #cfa78c64
 def compare_methods(
     model, processor,
     samples:Sequence[Sample],
@@ -619,6 +621,7 @@ def compare_methods(
     names='all', # see `method_names`
     path=None, # JSON file to write; finished questions are kept in a folder beside it until it is there
     options:Mapping={}, # method -> its options
+    rules:Mapping={}, # see `line_up`
     apart:Sequence[str]=('control',), # families that do not count in the whole
     n_boot:int=2000,
     about:Mapping={}, # more to say in the file
@@ -627,7 +630,7 @@ def compare_methods(
 )->dict|None: # the result, as in the file; None in all processes but the first
     "Compare methods at the cost of SEATS, and store the result; the same call goes on after an interruption."
     names, shape = method_names(names), data_shape(model, processor, samples, **limits)
-    entrants = line_up(names, plans, shape, options)
+    entrants = line_up(names, plans, shape, options, rules)
     origin = provenance(model, processor, samples, seed=0, answers=answers, batch_size=batch_size) | dict(schema=SCHEMA, code_sha256=hash_code())
     answered = answer_all(model, processor, samples, entrants, batch_size, answers, max_new_tokens, journal=path and journal_of(path), about=origin, shard=processes(), progress=progress, **limits)
     if answered is None: return None
