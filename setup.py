@@ -15,14 +15,15 @@ DATA = {
     "seats_analysis._testbed": ("data/testbed", ["*.json", "*.jsonl", "*.jinja", "*.txt", "*.yaml", "*.toml", "*.safetensors", "**/*.mp4"]),
     "seats_analysis._schedules": ("data/schedules", ["*.json"]),
     "seats_analysis._reported": ("data/reported", ["*.csv", "*.md"]),
+    "seats_analysis._tasks": ("data/tasks", ["*.yaml", "_shared_yaml"]),
 }
 DATA = {name: (folder, patterns) for name, (folder, patterns) in DATA.items() if (ROOT / folder).is_dir()}
 
 EXTRAS = {
     "dev": cfg["dev_requirements"].split(),
-    "eval": ["datasets", "accelerate"],  # loading public benchmarks and large checkpoints
+    "eval": ["datasets", "accelerate", "lmms-eval>=0.7.3,<0.8"],  # public benchmarks, large checkpoints, and the harness that asks them
 }
-ENTRY_POINTS = {"console_scripts": cfg["console_scripts"].split()}
+ENTRY_POINTS = {"console_scripts": cfg["console_scripts"].split(), "lmms_eval.models": ["seats_omni = seats_analysis.lmms:manifests"]}
 
 LICENSES = {"mit": "MIT"}
 STATUS = ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable"]

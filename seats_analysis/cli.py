@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'Model', 'Data', 'Limit', 'Device', 'Json', 'Threads', 'Profile', 'Root', 'Method', 'BranchTokens', 'Split',
-           'Tolerance', 'Margin', 'SCHEMA_SENSITIVITY', 'TARGETS', 'SCHEMA_RESULTS', 'one_line', 'Seats', 'main',
-           'check_model', 'load_model', 'load_data', 'writable', 'emit', 'note', 'limits_of', 'mean_tokens', 'probe',
-           'boundary_row', 'table', 'boundaries', 'check_trr', 'describe', 'schedule', 'stored_boundaries',
-           'run_report', 'run', 'figures', 'simulate', 'task_kinds', 'sensitivity_rows', 'sensitivity', 'train_testbed',
-           'per_block', 'result_rows', 'compare_profiles', 'compare_plans', 'compare_rows', 'agreement', 'demo']
+           'Tolerance', 'Margin', 'SCHEMA_SENSITIVITY', 'EVAL_QUESTIONS', 'EVAL_SEED', 'TARGETS', 'SCHEMA_RESULTS',
+           'one_line', 'Seats', 'main', 'check_model', 'load_model', 'load_data', 'writable', 'emit', 'note',
+           'limits_of', 'mean_tokens', 'probe', 'boundary_row', 'table', 'boundaries', 'check_trr', 'describe',
+           'schedule', 'stored_boundaries', 'run_report', 'run', 'figures', 'simulate', 'task_kinds',
+           'sensitivity_rows', 'sensitivity', 'eval_samples', 'eval_plans', 'eval_', 'train_testbed', 'per_block',
+           'result_rows', 'compare_profiles', 'compare_plans', 'compare_rows', 'agreement', 'demo']
 
 # %% ../nbs/14_cli.ipynb #b9bb2135
 import json
@@ -728,6 +729,100 @@ def _sensitivity(stored, kinds, plans, limit, batch):
     samples = [s for s in load_data('testbed') if s.split == 'test' and s.family in kinds['all']][:limit]
     chosen = {'full': None} | {kind: plan for kind, plan in plans.items() if not isinstance(plan, str)}
     return sensitivity_rows({name: evaluate(model, processor, samples, plan, batch_size=batch) for name, plan in tqdm(chosen.items(), desc='schedules', unit='schedule')}, kinds)
+
+# %% ../nbs/14_cli.ipynb #e5a10001
+EVAL_QUESTIONS, EVAL_SEED = 1000, 2 # of the testbed by default; a seed of its own for clips that no other result has used
+
+def _trr_list(text):
+    "Percentages, separated by commas."
+    try: found = [float(t) for t in text.split(',') if t.strip()]
+    except ValueError: raise ValueError(f'--trr {text!r}: give percentages, as 35,25,15,10') from None
+    for t in found: check_trr(t)
+    if not found or len(set(found)) < len(found) or 100 in found: raise ValueError(f'--trr {text!r}: give each percentage once, below 100; the full model takes part anyway')
+    return tuple(int(t) if t == int(t) else t for t in found)
+
+def eval_samples(
+    data:str, # as given to --data
+    limit:int|None=None, # questions
+    folder=None, # for fresh clips
+    split:str|None=None, root=None, # see `load_data`
+    seed:int=EVAL_SEED, # of fresh clips
+)->list: # of Sample
+    "Held-out questions: of the testbed its test split, or fresh ones where more are wanted."
+    if data != 'testbed': return load_data(data, limit, split, root)
+    from seats_analysis.testbed import fresh_samples, testbed_samples
+    limit, shipped = limit or EVAL_QUESTIONS, testbed_samples(split or 'test')
+    if split or limit <= len(shipped): return shipped[:limit]
+    note(f'{limit} questions on fresh clips (seed {seed})')
+    return fresh_samples(limit, seed=seed, per_clip=2, folder=folder)
+
+# %% ../nbs/14_cli.ipynb #e5a10002
+def eval_plans(
+    model:str, # as given to --model
+    trrs, # percentages
+    counts, # mean visual and audio tokens
+    profile=None, late='estimate', # see `seats run`
+)->dict: # percentage -> Schedule
+    "The schedules of SEATS that the other methods are matched to: published, or solved from boundaries."
+    from seats_analysis.schedule import Schedule
+    known = {t: None if profile else _published_pair(model, t) for t in trrs}
+    bounds = None if all(known.values()) else stored_boundaries(model, profile)
+    return {t: plan or Schedule.from_trr(bounds, t, *counts, late=late) for t, plan in known.items()}
+
+def _run_eval(loaded, samples, names, plans, out, **options):
+    "Compare, and say how to go on after an interruption."
+    from seats_analysis.compare import compare_methods
+    from seats_analysis.probe import journal_of
+    try: return compare_methods(*loaded, samples, plans, names, out, progress=True, **options)
+    except KeyboardInterrupt:
+        note(f'{journal_of(out)} holds the finished questions; the same command goes on from there')
+        raise
+
+def _eval_text(result, out):
+    "The table, and what it says about SEATS."
+    from seats_analysis.compare import comparison_table
+    rows = [{k: f'{v:.1f}' if isinstance(v, float) and k != 'p' else '' if v != v else f'{v:.3g}' if k == 'p' else v for k, v in r.items()}
+            for r in comparison_table(result['rows']).to_dict('records')]
+    beaten = [f"{r['label']} at {r['trr']:g} %" for r in result['rows'] if r['ranked'] and r['diff_seats_low'] > 0]
+    said = f'ranked and significantly above SEATS: {", ".join(beaten)}' if beaten else 'no ranked method is significantly above SEATS'
+    return f'{table(rows)}\n\n{result["questions"]} questions on {result["clips"]} clips, in percent; {said}\n{out}'
+
+# %% ../nbs/14_cli.ipynb #e5a10003
+@app.command('eval')
+def eval_(
+    methods: Annotated[str, typer.Option('--methods', help='Names separated by commas, `all`, or `ablations`.')] = 'all',
+    trr: Annotated[str, typer.Option('--trr', help='Percentages of all tokens that SEATS keeps.')] = '35,25,15,10',
+    model: Model = 'testbed', data: Data = 'testbed',
+    limit: Annotated[Optional[int], typer.Option('--limit', min=1, help='Questions; of the testbed 1,000 by default, on fresh clips where its test split has fewer.')] = None,
+    out: Annotated[Optional[Path], typer.Option('--out', help='JSON file to write, with a CSV beside it; default: NAME-eval.json here.')] = None,
+    split: Annotated[Optional[str], typer.Option('--split', help='Only this split of the data.')] = None, root: Root = None,
+    answers: Annotated[str, typer.Option('--answers', help='`likelihood` ranks the choices; `generate` lets the model write and reads its answer.')] = 'likelihood',
+    profile: Annotated[Optional[Path], typer.Option('--profile', help='Profile of the model, to solve its schedules from.')] = None,
+    late: Annotated[str, typer.Option('--late', help='`certified` or `estimate`.')] = 'estimate',
+    seed: Annotated[int, typer.Option('--seed', min=0, help='Of the fresh clips.')] = EVAL_SEED,
+    batch: Annotated[int, typer.Option('--batch', min=1, help='Questions per batch.')] = 16,
+    device: Device = '', threads: Threads = None, as_json: Json = False,
+):
+    """Compare pruning methods at equal FLOPs on the same questions.
+
+    Every finished question is kept beside --out: after an interruption the same command goes on. `accelerate launch --no_python seats eval ...` shares the work among processes.
+    """
+    import tempfile
+    check_model(model)
+    trrs, out = _trr_list(trr), writable(out or f'{Path(model).name}-eval.json')
+    from seats_analysis.compare import ANSWERS, method_names
+    if answers not in ANSWERS: raise ValueError(f'--answers {answers!r}: {" or ".join(ANSWERS)}')
+    names = method_names(methods)
+    with tempfile.TemporaryDirectory() as folder:
+        samples = eval_samples(data, limit, folder, split, root, seed)
+        _set_threads(threads)
+        loaded = load_model(model, _own_device(device))
+        limits, counts = limits_of(data, loaded[1]), mean_tokens(*loaded, samples)
+        plans = eval_plans(model, trrs, (counts['visual'], counts['audio']), profile, late)
+        command = f'seats eval --methods {methods} --trr {trr} --model {Path(model).name} --data {Path(data).name} --limit {len(samples)} --answers {answers} --late {late} --seed {seed}'
+        about = dict(command=command, data=Path(data).name, split=','.join(sorted({s.split for s in samples})))
+        result = _run_eval(loaded, samples, names, plans, out, about=about, answers=answers, batch_size=batch, **limits)
+    if result is not None: emit(as_json, result, _eval_text(result, out))
 
 # %% ../nbs/14_cli.ipynb #1a37b9bc
 def _train_config(path, changes):

@@ -1,0 +1,1 @@
+"Installed as `seats_analysis._tasks`: see DATA in setup.py."

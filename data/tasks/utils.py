@@ -1,0 +1,2 @@
+"What the task files of lmms-eval call."
+from seats_analysis.lmms import SampleTask, by_family, doc_to_messages, doc_to_target, doc_to_text, doc_to_visual, mean, process_results
