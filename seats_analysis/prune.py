@@ -776,8 +776,8 @@ class Sections:
     "Time by section, for sections that begin in one hook and end in another."
     def __init__(self, ledger): self.ledger, self.open = ledger, ExitStack()
     @contextmanager
-    def during(self, section): # a range of this name shows in torch's profiler
-        with torch.profiler.record_function(f'seats::{section}'), self.ledger.time(section): yield
+    def during(self, section, name=None): # the range shows in torch's profiler as `seats::name`
+        with torch.profiler.record_function(f'seats::{name or section}'), self.ledger.time(section): yield
     def start(self, section): self.open.enter_context(self.ledger.time(section))
     def stop(self): self.open.close()
 
@@ -865,7 +865,7 @@ class Session:
         given = {**given, **given.pop('kwargs', {})}
         cache = given.get('past_key_values')
         if cache is None or cache.get_seq_length() == 0:
-            with self.sections.during('selection'): plan_prefill(self, given, cache, copies)
+            with self.sections.during('selection', 'plan'): plan_prefill(self, given, cache, copies)
         elif (slots := slots_of(cache)) is not None: kwargs.update(continue_prompt(slots, cache, given))
         return args, kwargs
 
