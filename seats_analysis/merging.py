@@ -204,12 +204,13 @@ def audio_anchors(
 )->tuple: # (N,) bool; (N, D) float32 features, changed at the anchors that took something in
     "Salient audio tokens, and anchors that keep what sounds like something seen (OmniZip, arXiv 2511.14582)."
     n, unit, seen = len(audio), normalize(audio.float(), dim=-1), normalize(visual.float(), dim=-1)
+    if dominant + contextual == n: return torch.ones(n, dtype=torch.bool, device=audio.device), audio.float()
     count = torch.tensor([dominant, contextual, n - dominant]).to(audio.device, non_blocking=True)
     every = torch.ones(1, n, dtype=torch.bool, device=audio.device)
     strong = best_in_rows(attention[None], every, count[:1])
     anchor = anchors_among(~strong, count[2:], count[1:2])
     to = nearest_anchor(unit[None], anchor)[0]
-    value = (unit @ (seen if len(seen) else unit[to]).mT).amax(-1) if len(seen) else (unit*unit[to]).sum(-1)
+    value = (unit @ seen.mT).amax(-1) if len(seen) else (unit*unit[to]).sum(-1)
     follows = ~(strong | anchor)[0] & anchor.any()
     taken = topk_in_groups(value[None], torch.where(follows, to, n)[None], torch.full((1, n), g, device=audio.device))[0]
     weight = torch.where(taken, value.exp(), 0.)
