@@ -577,10 +577,14 @@ def _finished(row, repeats): return row is not None and bool(row.get('error') or
 
 def _skip(file, row, most_seconds):
     "Note a row that would take too long; whether it does."
-    if key_of(row) in file.rows and not file.rows[key_of(row)].get('error'): return False
+    stored = file.rows.get(key_of(row))
+    if stored is not None and not (stored.get('error') or '').startswith(_LEFT): return False
+    if stored is not None: del file.rows[key_of(row)]
     if not _too_long(file, row, most_seconds): return False
-    file.rows[key_of(row)] = dict(row, samples=[], error=f'left out: longer than {most_seconds:g} s')
+    file.rows[key_of(row)] = dict(row, samples=[], error=f'{_LEFT} {most_seconds:g} s')
     return True
+
+_LEFT = 'left out: longer than'
 
 # %% ../nbs/11a_bench.ipynb #4c2e8026
 SCALING = 1024, 2048, 4096, 8192, 16384, 32768, 65536 # tokens
