@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['COLUMN', 'PAGE', 'BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'INK', 'LOOKS', 'BLOCK_SHADES', 'RC', 'CONTROL',
            'STAIRS', 'SCHEMA_KEPT', 'GROUPS', 'METHOD_LOOKS', 'SCHEMA_RESULTS', 'SHAPE_LOOKS', 'SCHEMA_SENSITIVITY',
-           'house_style', 'save_figure', 'dependency_figure', 'family_figure', 'retention_figure', 'load_kept',
-           'kept_data', 'log_spectrogram', 'kept_figure', 'read_log', 'learning_curves_figure', 'load_results',
-           'tradeoff_figure', 'coverage_figure', 'boundaries_figure', 'load_sensitivity', 'sensitivity_figure',
-           'open_profile', 'figure_jobs', 'make_figures']
+           'SCHEMA_BENCH', 'PARTS', 'house_style', 'save_figure', 'dependency_figure', 'family_figure',
+           'retention_figure', 'load_kept', 'kept_data', 'log_spectrogram', 'kept_figure', 'read_log',
+           'learning_curves_figure', 'load_results', 'tradeoff_figure', 'coverage_figure', 'boundaries_figure',
+           'load_sensitivity', 'sensitivity_figure', 'load_timings', 'ledger_figure', 'speedup_figure',
+           'scaling_figure', 'open_profile', 'figure_jobs', 'make_figures']
 
 # %% ../nbs/12_figures.ipynb #35eafdb5
 import io, json
@@ -656,6 +657,142 @@ def sensitivity_figure(
         ax.set(xlabel='Used on', ylabel='Made for')
     return fig
 
+# %% ../nbs/12_figures.ipynb #be9cf002
+SCHEMA_BENCH = 'seats_analysis/bench/1'
+PARTS = {'encoder_ms': ('encoders', '#bbbbbb'), 'selection_ms': ('selection', ORANGE), 'prefill_ms': ('prefill', BLUE)}
+
+def load_timings(
+    path, # JSON file of `seats bench`
+)->dict: # as written
+    "Read a stored benchmark. Raises ValueError that names the file."
+    try:
+        found = json.loads(Path(path).read_text(encoding='utf-8'))
+        if found['schema'] == SCHEMA_BENCH and all({'config', 'method', 'trr', 'batch', 'tokens'} <= set(r) for r in found['rows']): return found
+    except (ValueError, TypeError, KeyError): pass
+    raise ValueError(f'{path}: not a benchmark: it needs schema {SCHEMA_BENCH!r} and rows with config, method, trr, batch and tokens')
+
+def _model_of(row):
+    "Which model a row is about, for titles."
+    return row['config'] + (f', width {row["width"]}' if row.get('width') else '')
+
+def _main_requests(rows):
+    "Model -> timed rows of one request at batch 1: the one with most rows, then with most tokens."
+    timed, out = [r for r in rows if r.get('ttft_ms') and r['batch'] == 1], {}
+    for model in dict.fromkeys(map(_model_of, timed)):
+        by = {}
+        for r in (r for r in timed if _model_of(r) == model): by.setdefault(r['tokens'], []).append(r)
+        best = max(by, key=lambda n: (len(by[n]), n))
+        if any(r['method'] == 'full' for r in by[best]): out[model] = by[best]
+    return out
+
+# %% ../nbs/12_figures.ipynb #be9cf003
+def ledger_figure(
+    rows, # of `load_timings`
+    shares=True, # of the full request's time instead of milliseconds
+):  # matplotlib Figure, one column wide, one panel per model
+    "Time to first token of every method, cut into encoders, selection and prefill. Raises ValueError where no full model was timed."
+    panels = _main_requests(rows)
+    if not panels: raise ValueError('no row of a full model at batch 1, so there is nothing to compare with')
+    with house_style():
+        fig = _figure(COLUMN, sum(.14*len(r) + .42 for r in panels.values()) + .25)
+        axes = fig.subplots(len(panels), 1, squeeze=False, height_ratios=[len(r) + 1 for r in panels.values()])[:, 0]
+        for ax, (model, mine) in zip(axes, panels.items()): _ledger_panel(ax, model, mine, shares)
+        axes[-1].set_xlabel('Time to first token (% of full)' if shares else 'Time to first token (ms)')
+        fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=3, handlelength=1.2, borderpad=0)
+    return fig
+
+def _ledger_panel(ax, model, rows, shares):
+    "One bar per method and TRR."
+    full = next(r for r in rows if r['method'] == 'full')
+    unit, left = 100/full['ttft_ms'] if shares else 1, np.zeros(len(rows))
+    for part, (label, color) in PARTS.items():
+        width = np.array([r[part]*unit for r in rows])
+        ax.barh(range(len(rows)), width, left=left, color=color, label=label, height=.72, linewidth=0)
+        left += width
+    ax.set_yticks(range(len(rows)), [r['method'] if r['method'] == 'full' else f'{r["method"]} {r["trr"]:g} %' for r in rows])
+    ax.set(ylim=(len(rows) - .4, -.6), xlim=(0, 1.02*left.max()))
+    ax.tick_params(axis='y', length=0)
+    ax.set_title(f'{model}: {full["tokens"]:,} tokens', fontsize=6.5)
+
+# %% ../nbs/12_figures.ipynb #be9cf004
+def speedup_figure(
+    rows, # of `load_timings`
+):  # matplotlib Figure, one column wide, one panel per model
+    "Speed-up of the prefill, selection included, and of the first token against TRR, beside what the causal FLOPs promise."
+    panels = {m: r for m, r in _main_requests(rows).items() if any(x.get('speedup') and x['method'] != 'full' for x in r)}
+    if not panels: raise ValueError('no pruned row beside a full one, so there is no speed-up')
+    with house_style():
+        fig = _figure(COLUMN, 2.3)
+        axes = fig.subplots(1, len(panels), squeeze=False)[0]
+        for ax, (model, mine) in zip(axes, panels.items()): _speedup_panel(ax, model, [r for r in mine if r['method'] != 'full'])
+        axes[0].set_ylabel('Times as fast as the full model')
+        handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels())}
+        fig.legend(handles.values(), handles.keys(), loc='outside upper center', ncols=3, handlelength=2.2, columnspacing=1, borderpad=0)
+    return fig
+
+def _speedup_panel(ax, model, rows):
+    "Promise, prefill and first token of every method."
+    promised = {r['trr']: 1/r['flops_fraction'] for r in rows}
+    ax.plot(*zip(*sorted(promised.items())), color='#aaaaaa', linestyle='-', linewidth=2, marker='', label='FLOPs')
+    for method in dict.fromkeys(r['method'] for r in rows):
+        mine, look = sorted((r for r in rows if r['method'] == method), key=lambda r: r['trr']), METHOD_LOOKS.get(method, dict(color=GREEN, linestyle='-.', marker='D'))
+        ax.plot([r['trr'] for r in mine], [r['speedup'] for r in mine], label=f'{method}, prefill', **look)
+        ax.plot([r['trr'] for r in mine], [r['ttft_speedup'] for r in mine], label=f'{method}, first token', **look | dict(linestyle=':', markerfacecolor='white'))
+    ax.set(yscale='log', xlabel='TRR (%)', xticks=sorted(promised))
+    ticks = [t for t in (1, 2, 3, 5, 10, 20, 30, 50, 100) if t <= 1.1*max(promised.values())]
+    ax.set_yticks(ticks, map(str, ticks))
+    ax.minorticks_off()
+    ax.axhline(1, color='#dddddd', linewidth=.6, zorder=0)
+    ax.set_title(model, fontsize=6.5)
+
+# %% ../nbs/12_figures.ipynb #be9cf005
+def _scaled(rows):
+    "Model -> (method, TRR) -> rows by tokens, at batch 1, where at least three lengths were timed."
+    out = {}
+    for r in rows:
+        if r.get('ttft_ms') and r['batch'] == 1: out.setdefault(_model_of(r), {}).setdefault((r['method'], r['trr']), {})[r['tokens']] = r
+    enough = {m: {k: [by[n] for n in sorted(by)] for k, by in found.items() if len(by) > 2} for m, found in out.items()}
+    return {m: found for m, found in enough.items() if any(k[0] == 'full' for k in found) and len(found) > 1}
+
+def scaling_figure(
+    rows, # of `load_timings`
+):  # matplotlib Figure, one column wide, one panel per model
+    "Time of each part against the tokens of the request, relative to the full prefill of the shortest one. Raises ValueError for fewer than three lengths."
+    panels = _scaled(rows)
+    if not panels: raise ValueError('fewer than three lengths of a request were timed; `seats bench --scaling 65536` makes them')
+    with house_style():
+        fig = _figure(COLUMN, 2.3)
+        axes = fig.subplots(1, len(panels), squeeze=False)[0]
+        for ax, (model, found) in zip(axes, panels.items()): _scaling_panel(ax, model, found)
+        axes[0].set_ylabel('Time (full prefill of the shortest = 1)')
+        fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=2, handlelength=2.4, borderpad=0)
+    return fig
+
+def _scaling_panel(ax, model, found):
+    "Full prefill and encoders; prefill and selection of the method with the least TRR."
+    full = next(rows for (method, _), rows in found.items() if method == 'full')
+    (method, trr), pruned = min(((k, r) for k, r in found.items() if k[0] != 'full'), key=lambda kr: (kr[0][0] != 'seats', kr[0][1]))
+    unit = full[0]['prefill_ms']
+    lines = ((full, 'prefill_ms', 'prefill, full', INK, '-', 's'), (pruned, 'prefill_ms', f'prefill, {method} {trr:g} %', BLUE, '-', 'o'),
+             (pruned, 'selection_ms', f'selection, {method} {trr:g} %', ORANGE, '--', '^'), (full, 'encoder_ms', 'encoders', '#999999', ':', 'D'))
+    for rows, part, label, color, style, marker in lines:
+        ax.plot([r['tokens'] for r in rows], [r[part]/unit for r in rows], color=color, linestyle=style, marker=marker, label=label)
+    ticks = [n for n in (1024, 2048, 4096, 8192, 16384, 32768, 65536) if n <= 1.2*pruned[-1]['tokens']]
+    ax.set(xscale='log', yscale='log', xlabel='Tokens')
+    ax.set_xticks(ticks, [f'{n//1024}k' for n in ticks])
+    ax.minorticks_off()
+    ax.set_title(model, fontsize=6.5)
+
+# %% ../nbs/12_figures.ipynb #be9cf008
+def _bench_jobs(path):
+    "Figures of one benchmark, those that its rows are enough for."
+    from functools import partial
+    found = load_timings(path)
+    cpu, rows = found.get('threads') is not None, found['rows']
+    if _main_requests(rows): yield f'{path.stem}_ledger', partial(ledger_figure, rows, shares=cpu)
+    if any(r.get('speedup') and r['method'] != 'full' for mine in _main_requests(rows).values() for r in mine): yield f'{path.stem}_speedup', partial(speedup_figure, rows)
+    if _scaled(rows): yield f'{path.stem}_scaling', partial(scaling_figure, rows)
+
 # %% ../nbs/12_figures.ipynb #b4ad32b3
 def open_profile(
     path, # NetCDF file of a dependency profile
@@ -724,6 +861,7 @@ def figure_jobs(
         if schema == SCHEMA_COVERAGE: jobs[path.stem] = lambda path=path: coverage_figure(load_coverage(path))
         if schema == SCHEMA_SENSITIVITY: jobs[path.stem] = lambda path=path: sensitivity_figure(load_sensitivity(path)['rows'])
         if schema == SCHEMA_KEPT: jobs[path.stem] = lambda path=path: _kept_job(path, data)
+        if schema == SCHEMA_BENCH: jobs.update(_bench_jobs(path))
         if schema == SCHEMA_RESULTS: jobs[f'{path.stem}_tradeoff'] = lambda path=path: tradeoff_figure(load_results(path)['rows'])
     if (log := data/'testbed'/'train_log.jsonl').is_file(): jobs['testbed_learning'] = lambda: learning_curves_figure(log)
     if not jobs: raise ValueError(f'{data}: nothing to draw; looked for profiles/*.nc, schedules/*_trr*.json, results/*.json and testbed/train_log.jsonl')
