@@ -178,7 +178,7 @@ def view(
         return View(source, **setting, trouble=f"{family}: {error}")
     return View(source, **setting, bounds=decide(resampled, tolerance), curve=curve, **_planned(source, **setting))
 
-# %% ../nbs/12b_explorer.ipynb #035876fa
+# %% ../nbs/12b_explorer.ipynb #af78a767
 def _span(low, high): return "none" if low > high else f"{low}" if low == high else f"{low} to {high}"
 
 
@@ -210,12 +210,14 @@ def view_words(
     view,  # View
 ):  # {heading: sentence}
     "Blocks, schedule and price of a view for people."
-    words = {"blocks": _block_words(view.bounds)} if view.bounds else {}
+    family = "families that need it" if view.family == ALL else view.family.replace("_", " ")
+    words = {"profile": f"{view.source.name}, {view.removed} removed, {family}, a loss of {100 * view.tolerance:.3g} % tolerated, late start: {view.late}"}
+    if view.bounds: words |= {"profile": f"{words['profile']};  {view.bounds.n_samples} questions on {view.bounds.n_clips} clips", "blocks": _block_words(view.bounds)}
     if view.plan: words["schedule"] = _plan_words(view.plan, view.trr)
     if view.flops: words["price"] = _price_words(view.flops, view.speed)
     return words | ({"note": view.trouble} if view.trouble else {})
 
-# %% ../nbs/12b_explorer.ipynb #679f05ee
+# %% ../nbs/12b_explorer.ipynb #c50ecd0d
 _TICKS = (0, 1, 5, 10, 25, 50, 100)
 
 
@@ -225,10 +227,10 @@ def _frame(num_layers, top, words=True, dpi=130):
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    height = 3.3 if words else 2.65
+    height = 3.4 if words else 2.7
     fig = Figure(figsize=(PAGE, height), dpi=dpi)
     FigureCanvasAgg(fig)
-    grid = fig.add_gridspec(2, 2, left=.062, right=.988, top=1 - .33 / height, bottom=1.1 / height if words else .37 / height, height_ratios=[5, 1], width_ratios=[1.2, 1], wspace=.15, hspace=.1)
+    grid = fig.add_gridspec(2, 2, left=.062, right=.988, top=1 - .42 / height, bottom=1.1 / height if words else .37 / height, height_ratios=[5, 1], width_ratios=[1.2, 1], wspace=.15, hspace=.1)
     curve, strip, kept = fig.add_subplot(grid[0, 0]), fig.add_subplot(grid[1, 0]), fig.add_subplot(grid[:, 1])
     for ax in (curve, strip): _layer_axis(ax, num_layers, label=ax is strip)
     curve.set(ylim=(0, top), yticks=range(0, 101, 20), ylabel="Retained performance (% of full)")
@@ -239,7 +241,8 @@ def _frame(num_layers, top, words=True, dpi=130):
     kept.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0)), np.square))
     kept.set(xlim=(.5, num_layers + .5), ylim=(0, 105), yticks=_TICKS, xlabel="Layer", ylabel="Tokens kept (%, square-root scale)")
     kept.set_xticks(curve.get_xticks()[:-1])
-    kept.legend([Line2D([], [], **LOOKS[m] | dict(marker="")) for m in MODALITIES], MODALITIES, loc="upper right", handlelength=2.8, frameon=True, framealpha=.8, edgecolor="none")
+    kept.legend([Line2D([], [], **LOOKS[m] | dict(marker="")) for m in MODALITIES], MODALITIES, loc="lower right", bbox_to_anchor=(1, 1.085), ncols=2,
+                handlelength=2.8, borderpad=0, borderaxespad=0)
     return fig, dict(curve=curve, strip=strip, kept=kept)
 
 # %% ../nbs/12b_explorer.ipynb #82051545
@@ -268,17 +271,12 @@ def _fill_kept(ax, plan):
         levels = 100 * np.array(plan.levels(m))
         ax.stairs(levels, np.arange(len(levels) + 1) + .5, color=LOOKS[m]["color"], linestyle=LOOKS[m]["linestyle"], linewidth=1.5, baseline=None)
 
-# %% ../nbs/12b_explorer.ipynb #20d458ef
-def _fill(fig, axes, view):
+# %% ../nbs/12b_explorer.ipynb #d9c58ab0
+def _fill(axes, view):
     "Everything of a view that moves."
     if view.bounds: _fill_curve(axes["curve"], axes["strip"], view)
     if view.plan: _fill_kept(axes["kept"], view.plan)
     else: axes["kept"].text(.5, .5, "no schedule", transform=axes["kept"].transAxes, ha="center", va="center", color="#777777")
-    n = f": {view.bounds.n_samples} questions, {view.bounds.n_clips} clips" if view.bounds else ""
-    family = "all that need it" if view.family == ALL else view.family.replace("_", " ")
-    above = 1 - .16 / fig.get_figheight()
-    fig.text(.062, above, f"{view.source.name}, {view.removed} removed, {family}{n}", fontsize=7.5)
-    fig.text(.988, above, f"tolerance {100 * view.tolerance:.3g} %, {view.late}", fontsize=7.5, ha="right", color="#d55e00")
 
 
 def _axes_of(view):
@@ -289,18 +287,19 @@ def _axes_of(view):
 
 def view_figure(
     view,  # View
+    dpi=100,
 ):  # matplotlib Figure, two columns wide
     "A view as a figure: curve with band, blocks with intervals, schedule over depth, price."
     from textwrap import fill
 
     with house_style():
-        fig, axes = _frame(*_axes_of(view))
-        _fill(fig, axes, view)
+        fig, axes = _frame(*_axes_of(view), dpi=dpi)
+        _fill(axes, view)
         lines = [fill(f"{name}:  {text}", 160, subsequent_indent="    ") for name, text in view_words(view).items()]
         fig.text(.012, .69 / fig.get_figheight(), "\n".join(lines), va="top", linespacing=1.45, fontsize=6.8)
     return fig
 
-# %% ../nbs/12b_explorer.ipynb #a44dda2f
+# %% ../nbs/12b_explorer.ipynb #7a81ff2f
 class Painter:
     "Views without their words as PNG bytes; what does not move is drawn once for each number of layers."
     def __init__(self, dpi=130): self.dpi, self._frames = dpi, {}
@@ -317,16 +316,15 @@ class Painter:
         with house_style():
             fig, axes, empty = self._ready(_axes_of(view))
             fig.canvas.restore_region(empty)
-            holders = (*axes.values(), fig)
-            before = {id(a) for h in holders for a in h.get_children()}
+            before = {id(a) for ax in axes.values() for a in ax.get_children()}
             try:
-                _fill(fig, axes, view)
-                new = [a for h in holders for a in h.get_children() if id(a) not in before]
-                over = [a for ax in axes.values() for a in (*ax.spines.values(), ax.get_legend()) if a is not None]  # shades would hide them
+                _fill(axes, view)
+                new = [a for ax in axes.values() for a in ax.get_children() if id(a) not in before]
+                over = [a for ax in axes.values() for a in ax.spines.values()]  # the shades would hide half of them
                 for artist in sorted(new + over, key=lambda a: a.zorder): artist.draw(fig.canvas.get_renderer())
                 return _png(fig.canvas.buffer_rgba())
             finally:
-                for artist in [a for h in holders for a in h.get_children() if id(a) not in before]: artist.remove()
+                for artist in [a for ax in axes.values() for a in ax.get_children() if id(a) not in before]: artist.remove()
 
 
 def _png(pixels, level=1):
@@ -354,7 +352,7 @@ def save_plan(
         except ValueError: pass  # not ours to touch
     raise ValueError(f"{folder} has a thousand files named {stem}; choose another folder")
 
-# %% ../nbs/12b_explorer.ipynb #66c81c78
+# %% ../nbs/12b_explorer.ipynb #e03ca4f7
 def _controls(names):
     "The widgets by name; options of the lower ones follow from the profile."
     import ipywidgets as w
@@ -379,7 +377,7 @@ def _arranged(c):
     import ipywidgets as w
 
     rows = [w.HBox([c[name] for name in row]) for row in (("profile", "removed", "family"), ("tolerance", "trr", "late"), ("save", "status"))]
-    c["picture"].layout.max_width = "100%"
+    c["picture"].layout = w.Layout(width=f"{round(130 * PAGE)}px", max_width="100%")
     return w.VBox([*rows[:2], c["picture"], c["words"], rows[2]])
 
 # %% ../nbs/12b_explorer.ipynb #6de1647f
