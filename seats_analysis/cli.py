@@ -604,16 +604,19 @@ def _write_kept(path, ran, encoded, model, clip, question, answer):
 @app.command()
 def figures(
     data: Annotated[Path, typer.Option('--data', help='Folder with profiles/, schedules/, results/ and testbed/.')] = Path('data'),
-    out: Annotated[Path, typer.Option('--out', help='Folder for the .png and .pdf files.')] = Path('figures'),
+    out: Annotated[Path, typer.Option('--out', help='Folder for the .png and .pdf files, and for tables/.')] = Path('figures'),
     as_json: Json = False,
 ):
-    "Redraw every figure from stored data; no model is loaded."
+    "Redraw every figure and table from stored data; no model is loaded."
     from tqdm import tqdm
     from seats_analysis.figures import figure_jobs, save_figure
-    jobs, written = figure_jobs(data), []
+    from seats_analysis.paper import missing, paper_jobs, write_tables
+    jobs, written = figure_jobs(data, paper_jobs(data)), []
     for name, draw in (bar := tqdm(jobs.items(), desc='figures', unit='figure')):
         bar.set_postfix_str(name)
         written += map(str, save_figure(draw(), out/name))
+    written += map(str, write_tables(data, out/'tables'))
+    for lack in missing(data): note(f'skipped: {lack}')
     emit(as_json, dict(figures=written), '\n'.join(written))
 
 # %% ../nbs/14_cli.ipynb #453f18f8
