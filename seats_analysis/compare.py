@@ -214,7 +214,7 @@ class DataShape:
         both = ('visual', 'audio')
         return dict(layers=share(np.mean, both), entry=share(lambda x: x[0], both), visual=share(np.mean, both[:1]), audio=share(np.mean, both[1:]))
 
-# %% ../nbs/11b_compare.ipynb #2862be49
+# %% ../nbs/11b_compare.ipynb #1b47cc6d
 @dataclass(frozen=True)
 class Entrant:
     "A method as it takes part in a comparison."
@@ -228,7 +228,7 @@ class Entrant:
 
     def plan_for(self, number): # of a batch
         "The plan of a batch; second plans are spread evenly."
-        return self.plans[int((number + 1)*self.share + 1e-9) > int(number*self.share + 1e-9)] if len(self.plans) > 1 else self.plans[0]
+        return self.plans[int((number + 1)*self.share + .5) > int(number*self.share + .5)] if len(self.plans) > 1 else self.plans[0]
 
     def mean(self, of): # of: function of a plan that gives a number
         "A number of the data set, from those of the plans."
