@@ -772,6 +772,16 @@ def eval_plans(
     bounds = None if all(known.values()) else stored_boundaries(model, profile)
     return {t: plan or Schedule.from_trr(bounds, t, *counts, late=late) for t, plan in known.items()}
 
+def _own_rules(names, model, profile):
+    "VTW at the layer that its rule picks from a profile's `derive` split; nothing without a profile."
+    source = profile or (_shipped_profile() if model == 'testbed' else None)
+    if 'vtw' not in names or source is None: return {}
+    from seats_analysis.figures import open_profile
+    from seats_analysis.rivals import VTW
+    stored = open_profile(source)
+    derive = stored['split'].values.astype(str) == 'derive'
+    return {'vtw (rule)': VTW.from_profile(stored.isel(sample=derive) if derive.any() else stored, int(stored['layer'].max()))}
+
 def _run_eval(loaded, samples, names, plans, out, **options):
     "Compare, and say how to go on after an interruption."
     from seats_analysis.compare import compare_methods
@@ -786,7 +796,7 @@ def _eval_text(result, out):
     from seats_analysis.compare import comparison_table
     rows = [{k: f'{v:.1f}' if isinstance(v, float) and k != 'p' else '' if v != v else f'{v:.3g}' if k == 'p' else v for k, v in r.items()}
             for r in comparison_table(result['rows']).to_dict('records')]
-    beaten = [f"{r['label']} at {r['trr']:g} %" for r in result['rows'] if r['ranked'] and r['diff_seats_low'] > 0]
+    beaten = [f"{r['label']} at {r['trr']:g} %" for r in result['rows'] if r['ranked'] and r['diff_seats'] is not None and r['diff_seats_low'] > 0]
     said = f'ranked and significantly above SEATS: {", ".join(beaten)}' if beaten else 'no ranked method is significantly above SEATS'
     return f'{table(rows)}\n\n{result["questions"]} questions on {result["clips"]} clips, in percent; {said}\n{out}'
 
@@ -824,7 +834,7 @@ def eval_(
         plans = eval_plans(model, trrs, (counts['visual'], counts['audio']), profile, late)
         command = f'seats eval --methods {methods} --trr {trr} --model {Path(model).name} --data {Path(data).name} --limit {len(samples)} --answers {answers} --late {late} --seed {seed}'
         about = dict(command=command, data=Path(data).name, split=','.join(sorted({s.split for s in samples})))
-        result = _run_eval(loaded, samples, names, plans, out, about=about, answers=answers, batch_size=batch, **limits)
+        result = _run_eval(loaded, samples, names, plans, out, rules=_own_rules(names, model, profile), about=about, answers=answers, batch_size=batch, **limits)
     if result is not None: emit(as_json, result, _eval_text(result, out))
 
 # %% ../nbs/14_cli.ipynb #be9c0002
