@@ -12,15 +12,15 @@ __all__ = ['CODES', 'ENCODED', 'KV', 'SCORE_LAYERS', 'Cut', 'plan_cuts', 'Tokens
            'read_layout', 'finish_plan', 'position_rows', 'carry_out', 'enter_decoder', 'choose', 'shorten', 'note_cut',
            'enter_layer', 'add_deepstack', 'deepstack_hooks', 'finish_prefill', 'evict', 'columns_after',
            'enter_decode_step', 'gone', 'check_media_left', 'continue_prompt', 'follow_up', 'Sections', 'EncoderWatch',
-           'watch_before', 'watch_after', 'watch_encoders', 'join_calls', 'Session', 'install', 'repeat_order',
-           'pick_media', 'repeat_parts', 'media_sizes', 'repeat_encoded', 'repeat_media', 'repeat_cache',
-           'expand_inputs', 'expand_per_sample', 'as_method', 'check_model', 'prune']
+           'encode_some', 'encode_beside', 'watch_before', 'watch_after', 'watch_encoders', 'join_calls', 'Session',
+           'install', 'repeat_order', 'pick_media', 'repeat_parts', 'media_sizes', 'repeat_encoded', 'repeat_media',
+           'repeat_cache', 'expand_inputs', 'expand_per_sample', 'as_method', 'check_model', 'prune']
 
 # %% ../nbs/09_prune.ipynb #9644a026
 import copy
 import inspect
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from threading import Lock
@@ -34,6 +34,7 @@ from .adapter import (IMAGES, DeepStack, adapter_for, attention_call, audio_rows
                                     last_vision_attention, layer_key, layer_query, layout_of, qk_heads, qk_modules, rates, token_ids,
                                     window_index, without_deepstack)
 from .cost import Ledger
+from .encoders import ENCODERS, Aside, batched_windows, encode_ahead, find_repeats
 from .layout import AUDIO, IMAGE, NAMES, PAD, TEXT, VISUAL, TokenLayout
 from .schedule import Schedule
 from .select import (attention_received, finite_rows, pool_groups, query_scores, select_in_clip, select_in_windows, stage1_counts,
@@ -383,6 +384,7 @@ class EncoderCall:
     received: torch.Tensor|None = None # (tokens,) float32 attention received, if it was asked for
     output: ref|None = None # weak reference to what the tower returned
     keys: torch.Tensor|None = None # (tokens, k) float32, if they were asked for
+    repeats: object = None # `Repeats` while the tower runs on some of the temporal grids only
     order: torch.Tensor|None = None # (tokens,) int64 in which the tower holds its merged tokens; visual, and only where it is asked for
 
 def visual_call(model, grid_thw, order=False)->EncoderCall: # grid_thw (videos, 3); order: whether it is needed
@@ -812,8 +814,8 @@ class Sections:
 # %% ../nbs/09_prune.ipynb #e0a1c040
 class EncoderWatch:
     "Notes every call of the two towers, and the attention that their tokens receive."
-    def __init__(self, model, sections, method): # method: None where stage I does not need the attention
-        self.model, self.sections, self.wanted = model, sections, method is not None
+    def __init__(self, model, sections, method, options=()): # method: None where stage I does not need the attention; options: of `ENCODERS`
+        self.model, self.sections, self.wanted, self.options, self.aside = model, sections, method is not None, options, None
         self.windows, self.keys = {m: getattr(method, k, None) for m, k in zip(CODES, ('grids', 'seconds'))}, getattr(method, 'uses_keys', False)
         self.forget()
 
@@ -829,12 +831,20 @@ class EncoderWatch:
         if found is not None: self.calls['visual'] = [found]
         return found
 
+    def join(self):
+        "The sound is done, or the pass is over: what comes next may use the video."
+        if self.aside is not None: self.aside.join()
+        self.aside = None
+
     def finish(self, modality, output):
-        self.sections.stop()
-        self.calls[modality][-1].output = ref(output)
+        call, beside = self.calls[modality][-1], self.aside is not None and modality == 'visual'
+        if call.repeats is not None: call.repeats.spread(output)
+        if not beside: self.join()
+        if not beside: self.sections.stop()
+        call.output, call.repeats = ref(output), None
 
     def note(self, modality, call):
-        self.sections.start('encoders')
+        if self.aside is None or modality == 'audio': self.sections.start('encoders')
         self.calls[modality].append(call)
 
     def expect(self, rotary):
@@ -848,16 +858,43 @@ class EncoderWatch:
         made.append(output)
         if len(made) < len(qk_modules(attn)): return
         self.projecting = None
-        with self.sections.during('selection'), torch.no_grad():
-            q, k = qk_heads(attn, made, rotary)
+        q, k = qk_heads(attn, made, rotary)
+        if call.repeats is not None: q, k = (x[call.repeats.rows] for x in (q, k))
+        # beside the sound it cannot be told apart from encoding: the ledger's marks lie in one stream
+        timed = nullcontext() if self.aside is not None and modality == 'visual' else self.sections.during('selection')
+        with timed, torch.no_grad():
             call.received = statistic(self.model, call, q, k, self.windows[modality])
             if self.keys: call.keys = encoder_keys(self.model, modality, call, k)
+
+# %% ../nbs/09_prune.ipynb #09b00002
+def encode_some(w, args, kwargs): # w: EncoderWatch -> arguments of the vision tower, or None to leave them
+    "A call of the vision tower begins; of grids that repeat it gets the first only, if so asked."
+    pixels = kwargs['hidden_states'] if 'hidden_states' in kwargs else args[0]
+    grid = kwargs['grid_thw'] if 'grid_thw' in kwargs else args[1]
+    w.note('visual', visual_call(w.model, grid, w.wanted))
+    if 'repeats' not in w.options: return None
+    call = w.calls['visual'][-1]
+    call.repeats = found = find_repeats(pixels, call.shape, rates(w.model).merge_size**2)
+    if found is None: return None
+    return (), {**kwargs, 'hidden_states': pixels[found.first], 'grid_thw': torch.tensor(found.grids).to(grid.device, non_blocking=True)}
+
+def encode_beside(w, given): # w: EncoderWatch; given: inputs of the thinker -> those to change
+    "Encode the video beside the sound, if so asked. In the ledger the two are one stretch of encoding."
+    if 'overlap' not in w.options: return {}
+    w.aside = Aside(next(w.model.parameters()).device)
+    w.sections.start('encoders')
+    if (changed := encode_ahead(w.model, given, w.aside)) is None:
+        w.sections.stop()
+        w.aside = None
+        return {}
+    w.aside.hold([*w.aside.out, *(c.received for c in w.calls['visual'] if c.received is not None)])
+    return changed
 
 # %% ../nbs/09_prune.ipynb #09b00001
 def watch_before(w): # w: EncoderWatch -> (module, pre-hook)
     "What is noted before the towers and their last attention modules run."
     adapter, given = adapter_for(w.model), lambda name, args, kwargs: kwargs[name] if name in kwargs else args[1]
-    yield adapter.visual(w.model), lambda m, a, k: w.note('visual', visual_call(w.model, given('grid_thw', a, k), w.wanted))
+    yield adapter.visual(w.model), lambda m, a, k: encode_some(w, a, k)
     yield adapter.audio_tower(w.model), lambda m, a, k: w.note('audio', audio_call(w.model, given('feature_lens', a, k)))
     for attn in (last_vision_attention(w.model), last_audio_attention(w.model)):
         yield attn, lambda m, a, k: w.expect(attention_call(a, k)[1])
@@ -898,12 +935,12 @@ def _wants_attention(method): return method is not None and method.uses_attentio
 
 class Session:
     "The hooks of one `prune` block."
-    def __init__(self, model, method, kv, score_layer, images='keep'):
+    def __init__(self, model, method, kv, score_layer, images='keep', encoders=()):
         adapter = adapter_for(model)
         self.model, self.method, self.images = model, method, images
         self.run = Run(method, kv, score_layer, Ledger(str(next(model.parameters()).device)))
         self.sections = Sections(self.run.ledger)
-        self.encoders = EncoderWatch(model, self.sections, method if _wants_attention(method) else None)
+        self.encoders = EncoderWatch(model, self.sections, method if _wants_attention(method) else None, encoders)
         self.thinker, self.decoder, self.layers = adapter.thinker(model), adapter.decoder(model), adapter.layers(model)
         self.signature = inspect.signature(self.thinker.forward)
         self.reset()
@@ -911,6 +948,7 @@ class Session:
     def reset(self):
         "Forget the forward pass in hand, finished or not."
         self.prefill, self.masks = None, None
+        self.encoders.join()
         self.sections.stop()
 
     def before_thinker(self, module, args, kwargs):
@@ -923,6 +961,7 @@ class Session:
         if cache is None or cache.get_seq_length() == 0:
             with self.sections.during('selection', 'plan'): plan_prefill(self, given, cache, copies)
             if noted is not None: self.encoders.calls = noted
+            elif 'pixel_values_videos' in kwargs: kwargs.update(encode_beside(self.encoders, given))
         elif (slots := slots_of(cache)) is not None: kwargs.update(continue_prompt(slots, cache, given))
         return args, kwargs
 
@@ -950,6 +989,7 @@ def install(
     "Register all hooks of a session."
     stack.callback(session.encoders.forget), stack.callback(session.reset)
     expand_per_sample(session, stack)
+    if 'batch' in session.encoders.options: stack.enter_context(batched_windows(session.model))
     layers = ((layer, lambda m, a, k, i=i: session.before_layer(i, a, k)) for i, layer in enumerate(session.layers))
     before = [(session.thinker, session.before_thinker), (session.decoder, session.before_decoder), *layers, *watch_before(session.encoders)]
     for module, hook in before: stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -1079,12 +1119,15 @@ def prune(
     kv:str='evict', # 'evict': every cut also shortens earlier caches; 'retain': each layer keeps what it processed
     score_layer:str='own', # stage II before layer d scores with layer d-1 ('own') or d ('next')
     images:str='keep', # 'keep': images are never pruned; 'prune': they count as visual tokens
+    encoders:Sequence[str]=(), # any of `ENCODERS`: 'batch' windows of equal size, reuse what 'repeats', 'overlap' video and sound
 ):
     "Within the block every forward pass and `generate` of the model is pruned. Yields a `Run`; undone on exit (SEATS, arXiv 2605.20035)."
     _one_of('kv', kv, KV)
     _one_of('score_layer', score_layer, SCORE_LAYERS)
     _one_of('images', images, IMAGES)
-    session = Session(model, as_method(plan), kv, score_layer, images)
+    encoders = (encoders,) if isinstance(encoders, str) else tuple(encoders)
+    for option in encoders: _one_of('encoders', option, ENCODERS)
+    session = Session(model, as_method(plan), kv, score_layer, images, encoders)
     with ExitStack() as stack:
         with _ENTERING:
             check_model(session)

@@ -39,6 +39,7 @@ def greedy(r, g, spoil=False):
     if r.random() < .2: features = features.sign()
     if r.random() < .1: features[torch.rand(features.shape, generator=g) < .05] = torch.nan
     attention = torch.rand(len(features), generator=g) if r.random() < .6 else None
+    kernels.TILE = r.choice((32, 256, 8192)) # tables read in many pieces, in a few, in one
     counts = [r.choice((0, s, r.randint(0, s), r.randint(0, s))) for s in sizes]
     features, attention = features.to(DEVICE), None if attention is None else attention.to(DEVICE)
     plain, fused = both(lambda spoiled: select.select_in_clip(features.flip(0) if spoiled else features, attention, sizes, counts), spoil)

@@ -19,7 +19,7 @@ def test_parity_on_200_random_shapes():
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["cases"] == 200 and found["wrong"] == dict(greedy=0, statistic=0), found["first"]
-    assert found["spoiled"]["greedy"] > 5 and found["spoiled"]["statistic"] > 15
+    assert found["spoiled"]["greedy"] > 3 and found["spoiled"]["statistic"] > 15
 
 @pytest.mark.parametrize("setting, device, on", [(None, "cpu", False), ("0", "cpu", False), ("1", "cpu", True), (None, "cuda:0", True), ("0", "cuda", False)])
 def test_when_kernels_run(monkeypatch, setting, device, on):
