@@ -7,9 +7,9 @@ __all__ = ['QWEN2_5_OMNI', 'QWEN3_OMNI', 'FAMILIES', 'IMAGES', 'LETTERS', 'OmniA
            'token_ids', 'audio_rows', 'audio_token_counts', 'layout_of', 'prompt_text', 'answer_texts', 'turn_text',
            'chat_prompt', 'Prompt', 'rope_index', 'Encoded', 'encode', 'decoder_inputs', 'rotary_tables', 'rotate',
            'DeepStack', 'without_deepstack', 'causal_mask', 'layer_mask', 'run_layers', 'final_logits', 'layer_query',
-           'layer_key', 'last_vision_attention', 'last_audio_attention', 'vision_qk', 'audio_qk', 'attention_call',
-           'window_index', 'LayerKeys', 'run_layer', 'layer_keys', 'deepstack_inputs', 'Questions', 'encode_questions',
-           'last_logits_only', 'ChoiceScores', 'score_choices', 'limit_pixels']
+           'layer_key', 'last_vision_attention', 'last_audio_attention', 'qk_modules', 'qk_heads', 'vision_qk',
+           'audio_qk', 'attention_call', 'window_index', 'LayerKeys', 'run_layer', 'layer_keys', 'deepstack_inputs',
+           'Questions', 'encode_questions', 'last_logits_only', 'ChoiceScores', 'score_choices', 'limit_pixels']
 
 # %% ../nbs/02_adapter.ipynb #017b27f5
 import copy
@@ -523,22 +523,40 @@ def last_audio_attention(model):
     "The attention module of the audio tower's last layer."
     return adapter_for(model).audio_tower(model).layers[-1].self_attn
 
+def qk_modules(
+    attn, # the attention module of either tower
+)->list:
+    "The projections that make its queries and keys, in the order in which they are called; one that makes both stands alone (Qwen3-Omni's vision tower)."
+    names = next(n for n in (('qkv',), ('q', 'k'), ('q_proj', 'k_proj')) if hasattr(attn, n[0]))
+    return [getattr(attn, name) for name in names]
+
+def qk_heads(
+    attn, # the attention module of either tower
+    projected:Sequence, # (T, ...) outputs of `qk_modules`
+    position_embeddings:tuple|None=None, # cos and sin, each (T, head size), as the module gets them; None = no rotary
+)->tuple[torch.Tensor, torch.Tensor]: # q and k, each (T, heads, head size), after rotary
+    "Queries and keys from what was projected; rotary in float32, as the encoders do it."
+    pair = projected[0].chunk(3, -1)[:2] if len(projected) == 1 else projected
+    q_k = tuple(x.unflatten(-1, (attn.num_heads, -1)) for x in pair)
+    if position_embeddings is None: return q_k
+    cos, sin = (t[:, None].float() for t in position_embeddings)
+    return tuple(rotate(x.float(), cos, sin).to(x.dtype) for x in q_k)
+
+# %% ../nbs/02_adapter.ipynb #02b00001
 def vision_qk(
     attn, # the vision attention module
     hidden:torch.Tensor, # (patches, D) its input, in the encoder's window order
     position_embeddings:tuple, # cos and sin, each (patches, head size), as the module gets them
 )->tuple[torch.Tensor, torch.Tensor]: # q and k, each (patches, heads, head size), after rotary
-    "Queries and keys of a vision attention module; rotary in float32, as the encoder does it."
-    cos, sin = (t[:, None].float() for t in position_embeddings)
-    q_k = attn.qkv(hidden).chunk(3, -1)[:2] if hasattr(attn, 'qkv') else (attn.q(hidden), attn.k(hidden)) # Qwen3: one projection
-    return tuple(rotate(x.unflatten(-1, (attn.num_heads, -1)).float(), cos, sin).to(hidden.dtype) for x in q_k)
+    "Queries and keys of a vision attention module."
+    return qk_heads(attn, [proj(hidden) for proj in qk_modules(attn)], position_embeddings)
 
 def audio_qk(
     attn, # the audio attention module
     hidden:torch.Tensor, # (frames, D) its input
 )->tuple[torch.Tensor, torch.Tensor]: # q and k, each (frames, heads, head size)
     "Queries and keys of an audio attention module, which has no rotary."
-    return tuple(proj(hidden).unflatten(-1, (attn.num_heads, -1)) for proj in (attn.q_proj, attn.k_proj))
+    return qk_heads(attn, [proj(hidden) for proj in qk_modules(attn)])
 
 # %% ../nbs/02_adapter.ipynb #12bfbde0
 def attention_call(

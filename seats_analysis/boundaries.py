@@ -6,9 +6,9 @@
 __all__ = ['MODALITIES', 'BANDS', 'REACH', 'SCHEMA_BOUNDARIES', 'ramp', 'synthetic_profile', 'needed_families',
            'control_families', 'ClipCounts', 'clip_counts', 'monotone_fit', 'first_staying', 'first_rise',
            'bootstrap_accuracy', 'loss_bound', 'clips_needed', 'effective_clips', 'critical_value', 'lower_band',
-           'retained', 'profile_hash', 'Boundaries', 'find_boundaries', 'explain', 'boundaries_to_dict',
-           'boundaries_from_dict', 'save_boundaries', 'load_boundaries', 'equivalence_p', 'equivalence_table',
-           'segment_boundaries', 'kl_threshold', 'boundary_table']
+           'retained', 'profile_hash', 'Boundaries', 'Resampled', 'resample', 'decide', 'find_boundaries', 'explain',
+           'boundaries_to_dict', 'boundaries_from_dict', 'save_boundaries', 'load_boundaries', 'equivalence_p',
+           'equivalence_table', 'segment_boundaries', 'kl_threshold', 'boundary_table']
 
 # %% ../nbs/05_boundaries.ipynb #0d278811
 import hashlib
@@ -374,11 +374,15 @@ def _integer_interval(replicates, estimate, confidence):
     return int(min(low, estimate)), int(max(high, estimate))
 
 
-def _blocks(ratios, layers, tolerance, rise):
-    "(shallow_end, late_start) of one or many curves."
-    fit = monotone_fit(ratios)
+def _blocks_of(fit, layers, tolerance, rise):
+    "(shallow_end, late_start) of one or many monotone fits."
     late = first_staying(fit, layers, 1 - tolerance)
     return np.minimum(first_rise(fit, layers, rise), late), late
+
+
+def _blocks(ratios, layers, tolerance, rise):
+    "(shallow_end, late_start) of one or many curves."
+    return _blocks_of(monotone_fit(ratios), layers, tolerance, rise)
 
 
 def _check_shares(**shares):
@@ -419,6 +423,66 @@ def _stability(**replicates):
     "Share of resamples that find the same boundary as the sample itself: name -> (replicates, estimate)."
     return {name: round(float(np.mean(found == estimate)), 4) for name, (found, estimate) in replicates.items()}
 
+# %% ../nbs/05_boundaries.ipynb #f0f75bbb
+@dataclass(frozen=True)
+class Resampled:
+    "One condition with its clip bootstrap: all about its boundaries that does not depend on tolerance, rise and margin."
+    counts: ClipCounts
+    boot: np.ndarray  # (n_boot, n) accuracy of the resamples
+    fit: np.ndarray  # (n,) monotone fit of R
+    fits: np.ndarray  # (n_boot, n) the same of each resample
+    lower: np.ndarray  # (n,) lower confidence band of R
+    parameters: dict  # confidence, n_boot, seed, split, band, variable, chance, critical, effective_clips
+    facts: dict  # fields of `Boundaries` that are known by now
+
+
+def resample(
+    profile,  # dependency profile, dims (sample, removed, layer)
+    removed="both",  # "visual", "audio" or "both"
+    confidence=0.95,  # of intervals (two-sided) and of the certificate (one-sided)
+    n_boot=2000,
+    seed=0,
+    split="derive",  # None takes all samples
+    families=None,  # None: those that need what was removed
+    band="simultaneous",  # or "pointwise"
+    variable="correct",
+    chance=None,  # accuracy of a guess; None: from the profile
+):  # Resampled
+    "The part of `find_boundaries` that takes time. Raises ValueError for what the profile does not hold."
+    _check_shares(confidence=confidence)
+    options = dict(removed=removed, split=split, variable=variable, chance=chance)
+    counts = clip_counts(profile, families=families, **options)
+    boot = bootstrap_accuracy(counts, n_boot, seed)
+    lower, critical = lower_band(counts, boot, confidence, band)
+    parameters = dict(confidence=confidence, n_boot=n_boot, seed=seed, split=split, band=band, variable=variable, chance=counts.chance,
+                      critical=round(critical, 6), effective_clips=round(effective_clips(counts), 3))
+    facts = dict(removed=removed, n_samples=int(counts.asked.sum()), n_clips=len(counts.asked), **_curves(profile, counts, lower, options), **_origin(profile))
+    return Resampled(counts, boot, monotone_fit(_ratio(counts.accuracy)), monotone_fit(_ratio(boot)), lower, parameters, facts)
+
+# %% ../nbs/05_boundaries.ipynb #dfe02b90
+_ORDER = ("tolerance", "rise", "confidence", "n_boot", "seed", "split", "margin", "band", "variable", "chance", "critical", "effective_clips", "reach", "stability")
+
+
+def decide(
+    resampled,  # Resampled
+    tolerance=0.01,  # loss that still counts as none, share of R
+    rise=0.10,  # fraction of the way from collapse to 1 that ends the shallow block
+    margin=None,  # loss that the certificate excludes; None: the tolerance
+    reach=REACH,  # one-sided confidence for the upper end of the interval of late_start; 0: percentiles only
+):  # Boundaries
+    "Blocks at a tolerance, looked up in stored resamples. Raises ValueError for shares outside (0, 1)."
+    margin, counts, known = tolerance if margin is None else margin, resampled.counts, resampled.parameters
+    _check_shares(tolerance=tolerance, rise=rise, margin=margin, **({"reach": reach} if reach else {}))
+    shallow, late = map(int, _blocks_of(resampled.fit, counts.layers, tolerance, rise))
+    shallows, lates = _blocks_of(resampled.fits, counts.layers, tolerance, rise)
+    # a margin below the tolerance can only move the certificate to the right; one above it must not move it left of the estimate
+    certified = max(late, int(first_staying(resampled.lower, counts.layers, 1 - margin)))
+    stability = _stability(shallow_end=(shallows, shallow), late_start=(lates, late))
+    parameters = known | dict(tolerance=tolerance, rise=rise, margin=margin, reach=reach, stability=stability)
+    return Boundaries(int(counts.layers[-1]), shallow, late, certified, shallow_end_ci=_integer_interval(shallows, shallow, known["confidence"]),
+                      late_start_ci=_late_interval(lates, late, counts, resampled.boot, tolerance, known["confidence"], reach),
+                      parameters={name: parameters[name] for name in _ORDER}, **resampled.facts)
+
 # %% ../nbs/05_boundaries.ipynb #9a5d5a22
 def find_boundaries(
     profile,  # dependency profile, dims (sample, removed, layer)
@@ -437,22 +501,7 @@ def find_boundaries(
     reach=REACH,  # one-sided confidence for the upper end of the interval of late_start; 0: percentiles only
 ):  # Boundaries
     "Shallow, middle and late blocks of a profile. Raises ValueError for what the profile does not hold and for shares outside (0, 1)."
-    margin = tolerance if margin is None else margin
-    _check_shares(tolerance=tolerance, rise=rise, confidence=confidence, margin=margin, **({"reach": reach} if reach else {}))
-    options = dict(removed=removed, split=split, variable=variable, chance=chance)
-    counts = clip_counts(profile, families=families, **options)
-    boot = bootstrap_accuracy(counts, n_boot, seed)
-    lower, critical = lower_band(counts, boot, confidence, band)
-    shallow, late = map(int, _blocks(_ratio(counts.accuracy), counts.layers, tolerance, rise))
-    shallows, lates = _blocks(_ratio(boot), counts.layers, tolerance, rise)
-    # a margin below the tolerance can only move the certificate to the right; one above it must not move it left of the estimate
-    certified = max(late, int(first_staying(lower, counts.layers, 1 - margin)))
-    parameters = dict(tolerance=tolerance, rise=rise, confidence=confidence, n_boot=n_boot, seed=seed, split=split, margin=margin, band=band,
-                      variable=variable, chance=counts.chance, critical=round(critical, 6), effective_clips=round(effective_clips(counts), 3),
-                      reach=reach, stability=_stability(shallow_end=(shallows, shallow), late_start=(lates, late)))
-    return Boundaries(int(counts.layers[-1]), shallow, late, certified, removed, _integer_interval(shallows, shallow, confidence),
-                      _late_interval(lates, late, counts, boot, tolerance, confidence, reach), n_samples=int(counts.asked.sum()), n_clips=len(counts.asked),
-                      parameters=parameters, **_curves(profile, counts, lower, options), **_origin(profile))
+    return decide(resample(profile, removed, confidence, n_boot, seed, split, families, band, variable, chance), tolerance, rise, margin, reach)
 
 # %% ../nbs/05_boundaries.ipynb #e80db98b
 def _certificate(bounds):

@@ -8,8 +8,8 @@ __all__ = ['app', 'Model', 'Data', 'Limit', 'Device', 'Json', 'Threads', 'Profil
            'one_line', 'Seats', 'main', 'check_model', 'load_model', 'load_data', 'writable', 'emit', 'note',
            'limits_of', 'mean_tokens', 'probe', 'boundary_row', 'table', 'boundaries', 'check_trr', 'describe',
            'schedule', 'stored_boundaries', 'run_report', 'run', 'figures', 'simulate', 'task_kinds',
-           'sensitivity_rows', 'sensitivity', 'eval_samples', 'eval_plans', 'eval_', 'train_testbed', 'per_block',
-           'result_rows', 'compare_profiles', 'compare_plans', 'compare_rows', 'agreement', 'demo']
+           'sensitivity_rows', 'sensitivity', 'eval_samples', 'eval_plans', 'eval_', 'bench', 'train_testbed',
+           'per_block', 'result_rows', 'compare_profiles', 'compare_plans', 'compare_rows', 'agreement', 'demo']
 
 # %% ../nbs/14_cli.ipynb #b9bb2135
 import json
@@ -604,16 +604,19 @@ def _write_kept(path, ran, encoded, model, clip, question, answer):
 @app.command()
 def figures(
     data: Annotated[Path, typer.Option('--data', help='Folder with profiles/, schedules/, results/ and testbed/.')] = Path('data'),
-    out: Annotated[Path, typer.Option('--out', help='Folder for the .png and .pdf files.')] = Path('figures'),
+    out: Annotated[Path, typer.Option('--out', help='Folder for the .png and .pdf files, and for tables/.')] = Path('figures'),
     as_json: Json = False,
 ):
-    "Redraw every figure from stored data; no model is loaded."
+    "Redraw every figure and table from stored data; no model is loaded."
     from tqdm import tqdm
     from seats_analysis.figures import figure_jobs, save_figure
-    jobs, written = figure_jobs(data), []
+    from seats_analysis.paper import missing, paper_jobs, write_tables
+    jobs, written = figure_jobs(data, paper_jobs(data)), []
     for name, draw in (bar := tqdm(jobs.items(), desc='figures', unit='figure')):
         bar.set_postfix_str(name)
         written += map(str, save_figure(draw(), out/name))
+    written += map(str, write_tables(data, out/'tables'))
+    for lack in missing(data): note(f'skipped: {lack}')
     emit(as_json, dict(figures=written), '\n'.join(written))
 
 # %% ../nbs/14_cli.ipynb #453f18f8
@@ -769,6 +772,16 @@ def eval_plans(
     bounds = None if all(known.values()) else stored_boundaries(model, profile)
     return {t: plan or Schedule.from_trr(bounds, t, *counts, late=late) for t, plan in known.items()}
 
+def _own_rules(names, model, profile):
+    "VTW at the layer that its rule picks from a profile's `derive` split; nothing without a profile."
+    source = profile or (_shipped_profile() if model == 'testbed' else None)
+    if 'vtw' not in names or source is None: return {}
+    from seats_analysis.figures import open_profile
+    from seats_analysis.rivals import VTW
+    stored = open_profile(source)
+    derive = stored['split'].values.astype(str) == 'derive'
+    return {'vtw (rule)': VTW.from_profile(stored.isel(sample=derive) if derive.any() else stored, int(stored['layer'].max()))}
+
 def _run_eval(loaded, samples, names, plans, out, **options):
     "Compare, and say how to go on after an interruption."
     from seats_analysis.compare import compare_methods
@@ -783,7 +796,7 @@ def _eval_text(result, out):
     from seats_analysis.compare import comparison_table
     rows = [{k: f'{v:.1f}' if isinstance(v, float) and k != 'p' else '' if v != v else f'{v:.3g}' if k == 'p' else v for k, v in r.items()}
             for r in comparison_table(result['rows']).to_dict('records')]
-    beaten = [f"{r['label']} at {r['trr']:g} %" for r in result['rows'] if r['ranked'] and r['diff_seats_low'] > 0]
+    beaten = [f"{r['label']} at {r['trr']:g} %" for r in result['rows'] if r['ranked'] and r['diff_seats'] is not None and r['diff_seats_low'] > 0]
     said = f'ranked and significantly above SEATS: {", ".join(beaten)}' if beaten else 'no ranked method is significantly above SEATS'
     return f'{table(rows)}\n\n{result["questions"]} questions on {result["clips"]} clips, in percent; {said}\n{out}'
 
@@ -821,8 +834,107 @@ def eval_(
         plans = eval_plans(model, trrs, (counts['visual'], counts['audio']), profile, late)
         command = f'seats eval --methods {methods} --trr {trr} --model {Path(model).name} --data {Path(data).name} --limit {len(samples)} --answers {answers} --late {late} --seed {seed}'
         about = dict(command=command, data=Path(data).name, split=','.join(sorted({s.split for s in samples})))
-        result = _run_eval(loaded, samples, names, plans, out, about=about, answers=answers, batch_size=batch, **limits)
+        result = _run_eval(loaded, samples, names, plans, out, rules=_own_rules(names, model, profile), about=about, answers=answers, batch_size=batch, **limits)
     if result is not None: emit(as_json, result, _eval_text(result, out))
+
+# %% ../nbs/14_cli.ipynb #be9c0002
+def _numbers(text, what, kind=float):
+    "A comma-separated option as positive numbers."
+    try: found = tuple(kind(n) for n in _names(text, what))
+    except ValueError: found = ()
+    if not found or min(found) <= 0: raise ValueError(f'{what} {text!r}: give positive {"whole " if kind is int else ""}numbers, as 10,25')
+    return found
+
+def _bench_jobs(config, width, request, batches, plans, scaling, cuda):
+    "What the options of `seats bench` ask for."
+    from seats_analysis import bench
+    for name in config: bench.check_config(name)
+    if not config and request is None and not (width or batches or scaling): return bench.default_jobs(cuda, plans)
+    config = config or (('qwen2.5-omni-7b',) if cuda else ('testbed',))
+    requests = [request or bench.Request()]
+    jobs = [bench.Job(name, r, width, b, plans) for name in config for r in requests for b in batches or ((1, 4, 16) if cuda else (1,))]
+    if scaling: jobs = [bench.Job(name, r, width, 1, plans) for name in config for r in bench.scaling_requests(name, scaling)]
+    return jobs
+
+# %% ../nbs/14_cli.ipynb #be9c0003
+def _bench_request(preset, frames, seconds):
+    "The request that is asked for, or None."
+    from seats_analysis.bench import as_request
+    return as_request(preset, frames, seconds) if preset or frames is not None or seconds is not None else None
+
+def _bench_device(device):
+    "Device to run on. Raises ValueError for a GPU that is not there."
+    import torch
+    if device not in ('', 'cpu', 'cuda') and not device.startswith('cuda:'): raise ValueError(f'--device {device!r}: cpu or cuda')
+    if device.startswith('cuda') and not torch.cuda.is_available(): raise ValueError('--device cuda: torch sees no GPU here')
+    return device or ('cuda' if torch.cuda.is_available() else 'cpu')
+
+def _bench_file(out, device, options):
+    "The file of this device, opened, and how it is made."
+    import shlex
+    from seats_analysis.bench import BenchFile, device_name, environment, slug
+    path = writable(out or Path('data/results')/f'bench_{slug(device_name(device))}.json')
+    file = BenchFile(path, environment(device, **options), shlex.join(['seats', *sys.argv[1:]]) if sys.argv[1:2] == ['bench'] else 'seats bench')
+    if file.replaced: note(f'{path}: made under other circumstances (device, versions, threads or settings); it will be replaced')
+    return file
+
+# %% ../nbs/14_cli.ipynb #be9c0004
+def _bench_said(file, jobs, ratios):
+    "The rows of these jobs: (rows, text)."
+    from seats_analysis.bench import bench_table, key_of, request_tokens, settle_all, verdicts
+    wanted = {key_of(j.row(*p, request_tokens(j.config, j.request))) for j in jobs for p in j.plans}
+    rows = [r for r in settle_all(file.rows.values()) if key_of(r) in wanted]
+    lines = bench_table(rows, ratios)
+    lines = [{k: line.get(k, '') for k in dict.fromkeys(k for l in lines for k in l)} for line in lines]
+    unit = 'times as shares of the full time to first token (a CPU says nothing about milliseconds elsewhere)' if ratios else 'times in ms'
+    return rows, '\n'.join([table(lines), unit + '; medians of interleaved runs', '', *(verdicts(rows) or ['pruning pays in every row']), '', f'{file.path}'])
+
+def _bench(file, jobs, device, options, repeats, steps, limit):
+    "Measure, with a bar for what is going on."
+    from tqdm import tqdm
+    from seats_analysis.bench import run_jobs
+    with tqdm(unit='step', desc='bench', bar_format='{desc}: {elapsed} {postfix}') as bar:
+        def progress(text): bar.set_postfix_str(text); bar.update()
+        try: run_jobs(jobs, file, device, repeats=repeats, steps=steps, most_seconds=limit, progress=progress, **options)
+        except KeyboardInterrupt:
+            note(f'{file.path} holds the finished timings; the same command goes on from there')
+            raise
+
+# %% ../nbs/14_cli.ipynb #be9c0005
+@app.command()
+def bench(
+    config: Annotated[str, typer.Option('--config', help='qwen2.5-omni-7b, qwen2.5-omni-3b, qwen3-omni-30b-a3b or testbed, separated by commas.')] = '',
+    width: Annotated[Optional[int], typer.Option('--width', help='Shrink the model to this width; its depth and proportions stay.')] = None,
+    preset: Annotated[str, typer.Option('--preset', help='A request as of daily-omni, worldsense, omnivideobench, video-mme or lvomnibench, or `hour`.')] = '',
+    frames: Annotated[Optional[int], typer.Option('--frames', help='Video frames; default: 128.')] = None,
+    seconds: Annotated[Optional[float], typer.Option('--seconds', help='Length of video and sound; default: 60.')] = None,
+    methods: Annotated[str, typer.Option('--methods', help='Methods, separated by commas.')] = 'seats,random',
+    trr: Annotated[str, typer.Option('--trr', help='Headline TRRs in percent.')] = '35,25,15,10',
+    batch: Annotated[str, typer.Option('--batch', help='Batch sizes; default: 1,4,16 on a GPU, 1 on a CPU.')] = '',
+    scaling: Annotated[Optional[int], typer.Option('--scaling', help='Measure 1k, 2k, 4k .. tokens up to this many instead of one request.')] = None,
+    repeats: Annotated[int, typer.Option('--repeats', min=1, help='Timings of each row, in turns; their median is reported.')] = 5,
+    steps: Annotated[int, typer.Option('--steps', min=1, help='Tokens to decode.')] = 8,
+    kv: Annotated[str, typer.Option('--kv', help='Cache policy: evict or retain.')] = 'evict',
+    attention: Annotated[str, typer.Option('--attention', help='Attention implementation, for the full model too.')] = 'sdpa',
+    limit: Annotated[float, typer.Option('--most-seconds', help='Leave out requests that would take longer.')] = 60.,
+    seed: Annotated[int, typer.Option('--seed', min=0)] = 0, device: Device = '', threads: Threads = None,
+    out: Annotated[Optional[Path], typer.Option('--out', help='JSON file; default: data/results/bench_<device>.json.')] = None, as_json: Json = False,
+):
+    "Time the full model against every method: encoders, selection, prefill, decode, memory, realised fraction."
+    if kv not in ('evict', 'retain'): raise ValueError(f'--kv {kv!r}: evict or retain')
+    names, request = _names(config, '--config') if config else (), _bench_request(preset, frames, seconds)
+    if scaling is not None and (request or scaling < 1024): raise ValueError('--scaling: from 1024 tokens, and without --preset, --frames or --seconds')
+    batches, trrs = _numbers(batch, '--batch', int) if batch else (), _numbers(trr, '--trr')
+    from seats_analysis.bench import plan_pairs, report
+    plans, where = plan_pairs(_names(methods, '--methods'), trrs), _bench_device(device)
+    _set_threads(threads)
+    _quiet()
+    jobs = _bench_jobs(names, width, request, batches, plans, scaling, where.startswith('cuda'))
+    options = dict(attention=attention, seed=seed)
+    file = _bench_file(out, where, dict(options, kv=kv, steps=steps))
+    _bench(file, jobs, where, options, repeats, steps, limit)
+    rows, text = _bench_said(file, jobs, not where.startswith('cuda'))
+    emit(as_json, dict(device=file.about['device'], rows=report(rows)), text)
 
 # %% ../nbs/14_cli.ipynb #1a37b9bc
 def _train_config(path, changes):

@@ -214,7 +214,7 @@ class DataShape:
         both = ('visual', 'audio')
         return dict(layers=share(np.mean, both), entry=share(lambda x: x[0], both), visual=share(np.mean, both[:1]), audio=share(np.mean, both[1:]))
 
-# %% ../nbs/11b_compare.ipynb #2862be49
+# %% ../nbs/11b_compare.ipynb #1b47cc6d
 @dataclass(frozen=True)
 class Entrant:
     "A method as it takes part in a comparison."
@@ -228,20 +228,20 @@ class Entrant:
 
     def plan_for(self, number): # of a batch
         "The plan of a batch; second plans are spread evenly."
-        return self.plans[int((number + 1)*self.share + 1e-9) > int(number*self.share + 1e-9)] if len(self.plans) > 1 else self.plans[0]
+        return self.plans[int((number + 1)*self.share + .5) > int(number*self.share + .5)] if len(self.plans) > 1 else self.plans[0]
 
     def mean(self, of): # of: function of a plan that gives a number
         "A number of the data set, from those of the plans."
         return of(self.plans[0]) if len(self.plans) == 1 else (1 - self.share)*of(self.plans[0]) + self.share*of(self.plans[1])
 
-# %% ../nbs/11b_compare.ipynb #c80e2e56
+# %% ../nbs/11b_compare.ipynb #21a51364
 TOLERANCE = .02 # relative difference in FLOPs at which two methods cost the same
 
-def _bracket(cost, target, low, high, steps):
-    "Two neighbouring settings of the knob around a target: [(knob, cost), (knob, cost)], and all that was tried."
+def _bracket(cost, target, low, high, near, steps):
+    "Two settings of the knob around a target, neighbours unless one is near enough: (knob, cost), (knob, cost), and all that was tried."
     tried = {k: cost(k) for k in (low, high)}
     for _ in range(steps):
-        if not tried[low] <= target <= tried[high] or high/low < 1 + 1e-6: break
+        if not tried[low] <= target <= tried[high] or high/low < 1.001 or min(abs(f/target - 1) for f in tried.values()) < near: break
         middle = (low*high)**.5
         tried[middle] = cost(middle)
         low, high = (middle, high) if tried[middle] <= target else (low, middle)
@@ -257,7 +257,7 @@ def match_cost(
     steps:int=40, # bisections
 )->dict: # plans, share, setting, knob: fields of an `Entrant`
     "Settings of a knob at which a method costs what another one does; its own minimum where it cannot."
-    (low, f_low), (high, f_high), tried = _bracket(lambda k: cost(build(k)), target, lowest, highest, steps)
+    (low, f_low), (high, f_high), tried = _bracket(lambda k: cost(build(k)), target, lowest, highest, tolerance/4, steps)
     if f_low > target*(1 + tolerance): return dict(plans=(build(low),), setting='own minimum', knob=(low,))
     if f_high < target*(1 - tolerance): return dict(plans=(build(high),), setting='own maximum', knob=(high,))
     near = min(tried, key=lambda k: abs(tried[k]/target - 1))

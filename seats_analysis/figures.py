@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['COLUMN', 'PAGE', 'BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'INK', 'LOOKS', 'BLOCK_SHADES', 'RC', 'CONTROL',
            'STAIRS', 'SCHEMA_KEPT', 'GROUPS', 'METHOD_LOOKS', 'SCHEMA_RESULTS', 'SHAPE_LOOKS', 'SCHEMA_SENSITIVITY',
-           'house_style', 'save_figure', 'dependency_figure', 'family_figure', 'retention_figure', 'load_kept',
-           'kept_data', 'log_spectrogram', 'kept_figure', 'read_log', 'learning_curves_figure', 'load_results',
-           'tradeoff_figure', 'coverage_figure', 'boundaries_figure', 'load_sensitivity', 'sensitivity_figure',
-           'open_profile', 'figure_jobs', 'make_figures']
+           'SCHEMA_BENCH', 'PARTS', 'house_style', 'save_figure', 'say_source', 'dependency_figure', 'family_figure',
+           'retention_figure', 'load_kept', 'kept_data', 'log_spectrogram', 'kept_figure', 'read_log',
+           'learning_curves_figure', 'load_results', 'tradeoff_figure', 'coverage_figure', 'boundaries_figure',
+           'load_sensitivity', 'sensitivity_figure', 'load_timings', 'ledger_figure', 'speedup_figure',
+           'scaling_figure', 'open_profile', 'figure_jobs', 'make_figures']
 
 # %% ../nbs/12_figures.ipynb #35eafdb5
 import io, json
@@ -69,6 +70,24 @@ def _figure(width, height, **kw):
     from matplotlib.figure import Figure
     fig = Figure(figsize=(width, height), layout='constrained', **kw)
     FigureCanvasAgg(fig)
+    return fig
+
+# %% ../nbs/12_figures.ipynb #5a1c0d02
+def say_source(
+    fig, # matplotlib Figure; grows by the height of the lines
+    text, # where the numbers come from; each line is wrapped to the width
+): # the same Figure
+    "Write the origin of the numbers above everything else in a figure."
+    import textwrap
+    width, height = fig.get_size_inches()
+    lines = sum((textwrap.wrap(line.replace(' %', '\u00a0%'), int(22.5*width)) for line in text.splitlines()), [])
+    fig.set_size_inches(width, height + .1*len(lines) + .05)
+    looks = dict(fontsize=5.8, color='#444444', linespacing=1.15)
+    above = [legend for legend in fig.legends if legend._outside_loc == 'upper']
+    if not above: fig.suptitle('\n'.join(lines), **looks)
+    for legend in above[:1]:        # a title of its own would lie on the legend
+        legend.set_title('\n'.join(lines))
+        legend.get_title().set(**looks, multialignment='center')
     return fig
 
 # %% ../nbs/12_figures.ipynb #10b6e1f8
@@ -241,7 +260,7 @@ def _family_panel(ax, profile, family, split):
         if curve is None: return ax.set_title(f'{name}\nno right answer', fontsize=6)
         _draw_curve(ax, curve, LOOKS[removed], removed, linewidth=.9, markersize=1.8)
     ax.axhline(100*curve['chance'], color='#777777', linewidth=.7, linestyle=(0, (1, 1.5)), zorder=1)
-    ax.set_title(f'{name}\n{100*curve["full"]:.0f} % of {curve["n"]}', fontsize=6, linespacing=1.05)
+    ax.set_title(f'{name}\nfull {100*curve["full"]:.0f} %, n = {curve["n"]}', fontsize=6, linespacing=1.05)
 
 def _finish_panels(fig, axes, columns, n_layers):
     "Shared axes, one legend and one label for each side of a grid of panels."
@@ -252,10 +271,22 @@ def _finish_panels(fig, axes, columns, n_layers):
         ax.set(xlim=(.5, n_layers + 1.5), ylim=(0, min(top, 205)), yticks=[0, 50, 100])
         ax.set_xticks([*ticks, n_layers + 1], [*map(str, ticks), 'none'])
         ax.tick_params(labelbottom=k + columns >= len(axes), labelsize=6)
+        if len(axes) - columns <= k < (len(axes) - 1)//columns*columns: _labels_without_space(ax)
     fig.supxlabel('Tokens removed before layer', fontsize=7)
     fig.supylabel('Retained performance (% of full)', fontsize=7)
     handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), loc='outside upper center', ncols=3, handlelength=2.6, borderpad=0)
+
+# %% ../nbs/12_figures.ipynb #5a1c0d04
+def _labels_without_space(ax):
+    "Tick labels above an empty panel as plain text, so that the rows stay equally far apart."
+    ax.tick_params(labelbottom=False)
+    ticks = ax.get_xticks()
+    for x, label in zip(ticks, ax.xaxis.get_major_formatter().format_ticks(ticks)):
+        last = x == ticks[-1]                    # ends with the axis, where nothing keeps room for it
+        said = ax.annotate(label, (ax.get_xlim()[1] if last else x, 0), (2*last, -5), xycoords=ax.get_xaxis_transform(),
+                           textcoords='offset points', ha='right' if last else 'center', va='top', fontsize=6)
+        said.set_in_layout(False)
 
 # %% ../nbs/12_figures.ipynb #7ff74650
 STAIRS = (('#8fb8de', '-'), ('#4a8fc7', (0, (5, 1.2))), ('#1f5f99', (0, (3, 1, 1, 1))), ('#0b2f52', (0, (1, .8))))
@@ -275,7 +306,7 @@ def _draw_stairs(ax, plans, modality):
 def _plan_blocks(ax, plan, modality):
     "Shade the blocks of a plan for one modality."
     from types import SimpleNamespace
-    _shade_blocks(ax, SimpleNamespace(shallow_end=plan.shallow_end, late_start=plan.late(modality)), plan.num_layers, inches=1.4)
+    _shade_blocks(ax, SimpleNamespace(shallow_end=plan.shallow_end, late_start=plan.late(modality)), plan.num_layers, inches=1.48)
 
 # %% ../nbs/12_figures.ipynb #0c82042a
 def retention_figure(
@@ -543,7 +574,8 @@ def tradeoff_figure(
         ax = fig.subplots()
         for method in dict.fromkeys(r['method'] for r in rows): _draw_method(ax, method, [r for r in rows if r['method'] == method])
         _chance_line(ax, chance)
-        ax.set(xlim=(0, 105), ylim=(0, 108), xlabel='FLOPs of the prefill (% of full)', ylabel='Accuracy (%)', yticks=range(0, 101, 20))
+        ax.set(ylim=(0, 110), xlabel='FLOPs of the prefill (% of full)', ylabel='Accuracy (%)', yticks=range(0, 101, 20))
+        _percent_axis(ax, min(100*r['flops_fraction'] for r in rows))
         fig.legend(*ax.get_legend_handles_labels(), loc='outside upper center', ncols=4, handlelength=2.4, borderpad=0)
     return fig
 
@@ -559,6 +591,15 @@ def _draw_method(ax, method, rows):
     for xi, end, r in zip(x, ends, rows):
         if method != 'full': ax.annotate(f'{r["trr"]:g}', (xi, end), (0, 2 if up else -2), textcoords='offset points', ha='center',
                                          va='bottom' if up else 'top', fontsize=5.5, color=look['color'])
+
+# %% ../nbs/12_figures.ipynb #5a1c0d05
+def _percent_axis(ax, least):
+    "Percent on a logarithmic axis that ends just above 100 %, with round ticks: small budgets lie close together otherwise."
+    ax.set_xscale('log')
+    ax.set_xlim(.7*least, 118)
+    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100) if t >= .7*least]
+    ax.set_xticks(ticks, [f'{t:g}' for t in ticks])
+    ax.minorticks_off()
 
 # %% ../nbs/12_figures.ipynb #a238674c
 SHAPE_LOOKS = tuple(dict(color=c, linestyle=s, marker=m) for c, s, m in zip((BLUE, ORANGE, GREEN, RED, PURPLE, INK), ('-', '--', '-.', ':', '-', '--'), 'osv^Dx'))
@@ -656,6 +697,142 @@ def sensitivity_figure(
         ax.set(xlabel='Used on', ylabel='Made for')
     return fig
 
+# %% ../nbs/12_figures.ipynb #be9cf002
+SCHEMA_BENCH = 'seats_analysis/bench/1'
+PARTS = {'encoder_ms': ('encoders', '#bbbbbb'), 'selection_ms': ('selection', ORANGE), 'prefill_ms': ('prefill', BLUE)}
+
+def load_timings(
+    path, # JSON file of `seats bench`
+)->dict: # as written
+    "Read a stored benchmark. Raises ValueError that names the file."
+    try:
+        found = json.loads(Path(path).read_text(encoding='utf-8'))
+        if found['schema'] == SCHEMA_BENCH and all({'config', 'method', 'trr', 'batch', 'tokens'} <= set(r) for r in found['rows']): return found
+    except (ValueError, TypeError, KeyError): pass
+    raise ValueError(f'{path}: not a benchmark: it needs schema {SCHEMA_BENCH!r} and rows with config, method, trr, batch and tokens')
+
+def _model_of(row):
+    "Which model a row is about, for titles."
+    return row['config'] + (f', width {row["width"]}' if row.get('width') else '')
+
+def _main_requests(rows):
+    "Model -> timed rows of one request at batch 1: the one with most rows, then with most tokens."
+    timed, out = [r for r in rows if r.get('ttft_ms') and r['batch'] == 1], {}
+    for model in dict.fromkeys(map(_model_of, timed)):
+        by = {}
+        for r in (r for r in timed if _model_of(r) == model): by.setdefault(r['tokens'], []).append(r)
+        best = max(by, key=lambda n: (len(by[n]), n))
+        if any(r['method'] == 'full' for r in by[best]): out[model] = by[best]
+    return out
+
+# %% ../nbs/12_figures.ipynb #be9cf003
+def ledger_figure(
+    rows, # of `load_timings`
+    shares=True, # of the full request's time instead of milliseconds
+):  # matplotlib Figure, one column wide, one panel per model
+    "Time to first token of every method, cut into encoders, selection and prefill. Raises ValueError where no full model was timed."
+    panels = _main_requests(rows)
+    if not panels: raise ValueError('no row of a full model at batch 1, so there is nothing to compare with')
+    with house_style():
+        fig = _figure(COLUMN, sum(.14*len(r) + .42 for r in panels.values()) + .25)
+        axes = fig.subplots(len(panels), 1, squeeze=False, height_ratios=[len(r) + 1 for r in panels.values()])[:, 0]
+        for ax, (model, mine) in zip(axes, panels.items()): _ledger_panel(ax, model, mine, shares)
+        axes[-1].set_xlabel('Time to first token (% of full)' if shares else 'Time to first token (ms)')
+        fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=3, handlelength=1.2, borderpad=0)
+    return fig
+
+def _ledger_panel(ax, model, rows, shares):
+    "One bar per method and TRR."
+    full = next(r for r in rows if r['method'] == 'full')
+    unit, left = 100/full['ttft_ms'] if shares else 1, np.zeros(len(rows))
+    for part, (label, color) in PARTS.items():
+        width = np.array([r[part]*unit for r in rows])
+        ax.barh(range(len(rows)), width, left=left, color=color, label=label, height=.72, linewidth=0)
+        left += width
+    ax.set_yticks(range(len(rows)), [r['method'] if r['method'] == 'full' else f'{r["method"]} {r["trr"]:g} %' for r in rows])
+    ax.set(ylim=(len(rows) - .4, -.6), xlim=(0, 1.02*left.max()))
+    ax.tick_params(axis='y', length=0)
+    ax.set_title(f'{model}: {full["tokens"]:,} tokens', fontsize=6.5)
+
+# %% ../nbs/12_figures.ipynb #be9cf004
+def speedup_figure(
+    rows, # of `load_timings`
+):  # matplotlib Figure, one column wide, one panel per model
+    "Speed-up of the prefill, selection included, and of the first token against TRR, beside what the causal FLOPs promise."
+    panels = {m: r for m, r in _main_requests(rows).items() if any(x.get('speedup') and x['method'] != 'full' for x in r)}
+    if not panels: raise ValueError('no pruned row beside a full one, so there is no speed-up')
+    with house_style():
+        fig = _figure(COLUMN, 2.3)
+        axes = fig.subplots(1, len(panels), squeeze=False)[0]
+        for ax, (model, mine) in zip(axes, panels.items()): _speedup_panel(ax, model, [r for r in mine if r['method'] != 'full'])
+        axes[0].set_ylabel('Times as fast as the full model')
+        handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels())}
+        fig.legend(handles.values(), handles.keys(), loc='outside upper center', ncols=3, handlelength=2.2, columnspacing=1, borderpad=0)
+    return fig
+
+def _speedup_panel(ax, model, rows):
+    "Promise, prefill and first token of every method."
+    promised = {r['trr']: 1/r['flops_fraction'] for r in rows}
+    ax.plot(*zip(*sorted(promised.items())), color='#aaaaaa', linestyle='-', linewidth=2, marker='', label='FLOPs')
+    for method in dict.fromkeys(r['method'] for r in rows):
+        mine, look = sorted((r for r in rows if r['method'] == method), key=lambda r: r['trr']), METHOD_LOOKS.get(method, dict(color=GREEN, linestyle='-.', marker='D'))
+        ax.plot([r['trr'] for r in mine], [r['speedup'] for r in mine], label=f'{method}, prefill', **look)
+        ax.plot([r['trr'] for r in mine], [r['ttft_speedup'] for r in mine], label=f'{method}, first token', **look | dict(linestyle=':', markerfacecolor='white'))
+    ax.set(yscale='log', xlabel='TRR (%)', xticks=sorted(promised))
+    ticks = [t for t in (1, 2, 3, 5, 10, 20, 30, 50, 100) if t <= 1.1*max(promised.values())]
+    ax.set_yticks(ticks, map(str, ticks))
+    ax.minorticks_off()
+    ax.axhline(1, color='#dddddd', linewidth=.6, zorder=0)
+    ax.set_title(model, fontsize=6.5)
+
+# %% ../nbs/12_figures.ipynb #be9cf005
+def _scaled(rows):
+    "Model -> (method, TRR) -> rows by tokens, at batch 1, where at least three lengths were timed."
+    out = {}
+    for r in rows:
+        if r.get('ttft_ms') and r['batch'] == 1: out.setdefault(_model_of(r), {}).setdefault((r['method'], r['trr']), {})[r['tokens']] = r
+    enough = {m: {k: [by[n] for n in sorted(by)] for k, by in found.items() if len(by) > 2} for m, found in out.items()}
+    return {m: found for m, found in enough.items() if any(k[0] == 'full' for k in found) and len(found) > 1}
+
+def scaling_figure(
+    rows, # of `load_timings`
+):  # matplotlib Figure, one column wide, one panel per model
+    "Time of each part against the tokens of the request, relative to the full prefill of the shortest one. Raises ValueError for fewer than three lengths."
+    panels = _scaled(rows)
+    if not panels: raise ValueError('fewer than three lengths of a request were timed; `seats bench --scaling 65536` makes them')
+    with house_style():
+        fig = _figure(COLUMN, 2.3)
+        axes = fig.subplots(1, len(panels), squeeze=False)[0]
+        for ax, (model, found) in zip(axes, panels.items()): _scaling_panel(ax, model, found)
+        axes[0].set_ylabel('Time (full prefill of the shortest = 1)')
+        fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=2, handlelength=2.4, borderpad=0)
+    return fig
+
+def _scaling_panel(ax, model, found):
+    "Full prefill and encoders; prefill and selection of the method with the least TRR."
+    full = next(rows for (method, _), rows in found.items() if method == 'full')
+    (method, trr), pruned = min(((k, r) for k, r in found.items() if k[0] != 'full'), key=lambda kr: (kr[0][0] != 'seats', kr[0][1]))
+    unit = full[0]['prefill_ms']
+    lines = ((full, 'prefill_ms', 'prefill, full', INK, '-', 's'), (pruned, 'prefill_ms', f'prefill, {method} {trr:g} %', BLUE, '-', 'o'),
+             (pruned, 'selection_ms', f'selection, {method} {trr:g} %', ORANGE, '--', '^'), (full, 'encoder_ms', 'encoders', '#999999', ':', 'D'))
+    for rows, part, label, color, style, marker in lines:
+        ax.plot([r['tokens'] for r in rows], [r[part]/unit for r in rows], color=color, linestyle=style, marker=marker, label=label)
+    ticks = [n for n in (1024, 2048, 4096, 8192, 16384, 32768, 65536) if n <= 1.2*pruned[-1]['tokens']]
+    ax.set(xscale='log', yscale='log', xlabel='Tokens')
+    ax.set_xticks(ticks, [f'{n//1024}k' for n in ticks])
+    ax.minorticks_off()
+    ax.set_title(model, fontsize=6.5)
+
+# %% ../nbs/12_figures.ipynb #be9cf008
+def _bench_jobs(path):
+    "Figures of one benchmark, those that its rows are enough for."
+    from functools import partial
+    found = load_timings(path)
+    cpu, rows = found.get('threads') is not None, found['rows']
+    if _main_requests(rows): yield f'{path.stem}_ledger', partial(ledger_figure, rows, shares=cpu)
+    if any(r.get('speedup') and r['method'] != 'full' for mine in _main_requests(rows).values() for r in mine): yield f'{path.stem}_speedup', partial(speedup_figure, rows)
+    if _scaled(rows): yield f'{path.stem}_scaling', partial(scaling_figure, rows)
+
 # %% ../nbs/12_figures.ipynb #b4ad32b3
 def open_profile(
     path, # NetCDF file of a dependency profile
@@ -670,6 +847,20 @@ def open_profile(
         raise ValueError(f'{path}: not a dependency profile, it has no {", ".join(lacks)}')
     return profile
 
+# %% ../nbs/12_figures.ipynb #5a1c0d06
+def _measured(profile, split):
+    "Where a profile's numbers come from, for `say_source`."
+    part = profile if split is None else profile.isel(sample=np.flatnonzero(profile['split'].values.astype(str) == split))
+    whose, clips = profile.attrs.get('model', 'a model'), len(np.unique(part['clip'].values))
+    return f'Measured here on {whose}: {part.sizes["sample"]} questions, {clips} clips{f", {split} split" if split else ""}; 95 % bands'
+
+def _made(plans):
+    "Where schedules come from, for `say_source`."
+    plan = next(iter(plans.values()))
+    model, kind = plan.model or 'a model', plan.evidence.get('kind')
+    said = {'published': f'Published setting for {model}', 'derived': f'Derived here from the dependency profile of {model}'}
+    return said.get(kind, f'Stated, not measured: {model}') + '; layers printed from 1'
+
 # %% ../nbs/12_figures.ipynb #4cd6a9ee
 def _profile_jobs(path):
     "Figures of one profile: both splits, and the families."
@@ -678,11 +869,12 @@ def _profile_jobs(path):
     splits = set(profile['split'].values.astype(str)) if 'split' in profile.coords else set()
     stem, derive = path.stem, 'derive' if 'derive' in splits else None
     bounds = {str(r): find_boundaries(profile, str(r), split=derive) for r in profile['removed'].values}
-    yield f'{stem}_dependency', lambda: dependency_figure(profile, bounds, split=derive)
+    said = lambda split: _measured(profile, split)
+    yield f'{stem}_dependency', lambda: say_source(dependency_figure(profile, bounds, split=derive), said(derive))
     if all(_possible(profile, r, split=derive, corrected=True) for r in bounds):
-        yield f'{stem}_dependency_corrected', lambda: dependency_figure(profile, bounds, split=derive, corrected=True)
-    if 'test' in splits: yield f'{stem}_dependency_test', lambda: dependency_figure(profile, bounds, split='test')
-    yield f'{stem}_families', lambda: family_figure(profile, bounds, split=None)
+        yield f'{stem}_dependency_corrected', lambda: say_source(dependency_figure(profile, bounds, split=derive, corrected=True), said(derive))
+    if 'test' in splits: yield f'{stem}_dependency_test', lambda: say_source(dependency_figure(profile, bounds, split='test'), said('test'))
+    yield f'{stem}_families', lambda: say_source(family_figure(profile, bounds, split=None), said(None) + '; dotted: chance')
 
 def _schedule_jobs(folder):
     "One retention figure per name of which there are files `name_trrN.json`."
@@ -693,7 +885,7 @@ def _schedule_jobs(folder):
         if percent.replace('.', '', 1).isdigit(): found.setdefault(name, {})[float(percent)] = path
     for name, paths in sorted(found.items()):
         plans = {f'TRR {percent:g} %': Schedule.load(paths[percent]) for percent in sorted(paths, reverse=True)}
-        yield f'{name}_retention', lambda plans=plans: retention_figure(plans)
+        yield f'{name}_retention', lambda plans=plans: say_source(retention_figure(plans), _made(plans))
 
 # %% ../nbs/12_figures.ipynb #8d0bdcba
 def _kept_job(path, data):
@@ -703,7 +895,8 @@ def _kept_job(path, data):
     kept, places = load_kept(path), (path.parent, data, testbed_folder())
     clip = next((p/kept['clip'] for p in places if (p/kept['clip']).is_file()), None)
     if clip is None: raise FileNotFoundError(f'{path}: its clip {kept["clip"]!r} is neither in {path.parent} nor in {data} nor in the testbed')
-    return kept_figure(decode_clip(clip, fps=kept.get('fps', 2.)), kept)
+    said = f'Measured here on {kept.get("model", "a model")}: kept tokens are framed or marked'
+    return say_source(kept_figure(decode_clip(clip, fps=kept.get('fps', 2.)), kept), said)
 
 def _schema(path):
     "What a JSON file says it is. Raises ValueError for a broken file."
@@ -711,21 +904,34 @@ def _schema(path):
     except ValueError as error: raise ValueError(f'{path}: not JSON: {error}') from None
     return found.get('schema') if isinstance(found, dict) else None
 
+# %% ../nbs/12_figures.ipynb #5a1c0d07
+_SAID = dict(coverage='Simulated here: answers drawn around planted boundaries; dotted line: the goal',
+             learning='Measured here while training, on held-out clips; dotted: chance; *: lettered choices',
+             tradeoff='; 95 % bars; numbers: TRR (%)')
+
+def _from_results(draw, found, more):
+    "A figure of stored rows, with the model and the number of questions that they say."
+    n = {r['n'] for r in found['rows'] if r.get('n')}
+    said = f'Measured here on {found.get("model", "a model")}' + (f', {n.pop()} questions' if len(n) == 1 else '')
+    return say_source(draw(found['rows']), said + more)
+
 # %% ../nbs/12_figures.ipynb #d16058fa
 def figure_jobs(
     data, # folder such as the project's data/
+    more=None, # figure name -> function, jobs of later modules
 )->dict: # figure name -> function without arguments that draws it
     "What can be drawn from the files in a data folder. Raises ValueError if nothing can, or for a broken file."
-    data, jobs = Path(data), {}
+    data, jobs = Path(data), dict(more or {})
     for path in sorted((data/'profiles').glob('*.nc')): jobs.update(_profile_jobs(path))
     jobs.update(_schedule_jobs(data/'schedules'))
     for path in sorted((data/'results').glob('*.json')):
         schema = _schema(path)
-        if schema == SCHEMA_COVERAGE: jobs[path.stem] = lambda path=path: coverage_figure(load_coverage(path))
-        if schema == SCHEMA_SENSITIVITY: jobs[path.stem] = lambda path=path: sensitivity_figure(load_sensitivity(path)['rows'])
+        if schema == SCHEMA_COVERAGE: jobs[path.stem] = lambda path=path: say_source(coverage_figure(load_coverage(path)), _SAID['coverage'])
+        if schema == SCHEMA_SENSITIVITY: jobs[path.stem] = lambda path=path: _from_results(sensitivity_figure, load_sensitivity(path), '; cells: % of the full accuracy')
         if schema == SCHEMA_KEPT: jobs[path.stem] = lambda path=path: _kept_job(path, data)
-        if schema == SCHEMA_RESULTS: jobs[f'{path.stem}_tradeoff'] = lambda path=path: tradeoff_figure(load_results(path)['rows'])
-    if (log := data/'testbed'/'train_log.jsonl').is_file(): jobs['testbed_learning'] = lambda: learning_curves_figure(log)
+        if schema == SCHEMA_BENCH: jobs.update(_bench_jobs(path))
+        if schema == SCHEMA_RESULTS: jobs[f'{path.stem}_tradeoff'] = lambda path=path: _from_results(tradeoff_figure, load_results(path), _SAID['tradeoff'])
+    if (log := data/'testbed'/'train_log.jsonl').is_file(): jobs['testbed_learning'] = lambda: say_source(learning_curves_figure(log), _SAID['learning'])
     if not jobs: raise ValueError(f'{data}: nothing to draw; looked for profiles/*.nc, schedules/*_trr*.json, results/*.json and testbed/train_log.jsonl')
     return jobs
 

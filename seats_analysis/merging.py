@@ -203,6 +203,7 @@ def audio_anchors(
     g:int=3, # tokens that an anchor takes in
 )->tuple: # (N,) bool; (N, D) float32 features, changed at the anchors that took something in
     "Salient audio tokens, and anchors that keep what sounds like something seen (OmniZip, arXiv 2511.14582)."
+    if not len(audio): return torch.zeros(0, dtype=torch.bool, device=audio.device), audio.float()
     n, unit, seen = len(audio), normalize(audio.float(), dim=-1), normalize(visual.float(), dim=-1)
     if dominant + contextual == n: return torch.ones(n, dtype=torch.bool, device=audio.device), audio.float()
     count = torch.tensor([dominant, contextual, n - dominant]).to(audio.device, non_blocking=True)

@@ -20,6 +20,7 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -922,6 +923,11 @@ def journal_of(path)->Path:
     "Where the finished samples of an unfinished profile are."
     return Path(f'{path}.journal')
 
+def _sweep(path):
+    "Remove the half-written files that killed runs left beside a file; its journal makes sure that no other run is at it."
+    path = Path(path).resolve()
+    for part in path.parent.glob(f'.{escape(path.stem)}.*-????????{escape(path.suffix)}'): part.unlink(missing_ok=True) # as `atomic_write` names them
+
 def probe_to_file(
     model, processor, samples, # see `probe_dependency`
     path, # NetCDF file to write
@@ -933,6 +939,7 @@ def probe_to_file(
     if profile is None: return None
     profile.attrs |= more()
     save_profile(profile, path)
+    _sweep(path)
     Journal(journal_of(path), {}).close()
     return profile
 

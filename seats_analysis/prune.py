@@ -9,18 +9,18 @@ __all__ = ['CODES', 'ENCODED', 'KV', 'SCORE_LAYERS', 'Cut', 'plan_cuts', 'Tokens
            'audio_call', 'find_call', 'visual_attention', 'audio_attention', 'encoder_keys', 'Check', 'check_entry',
            'check_scores', 'check_finite', 'Prefill', 'start_tokens', 'media_index', 'visual_order', 'visual_received',
            'noted', 'entry_keep', 'token_scores', 'check_prompt', 'known_shape', 'plan_prefill', 'next_positions',
-           'read_layout', 'finish_plan', 'position_rows', 'carry_out', 'enter_decoder', 'choose', 'shorten',
-           'enter_layer', 'add_deepstack', 'deepstack_hooks', 'finish_prefill', 'columns_after', 'enter_decode_step',
-           'gone', 'check_media_left', 'continue_prompt', 'follow_up', 'Sections', 'EncoderWatch', 'watch_encoders',
-           'join_calls', 'Session', 'install', 'repeat_order', 'pick_media', 'repeat_parts', 'media_sizes',
-           'repeat_encoded', 'repeat_media', 'repeat_cache', 'expand_inputs', 'expand_per_sample', 'as_method',
-           'check_model', 'prune']
+           'read_layout', 'finish_plan', 'position_rows', 'carry_out', 'enter_decoder', 'choose', 'shorten', 'note_cut',
+           'enter_layer', 'add_deepstack', 'deepstack_hooks', 'finish_prefill', 'evict', 'columns_after',
+           'enter_decode_step', 'gone', 'check_media_left', 'continue_prompt', 'follow_up', 'Sections', 'EncoderWatch',
+           'encode_some', 'encode_beside', 'watch_before', 'watch_after', 'watch_encoders', 'join_calls', 'Session',
+           'install', 'repeat_order', 'pick_media', 'repeat_parts', 'media_sizes', 'repeat_encoded', 'repeat_media',
+           'repeat_cache', 'expand_inputs', 'expand_per_sample', 'as_method', 'check_model', 'prune']
 
 # %% ../nbs/09_prune.ipynb #9644a026
 import copy
 import inspect
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from threading import Lock
@@ -30,9 +30,11 @@ from weakref import WeakSet, ref
 import numpy as np
 import torch
 
-from .adapter import (IMAGES, DeepStack, adapter_for, attention_call, audio_qk, audio_rows, audio_token_counts, last_audio_attention,
-                                    last_vision_attention, layer_key, layer_query, layout_of, rates, token_ids, vision_qk, window_index, without_deepstack)
+from .adapter import (IMAGES, DeepStack, adapter_for, attention_call, audio_rows, audio_token_counts, last_audio_attention,
+                                    last_vision_attention, layer_key, layer_query, layout_of, qk_heads, qk_modules, rates, token_ids,
+                                    window_index, without_deepstack)
 from .cost import Ledger
+from .encoders import ENCODERS, Aside, batched_windows, encode_ahead, find_repeats
 from .layout import AUDIO, IMAGE, NAMES, PAD, TEXT, VISUAL, TokenLayout
 from .schedule import Schedule
 from .select import (attention_received, finite_rows, pool_groups, query_scores, select_in_clip, select_in_windows, stage1_counts,
@@ -282,13 +284,14 @@ def slots_of(
     return getattr(cache, _SLOTS, None)
 
 def shorten_cache(
-    cache, # DynamicCache
-    layers:int, # the first so many layers are shortened
+    layers:Sequence, # of a DynamicCache
     index:torch.Tensor, # (B, n) int64 slots to keep
 ):
-    "Cut keys and values of the first layers."
-    for layer in cache.layers[:layers]:
-        layer.keys, layer.values = (take(x.transpose(1, 2), index).transpose(1, 2) for x in (layer.keys, layer.values))
+    "Cut keys and values of some layers that hold the same tokens."
+    def kept(x): # (B, heads, S, d), written in the order in which attention reads it
+        if len(x) == 1: return x.index_select(2, index[0])
+        return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    for layer in layers: layer.keys, layer.values = kept(layer.keys), kept(layer.values)
 
 # %% ../nbs/09_prune.ipynb #e0a1c002
 class LogicalLength:
@@ -381,11 +384,14 @@ class EncoderCall:
     received: torch.Tensor|None = None # (tokens,) float32 attention received, if it was asked for
     output: ref|None = None # weak reference to what the tower returned
     keys: torch.Tensor|None = None # (tokens, k) float32, if they were asked for
+    repeats: object = None # `Repeats` while the tower runs on some of the temporal grids only
+    order: torch.Tensor|None = None # (tokens,) int64 in which the tower holds its merged tokens; visual, and only where it is asked for
 
-def visual_call(model, grid_thw)->EncoderCall: # grid_thw (videos, 3)
+def visual_call(model, grid_thw, order=False)->EncoderCall: # grid_thw (videos, 3); order: whether it is needed
     "A call of the vision tower that is about to begin."
     grids = grid_thw.tolist() # to the host, long before the first decoder layer
-    return EncoderCall(grids, sum(t*h*w for t, h, w in grids) // rates(model).merge_size**2)
+    found = window_index(model, torch.tensor(grids)).to(grid_thw.device, non_blocking=True) if order else None
+    return EncoderCall(grids, sum(t*h*w for t, h, w in grids) // rates(model).merge_size**2, order=found)
 
 def audio_call(model, feature_lens)->EncoderCall: # (sounds,) mel frames
     "A call of the audio tower that is about to begin."
@@ -403,44 +409,39 @@ def find_call(
 # %% ../nbs/09_prune.ipynb #fcf6d402
 def visual_attention(
     model,
-    grids:Sequence, # [t, h, w] in patches of each video
-    hidden:torch.Tensor, # (patches, D) input of the last attention module
-    position_embeddings:tuple, # of the same call
+    call:EncoderCall, # of the vision tower, with its order
+    q:torch.Tensor, # (patches, heads, head size) queries of the last attention module, in that order
+    k:torch.Tensor, # keys
     per_window:int|None=None, # temporal grids in a window; None: as the model's rates say
 )->torch.Tensor: # (tokens,) float32 in natural order
     "Attention received by every visual token, within windows of temporal grids."
     r = rates(model)
-    sizes = [n for t, h, w in grids for n in window_sizes(t*h*w, (per_window or r.grids_per_window)*h*w)]
-    stat = attention_received(*vision_qk(last_vision_attention(model), hidden, position_embeddings), sizes)
-    order = window_index(model, torch.tensor(grids)).to(stat.device, non_blocking=True)
-    return undo_order(pool_groups(stat, r.merge_size**2), order)
+    sizes = [n for t, h, w in call.shape for n in window_sizes(t*h*w, (per_window or r.grids_per_window)*h*w)]
+    return undo_order(pool_groups(attention_received(q, k, sizes), r.merge_size**2), call.order.to(q.device, non_blocking=True))
 
 def audio_attention(
     model,
-    lengths:Sequence[int], # mel frames of each sound
-    hidden:torch.Tensor, # (rows, D) input of the last attention module
+    call:EncoderCall, # of the audio tower
+    q:torch.Tensor, # (rows, heads, head size) queries of the last attention module
+    k:torch.Tensor, # keys
     seconds:float|None=None, # of a window; None: `seconds_per_chunk`
 )->torch.Tensor: # (tokens,) float32
     "Attention received by every audio token, within windows of some seconds."
-    r, rows, group = rates(model), audio_rows(model, lengths), adapter_for(model).rows_per_token
-    sizes = [n for m in rows for n in window_sizes(m, group*int(r.positions_per_second*(seconds or r.seconds_per_chunk)))]
-    return pool_groups(attention_received(*audio_qk(last_audio_attention(model), hidden), sizes), group, rows)
+    r, rows, group = rates(model), audio_rows(model, call.shape), adapter_for(model).rows_per_token
+    per_window = int(r.positions_per_second*seconds) if seconds else r.audio_per_window
+    sizes = [n for m in rows for n in window_sizes(m, group*per_window)]
+    return pool_groups(attention_received(q, k, sizes), group, rows)
 
 # %% ../nbs/09_prune.ipynb #d6c0a002
 def encoder_keys(
     model,
     modality:str, # visual or audio
-    shape:Sequence, # of the call, as in `EncoderCall`
-    hidden:torch.Tensor, # (rows, D) input of the last attention module
-    position_embeddings:tuple|None=None, # of the same call; visual only
-)->torch.Tensor: # (tokens, k) float32 in natural order
+    call:EncoderCall, # of that tower; visual: with its order
+    k:torch.Tensor, # (rows, heads, head size) keys of the last attention module
+)->torch.Tensor: # (tokens, head size) float32 in natural order
     "Keys of the encoder's last layer, mean over the rows of a token and over heads."
-    if modality == 'audio':
-        keys = audio_qk(last_audio_attention(model), hidden)[1]
-        return pool_groups(keys.float(), adapter_for(model).rows_per_token, audio_rows(model, shape)).mean(1)
-    keys = vision_qk(last_vision_attention(model), hidden, position_embeddings)[1].float()
-    order = window_index(model, torch.tensor(shape)).to(keys.device, non_blocking=True)
-    return undo_order(pool_groups(keys, rates(model).merge_size**2).mean(1), order)
+    if modality == 'audio': return pool_groups(k.float(), adapter_for(model).rows_per_token, audio_rows(model, call.shape)).mean(1)
+    return undo_order(pool_groups(k.float(), rates(model).merge_size**2).mean(1), call.order.to(k.device, non_blocking=True))
 
 # %% ../nbs/09_prune.ipynb #cb9d6d5f
 @dataclass(frozen=True)
@@ -484,20 +485,19 @@ class Prefill:
     layout: TokenLayout # on the CPU
     parts: tuple # of `Part`
     cuts: list # of `Cut`
-    index: torch.Tensor # (T,) int64 `media_index`
+    tokens: Tokens # what is in the sequence now
+    index: torch.Tensor # (T,) int64 `media_index`, on the model's device
     windows: int # runs of visual or audio tokens, whichever are more
     order: torch.Tensor|None = None # (T_v,) int64 visual tokens as their tower gives them, images first; None = in sequence
     deep: DeepStack|None = None # of what is in the sequence; None where the family has none
-    tokens: Tokens|None = None # what is in the sequence now
     tables: tuple|None = None # cos and sin of what is in the sequence; None = as handed over
     mask: torch.Tensor|None = None
     position: torch.Tensor|None = None # (B,) of the next token
     stages: list = field(default_factory=list)
     layers: list = field(default_factory=list)
     checks: list = field(default_factory=list) # of `Check`
+    held: list = field(default_factory=list) # (end, index): layers up to `end` hold more than what is left, and where in it that lies
 
-    @property
-    def numbers(self): return tuple(p.number for p in self.parts if p.modality == 'visual')
     def cuts_at(self, layer): return [c for c in self.cuts if c.stage > 1 and c.layer == layer]
     @property
     def entry_cut(self): return next((c for c in self.cuts if c.stage == 1), None)
@@ -535,8 +535,7 @@ def visual_received(calls, prefill, n, what='received'):
     if prefill.order is None: return getattr(find_call(calls, n, received=True), what, None)
     done = [c for c in calls if c.received is not None]
     if len(done) < 2 or done[-2].tokens + done[-1].tokens != n: return None # images are encoded first
-    images, videos = (getattr(c, what) for c in done[-2:])
-    return torch.cat([images, videos])[prefill.order.to(videos.device, non_blocking=True)]
+    return torch.cat([getattr(c, what) for c in done[-2:]])[prefill.order]
 
 def noted(
     calls:dict, # modality -> `EncoderCall`s
@@ -561,7 +560,7 @@ def entry_keep(
     calls:dict, # modality -> `EncoderCall`s
 )->tuple: # (B, S) bool; embeds, changed where the method merges
     "Stage I: ask the method, put its answer into the sequence."
-    index = prefill.index.to(embeds.device, non_blocking=True)
+    index = prefill.index
     attention = torch.cat(list(noted(calls, prefill, 'received').values())) if method.uses_attention else None
     keys = noted(calls, prefill, 'keys') if method.uses_keys else None
     entry = Entry(embeds.flatten(0, 1)[index], attention, prefill.parts, keys)
@@ -616,8 +615,7 @@ def plan_prefill(s, given, cache, copies=1):
     if cache is not None: vars(cache).pop(_SLOTS, None)
     parts = repeat_parts(s.method.parts(layout[::copies], first), copies) if s.method else ()
     cuts = s.method.plan(layout, parts) if s.method else []
-    if cuts: s.prefill = Prefill(layout, parts, cuts, media_index(layout), int(layout.run.max()) + 1)
-    if cuts: finish_plan(s, given)
+    if cuts: finish_plan(s, given, layout, parts, cuts)
 
 def next_positions(slots, cache, q, tail=None): # -> (3, B, q) int64
     "M-RoPE positions of the next q tokens after a pruned prompt; `tail` (B, n) bool says which columns after it are real, None = all."
@@ -634,12 +632,15 @@ def read_layout(s, given, visual): # visual: video tokens in the prompt -> Token
     if image is not None and given.get('image_grid_thw') is None: given = {**given, 'image_grid_thw': torch.tensor(image.shape)}
     return layout_of(s.model, given, s.images, *((s.method.grids, s.method.seconds) if s.method else ()))
 
-def finish_plan(s, given):
-    "What only a pass with cuts needs to know. Raises ValueError for outputs that it cannot give."
+def finish_plan(s, given, layout, parts, cuts):
+    "What only a pass with cuts needs; the last that goes to the device before the first layer. Raises ValueError for outputs that it cannot give."
     if given.get('output_hidden_states'):
         raise ValueError('pruned layers have hidden states of different lengths, with which neither `output_hidden_states` nor speech output can go on: '
                          'generate text only (`generation_mode="text"`; Qwen3-Omni: `return_audio=False`), or leave the `prune` block')
-    s.prefill.order = visual_order(given['input_ids'], s.prefill.layout, token_ids(s.model)[IMAGE])
+    device, numbers = next(s.decoder.parameters()).device, [p.number for p in parts if p.modality == 'visual']
+    there = lambda x: None if x is None else x.to(device, non_blocking=True)
+    order = visual_order(given['input_ids'], layout, token_ids(s.model)[IMAGE])
+    s.prefill = Prefill(layout, parts, cuts, start_tokens(layout, numbers, device), there(media_index(layout)), int(layout.run.max()) + 1, there(order))
 
 # %% ../nbs/09_prune.ipynb #ce86d5ab
 def position_rows(kwargs, embeds): # -> (3, B, S) int64
@@ -661,7 +662,6 @@ def enter_decoder(s, kwargs): # -> new keyword arguments
     if (deep := DeepStack.of(kwargs)) is not None: p.deep, kwargs = deep, without_deepstack(kwargs) # from here on `add_deepstack` adds them
     positions = position_rows(kwargs, embeds)
     p.position = positions.amax((0, 2)) + 1
-    p.tokens = start_tokens(p.layout, p.numbers, embeds.device)
     if (cut := p.entry_cut) is None: return kwargs
     with torch.no_grad(): keep, embeds = entry_keep(s.method, p, embeds, s.encoders.calls)
     index = carry_out(p, keep, cut)
@@ -680,16 +680,21 @@ def choose(s, cut, layer, hidden, tables): # -> (B, S) bool
     return s.method.drop(tokens, scores, cut, s.prefill.windows) & tokens.valid
 
 def shorten(s, cut, layer, hidden, kwargs): # -> (B, width, D)
-    "Carry out one cut before a layer; with `evict` also in the caches of all layers before it."
-    p, cache = s.prefill, kwargs.get('past_key_values')
+    "Carry out one cut before a layer; with `evict` note what it takes from the layers before it."
+    p = s.prefill
     tables = p.tables or kwargs['position_embeddings']
     with torch.no_grad(): keep = choose(s, cut, layer, hidden, tables)
     index = carry_out(p, keep, cut)
     p.tables = tuple(take(t, index) for t in tables)
-    if s.run.kv == 'evict' and cache is not None: shorten_cache(cache, layer, index)
+    if s.run.kv == 'evict': note_cut(p, layer, index)
     hidden = take(hidden, index)
     p.mask = causal_mask(s.decoder.config, hidden, p.tokens.valid if cut.padded else None)
     return hidden
+
+def note_cut(p, layer, index):
+    "Every layer's cache is cut once, at the end, by the product of all cuts that came after it."
+    p.held = [(end, take(old, index)) for end, old in p.held]
+    if layer > (p.held[-1][0] if p.held else 0): p.held.append((layer, index))
 
 def enter_layer(s, layer, hidden, kwargs): # -> hidden states and keyword arguments, or None
     "Stages II and III."
@@ -717,10 +722,19 @@ def deepstack_hooks(s): # -> (module, hook)
 def finish_prefill(s, output):
     "Label the cache, fill in the run; raises ValueError if something was chosen from NaN."
     p, cache = s.prefill, getattr(output, 'past_key_values', None)
+    if cache is not None:
+        with s.sections.during('selection'): evict(p, cache)
     check_finite(p.checks)
     held = [p.tokens]*len(p.layers) if s.run.kv == 'evict' else p.layers
     if cache is not None: label_cache(cache, replace(Slots.of(held, p.layout.shape[1], p.position), gone=gone(p) if s.run.kv == 'evict' else ()))
     s.run._stages, s.run._layers = p.stages, p.layers
+
+def evict(p, cache):
+    "Write the caches at their final length."
+    first = 0
+    for end, index in p.held:
+        shorten_cache(cache.layers[first:end], index)
+        first = end
 
 def columns_after(slots, mask, new, q): # -> (B, new) bool, or None
     "What the caller's mask says about the columns after the prompt; None = all real."
@@ -791,19 +805,21 @@ def follow_up(
 class Sections:
     "Time by section, for sections that begin in one hook and end in another."
     def __init__(self, ledger): self.ledger, self.open = ledger, ExitStack()
-    def during(self, section): return self.ledger.time(section)
+    @contextmanager
+    def during(self, section, name=None): # the range shows in torch's profiler as `seats::name`
+        with torch.profiler.record_function(f'seats::{name or section}'), self.ledger.time(section): yield
     def start(self, section): self.open.enter_context(self.ledger.time(section))
     def stop(self): self.open.close()
 
 # %% ../nbs/09_prune.ipynb #e0a1c040
 class EncoderWatch:
     "Notes every call of the two towers, and the attention that their tokens receive."
-    def __init__(self, model, sections, method): # method: None where stage I does not need the attention
-        self.model, self.sections, self.wanted = model, sections, method is not None
+    def __init__(self, model, sections, method, options=()): # method: None where stage I does not need the attention; options: of `ENCODERS`
+        self.model, self.sections, self.wanted, self.options, self.aside = model, sections, method is not None, options, None
         self.windows, self.keys = {m: getattr(method, k, None) for m, k in zip(CODES, ('grids', 'seconds'))}, getattr(method, 'uses_keys', False)
         self.forget()
 
-    def forget(self): self.calls = {m: [] for m in CODES}
+    def forget(self): self.calls, self.projecting = {m: [] for m in CODES}, None
 
     def call_of(self, output): # -> the `EncoderCall` that returned `output`, or None
         return next((c for c in self.calls['visual'] if output is not None and c.output is not None and c.output() is output), None)
@@ -815,32 +831,81 @@ class EncoderWatch:
         if found is not None: self.calls['visual'] = [found]
         return found
 
+    def join(self):
+        "The sound is done, or the pass is over: what comes next may use the video."
+        if self.aside is not None: self.aside.join()
+        self.aside = None
+
     def finish(self, modality, output):
-        self.sections.stop()
-        self.calls[modality][-1].output = ref(output)
+        call, beside = self.calls[modality][-1], self.aside is not None and modality == 'visual'
+        if call.repeats is not None: call.repeats.spread(output)
+        if not beside: self.join()
+        if not beside: self.sections.stop()
+        call.output, call.repeats = ref(output), None
 
     def note(self, modality, call):
-        self.sections.start('encoders')
+        if self.aside is None or modality == 'audio': self.sections.start('encoders')
         self.calls[modality].append(call)
 
-    def attend(self, modality, statistic, *inputs):
-        if not self.wanted: return
-        call = self.calls[modality][-1]
-        with self.sections.during('selection'), torch.no_grad():
-            call.received = statistic(self.model, call.shape, *inputs, self.windows[modality])
-            if self.keys: call.keys = encoder_keys(self.model, modality, call.shape, *inputs)
+    def expect(self, rotary):
+        "A tower's last attention module is about to project; `rotary` goes onto its queries and keys."
+        if self.wanted: self.projecting = [], rotary
 
-    def before(self): # -> (module, pre-hook)
-        adapter, given = adapter_for(self.model), lambda name, args, kwargs: kwargs[name] if name in kwargs else args[1]
-        yield adapter.visual(self.model), lambda m, a, k: self.note('visual', visual_call(self.model, given('grid_thw', a, k)))
-        yield adapter.audio_tower(self.model), lambda m, a, k: self.note('audio', audio_call(self.model, given('feature_lens', a, k)))
-        yield last_vision_attention(self.model), lambda m, a, k: self.attend('visual', visual_attention, *attention_call(a, k))
-        yield last_audio_attention(self.model), lambda m, a, k: self.attend('audio', audio_attention, attention_call(a, k)[0])
+    def attend(self, modality, statistic, attn, output):
+        "One of its projections is made. With the last of them the statistic can be taken."
+        if self.projecting is None: return
+        (made, rotary), call = self.projecting, self.calls[modality][-1]
+        made.append(output)
+        if len(made) < len(qk_modules(attn)): return
+        self.projecting = None
+        q, k = qk_heads(attn, made, rotary)
+        if call.repeats is not None: q, k = (x[call.repeats.rows] for x in (q, k))
+        # beside the sound it cannot be told apart from encoding: the ledger's marks lie in one stream
+        timed = nullcontext() if self.aside is not None and modality == 'visual' else self.sections.during('selection')
+        with timed, torch.no_grad():
+            call.received = statistic(self.model, call, q, k, self.windows[modality])
+            if self.keys: call.keys = encoder_keys(self.model, modality, call, k)
 
-    def after(self): # -> (module, hook)
-        adapter = adapter_for(self.model)
-        yield adapter.visual(self.model), lambda m, a, out: self.finish('visual', out)
-        yield adapter.audio_tower(self.model), lambda m, a, out: self.finish('audio', out)
+# %% ../nbs/09_prune.ipynb #09b00002
+def encode_some(w, args, kwargs): # w: EncoderWatch -> arguments of the vision tower, or None to leave them
+    "A call of the vision tower begins; of grids that repeat it gets the first only, if so asked."
+    pixels = kwargs['hidden_states'] if 'hidden_states' in kwargs else args[0]
+    grid = kwargs['grid_thw'] if 'grid_thw' in kwargs else args[1]
+    w.note('visual', visual_call(w.model, grid, w.wanted))
+    if 'repeats' not in w.options: return None
+    call = w.calls['visual'][-1]
+    call.repeats = found = find_repeats(pixels, call.shape, rates(w.model).merge_size**2)
+    if found is None: return None
+    return (), {**kwargs, 'hidden_states': pixels[found.first], 'grid_thw': torch.tensor(found.grids).to(grid.device, non_blocking=True)}
+
+def encode_beside(w, given): # w: EncoderWatch; given: inputs of the thinker -> those to change
+    "Encode the video beside the sound, if so asked. In the ledger the two are one stretch of encoding."
+    if 'overlap' not in w.options: return {}
+    w.aside = Aside(next(w.model.parameters()).device)
+    w.sections.start('encoders')
+    if (changed := encode_ahead(w.model, given, w.aside)) is None:
+        w.sections.stop()
+        w.aside = None
+        return {}
+    w.aside.hold([*w.aside.out, *(c.received for c in w.calls['visual'] if c.received is not None)])
+    return changed
+
+# %% ../nbs/09_prune.ipynb #09b00001
+def watch_before(w): # w: EncoderWatch -> (module, pre-hook)
+    "What is noted before the towers and their last attention modules run."
+    adapter, given = adapter_for(w.model), lambda name, args, kwargs: kwargs[name] if name in kwargs else args[1]
+    yield adapter.visual(w.model), lambda m, a, k: encode_some(w, a, k)
+    yield adapter.audio_tower(w.model), lambda m, a, k: w.note('audio', audio_call(w.model, given('feature_lens', a, k)))
+    for attn in (last_vision_attention(w.model), last_audio_attention(w.model)):
+        yield attn, lambda m, a, k: w.expect(attention_call(a, k)[1])
+
+def watch_after(w): # -> (module, hook)
+    "What is noted after them."
+    adapter, parts = adapter_for(w.model), dict(visual=(last_vision_attention(w.model), visual_attention), audio=(last_audio_attention(w.model), audio_attention))
+    yield adapter.visual(w.model), lambda m, a, out: w.finish('visual', out)
+    yield adapter.audio_tower(w.model), lambda m, a, out: w.finish('audio', out)
+    for modality, (attn, statistic) in parts.items():
+        for module in qk_modules(attn): yield module, lambda m, a, out, given=(modality, statistic, attn): w.attend(*given, out)
 
 # %% ../nbs/09_prune.ipynb #7d5ebf04
 ENCODED = 'seats_encoded' # keyword argument of the thinker inside a `prune` block: modality -> list of `EncoderCall`; its pre-hook takes it out
@@ -854,8 +919,8 @@ def watch_encoders(
     "Note every call of the towers, with the attention that their tokens receive; several may watch at once."
     watch = EncoderWatch(model, Sections(ledger), method)
     with ExitStack() as stack:
-        for module, hook in watch.before(): stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        for module, hook in watch.after(): stack.callback(module.register_forward_hook(hook).remove)
+        for module, hook in watch_before(watch): stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for module, hook in watch_after(watch): stack.callback(module.register_forward_hook(hook).remove)
         yield watch
 
 def join_calls(
@@ -870,12 +935,12 @@ def _wants_attention(method): return method is not None and method.uses_attentio
 
 class Session:
     "The hooks of one `prune` block."
-    def __init__(self, model, method, kv, score_layer, images='keep'):
+    def __init__(self, model, method, kv, score_layer, images='keep', encoders=()):
         adapter = adapter_for(model)
         self.model, self.method, self.images = model, method, images
         self.run = Run(method, kv, score_layer, Ledger(str(next(model.parameters()).device)))
         self.sections = Sections(self.run.ledger)
-        self.encoders = EncoderWatch(model, self.sections, method if _wants_attention(method) else None)
+        self.encoders = EncoderWatch(model, self.sections, method if _wants_attention(method) else None, encoders)
         self.thinker, self.decoder, self.layers = adapter.thinker(model), adapter.decoder(model), adapter.layers(model)
         self.signature = inspect.signature(self.thinker.forward)
         self.reset()
@@ -883,6 +948,7 @@ class Session:
     def reset(self):
         "Forget the forward pass in hand, finished or not."
         self.prefill, self.masks = None, None
+        self.encoders.join()
         self.sections.stop()
 
     def before_thinker(self, module, args, kwargs):
@@ -893,8 +959,9 @@ class Session:
         given = {**given, **given.pop('kwargs', {})}
         cache = given.get('past_key_values')
         if cache is None or cache.get_seq_length() == 0:
-            with self.sections.during('selection'): plan_prefill(self, given, cache, copies)
+            with self.sections.during('selection', 'plan'): plan_prefill(self, given, cache, copies)
             if noted is not None: self.encoders.calls = noted
+            elif 'pixel_values_videos' in kwargs: kwargs.update(encode_beside(self.encoders, given))
         elif (slots := slots_of(cache)) is not None: kwargs.update(continue_prompt(slots, cache, given))
         return args, kwargs
 
@@ -922,11 +989,12 @@ def install(
     "Register all hooks of a session."
     stack.callback(session.encoders.forget), stack.callback(session.reset)
     expand_per_sample(session, stack)
+    if 'batch' in session.encoders.options: stack.enter_context(batched_windows(session.model))
     layers = ((layer, lambda m, a, k, i=i: session.before_layer(i, a, k)) for i, layer in enumerate(session.layers))
-    before = [(session.thinker, session.before_thinker), (session.decoder, session.before_decoder), *layers, *session.encoders.before()]
+    before = [(session.thinker, session.before_thinker), (session.decoder, session.before_decoder), *layers, *watch_before(session.encoders)]
     for module, hook in before: stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
     for module, hook in deepstack_hooks(session): stack.callback(module.register_forward_hook(hook).remove)
-    for module, hook in [(session.decoder, session.after_decoder), *session.encoders.after()]:
+    for module, hook in [(session.decoder, session.after_decoder), *watch_after(session.encoders)]:
         stack.callback(module.register_forward_hook(hook).remove)
 
 # %% ../nbs/09_prune.ipynb #e0a1c021
@@ -1051,12 +1119,15 @@ def prune(
     kv:str='evict', # 'evict': every cut also shortens earlier caches; 'retain': each layer keeps what it processed
     score_layer:str='own', # stage II before layer d scores with layer d-1 ('own') or d ('next')
     images:str='keep', # 'keep': images are never pruned; 'prune': they count as visual tokens
+    encoders:Sequence[str]=(), # any of `ENCODERS`: 'batch' windows of equal size, reuse what 'repeats', 'overlap' video and sound
 ):
     "Within the block every forward pass and `generate` of the model is pruned. Yields a `Run`; undone on exit (SEATS, arXiv 2605.20035)."
     _one_of('kv', kv, KV)
     _one_of('score_layer', score_layer, SCORE_LAYERS)
     _one_of('images', images, IMAGES)
-    session = Session(model, as_method(plan), kv, score_layer, images)
+    encoders = (encoders,) if isinstance(encoders, str) else tuple(encoders)
+    for option in encoders: _one_of('encoders', option, ENCODERS)
+    session = Session(model, as_method(plan), kv, score_layer, images, encoders)
     with ExitStack() as stack:
         with _ENTERING:
             check_model(session)

@@ -8,6 +8,7 @@ __all__ = ['window_sizes', 'stage1_counts', 'stage2_counts', 'attention_received
            'divide_total', 'select_in_windows', 'kept_positions', 'finite_rows']
 
 # %% ../nbs/08_select.ipynb #44cc4834
+import os
 from collections.abc import Sequence
 from contextlib import contextmanager
 from itertools import accumulate, groupby
@@ -21,7 +22,9 @@ def _on(values, # host numbers, nested sequences allowed
         dtype=torch.long, # of the result
     ) -> Tensor: # `values` as a tensor on `device`, sent without waiting
     "Host numbers as a device tensor, without a host sync."
-    return (values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)).to(device, non_blocking=True)
+    if not isinstance(values, Tensor): # only from pinned memory is a copy sure not to wait
+        values = torch.tensor(values, dtype=dtype, pin_memory=torch.device(device).type == "cuda")
+    return values.to(device, non_blocking=True)
 
 @contextmanager
 def _true_float32(device # of the products inside
@@ -65,37 +68,62 @@ def _kept(n, # tokens present
     "One count: none of none, else at least one."
     return min(n, max(1, round(ratio*n)))
 
+# %% ../nbs/08_select.ipynb #08b00001
+def _fused(device # where the tensors are
+    ): # the module `kernels`, or None where PyTorch does the work
+    "Triton kernels, for CUDA devices. The environment's `SEATS_TRITON=0` switches them off, `=1` on for the CPU, where only Triton's interpreter runs them."
+    wanted = os.environ.get("SEATS_TRITON")
+    if wanted == "0" or (wanted != "1" and torch.device(device).type != "cuda"): return None
+    try: from seats_analysis import kernels
+    except ImportError: return None # no Triton for this platform
+    return kernels
+
 # %% ../nbs/08_select.ipynb #2c4fa889
-def _equal_runs(sizes # window sizes
+def _equal_runs(sizes, # window sizes
+                wanted=None, # (windows,) whether each is to be computed; None = all
     ): # (start, how many, size) of each run of equal sizes
     "Consecutive windows of one size, so that they can be computed as one batch; empty windows are skipped."
     start = 0
-    for size, run in groupby(sizes):
+    for (size, use), run in groupby(zip(sizes, wanted or [True]*len(sizes))):
         count = len(list(run))
-        if size: yield start, count, size
+        if size and use: yield start, count, size
         start += count*size
 
-def _received(q, # (N, w, d)
+def _received(q, # (N, w, d), scaled
               k, # (N, w, d)
               block, # (row, column) pairs held at once
     ): # (N, w) attention received
-    "Attention received per row of a batch of windows x heads, a few rows at a time."
-    step = max(1, block//q.shape[1]**2)
-    parts = [torch.softmax(a @ b.mT * q.shape[-1]**-.5, -1).sum(1) for a, b in zip(q.split(step), k.split(step))]
+    "Attention received per row of a batch of windows x heads, a few rows, or a part of one row's queries, at a time."
+    width = q.shape[1]
+    rows, queries = max(1, block//width**2), min(width, max(1, block//width))
+    parts = [sum(_column_sums(part, b) for part in a.split(queries, 1)) for a, b in zip(q.split(rows), k.split(rows))]
     return torch.cat(parts)
 
+def _column_sums(q, # (N, n, d) some queries, scaled
+                 k, # (N, w, d) all keys
+    ): # (N, w)
+    "Column sums of a softmax over rows: the rows are divided by their sums while they are added up."
+    s = q @ k.mT
+    s = s.sub_(s.amax(-1, keepdim=True)).exp_()
+    return (s.sum(-1, keepdim=True).reciprocal_().mT @ s)[:, 0]
+
+# %% ../nbs/08_select.ipynb #08b00002
+@torch.no_grad()
 def attention_received(q:Tensor, # (T, H, d) queries of one encoder layer, after its rotary embedding if it has one
                        k:Tensor, # (T, H, d) keys
                        sizes:Sequence[int], # tokens per window, sum T
-                       block:int=2**24, # most attention weights held at once (64 MiB in float32)
+                       block:int|None=None, # most attention weights held at once; None = 2**20 (4 MiB in float32), on other devices than the CPU 2**24
     ) -> Tensor: # (T,) float32, mean 1 in every window
     "Attention each token receives in its window: mean over heads, summed over queries (SEATS, arXiv 2605.20035)."
     if sum(sizes) != len(q): raise ValueError(f"windows of {sum(sizes)} tokens in all do not cut {len(q)} tokens; use window_sizes")
+    if len(q) and block is None and (kernels := _fused(q.device)) is not None:
+        return kernels.attention_received(q, k, *_on([list(accumulate(sizes, initial=0))[:-1], list(sizes)], q.device), max(sizes))
+    block = block or (2**20 if q.device.type == "cpu" else 2**24)
     out = [q.new_zeros(0, dtype=torch.float32)]
     with _true_float32(q.device):
         for start, count, size in _equal_runs(sizes):
             cut = lambda x: x[start:start+count*size].float().unflatten(0, (count, size)).transpose(1, 2).flatten(0, 1)
-            out.append(_received(cut(q), cut(k), block).unflatten(0, (count, -1)).mean(1).flatten())
+            out.append(_received(cut(q)*q.shape[-1]**-.5, cut(k), block).unflatten(0, (count, -1)).mean(1).flatten())
     return torch.cat(out)
 
 # %% ../nbs/08_select.ipynb #dd6bc390
@@ -122,8 +150,8 @@ def _distances(features, # (G, N, D) tokens per window
     "Attention-weighted cosine distance to each candidate (SEATS, arXiv 2605.20035); not clamped, the diagonal as computed."
     x = features.float()
     x = x / (x.norm(dim=-1, keepdim=True) + 1e-8)
-    with _true_float32(x.device): distance = 1 - x @ x.mT
-    return distance if attention is None else distance * (attention.float()*1e6)[:, None]
+    with _true_float32(x.device): distance = (x @ x.mT).neg_().add_(1)
+    return distance if attention is None else distance.mul_((attention.float()*1e6)[:, None])
 
 def diverse_order(features:Tensor, # (G, N, D) float, tokens of G windows
                   attention:Tensor|None=None, # (G, N) attention received; None = unweighted
@@ -169,26 +197,67 @@ def select_diverse(features:Tensor, # (G, N, D) float, tokens of G windows, padd
     return torch.where(whole, valid, keep)
 
 # %% ../nbs/08_select.ipynb #8c440ae1
-def _window_table(sizes # tokens per window
-    ): # (G, N) token of each padded slot (padding repeats a token), (T,) slot of each token
-    "Where the tokens of consecutive windows sit in a padded (windows, width) table, and back."
-    width, last = max(sizes, default=0), max(sum(sizes)-1, 0)
-    starts = list(accumulate(sizes, initial=0))[:-1]
-    table = [[min(start+j, last) for j in range(width)] for start in starts]
-    return table, [i*width+j for i, size in enumerate(sizes) for j in range(size)]
+def _second_smallest(table # (G, N, N)
+    ): # (G, N)
+    "How far each candidate is from its nearest other token: the second smallest of each column."
+    if table.shape[1] < 2: return torch.full_like(table[:, 0], torch.inf)
+    return table.scatter(1, table.argmin(1, keepdim=True), torch.inf).amin(1)
 
-def select_in_clip(features:Tensor, # (T, D) float, tokens of one modality, windows in sequence
+def _tables(features, # (T, D)
+            attention, # (T,) or None
+            runs, # (start, how many, size) of windows
+            elements=2**22, # features normalised at once, on a CPU; elsewhere 16 times as many
+    ): # yields (g, size, size) float32
+    "Distances within the windows, some windows of one size at a time."
+    most = elements * (1 if features.device.type == "cpu" else 16)
+    for start, count, size in runs:
+        step = max(1, most//(size*features.shape[1]))
+        for at in (slice(start + i*size, start + min(i+step, count)*size) for i in range(0, count, step)):
+            yield _distances(features[at].unflatten(0, (-1, size)), None if attention is None else attention[at].unflatten(0, (-1, size)))
+
+def _take_diverse(distance, # (P,) the tables of all windows, one after another
+                  gap, # (sum of sizes,) `_second_smallest`
+                  start, size, count, block, # (G, 1) first token, tokens, tokens to take, place of the table
+                  width, steps, # largest size and count, host numbers
+                  keep, # (T,) bool
+    ): # (T,) bool, with the tokens taken
+    "The greedy choice in all windows, step by step."
+    slot = torch.arange(width, device=keep.device)
+    gap, taken, order = gap[(size.cumsum(0) - size + slot).clamp(max=len(gap)-1)], slot >= size, []
+    for step in range(steps):
+        order.append(gap.masked_fill(taken, -torch.inf).argmax(1, keepdim=True))
+        row = distance[(block + order[-1]*size + slot).clamp(max=len(distance)-1)]
+        gap, taken = (torch.minimum(gap, row) if step else row), taken.scatter(1, order[-1], True)
+    at = torch.where(slot[:steps] < count, start + torch.cat(order, 1), len(keep)) # what a window takes beyond its count goes nowhere
+    return F.pad(keep, (0, 1)).scatter(0, at.flatten(), True)[:-1]
+
+# %% ../nbs/08_select.ipynb #08b00003
+def select_in_clip(features:Tensor, # (T, D) float, windows in sequence: of one modality or, one behind the other, of both
                    attention:Tensor|None, # (T,) attention received; None = unweighted
                    sizes:Sequence[int], # tokens per window, sum T (several clips concatenated)
                    n:int|Sequence[int], # tokens kept per window, as `stage1_counts` gives them
     ) -> Tensor: # (T,) bool, True = kept
-    "Stage I of one modality: `select_diverse` on every window, as one batch (SEATS, arXiv 2605.20035)."
+    "Stage I: in every window what `select_diverse` would keep, without padding (SEATS, arXiv 2605.20035)."
     if sum(sizes) != len(features): raise ValueError(f"windows of {sum(sizes)} tokens in all do not cut {len(features)} tokens")
-    table, back = _window_table(sizes)
-    if not back: return torch.zeros(0, dtype=torch.bool, device=features.device)
-    table, back = _on(table, features.device), _on(back, features.device)
-    keep = select_diverse(features[table], None if attention is None else attention[table], n, sizes)
-    return keep.flatten()[back]
+    n = [n]*len(sizes) if isinstance(n, int) else list(n)
+    if len(n) != len(sizes): raise ValueError(f"{len(sizes)} windows, but {len(n)} counts")
+    if bad := [(c, s) for c, s in zip(n, sizes) if not 0 <= c <= s]: raise ValueError("cannot keep {} of {} tokens".format(*bad[0]))
+    whole = _on([c == s for c, s in zip(n, sizes)], features.device, torch.bool)
+    keep = whole.repeat_interleave(_on(list(sizes), features.device), output_size=len(features))
+    windows = [w for w in zip(accumulate(sizes, initial=0), sizes, n) if 0 < w[2] < w[1]]
+    return _keep_diverse(features, attention, sizes, [0 < c < s for c, s in zip(n, sizes)], windows, keep) if windows else keep
+
+def _keep_diverse(features, attention, sizes, chosen, # as above; (windows,) whether there is a choice
+                  windows, # (start, size, count) of those where there is one
+                  keep, # (T,) bool, the windows that are kept whole
+    ): # (T,) bool
+    "The choice, by the kernel where there is one."
+    (start, size, count), block = zip(*windows), list(accumulate((w[1]**2 for w in windows), initial=0))
+    tables = list(_tables(features, attention, _equal_runs(sizes, chosen)))
+    distance, host = torch.cat([t.flatten() for t in tables]), _on([start, size, count, block[:-1]], features.device)
+    if (kernels := _fused(features.device)) is not None and kernels.fits(max(size)): return kernels.take_diverse(distance, *host, max(size), keep)
+    gap = torch.cat([_second_smallest(t).flatten() for t in tables])
+    return _take_diverse(distance, gap, *host[..., None], max(size), max(count), keep)
 
 # %% ../nbs/08_select.ipynb #ba04b8e8
 def query_scores(q:Tensor, # (B, H, d) query of one position per sample, after rotary

@@ -11,6 +11,7 @@ import pytest
 from seats_analysis import figures as F
 from seats_analysis.boundaries import Boundaries, find_boundaries, ramp, synthetic_profile
 from seats_analysis.media import Clip, encode_clip
+from seats_analysis.paper import paper_jobs
 from seats_analysis.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -238,7 +239,7 @@ def test_figures_from_a_data_folder(profile, clip, tmp_path):
 def test_committed_figures_are_those_of_the_data():
     "Whatever can be drawn from data/ is in figures/, and nothing else."
     if not (ROOT/'data'/'profiles'/'testbed.nc').exists(): pytest.skip('no committed profile yet')
-    names = set(F.figure_jobs(ROOT/'data'))
+    names = set(F.figure_jobs(ROOT/'data', paper_jobs(ROOT/'data')))
     assert {p.stem for p in (ROOT/'figures').glob('*.png')} == names == {p.stem for p in (ROOT/'figures').glob('*.pdf')}
 
 

@@ -69,10 +69,11 @@ def whole(model, processor, samples, tmp_path_factory):
 def rows_of(path): return sorted(p.name for p in journal_of(path).glob('[0-9]*.json'))
 
 
-def killed(run, seconds):
-    "Run in a forked process and kill it after some time; True if it was still running."
+def killed(run, path, rows, seconds):
+    "Run in a forked process and kill it some time after so many samples are finished; True if it was still running."
     child = FORK.Process(target=run)
     child.start()
+    while child.is_alive() and len(rows_of(path)) < rows: time.sleep(.001)
     child.join(seconds)
     alive = child.is_alive()
     if alive: os.kill(child.pid, signal.SIGKILL)
@@ -81,7 +82,7 @@ def killed(run, seconds):
 
 
 def kill_and_resume(model, processor, samples, path, kills, seed):
-    "Kill one run again and again, each time checking that nothing finished is lost; (kills that hit, samples at each)."
+    "Kill one run again and again, each time checking that nothing finished is lost; finished samples at each kill that hit."
     draw, counts = random.Random(seed), []
     run = lambda: probe_to_file(model, processor, samples, path, progress=False)
     began = time.perf_counter()
@@ -89,7 +90,9 @@ def kill_and_resume(model, processor, samples, path, kills, seed):
     while len(counts) < kills:
         if path.exists(): path.unlink()  # it came through: begin again
         before = rows_of(path)
-        if killed(run, draw.uniform(.2, 1.5)*alone): counts.append(len(rows_of(path)))
+        rows = draw.randint(len(before), len(samples))  # in samples, for seconds mean something else on every machine; all: while the file is written
+        wait = draw.uniform(0, alone) if len(before) < len(samples) or draw.random() < .5 else 600
+        if killed(run, path, rows, wait): counts.append(len(rows_of(path)))
         if not path.exists(): assert set(before) <= set(rows_of(path)), 'a finished sample is gone'
     probe_to_file(model, processor, samples, path, progress=False)
     return counts
@@ -98,14 +101,14 @@ def kill_and_resume(model, processor, samples, path, kills, seed):
 def test_killed_and_resumed_is_the_uninterrupted_file(model, processor, samples, whole, tmp_path):
     counts = kill_and_resume(model, processor, samples, tmp_path/'p.nc', kills=4, seed=1)
     assert (tmp_path/'p.nc').read_bytes() == whole.read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['p.nc'] and len(counts) == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['p.nc'] and len(counts) == 4 and any(counts)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize('seed', range(5))
 def test_many_random_kills(model, processor, samples, whole, tmp_path, seed):
     counts = kill_and_resume(model, processor, samples, tmp_path/'p.nc', kills=20, seed=seed)
-    assert (tmp_path/'p.nc').read_bytes() == whole.read_bytes() and len(set(counts)) > 2
+    assert (tmp_path/'p.nc').read_bytes() == whole.read_bytes() and len(set(counts)) > 4, counts
 
 
 def test_only_what_was_in_flight_is_run_again(model, processor, samples, tmp_path, monkeypatch):
@@ -136,6 +139,22 @@ def test_resumed_equals_whole_for_both_methods(model, processor, samples, tmp_pa
     for name in ('000001.json', '000004.json'): (journal/name).unlink()
     (journal/'000003.json').write_text('{"id": "half a fi')
     assert probe_dependency(model, processor, samples[:6], journal=journal, **options).identical(expected)
+
+
+def test_killed_in_the_middle_of_the_file(model, processor, samples, whole, tmp_path, monkeypatch):
+    "What was written of it does not stay beside the result."
+    import xarray as xr
+    def half(self, path, **options):
+        Path(path).write_bytes(b'half')
+        os.kill(os.getpid(), signal.SIGKILL)
+    run = lambda: probe_to_file(model, processor, samples, tmp_path/'p.nc', progress=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(xr.Dataset, 'to_netcdf', half)
+        assert not killed(run, tmp_path/'p.nc', len(samples), 600)
+    assert len(rows_of(tmp_path/'p.nc')) == len(samples) and len(list(tmp_path.iterdir())) == 2  # the journal and the half file
+    (tmp_path/'.p.q.nc').touch()  # somebody else's
+    run()
+    assert (tmp_path/'p.nc').read_bytes() == whole.read_bytes() and sorted(p.name for p in tmp_path.iterdir()) == ['.p.q.nc', 'p.nc']
 
 
 def test_killed_while_the_file_is_written(model, processor, samples, whole, tmp_path, monkeypatch):

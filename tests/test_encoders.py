@@ -1,0 +1,108 @@
+"""Options for the towers: the same tokens as without, measured where they can be seen to work, and undone."""
+import pytest, torch
+import tiny
+from seats_analysis.adapter import adapter_for, encode, last_vision_attention
+from seats_analysis.encoders import ENCODERS
+from seats_analysis.media import Clip
+from seats_analysis.prune import prune
+from seats_analysis.schedule import Schedule
+from test_undo import state
+
+LAYERS = tiny.LAYERS
+PLAN = Schedule(num_layers=LAYERS, drop_layers=(2, 3), late_start=5, keep_ratios=dict(visual=(.8, .5), audio=(.9, .6)), entering=dict(visual=.3, audio=.5))
+SETS = [(o,) for o in ENCODERS] + [ENCODERS]
+
+@pytest.fixture(scope='module', params=tiny.FAMILIES)
+def model(request): return tiny.thinker(request.param)
+
+@pytest.fixture(scope='module')
+def batch(model):
+    "Two clips; of the first one's 8 temporal grids 3 are new, of the second one's all."
+    moving = tiny.clip(1)
+    frames = tiny.clip(0, 8.).frames
+    slides = Clip('slides', frames[[0]*8 + [5]*4 + [0]*4], 2., tiny.clip(0, 8.).waveform, 16000)
+    return encode(model, tiny.processor(adapter_for(model).family), [tiny.ask('slides', slides), tiny.ask('moving', moving, 'where is it ?')])
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad(): yield
+
+def seen(module, model, batch, **options):
+    "Logits, what was kept, and the number of rows that a module was given, call by call."
+    rows = []
+    handle = module.register_forward_pre_hook(lambda m, a, k: rows.append(len(a[0] if a else k['hidden_states'])), with_kwargs=True)
+    try:
+        with prune(model, PLAN, **options) as run: logits = model(**batch.inputs).logits
+    finally: handle.remove()
+    return logits, run, rows
+
+@pytest.mark.parametrize('options', SETS, ids='+'.join)
+def test_tokens_are_the_same(model, batch, options):
+    attn = last_vision_attention(model)
+    (want, before, all_rows), (logits, run, rows) = (seen(attn, model, batch, encoders=o) for o in ((), options))
+    torch.testing.assert_close(logits, want, atol=1e-4, rtol=0)
+    for name, kept in before.kept.items(): assert all(torch.equal(a, b) for a, b in zip(kept, run.kept[name]))
+    share = (3 + 4)/(8 + 4) if 'repeats' in options else 1
+    assert rows == [all_rows[0]*share]
+
+@pytest.mark.parametrize('options', SETS, ids='+'.join)
+def test_generating_is_the_same(model, batch, options):
+    go = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, num_beams=2, num_return_sequences=2)
+    with prune(model, PLAN): want = model.generate(**batch.inputs, **go)
+    with prune(model, PLAN, encoders=options): assert torch.equal(model.generate(**batch.inputs, **go), want)
+    with prune(model, None): want = model.generate(**batch.inputs, **go)
+    with prune(model, None, encoders=options): assert torch.equal(model.generate(**batch.inputs, **go), want)
+
+def test_order_of_the_towers(model, batch):
+    "`overlap` launches the video before the sound, where the thinker takes encoded video; the ledger counts both as encoding."
+    import inspect
+    calls, adapter, handles = [], adapter_for(model), []
+    for name, tower in (('video', adapter.visual(model)), ('sound', adapter.audio_tower(model))):
+        handles.append(tower.register_forward_pre_hook(lambda m, a, name=name: calls.append(name)))
+    try:
+        for options in ((), 'overlap'):
+            with prune(model, PLAN, encoders=options) as run: model(**batch.inputs)
+            assert run.ledger.ms['encoders'] > 0
+    finally:
+        for h in handles: h.remove()
+    takes = 'mm_encoder_outputs' in inspect.signature(adapter.thinker(model).forward).parameters
+    assert calls == ['sound', 'video'] + (['video', 'sound'] if takes else ['sound', 'video'])
+
+def test_windows_are_one_call_per_size(model, batch, monkeypatch):
+    calls, whole = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention', lambda q, *a, **k: calls.append(len(q)) or whole(q, *a, **k))
+    counts = []
+    for options in ((), 'batch'):
+        calls.clear()
+        with prune(model, None, encoders=options): adapter_for(model).visual(model)(batch.inputs['pixel_values_videos'], grid_thw=batch.inputs['video_grid_thw'])
+        counts.append(len(calls))
+    assert counts[1] < counts[0]/3
+
+@pytest.mark.parametrize('where', ['nowhere', 'vision', 'sound', 'decoder'])
+def test_undone(model, batch, where):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    adapter, before, names = adapter_for(model), state(model), set(ALL_ATTENTION_FUNCTIONS.keys())
+    part = dict(vision=adapter.visual(model).blocks[0], sound=adapter.audio_tower(model).layers[0], decoder=adapter.layers(model)[2].mlp).get(where)
+    def broken(*_): raise RuntimeError('planted')
+    with prune(model, PLAN): want = model(**batch.inputs).logits
+    with prune(model, PLAN, encoders=ENCODERS):
+        assert state(model) != before
+        if part is not None:
+            handle = part.register_forward_hook(broken)
+            with pytest.raises(RuntimeError, match='planted'): model(**batch.inputs)
+            handle.remove()
+        torch.testing.assert_close(model(**batch.inputs).logits, want, atol=1e-4, rtol=0) # and the next pass is fine
+    assert state(model) == before and set(ALL_ATTENTION_FUNCTIONS.keys()) == names
+    with prune(model, PLAN): assert torch.equal(model(**batch.inputs).logits, want)
+
+def test_another_model_of_the_same_configuration_is_left_alone():
+    config = tiny.config('qwen2.5-omni')
+    from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
+    one, other = Thinker(config), Thinker(config)
+    one.set_attn_implementation('sdpa')
+    with prune(one, None, encoders='batch'):
+        assert 'flash' in last_vision_attention(one).config._attn_implementation and 'flash' not in last_vision_attention(other).config._attn_implementation
+
+def test_unknown_option(model):
+    with pytest.raises(ValueError, match="`encoders` must be one of 'batch', 'repeats', 'overlap', not 'fast'"):
+        with prune(model, PLAN, encoders=('batch', 'fast')): pass
