@@ -887,7 +887,7 @@ def encode_beside(w, given): # w: EncoderWatch; given: inputs of the thinker -> 
         w.sections.stop()
         w.aside = None
         return {}
-    w.aside.hold([*w.aside.out, *(c.received for c in w.calls['visual'] if c.received is not None)])
+    w.aside.hold([*w.aside.out, *(x for c in w.calls['visual'] for x in (c.received, c.keys) if x is not None)])
     return changed
 
 # %% ../nbs/09_prune.ipynb #09b00001

@@ -267,6 +267,25 @@ def test_batch_equals_singles_and_plan(name, model, batch, singles):
     assert torch.equal(last(model, batch), full)
 
 
+@pytest.mark.parametrize('name', METHODS)
+def test_any_media(name, model, processor):
+    "Images that count as visual tokens, clips of different size, prompts with one modality or none, in one batch: as planned, and as alone."
+    from seats_analysis.adapter import Prompt
+    clips = Prompt('clips', (tiny.clip(8, 2), tiny.clip(9, 2, sound=False, size=(84, 56)), 'where ?', tiny.clip(10, 1, sight=False), 'when ?'))
+    mixed = [Prompt('mixed', (tiny.image(2), tiny.clip(14, 2), 'or', tiny.image(3, (28, 56)), 'what ?')), tiny.ask('heard', tiny.clip(2, 2.5, sight=False)), clips, tiny.ask('text', None)]
+    method, batch = usual(name, (.5, .5)), encode(model, processor, mixed)
+    with prune(model, method, images='prune') as run: together, kept, tokens = last(model, batch), run.kept, run.tokens_per_layer
+    plan = planned_tokens(method, layout_of(model, batch.inputs, 'prune', method.grids, method.seconds))
+    assert (tokens == plan).all() if name != 'seats' else (tokens <= plan).all()
+    assert (tokens[:3, -1] < batch.layout.valid.sum(1).numpy()[:3]).all()
+    for i in (0, 2):
+        with prune(model, method, images='prune') as run:
+            run.samples = i
+            alone = last(model, encode(model, processor, mixed[i:i + 1]))
+        close(together[i:i + 1], alone, 2e-5)
+        for stage in run.kept: assert kept[stage][i].tolist() == run.kept[stage][0].tolist()
+
+
 @each
 def test_generate_and_undo(name, model, batch):
     hooks = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
