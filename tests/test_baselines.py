@@ -137,6 +137,23 @@ def test_best_of_each_modality(seed, name):
     assert positions(keep) == plain_rivals.top_by_modality(scores[0].tolist(), kinds, {1: aim['visual'], 2: aim['audio']})
 
 
+@pytest.mark.parametrize('name', [n for n, m in METHODS.items() if getattr(m, 'prunes', None) == ('visual',)])
+def test_audio_without_a_rule_goes_by_chance(name):
+    "Not by anything that the method looks at; otherwise for every sample, alike for the same seed."
+    method = METHODS[name].for_trr(L, .5, .5, 12, 30) if name != 'fastv' else METHODS[name].for_trr(L, .7, .7, 12, 30)
+    kinds, tokens, scores, r = sequence(3, rows=2)
+    if name == 'fastv':
+        aim = dict(visual=2, audio=kinds.count(2)//2)
+        draw = lambda s, m=method: m.drop(tokens, s, Cut('drop2', 2, 2, (aim, aim), (0, 0), (True, True)), 1)[tokens.is_('audio')].view(2, -1)
+        a, b, other = draw(scores), draw(scores.flip(1)), draw(scores, type(method)(method.schedule, seed=1))
+    else:
+        parts = tuple(Part(m, i, (n,), (k,)) for m, n, k in (('visual', 12, 6), ('audio', 30, 15)) for i in range(2))
+        look = lambda: Entry(torch.randn(84, 4), torch.rand(84), parts, dict(visual=torch.randn(24, 3), audio=torch.randn(60, 3)))
+        draw = lambda m: (lambda keep: (keep[0] if isinstance(keep, tuple) else keep)[24:].view(2, 30))(m.enter(look()))
+        a, b, other = draw(method), draw(method), draw(type(method)(method.schedule, seed=1))
+    assert torch.equal(a, b) and not torch.equal(a[0], a[1]) and not torch.equal(a, other) and a.sum(1).unique().numel() == 1
+
+
 @seeded
 def test_uniform_lies_evenly(seed):
     r = np.random.default_rng(seed)
