@@ -140,12 +140,13 @@ def layout_of(
     inputs:Mapping, # the processor's output, or that of `encode`
     images:str='keep', # one of `IMAGES`
     grids_per_window:int|None=None, # temporal grids in a visual window; None: as the model's rates say
+    seconds:float|None=None, # of an audio window; None: likewise
 )->TokenLayout: # (B, S)
     "What each position of the inputs is. Raises ValueError if placeholders and media do not match, or for another `images`."
     if images not in IMAGES: raise ValueError(f'`images` must be one of {", ".join(map(repr, IMAGES))}, not {images!r}')
     r, grids, sound = rates(model), inputs.get('video_grid_thw'), inputs.get('feature_attention_mask')
     media = lambda grids, n: [] if grids is None else video_media(grids, r.merge_size, n)
-    sounds = audio_media(audio_token_counts(model, () if sound is None else sound.sum(-1).tolist()), r.positions_per_second, r.seconds_per_chunk)
+    sounds = audio_media(audio_token_counts(model, () if sound is None else sound.sum(-1).tolist()), r.positions_per_second, seconds or r.seconds_per_chunk)
     layout = token_layout(inputs['input_ids'], inputs.get('attention_mask'), token_ids(model), media(grids, grids_per_window or r.grids_per_window), sounds)
     return layout if images == 'keep' else images_as_visual(layout, media(inputs.get('image_grid_thw'), 1))
 

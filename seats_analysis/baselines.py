@@ -111,7 +111,7 @@ class AttentionOnly(Seats):
     name: ClassVar[str] = 'seats-attention-only'
     def enter(self, entry): # -> (T,) bool
         sizes, keep = (sum((getattr(p, k) for p in entry.parts), ()) for k in ('sizes', 'keep'))
-        window = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(entry.features.device, non_blocking=True)
+        window = torch.tensor([w for w, n in enumerate(sizes) for _ in range(n)]).to(entry.features.device, non_blocking=True)
         return topk_in_groups(entry.attention[None], window[None], torch.tensor([keep]).to(window.device, non_blocking=True))[0]
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ def select_visionzip(
     counts:Sequence, # per window: dominant and contextual tokens
 )->tuple: # (T,) bool; (T, D) float32 features, changed at the anchors that others joined
     "Dominant tokens stay, anchors take the rest in (VisionZip, arXiv 2412.04467, as compared on om-LLMs)."
+    if not sum(sizes): return torch.zeros(0, dtype=torch.bool, device=features.device), features.float()
     table = Table.of(sizes, features.device)
     n = torch.tensor([(d, c, s - d) for (d, c), s in zip(counts, sizes)], dtype=torch.long).view(-1, 3).to(features.device, non_blocking=True)
     dominant = best_in_rows(table.rows(attention), table.valid, n[:, 0])
@@ -107,12 +108,17 @@ class VisionZipOm(Rival):
     "VisionZip for both modalities (arXiv 2412.04467, as compared on om-LLMs)."
     contextual: float = .05 # fraction of a window's tokens that become anchors
     grids: int = 1 # temporal grids of a visual window
+    seconds: float = 2. # of an audio window
     name: ClassVar[str] = 'visionzip-om'
     paper: ClassVar[str] = 'arXiv 2412.04467'
     needs: ClassVar[tuple] = ('encoder attention', 'encoder keys', 'embeddings')
-    defaults: ClassVar[Mapping] = dict(contextual=.05, grids=1)
+    defaults: ClassVar[Mapping] = dict(contextual=.05, grids=1, seconds=2.)
     uses_attention: ClassVar[bool] = True
     uses_keys: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if not 0 <= self.contextual <= 1: raise ValueError(f'`contextual` is a fraction and must lie in [0, 1], not {self.contextual!r}')
+        if not (self.grids >= 1 and self.seconds > 0): raise ValueError(f'windows need at least one grid and some seconds, not {self.grids!r} and {self.seconds!r}')
 
     def counts(self, modality, sizes): # -> per window (dominant, contextual)
         ratio = self.schedule.entering[modality]
@@ -198,12 +204,13 @@ def audio_anchors(
 )->tuple: # (N,) bool; (N, D) float32 features, changed at the anchors that took something in
     "Salient audio tokens, and anchors that keep what sounds like something seen (OmniZip, arXiv 2511.14582)."
     n, unit, seen = len(audio), normalize(audio.float(), dim=-1), normalize(visual.float(), dim=-1)
+    if dominant + contextual == n: return torch.ones(n, dtype=torch.bool, device=audio.device), audio.float()
     count = torch.tensor([dominant, contextual, n - dominant]).to(audio.device, non_blocking=True)
     every = torch.ones(1, n, dtype=torch.bool, device=audio.device)
     strong = best_in_rows(attention[None], every, count[:1])
     anchor = anchors_among(~strong, count[2:], count[1:2])
     to = nearest_anchor(unit[None], anchor)[0]
-    value = (unit @ (seen if len(seen) else unit[to]).mT).amax(-1) if len(seen) else (unit*unit[to]).sum(-1)
+    value = (unit @ seen.mT).amax(-1) if len(seen) else (unit*unit[to]).sum(-1)
     follows = ~(strong | anchor)[0] & anchor.any()
     taken = topk_in_groups(value[None], torch.where(follows, to, n)[None], torch.full((1, n), g, device=audio.device))[0]
     weight = torch.where(taken, value.exp(), 0.)

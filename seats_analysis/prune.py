@@ -191,6 +191,7 @@ class Method:
     uses_attention: ClassVar[bool] = True # stage I wants the attention received in the encoders
     uses_scores: ClassVar[bool] = True # stage II wants the scores of the last text token
     uses_keys: ClassVar[bool] = False # stage I wants the keys of the encoders' last layers
+    seconds: ClassVar[float|None] = None # of an audio window; None: as the model's rates say
 
     @property
     def grids(self): return self.schedule.windows['visual_grids'] # temporal grids of a visual window
@@ -418,10 +419,11 @@ def audio_attention(
     model,
     lengths:Sequence[int], # mel frames of each sound
     hidden:torch.Tensor, # (rows, D) input of the last attention module
+    seconds:float|None=None, # of a window; None: `seconds_per_chunk`
 )->torch.Tensor: # (tokens,) float32
-    "Attention received by every audio token, within windows of `seconds_per_chunk`."
-    rows, group = audio_rows(model, lengths), adapter_for(model).rows_per_token
-    sizes = [n for r in rows for n in window_sizes(r, group*rates(model).audio_per_window)]
+    "Attention received by every audio token, within windows of some seconds."
+    r, rows, group = rates(model), audio_rows(model, lengths), adapter_for(model).rows_per_token
+    sizes = [n for m in rows for n in window_sizes(m, group*int(r.positions_per_second*(seconds or r.seconds_per_chunk)))]
     return pool_groups(attention_received(*audio_qk(last_audio_attention(model), hidden), sizes), group, rows)
 
 # %% ../nbs/09_prune.ipynb #d6c0a002
@@ -630,7 +632,7 @@ def read_layout(s, given, visual): # visual: video tokens in the prompt -> Token
     given = known_shape(s.encoders, given, visual)
     if image is not None: s.encoders.calls['visual'].insert(0, image)
     if image is not None and given.get('image_grid_thw') is None: given = {**given, 'image_grid_thw': torch.tensor(image.shape)}
-    return layout_of(s.model, given, s.images, s.method.grids if s.method else None)
+    return layout_of(s.model, given, s.images, *((s.method.grids, s.method.seconds) if s.method else ()))
 
 def finish_plan(s, given):
     "What only a pass with cuts needs to know. Raises ValueError for outputs that it cannot give."
@@ -798,7 +800,7 @@ class EncoderWatch:
     "Notes every call of the two towers, and the attention that their tokens receive."
     def __init__(self, model, sections, method): # method: None where stage I does not need the attention
         self.model, self.sections, self.wanted = model, sections, method is not None
-        self.grids, self.keys = getattr(method, 'grids', None), getattr(method, 'uses_keys', False)
+        self.windows, self.keys = {m: getattr(method, k, None) for m, k in zip(CODES, ('grids', 'seconds'))}, getattr(method, 'uses_keys', False)
         self.forget()
 
     def forget(self): self.calls = {m: [] for m in CODES}
@@ -825,7 +827,7 @@ class EncoderWatch:
         if not self.wanted: return
         call = self.calls[modality][-1]
         with self.sections.during('selection'), torch.no_grad():
-            call.received = statistic(self.model, call.shape, *inputs, *((self.grids,) if modality == 'visual' else ()))
+            call.received = statistic(self.model, call.shape, *inputs, self.windows[modality])
             if self.keys: call.keys = encoder_keys(self.model, modality, call.shape, *inputs)
 
     def before(self): # -> (module, pre-hook)

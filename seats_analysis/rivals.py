@@ -295,6 +295,7 @@ def stage_ratio(
     drops, # layers before which the same fraction is kept
 )->float: # in [0, 1]
     "The one ratio at all drops that gives an average; 0 where the first stage alone costs more."
+    if target >= 1: return 1.
     pieces, low, high = piece_lengths(drops, num_layers), 0., 1.
     average = lambda r: float(pieces @ r**np.arange(len(pieces)))/num_layers
     for _ in range(60):

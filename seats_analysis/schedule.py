@@ -11,6 +11,7 @@ __all__ = ['MAX_STRENGTH', 'SCHEMA', 'WINDOWS', 'LATE_RULES', 'PUBLISHED', 'drop
 import inspect
 import json
 import operator
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -443,8 +444,9 @@ def solve_trr(
     like="qwen2.5-omni-7b",  # whose published pairs to interpolate
     caps=(1.0, 1.0),  # highest feasible visual and audio TRR, as late_start / L
 ):  # {"visual": fraction, "audio": fraction}
-    "Visual and audio TRR with a given token-weighted average. Raises ValueError outside (0, 100] and for what the caps exclude."
+    "Visual and audio TRR with a given token-weighted average; warns below 1. Raises ValueError outside (0, 100] and for what the caps exclude."
     if not 0 < trr <= 100: raise ValueError(f"`trr` is percent in (0, 100], not {trr}")
+    if trr < 1: warnings.warn(f"`trr` is percent: {trr:g} keeps {trr / 100:.2%} of the tokens; if that fraction was meant, write {100 * trr:g}", stacklevel=2)
     if min(n_visual, n_audio) < 0 or n_visual + n_audio <= 0: raise ValueError(f"needs token counts, not {n_visual} visual and {n_audio} audio")
     tokens = n_visual + n_audio
     visual, audio = _share_out(trr / 100 * tokens, n_visual, n_audio, modality_ratio(trr / 100, like), caps)

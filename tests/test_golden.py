@@ -4,6 +4,8 @@ The recorded cases are read from the folder named by SEATS_GOLDEN (default: test
 (golden.py), never by its name, so the same tests run on any folder with the same set of files, whatever its seeds and shapes.
 """
 import numpy as np, pytest, torch
+pytest.register_assert_rewrite("golden_baselines")
+from golden_baselines import * # the recorded baselines: fixtures below are theirs too
 from golden import (BF16_SCORE, BF16_STATISTIC, FILE_NAME, FLOAT32, GOLDEN, QUIRKS, e2e_cases, e2e_model, flagged, index, is_feasible, label, near, quirk_base,
     read_json, recorded, run_pruned, runs_of, tensors)
 from seats_analysis.adapter import adapter_for, audio_token_counts, layout_of, rotary_tables

@@ -1,0 +1,361 @@
+"""Every method against plain loops of its paper's pseudo-code; inside a model: exact counts, any batch, both families, bit-identical at 100 %, gone on exit."""
+import numpy as np, plain_rivals, pytest, tiny, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from seats_analysis.adapter import encode, layout_of
+from seats_analysis.baselines import ABLATIONS, METHODS, Seats, make_method
+from seats_analysis.budget import nearest_levels, planned_tokens
+from seats_analysis.merging import DyCoke, OmniZip, VisionZipOm, audio_anchors, density_peaks, select_visionzip, visionzip_counts, visual_shares
+from seats_analysis.prune import Cut, Entry, Part, Tokens, prune
+from seats_analysis.rivals import VTW, DivPruneOm, FastVOm, PyramidDrop, Uniform, withdrawal_layer
+from seats_analysis.schedule import Schedule
+
+EVERY = METHODS | ABLATIONS
+CASES = range(50)
+L = tiny.LAYERS
+each = pytest.mark.parametrize('name', EVERY)
+seeded = pytest.mark.parametrize('seed', CASES)
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad(): yield
+
+
+def generator(seed): return torch.Generator().manual_seed(seed)
+def positions(keep): return keep.nonzero()[:, 0].tolist()
+def close(a, b, tol=1e-5): torch.testing.assert_close(a.double(), b.double(), atol=tol, rtol=0)
+
+
+# ---------------------------------------------------------------- against the pseudo-code
+
+@seeded
+def test_divprune(seed):
+    g, r = generator(seed), np.random.default_rng(seed)
+    sizes = r.integers(1, 26, 2).tolist()
+    method = DivPruneOm.for_trr(L, *r.uniform(.05, 1, 2), *sizes)
+    x = torch.randn(sum(sizes), 6, generator=g) + r.choice([0, 1])
+    parts = tuple(Part(m, 0, *method.share(m, (n,))) for m, n in zip(('visual', 'audio'), sizes))
+    keep, start = method.enter(Entry(x, None, parts)), 0
+    for part, n in zip(parts, sizes):
+        want, slack = plain_rivals.divprune(x[start:start + n], part.keep[0])
+        if slack > 1e-6: assert positions(keep[start:start + n]) == want
+        assert int(keep[start:start + n].sum()) == part.keep[0]
+        start += n
+
+
+@seeded
+def test_visionzip(seed):
+    g, r = generator(seed), np.random.default_rng(seed)
+    sizes = tuple(r.integers(1, 30, r.integers(1, 5)).tolist())
+    counts = [visionzip_counts(n, r.uniform(.02, .95), r.choice([0, .05, .2])) for n in sizes]
+    x, keys, attention = torch.randn(sum(sizes), 5, generator=g), torch.randn(sum(sizes), 4, generator=g), torch.rand(sum(sizes), generator=g)
+    keep, merged = select_visionzip(x, attention, keys, sizes, counts)
+    want, out = plain_rivals.visionzip(x, attention, keys, sizes, counts)
+    assert positions(keep) == want
+    close(merged[keep], out[keep])
+
+
+@seeded
+def test_dycoke(seed):
+    g, r = generator(seed), np.random.default_rng(seed)
+    frames, P, ratio = int(r.integers(1, 10)), int(r.integers(1, 14)), float(r.uniform(.25, 1))
+    method = DyCoke(Schedule(L, entering=dict(visual=ratio, audio=1.)))
+    x = torch.randn(frames, P, 6, generator=g)
+    sizes, keep = method.share('visual', (P,)*frames)
+    got = method.pick(Entry(x.flatten(0, 1), None, (Part('visual', 0, sizes, keep),)))
+    assert positions(got) == plain_rivals.dycoke(x, max((4*ratio - 1)/3, 0.)) and int(got.sum()) == sum(keep)
+
+
+@seeded
+def test_omnizip_audio(seed):
+    g, r = generator(seed), np.random.default_rng(seed)
+    n, seen = int(r.integers(1, 30)), int(r.choice([0, 5, 20]))
+    contextual = int(r.integers(0, min(n, 4) + 1))
+    dominant, how_many = int(r.integers(0, n - contextual + 1)), int(r.integers(1, 5))
+    audio, visual, attention = torch.randn(n, 6, generator=g), torch.randn(seen, 6, generator=g), torch.rand(n, generator=g)
+    keep, merged = audio_anchors(audio, visual, attention, dominant, contextual, how_many)
+    want, out = plain_rivals.omnizip_audio(audio, visual, attention, dominant, contextual, how_many)
+    assert positions(keep) == want
+    close(merged[keep], out[keep])
+
+
+@seeded
+def test_omnizip_rates(seed):
+    r = np.random.default_rng(seed)
+    G = int(r.integers(1, 8))
+    sizes, retained = r.integers(1, 30, G).tolist(), [None if r.random() < .2 else float(r.random()) for _ in range(G)]
+    keep = max(1, round(float(r.uniform(.26, .64))*sum(sizes)))
+    got = visual_shares(torch.tensor([np.nan if v is None else v for v in retained]), torch.tensor(sizes), keep)
+    close(got, torch.tensor(plain_rivals.omnizip_rates(retained, sizes, keep, .35, .75)), 1e-6)
+    close((got*torch.tensor(sizes)).sum(), torch.tensor(float(keep)), 1e-9)
+
+
+@seeded
+def test_omnizip(seed):
+    "The whole method on one sample."
+    g, r = generator(seed), np.random.default_rng(seed)
+    frames, P, windows, w = int(r.integers(1, 7)), int(r.integers(4, 12)), int(r.integers(1, 4)), int(r.integers(5, 14))
+    method = OmniZip.for_trr(L, *r.uniform(.1, .9, 2), frames*P, windows*w)
+    n, N = frames*P, windows*w
+    parts = (Part('visual', 0, *method.share('visual', (P,)*frames)), Part('audio', 0, *method.share('audio', (w,)*windows)))
+    x, attention = torch.randn(n + N, 6, generator=g), torch.rand(n + N, generator=g)
+    keep, merged = method.enter(Entry(x, attention, parts))
+    total, anchors = sum(parts[1].keep), min(round(.05*N), sum(parts[1].keep))
+    heard, out = plain_rivals.omnizip_audio(x[n:], x[:n], attention[n:], total - anchors, anchors, 3)
+    retained = [sum(i*w <= j < (i + 1)*w for j in heard)/w for i in range(windows)]
+    groups = [min(2, frames - f)*P for f in range(0, frames, 2)]
+    retained = (retained + [None]*len(groups))[:len(groups)]
+    seen = plain_rivals.omnizip_visual(x[:n].view(frames, P, 6), plain_rivals.omnizip_rates(retained, groups, sum(parts[0].keep), .35, .75))
+    assert positions(keep[n:]) == heard and positions(keep[:n]) == seen and len(seen) == sum(parts[0].keep)
+    close(merged[n:][keep[n:]], out[keep[n:]])
+
+
+@seeded
+def test_density_peaks(seed):
+    x = torch.randn(1, 3 + seed % 9, 5, generator=generator(seed))
+    close(density_peaks(x, torch.ones(x.shape[:2], dtype=torch.bool))[0], torch.tensor(plain_rivals.peaks(x[0])))
+
+
+def sequence(seed, rows=1):
+    "Tokens of a made-up prompt, and scores."
+    g, r = generator(seed), np.random.default_rng(seed)
+    kinds = [[0, 0] + r.choice([1, 1, 2], int(r.integers(4, 20))).tolist() + [1, 2, 0]]*rows
+    modality = torch.tensor(kinds, dtype=torch.int8)
+    column = torch.arange(modality.shape[1]).expand(modality.shape)
+    tokens = Tokens(column, modality, column*0, column*0, modality.shape[1], tuple(range(rows)), False)
+    return kinds[0], tokens, torch.randint(0, 8, modality.shape, generator=g).float(), r
+
+
+@pytest.mark.parametrize('name', ('fastv-om', 'pyramiddrop', 'seats-flat-budgets'))
+@seeded
+def test_best_of_each_modality(seed, name):
+    kinds, tokens, scores, r = sequence(seed)
+    n = {1: kinds.count(1), 2: kinds.count(2)}
+    aim = {m: int(r.integers(1, n[k] + 1)) for m, k in (('visual', 1), ('audio', 2))}
+    method = EVERY[name].for_trr(L, .9, .9, n[1], n[2])
+    keep = method.drop(tokens, scores, Cut('drop2', 2, 2, (aim,), (0,), (True,)), 1)[0]
+    assert positions(keep) == plain_rivals.top_by_modality(scores[0].tolist(), kinds, {1: aim['visual'], 2: aim['audio']})
+
+
+@seeded
+def test_uniform_lies_evenly(seed):
+    r = np.random.default_rng(seed)
+    n = int(r.integers(1, 60))
+    method = Uniform.for_trr(L, float(r.uniform(.01, 1)), 1., n, 0)
+    part = Part('visual', 0, *method.share('visual', (n,)))
+    keep = positions(method.pick(Entry(torch.zeros(n, 2), None, (part,))))
+    assert len(keep) == part.keep[0]
+    gaps = np.diff([-1, *keep]) # every step is the whole part of N/n or one more
+    assert set(gaps.tolist()) <= {n//len(keep), n//len(keep) + 1} and keep[-1] == n - 1
+
+
+@seeded
+def test_vtw_takes_the_first_layer_under_the_threshold(seed):
+    import xarray as xr
+    r = np.random.default_rng(seed)
+    kl = r.random((5, 2, 7))*np.linspace(1, 0, 7)**3
+    profile = xr.Dataset(dict(kl=(('sample', 'removed', 'layer'), kl)), dict(removed=['both', 'visual'], layer=range(7)))
+    threshold = float(r.uniform(.001, .3))
+    for i, removed in enumerate(('both', 'visual')):
+        want = next(l for l in range(7) if sum(kl[s, i, l] for s in range(5))/5 < threshold)
+        assert withdrawal_layer(profile, removed, threshold) == want
+        plan = VTW.from_profile(profile, 6, removed, threshold).schedule
+        assert plan.late('visual') == want and plan.late('audio') == (want if removed == 'both' else 6)
+
+
+@seeded
+def test_pyramid_and_seats_meet_their_targets(seed):
+    "The average of the levels, computed layer by layer, is the target or the floor."
+    r = np.random.default_rng(seed)
+    layers, t = int(r.integers(12, 60)), float(r.uniform(.01, .75))
+    pyramid = PyramidDrop.for_trr(layers, t, t, 10_000, 10_000).schedule
+    level, levels = 1., []
+    for i in range(layers):
+        if i in pyramid.drop_layers: level *= pyramid.keep_ratios['visual'][pyramid.drop_layers.index(i)]
+        levels.append(level)
+    floor = pyramid.drop_layers[0]/layers
+    assert np.mean(levels) == pytest.approx(t if t > floor else floor, abs=1e-3)
+    drops, late = (layers//2, layers//2 + 2), layers - 2
+    for shares in (Seats.shares, ABLATIONS['seats-uniform-trr'].shares):
+        e, keep = nearest_levels(t, layers, drops, late, shares)
+        assert (e*(drops[0] + keep[0]*2 + keep[0]*keep[1]*(late - drops[1])))/layers == pytest.approx(min(t, late/layers))
+
+
+# ---------------------------------------------------------------- for a target of their own
+
+@each
+@pytest.mark.parametrize('layers', (3, 6, 28))
+def test_no_target_fails(name, layers):
+    "And what is planned is what the schedule says; more tokens for a higher target, all of them at 100 %."
+    before = -1.
+    for t in (1e-9, .01, .1, .25, .5, .9, 1.):
+        method = EVERY[name].for_trr(layers, t, t, 128., 80.)
+        trr = method.schedule.token_trr(128, 80)
+        assert method.schedule.num_layers == layers and 0 <= trr <= 1 and trr >= before - .02
+        before = trr
+    assert method.schedule.keeps_all
+    for pair in ((1., .05), (.05, 1.), (.3, .6)):
+        for n in ((128, 80), (9216, 1500), (100, 0), (0, 100), (1, 1)): EVERY[name].for_trr(layers, *pair, *n)
+
+
+@each
+def test_targets_are_met_where_no_floor_is_in_the_way(name):
+    got = EVERY[name].for_trr(28, .72, .72, 9216, 1500).schedule.token_trr(9216, 1500)
+    limit = {'omnizip': .65, 'vtw': 20/28}.get(name, .72) # 65 % of the visual tokens at most; whole layers
+    assert got == pytest.approx(limit, abs=.02)
+
+
+def test_every_entry_says_what_it_is():
+    assert list(METHODS) == ['seats', 'random', 'uniform', 'fastv', 'fastv-om', 'visionzip', 'visionzip-om', 'divprune', 'divprune-om', 'dycoke', 'omnizip', 'vtw', 'pyramiddrop']
+    for name, cls in EVERY.items():
+        assert cls.name == name and isinstance(cls.needs, tuple) and (cls.paper.startswith('arXiv ') or name in ('random', 'uniform'))
+        cls.for_trr(6, .5, .5, 40, 20, **cls.defaults) # the defaults are options
+        asked = {'scores': cls.uses_scores, 'encoder attention': cls.uses_attention, 'encoder keys': cls.uses_keys}
+        if name not in ABLATIONS: assert {k for k, used in asked.items() if used} == set(cls.needs) & set(asked), name
+
+
+def test_classes_are_small():
+    import inspect
+    for cls in EVERY.values(): assert len(inspect.getsource(cls).splitlines()) <= 40, cls
+
+
+# ---------------------------------------------------------------- inside a model
+
+@pytest.fixture(scope='module', params=tiny.FAMILIES)
+def family(request): return request.param
+@pytest.fixture(scope='module')
+def model(family): return tiny.thinker(family)
+@pytest.fixture(scope='module')
+def processor(family): return tiny.processor(family)
+
+
+@pytest.fixture(scope='module')
+def samples():
+    return [tiny.ask('both', tiny.clip(0)), tiny.ask('silent', tiny.clip(1, 3, sound=False), 'where is the red object ?'),
+            tiny.ask('heard', tiny.clip(2, 2.7, sight=False)), tiny.ask('odd', tiny.clip(3, 4.7))]
+
+
+@pytest.fixture(scope='module')
+def batch(model, processor, samples): return encode(model, processor, samples)
+@pytest.fixture(scope='module')
+def singles(model, processor, samples): return [encode(model, processor, [s]) for s in samples]
+
+
+def usual(name, t=(.55, .6)): return EVERY[name].for_trr(L, *t, 24, 40)
+def last(model, encoded): return model(**encoded.inputs).logits[:, -1]
+
+
+@each
+def test_batch_equals_singles_and_plan(name, model, batch, singles):
+    method = usual(name)
+    full = last(model, batch)
+    with prune(model, method) as run:
+        together, kept, tokens = last(model, batch), run.kept, run.tokens_per_layer
+    layout = layout_of(model, batch.inputs, 'keep', method.grids, method.seconds)
+    assert (tokens <= planned_tokens(method, layout)).all() and tokens.sum() < layout.valid.sum()*L
+    if name not in ('seats', *ABLATIONS): assert (tokens == planned_tokens(method, layout)).all()
+    pads = (layout.modality == -1).sum(1)
+    for rows in kept.values(): # text always stays
+        for i, row in enumerate(rows): assert set(((layout.modality[i] == 0).nonzero()[:, 0] - pads[i]).tolist()) <= set(row.tolist())
+    for i, one in enumerate(singles):
+        with prune(model, method) as run:
+            if name == 'random' or 'audio' not in getattr(method, 'prunes', ('audio',)): run.samples = i # chance depends on the ordinal of a sample
+            alone = last(model, one)
+        close(together[i:i + 1], alone, 2e-5)
+        assert tokens[i].tolist() == run.tokens_per_layer[0].tolist()
+        for stage in run.kept: assert kept[stage][i].tolist() == run.kept[stage][0].tolist()
+    assert torch.equal(last(model, batch), full)
+
+
+@each
+def test_generate_and_undo(name, model, batch):
+    hooks = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    before, options = hooks(), dict(max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    plain = model.generate(**batch.inputs, **options)
+    for kv in ('evict', 'retain'):
+        with prune(model, usual(name), kv=kv) as run: out = model.generate(**batch.inputs, **options)
+        assert out.shape == plain.shape and run.kept and run.ledger.ms['prefill'] > 0
+    with pytest.raises(KeyboardInterrupt):
+        with prune(model, usual(name)): raise KeyboardInterrupt
+    assert hooks() == before and torch.equal(model.generate(**batch.inputs, **options), plain)
+
+
+@each
+def test_copies_of_a_sample_are_treated_alike(name, model, singles):
+    options = dict(max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    with prune(model, usual(name)): one = model.generate(**singles[0].inputs, **options)
+    with prune(model, usual(name)) as run: beams = model.generate(**singles[0].inputs, num_beams=3, num_return_sequences=3, **options)
+    assert len(beams) == 3 and all(torch.equal(row, rows[0]) for rows in run.kept.values() for row in rows) and beams.shape[1] == one.shape[1]
+
+
+@each
+def test_keeping_all_changes_no_bit(name, model, batch):
+    full = model(**batch.inputs).logits
+    with prune(model, EVERY[name].for_trr(L, 1., 1., 24, 40)) as run: assert torch.equal(model(**batch.inputs).logits, full)
+    assert run.kept == {}
+
+
+@each
+def test_nothing_is_chosen_from_nan(name, model, batch):
+    "A method that looks at what is broken refuses; one that does not is not in the way of the model's own NaN."
+    from seats_analysis.adapter import adapter_for
+    spoil = lambda m, args, out: out.index_fill(-1, torch.tensor([0]), torch.nan)
+    method = usual(name)
+    places = dict(embeddings=adapter_for(model).visual(model).merger) if min(method.schedule.entering.values()) < 1 else {}
+    if method.uses_scores and method.schedule.drop_layers: places['scores'] = adapter_for(model).layers(model)[0]
+    for place, module in places.items():
+        def hook(m, args, out): return (spoil(m, args, out[0]), *out[1:]) if isinstance(out, tuple) else spoil(m, args, out)
+        handle = module.register_forward_hook(hook)
+        try:
+            with prune(model, method) as run, pytest.raises(ValueError, match='NaN or infinity'): model(**batch.inputs)
+        finally: handle.remove()
+        assert run.kept == {}
+
+
+# ---------------------------------------------------------------- no host sync
+
+def entry_for(method, layout):
+    parts = method.parts(layout, 0)
+    T = sum(sum(p.sizes) for p in parts)
+    n = {m: sum(sum(p.sizes) for p in parts if p.modality == m) for m in ('visual', 'audio')}
+    return lambda: Entry(torch.rand(T, 8), torch.rand(T) if method.uses_attention else None, parts, {m: torch.rand(k, 4) for m, k in n.items()} if method.uses_keys else None)
+
+
+@each
+def test_no_choice_waits_for_the_device(name, model, batch):
+    "Fake tensors have shapes but no values: whatever asks for one fails."
+    method = usual(name)
+    layout = layout_of(model, batch.inputs, 'keep', method.grids, method.seconds)
+    make, cuts = entry_for(method, layout), method.plan(layout, method.parts(layout, 0))
+    B, S = layout.shape
+    with FakeTensorMode():
+        keep = method.enter(make()) if any(c.stage == 1 for c in cuts) else None
+        if keep is not None: assert (keep[0] if isinstance(keep, tuple) else keep).dtype == torch.bool
+        for cut in (c for c in cuts if c.stage == 2):
+            kind = torch.zeros(B, S, dtype=torch.int8)
+            tokens = Tokens(torch.arange(S).expand(B, S), kind, kind.int(), kind.int(), S, tuple(range(B)), True)
+            assert method.drop(tokens, torch.rand(B, S), cut, 4).shape == (B, S)
+
+
+def test_make_method_knows_all():
+    plan = Schedule(L, entering=dict(visual=.4, audio=.5))
+    for name in EVERY: assert make_method(name, plan if name != 'seats-no-stage1' else Schedule(L)).name == name
+    with pytest.raises(ValueError, match='stage 1'): make_method('seats-no-stage1', plan)
+    with pytest.raises(ValueError, match='seats-no-stage2'): make_method('fastv2', plan)
+
+
+@pytest.mark.cuda
+@each
+def test_cuda_runs_without_sync(name, model, batch):
+    method = usual(name)
+    layout = layout_of(model, batch.inputs, 'keep', method.grids, method.seconds)
+    entry = entry_for(method, layout)()
+    if not any(c.stage == 1 for c in method.plan(layout, entry.parts)): pytest.skip('chooses nothing before the first layer')
+    here = Entry(*(None if x is None else x.cuda() for x in (entry.features, entry.attention)), entry.parts, entry.keys and {m: k.cuda() for m, k in entry.keys.items()})
+    cpu = method.enter(entry)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode('error')
+    try: gpu = method.enter(here)
+    finally: torch.cuda.set_sync_debug_mode('default')
+    a, b = (x[0] if isinstance(x, tuple) else x for x in (cpu, gpu))
+    assert torch.equal(a, b.cpu())
