@@ -175,7 +175,7 @@ def note(text): print(text, file=sys.stderr)
 
 # %% ../nbs/14_cli.ipynb #96d01f1d
 Model = Annotated[str, typer.Option('--model', help='`testbed`, a folder with a checkpoint, or a hub id.')]
-Data = Annotated[str, typer.Option('--data', help='`testbed`, a benchmark such as `worldsense`, or a JSONL file with video, question, choices, answer in each line.')]
+Data = Annotated[str, typer.Option('--data', help='`testbed`, a benchmark such as `worldsense`, or a JSONL file with video, question, choices, answer in each line (without choices and answer only the divergence is probed).')]
 Limit = Annotated[Optional[int], typer.Option('--limit', min=1, help='Use only the first so many questions.')]
 Device = Annotated[str, typer.Option('--device', help='cpu or cuda; by default a GPU where there is one.')]
 Json = Annotated[bool, typer.Option('--json', help='Print one JSON document instead of text.')]
