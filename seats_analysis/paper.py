@@ -22,16 +22,18 @@ from .media import atomic_write
 TRUSTED = {'project-page': 'project page', 'readme': 'repository', 'teaser-figure': 'teaser figure, read by eye'}
 DOUBTED = ('secondary',)
 
-def _cell(text):
+_AS_TEXT = ('paper', 'label')        # an arXiv number is no number: its last zero counts
+
+def _cell(name, text):
     "A cell of a CSV file: number, text, or None where it is empty."
-    try: return float(text)
+    try: return text if name in _AS_TEXT else float(text)
     except ValueError: return text or None
 
 def read_reported(
     path, # CSV file with a column `source`
 )->list: # one dict per row; numbers as float, empty cells as None
     "Read numbers that others published. Raises ValueError that names the file, also for a source of unknown standing."
-    try: rows = [{k: _cell(v) for k, v in row.items()} for row in csv.DictReader(io.StringIO(Path(path).read_text(encoding='utf-8')), strict=True)]
+    try: rows = [{k: _cell(k, v) for k, v in row.items()} for row in csv.DictReader(io.StringIO(Path(path).read_text(encoding='utf-8')), strict=True)]
     except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error: raise ValueError(f'{path}: not a table: {error}') from None
     if unknown := {str(r.get('source')) for r in rows} - set(TRUSTED) - set(DOUBTED) or ({'no rows'} if not rows else ()):
         raise ValueError(f'{path}: unknown source {sorted(unknown)}; known are {", ".join([*TRUSTED, *DOUBTED])}')
@@ -171,7 +173,7 @@ def time_figure(
     fig, said = _side_by_side(panels, 2.9)
     handles = {label: h for ax in reversed(fig.axes) for h, label in zip(*ax.get_legend_handles_labels())}
     with house_style():
-        fig.legend(handles.values(), handles.keys(), loc='outside upper center', ncols=7 if len(panels) == 2 else 4, handlelength=2.6, columnspacing=1.1, borderpad=0)
+        fig.legend(handles.values(), handles.keys(), loc='outside upper center', ncols=8 if len(panels) == 2 else 4, handlelength=2.2, columnspacing=.9, handletextpad=.5, borderpad=0)
     return say_source(fig, said)
 
 # %% ../nbs/12a_paper.ipynb #7b2e0017
@@ -518,7 +520,7 @@ def reported_rows(
     for path in sorted(Path(folder).glob('*.csv')):
         for r in read_reported(path):
             if (r['source'] in TRUSTED) != trusted: continue
-            said = '; '.join(f'{k.replace("_", " ")} {v:g}' if isinstance(v, float) else f'{k.replace("_", " ")} {v}' for k, v in r.items() if v is not None and k != 'source')
+            said = '; '.join(f'{k.replace("_", " ")} {v:.12g}' if isinstance(v, float) else f'{k.replace("_", " ")} {v}' for k, v in r.items() if v not in (None, '') and k != 'source')
             out.append({'file': path.stem, 'statement': said, 'source': TRUSTED.get(r['source'], r['source'])})
     return out
 
