@@ -6,10 +6,10 @@
 __all__ = ['SIZES', 'CONFIGS', 'CELLS', 'REQUESTS', 'TIMES', 'KEY', 'GROUP', 'ROW_KEYS', 'SCHEMA_BENCH', 'SCALING', 'WAITS',
            'check_config', 'narrow', 'bench_config', 'randomise', 'build_model', 'Request', 'as_request',
            'request_tokens', 'bench_processor', 'request_sample', 'repeat_rows', 'bench_inputs', 'bench_bounds',
-           'bench_schedule', 'watch_encoders', 'running', 'time_request', 'peak_bytes', 'request_facts', 'key_of',
-           'settle', 'compare', 'settle_all', 'device_name', 'slug', 'environment', 'BenchFile', 'load_bench', 'Job',
-           'run_job', 'run_jobs', 'scaling_requests', 'plan_pairs', 'default_jobs', 'bench_table', 'verdicts', 'report',
-           'profile_request']
+           'bench_schedule', 'bench_method', 'watch_encoders', 'running', 'time_request', 'peak_bytes', 'request_facts',
+           'key_of', 'settle', 'compare', 'settle_all', 'device_name', 'slug', 'environment', 'BenchFile', 'load_bench',
+           'Job', 'run_job', 'run_jobs', 'scaling_requests', 'plan_pairs', 'default_jobs', 'bench_table', 'verdicts',
+           'report', 'profile_request']
 
 # %% ../nbs/11a_bench.ipynb #56277c6e
 import json
@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -293,6 +293,16 @@ def bench_schedule(
     like = name if name in PUBLISHED else 'qwen2.5-omni-7b'
     return Schedule.from_trr(bench_bounds(name), trr, visual, audio, late='estimate', like=like)
 
+def bench_method(
+    name:str, # key of `METHODS`
+    plan:Schedule, # of `bench_schedule`
+    visual:int, audio:int, # tokens of the request
+): # Method
+    "A method at the retention of a plan: with that plan, or with one of its own if it makes its own."
+    own = None if name == 'seats' else getattr(METHODS.get(name), 'for_trr', None)
+    if own is None: return make_method(name, plan)
+    return own(plan.num_layers, plan.trr['visual'], plan.trr['audio'], visual, audio, like=plan)
+
 # %% ../nbs/11a_bench.ipynb #251d26ff
 @contextmanager
 def watch_encoders(
@@ -499,9 +509,9 @@ class Job:
         return dict(config=self.config, width=self.width, batch=self.batch, frames=self.request.frames, seconds=float(self.request.seconds), method=method, trr=float(trr),
                     tokens=sum(tokens.values()), visual_tokens=tokens['visual'], audio_tokens=tokens['audio'])
 
-    def methods(self, tokens, seed=0): # -> {(method, trr): `Method`, or None for the full model}
-        plan = lambda trr: bench_schedule(self.config, trr, tokens['visual'], tokens['audio'])
-        return {(m, float(t)): None if m == 'full' else make_method(m, plan(t)) for m, t in self.plans}
+    def methods(self, tokens): # -> {(method, trr): `Method`, or None for the full model}
+        n = tokens['visual'], tokens['audio']
+        return {(m, float(t)): None if m == 'full' else bench_method(m, bench_schedule(self.config, t, *n), *n) for m, t in self.plans}
 
 def _measure_facts(row, model, inputs, method, kv):
     "Fill in what does not vary, or why there is nothing."
@@ -612,10 +622,10 @@ def default_jobs(
     "What `seats bench` measures when nothing is asked for."
     lean = tuple(p for p in plans if p[0] in ('full', 'seats') and p[1] in (100, min(t for _, t in plans)))
     if cuda: return [Job('qwen2.5-omni-7b', batch=b, plans=tuple(plans)) for b in (1, 4, 16)]
-    minute, half = Request(128, 60.), Request(64, 30.)
+    half, plans = Request(64, 30.), tuple(plans)
     short = [Job('testbed', Request(8, 4.), batch=b, plans=lean) for b in (1, 4, 16)]
     scaling = [Job('testbed', r, plans=lean) for r in scaling_requests('testbed', 16384)]
-    return [Job('qwen2.5-omni-7b', half, 128, plans=tuple(plans)), Job('testbed', minute, plans=tuple(plans)), *short, *scaling]
+    return [Job('qwen2.5-omni-7b', half, 128, plans=plans), Job('testbed', half, plans=plans), Job('testbed', half, 512, plans=plans), *short, *scaling]
 
 # %% ../nbs/11a_bench.ipynb #58a61648
 def bench_table(

@@ -137,7 +137,9 @@ def _tally(values, clips):
 def _values(profile, removed, keep, variable):
     "((samples, n) scores of 0 or 1 with layers ascending, samples that carry the score): missing ones are NaN or negative."
     scores = profile[variable].sel(removed=removed).sortby("layer").transpose("sample", "layer").values[keep].astype(float)
-    has = np.isfinite(scores).all(1) & (scores >= 0).all(1)
+    has, offered = np.isfinite(scores).all(1) & (scores >= 0).all(1), profile["n_choices"].values[keep] > 1 if "n_choices" in profile.coords else np.array(True)
+    if not offered.any(): raise ValueError("no chosen question has choices, so none is right or wrong; `kl` needs none, see `kl_threshold`")
+    has &= offered
     if not has.any(): raise ValueError(f"no chosen sample has a value of {variable!r} at every layer")
     return scores[has], has
 
@@ -159,7 +161,8 @@ def clip_counts(
     if layers[-1] != last: raise ValueError(f"layer {last} (nothing removed) was not scanned, only {layers.tolist()}")
     keep = _choose(profile, split, families)
     scores, has = _values(profile, removed, keep, variable)
-    right, asked = _tally(scores, profile["clip"].values[keep][has])
+    keep[keep] = has
+    right, asked = _tally(scores, profile["clip"].values[keep])
     if not right[:, -1].any(): raise ValueError("no question is answered with nothing removed, so nothing can be retained")
     return ClipCounts(layers, right, asked, _chance(profile, keep, chance), families)
 

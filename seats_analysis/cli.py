@@ -7,7 +7,7 @@ __all__ = ['app', 'Model', 'Data', 'Limit', 'Device', 'Json', 'Threads', 'Profil
            'Tolerance', 'Margin', 'SCHEMA_SENSITIVITY', 'EVAL_QUESTIONS', 'EVAL_SEED', 'TARGETS', 'SCHEMA_RESULTS',
            'one_line', 'Seats', 'main', 'check_model', 'load_model', 'load_data', 'writable', 'emit', 'note',
            'limits_of', 'mean_tokens', 'probe', 'boundary_row', 'table', 'boundaries', 'check_trr', 'describe',
-           'schedule', 'stored_boundaries', 'run_report', 'run', 'figures', 'simulate', 'task_kinds',
+           'schedule', 'stored_boundaries', 'run_report', 'run', 'figures', 'simulate', 'questions', 'task_kinds',
            'sensitivity_rows', 'sensitivity', 'eval_samples', 'eval_plans', 'eval_', 'bench', 'train_testbed',
            'per_block', 'result_rows', 'compare_profiles', 'compare_plans', 'compare_rows', 'agreement', 'demo']
 
@@ -176,7 +176,7 @@ def note(text): print(text, file=sys.stderr)
 
 # %% ../nbs/14_cli.ipynb #96d01f1d
 Model = Annotated[str, typer.Option('--model', help='`testbed`, a folder with a checkpoint, or a hub id.')]
-Data = Annotated[str, typer.Option('--data', help='`testbed`, a benchmark such as `worldsense`, or a JSONL file with video, question, choices, answer in each line.')]
+Data = Annotated[str, typer.Option('--data', help='`testbed`, a benchmark such as `worldsense`, or a JSONL file with video, question, choices, answer in each line (without choices and answer only the divergence is probed).')]
 Limit = Annotated[Optional[int], typer.Option('--limit', min=1, help='Use only the first so many questions.')]
 Device = Annotated[str, typer.Option('--device', help='cpu or cuda; by default a GPU where there is one.')]
 Json = Annotated[bool, typer.Option('--json', help='Print one JSON document instead of text.')]
@@ -620,6 +620,13 @@ def figures(
     emit(as_json, dict(figures=written), '\n'.join(written))
 
 # %% ../nbs/14_cli.ipynb #453f18f8
+def _sizes(text):
+    "Numbers of questions from `50,100,200`, ascending."
+    try: numbers = sorted({int(n) for n in _names(text, '--sizes')})
+    except ValueError: raise ValueError(f'--sizes {text!r}: give whole numbers, as 50,100,200') from None
+    if min(numbers) < 10: raise ValueError(f'--sizes {text!r}: at least 10 questions')
+    return numbers
+
 @app.command()
 def simulate(
     profile: Annotated[Optional[Path], typer.Option('--profile', help="NetCDF file that the noise is taken from; default: the testbed's.")] = None,
@@ -630,10 +637,7 @@ def simulate(
     seed: Annotated[int, typer.Option('--seed', min=0)] = 0, as_json: Json = False,
 ):
     "Coverage, width and bias of the boundaries' intervals, on curves whose boundaries are known."
-    out = writable(out)
-    try: numbers = [int(n) for n in _names(sizes, '--sizes')]
-    except ValueError: raise ValueError(f'--sizes {sizes!r}: give whole numbers, as 50,100,200') from None
-    if min(numbers) < 10: raise ValueError(f'--sizes {sizes!r}: at least 10 questions')
+    out, numbers = writable(out), _sizes(sizes)
     from seats_analysis.figures import open_profile
     from seats_analysis.simulate import choose_reach, coverage_study, coverage_table, save_coverage
     if (source := profile or _shipped_profile()) is None: raise ValueError('no profile of the testbed is here; name one with --profile')
@@ -642,6 +646,27 @@ def simulate(
     chosen = choose_reach(study, study['goal'])
     verdict = f'{out}: {"no reach has" if chosen is None else f"{chosen:g} is the least reach with"} {study["goal"]:.0%} coverage everywhere'
     emit(as_json, study, f'{coverage_table(study).round(2).to_string()}\n\n{verdict}')
+
+# %% ../nbs/14_cli.ipynb #86baa948
+@app.command()
+def questions(
+    profile: Annotated[Optional[Path], typer.Option('--profile', help="NetCDF file of a pilot: its curve, and the noise; default: the testbed's.")] = None,
+    out: Annotated[Path, typer.Option('--out', help='JSON file to write.')] = Path('data/results/questions_needed.json'),
+    within: Annotated[int, typer.Option('--within', min=0, help='Layers that an estimate may be off.')] = 1,
+    trials: Annotated[int, typer.Option('--trials', min=1, help='Experiments for each curve and size.')] = 200,
+    sizes: Annotated[str, typer.Option('--sizes', help='Questions per experiment, separated by commas.')] = '25,50,100,200,400,800,1600,3200,6400',
+    seed: Annotated[int, typer.Option('--seed', min=0)] = 0, as_json: Json = False,
+):
+    "How many questions a boundary takes, for the curve of a pilot and for planted shapes."
+    out, numbers = writable(out), _sizes(sizes)
+    from seats_analysis.figures import open_profile
+    from seats_analysis.simulate import needed_study
+    if (source := profile or _shipped_profile()) is None: raise ValueError('no profile of the testbed is here; name one with --profile')
+    study = needed_study(open_profile(source), numbers, trials, within, seed=seed, progress=True)
+    _write_json(out, study)
+    most = lambda n: f'more than {numbers[-1]}' if n is None else n
+    rows = [{'curve': r['curve'], 'middle begins': most(r['needed']['shallow_end']), 'late begins': most(r['needed']['late_start'])} for r in study['rows']]
+    emit(as_json, study, f'{table(rows)}\n\nquestions for an estimate within {within} of the truth in {study["share"]:.0%} of {trials} experiments; {out}')
 
 # %% ../nbs/14_cli.ipynb #f48066a9
 SCHEMA_SENSITIVITY = 'seats_analysis/sensitivity/1'

@@ -158,7 +158,7 @@ def _planned(source, removed, family, tolerance, trr, late):
     if source.config is None: return dict(plan=plan, trouble="FLOPs unknown: the model's configuration is not on this machine; `open_source` takes one")
     return dict(zip(("plan", "flops", "speed"), (plan, *_price(source, plan, trr))))
 
-# %% ../nbs/12b_explorer.ipynb #c1316df6
+# %% ../nbs/12b_explorer.ipynb #6efd93d0
 def view(
     source,  # Source
     removed="both",  # "visual", "audio" or "both"
@@ -174,7 +174,7 @@ def view(
     setting = dict(removed=removed, family=family, tolerance=tolerance, trr=trr, late=late)
     try: resampled, curve = source.resampled(removed, family), source.curve(removed, family)
     except ValueError as error:
-        if "no question is answered" not in str(error): raise
+        if not any(known in str(error) for known in ("no question is answered", "no chosen question has choices")): raise
         return View(source, **setting, trouble=f"{family}: {error}")
     return View(source, **setting, bounds=decide(resampled, tolerance), curve=curve, **_planned(source, **setting))
 

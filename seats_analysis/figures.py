@@ -7,9 +7,9 @@ __all__ = ['COLUMN', 'PAGE', 'BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'INK', 
            'STAIRS', 'SCHEMA_KEPT', 'GROUPS', 'METHOD_LOOKS', 'SCHEMA_RESULTS', 'SHAPE_LOOKS', 'SCHEMA_SENSITIVITY',
            'SCHEMA_BENCH', 'PARTS', 'house_style', 'save_figure', 'say_source', 'dependency_figure', 'family_figure',
            'retention_figure', 'load_kept', 'kept_data', 'log_spectrogram', 'kept_figure', 'read_log',
-           'learning_curves_figure', 'load_results', 'tradeoff_figure', 'coverage_figure', 'boundaries_figure',
-           'load_sensitivity', 'sensitivity_figure', 'load_timings', 'ledger_figure', 'speedup_figure',
-           'scaling_figure', 'open_profile', 'figure_jobs', 'make_figures']
+           'learning_curves_figure', 'load_results', 'tradeoff_figure', 'coverage_figure', 'needed_figure',
+           'boundaries_figure', 'load_sensitivity', 'sensitivity_figure', 'load_timings', 'ledger_figure',
+           'speedup_figure', 'scaling_figure', 'open_profile', 'figure_jobs', 'make_figures']
 
 # %% ../nbs/12_figures.ipynb #35eafdb5
 import io, json
@@ -20,7 +20,7 @@ import numpy as np
 
 from .boundaries import control_families, needed_families, retained
 from .media import atomic_write
-from .simulate import SCHEMA_COVERAGE, load_coverage
+from .simulate import MEASURED, SCHEMA_COVERAGE, SCHEMA_NEEDED, load_coverage, load_needed
 
 # %% ../nbs/12_figures.ipynb #49cd9784
 COLUMN, PAGE = 3.5, 7.2                    # widths in inches: one journal column, two columns
@@ -635,6 +635,36 @@ def coverage_figure(
         fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=6, borderpad=0)
     return fig
 
+# %% ../nbs/12_figures.ipynb #236e66df
+_BOUNDARY_NAMES = {'shallow_end': 'a  middle block begins', 'late_start': 'b  late block begins'}
+
+def _needed_panel(ax, study, boundary):
+    "One curve per shape; a ring where it is enough."
+    looks = {MEASURED: dict(color='#777777', linestyle='-', marker='*', markersize=5, linewidth=1.6)}
+    looks |= dict(zip((r['curve'] for r in study['rows'] if r['curve'] != MEASURED), SHAPE_LOOKS))
+    for row in study['rows']:
+        shares, look = 100*np.array(row['within'][boundary]), looks[row['curve']]
+        ax.plot(study['sizes'], shares, label=row['curve'], **look)
+        if (enough := row['needed'][boundary]) is not None:
+            ax.plot(enough, shares[study['sizes'].index(enough)], marker='o', markersize=7, markerfacecolor='none', color=look['color'], linestyle='')
+    ax.axhline(100*study['share'], color='#777777', linewidth=.7, linestyle=(0, (1, 1.5)), zorder=1)
+    ax.set(xscale='log', xlabel='Questions', ylim=(0, 104))
+    ax.set_xticks(study['sizes'], [f'{n/1000:g}k' if n >= 1000 else str(n) for n in study['sizes']])
+    ax.minorticks_off()
+    ax.set_title(_BOUNDARY_NAMES[boundary])
+
+def needed_figure(
+    study, # dict of `simulate.load_needed`
+):  # matplotlib Figure, two columns wide
+    "How often an estimate comes within so many layers of the truth, against the number of questions, for each boundary."
+    with house_style():
+        fig = _figure(PAGE, 2.7)
+        axes = fig.subplots(1, 2, sharey=True)
+        for ax, boundary in zip(axes, _BOUNDARY_NAMES): _needed_panel(ax, study, boundary)
+        axes[0].set_ylabel(f'Estimate within {study["within"]} layer{"s" if study["within"] > 1 else ""} (%)')
+        fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=7, handlelength=2.2, columnspacing=1.2, borderpad=0)
+    return fig
+
 # %% ../nbs/12_figures.ipynb #dc5e3dbd
 def boundaries_figure(
     table, # pandas.DataFrame of `boundaries.boundary_table`
@@ -928,6 +958,7 @@ def figure_jobs(
         schema = _schema(path)
         if schema == SCHEMA_COVERAGE: jobs[path.stem] = lambda path=path: say_source(coverage_figure(load_coverage(path)), _SAID['coverage'])
         if schema == SCHEMA_SENSITIVITY: jobs[path.stem] = lambda path=path: _from_results(sensitivity_figure, load_sensitivity(path), '; cells: % of the full accuracy')
+        if schema == SCHEMA_NEEDED: jobs[path.stem] = lambda path=path: say_source(needed_figure(load_needed(path)), _SAID['coverage'])
         if schema == SCHEMA_KEPT: jobs[path.stem] = lambda path=path: _kept_job(path, data)
         if schema == SCHEMA_BENCH: jobs.update(_bench_jobs(path))
         if schema == SCHEMA_RESULTS: jobs[f'{path.stem}_tradeoff'] = lambda path=path: _from_results(tradeoff_figure, load_results(path), _SAID['tradeoff'])

@@ -411,13 +411,16 @@ def _answer_index(
 # %% ../nbs/00_media.ipynb #d697224b
 _NEEDED = "video", "question", "choices", "answer"
 
+def _is_unlabelled(row): return "choices" not in row and "answer" not in row # one without the other is a mistake
+
 def _check_row(row):
     "Refuse a JSON value that is not a question."
     if not isinstance(row, dict): raise ValueError(f"a {type(row).__name__}, expected a JSON object")
-    missing = [k for k in _NEEDED if k not in row and not (k == "video" and "audio" in row)]
+    needed = _NEEDED[:2] if _is_unlabelled(row) else _NEEDED
+    missing = [k for k in needed if k not in row and not (k == "video" and "audio" in row)]
     if missing: raise ValueError(f"missing field {missing[0]!r} (needed: {', '.join(_NEEDED)})")
-    choices = row["choices"]
-    if not (isinstance(choices, list) and choices and all(isinstance(c, str) and c.strip() for c in choices)):
+    choices = row.get("choices", [])
+    if not (isinstance(choices, list) and (choices or _is_unlabelled(row)) and all(isinstance(c, str) and c.strip() for c in choices)):
         raise ValueError(f"choices {choices!r}, expected a list of texts")
     if len(set(choices)) < len(choices): raise ValueError(f"choices {choices!r}, expected each only once")
     if not (isinstance(row["question"], str) and row["question"].strip()): raise ValueError(f"question {row['question']!r}, expected a text")
@@ -436,8 +439,9 @@ def _row_sample(row, folder, default_id):
     "A JSON object as a Sample."
     _check_row(row)
     text = {k: str(row[k]) for k in ("family", "split") if row.get(k) is not None}
-    return Sample(str(row.get("id", default_id)), _media_path(row, "video", folder), row["question"], tuple(row["choices"]),
-                  _answer_index(row["answer"], row["choices"]), audio=_media_path(row, "audio", folder), lettered=row.get("lettered", False), **text)
+    choices, answer = ((), -1) if _is_unlabelled(row) else (tuple(row["choices"]), _answer_index(row["answer"], row["choices"]))
+    return Sample(str(row.get("id", default_id)), _media_path(row, "video", folder), row["question"], choices, answer,
+                  audio=_media_path(row, "audio", folder), lettered=row.get("lettered", False), **text)
 
 def _read_lines(path):
     "Yield (line number, text) of the lines that are not blank. ValueError if the file cannot be read as text."
@@ -472,7 +476,8 @@ def _sample_row(sample, folder):
     "A Sample as a JSON object without what is left at its default."
     if isinstance(sample.video, Clip): raise ValueError(f"sample {sample.id!r}: its clip is in memory, expected a file (see encode_clip)")
     name = lambda p: None if p is None else Path(os.path.relpath(p, folder)).as_posix()
-    row = dict(id=sample.id, video=name(sample.video), question=sample.question, choices=list(sample.choices), answer=sample.answer)
+    row = dict(id=sample.id, video=name(sample.video), question=sample.question)
+    if sample.choices: row |= dict(choices=list(sample.choices), answer=sample.answer)
     rest = dict(family=sample.family, split=sample.split, audio=name(sample.audio), lettered=sample.lettered)
     return row | {k: v for k, v in rest.items() if v}
 

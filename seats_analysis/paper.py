@@ -22,16 +22,18 @@ from .media import atomic_write
 TRUSTED = {'project-page': 'project page', 'readme': 'repository', 'teaser-figure': 'teaser figure, read by eye'}
 DOUBTED = ('secondary',)
 
-def _cell(text):
+_AS_TEXT = ('paper', 'label')        # an arXiv number is no number: its last zero counts
+
+def _cell(name, text):
     "A cell of a CSV file: number, text, or None where it is empty."
-    try: return float(text)
+    try: return text if name in _AS_TEXT else float(text)
     except ValueError: return text or None
 
 def read_reported(
     path, # CSV file with a column `source`
 )->list: # one dict per row; numbers as float, empty cells as None
     "Read numbers that others published. Raises ValueError that names the file, also for a source of unknown standing."
-    try: rows = [{k: _cell(v) for k, v in row.items()} for row in csv.DictReader(io.StringIO(Path(path).read_text(encoding='utf-8')), strict=True)]
+    try: rows = [{k: _cell(k, v) for k, v in row.items()} for row in csv.DictReader(io.StringIO(Path(path).read_text(encoding='utf-8')), strict=True)]
     except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error: raise ValueError(f'{path}: not a table: {error}') from None
     if unknown := {str(r.get('source')) for r in rows} - set(TRUSTED) - set(DOUBTED) or ({'no rows'} if not rows else ()):
         raise ValueError(f'{path}: unknown source {sorted(unknown)}; known are {", ".join([*TRUSTED, *DOUBTED])}')
@@ -114,18 +116,21 @@ def _published_panel(ax, rows):
     ax.grid(axis='y')
 
 # %% ../nbs/12a_paper.ipynb #7b2e0011
-def _time(row): return 100*row['ms']/row['ms_full']
+def _time(row):
+    "Selection and prefill in percent of the full model's; nan where nothing was timed."
+    return 100*row['ms']/row['ms_full'] if row['ms'] and row['ms_full'] else np.nan
 
 def _measured_curve(ax, rows, x):
     "One method in percent, with intervals, and rings around what runs at its own minimum."
     rows = sorted(rows, key=x)
     at, acc = [x(r) for r in rows], [100*r['accuracy'] for r in rows]
-    bars = [[100*(r['accuracy'] - r['low']) for r in rows], [100*(r['high'] - r['accuracy']) for r in rows]]
+    bars = np.clip([[100*(r['accuracy'] - r['low']) for r in rows], [100*(r['high'] - r['accuracy']) for r in rows]], 0, None)
     look = method_look(rows[0]['method']) | ({'markerfacecolor': 'white'} if rows[0]['setting'] == 'rule' else {})
     ax.errorbar(at, acc, bars, elinewidth=.5, label=_name(rows[0]), **look)
     own = [(t, a) for t, a, r in zip(at, acc, rows) if r['own_minimum']]
     if own: ax.plot(*zip(*own), linestyle='', marker='o', markersize=7, markerfacecolor='none', markeredgecolor='#555555', markeredgewidth=.6, zorder=6)
 
+# %% ../nbs/12a_paper.ipynb #7b2e0012
 def _measured_panel(ax, found, chance):
     "All methods of a comparison and the full model."
     full = next(r for r in found['rows'] if r['method'] == 'full')
@@ -135,11 +140,11 @@ def _measured_panel(ax, found, chance):
     for rows in curves.values(): _measured_curve(ax, rows, _time)
     if chance is not None: _chance_line(ax, chance)
     ax.axhline(100*full['accuracy'], color=INK, linewidth=.6, linestyle=(0, (4, 3)), zorder=1)
-    _percent_axis(ax, min(map(_time, _pick(found) + [full])))
+    _percent_axis(ax, np.nanmin([100, *map(_time, _pick(found))]))
     ax.set(xlabel='Selection + prefill (% of full)', ylabel='Accuracy (%)')
     ax.grid(axis='y')
 
-# %% ../nbs/12a_paper.ipynb #7b2e0012
+# %% ../nbs/12a_paper.ipynb #7b2e0013
 def _side_by_side(
     panels, # (title, function of the axes, where its numbers come from) of each
     height, # inches
@@ -153,7 +158,7 @@ def _side_by_side(
             ax.set_title(f'{letter}  {title}' if len(panels) == 2 else title)
     return fig, '\n'.join(f'{letter}: {said}' if len(panels) == 2 else said for letter, (_, _, said) in zip('ab', panels))
 
-# %% ../nbs/12a_paper.ipynb #7b2e0013
+# %% ../nbs/12a_paper.ipynb #7b2e0014
 def time_figure(
     published=None, # rows of `read_reported`, the trade-off of one model; only verified ones are drawn
     found=None, # dict of `load_eval`
@@ -168,10 +173,10 @@ def time_figure(
     fig, said = _side_by_side(panels, 2.9)
     handles = {label: h for ax in reversed(fig.axes) for h, label in zip(*ax.get_legend_handles_labels())}
     with house_style():
-        fig.legend(handles.values(), handles.keys(), loc='outside upper center', ncols=7 if len(panels) == 2 else 4, handlelength=2.6, columnspacing=1.1, borderpad=0)
+        fig.legend(handles.values(), handles.keys(), loc='outside upper center', ncols=8 if len(panels) == 2 else 4, handlelength=2.2, columnspacing=.9, handletextpad=.5, borderpad=0)
     return say_source(fig, said)
 
-# %% ../nbs/12a_paper.ipynb #7b2e0016
+# %% ../nbs/12a_paper.ipynb #7b2e0017
 def _spokes(ax, names, low, high, step):
     "A polar axis with one spoke per name and rings in percent, the one at 100 drawn strongly."
     angles = np.linspace(0, 2*np.pi, len(names), endpoint=False)
@@ -192,7 +197,7 @@ def _loop(ax, angles, values, **look):
     "A closed line."
     ax.plot([*angles, angles[0]], [*values, values[0]], **look)
 
-# %% ../nbs/12a_paper.ipynb #7b2e0017
+# %% ../nbs/12a_paper.ipynb #7b2e0018
 BENCHMARKS = {'daily-omni': 'Daily-Omni', 'worldsense': 'WorldSense', 'omnivideobench': 'OmniVideoBench', 'video-mme': 'Video-MME', 'lvomnibench': 'LVOmniBench'}
 MODELS = {'qwen2.5-omni-7b': 'Qwen2.5-Omni-7B', 'qwen3-omni-30b-a3b': 'Qwen3-Omni-30B-A3B'}
 _MODEL_LOOKS = (dict(color=BLUE, marker='o', linestyle='-'), dict(color=RED, marker='^', linestyle='--'), dict(color=GREEN, marker='s', linestyle='-.'))
@@ -207,7 +212,7 @@ def _published_radar(ax, rows):
         found = {r['benchmark']: r['percent_of_full'] for r in rows if r['model'] == model}
         _loop(ax, angles, [found.get(n, np.nan) for n in names], label=f'SEATS on {MODELS.get(model, model)}', **look)
 
-# %% ../nbs/12a_paper.ipynb #7b2e0018
+# %% ../nbs/12a_paper.ipynb #7b2e0019
 def _relative(row, families, key='accuracy'):
     "Percent of the full model's accuracy for each family."
     return [100*row['families'][f][key]/row['families'][f]['full_accuracy'] if row['families'][f]['full_accuracy'] else np.nan for f in families]
@@ -228,7 +233,7 @@ def _measured_radar(ax, found, trr):
         low, high = (_relative(row, families, end) for end in ('low', 'high'))
         ax.fill_between([*angles, 2*np.pi], [*low, low[0]], [*high, high[0]], color=BLUE, alpha=.18, linewidth=0)
 
-# %% ../nbs/12a_paper.ipynb #7b2e0019
+# %% ../nbs/12a_paper.ipynb #7b2e001a
 def radar_figure(
     published=None, # rows of `read_reported`, relative performance; only verified ones are drawn
     found=None, # dict of `load_eval`
@@ -248,7 +253,7 @@ def radar_figure(
             ax.legend(loc='upper center', bbox_to_anchor=(.5, -.1), ncols=1 if len(ax.get_legend_handles_labels()[0]) < 3 else 3, handlelength=2.6)
     return say_source(fig, said)
 
-# %% ../nbs/12a_paper.ipynb #7b2e001c
+# %% ../nbs/12a_paper.ipynb #7b2e001d
 PROMPTS = {'qwen2.5-omni-7b': dict(visual=9216, audio=1500, text=150, windows=dict(visual=32, audio=30)),
            'qwen3-omni-30b-a3b': dict(visual=9216, audio=780, text=150, windows=dict(visual=32, audio=30))}  # 64 grids of 144 tokens, 60 s of sound, windows of 2 grids and 2 s
 
@@ -268,7 +273,7 @@ def stage_tokens(
         out[layer:plan.late(modality)] = left
     return out
 
-# %% ../nbs/12a_paper.ipynb #7b2e001e
+# %% ../nbs/12a_paper.ipynb #7b2e001f
 def _token_rows(plan, tokens):
     "Tokens in each layer by modality."
     windows = tokens.get('windows', {})
@@ -283,7 +288,7 @@ def _label_levels(ax, floor, inches=4.1):
         if inches*(hi - lo)/len(floor) > .055*len(said := f'{floor[lo]:,.0f}'):
             ax.text((lo + hi + 1)/2, floor[lo], said, ha='center', va='bottom', fontsize=5.8, zorder=6)
 
-# %% ../nbs/12a_paper.ipynb #7b2e001f
+# %% ../nbs/12a_paper.ipynb #7b2e0020
 def _draw_layers(ax, plan, counts):
     "Tokens per layer as stacked bars over the shaded blocks."
     layers, floor = np.arange(1, plan.num_layers + 1), np.zeros(plan.num_layers)
@@ -298,7 +303,7 @@ def _draw_layers(ax, plan, counts):
     ax.set_xticks([1, *range(step if step > 2 else 1 + step, plan.num_layers + 1, step)])
     return floor, top
 
-# %% ../nbs/12a_paper.ipynb #7b2e0020
+# %% ../nbs/12a_paper.ipynb #7b2e0021
 def _inside(x, num_layers, text, inches=4.1):
     "The place nearest to x where centred text lies within the axis."
     half = .5*.046*max(map(len, text.splitlines()))/inches*num_layers
@@ -317,7 +322,7 @@ def _mark_stages(ax, plan, floor, top):
         ax.annotate('', (late + .5, floor[late]), (late + .5, .52*top), arrowprops=arrow, zorder=4)
         ax.text(plan.num_layers + .3, .54*top, f'Stage III, from\nlayer {late + 1}: text only', **left)
 
-# %% ../nbs/12a_paper.ipynb #7b2e0021
+# %% ../nbs/12a_paper.ipynb #7b2e0022
 def _draw_windows(ax, plan, windows=3, grid=(5, 5), sounds=10):
     "Stage I as a scheme: in each time window, the share of the tokens that enters, spread out."
     from matplotlib.patches import Rectangle
@@ -336,7 +341,7 @@ def _draw_windows(ax, plan, windows=3, grid=(5, 5), sounds=10):
     ax.set(xlim=(-.2, windows*(cols + 1.2) - 1), ylim=(-4.4, 3.4 + rows), aspect='equal', xticks=[], yticks=[])
     ax.axis('off')
 
-# %% ../nbs/12a_paper.ipynb #7b2e0022
+# %% ../nbs/12a_paper.ipynb #7b2e0023
 def _blocks_of(plan):
     "Blocks of a plan with one late start, the first."
     from types import SimpleNamespace
@@ -351,7 +356,7 @@ def _entering(plan, tokens, counts):
     media = '\n'.join(f'{m}: {tokens[m]:,.0f} \u2192 {counts[m][0]:,} enter ({100*plan.entering[m]:.3g} %)' for m in ('visual', 'audio'))
     return f'{media}\ntext: all {tokens["text"]:,.0f} stay, in every layer'
 
-# %% ../nbs/12a_paper.ipynb #7b2e0023
+# %% ../nbs/12a_paper.ipynb #7b2e0024
 def overview_figure(
     plan, # Schedule
     tokens, # visual, audio, text -> number of tokens in the prompt; maybe windows: number of time windows of each modality
@@ -373,7 +378,7 @@ def overview_figure(
         fig.legend(handles[::-1], labels[::-1], loc='outside lower right', ncols=3, borderpad=0)
     return say_source(fig, f'Token counts computed from {_origin(plan)}{f" for {MODELS.get(name, name)}" if name else ""}; without pruning each layer has {total:,.0f} tokens')
 
-# %% ../nbs/12a_paper.ipynb #7b2e0026
+# %% ../nbs/12a_paper.ipynb #7b2e0027
 def _dots(ax, rows, names, seats, full):
     "Accuracy of each method with its interval, the band of SEATS and the line of the full model."
     for r in rows:
@@ -393,7 +398,7 @@ def _by_accuracy(rows, value=lambda r: r['accuracy']):
     rank = {_name(r): value(r) for r in sorted(rows, key=lambda r: -r['trr']) if value(r) is not None}
     return sorted(rank, key=lambda n: (-rank[n], n)) if last else []
 
-# %% ../nbs/12a_paper.ipynb #7b2e0027
+# %% ../nbs/12a_paper.ipynb #7b2e0028
 def comparison_figure(
     found, # dict of `load_eval`
 ):  # matplotlib Figure, two columns wide
@@ -411,7 +416,7 @@ def comparison_figure(
         fig.supxlabel('Accuracy (%)', fontsize=7)
     return say_source(fig, _said(found, '; lines: 95 % intervals; band: SEATS; dashed: full model; open: outside the ranking'))
 
-# %% ../nbs/12a_paper.ipynb #7b2e002a
+# %% ../nbs/12a_paper.ipynb #7b2e002b
 def _bars(ax, rows, names):
     "Difference of each ablation to SEATS in points; hatched where the interval holds zero."
     for r in rows:
@@ -424,7 +429,7 @@ def _bars(ax, rows, names):
     ax.tick_params(axis='y', length=0)
     ax.grid(axis='x')
 
-# %% ../nbs/12a_paper.ipynb #7b2e002b
+# %% ../nbs/12a_paper.ipynb #7b2e002c
 def ablation_figure(
     found, # dict of `load_eval`
 ):  # matplotlib Figure, two columns wide
@@ -440,7 +445,7 @@ def ablation_figure(
         fig.supxlabel('Accuracy minus that of SEATS on the same questions (percentage points)', fontsize=7)
     return say_source(fig, _said(found, '; lines: 95 % paired intervals; pale: the interval holds zero'))
 
-# %% ../nbs/12a_paper.ipynb #7b2e002e
+# %% ../nbs/12a_paper.ipynb #7b2e002f
 def _markdown(title, rows):
     "A table as Markdown, its title below."
     clean = lambda v: str(v).replace('|', '/')
@@ -464,7 +469,7 @@ def _csv(title, rows):
     writer.writerows([*r.values(), title] for r in rows)
     return out.getvalue()
 
-# %% ../nbs/12a_paper.ipynb #7b2e0030
+# %% ../nbs/12a_paper.ipynb #7b2e0031
 def _percent(row, name, digits=1):
     "A fraction with its interval in percent, as in 97.0 (95.9 to 98.1)."
     if row.get(name) is None: return ''
@@ -480,11 +485,11 @@ def eval_rows(
     "The whole comparison as a table."
     return [{'method': _name(r), 'TRR (%)': f'{r["trr"]:g}', 'setting': r['setting'], 'accuracy (%)': _percent(r, 'accuracy'), 'to full (points)': _percent(r, 'diff_full'),
              'to SEATS (points)': _percent(r, 'diff_seats'), 'p (McNemar)': _p_value(r['mcnemar_p']),
-             'FLOPs (% of full)': f'{100*r["flops_fraction"]:.1f}', 'time (% of full)': f'{_time(r):.0f}',
+             'FLOPs (% of full)': f'{100*r["flops_fraction"]:.1f}', 'time (% of full)': '' if np.isnan(_time(r)) else f'{_time(r):.0f}',
              'retention, layers (%)': f'{100*r["retention_layers"]:.1f}', 'retention, entry (%)': f'{100*r["retention_entry"]:.1f}', 'questions': r['n'], 'unparsable': r['unparsable']}
             for r in found['rows']]
 
-# %% ../nbs/12a_paper.ipynb #7b2e0031
+# %% ../nbs/12a_paper.ipynb #7b2e0032
 def accuracy_rows(
     found, # dict of `load_eval`
     ablations=False, # SEATS with a part changed, instead of the methods
@@ -495,7 +500,7 @@ def accuracy_rows(
     named = [{'method': _name(r)} | {f'TRR {t:g} %': _percent(r, 'accuracy') for t in _budgets(rows)} for r in full]
     return named + [{'method': name} | {f'TRR {t:g} %': cell(name, t) for t in _budgets(rows)} for name in _by_accuracy(rows)]
 
-# %% ../nbs/12a_paper.ipynb #7b2e0032
+# %% ../nbs/12a_paper.ipynb #7b2e0033
 def family_rows(
     found, # dict of `load_eval`
     trr=None, # budget in percent; None takes the smallest
@@ -515,11 +520,11 @@ def reported_rows(
     for path in sorted(Path(folder).glob('*.csv')):
         for r in read_reported(path):
             if (r['source'] in TRUSTED) != trusted: continue
-            said = '; '.join(f'{k.replace("_", " ")} {v:g}' if isinstance(v, float) else f'{k.replace("_", " ")} {v}' for k, v in r.items() if v is not None and k != 'source')
+            said = '; '.join(f'{k.replace("_", " ")} {v:.12g}' if isinstance(v, float) else f'{k.replace("_", " ")} {v}' for k, v in r.items() if v not in (None, '') and k != 'source')
             out.append({'file': path.stem, 'statement': said, 'source': TRUSTED.get(r['source'], r['source'])})
     return out
 
-# %% ../nbs/12a_paper.ipynb #7b2e0034
+# %% ../nbs/12a_paper.ipynb #7b2e0035
 def _eval_tables(stem, found):
     "Tables of one comparison: name -> (title, rows)."
     said = _said(found) + '.'
@@ -528,7 +533,7 @@ def _eval_tables(stem, found):
     if rows: yield f'{stem}_families', f'Accuracy (%) by family of questions (number of questions) at TRR {min(_budgets(rows)):g} %. {said}', family_rows(found)
     if _pick(found, ablations=True): yield f'{stem}_ablations', f'Accuracy (%) of SEATS with one part changed, 95 % intervals. {said}', accuracy_rows(found, ablations=True)
 
-# %% ../nbs/12a_paper.ipynb #7b2e0035
+# %% ../nbs/12a_paper.ipynb #7b2e0036
 def tables(
     data, # folder such as the project's data/
 )->dict: # name -> (title, rows)
@@ -540,7 +545,7 @@ def tables(
         if rows := reported_rows(data/'reported', trusted): out[name] = (title, rows)
     return out
 
-# %% ../nbs/12a_paper.ipynb #7b2e0036
+# %% ../nbs/12a_paper.ipynb #7b2e0037
 def write_tables(
     data, # folder such as the project's data/
     out, # folder for the files
@@ -553,7 +558,7 @@ def write_tables(
             with atomic_write(written[-1]) as part: Path(part).write_text(text, encoding='utf-8')
     return written
 
-# %% ../nbs/12a_paper.ipynb #7b2e0038
+# %% ../nbs/12a_paper.ipynb #7b2e0039
 def _evals(data):
     "Comparisons in a data folder."
     return [p for p in sorted((Path(data)/'results').glob('*.json')) if _schema(p) == SCHEMA_EVAL]
@@ -572,7 +577,7 @@ def _prompt(name, data):
     if profile.is_file() and (told := open_profile(profile).attrs.get('tokens')): return {k: round(v) for k, v in json.loads(told).items()} | _windows(name, data)
     return PROMPTS.get(name)
 
-# %% ../nbs/12a_paper.ipynb #7b2e0039
+# %% ../nbs/12a_paper.ipynb #7b2e003a
 def _overview_jobs(data):
     "One overview per model with a schedule, of its smallest budget."
     from seats_analysis.schedule import Schedule
@@ -583,7 +588,7 @@ def _overview_jobs(data):
     for name, paths in found.items():
         if tokens := _prompt(name, data): yield f'{name}_overview', lambda p=paths[min(paths)], t=tokens, n=name: overview_figure(Schedule.load(p), t, n)
 
-# %% ../nbs/12a_paper.ipynb #7b2e003a
+# %% ../nbs/12a_paper.ipynb #7b2e003b
 def paper_jobs(
     data, # folder such as the project's data/
 )->dict: # figure name -> function without arguments that draws it
@@ -600,7 +605,7 @@ def paper_jobs(
         if _pick(found, ablations=True): jobs[f'{stem}_ablations'] = lambda found=found: ablation_figure(found)
     return jobs
 
-# %% ../nbs/12a_paper.ipynb #7b2e003b
+# %% ../nbs/12a_paper.ipynb #7b2e003c
 def missing(
     data, # folder such as the project's data/
 )->list: # of sentences

@@ -872,7 +872,8 @@ def probe_dependency(
     run = lambda ls, part='', wait=False: _scan(model, processor, samples, Plan(removed, ls, method, units, limits), about,
                                                 journal and Path(journal)/part, budget, shard, progress, wait)
     if layers != 'auto': return run(_check_layers(layers, num_layers))
-    return _scan_auto(lambda ls, k: run(ls, f'scan{k}', True), num_layers, needs)
+    profile = _scan_auto(lambda ls, k: run(ls, f'scan{k}', True), num_layers, needs)
+    return None if shard[0] else profile # all processes need the curves to go on, one has the result
 
 def _check_call(model, samples, layers, method, shard, journal, max_branch_tokens):
     "Refuse a call before anything is run."

@@ -12,9 +12,10 @@ __all__ = ['CODES', 'ENCODED', 'KV', 'SCORE_LAYERS', 'Cut', 'plan_cuts', 'Tokens
            'read_layout', 'finish_plan', 'position_rows', 'carry_out', 'enter_decoder', 'choose', 'shorten', 'note_cut',
            'enter_layer', 'add_deepstack', 'deepstack_hooks', 'finish_prefill', 'evict', 'columns_after',
            'enter_decode_step', 'gone', 'check_media_left', 'continue_prompt', 'follow_up', 'Sections', 'EncoderWatch',
-           'encode_some', 'encode_beside', 'watch_before', 'watch_after', 'watch_encoders', 'join_calls', 'Session',
-           'install', 'repeat_order', 'pick_media', 'repeat_parts', 'media_sizes', 'repeat_encoded', 'repeat_media',
-           'repeat_cache', 'expand_inputs', 'expand_per_sample', 'as_method', 'check_model', 'prune']
+           'expect', 'attend', 'encode_some', 'encode_beside', 'watch_before', 'watch_after', 'watch_encoders',
+           'join_calls', 'Session', 'install', 'repeat_order', 'pick_media', 'repeat_parts', 'media_sizes',
+           'repeat_encoded', 'repeat_media', 'repeat_cache', 'expand_inputs', 'expand_per_sample', 'as_method',
+           'check_model', 'prune']
 
 # %% ../nbs/09_prune.ipynb #9644a026
 import copy
@@ -847,24 +848,24 @@ class EncoderWatch:
         if self.aside is None or modality == 'audio': self.sections.start('encoders')
         self.calls[modality].append(call)
 
-    def expect(self, rotary):
-        "A tower's last attention module is about to project; `rotary` goes onto its queries and keys."
-        if self.wanted: self.projecting = [], rotary
+# %% ../nbs/09_prune.ipynb #09b00003
+def expect(w, rotary): # w: EncoderWatch
+    "A tower's last attention module is about to project; `rotary` goes onto its queries and keys."
+    if w.wanted: w.projecting = [], rotary
 
-    def attend(self, modality, statistic, attn, output):
-        "One of its projections is made. With the last of them the statistic can be taken."
-        if self.projecting is None: return
-        (made, rotary), call = self.projecting, self.calls[modality][-1]
-        made.append(output)
-        if len(made) < len(qk_modules(attn)): return
-        self.projecting = None
-        q, k = qk_heads(attn, made, rotary)
-        if call.repeats is not None: q, k = (x[call.repeats.rows] for x in (q, k))
-        # beside the sound it cannot be told apart from encoding: the ledger's marks lie in one stream
-        timed = nullcontext() if self.aside is not None and modality == 'visual' else self.sections.during('selection')
-        with timed, torch.no_grad():
-            call.received = statistic(self.model, call, q, k, self.windows[modality])
-            if self.keys: call.keys = encoder_keys(self.model, modality, call, k)
+def attend(w, modality, statistic, attn, output):
+    "One of its projections is made. With the last of them the statistic can be taken."
+    if w.projecting is None: return
+    (made, rotary), call = w.projecting, w.calls[modality][-1]
+    made.append(output)
+    if len(made) < len(qk_modules(attn)): return
+    w.projecting, (q, k) = None, qk_heads(attn, made, rotary)
+    if call.repeats is not None: q, k = (x[call.repeats.rows] for x in (q, k))
+    # beside the sound it cannot be told apart from encoding: the ledger's marks lie in one stream
+    timed = nullcontext() if w.aside is not None and modality == 'visual' else w.sections.during('selection')
+    with timed, torch.no_grad():
+        call.received = statistic(w.model, call, q, k, w.windows[modality])
+        if w.keys: call.keys = encoder_keys(w.model, modality, call, k)
 
 # %% ../nbs/09_prune.ipynb #09b00002
 def encode_some(w, args, kwargs): # w: EncoderWatch -> arguments of the vision tower, or None to leave them
@@ -897,7 +898,7 @@ def watch_before(w): # w: EncoderWatch -> (module, pre-hook)
     yield adapter.visual(w.model), lambda m, a, k: encode_some(w, a, k)
     yield adapter.audio_tower(w.model), lambda m, a, k: w.note('audio', audio_call(w.model, given('feature_lens', a, k)))
     for attn in (last_vision_attention(w.model), last_audio_attention(w.model)):
-        yield attn, lambda m, a, k: w.expect(attention_call(a, k)[1])
+        yield attn, lambda m, a, k: expect(w, attention_call(a, k)[1])
 
 def watch_after(w): # -> (module, hook)
     "What is noted after them."
@@ -905,7 +906,7 @@ def watch_after(w): # -> (module, hook)
     yield adapter.visual(w.model), lambda m, a, out: w.finish('visual', out)
     yield adapter.audio_tower(w.model), lambda m, a, out: w.finish('audio', out)
     for modality, (attn, statistic) in parts.items():
-        for module in qk_modules(attn): yield module, lambda m, a, out, given=(modality, statistic, attn): w.attend(*given, out)
+        for module in qk_modules(attn): yield module, lambda m, a, out, given=(modality, statistic, attn): attend(w, *given, out)
 
 # %% ../nbs/09_prune.ipynb #7d5ebf04
 ENCODED = 'seats_encoded' # keyword argument of the thinker inside a `prune` block: modality -> list of `EncoderCall`; its pre-hook takes it out

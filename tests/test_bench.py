@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from seats_analysis import bench, cli, figures
 from seats_analysis.adapter import adapter_for, encode
-from seats_analysis.baselines import make_method
+from seats_analysis.baselines import METHODS
 from seats_analysis.bench import SIZES, TIMES, Job, Request
 from seats_analysis.cost import kv_bytes, prefill_flops, text_dims
 from seats_analysis.prune import prune
@@ -32,7 +32,7 @@ def narrow():
     "The depth of the 7B at width 32, a short request, and SEATS at 10 %."
     model, processor = bench.build_model('qwen2.5-omni-7b', 32), bench.bench_processor('qwen2.5-omni-7b')
     inputs, tokens = bench.bench_inputs(model, processor, SHORT)
-    return model, inputs, tokens, make_method('seats', bench.bench_schedule('qwen2.5-omni-7b', 10, tokens['visual'], tokens['audio']))
+    return model, inputs, tokens, bench.Job('qwen2.5-omni-7b', plans=(('seats', 10),)).methods(tokens)['seats', 10]
 
 
 # ---------------------------------------------------------------- models and requests
@@ -43,7 +43,7 @@ WEIGHTS = {'qwen2.5-omni-7b': 7_615_616_512, 'qwen2.5-omni-3b': 3_085_938_688 + 
 @pytest.mark.parametrize('name', SIZES)
 def test_real_sizes(name):
     model = bench.build_model(name, device='meta')
-    assert sum(p.numel() for part in (model.get_decoder(), model.lm_head) for p in part.parameters()) == WEIGHTS[name]
+    assert sum(p.numel() for part in (adapter_for(model).decoder(model), model.lm_head) for p in part.parameters()) == WEIGHTS[name]
     assert {p.device.type for p in model.parameters()} == {'meta'}
 
 
@@ -57,7 +57,7 @@ def test_narrow_models_have_the_real_depth_and_grouping(name):
     assert len(adapter_for(model).visual(model).blocks) == real['vision']['depth'] and len(adapter_for(model).audio_tower(model).layers) == real['audio']['encoder_layers']
     inputs, tokens = bench.bench_inputs(model, bench.bench_processor(name), SHORT)
     assert tokens == bench.request_tokens(name, SHORT)
-    method = make_method('seats', bench.bench_schedule(name, 10, tokens['visual'], tokens['audio']))
+    method = bench.Job(name, plans=(('seats', 10),)).methods(tokens)['seats', 10]
     facts = [bench.request_facts(model, inputs, m) for m in (None, method)]
     assert facts[1]['flops']['causal'] < facts[0]['flops']['causal'] and torch.isfinite(model(**inputs).logits).all()
 
@@ -76,6 +76,13 @@ def test_rows_repeat_one_sample(narrow):
     assert both['input_ids'].shape == (2, sum(tokens.values())) and both['position_ids'].shape == (3, 2, sum(tokens.values()))
     with torch.no_grad(): one, two = (model(**x).logits[:, -1] for x in (inputs, both))
     torch.testing.assert_close(two, one.expand(2, -1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_every_method_can_be_timed(narrow, name):
+    model, inputs, tokens, _ = narrow
+    facts = {t: bench.request_facts(model, inputs, m) for (_, t), m in Job('qwen2.5-omni-7b', plans=((name, 35), (name, 10))).methods(tokens).items()}
+    assert facts[10]['flops']['causal'] < facts[35]['flops']['causal'] < bench.request_facts(model, inputs)['flops']['causal']
 
 
 # ---------------------------------------------------------------- one request
@@ -268,11 +275,11 @@ def test_committed_benchmark(path):
 
 @pytest.mark.nightly
 def test_realised_fraction_at_the_testbeds_depth():
-    model, processor = bench.build_model('testbed'), bench.bench_processor('testbed')
-    inputs, tokens = bench.bench_inputs(model, processor, Request())
+    model, processor = bench.build_model('testbed', 512), bench.bench_processor('testbed')
+    inputs, tokens = bench.bench_inputs(model, processor, Request(64, 30.))
     assert sum(tokens.values()) >= 4000
-    method = make_method('seats', bench.bench_schedule('testbed', 10, tokens['visual'], tokens['audio']))
-    rows = [dict(row(name, trr, 0, 0, 1, 1.), **bench.request_facts(model, inputs, m), samples=[bench.time_request(model, inputs, m, steps=1) for _ in range(5)])
+    method = bench.Job('testbed', plans=(('seats', 10),)).methods(tokens)['seats', 10]
+    rows = [dict(row(name, trr, 0, 0, 1, 1.), **bench.request_facts(model, inputs, m), samples=[bench.time_request(model, inputs, m, steps=1) for _ in range(3)])
             for name, trr, m in (('full', 100, None), ('seats', 10, method))]
     assert bench.settle_all(rows)[1]['realised_fraction'] >= .6
 

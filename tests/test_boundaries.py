@@ -242,3 +242,15 @@ def test_sensitivity_answers_every_kind(tmp_path):
     made = {r['made_for'] for r in data['rows']}
     assert made | set(data['without_schedule']) == {'full', *data['kinds']} and data['command'] == 'seats sensitivity --trr 10 --by needs --limit 6'
     assert all(r['kept'] in (1., None) for r in data['rows'] if r['made_for'] == 'full')
+
+
+def test_questions_without_choices_do_not_count():
+    "They are neither right nor wrong: boundaries of a mixed profile are those of its labelled questions."
+    asked = B.synthetic_profile(clips=40)
+    bare = asked.assign(correct=asked.correct & False).assign_coords(sample=np.arange(asked.sizes['sample']) + 10_000)
+    number = lambda part, n: part.assign_coords(n_choices=('sample', [n]*part.sizes['sample']))
+    alone = number(asked.assign_coords(sample=np.arange(asked.sizes['sample'])), 4)
+    mixed = xr.concat([alone, number(bare, 0)], 'sample', combine_attrs='override')
+    ours, theirs = (B.find_boundaries(p, 'both', n_boot=100) for p in (mixed, alone))
+    assert (ours.curve, ours.late_start_ci, ours.n_samples, ours.parameters['chance']) == (theirs.curve, theirs.late_start_ci, theirs.n_samples, .25)
+    with pytest.raises(ValueError, match='no chosen question has choices'): B.find_boundaries(number(bare, 0), 'both')

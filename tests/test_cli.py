@@ -181,6 +181,23 @@ def test_jsonl_with_a_missing_field_names_the_line(questions, tmp_path):
     assert 'none.jsonl' in refused('probe', '--data', tmp_path/'none.jsonl')
 
 
+def test_questions_without_answers_are_probed(questions, tmp_path, stubbed):
+    "Only the divergence is measured, the same as with answers; boundaries say why they cannot be had."
+    import xarray as xr
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    bare = questions.parent/'bare.jsonl'
+    bare.write_text('\n'.join(json.dumps({k: v for k, v in row.items() if k not in ('choices', 'answer')}) for row in rows))
+    for data, name in ((questions, 'with'), (bare, 'without')):
+        done = seats('probe', '--model', 'testbed', '--data', data, '--layers', '0,6', '--removed', 'both', '--out', tmp_path/f'{name}.nc')
+        assert done.exit_code == 0, done.stderr
+    assert 'none with choices, so only the divergence is measured' in done.stdout
+    told, found = (xr.load_dataset(tmp_path/f'{name}.nc', engine='h5netcdf') for name in ('with', 'without'))
+    np.testing.assert_allclose(found.kl, told.kl, atol=1e-4)
+    assert found.n_choices.values.tolist() == [0]*6 and not np.isfinite(found.nll).any()
+    assert 'no chosen question has choices' in refused('boundaries', tmp_path/'without.nc', '--split', 'all')
+    assert "'auto' follows the share of right answers" in refused('probe', '--model', 'testbed', '--data', bare, '--layers', 'auto', '--out', tmp_path/'a.nc')
+
+
 def test_out_that_cannot_be_written_is_refused_first(tmp_path, questions):
     assert 'is a folder' in refused('probe', '--data', questions, '--out', tmp_path)
     (tmp_path/'file').write_text('')

@@ -2,7 +2,7 @@
 from pathlib import Path
 import pytest, torch
 from torch.utils.flop_counter import FlopCounterMode
-from seats_analysis.adapter import encode
+from seats_analysis.adapter import encode, last_logits_only
 from seats_analysis.baselines import make_method
 from seats_analysis.cost import prefill_flops
 from seats_analysis.prune import prune
@@ -52,29 +52,19 @@ def test_pruned(shipped, encoded, trr, name):
     assert sum(layers) + head == pytest.approx(form + extra, rel=5e-3)
     assert extra < .02*form
 
-
-@pytest.mark.parametrize('name', ['qwen2.5-omni-7b', 'qwen3-omni-30b-a3b'])
-@pytest.mark.parametrize('trr', [None, 10])
-def test_bench(name, trr):
-    "The FLOPs that `bench` divides by, on a narrow model of the real depth: counted where it is dense, closed form without experts where it is not."
-    from seats_analysis.bench import Request, bench_inputs, bench_processor, bench_schedule, build_model, request_facts
-    model = build_model(name, 64)
-    inputs, tokens = bench_inputs(model, bench_processor(name), Request(8, 4, 30))
-    method = None if trr is None else make_method('seats', bench_schedule(name, trr, tokens['visual'], tokens['audio']))
+@pytest.mark.parametrize('trr', [None, 10, 35])
+def test_bench(trr):
+    "The FLOPs that `seats bench` divides by, on a narrow model of the 7B's depth; stage II itself may add up to 2 %."
+    from seats_analysis.bench import Job, Request, bench_inputs, bench_processor, build_model, request_facts
+    model = build_model('qwen2.5-omni-7b', 64)
+    inputs, tokens = bench_inputs(model, bench_processor('qwen2.5-omni-7b'), Request(8, 4, 30))
+    method = None if trr is None else Job('qwen2.5-omni-7b', plans=(('seats', trr),)).methods(tokens)['seats', trr]
     facts, counter = request_facts(model, inputs, method), FlopCounterMode(display=False)
-    attention = []
-    def note(module, args, kwargs, out): attention.append(out[0].shape[1])
-    hooks = [layer.self_attn.register_forward_hook(note, with_kwargs=True) for layer in model.get_decoder().layers]
-    try:
-        with prune(model, method), torch.no_grad(), counter: model(**inputs, use_cache=True)
-    finally:
-        for hook in hooks: hook.remove()
-    assert attention == [int(n) for n in facts['layer_tokens']]
-    assert facts['flops']['counter'] == prefill_flops(attention, model.config, 'counter') and facts['flops']['causal'] < facts['flops']['counter']
-    counts = {key: sum(by.values()) for key, by in counter.get_flop_counts().items()}
-    layers = [next(n for key, n in counts.items() if key.endswith(f'.layers.{i}') and '.audio_tower.' not in key) for i in range(len(attention))]
-    assert len(layers) == len(attention)
-    if name == 'qwen2.5-omni-7b':
-        extra = 0 if method is None else narrow_scoring(model.config, attention, method.schedule.drop_layers)
-        head = prefill_flops([0]*len(attention), model.config, 'counter')
-        assert sum(layers) + head == pytest.approx(facts['flops']['counter'] + extra, rel=5e-3)
+    with prune(model, method), last_logits_only(model), torch.no_grad(), counter: model(**inputs, use_cache=True)
+    counts = {name: sum(by.values()) for name, by in counter.get_flop_counts().items()}
+    of = lambda suffix: next(n for name, n in counts.items() if name.endswith(suffix))
+    decoder = '.language_model.layers.' if hasattr(model.model, 'language_model') else '.model.layers.'
+    found, form = sum(of(f'{decoder}{i}') for i in range(28)) + of('.lm_head'), facts['flops']['counter']
+    if trr is None: assert found == pytest.approx(form, rel=5e-3)
+    else: assert form*.995 <= found <= form*1.02
+    assert facts['flops']['causal'] == prefill_flops(facts['layer_tokens'], model.config, 'causal') < form

@@ -47,8 +47,8 @@ def towers(s, batch):
         for attn, modality, statistic in ((last_vision_attention(s.model), 'visual', pruning.visual_attention), (last_audio_attention(s.model), 'audio', pruning.audio_attention)):
             hidden = torch.randn(rows[modality], qk_modules(attn)[0].in_features)
             head = qk_modules(attn)[0].out_features//attn.num_heads//(3 if len(qk_modules(attn)) == 1 else 1)
-            w.expect(tuple(torch.randn(2, rows[modality], head)) if modality == 'visual' else None)
-            for module in qk_modules(attn): w.attend(modality, statistic, attn, module(hidden))
+            pruning.expect(w, tuple(torch.randn(2, rows[modality], head)) if modality == 'visual' else None)
+            for module in qk_modules(attn): pruning.attend(w, modality, statistic, attn, module(hidden))
 
 def layers(s, batch, cache, deepstack):
     "What the hooks in the decoder do, from its first layer to its last."

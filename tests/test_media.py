@@ -437,6 +437,12 @@ def test_missing_fields_name_the_line(tmp_path, field):
     (tmp_path/"q.jsonl").write_text("\n".join([json.dumps(good)] * 4 + [json.dumps({k: v for k, v in good.items() if k != field})]))
     says(lambda: read_samples(tmp_path/"q.jsonl"), "q.jsonl, line 5", f"missing field '{field}'")
 
+def test_unlabelled_questions_come_back(tmp_path):
+    (tmp_path/"q.jsonl").write_text('{"video": null, "question": "?"}\n{"video": null, "question": "!", "choices": ["a", "b"], "answer": "b"}\n')
+    read = read_samples(tmp_path/"q.jsonl")
+    assert [(s.choices, s.answer) for s in read] == [((), -1), (("a", "b"), 1)]
+    assert read_samples(write_samples(read, tmp_path/"copy.jsonl")) == read
+
 def test_media_of_a_sample(tmp_path):
     clip = test_clip()
     path = str(encode_clip(clip, tmp_path/"a.mp4"))

@@ -187,6 +187,28 @@ def test_counts_of_the_overview_are_those_of_a_run(name, windows):
         assert sum(layers[m][stage['layer']] for m in layers) == len(stage['visual']) + len(stage['audio']), stage['layer']
 
 
+def inside_the_axes(ax):
+    "Text in a drawing ends with its axes."
+    with F.house_style():
+        ax.figure.draw_without_rendering()
+        frame = ax.get_window_extent()
+        for t in ax.texts:
+            box = t.get_window_extent()
+            assert box.x0 >= frame.x0 - 1 and box.x1 <= frame.x1 + 1, t.get_text()
+
+
+def test_what_the_overviews_say_stays_inside(drawn):
+    for name in drawn:
+        if name.endswith('overview'): inside_the_axes(drawn[name].axes[1])
+
+
+def test_a_comparison_that_was_not_timed():
+    found = made_up()
+    for r in found['rows']: r['ms'] = None if r['method'] == 'dycoke' else r['ms']
+    P.time_figure(None, found).draw_without_rendering()
+    assert {r['time (% of full)'] for r in P.eval_rows(found) if r['method'] == 'DyCoke'} == {''}
+
+
 def test_overview_of_odd_schedules():
     "No drops, nothing late, per-modality late starts, a single layer, drops in neighbouring layers."
     prompt = dict(visual=100, audio=50, text=10)
@@ -195,11 +217,13 @@ def test_overview_of_odd_schedules():
         heights = np.array([p.get_height() for p in fig.axes[1].patches[:3*plan.num_layers]]).reshape(3, -1)
         assert heights[0].tolist() == [10]*plan.num_layers and heights[:, 0].sum() == 160
         assert all((heights[i, plan.late(m):] == 0).all() for i, m in ((1, 'audio'), (2, 'visual')))
+        inside_the_axes(fig.axes[1])
 
 
 def test_same_data_same_bytes(data, tmp_path):
-    for name, draw in P.paper_jobs(data).items():
-        if name in ('qwen3-omni-30b-a3b_overview', 'testbed_overview'): continue
+    jobs = P.paper_jobs(data)
+    for name in ('percent_of_full', 'eval_testbed_ablations', 'testbed_overview'):
+        draw = jobs[name]
         first, second = (F.save_figure(draw(), tmp_path/f'{name}{i}') for i in range(2))
         assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second], name
     first, second = (P.write_tables(data, tmp_path/i) for i in 'ab')
@@ -254,12 +278,11 @@ def test_broken_reports_are_refused_by_name(tmp_path, text):
     with pytest.raises(ValueError, match='claims.csv'): P.read_reported(tmp_path/'claims.csv')
 
 
-def test_a_comparison_of_two_methods_at_one_budget(tmp_path):
+def test_a_comparison_of_two_methods_at_one_budget():
     found = made_up(methods=['seats', 'random'], ablations=('no stage I',), budgets=(10,))
     found['rows'] = [r for r in found['rows'] if r['method'] != 'vtw']
-    for draw in (P.comparison_figure, P.ablation_figure): F.save_figure(draw(found), tmp_path/'x')
-    F.save_figure(P.time_figure(None, found), tmp_path/'y')
-    F.save_figure(P.radar_figure(None, found), tmp_path/'z')
+    for draw in (P.comparison_figure, P.ablation_figure, lambda f: P.time_figure(None, f), lambda f: P.radar_figure(None, f)):
+        draw(found).draw_without_rendering()
     assert len(P.eval_rows(found)) == 4
 
 

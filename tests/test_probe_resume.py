@@ -230,11 +230,14 @@ def test_processes_share_the_work(model, processor, samples, whole, tmp_path, mo
 
 
 def test_auto_is_shared_too(model, processor, samples, tmp_path):
+    "Every process needs the curves to know where to look next, the first one alone writes."
+    done = FORK.Queue()
     def work(rank):
         os.environ.update(RANK=str(rank), WORLD_SIZE='2')
-        probe_to_file(model, processor, samples, tmp_path/'two.nc', layers='auto', progress=False)
+        done.put((rank, probe_to_file(model, processor, samples, tmp_path/'two.nc', layers='auto', progress=False) is None))
     children = [FORK.Process(target=work, args=(rank,)) for rank in (0, 1)]
     for c in children: c.start()
+    assert sorted(done.get(timeout=300) for _ in children) == [(0, False), (1, True)]
     for c in children: c.join(300)
     assert [c.exitcode for c in children] == [0, 0]
     probe_to_file(model, processor, samples, tmp_path/'one.nc', layers='auto', progress=False)

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MAX_CELL, MAX_NOTEBOOK, MAX_PNG = 50, 300_000, 60_000
 LAZY = {"av", "datasets", "transformers", "seaborn", "sklearn", "lmms_eval"}  # imported inside the functions that use them
-NO_TORCH = {"media", "boundaries", "schedule", "figures"}
+NO_TORCH = {"media", "boundaries", "schedule", "figures", "paper"}
 NO_SYNC = {"select"}
 PROVENANCE = {  # what a stored result must carry to be traced back; alternatives separated by |
     "profiles": ("schema", "model", "revision", "weights", "data", "prompt", "seed", "versions|transformers", "threads"),

@@ -1,0 +1,149 @@
+"""Before and after, part by part: what each change to the hot path gains on this machine's CPU. By hand, it is no test.
+
+    OMP_NUM_THREADS=1 python tests/micro.py [--json] [PART ...]
+
+Processor milliseconds, the least of some runs. "before" is the plain way written out here. Shapes are those of Qwen2.5-Omni-7B with a video of 64 frames and 32 s of
+sound where nothing else is said. The notes on them are in data/results/bench_notes.md."""
+import json
+import sys
+import time
+from collections import Counter
+
+import torch
+
+
+from seats_analysis.select import attention_received, select_diverse, select_in_clip, select_in_windows, stage1_counts
+
+WINDOWS = 16 # of 2 s
+
+
+def cpu_ms(call, runs=3):
+    "Least processor time of some runs, after one that does not count."
+    times = []
+    for _ in range(runs + 1):
+        start = time.process_time()
+        call()
+        times.append((time.process_time() - start)*1e3)
+    return min(times[1:])
+
+
+# ---------------------------------------------------------------- selection
+
+def stage1():
+    "Windows of both modalities, padded to one width, against tables of their own size."
+    sizes = [288]*WINDOWS + [50]*WINDOWS
+    x, a = torch.randn(sum(sizes), 3584), torch.rand(sum(sizes))
+    n = stage1_counts(sizes[:WINDOWS], .084) + stage1_counts(sizes[WINDOWS:], .49)
+    starts = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)
+    table = (starts[:, None] + torch.arange(288)).clamp(max=len(x) - 1)
+    return lambda: select_diverse(x[table], a[table], n, sizes), lambda: select_in_clip(x, a, sizes, n)
+
+
+def statistic():
+    "A softmax over blocks of 64 MiB, then its column sums, against blocks that fit a cache, divided while they are summed."
+    q, k = torch.randn(2, WINDOWS, 16, 1152, 80)
+    def before():
+        for a, b in zip(q.flatten(0, 1).split(12), k.flatten(0, 1).split(12)): torch.softmax(a @ b.mT*80**-.5, -1).sum(1)
+    flat = [x.transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k)]
+    return before, lambda: attention_received(*flat, [1152]*WINDOWS)
+
+
+def projections():
+    "Queries and keys of the last vision layer projected once more for the statistic, against nothing."
+    layers, x = [torch.nn.Linear(1280, 1280) for _ in range(2)], torch.randn(WINDOWS*1152, 1280)
+    return lambda: [layer(x) for layer in layers], lambda: None
+
+
+def scores():
+    "Queries of all positions, against the query of one (the keys are needed either way and are in neither)."
+    layer, x = torch.nn.Linear(3584, 3584), torch.randn(900, 3584)
+    return lambda: layer(x), lambda: layer(x[-1:])
+
+
+def eviction():
+    "Caches of all earlier layers at every cut, against each layer once; the published plan at 10 % (cuts at 16, 18, 20 and 23 of 28)."
+    lengths, starts = [1300, 1220, 1000, 380, 80], [0, 16, 18, 20, 23, 28]
+    owner = [i for i, (a, b) in enumerate(zip(starts, starts[1:])) for _ in range(a, b)]
+    full = [(torch.randn(1, 4, lengths[i], 128), torch.randn(1, 4, lengths[i], 128)) for i in owner]
+    cuts = [torch.randperm(a)[:b].sort().values[None] for a, b in zip(lengths, lengths[1:])]
+    def before():
+        kv = list(full)
+        for i, index in enumerate(cuts):
+            for l in range(starts[i + 1]): kv[l] = tuple(x.transpose(1, 2).index_select(1, index[0]).transpose(1, 2) for x in kv[l])
+    def after():
+        held = []
+        for i, index in enumerate(cuts): held = [h.gather(1, index) for h in held] + [index]
+        for l in range(starts[-2]): [x.index_select(2, held[owner[l]][0]) for x in full[l]]
+    return before, after
+
+
+# ---------------------------------------------------------------- towers
+
+def tower():
+    "A vision tower of Qwen2.5-Omni, its width 320 and its depth 8 instead of 1280 and 32, on 16 frames of 336x336."
+    from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
+    from seats_analysis.testbed import build_config
+    config = build_config(layers=1)
+    config.vision_config.update(dict(depth=8, hidden_size=320, num_heads=4, intermediate_size=856, window_size=112, fullatt_block_indexes=[3, 7]))
+    model = Thinker._from_config(config, attn_implementation="sdpa").eval()
+    return model, model.model.visual, torch.tensor([[8, 24, 24]])
+
+
+def windows():
+    "One call of attention per window, against one per size."
+    from seats_analysis.encoders import batched_windows
+    model, visual, grid = tower()
+    pixels = torch.randn(8*24*24, 1176)
+    def after():
+        with batched_windows(model): visual(pixels, grid_thw=grid)
+    return lambda: visual(pixels, grid_thw=grid), after
+
+
+def repeats(new=4):
+    "A clip in which every second temporal grid repeats the one before it."
+    from seats_analysis.encoders import find_repeats
+    model, visual, grid = tower()
+    pixels = torch.randn(new, 24*24*1176).repeat_interleave(8//new, 0).view(-1, 1176)
+    def after():
+        found = find_repeats(pixels, grid.tolist(), 4)
+        out = visual(pixels if found is None else pixels[found.first], grid_thw=grid if found is None else torch.tensor(found.grids))
+        if found is not None: found.spread(out)
+    return lambda: visual(pixels, grid_thw=grid), after
+
+
+def no_repeats():
+    "What looking for repeated grids costs where there are none."
+    return repeats(new=8)
+
+
+# ---------------------------------------------------------------- launches
+
+def launches():
+    "Operations of one drop of stage II, and of stage I for 24 tokens a window, as the profiler counts them."
+    def count(call):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen: call()
+        leaves = [e for e in seen.events() if e.name.startswith("aten::") and not any(c.name.startswith("aten::") for c in e.cpu_children)]
+        return sum(Counter(e.name for e in leaves if e.name not in VIEWS).values())
+    modality, window = torch.tensor([[1]*24 + [2]*24]).repeat(1, WINDOWS), torch.arange(WINDOWS).repeat_interleave(48)[None]
+    scores, half = torch.rand(1, 48*WINDOWS), [12*WINDOWS]
+    return {"stage I": count(stage1()[1]), "stage II, a drop": count(lambda: select_in_windows(scores, modality, window, WINDOWS, half, half, ratio=.5))}
+
+VIEWS = {"aten::" + n for n in ("as_strided", "view", "expand", "slice", "select", "unsqueeze", "squeeze", "transpose", "t", "unflatten", "flatten", "split", "permute",
+                                "empty", "empty_strided", "empty_like", "resize_", "alias", "detach", "reshape", "_unsafe_view", "narrow", "lift_fresh", "_reshape_alias")}
+
+PARTS = dict(stage1=stage1, statistic=statistic, projections=projections, scores=scores, eviction=eviction, windows=windows, repeats=repeats, no_repeats=no_repeats)
+
+
+def main(names):
+    torch.manual_seed(0)
+    rows = {}
+    with torch.no_grad():
+        for name in names:
+            before, after = PARTS[name]()
+            rows[name] = dict(before=round(cpu_ms(before), 1), after=round(cpu_ms(after), 1))
+            if "--json" not in sys.argv: print(f"{name:12} {rows[name]['before']:9.1f} {rows[name]['after']:9.1f} ms   {PARTS[name].__doc__}", flush=True)
+        rows["launches"] = launches()
+    print(json.dumps(rows) if "--json" in sys.argv else f"launches     {rows['launches']}")
+
+
+if __name__ == "__main__": main([a for a in sys.argv[1:] if a in PARTS] or list(PARTS))
