@@ -52,7 +52,7 @@ class Ready:
     shapes: dict # `video_grid_thw` and `feature_attention_mask` of the clip, as far as there
     media: Media|None # None while only counts matter
 
-# %% ../nbs/11b_compare.ipynb #96da5435
+# %% ../nbs/11b_compare.ipynb #a87a6f1b
 def _media_at(layout): return (layout.modality == VISUAL) | (layout.modality == AUDIO) | (layout.modality == IMAGE)
 
 def _asks(method):
@@ -74,6 +74,7 @@ def encode_media(
     rows = seen['inputs_embeds'][0, _media_at(encoded.layout)[0].to(seen['inputs_embeds'].device)]
     return Media(rows, tuple(seen.get('deepstack_visual_embeds') or ()), calls, {a: l.ms['selection'] for a, l in ledgers.items()})
 
+# %% ../nbs/11b_compare.ipynb #343ebea8
 def _text_after(layout, shared, n):
     "The layout of the first `shared` positions with `n` text tokens behind them."
     more = dict(modality=TEXT, window=-1, run=-1)
@@ -96,7 +97,7 @@ def ready_questions(
             out.append(Ready(sample, ids, positions, _text_after(q.encoded.layout, q.shared, len(tail)), choices, shapes, found))
     return out
 
-# %% ../nbs/11b_compare.ipynb #ed027326
+# %% ../nbs/11b_compare.ipynb #ee8a53bb
 def noted_calls(rows, method): # rows of `Ready` -> modality -> list of one `EncoderCall`
     "What the towers would have noted about these questions' media together."
     if (ask := _asks(method)) is None: return {m: [] for m in ('visual', 'audio')}
@@ -116,6 +117,7 @@ def _shapes(rows):
     found['feature_attention_mask'] = [torch.nn.functional.pad(x, (0, longest - x.shape[-1])) for x in found['feature_attention_mask']]
     return {k: torch.cat(v) for k, v in found.items() if v}
 
+# %% ../nbs/11b_compare.ipynb #62d8bb33
 @torch.no_grad()
 def ready_batch(
     model, processor,
@@ -234,7 +236,7 @@ class Entrant:
         "A number of the data set, from those of the plans."
         return of(self.plans[0]) if len(self.plans) == 1 else (1 - self.share)*of(self.plans[0]) + self.share*of(self.plans[1])
 
-# %% ../nbs/11b_compare.ipynb #21a51364
+# %% ../nbs/11b_compare.ipynb #ac82e339
 TOLERANCE = .02 # relative difference in FLOPs at which two methods cost the same
 
 def _bracket(cost, target, low, high, near, steps):
@@ -247,6 +249,7 @@ def _bracket(cost, target, low, high, near, steps):
         low, high = (middle, high) if tried[middle] <= target else (low, middle)
     return (low, tried[low]), (high, tried[high]), tried
 
+# %% ../nbs/11b_compare.ipynb #8e6a3521
 def match_cost(
     build, # function: knob -> `Method`
     cost, # function: `Method` -> FLOPs fraction
@@ -264,7 +267,7 @@ def match_cost(
     if abs(tried[near]/target - 1) <= tolerance/2: return dict(plans=(build(near),), knob=(near,))
     return dict(plans=(build(low), build(high)), share=(target - f_low)/(f_high - f_low), knob=(low, high))
 
-# %% ../nbs/11b_compare.ipynb #db698053
+# %% ../nbs/11b_compare.ipynb #109a0511
 REGISTRY = METHODS | ABLATIONS # name -> class with `for_trr`
 _GROUPS = dict(all=tuple(METHODS), ablations=tuple(ABLATIONS))
 
@@ -277,6 +280,7 @@ def method_names(
     if (bad := [n for n in names if n not in REGISTRY]): raise ValueError(f'unknown method {bad[0]!r}; known: {", ".join([*_GROUPS, *REGISTRY])}')
     return tuple(dict.fromkeys(['seats', *names]))
 
+# %% ../nbs/11b_compare.ipynb #d160dc0d
 def match_method(
     name:str, # key of `REGISTRY`
     plan:Schedule, # of SEATS
@@ -291,6 +295,7 @@ def match_method(
     build = lambda knob: cls.for_trr(plan.num_layers, *(min(1., knob*t) for t in pair), *counts, **options)
     return match_cost(build, shape.cost, target, highest=1/min(pair))
 
+# %% ../nbs/11b_compare.ipynb #4025e742
 def line_up(
     names:Sequence[str], # from `method_names`
     plans:Mapping, # headline TRR in percent -> `Schedule` of SEATS
@@ -401,7 +406,7 @@ def answer_unit(
         for row, outcome in zip(out, _outcomes(rows, chosen, run, dims)): row.append(outcome)
     return out
 
-# %% ../nbs/11b_compare.ipynb #323a8cc5
+# %% ../nbs/11b_compare.ipynb #9356bb65
 def clip_units(
     samples:Sequence[Sample],
     size:int=16, # questions in a unit, unless one clip has more
@@ -419,6 +424,7 @@ def _by_clip(samples, indices):
     for i in indices: found.setdefault((samples[i].video, samples[i].audio), []).append(i)
     return list(found.values())
 
+# %% ../nbs/11b_compare.ipynb #31ba958c
 def data_shape(
     model, processor,
     samples:Sequence[Sample],
@@ -432,7 +438,7 @@ def data_shape(
 
 def _decoding(limits): return {k: v for k, v in limits.items() if k == 'fps'}
 
-# %% ../nbs/11b_compare.ipynb #55622dca
+# %% ../nbs/11b_compare.ipynb #9eef56ae
 def _describe(entrant):
     "An entrant for a journal: what its answers depend on."
     return [entrant.label, entrant.trr, entrant.share, [None if p is None else repr(p) for p in entrant.plans]]
@@ -443,6 +449,7 @@ def _todo(journal, units, shard):
     left = [(k, u) for k, u in mine if any(journal.read(i) is None for i in u)]
     return left, sum(len(u) for _, u in mine), sum(len(u) for _, u in left)
 
+# %% ../nbs/11b_compare.ipynb #1722ce5f
 def answer_all(
     model, processor,
     samples:Sequence[Sample], # ids must differ, each with at least two choices
@@ -489,7 +496,7 @@ def _answer_units(model, processor, samples, entrants, units, journal, shard, pr
             for i, outcomes in zip(order, work(entrants)): journal.write(i, outcomes)
             bar.update(len(unit))
 
-# %% ../nbs/11b_compare.ipynb #a8b2faa5
+# %% ../nbs/11b_compare.ipynb #93319c7d
 def mcnemar(
     a:Sequence, # (N,) bool, right answers of one method
     b:Sequence, # (N,) bool, of another one on the same questions
@@ -500,6 +507,7 @@ def mcnemar(
     wins, losses = int((a & ~b).sum()), int((b & ~a).sum())
     return binomtest(wins, wins + losses).pvalue if wins + losses else 1.
 
+# %% ../nbs/11b_compare.ipynb #544a5c4b
 def paired_difference(
     a:Sequence, # (N,) bool, right answers of one method
     b:Sequence, # (N,) bool, of the one it is compared with
@@ -534,10 +542,11 @@ def _times(outcomes):
     statistic, selection, prefill = np.median([o['ms'] for o in outcomes], 0).tolist()
     return dict(ms=statistic + selection + prefill, ms_statistic=statistic, ms_selection=selection, ms_prefill=prefill)
 
-# %% ../nbs/11b_compare.ipynb #e764afd9
+# %% ../nbs/11b_compare.ipynb #e321f1c9
 def _right(answers, k): return np.array([row[k]['correct'] for row in answers], float)
 def _flops_of(answers, k, convention='counter'): return float(sum(row[k][convention] for row in answers))
 
+# %% ../nbs/11b_compare.ipynb #d17d9471
 def comparison_row(
     entrant:Entrant,
     k:int, # its place among the outcomes

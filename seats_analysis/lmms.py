@@ -63,7 +63,7 @@ def prompt_of(
         else: raise ValueError(f"{id}: {part['type']!r} is neither text, video, audio nor image")
     return Prompt(id, tuple(parts))
 
-# %% ../nbs/13_lmms.ipynb #be9b0250
+# %% ../nbs/13_lmms.ipynb #311879d3
 def _stored_schedule(name):
     "The shipped schedule files: installed, or in the checkout."
     from importlib import resources
@@ -80,6 +80,7 @@ def schedule_for(
     if model == 'testbed' and (path := _stored_schedule(f'testbed_trr{trr}.json')).is_file(): return Schedule.load(path)
     raise ValueError(f'no schedule is known for {model} at {trr} %: make one with `seats probe` and `seats schedule`, and pass schedule=FILE')
 
+# %% ../nbs/13_lmms.ipynb #6664cf39
 def method_for(
     model:str, # name of the model
     method:str='seats', # key of `METHODS` or `ABLATIONS`; 'full' prunes nothing
@@ -120,7 +121,7 @@ def load_omni(
         model, processor = _thinker_class(name).from_pretrained(name, dtype='auto').eval(), AutoProcessor.from_pretrained(name)
     return model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')), processor
 
-# %% ../nbs/13_lmms.ipynb #a32429d5
+# %% ../nbs/13_lmms.ipynb #7755077b
 def check_heard(
     layout, # `TokenLayout` of a batch
     prompts:Sequence[Prompt],
@@ -136,6 +137,7 @@ def cut_at(text, until):
     "What comes before the first of some stop texts."
     return text[:min([text.find(u) for u in until if u and u in text], default=len(text))].strip()
 
+# %% ../nbs/13_lmms.ipynb #2ed83906
 @dataclass
 class Answerer:
     "A model with a method, and how it reads media."
@@ -162,7 +164,7 @@ class Answerer:
         texts = self.processor.tokenizer.batch_decode(out[:, batch.shape[1]:], skip_special_tokens=True)
         return [cut_at(t, until) for t in texts]
 
-# %% ../nbs/13_lmms.ipynb #58f4b377
+# %% ../nbs/13_lmms.ipynb #cf5cf19b
 def _batches(requests, size):
     "Requests with equal generation settings, `size` at a time, as lists of places."
     groups = {}
@@ -178,6 +180,7 @@ def generation_options(
     beams = dict(num_beams=given['num_beams']) if (given.get('num_beams') or 1) > 1 else {}
     return dict(max_new_tokens=given.get('max_new_tokens') or 16, until=[until] if isinstance(until, str) else list(until), **warm, **beams)
 
+# %% ../nbs/13_lmms.ipynb #c62625fc
 def answer_requests(
     answerer:Answerer,
     requests:Sequence, # of lmms-eval, whose `args` are context, messages, settings, document, task and split
@@ -222,7 +225,7 @@ def _is_number(value):
     try: return value in (None, '') or float(value) is not None
     except (TypeError, ValueError): return False
 
-# %% ../nbs/13_lmms.ipynb #e7829272
+# %% ../nbs/13_lmms.ipynb #d1cff2db
 @cache
 def omni_class():
     "The class that lmms-eval makes a model of."
@@ -255,12 +258,13 @@ def omni_class():
 
     return SeatsOmni
 
+# %% ../nbs/13_lmms.ipynb #db92e29e
 def manifests():
     "What lmms-eval registers, by the entry-point group `lmms_eval.models`."
     from lmms_eval.models.registry_v2 import ModelManifest
     return ModelManifest(model_id='seats_omni', chat_class_path='seats_analysis.lmms.SeatsOmni')
 
-# %% ../nbs/13_lmms.ipynb #b8c0c7ba
+# %% ../nbs/13_lmms.ipynb #00f90e25
 def task_docs(
     name:str, # `testbed`, a benchmark, or `jsonl` for the file named by SEATS_JSONL
     limit:int|None=None,
@@ -285,6 +289,7 @@ def doc_to_text(doc): # -> str
     "The question with its choices, as our own evaluation asks it; where they are lettered, the letter is asked for."
     return prompt_text(_doc_sample(doc)) + (f'\n{LETTER_ONLY}' if doc['lettered'] else '')
 
+# %% ../nbs/13_lmms.ipynb #b96a188c
 def doc_to_visual(doc): return [doc['video']] if doc['video'] else [] # for models that take files
 
 def doc_to_messages(doc): # -> list with one turn
@@ -294,7 +299,7 @@ def doc_to_messages(doc): # -> list with one turn
 
 def doc_to_target(doc): return 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'[doc['answer']] if doc['lettered'] else doc['choices'][doc['answer']]
 
-# %% ../nbs/13_lmms.ipynb #122ed531
+# %% ../nbs/13_lmms.ipynb #0f065ccb
 def process_results(doc, results): # -> metric -> what is averaged
     "Right or not, and whether the answer could be read at all; an unreadable one is wrong."
     pick = parse_answer(results[0], doc['choices'], doc['lettered'])
@@ -308,6 +313,7 @@ def by_family(pairs): # of (family, right) -> mean over families
     for family, right in pairs: found.setdefault(family, []).append(right)
     return mean(map(mean, found.values()))
 
+# %% ../nbs/13_lmms.ipynb #06aed827
 @cache
 def task_class():
     "The class of our tasks."
