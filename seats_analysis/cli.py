@@ -7,7 +7,7 @@ __all__ = ['app', 'Model', 'Data', 'Limit', 'Device', 'Json', 'Threads', 'Profil
            'Tolerance', 'Margin', 'SCHEMA_SENSITIVITY', 'TARGETS', 'SCHEMA_RESULTS', 'one_line', 'Seats', 'main',
            'check_model', 'load_model', 'load_data', 'writable', 'emit', 'note', 'limits_of', 'mean_tokens', 'probe',
            'boundary_row', 'table', 'boundaries', 'check_trr', 'describe', 'schedule', 'stored_boundaries',
-           'run_report', 'run', 'figures', 'simulate', 'task_kinds', 'sensitivity_rows', 'sensitivity', 'bench',
+           'run_report', 'run', 'bench', 'figures', 'simulate', 'task_kinds', 'sensitivity_rows', 'sensitivity',
            'train_testbed', 'per_block', 'result_rows', 'compare_profiles', 'compare_plans', 'compare_rows',
            'agreement', 'demo']
 
@@ -600,6 +600,105 @@ def _write_kept(path, ran, encoded, model, clip, question, answer):
     place = os.path.relpath(clip, path.absolute().parent)
     _write_json(path, kept_data(ran, encoded, rates(model), place, question=question, answered=answer))
 
+# %% ../nbs/14_cli.ipynb #be9c0002
+def _numbers(text, what, kind=float):
+    "A comma-separated option as positive numbers."
+    try: found = tuple(kind(n) for n in _names(text, what))
+    except ValueError: found = ()
+    if not found or min(found) <= 0: raise ValueError(f'{what} {text!r}: give positive {"whole " if kind is int else ""}numbers, as 10,25')
+    return found
+
+def _bench_jobs(config, width, request, batches, plans, scaling, cuda):
+    "What the options of `seats bench` ask for."
+    from seats_analysis import bench
+    for name in config: bench.check_config(name)
+    if not config and request is None and not (width or batches or scaling): return bench.default_jobs(cuda, plans)
+    config = config or (('qwen2.5-omni-7b',) if cuda else ('testbed',))
+    requests = [request or bench.Request()]
+    jobs = [bench.Job(name, r, width, b, plans) for name in config for r in requests for b in batches or ((1, 4, 16) if cuda else (1,))]
+    if scaling: jobs = [bench.Job(name, r, width, 1, plans) for name in config for r in bench.scaling_requests(name, scaling)]
+    return jobs
+
+# %% ../nbs/14_cli.ipynb #be9c0003
+def _bench_request(preset, frames, seconds):
+    "The request that is asked for, or None."
+    from seats_analysis.bench import as_request
+    return as_request(preset, frames, seconds) if preset or frames is not None or seconds is not None else None
+
+def _bench_device(device):
+    "Device to run on. Raises ValueError for a GPU that is not there."
+    import torch
+    if device not in ('', 'cpu', 'cuda') and not device.startswith('cuda:'): raise ValueError(f'--device {device!r}: cpu or cuda')
+    if device.startswith('cuda') and not torch.cuda.is_available(): raise ValueError('--device cuda: torch sees no GPU here')
+    return device or ('cuda' if torch.cuda.is_available() else 'cpu')
+
+def _bench_file(out, device, options):
+    "The file of this device, opened, and how it is made."
+    import shlex
+    from seats_analysis.bench import BenchFile, device_name, environment, slug
+    path = writable(out or Path('data/results')/f'bench_{slug(device_name(device))}.json')
+    file = BenchFile(path, environment(device, **options), shlex.join(['seats', *sys.argv[1:]]) if sys.argv[1:2] == ['bench'] else 'seats bench')
+    if file.replaced: note(f'{path}: made under other circumstances (device, versions, threads or settings); it will be replaced')
+    return file
+
+# %% ../nbs/14_cli.ipynb #be9c0004
+def _bench_said(file, jobs, ratios):
+    "The rows of these jobs: (rows, text)."
+    from seats_analysis.bench import bench_table, key_of, request_tokens, settle_all, verdicts
+    wanted = {key_of(j.row(*p, request_tokens(j.config, j.request))) for j in jobs for p in j.plans}
+    rows = [r for r in settle_all(file.rows.values()) if key_of(r) in wanted]
+    lines = bench_table(rows, ratios)
+    lines = [{k: line.get(k, '') for k in dict.fromkeys(k for l in lines for k in l)} for line in lines]
+    unit = 'times as shares of the full time to first token (a CPU says nothing about milliseconds elsewhere)' if ratios else 'times in ms'
+    return rows, '\n'.join([table(lines), unit + '; medians of interleaved runs', '', *(verdicts(rows) or ['pruning pays in every row']), '', f'{file.path}'])
+
+def _bench(file, jobs, device, options, repeats, steps, limit):
+    "Measure, with a bar for what is going on."
+    from tqdm import tqdm
+    from seats_analysis.bench import run_jobs
+    with tqdm(unit='step', desc='bench', bar_format='{desc}: {elapsed} {postfix}') as bar:
+        def progress(text): bar.set_postfix_str(text); bar.update()
+        try: run_jobs(jobs, file, device, repeats=repeats, steps=steps, most_seconds=limit, progress=progress, **options)
+        except KeyboardInterrupt:
+            note(f'{file.path} holds the finished timings; the same command goes on from there')
+            raise
+
+# %% ../nbs/14_cli.ipynb #be9c0005
+@app.command()
+def bench(
+    config: Annotated[str, typer.Option('--config', help='qwen2.5-omni-7b, qwen2.5-omni-3b, qwen3-omni-30b-a3b or testbed, separated by commas.')] = '',
+    width: Annotated[Optional[int], typer.Option('--width', help='Shrink the model to this width; its depth and proportions stay.')] = None,
+    preset: Annotated[str, typer.Option('--preset', help='A request as of daily-omni, worldsense, omnivideobench, video-mme or lvomnibench, or `hour`.')] = '',
+    frames: Annotated[Optional[int], typer.Option('--frames', help='Video frames; default: 128.')] = None,
+    seconds: Annotated[Optional[float], typer.Option('--seconds', help='Length of video and sound; default: 60.')] = None,
+    methods: Annotated[str, typer.Option('--methods', help='Methods, separated by commas.')] = 'seats,random',
+    trr: Annotated[str, typer.Option('--trr', help='Headline TRRs in percent.')] = '35,25,15,10',
+    batch: Annotated[str, typer.Option('--batch', help='Batch sizes; default: 1,4,16 on a GPU, 1 on a CPU.')] = '',
+    scaling: Annotated[Optional[int], typer.Option('--scaling', help='Measure 1k, 2k, 4k .. tokens up to this many instead of one request.')] = None,
+    repeats: Annotated[int, typer.Option('--repeats', min=1, help='Timings of each row, in turns; their median is reported.')] = 5,
+    steps: Annotated[int, typer.Option('--steps', min=1, help='Tokens to decode.')] = 8,
+    kv: Annotated[str, typer.Option('--kv', help='Cache policy: evict or retain.')] = 'evict',
+    attention: Annotated[str, typer.Option('--attention', help='Attention implementation, for the full model too.')] = 'sdpa',
+    limit: Annotated[float, typer.Option('--most-seconds', help='Leave out requests that would take longer.')] = 60.,
+    seed: Annotated[int, typer.Option('--seed', min=0)] = 0, device: Device = '', threads: Threads = None,
+    out: Annotated[Optional[Path], typer.Option('--out', help='JSON file; default: data/results/bench_<device>.json.')] = None, as_json: Json = False,
+):
+    "Time the full model against every method: encoders, selection, prefill, decode, memory, realised fraction."
+    if kv not in ('evict', 'retain'): raise ValueError(f'--kv {kv!r}: evict or retain')
+    names, request = _names(config, '--config') if config else (), _bench_request(preset, frames, seconds)
+    if scaling is not None and (request or scaling < 1024): raise ValueError('--scaling: from 1024 tokens, and without --preset, --frames or --seconds')
+    batches, trrs = _numbers(batch, '--batch', int) if batch else (), _numbers(trr, '--trr')
+    from seats_analysis.bench import plan_pairs, report
+    plans, where = plan_pairs(_names(methods, '--methods'), trrs), _bench_device(device)
+    _set_threads(threads)
+    _quiet()
+    jobs = _bench_jobs(names, width, request, batches, plans, scaling, where.startswith('cuda'))
+    options = dict(attention=attention, seed=seed)
+    file = _bench_file(out, where, dict(options, kv=kv, steps=steps))
+    _bench(file, jobs, where, options, repeats, steps, limit)
+    rows, text = _bench_said(file, jobs, not where.startswith('cuda'))
+    emit(as_json, dict(device=file.about['device'], rows=report(rows)), text)
+
 # %% ../nbs/14_cli.ipynb #3ed83343
 @app.command()
 def figures(
@@ -729,105 +828,6 @@ def _sensitivity(stored, kinds, plans, limit, batch):
     samples = [s for s in load_data('testbed') if s.split == 'test' and s.family in kinds['all']][:limit]
     chosen = {'full': None} | {kind: plan for kind, plan in plans.items() if not isinstance(plan, str)}
     return sensitivity_rows({name: evaluate(model, processor, samples, plan, batch_size=batch) for name, plan in tqdm(chosen.items(), desc='schedules', unit='schedule')}, kinds)
-
-# %% ../nbs/14_cli.ipynb #be9c0002
-def _numbers(text, what, kind=float):
-    "A comma-separated option as positive numbers."
-    try: found = tuple(kind(n) for n in _names(text, what))
-    except ValueError: found = ()
-    if not found or min(found) <= 0: raise ValueError(f'{what} {text!r}: give positive {"whole " if kind is int else ""}numbers, as 10,25')
-    return found
-
-def _bench_jobs(config, width, request, batches, plans, scaling, cuda):
-    "What the options of `seats bench` ask for."
-    from seats_analysis import bench
-    for name in config: bench.check_config(name)
-    if not config and request is None and not (width or batches or scaling): return bench.default_jobs(cuda, plans)
-    config = config or (('qwen2.5-omni-7b',) if cuda else ('testbed',))
-    requests = [request or bench.Request()]
-    jobs = [bench.Job(name, r, width, b, plans) for name in config for r in requests for b in batches or ((1, 4, 16) if cuda else (1,))]
-    if scaling: jobs = [bench.Job(name, r, width, 1, plans) for name in config for r in bench.scaling_requests(name, scaling)]
-    return jobs
-
-# %% ../nbs/14_cli.ipynb #be9c0003
-def _bench_request(preset, frames, seconds):
-    "The request that is asked for, or None."
-    from seats_analysis.bench import as_request
-    return as_request(preset, frames, seconds) if preset or frames is not None or seconds is not None else None
-
-def _bench_device(device):
-    "Device to run on. Raises ValueError for a GPU that is not there."
-    import torch
-    if device not in ('', 'cpu', 'cuda') and not device.startswith('cuda:'): raise ValueError(f'--device {device!r}: cpu or cuda')
-    if device.startswith('cuda') and not torch.cuda.is_available(): raise ValueError('--device cuda: torch sees no GPU here')
-    return device or ('cuda' if torch.cuda.is_available() else 'cpu')
-
-def _bench_file(out, device, options):
-    "The file of this device, opened, and how it is made."
-    import shlex
-    from seats_analysis.bench import BenchFile, device_name, environment, slug
-    path = writable(out or Path('data/results')/f'bench_{slug(device_name(device))}.json')
-    file = BenchFile(path, environment(device, **options), shlex.join(['seats', *sys.argv[1:]]) if sys.argv[1:2] == ['bench'] else 'seats bench')
-    if file.replaced: note(f'{path}: made under other circumstances (device, versions, threads or settings); it will be replaced')
-    return file
-
-# %% ../nbs/14_cli.ipynb #be9c0004
-def _bench_said(file, jobs, ratios):
-    "The rows of these jobs: (rows, text)."
-    from seats_analysis.bench import bench_table, key_of, request_tokens, settle_all, verdicts
-    wanted = {key_of(j.row(*p, request_tokens(j.config, j.request))) for j in jobs for p in j.plans}
-    rows = [r for r in settle_all(file.rows.values()) if key_of(r) in wanted]
-    lines = bench_table(rows, ratios)
-    lines = [{k: line.get(k, '') for k in dict.fromkeys(k for l in lines for k in l)} for line in lines]
-    unit = 'times as shares of the full time to first token (a CPU says nothing about milliseconds elsewhere)' if ratios else 'times in ms'
-    return rows, '\n'.join([table(lines), unit + '; medians of interleaved runs', '', *(verdicts(rows) or ['pruning pays in every row']), '', f'{file.path}'])
-
-def _bench(file, jobs, device, options, repeats, steps, limit):
-    "Measure, with a bar for what is going on."
-    from tqdm import tqdm
-    from seats_analysis.bench import run_jobs
-    with tqdm(unit='step', desc='bench', bar_format='{desc}: {elapsed} {postfix}') as bar:
-        def progress(text): bar.set_postfix_str(text); bar.update()
-        try: run_jobs(jobs, file, device, repeats=repeats, steps=steps, most_seconds=limit, progress=progress, **options)
-        except KeyboardInterrupt:
-            note(f'{file.path} holds the finished timings; the same command goes on from there')
-            raise
-
-# %% ../nbs/14_cli.ipynb #be9c0005
-@app.command()
-def bench(
-    config: Annotated[str, typer.Option('--config', help='qwen2.5-omni-7b, qwen2.5-omni-3b, qwen3-omni-30b-a3b or testbed, separated by commas.')] = '',
-    width: Annotated[Optional[int], typer.Option('--width', help='Shrink the model to this width; its depth and proportions stay.')] = None,
-    preset: Annotated[str, typer.Option('--preset', help='A request as of daily-omni, worldsense, omnivideobench, video-mme or lvomnibench, or `hour`.')] = '',
-    frames: Annotated[Optional[int], typer.Option('--frames', help='Video frames; default: 128.')] = None,
-    seconds: Annotated[Optional[float], typer.Option('--seconds', help='Length of video and sound; default: 60.')] = None,
-    methods: Annotated[str, typer.Option('--methods', help='Methods, separated by commas.')] = 'seats,random',
-    trr: Annotated[str, typer.Option('--trr', help='Headline TRRs in percent.')] = '35,25,15,10',
-    batch: Annotated[str, typer.Option('--batch', help='Batch sizes; default: 1,4,16 on a GPU, 1 on a CPU.')] = '',
-    scaling: Annotated[Optional[int], typer.Option('--scaling', help='Measure 1k, 2k, 4k .. tokens up to this many instead of one request.')] = None,
-    repeats: Annotated[int, typer.Option('--repeats', min=1, help='Timings of each row, in turns; their median is reported.')] = 5,
-    steps: Annotated[int, typer.Option('--steps', min=1, help='Tokens to decode.')] = 8,
-    kv: Annotated[str, typer.Option('--kv', help='Cache policy: evict or retain.')] = 'evict',
-    attention: Annotated[str, typer.Option('--attention', help='Attention implementation, for the full model too.')] = 'sdpa',
-    limit: Annotated[float, typer.Option('--most-seconds', help='Leave out requests that would take longer.')] = 60.,
-    seed: Annotated[int, typer.Option('--seed', min=0)] = 0, device: Device = '', threads: Threads = None,
-    out: Annotated[Optional[Path], typer.Option('--out', help='JSON file; default: data/results/bench_<device>.json.')] = None, as_json: Json = False,
-):
-    "Time the full model against every method: encoders, selection, prefill, decode, memory, realised fraction."
-    if kv not in ('evict', 'retain'): raise ValueError(f'--kv {kv!r}: evict or retain')
-    names, request = _names(config, '--config') if config else (), _bench_request(preset, frames, seconds)
-    if scaling is not None and (request or scaling < 1024): raise ValueError('--scaling: from 1024 tokens, and without --preset, --frames or --seconds')
-    batches, trrs = _numbers(batch, '--batch', int) if batch else (), _numbers(trr, '--trr')
-    from seats_analysis.bench import plan_pairs, report
-    plans, where = plan_pairs(_names(methods, '--methods'), trrs), _bench_device(device)
-    _set_threads(threads)
-    _quiet()
-    jobs = _bench_jobs(names, width, request, batches, plans, scaling, where.startswith('cuda'))
-    options = dict(attention=attention, seed=seed)
-    file = _bench_file(out, where, dict(options, kv=kv, steps=steps))
-    _bench(file, jobs, where, options, repeats, steps, limit)
-    rows, text = _bench_said(file, jobs, not where.startswith('cuda'))
-    emit(as_json, dict(device=file.about['device'], rows=report(rows)), text)
 
 # %% ../nbs/14_cli.ipynb #1a37b9bc
 def _train_config(path, changes):
