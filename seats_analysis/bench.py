@@ -11,7 +11,8 @@ __all__ = ['SIZES', 'CONFIGS', 'CELLS', 'REQUESTS', 'TIMES', 'KEY', 'GROUP', 'RO
            'Job', 'run_job', 'run_jobs', 'scaling_requests', 'plan_pairs', 'default_jobs', 'bench_table', 'verdicts',
            'report', 'profile_request']
 
-# %% ../nbs/11a_bench.ipynb #56277c6e
+# %% ../nbs/11a_bench.ipynb #89a69fb2
+import inspect
 import json
 import os
 import re
@@ -307,7 +308,8 @@ def bench_method(
     "A method at the retention of a plan: with that plan, or with one of its own if it makes its own."
     own = None if name == 'seats' else getattr(METHODS.get(name), 'for_trr', None)
     if own is None: return make_method(name, plan)
-    return own(plan.num_layers, plan.trr['visual'], plan.trr['audio'], visual, audio, like=plan)
+    like = dict(like=plan) if 'like' in inspect.signature(own).parameters else {}
+    return own(plan.num_layers, plan.trr['visual'], plan.trr['audio'], visual, audio, **like)
 
 # %% ../nbs/11a_bench.ipynb #251d26ff
 @contextmanager
