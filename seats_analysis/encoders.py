@@ -131,9 +131,10 @@ class Aside:
         if self.stream is not None: self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with nullcontext() if self.stream is None else torch.cuda.stream(self.stream): yield
 
-    def hold(self, tensors:Sequence):
-        "What was made there and is used here: its memory is not given away before `join` has told the allocator."
-        self.out = tuple(tensors)
+    def hold(self, encoded, others=()):
+        "What was made there and is used here, outputs of a tower and other tensors: `join` tells the allocator."
+        levels = getattr(encoded, 'deepstack_features', None) or ()
+        self.out = (*self.out, *encoded.pooler_output, *(x for level in levels for x in level), *others)
 
     def join(self):
         "From here on the current stream may use it."
@@ -154,6 +155,5 @@ def encode_ahead(
     if 'mm_encoder_outputs' not in inspect.signature(thinker.forward).parameters: return None
     if not (has('pixel_values_videos') and has('input_features')) or has('pixel_values') or has('mm_encoder_outputs'): return None
     with aside.run(): out = thinker.get_video_features(given['pixel_values_videos'], given['video_grid_thw'], return_dict=True)
-    levels = getattr(out, 'deepstack_features', None) or ()
-    aside.hold([*out.pooler_output, *(x for level in levels for x in level)])
+    aside.hold(out)
     return dict(pixel_values_videos=None, mm_encoder_outputs=dict(video=out))
