@@ -428,15 +428,16 @@ def test_qwen3_omni_deepstack_matters(qwen3, monkeypatch):
     assert (run() - whole).abs().max() > 1e-3
 
 
-def test_auto_gives_the_boundaries_of_the_full_scan():
-    "On the testbed's stored profile: the layers that `auto` would have scanned lead to the same boundaries as all of them."
+@pytest.mark.parametrize('conditions', [NAMES, *[(name,) for name in NAMES]], ids='+'.join)
+def test_auto_gives_the_boundaries_of_the_full_scan(conditions):
+    "On the testbed's stored profile: the layers that `auto` would have scanned, for all conditions or for one, lead to the same boundaries as all of them."
     import json
     from pathlib import Path
     from seats_analysis.boundaries import find_boundaries
-    full = probe.load_profile(Path(__file__).resolve().parents[1]/'data'/'profiles'/'testbed.nc')
+    full = probe.load_profile(Path(__file__).resolve().parents[1]/'data'/'profiles'/'testbed.nc').sel(removed=list(conditions))
     L, needs = int(full.layer[-1]), json.loads(full.attrs['needs'])
     layers = sorted({*range(0, L, round(L**.5)), L})
     while (more := next_layers(full.sel(layer=layers), needs)): layers = sorted({*layers, *more})
-    for removed in NAMES:
+    for removed in conditions:
         ours, theirs = (find_boundaries(p, removed) for p in (full.sel(layer=layers), full))
         assert (ours.shallow_end, ours.late_start) == (theirs.shallow_end, theirs.late_start), removed
