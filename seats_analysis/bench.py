@@ -11,7 +11,8 @@ __all__ = ['SIZES', 'CONFIGS', 'CELLS', 'REQUESTS', 'TIMES', 'KEY', 'GROUP', 'RO
            'Job', 'run_job', 'run_jobs', 'scaling_requests', 'plan_pairs', 'default_jobs', 'bench_table', 'verdicts',
            'report', 'profile_request']
 
-# %% ../nbs/11a_bench.ipynb #56277c6e
+# %% ../nbs/11a_bench.ipynb #89a69fb2
+import inspect
 import json
 import os
 import re
@@ -60,6 +61,7 @@ SIZES = {
         audio=dict(_EAR, n_window=50, n_window_infer=800, downsample_hidden_size=480, output_dim=2048))} # thinkers of the released config.json files
 CONFIGS = (*SIZES, 'testbed')
 
+# %% ../nbs/11a_bench.ipynb #5ac98f51
 def check_config(name):
     "Raise ValueError for a configuration that is not known."
     if name not in CONFIGS: raise ValueError(f'unknown configuration {name!r}; known: {", ".join(CONFIGS)}')
@@ -83,6 +85,7 @@ def _narrow_tower(tower, scale, width, heads, mlp):
     n = max(1, round(tower[heads]*scale))
     return tower | {heads: n, width: n*_step(tower[width]*scale/n, 8, 16), mlp: _step(tower[mlp]*scale, 8)}
 
+# %% ../nbs/11a_bench.ipynb #8f0f5ab5
 def narrow(
     settings:Mapping, # an entry of `SIZES`
     width:int|None, # of the residual stream; None = as it is
@@ -138,6 +141,7 @@ def randomise(model, seed:int=0):
         else: p.fill_(0. if name.endswith('bias') else 1.)
     return model
 
+# %% ../nbs/11a_bench.ipynb #02bce10b
 def build_model(
     name:str, # one of `CONFIGS`
     width:int|None=None, # see `narrow`; of the testbed's structure where that is asked for
@@ -164,6 +168,7 @@ def _trained(device, dtype, attention):
     model.set_attn_implementation(attention)
     return model
 
+# %% ../nbs/11a_bench.ipynb #f2a01cde
 def _testbed_config(width):
     "The testbed's structure at another width. Raises ValueError for one that its four heads and rotary sections do not divide."
     from seats_analysis.testbed import build_config
@@ -234,6 +239,7 @@ def bench_processor(name:str):
     limit_pixels(processor, *preset_for('128').grid_tokens)
     return processor
 
+# %% ../nbs/11a_bench.ipynb #4fae7e6a
 def request_sample(processor, request:Request, seed:int=0)->Sample:
     "Noise to see and to hear, and as many words as asked for."
     rng, video = np.random.default_rng(seed), processor.video_processor
@@ -281,6 +287,7 @@ def _shipped_schedules():
     if not found: raise ValueError(f'no testbed_trr10.json in {" or ".join(map(str, places))}')
     return found[0]
 
+# %% ../nbs/11a_bench.ipynb #dd155f21
 def bench_schedule(
     name:str, # one of `CONFIGS`
     trr:float, # headline, percent
@@ -301,7 +308,8 @@ def bench_method(
     "A method at the retention of a plan: with that plan, or with one of its own if it makes its own."
     own = None if name == 'seats' else getattr(METHODS.get(name), 'for_trr', None)
     if own is None: return make_method(name, plan)
-    return own(plan.num_layers, plan.trr['visual'], plan.trr['audio'], visual, audio, like=plan)
+    like = dict(like=plan) if 'like' in inspect.signature(own).parameters else {}
+    return own(plan.num_layers, plan.trr['visual'], plan.trr['audio'], visual, audio, **like)
 
 # %% ../nbs/11a_bench.ipynb #251d26ff
 @contextmanager
@@ -318,6 +326,7 @@ def watch_encoders(
             stack.callback(tower.register_forward_hook(lambda m, a, out: sections.stop()).remove)
         yield
 
+# %% ../nbs/11a_bench.ipynb #b824787b
 @contextmanager
 def running(
     model,
@@ -347,6 +356,7 @@ def _decode(model, inputs, out, token, steps):
 
 TIMES = 'encoder_ms', 'selection_ms', 'prefill_ms', 'ttft_ms', 'decode_ms_per_token'
 
+# %% ../nbs/11a_bench.ipynb #80599b9a
 @torch.no_grad()
 def time_request(
     model,
@@ -426,6 +436,7 @@ def settle(
     quartiles = {t: [float(q) for q in np.quantile(v, [.25, .75])] for t, v in by.items()}
     return dict(row, **{t: float(np.median(v)) for t, v in by.items()}, spread=quartiles, repeats=len(row['samples']))
 
+# %% ../nbs/11a_bench.ipynb #4f83871f
 def compare(
     row:Mapping, # settled
     full:Mapping|None, # the settled row of the full model in the same group; None where it did not fit
@@ -468,6 +479,7 @@ def environment(device, dtype=None, attention='sdpa', kv='evict', seed=0, steps=
     return dict(device=device_name(device), versions=versions, threads=None if cuda else torch.get_num_threads(), dtype=str(dtype).removeprefix('torch.'),
                 attention=attention, kv=kv, seed=seed, decoded=steps)
 
+# %% ../nbs/11a_bench.ipynb #a4c569b1
 class BenchFile:
     "Rows on disk."
     def __init__(self,
@@ -487,6 +499,7 @@ class BenchFile:
         data = dict(schema=SCHEMA_BENCH, model=models, revision='real sizes, random weights; the testbed has its own', **self.about, rows=settle_all(self.rows.values()))
         with atomic_write(self.path) as part: part.write_text(json.dumps(data, indent=1) + '\n', encoding='utf-8')
 
+# %% ../nbs/11a_bench.ipynb #8ac2caa8
 def load_bench(path)->dict:
     "A stored benchmark. Raises ValueError that names the file."
     try:
@@ -520,6 +533,7 @@ def _measure_facts(row, model, inputs, method, kv):
         row.update(error='out of memory', samples=[])
         torch.cuda.empty_cache()
 
+# %% ../nbs/11a_bench.ipynb #f6ba83c0
 def run_job(
     job:Job,
     model, inputs:Mapping, tokens:Mapping, # of `build_model` and `bench_inputs`
@@ -537,6 +551,7 @@ def run_job(
         _measure_facts(row, model, inputs, methods[name], file.about['kv'])
     for turn in range(repeats): _take_turns(job, model, inputs, methods, rows, file, turn, repeats, steps, progress)
 
+# %% ../nbs/11a_bench.ipynb #8d4af662
 def _take_turns(job, model, inputs, methods, rows, file, turn, repeats, steps, progress):
     "One timing of every row that has fewer than that; saved, also when interrupted."
     due = [n for n, row in rows.items() if not row.get('error') and len(row['samples']) <= turn]
@@ -561,6 +576,7 @@ def _too_long(file, row, most_seconds):
     grown = row['tokens']*row['batch']/(last['tokens']*last['batch'])
     return min(s['ttft_ms'] for s in last['samples'])/1e3*grown**2 > most_seconds
 
+# %% ../nbs/11a_bench.ipynb #dfc55ee4
 def run_jobs(
     jobs:Sequence[Job],
     file:BenchFile,
@@ -585,6 +601,7 @@ def run_jobs(
 
 def _finished(row, repeats): return row is not None and bool(row.get('error') or len(row.get('samples', ())) >= repeats)
 
+# %% ../nbs/11a_bench.ipynb #1944e683
 def _skip(file, row, most_seconds):
     "Note a row that would take too long; whether it does."
     stored = file.rows.get(key_of(row))
@@ -615,6 +632,7 @@ def plan_pairs(methods:Sequence[str], trrs:Sequence[float])->tuple: # of (method
     if bad := [t for t in trrs if not 0 < t < 100]: raise ValueError(f'--trr {bad[0]:g}: a percentage above 0 and below 100')
     return (('full', 100.), *((m, float(t)) for m in methods for t in trrs))
 
+# %% ../nbs/11a_bench.ipynb #e11ff8fc
 def default_jobs(
     cuda:bool, # for a GPU
     plans:Sequence, # of `plan_pairs`
@@ -661,6 +679,7 @@ def _does_not_pay(r, full):
     if r['encoder_ms'] > .5*r['ttft_ms']:
         return f'bound by the encoders: prefill {r["speedup"]:.1f} times as fast, first token {r["ttft_speedup"]:.1f} times; they are {r["encoder_ms"]/r["ttft_ms"]:.0%} of the pruned request'
 
+# %% ../nbs/11a_bench.ipynb #61261616
 def verdicts(
     rows:Sequence, # settled
 )->list: # of texts

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
-from itertools import accumulate, groupby
 
 import torch
 
@@ -23,11 +22,13 @@ def group_windows(
     sizes:Sequence[int], # rows of each window, in sequence
 )->tuple: # (T,) int64 the rows sorted by the size of their window, None where they are; (windows, size) of each group
     "Which windows can be one batch."
-    by_size = sorted(range(len(sizes)), key=lambda i: sizes[i]) # keeps the order of equals
-    starts = list(accumulate(sizes, initial=0))
-    groups = [(len(list(run)), size) for size, run in groupby(sizes[i] for i in by_size) if size]
-    if by_size == list(range(len(sizes))): return None, groups
-    return torch.cat([torch.arange(starts[i], starts[i] + sizes[i]) for i in by_size]), groups
+    sizes = torch.tensor(sizes, dtype=torch.long)
+    by_size = sizes.argsort(stable=True)
+    new = sizes[by_size]
+    groups = [(n, size) for size, n in zip(*(x.tolist() for x in torch.unique_consecutive(new, return_counts=True))) if size] # all of this on the host
+    if (sizes.diff() >= 0).all(): return None, groups
+    shift = (sizes.cumsum(0) - sizes)[by_size] - (new.cumsum(0) - new) # from a window's place among the sorted ones to its own
+    return torch.arange(int(sizes.sum())) + shift.repeat_interleave(new), groups
 
 # %% ../nbs/08a_encoders.ipynb #8a000011
 class WindowAttention:
@@ -131,9 +132,10 @@ class Aside:
         if self.stream is not None: self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with nullcontext() if self.stream is None else torch.cuda.stream(self.stream): yield
 
-    def hold(self, tensors:Sequence):
-        "What was made there and is used here: its memory is not given away before `join` has told the allocator."
-        self.out = tuple(tensors)
+    def hold(self, encoded, others=()):
+        "What was made there and is used here, outputs of a tower and other tensors: `join` tells the allocator."
+        levels = getattr(encoded, 'deepstack_features', None) or ()
+        self.out = (*self.out, *encoded.pooler_output, *(x for level in levels for x in level), *others)
 
     def join(self):
         "From here on the current stream may use it."
@@ -154,6 +156,5 @@ def encode_ahead(
     if 'mm_encoder_outputs' not in inspect.signature(thinker.forward).parameters: return None
     if not (has('pixel_values_videos') and has('input_features')) or has('pixel_values') or has('mm_encoder_outputs'): return None
     with aside.run(): out = thinker.get_video_features(given['pixel_values_videos'], given['video_grid_thw'], return_dict=True)
-    levels = getattr(out, 'deepstack_features', None) or ()
-    aside.hold([*out.pooler_output, *(x for level in levels for x in level)])
+    aside.hold(out)
     return dict(pixel_values_videos=None, mm_encoder_outputs=dict(video=out))

@@ -771,6 +771,7 @@ def ledger_figure(
         fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=3, handlelength=1.2, borderpad=0)
     return fig
 
+# %% ../nbs/12_figures.ipynb #be9cf103
 def _ledger_panel(ax, model, rows, shares):
     "One bar per method and TRR."
     full = next(r for r in rows if r['method'] == 'full')
@@ -800,6 +801,7 @@ def speedup_figure(
         fig.legend(handles.values(), handles.keys(), loc='outside upper center', ncols=3, handlelength=2.2, columnspacing=1, borderpad=0)
     return fig
 
+# %% ../nbs/12_figures.ipynb #be9cf104
 def _speedup_panel(ax, model, rows):
     "Promise, prefill and first token of every method."
     promised = {r['trr']: 1/r['flops_fraction'] for r in rows}
@@ -824,6 +826,7 @@ def _scaled(rows):
     enough = {m: {k: [by[n] for n in sorted(by)] for k, by in found.items() if len(by) > 2} for m, found in out.items()}
     return {m: found for m, found in enough.items() if any(k[0] == 'full' for k in found) and len(found) > 1}
 
+# %% ../nbs/12_figures.ipynb #be9cf105
 def scaling_figure(
     rows, # of `load_timings`
 ):  # matplotlib Figure, one column wide, one panel per model
@@ -838,6 +841,7 @@ def scaling_figure(
         fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=2, handlelength=2.4, borderpad=0)
     return fig
 
+# %% ../nbs/12_figures.ipynb #be9cf106
 def _scaling_panel(ax, model, found):
     "Full prefill and encoders; prefill and selection of the method with the least TRR."
     full = next(rows for (method, _), rows in found.items() if method == 'full')

@@ -73,13 +73,15 @@ def _said(found, more=''):
     device = {'cpu': f'{found.get("threads", "")} CPU threads'.strip()}.get(found.get('device'), found.get('device', 'unknown device'))
     return f'Measured here on {found.get("model", "a model")} ({device}), {max(r["n"] for r in rows)} questions, {found.get("clips", "?")} clips{more}'
 
+def _own_rule(row): return row['setting'] == 'rule'        # such a method spends what it spends, whatever the budget
+
 def _pick(found, ablations=False, trr=None):
-    "Rows but the full model's: methods or ablations, of all budgets or one."
-    return [r for r in found['rows'] if r['method'] != 'full' and is_ablation(r) == ablations and trr in (None, r['trr'])]
+    "Rows but the full model's: methods or ablations, of all budgets or one; a method by its own rule belongs to each."
+    return [r for r in found['rows'] if r['method'] != 'full' and is_ablation(r) == ablations and (trr in (None, r['trr']) or _own_rule(r))]
 
 def _budgets(rows):
     "TRRs (percent) from many tokens to few."
-    return sorted({r['trr'] for r in rows}, reverse=True)
+    return sorted({r['trr'] for r in rows if not _own_rule(r)}, reverse=True)
 
 # %% ../nbs/12a_paper.ipynb #7b2e000d
 _BROWN, _GREY, _SKY = '#ca9161', '#7a7a7a', '#56b4e9'
@@ -98,11 +100,22 @@ def method_look(
     return dict(color=color, marker=marker, linestyle=line, markerfacecolor='white' if method in _OPEN else color, linewidth=1.6 if thick else .9,
                 markersize=4 if thick or marker == '*' else 3.2, markeredgewidth=.8, zorder=5 if thick else 3)
 
-def _name(row):
-    "What a row is called in print: VTW comes twice, under its own labels."
-    return NAMES.get(row['method'], row['label']) if row['method'] != 'vtw' else row['label']
+# %% ../nbs/12a_paper.ipynb #7b2e000e
+_PARTS = {'no-stage1': 'no Stage I', 'no-stage2': 'no Stage II', 'no-stage3': 'no Stage III'}
 
-# %% ../nbs/12a_paper.ipynb #7b2e0010
+def _part(row):
+    "What an ablation changes."
+    part = row['method'].removeprefix('seats-')
+    return _PARTS.get(part, part.replace('-', ' ').replace('trr', 'TRR'))
+
+def _name(row):
+    "What a row is called in print: VTW comes twice, an ablation says what it changes."
+    if is_ablation(row): return f'{NAMES["seats"]}, {_part(row)}'
+    name = NAMES.get(row['method'], row['label'])
+    if _own_rule(row): return f'{name} (its rule, {row["trr"]:.0f} %)'
+    return f'{name} (layer solved)' if row['method'] == 'vtw' else name
+
+# %% ../nbs/12a_paper.ipynb #7b2e0011
 def _published_panel(ax, rows):
     "Points of the authors' figure: milliseconds, mean accuracy of five benchmarks, and TRR where it is stated."
     for method in dict.fromkeys(r['method'] for r in rows):
@@ -115,7 +128,7 @@ def _published_panel(ax, rows):
     ax.margins(y=.09)
     ax.grid(axis='y')
 
-# %% ../nbs/12a_paper.ipynb #7b2e0011
+# %% ../nbs/12a_paper.ipynb #7b2e0012
 def _time(row):
     "Selection and prefill in percent of the full model's; nan where nothing was timed."
     return 100*row['ms']/row['ms_full'] if row['ms'] and row['ms_full'] else np.nan
@@ -130,7 +143,7 @@ def _measured_curve(ax, rows, x):
     own = [(t, a) for t, a, r in zip(at, acc, rows) if r['own_minimum']]
     if own: ax.plot(*zip(*own), linestyle='', marker='o', markersize=7, markerfacecolor='none', markeredgecolor='#555555', markeredgewidth=.6, zorder=6)
 
-# %% ../nbs/12a_paper.ipynb #7b2e0012
+# %% ../nbs/12a_paper.ipynb #7b2e0013
 def _measured_panel(ax, found, chance):
     "All methods of a comparison and the full model."
     full = next(r for r in found['rows'] if r['method'] == 'full')
@@ -144,7 +157,7 @@ def _measured_panel(ax, found, chance):
     ax.set(xlabel='Selection + prefill (% of full)', ylabel='Accuracy (%)')
     ax.grid(axis='y')
 
-# %% ../nbs/12a_paper.ipynb #7b2e0013
+# %% ../nbs/12a_paper.ipynb #7b2e0014
 def _side_by_side(
     panels, # (title, function of the axes, where its numbers come from) of each
     height, # inches
@@ -158,7 +171,7 @@ def _side_by_side(
             ax.set_title(f'{letter}  {title}' if len(panels) == 2 else title)
     return fig, '\n'.join(f'{letter}: {said}' if len(panels) == 2 else said for letter, (_, _, said) in zip('ab', panels))
 
-# %% ../nbs/12a_paper.ipynb #7b2e0014
+# %% ../nbs/12a_paper.ipynb #7b2e0015
 def time_figure(
     published=None, # rows of `read_reported`, the trade-off of one model; only verified ones are drawn
     found=None, # dict of `load_eval`
@@ -176,7 +189,7 @@ def time_figure(
         fig.legend(handles.values(), handles.keys(), loc='outside upper center', ncols=8 if len(panels) == 2 else 4, handlelength=2.2, columnspacing=.9, handletextpad=.5, borderpad=0)
     return say_source(fig, said)
 
-# %% ../nbs/12a_paper.ipynb #7b2e0017
+# %% ../nbs/12a_paper.ipynb #7b2e0018
 def _spokes(ax, names, low, high, step):
     "A polar axis with one spoke per name and rings in percent, the one at 100 drawn strongly."
     angles = np.linspace(0, 2*np.pi, len(names), endpoint=False)
@@ -197,7 +210,7 @@ def _loop(ax, angles, values, **look):
     "A closed line."
     ax.plot([*angles, angles[0]], [*values, values[0]], **look)
 
-# %% ../nbs/12a_paper.ipynb #7b2e0018
+# %% ../nbs/12a_paper.ipynb #7b2e0019
 BENCHMARKS = {'daily-omni': 'Daily-Omni', 'worldsense': 'WorldSense', 'omnivideobench': 'OmniVideoBench', 'video-mme': 'Video-MME', 'lvomnibench': 'LVOmniBench'}
 MODELS = {'qwen2.5-omni-7b': 'Qwen2.5-Omni-7B', 'qwen3-omni-30b-a3b': 'Qwen3-Omni-30B-A3B'}
 _MODEL_LOOKS = (dict(color=BLUE, marker='o', linestyle='-'), dict(color=RED, marker='^', linestyle='--'), dict(color=GREEN, marker='s', linestyle='-.'))
@@ -212,7 +225,7 @@ def _published_radar(ax, rows):
         found = {r['benchmark']: r['percent_of_full'] for r in rows if r['model'] == model}
         _loop(ax, angles, [found.get(n, np.nan) for n in names], label=f'SEATS on {MODELS.get(model, model)}', **look)
 
-# %% ../nbs/12a_paper.ipynb #7b2e0019
+# %% ../nbs/12a_paper.ipynb #7b2e001a
 def _relative(row, families, key='accuracy'):
     "Percent of the full model's accuracy for each family."
     return [100*row['families'][f][key]/row['families'][f]['full_accuracy'] if row['families'][f]['full_accuracy'] else np.nan for f in families]
@@ -233,7 +246,7 @@ def _measured_radar(ax, found, trr):
         low, high = (_relative(row, families, end) for end in ('low', 'high'))
         ax.fill_between([*angles, 2*np.pi], [*low, low[0]], [*high, high[0]], color=BLUE, alpha=.18, linewidth=0)
 
-# %% ../nbs/12a_paper.ipynb #7b2e001a
+# %% ../nbs/12a_paper.ipynb #7b2e001b
 def radar_figure(
     published=None, # rows of `read_reported`, relative performance; only verified ones are drawn
     found=None, # dict of `load_eval`
@@ -253,7 +266,7 @@ def radar_figure(
             ax.legend(loc='upper center', bbox_to_anchor=(.5, -.1), ncols=1 if len(ax.get_legend_handles_labels()[0]) < 3 else 3, handlelength=2.6)
     return say_source(fig, said)
 
-# %% ../nbs/12a_paper.ipynb #7b2e001d
+# %% ../nbs/12a_paper.ipynb #7b2e001e
 PROMPTS = {'qwen2.5-omni-7b': dict(visual=9216, audio=1500, text=150, windows=dict(visual=32, audio=30)),
            'qwen3-omni-30b-a3b': dict(visual=9216, audio=780, text=150, windows=dict(visual=32, audio=30))}  # 64 grids of 144 tokens, 60 s of sound, windows of 2 grids and 2 s
 
@@ -273,7 +286,7 @@ def stage_tokens(
         out[layer:plan.late(modality)] = left
     return out
 
-# %% ../nbs/12a_paper.ipynb #7b2e001f
+# %% ../nbs/12a_paper.ipynb #7b2e0020
 def _token_rows(plan, tokens):
     "Tokens in each layer by modality."
     windows = tokens.get('windows', {})
@@ -288,7 +301,7 @@ def _label_levels(ax, floor, inches=4.1):
         if inches*(hi - lo)/len(floor) > .055*len(said := f'{floor[lo]:,.0f}'):
             ax.text((lo + hi + 1)/2, floor[lo], said, ha='center', va='bottom', fontsize=5.8, zorder=6)
 
-# %% ../nbs/12a_paper.ipynb #7b2e0020
+# %% ../nbs/12a_paper.ipynb #7b2e0021
 def _draw_layers(ax, plan, counts):
     "Tokens per layer as stacked bars over the shaded blocks."
     layers, floor = np.arange(1, plan.num_layers + 1), np.zeros(plan.num_layers)
@@ -303,7 +316,7 @@ def _draw_layers(ax, plan, counts):
     ax.set_xticks([1, *range(step if step > 2 else 1 + step, plan.num_layers + 1, step)])
     return floor, top
 
-# %% ../nbs/12a_paper.ipynb #7b2e0021
+# %% ../nbs/12a_paper.ipynb #7b2e0022
 def _inside(x, num_layers, text, inches=4.1):
     "The place nearest to x where centred text lies within the axis."
     half = .5*.046*max(map(len, text.splitlines()))/inches*num_layers
@@ -322,7 +335,7 @@ def _mark_stages(ax, plan, floor, top):
         ax.annotate('', (late + .5, floor[late]), (late + .5, .52*top), arrowprops=arrow, zorder=4)
         ax.text(plan.num_layers + .3, .54*top, f'Stage III, from\nlayer {late + 1}: text only', **left)
 
-# %% ../nbs/12a_paper.ipynb #7b2e0022
+# %% ../nbs/12a_paper.ipynb #7b2e0023
 def _draw_windows(ax, plan, windows=3, grid=(5, 5), sounds=10):
     "Stage I as a scheme: in each time window, the share of the tokens that enters, spread out."
     from matplotlib.patches import Rectangle
@@ -341,7 +354,7 @@ def _draw_windows(ax, plan, windows=3, grid=(5, 5), sounds=10):
     ax.set(xlim=(-.2, windows*(cols + 1.2) - 1), ylim=(-4.4, 3.4 + rows), aspect='equal', xticks=[], yticks=[])
     ax.axis('off')
 
-# %% ../nbs/12a_paper.ipynb #7b2e0023
+# %% ../nbs/12a_paper.ipynb #7b2e0024
 def _blocks_of(plan):
     "Blocks of a plan with one late start, the first."
     from types import SimpleNamespace
@@ -356,7 +369,7 @@ def _entering(plan, tokens, counts):
     media = '\n'.join(f'{m}: {tokens[m]:,.0f} \u2192 {counts[m][0]:,} enter ({100*plan.entering[m]:.3g} %)' for m in ('visual', 'audio'))
     return f'{media}\ntext: all {tokens["text"]:,.0f} stay, in every layer'
 
-# %% ../nbs/12a_paper.ipynb #7b2e0024
+# %% ../nbs/12a_paper.ipynb #7b2e0025
 def overview_figure(
     plan, # Schedule
     tokens, # visual, audio, text -> number of tokens in the prompt; maybe windows: number of time windows of each modality
@@ -378,7 +391,7 @@ def overview_figure(
         fig.legend(handles[::-1], labels[::-1], loc='outside lower right', ncols=3, borderpad=0)
     return say_source(fig, f'Token counts computed from {_origin(plan)}{f" for {MODELS.get(name, name)}" if name else ""}; without pruning each layer has {total:,.0f} tokens')
 
-# %% ../nbs/12a_paper.ipynb #7b2e0027
+# %% ../nbs/12a_paper.ipynb #7b2e0028
 def _dots(ax, rows, names, seats, full):
     "Accuracy of each method with its interval, the band of SEATS and the line of the full model."
     for r in rows:
@@ -394,11 +407,10 @@ def _dots(ax, rows, names, seats, full):
 
 def _by_accuracy(rows, value=lambda r: r['accuracy']):
     "Names of rows, the best at the smallest budget first."
-    last = min(_budgets(rows))
     rank = {_name(r): value(r) for r in sorted(rows, key=lambda r: -r['trr']) if value(r) is not None}
-    return sorted(rank, key=lambda n: (-rank[n], n)) if last else []
+    return sorted(rank, key=lambda n: (-rank[n], n))
 
-# %% ../nbs/12a_paper.ipynb #7b2e0028
+# %% ../nbs/12a_paper.ipynb #7b2e0029
 def comparison_figure(
     found, # dict of `load_eval`
 ):  # matplotlib Figure, two columns wide
@@ -409,14 +421,14 @@ def comparison_figure(
     with house_style():
         fig = _figure(PAGE, .155*len(names) + .75)
         for ax, trr in zip(fig.subplots(1, len(_budgets(rows)), sharey=True, sharex=True, squeeze=False).flat, _budgets(rows)):
-            some = [r for r in rows if r['trr'] == trr]
+            some = _pick(found, trr=trr)
             seats = next((r for r in some if r['method'] == 'seats'), None)
             _dots(ax, some, names, seats, full)
             ax.set_title(f'TRR {trr:g} %' + (f', FLOPs {100*seats["flops_fraction"]:.0f} % of full' if seats else ''), fontsize=6.2)
         fig.supxlabel('Accuracy (%)', fontsize=7)
     return say_source(fig, _said(found, '; lines: 95 % intervals; band: SEATS; dashed: full model; open: outside the ranking'))
 
-# %% ../nbs/12a_paper.ipynb #7b2e002b
+# %% ../nbs/12a_paper.ipynb #7b2e002c
 def _bars(ax, rows, names):
     "Difference of each ablation to SEATS in points; hatched where the interval holds zero."
     for r in rows:
@@ -425,11 +437,11 @@ def _bars(ax, rows, names):
         ax.barh(y, at, height=.66, color='#74aad6' if clear else '#f1f5f9', edgecolor=BLUE, linewidth=.5, zorder=3)
         ax.plot([low, high], [y, y], color=INK, linewidth=1, solid_capstyle='butt', zorder=4)
     ax.axvline(0, color=INK, linewidth=.7, zorder=5)
-    ax.set(ylim=(len(names) - .4, -.6), yticks=range(len(names)), yticklabels=[n.removeprefix(NAMES['seats']).strip(' ,:') for n in names])
+    ax.set(ylim=(len(names) - .4, -.6), yticks=range(len(names)), yticklabels=[n.removeprefix(NAMES['seats'] + ', ') for n in names])
     ax.tick_params(axis='y', length=0)
     ax.grid(axis='x')
 
-# %% ../nbs/12a_paper.ipynb #7b2e002c
+# %% ../nbs/12a_paper.ipynb #7b2e002d
 def ablation_figure(
     found, # dict of `load_eval`
 ):  # matplotlib Figure, two columns wide
@@ -443,9 +455,9 @@ def ablation_figure(
             _bars(ax, [r for r in rows if r['trr'] == trr], names)
             ax.set_title(f'TRR {trr:g} %')
         fig.supxlabel('Accuracy minus that of SEATS on the same questions (percentage points)', fontsize=7)
-    return say_source(fig, _said(found, '; lines: 95 % paired intervals; pale: the interval holds zero'))
+    return say_source(fig, _said(found, '; at equal FLOPs; lines: 95 % paired intervals; pale: the interval holds zero'))
 
-# %% ../nbs/12a_paper.ipynb #7b2e002f
+# %% ../nbs/12a_paper.ipynb #7b2e0030
 def _markdown(title, rows):
     "A table as Markdown, its title below."
     clean = lambda v: str(v).replace('|', '/')
@@ -469,7 +481,7 @@ def _csv(title, rows):
     writer.writerows([*r.values(), title] for r in rows)
     return out.getvalue()
 
-# %% ../nbs/12a_paper.ipynb #7b2e0031
+# %% ../nbs/12a_paper.ipynb #7b2e0032
 def _percent(row, name, digits=1):
     "A fraction with its interval in percent, as in 97.0 (95.9 to 98.1)."
     if row.get(name) is None: return ''
@@ -489,18 +501,18 @@ def eval_rows(
              'retention, layers (%)': f'{100*r["retention_layers"]:.1f}', 'retention, entry (%)': f'{100*r["retention_entry"]:.1f}', 'questions': r['n'], 'unparsable': r['unparsable']}
             for r in found['rows']]
 
-# %% ../nbs/12a_paper.ipynb #7b2e0032
+# %% ../nbs/12a_paper.ipynb #7b2e0033
 def accuracy_rows(
     found, # dict of `load_eval`
     ablations=False, # SEATS with a part changed, instead of the methods
 )->list: # one dict of texts per method
-    "Accuracy in percent, methods down and budgets across; a star: outside the ranking, at more FLOPs."
+    "Accuracy in percent, methods down and budgets across; a star: outside the ranking, at other FLOPs."
     rows, full = _pick(found, ablations), [r for r in found['rows'] if r['method'] == 'full']
-    cell = lambda name, t: next((_percent(r, 'accuracy') + ('' if r['ranked'] else ' *') for r in rows if (_name(r), r['trr']) == (name, t)), '')
+    cell = lambda name, t: next((_percent(r, 'accuracy') + ('' if r['ranked'] else ' *') for r in rows if _name(r) == name and (r['trr'] == t or _own_rule(r))), '')
     named = [{'method': _name(r)} | {f'TRR {t:g} %': _percent(r, 'accuracy') for t in _budgets(rows)} for r in full]
     return named + [{'method': name} | {f'TRR {t:g} %': cell(name, t) for t in _budgets(rows)} for name in _by_accuracy(rows)]
 
-# %% ../nbs/12a_paper.ipynb #7b2e0033
+# %% ../nbs/12a_paper.ipynb #7b2e0034
 def family_rows(
     found, # dict of `load_eval`
     trr=None, # budget in percent; None takes the smallest
@@ -524,7 +536,7 @@ def reported_rows(
             out.append({'file': path.stem, 'statement': said, 'source': TRUSTED.get(r['source'], r['source'])})
     return out
 
-# %% ../nbs/12a_paper.ipynb #7b2e0035
+# %% ../nbs/12a_paper.ipynb #7b2e0036
 def _eval_tables(stem, found):
     "Tables of one comparison: name -> (title, rows)."
     said = _said(found) + '.'
@@ -533,7 +545,7 @@ def _eval_tables(stem, found):
     if rows: yield f'{stem}_families', f'Accuracy (%) by family of questions (number of questions) at TRR {min(_budgets(rows)):g} %. {said}', family_rows(found)
     if _pick(found, ablations=True): yield f'{stem}_ablations', f'Accuracy (%) of SEATS with one part changed, 95 % intervals. {said}', accuracy_rows(found, ablations=True)
 
-# %% ../nbs/12a_paper.ipynb #7b2e0036
+# %% ../nbs/12a_paper.ipynb #7b2e0037
 def tables(
     data, # folder such as the project's data/
 )->dict: # name -> (title, rows)
@@ -545,7 +557,7 @@ def tables(
         if rows := reported_rows(data/'reported', trusted): out[name] = (title, rows)
     return out
 
-# %% ../nbs/12a_paper.ipynb #7b2e0037
+# %% ../nbs/12a_paper.ipynb #7b2e0038
 def write_tables(
     data, # folder such as the project's data/
     out, # folder for the files
@@ -558,7 +570,7 @@ def write_tables(
             with atomic_write(written[-1]) as part: Path(part).write_text(text, encoding='utf-8')
     return written
 
-# %% ../nbs/12a_paper.ipynb #7b2e0039
+# %% ../nbs/12a_paper.ipynb #7b2e003a
 def _evals(data):
     "Comparisons in a data folder."
     return [p for p in sorted((Path(data)/'results').glob('*.json')) if _schema(p) == SCHEMA_EVAL]
@@ -577,7 +589,7 @@ def _prompt(name, data):
     if profile.is_file() and (told := open_profile(profile).attrs.get('tokens')): return {k: round(v) for k, v in json.loads(told).items()} | _windows(name, data)
     return PROMPTS.get(name)
 
-# %% ../nbs/12a_paper.ipynb #7b2e003a
+# %% ../nbs/12a_paper.ipynb #7b2e003b
 def _overview_jobs(data):
     "One overview per model with a schedule, of its smallest budget."
     from seats_analysis.schedule import Schedule
@@ -588,7 +600,7 @@ def _overview_jobs(data):
     for name, paths in found.items():
         if tokens := _prompt(name, data): yield f'{name}_overview', lambda p=paths[min(paths)], t=tokens, n=name: overview_figure(Schedule.load(p), t, n)
 
-# %% ../nbs/12a_paper.ipynb #7b2e003b
+# %% ../nbs/12a_paper.ipynb #7b2e003c
 def paper_jobs(
     data, # folder such as the project's data/
 )->dict: # figure name -> function without arguments that draws it
@@ -605,7 +617,7 @@ def paper_jobs(
         if _pick(found, ablations=True): jobs[f'{stem}_ablations'] = lambda found=found: ablation_figure(found)
     return jobs
 
-# %% ../nbs/12a_paper.ipynb #7b2e003c
+# %% ../nbs/12a_paper.ipynb #7b2e003d
 def missing(
     data, # folder such as the project's data/
 )->list: # of sentences

@@ -12,10 +12,10 @@ __all__ = ['CODES', 'ENCODED', 'KV', 'SCORE_LAYERS', 'Cut', 'plan_cuts', 'Tokens
            'read_layout', 'finish_plan', 'position_rows', 'carry_out', 'enter_decoder', 'choose', 'shorten', 'note_cut',
            'enter_layer', 'add_deepstack', 'deepstack_hooks', 'finish_prefill', 'evict', 'columns_after',
            'enter_decode_step', 'gone', 'check_media_left', 'continue_prompt', 'follow_up', 'Sections', 'EncoderWatch',
-           'expect', 'attend', 'encode_some', 'encode_beside', 'watch_before', 'watch_after', 'watch_encoders',
-           'join_calls', 'Session', 'install', 'repeat_order', 'pick_media', 'repeat_parts', 'media_sizes',
-           'repeat_encoded', 'repeat_media', 'repeat_cache', 'expand_inputs', 'expand_per_sample', 'as_method',
-           'check_model', 'prune']
+           'expect', 'attend', 'encode_some', 'encode_beside', 'statistics', 'encode_for_generate', 'watch_before',
+           'watch_after', 'watch_encoders', 'join_calls', 'Session', 'install', 'repeat_order', 'pick_media',
+           'repeat_parts', 'media_sizes', 'repeat_encoded', 'repeat_media', 'repeat_cache', 'expand_inputs', 'instead',
+           'as_method', 'check_model', 'prune']
 
 # %% ../nbs/09_prune.ipynb #9644a026
 import copy
@@ -888,8 +888,18 @@ def encode_beside(w, given): # w: EncoderWatch; given: inputs of the thinker -> 
         w.sections.stop()
         w.aside = None
         return {}
-    w.aside.hold([*w.aside.out, *(x for c in w.calls['visual'] for x in (c.received, c.keys) if x is not None)])
+    w.aside.hold(changed['mm_encoder_outputs']['video'], statistics(w))
     return changed
+
+def statistics(w): return [x for c in w.calls['visual'] for x in (c.received, c.keys) if x is not None]
+
+def encode_for_generate(w, stock, given): # what `generate` calls to encode images and videos before it calls the thinker
+    "The same there; if sound is to follow, it is the thinker's pass that waits."
+    if 'overlap' not in w.options or given.get('input_features') is None: return stock(given)
+    w.aside = Aside(next(w.model.parameters()).device)
+    with w.sections.during('encoders'), w.aside.run(): out = stock(given)
+    for encoded in (out.get('mm_encoder_outputs') or {}).values(): w.aside.hold(encoded, statistics(w))
+    return out
 
 # %% ../nbs/09_prune.ipynb #09b00001
 def watch_before(w): # w: EncoderWatch -> (module, pre-hook)
@@ -949,7 +959,6 @@ class Session:
     def reset(self):
         "Forget the forward pass in hand, finished or not."
         self.prefill, self.masks = None, None
-        self.encoders.join()
         self.sections.stop()
 
     def before_thinker(self, module, args, kwargs):
@@ -958,6 +967,7 @@ class Session:
         kwargs = {k: v for k, v in kwargs.items() if k not in (_COPIES, ENCODED)}
         given = self.signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.pop('kwargs', {})}
+        if not (given.get('mm_encoder_outputs') and given.get('input_features') is not None): self.encoders.join()
         cache = given.get('past_key_values')
         if cache is None or cache.get_seq_length() == 0:
             with self.sections.during('selection', 'plan'): plan_prefill(self, given, cache, copies)
@@ -988,8 +998,9 @@ def install(
     stack:ExitStack, # leaving it removes the hooks again
 ):
     "Register all hooks of a session."
-    stack.callback(session.encoders.forget), stack.callback(session.reset)
-    expand_per_sample(session, stack)
+    stack.callback(session.encoders.forget), stack.callback(session.reset), stack.callback(session.encoders.join)
+    instead(session.thinker, '_expand_inputs_for_generation', partial(expand_inputs, session), stack)
+    if 'overlap' in session.encoders.options: instead(session.thinker, _ENCODE, partial(encode_for_generate, session.encoders), stack)
     if 'batch' in session.encoders.options: stack.enter_context(batched_windows(session.model))
     layers = ((layer, lambda m, a, k, i=i: session.before_layer(i, a, k)) for i, layer in enumerate(session.layers))
     before = [(session.thinker, session.before_thinker), (session.decoder, session.before_decoder), *layers, *watch_before(session.encoders)]
@@ -1080,18 +1091,21 @@ def expand_inputs(s, stock, expand_size=1, is_encoder_decoder=False, input_ids=N
     "What `generate` calls to get several rows for every sample; `stock` is the model's own way, which is right for rows."
     if expand_size == 1 or input_ids is None:
         return stock(expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **given)
+    s.encoders.join() # what was encoded is repeated now
     cache, media = given.get('past_key_values'), repeat_media(s, input_ids, given, expand_size)
     ids, rest = stock(expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids,
                       **{k: v for k, v in given.items() if k not in media})
     if cache is not None: rest['past_key_values'] = repeat_cache(cache, len(input_ids), expand_size)
     return ids, {**rest, **media, _COPIES: expand_size}
 
-def expand_per_sample(s, stack):
-    "Let this thinker, and no other, expand the inputs of `generate` sample by sample, until `stack` is left."
-    name = '_expand_inputs_for_generation'
-    own, stock = vars(s.thinker).get(name), getattr(s.thinker, name)
-    setattr(s.thinker, name, partial(expand_inputs, s, stock))
-    stack.callback(partial(delattr, s.thinker, name) if own is None else partial(setattr, s.thinker, name, own))
+_ENCODE = '_prepare_multimodal_encoder_kwargs_for_generation' # older versions encode in the thinker's forward only
+
+def instead(module, name, function, stack):
+    "Let this module, and no other, call `function(stock, ...)` in place of a method that it may have, until `stack` is left."
+    own, stock = vars(module).get(name), getattr(module, name, None)
+    if stock is None: return
+    setattr(module, name, partial(function, stock))
+    stack.callback(partial(delattr, module, name) if own is None else partial(setattr, module, name, own))
 
 # %% ../nbs/09_prune.ipynb #33fad5ea
 KV, SCORE_LAYERS = ('evict', 'retain'), ('own', 'next')

@@ -221,13 +221,16 @@ def _take_diverse(distance, # (P,) the tables of all windows, one after another
                   width, steps, # largest size and count, host numbers
                   keep, # (T,) bool
     ): # (T,) bool, with the tokens taken
-    "The greedy choice in all windows, step by step."
+    "The greedy choice in all windows, step by step. What is taken, or is no token of the window, stays at -infinity, below everything."
     slot = torch.arange(width, device=keep.device)
-    gap, taken, order = gap[(size.cumsum(0) - size + slot).clamp(max=len(gap)-1)], slot >= size, []
+    outside, row, order, never = slot >= size, block + slot, [], -torch.inf
+    # NaN is made comparable, so that what is taken stays taken; the end of the last table is prolonged, so that a short window may read past its own
+    gap, distance = (x.nan_to_num(torch.inf, torch.inf, never) for x in (gap, F.pad(distance, (0, width))))
+    gap = gap[(size.cumsum(0) - size + slot).clamp(max=len(gap)-1)].masked_fill(outside, never)
     for step in range(steps):
-        order.append(gap.masked_fill(taken, -torch.inf).argmax(1, keepdim=True))
-        row = distance[(block + order[-1]*size + slot).clamp(max=len(distance)-1)]
-        gap, taken = (torch.minimum(gap, row) if step else row), taken.scatter(1, order[-1], True)
+        order.append(gap.argmax(1, keepdim=True))
+        near = distance[torch.addcmul(row, order[-1], size)]
+        gap = (torch.minimum(gap, near) if step else near.masked_fill(outside, never)).scatter_(1, order[-1], never)
     at = torch.where(slot[:steps] < count, start + torch.cat(order, 1), len(keep)) # what a window takes beyond its count goes nowhere
     return F.pad(keep, (0, 1)).scatter(0, at.flatten(), True)[:-1]
 

@@ -116,6 +116,34 @@ def no_repeats():
     return repeats(new=8)
 
 
+# ---------------------------------------------------------------- a whole request
+
+def request(seconds=240):
+    "The embedded model on a clip of 4,575 tokens: processor ms by section of the ledger, for the full prompt and for 10 %, with and without the options for the towers."
+    from pathlib import Path
+    import numpy as np
+    from seats_analysis import cost
+    from seats_analysis.adapter import encode, last_logits_only
+    from seats_analysis.media import Clip, Sample
+    from seats_analysis.prune import prune
+    from seats_analysis.schedule import Schedule
+    from seats_analysis.testbed import load_testbed
+    model, processor = load_testbed()
+    rng = np.random.default_rng(0)
+    clip = Clip("noise", rng.integers(0, 255, (2*seconds, 84, 84, 3), dtype="uint8"), 2., (rng.standard_normal(16000*seconds)*.1).astype("float32"), 16000)
+    inputs = encode(model, processor, [Sample("x", clip, question="what colour is the circle ?", choices=("red", "blue"), answer=0)]).inputs
+    plan = Schedule.load(Path(__file__).parents[1]/"data"/"schedules"/"testbed_trr10.json")
+    cost.perf_counter = time.process_time # the ledger counts the processor's time here
+    rows = {}
+    for name, p, options in (("full", None, {}), ("10 %", plan, {}), ("10 %, batch", plan, dict(encoders="batch")), ("full, batch", None, dict(encoders="batch"))):
+        found = []
+        for _ in range(3):
+            with last_logits_only(model), prune(model, p, **options) as run: model(**inputs)
+            found.append(run.ledger.ms)
+        rows[name] = {k: round(min(ms[k] for ms in found), 1) for k in ("encoders", "selection", "prefill")}
+    return rows
+
+
 # ---------------------------------------------------------------- launches
 
 def launches():
@@ -132,9 +160,10 @@ VIEWS = {"aten::" + n for n in ("as_strided", "view", "expand", "slice", "select
                                 "empty", "empty_strided", "empty_like", "resize_", "alias", "detach", "reshape", "_unsafe_view", "narrow", "lift_fresh", "_reshape_alias")}
 
 PARTS = dict(stage1=stage1, statistic=statistic, projections=projections, scores=scores, eviction=eviction, windows=windows, repeats=repeats, no_repeats=no_repeats)
+OTHERS = dict(launches=launches, request=request)
 
 
-def main(names):
+def main(names, others):
     torch.manual_seed(0)
     rows = {}
     with torch.no_grad():
@@ -142,8 +171,12 @@ def main(names):
             before, after = PARTS[name]()
             rows[name] = dict(before=round(cpu_ms(before), 1), after=round(cpu_ms(after), 1))
             if "--json" not in sys.argv: print(f"{name:12} {rows[name]['before']:9.1f} {rows[name]['after']:9.1f} ms   {PARTS[name].__doc__}", flush=True)
-        rows["launches"] = launches()
-    print(json.dumps(rows) if "--json" in sys.argv else f"launches     {rows['launches']}")
+        for name in others:
+            rows[name] = OTHERS[name]()
+            if "--json" not in sys.argv: print(name, *(f"{k}: {v}" for k, v in rows[name].items()), sep="\n    ", flush=True)
+    if "--json" in sys.argv: print(json.dumps(rows))
 
 
-if __name__ == "__main__": main([a for a in sys.argv[1:] if a in PARTS] or list(PARTS))
+if __name__ == "__main__":
+    asked = [a for a in sys.argv[1:] if a != "--json"] or [*PARTS, *OTHERS]
+    main([a for a in asked if a in PARTS], [a for a in asked if a in OTHERS])

@@ -2,7 +2,7 @@
 import pytest, torch
 import tiny
 from seats_analysis.adapter import adapter_for, encode, last_vision_attention
-from seats_analysis.encoders import ENCODERS
+from seats_analysis.encoders import ENCODERS, Aside
 from seats_analysis.media import Clip
 from seats_analysis.prune import prune
 from seats_analysis.schedule import Schedule
@@ -53,20 +53,46 @@ def test_generating_is_the_same(model, batch, options):
     with prune(model, None): want = model.generate(**batch.inputs, **go)
     with prune(model, None, encoders=options): assert torch.equal(model.generate(**batch.inputs, **go), want)
 
-def test_order_of_the_towers(model, batch):
-    "`overlap` launches the video before the sound, where the thinker takes encoded video; the ledger counts both as encoding."
+def order_of(model, batch, monkeypatch, call, **options):
+    "What runs in which order, and where the streams join."
+    seen, adapter, handles = [], adapter_for(model), []
+    for name, part in (('video', adapter.visual(model)), ('sound', adapter.audio_tower(model)), ('decoder', adapter.decoder(model))):
+        handles.append(part.register_forward_hook(lambda m, a, out, name=name: seen.append(name)))
+    with monkeypatch.context() as patch:
+        whole = Aside.join
+        patch.setattr(Aside, 'join', lambda self: seen.append('join') or whole(self))
+        try:
+            with prune(model, PLAN, **options) as run: call(batch)
+            assert run.ledger.ms['encoders'] > 0 and not run.ledger._open
+        finally:
+            for h in handles: h.remove()
+    return seen
+
+def test_order_of_the_towers(model, batch, monkeypatch):
+    "`overlap` launches the video first, where the thinker takes encoded video, and the two join behind the sound, before anything is made of them."
     import inspect
-    calls, adapter, handles = [], adapter_for(model), []
-    for name, tower in (('video', adapter.visual(model)), ('sound', adapter.audio_tower(model))):
-        handles.append(tower.register_forward_pre_hook(lambda m, a, name=name: calls.append(name)))
-    try:
-        for options in ((), 'overlap'):
-            with prune(model, PLAN, encoders=options) as run: model(**batch.inputs)
-            assert run.ledger.ms['encoders'] > 0
-    finally:
-        for h in handles: h.remove()
-    takes = 'mm_encoder_outputs' in inspect.signature(adapter.thinker(model).forward).parameters
-    assert calls == ['sound', 'video'] + (['video', 'sound'] if takes else ['sound', 'video'])
+    takes = 'mm_encoder_outputs' in inspect.signature(adapter_for(model).thinker(model).forward).parameters
+    once = dict(max_new_tokens=1, min_new_tokens=1, do_sample=False)
+    direct, generate, beams = lambda b: model(**b.inputs), lambda b: model.generate(**b.inputs, **once), lambda b: model.generate(**b.inputs, **once, num_beams=2)
+    look = lambda call, **options: order_of(model, batch, monkeypatch, call, **options)
+    assert look(direct) == ['sound', 'video', 'decoder']
+    if not takes: assert look(direct, encoders='overlap') == look(generate, encoders='overlap') == ['sound', 'video', 'decoder']
+    if takes:
+        for call in (direct, generate): assert look(call, encoders='overlap') == ['video', 'sound', 'join', 'decoder']
+        assert look(beams, encoders='overlap') == ['video', 'join', 'sound', 'decoder'] # what is repeated must be there
+        assert look(generate) == ['video', 'sound', 'decoder']
+
+@pytest.mark.cuda
+def test_overlap_on_a_gpu(model, batch):
+    "Many times over, with other work in between: a race would show in some pass."
+    import copy
+    there, inputs = copy.deepcopy(model).cuda(), batch.to('cuda').inputs
+    with prune(there, PLAN): want = there(**inputs).logits
+    with prune(there, PLAN, encoders=ENCODERS):
+        for _ in range(50):
+            junk = torch.randn(2**22, device='cuda')
+            torch.testing.assert_close(there(**inputs).logits, want, atol=1e-3, rtol=0)
+            del junk
 
 def test_windows_are_one_call_per_size(model, batch, monkeypatch):
     calls, whole = [], torch.nn.functional.scaled_dot_product_attention
