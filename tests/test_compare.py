@@ -70,7 +70,8 @@ def test_answers_are_those_of_the_uncached_run(model, processor, samples, name):
     cls = (METHODS | ABLATIONS).get(name)
     own = dict(like=PLAN) if cls and issubclass(cls, METHODS['seats']) else {}
     method = None if cls is None else METHODS['seats'](PLAN) if name == 'seats' else cls.for_trr(L, .4, .5, 24, 40, **own)
-    rows = [r for group in by_clip(samples) for r in ready_questions(model, processor, group, [method])]
+    others = [METHODS['seats'](PLAN), METHODS['visionzip-om'].for_trr(L, .4, .5, 24, 40)]  # with windows of other sizes
+    rows = [r for group in by_clip(samples) for r in ready_questions(model, processor, group, [method, *others])]
     with pruning_ready(model, method, ready_batch(model, processor, rows), rows) as (run, given): cached = score_choices(model, given)
     with prune(model, method) as plain: fresh = score_choices(model, encode(model, processor, samples))
     torch.testing.assert_close(cached.total, fresh.total, atol=2e-5, rtol=0, equal_nan=True)
@@ -265,12 +266,12 @@ def test_pairing_narrows_the_interval():
 def test_parsing_never_guesses():
     "Text that names no choice, or two, is unparsable; only what names one is taken."
     choices = ('red', 'green circle', 'blue')
-    words = ('red', 'green circle', 'blue', 'A', 'B', 'C', 'D', 'or', 'not', 'the')
+    words = ('red', 'green circle', 'blue', 'A', 'B.', '(C)', 'D', 'or', 'not')
     for n in (1, 2, 3):
         for said in itertools.product(words, repeat=n):
             text = ' '.join(said)
             for lettered in (False, True):
-                named = {choices.index(w) for w in said if w in choices} | ({'ABC'.index(w) for w in said if w in 'ABC'} if lettered else set())
+                named = {choices.index(w) for w in said if w in choices} | ({'ABC'.index(w.strip('(.)')) for w in said if w.strip('(.)') in 'ABC'} if lettered else set())
                 pick = parse_answer(text, choices, lettered)
                 assert pick is None or named == {pick}, (text, pick)
 
