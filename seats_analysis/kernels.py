@@ -35,12 +35,12 @@ def _take_diverse(distance, start, size, count, block, keep, WIDTH: tl.constexpr
     n, table, slot = tl.load(size + w), distance + tl.load(block + w), tl.arange(0, WIDTH)
     free, here = slot < n, keep + tl.load(start + w)
     gap = _second_smallest(table, n, slot, free, WIDTH, ROWS)
-    inside, steps, one = free, tl.load(count + w), tl.full((), 1, tl.uint8)
+    inside, steps = free, tl.load(count + w)
     for step in range(0, steps):
         gap = tl.where(gap == gap, gap, float('inf')) # NaN: any token is as good, but it must be a new one
         best = tl.max(tl.where(free, gap, float('-inf')), 0)
         pick = tl.min(tl.where(free & (gap >= best), slot, WIDTH), 0)
-        tl.store(here + pick, one)
+        tl.store(here + pick, 1)
         row = tl.load(table + pick*n + slot, mask=inside, other=float('inf'))
         gap = tl.where(step == 0, row, tl.minimum(gap, row)) # distances to others count for the first pick only
         free = free & (slot != pick)
