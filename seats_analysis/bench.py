@@ -643,7 +643,7 @@ def default_jobs(
     half, plans = Request(64, 30.), tuple(plans)
     short = [Job('testbed', Request(8, 4.), batch=b, plans=lean) for b in (1, 4, 16)]
     scaling = [Job('testbed', r, plans=lean) for r in scaling_requests('testbed', 16384)]
-    return [Job('qwen2.5-omni-7b', half, 128, plans=plans), Job('testbed', half, plans=plans), Job('testbed', half, 512, plans=plans), *short, *scaling]
+    return [Job('qwen2.5-omni-7b', half, 128, plans=plans), Job('testbed', half, plans=plans), Job('testbed', half, 512, plans=tuple(p for p in plans if p[0] in ('full', 'seats'))), *short, *scaling]
 
 # %% ../nbs/11a_bench.ipynb #58a61648
 def bench_table(

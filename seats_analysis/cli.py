@@ -919,7 +919,7 @@ def _bench(file, jobs, device, options, repeats, steps, limit):
     from tqdm import tqdm
     from seats_analysis.bench import run_jobs
     with tqdm(unit='step', desc='bench', bar_format='{desc}: {elapsed} {postfix}') as bar:
-        def progress(text): bar.set_postfix_str(text); bar.update()
+        progress = bar.set_postfix_str
         try: run_jobs(jobs, file, device, repeats=repeats, steps=steps, most_seconds=limit, progress=progress, **options)
         except KeyboardInterrupt:
             note(f'{file.path} holds the finished timings; the same command goes on from there')
