@@ -788,12 +788,12 @@ def _ledger_panel(ax, model, rows, shares):
 # %% ../nbs/12_figures.ipynb #be9cf004
 def speedup_figure(
     rows, # of `load_timings`
-):  # matplotlib Figure, one column wide, one panel per model
+):  # matplotlib Figure, one column wide, two from three models on; one panel per model
     "Speed-up of the prefill, selection included, and of the first token against TRR, beside what the causal FLOPs promise."
     panels = {m: r for m, r in _main_requests(rows).items() if any(x.get('speedup') and x['method'] != 'full' for x in r)}
     if not panels: raise ValueError('no pruned row beside a full one, so there is no speed-up')
     with house_style():
-        fig = _figure(COLUMN, 2.3)
+        fig = _figure(COLUMN if len(panels) < 3 else PAGE, 2.3)
         axes = fig.subplots(1, len(panels), squeeze=False)[0]
         for ax, (model, mine) in zip(axes, panels.items()): _speedup_panel(ax, model, [r for r in mine if r['method'] != 'full'])
         axes[0].set_ylabel('Times as fast as the full model')
