@@ -208,9 +208,12 @@ def slope(xs, ys):
 
 def test_selection_grows_as_the_tokens_do():
     tokens = [2**i*1024 for i in range(7)] # 1k to 64k
-    times = [seconds(choose(t)) for t in tokens]
-    assert slope(tokens, times) <= 1.15, dict(zip(tokens, times))
-    assert slope(tokens[3:], times[3:]) <= 1.15, dict(zip(tokens, times)) # nor does a fixed cost of small inputs hide it
+    times = [math.inf]*len(tokens)
+    for _ in range(5): # another process can only make it slower: the best of some passes counts
+        times = [min(t, seconds(choose(n))) for n, t in zip(tokens, times)]
+        slopes = slope(tokens, times), slope(tokens[3:], times[3:]) # the second: nor does a fixed cost of small inputs hide it
+        if max(slopes) <= 1.15: break
+    assert max(slopes) <= 1.15, (slopes, dict(zip(tokens, times)))
     assert slope([1, 2, 4], [1, 4, 16]) == pytest.approx(2) # and the measure can tell
 
 # ---------------------------------------------------------------- on a GPU
