@@ -860,12 +860,12 @@ def _scaling_panel(ax, model, found):
 # %% ../nbs/12_figures.ipynb #be9cf008
 def _bench_jobs(path):
     "Figures of one benchmark, those that its rows are enough for."
-    from functools import partial
     found = load_timings(path)
     cpu, rows = found.get('threads') is not None, found['rows']
-    if _main_requests(rows): yield f'{path.stem}_ledger', partial(ledger_figure, rows, shares=cpu)
-    if any(r.get('speedup') and r['method'] != 'full' for mine in _main_requests(rows).values() for r in mine): yield f'{path.stem}_speedup', partial(speedup_figure, rows)
-    if _scaled(rows): yield f'{path.stem}_scaling', partial(scaling_figure, rows)
+    said = lambda draw, **how: lambda: say_source(draw(rows, **how), f'Measured here on {found["device"]}; random weights, except the testbed at its own width')
+    if _main_requests(rows): yield f'{path.stem}_ledger', said(ledger_figure, shares=cpu)
+    if any(r.get('speedup') and r['method'] != 'full' for mine in _main_requests(rows).values() for r in mine): yield f'{path.stem}_speedup', said(speedup_figure)
+    if _scaled(rows): yield f'{path.stem}_scaling', said(scaling_figure)
 
 # %% ../nbs/12_figures.ipynb #b4ad32b3
 def open_profile(
