@@ -83,7 +83,7 @@ def stored_benches(
     for path in sorted(Path(folder).glob("bench_*.json")):
         try: rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         except (ValueError, TypeError, KeyError) as error: raise ValueError(f"{path}: not a benchmark file ({type(error).__name__})") from None
-        found += [(path.name, row) for row in rows if row.get("method") == "seats" and row.get("realised_fraction")
+        found += [(path.name, row) for row in rows if row.get("method") == "seats" and row.get("realised_fraction") and not row.get("width")
                   and name.startswith(str(row.get("config") or "-").lower())]
     return tuple(found)
 
@@ -92,10 +92,11 @@ def realised_at(
     bench,  # of `stored_benches`
     trr,  # percent
 ):  # (realised fraction, where it was measured), or None
-    "The measurement at the nearest TRR, of batch 1 where there is one."
+    "The measurement at the nearest TRR, of batch 1 and few tokens where there is one: the least that is promised."
     if not bench: return None
-    file, row = min(bench, key=lambda b: (abs(b[1].get("trr", 100) - trr), b[1].get("batch", 1)))
-    return float(row["realised_fraction"]), f"{file}, TRR {row.get('trr', 100):g} %"
+    file, row = min(bench, key=lambda b: (abs(b[1].get("trr", 100) - trr), b[1].get("batch", 1), b[1].get("tokens", 0)))
+    tokens = f", {row['tokens']:,} tokens" if "tokens" in row else ""
+    return float(row["realised_fraction"]), f"{file}, TRR {row.get('trr', 100):g} %{tokens}"
 
 # %% ../nbs/12b_explorer.ipynb #19705b37
 def open_source(
