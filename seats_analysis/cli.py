@@ -483,6 +483,11 @@ def _shipped_profile():
     places = testbed_folder()/'profile.nc', testbed_folder().parent/'profiles'/'testbed.nc'
     return next((p for p in places if p.is_file()), None)
 
+def _profile_or_shipped(profile):
+    "The profile that was named, or the testbed's. Raises ValueError where there is none."
+    if (source := profile or _shipped_profile()) is None: raise ValueError('no profile of the testbed is here; name one with --profile')
+    return source
+
 def _published_pair(model, trr):
     "Published plan of a model at a headline TRR, or None."
     from seats_analysis.schedule import PUBLISHED, Schedule
@@ -640,8 +645,7 @@ def simulate(
     out, numbers = writable(out), _sizes(sizes)
     from seats_analysis.figures import open_profile
     from seats_analysis.simulate import choose_reach, coverage_study, coverage_table, save_coverage
-    if (source := profile or _shipped_profile()) is None: raise ValueError('no profile of the testbed is here; name one with --profile')
-    study = coverage_study(open_profile(source), numbers, trials, replicates, seed, progress=True)
+    study = coverage_study(open_profile(_profile_or_shipped(profile)), numbers, trials, replicates, seed, progress=True)
     save_coverage(study, out)
     chosen = choose_reach(study, study['goal'])
     verdict = f'{out}: {"no reach has" if chosen is None else f"{chosen:g} is the least reach with"} {study["goal"]:.0%} coverage everywhere'
@@ -661,8 +665,7 @@ def questions(
     out, numbers = writable(out), _sizes(sizes)
     from seats_analysis.figures import open_profile
     from seats_analysis.simulate import needed_study
-    if (source := profile or _shipped_profile()) is None: raise ValueError('no profile of the testbed is here; name one with --profile')
-    study = needed_study(open_profile(source), numbers, trials, within, seed=seed, progress=True)
+    study = needed_study(open_profile(_profile_or_shipped(profile)), numbers, trials, within, seed=seed, progress=True)
     _write_json(out, study)
     most = lambda n: f'more than {numbers[-1]}' if n is None else n
     rows = [{'curve': r['curve'], 'middle begins': most(r['needed']['shallow_end']), 'late begins': most(r['needed']['late_start'])} for r in study['rows']]
@@ -733,7 +736,7 @@ def sensitivity(
     check_trr(trr)
     out = writable(out)
     from seats_analysis.figures import open_profile
-    if (source := profile or _shipped_profile()) is None: raise ValueError('no profile of the testbed is here; name one with --profile')
+    source = _profile_or_shipped(profile)
     stored = open_profile(source)
     kinds = task_kinds(stored, by)
     bounds, plans = _task_plans(stored, kinds, trr, _stored_tokens(stored, ''))

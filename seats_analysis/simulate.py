@@ -204,12 +204,17 @@ def save_coverage(study, path):
     with atomic_write(path) as part: part.write_text(f'{head},\n "rows": [\n{rows}\n ]\n}}\n')
 
 
-def load_coverage(path):
-    "Read a study. Raises ValueError that names the file."
+def _load_study(path, schema, what):
+    "A stored study. Raises ValueError that names the file."
     try: study = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error: raise ValueError(f"{path}: not a readable study ({error})") from error
-    if not isinstance(study, dict) or study.get("schema") != SCHEMA_COVERAGE: raise ValueError(f"{path}: no coverage study: schema must be {SCHEMA_COVERAGE!r}")
+    if not isinstance(study, dict) or study.get("schema") != schema: raise ValueError(f"{path}: no {what}: schema must be {schema!r}")
     return study
+
+
+def load_coverage(path):
+    "Read a study. Raises ValueError that names the file."
+    return _load_study(path, SCHEMA_COVERAGE, "coverage study")
 
 # %% ../nbs/05a_simulate.ipynb #4b57cff5
 def choose_reach(
@@ -321,7 +326,4 @@ def needed_study(
 
 def load_needed(path):
     "Read a stored study. Raises ValueError that names the file."
-    try: study = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error: raise ValueError(f"{path}: not a readable study ({error})") from error
-    if not isinstance(study, dict) or study.get("schema") != SCHEMA_NEEDED: raise ValueError(f"{path}: no study of questions needed: schema must be {SCHEMA_NEEDED!r}")
-    return study
+    return _load_study(path, SCHEMA_NEEDED, "study of questions needed")

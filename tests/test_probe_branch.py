@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from seats_analysis import probe
@@ -41,12 +42,7 @@ def model(): return qwen25()
 
 
 @pytest.fixture(scope='module')
-def processor():
-    from seats_analysis.testbed import build_processor
-    processor = build_processor()
-    for name in ('VIDEO', 'AUDIO', 'IMAGE'):  # 5.17 wants no spaces between start, placeholder and end
-        processor.chat_template = processor.chat_template.replace(f' <|{name}|> ', f'<|{name}|>')
-    return processor
+def processor(): return tiny.tight_processor()
 
 
 @pytest.fixture(scope='module')
