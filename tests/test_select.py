@@ -171,7 +171,7 @@ def test_exported_source_has_no_host_sync():
     source = Path(module.__file__).read_text()
     assert not re.search(r"\.(item|tolist|cpu|numpy|nonzero|masked_select|unique)\(", source)
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_cuda_runs_without_sync_and_agrees():
     cpu = {}
     for device in ("cpu", "cuda"):
