@@ -1,6 +1,7 @@
 """Triton kernels: parity with the PyTorch code, in Triton's interpreter where there is no GPU, and who decides which of both runs."""
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,38 @@ def test_windows_too_large_for_the_kernel_are_taken_by_pytorch(monkeypatch):
     monkeypatch.setattr(kernels, "LARGEST", 7)
     assert not kernels.fits(8)
     assert select.select_in_clip(torch.randn(8, 4), None, (8,), (3,)).sum() == 3
+
+# ---------------------------------------------------------------- compiled for GPUs that are not there
+
+def assembled(kernel, types, constants, arch, warps=4):
+    "Shared memory of a program in bytes, and what ptxas says about its registers: (shared, registers, bytes of spill loads)."
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
+    built = triton.compile(triton.compiler.ASTSource(kernel, signature, constexprs={(kernel.arg_names.index(n),): v for n, v in constants.items()}),
+                           target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps))
+    said = subprocess.run([get_ptxas(arch).path, "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", "-", "-o", os.devnull], input=built.asm["ptx"], capture_output=True, text=True)
+    return built.metadata.shared, *(int(re.search(p, said.stderr)[1]) for p in (r"Used (\d+) registers", r"(\d+) bytes spill loads"))
+
+INDEX = dict.fromkeys(("start", "size", "count", "block"), "*i64")
+SHAPE = dict(tokens="i32", scale="fp32", **dict.fromkeys(("q_t", "q_h", "k_t", "k_h", "dim", "tiles"), "i32"), lse="*fp32", out="*fp32")
+
+@pytest.mark.parametrize("arch", [80, 90]) # A100; H100 and H200
+def test_kernels_fit_a_gpu(arch):
+    "Compiled as they are launched: shared memory as small as the smallest GPUs have, no registers spilt where time matters."
+    pytest.importorskip("triton.backends.nvidia.compiler")
+    from seats_analysis import kernels
+    found = {}
+    for wide in (16, 512, 2048, kernels.LARGEST):
+        constants = dict(WIDTH=wide, ROWS=max(1, kernels.TILE//wide))
+        found["take", wide] = assembled(kernels._take_diverse, dict(INDEX, distance="*fp32", keep="*u8"), constants, arch, 4 if wide <= 1024 else 8)
+    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for dim in (32, 64, 128): # heads of the embedded model, of the audio and of the vision tower
+            for name in ("_log_sums", "_column_sums"):
+                types = dict(INDEX, q=f"*{short}", k=f"*{short}", **SHAPE)
+                found[name, short, dim] = assembled(getattr(kernels, name), types, dict(ROWS=kernels.tile_rows(dtype), DIM=dim), arch)
+    assert max(shared for shared, *_ in found.values()) <= 48*1024, found
+    spilt = {k: v for k, v in found.items() if v[2]}
+    assert all(bytes_ <= 256 for *_, bytes_ in spilt.values()) and not any("bf16" in k for k in spilt), spilt
+    assert assembled(kernels._column_sums, dict(INDEX, q="*fp32", k="*fp32", **SHAPE), dict(ROWS=64, DIM=128), arch)[2] > 4096 # and it can tell
