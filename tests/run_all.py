@@ -4,7 +4,7 @@
 
 sync       nbdev_export and nbdev_clean would change nothing (tried on a copy, so uncommitted work is neither needed clean nor touched)
 notebooks  every notebook from top to bottom, each in a process of its own
-pytest     the tests folder
+pytest     the tests folder, by several workers
 oldest     golden, adapter, family and media tests on the oldest supported transformers, found in the overlay folder
 """
 import argparse
@@ -143,7 +143,7 @@ def pytest(name, *args, env=None, cwd=ROOT):
 
 def run_pytest(args):
     heading("pytest tests")
-    return pytest("tests", "tests", *(["--nightly"] if args.nightly else []))
+    return pytest("tests", "tests", "-n", WORKERS, "--dist", "worksteal", *(["--nightly"] if args.nightly else []))
 
 
 # ---------------------------------------------------------------- oldest supported transformers
