@@ -7,9 +7,9 @@ __all__ = ['SIZES', 'CONFIGS', 'CELLS', 'REQUESTS', 'TIMES', 'KEY', 'GROUP', 'RO
            'check_config', 'narrow', 'bench_config', 'randomise', 'build_model', 'Request', 'as_request',
            'request_tokens', 'bench_processor', 'request_sample', 'repeat_rows', 'bench_inputs', 'bench_bounds',
            'bench_schedule', 'bench_method', 'watch_encoders', 'running', 'time_request', 'peak_bytes', 'request_facts',
-           'key_of', 'settle', 'compare', 'settle_all', 'device_name', 'slug', 'environment', 'BenchFile', 'load_bench',
-           'Job', 'run_job', 'run_jobs', 'scaling_requests', 'plan_pairs', 'default_jobs', 'bench_table', 'verdicts',
-           'report', 'profile_request']
+           'key_of', 'settle', 'compare', 'full_rows', 'settle_all', 'device_name', 'slug', 'environment', 'BenchFile',
+           'load_bench', 'Job', 'run_job', 'run_jobs', 'scaling_requests', 'plan_pairs', 'default_jobs', 'method_text',
+           'bench_table', 'verdicts', 'report', 'profile_request']
 
 # %% ../nbs/11a_bench.ipynb #89a69fb2
 import inspect
@@ -331,11 +331,11 @@ def watch_encoders(
 def running(
     model,
     method=None, # of `make_method`; None = the full model
-    kv:str='evict', # see `prune`
+    kv:str='evict', encoders:Sequence[str]=(), # see `prune`
 ): # yields the `Ledger`, and the `Run` or None
     "The model under a method, or as it is."
-    if method is not None:
-        with prune(model, method, kv=kv) as run: yield run.ledger, run
+    if method is not None or encoders:
+        with prune(model, method, kv=kv, encoders=encoders) as run: yield run.ledger, run
     else:
         ledger = Ledger(str(adapter_for(model).lm_head(model).weight.device))
         with watch_encoders(model, ledger): yield ledger, None
@@ -364,9 +364,10 @@ def time_request(
     method=None, # see `running`
     kv:str='evict', # see `prune`
     steps:int=8, # tokens to decode after the first
+    encoders:Sequence[str]=(), # see `prune`
 )->dict: # `TIMES` -> milliseconds; of the first four the last is the sum
     "One request on the clock."
-    with running(model, method, kv) as (ledger, _), last_logits_only(model):
+    with running(model, method, kv, encoders) as (ledger, _), last_logits_only(model):
         if inputs['input_ids'].is_cuda: torch.cuda.synchronize()
         with ledger.time('prefill'): out, token = _first(model, inputs)
         first = ledger.ms # waits for the device
@@ -409,10 +410,10 @@ def _layer_tokens(run, model, inputs):
 
 @torch.no_grad()
 def request_facts(
-    model, inputs:Mapping, method=None, kv:str='evict', # see `time_request`
+    model, inputs:Mapping, method=None, kv:str='evict', encoders:Sequence[str]=(), # see `time_request`
 )->dict: # causal and counter FLOPs of the batch, kv_bytes and peak_bytes of the batch
     "What one prefill computes and holds."
-    with running(model, method, kv) as (_, run), last_logits_only(model):
+    with running(model, method, kv, encoders) as (_, run), last_logits_only(model):
         (out, _), peak = peak_bytes(model, inputs, lambda: _first(model, inputs))
         layers, held = _layer_tokens(run, model, inputs), cache_bytes(out.past_key_values)
     config = adapter_for(model).config(model)
@@ -420,10 +421,10 @@ def request_facts(
     return dict(flops=flops, kv_bytes=int(held), peak_bytes=int(peak), layer_tokens=layers.mean(0).tolist())
 
 # %% ../nbs/11a_bench.ipynb #807df11d
-KEY = 'config', 'width', 'batch', 'frames', 'seconds', 'method', 'trr' # what tells rows apart
-GROUP = KEY[:5] # rows that share a full model
+KEY = 'config', 'width', 'batch', 'frames', 'seconds', 'method', 'trr', 'encoders' # what tells rows apart
+GROUP = KEY[:5] # rows that share a full model, with its towers as they are
 ROW_KEYS = ('method', 'trr', 'config', 'batch', 'tokens', 'flops_fraction', 'encoder_ms', 'selection_ms', 'prefill_ms', 'ttft_ms', 'decode_ms_per_token', 'peak_bytes',
-            'kv_bytes', 'speedup', 'realised_fraction') # what `seats bench --json` prints
+            'kv_bytes', 'speedup', 'realised_fraction', 'encoders') # what `seats bench --json` prints
 
 def key_of(row, fields=KEY): return tuple(row.get(f) for f in fields)
 
@@ -450,10 +451,14 @@ def compare(
     return dict(row, **dict(zip(names, (causal, counter, full['prefill_ms']/spent,
                 realised_fraction(full['prefill_ms'], row['selection_ms'], row['prefill_ms'], causal), full['ttft_ms']/row['ttft_ms']))))
 
+def full_rows(rows:Sequence)->dict: # `GROUP` values -> row
+    "The rows that others are compared with: the full model with its towers as they are."
+    return {key_of(r, GROUP): r for r in rows if r['method'] == 'full' and not r['encoders']}
+
 def settle_all(rows:Sequence)->list:
     "All rows settled, and compared with the full model of their group."
     rows = [settle(r) for r in rows]
-    full = {key_of(r, GROUP): r for r in rows if r['method'] == 'full'}
+    full = full_rows(rows)
     return [compare(r, full.get(key_of(r, GROUP))) for r in rows]
 
 # %% ../nbs/11a_bench.ipynb #3591197a
@@ -517,18 +522,19 @@ class Job:
     width: int | None = None
     batch: int = 1
     plans: tuple = (('full', 100.),) # (method, TRR in percent); 'full' is the untouched model
+    encoders: tuple = () # options for the towers, of `ENCODERS`; the full model gets them too
 
     def row(self, method, trr, tokens): # -> dict: a row with nothing measured
         return dict(config=self.config, width=self.width, batch=self.batch, frames=self.request.frames, seconds=float(self.request.seconds), method=method, trr=float(trr),
-                    tokens=sum(tokens.values()), visual_tokens=tokens['visual'], audio_tokens=tokens['audio'])
+                    encoders='+'.join(self.encoders), tokens=sum(tokens.values()), visual_tokens=tokens['visual'], audio_tokens=tokens['audio'])
 
     def methods(self, tokens): # -> {(method, trr): `Method`, or None for the full model}
         n = tokens['visual'], tokens['audio']
         return {(m, float(t)): None if m == 'full' else bench_method(m, bench_schedule(self.config, t, *n), *n) for m, t in self.plans}
 
-def _measure_facts(row, model, inputs, method, kv):
+def _measure_facts(row, model, inputs, method, kv, encoders):
     "Fill in what does not vary, or why there is nothing."
-    try: row.update(request_facts(model, inputs, method, kv), error=None, samples=[])
+    try: row.update(request_facts(model, inputs, method, kv, encoders), error=None, samples=[])
     except torch.OutOfMemoryError:
         row.update(error='out of memory', samples=[])
         torch.cuda.empty_cache()
@@ -548,7 +554,7 @@ def run_job(
     for name, row in rows.items():
         if 'flops' in row or row.get('error'): continue
         progress(f'{_said(job, name)}: warm-up')
-        _measure_facts(row, model, inputs, methods[name], file.about['kv'])
+        _measure_facts(row, model, inputs, methods[name], file.about['kv'], job.encoders)
     for turn in range(repeats): _take_turns(job, model, inputs, methods, rows, file, turn, repeats, steps, progress)
 
 # %% ../nbs/11a_bench.ipynb #8d4af662
@@ -558,19 +564,20 @@ def _take_turns(job, model, inputs, methods, rows, file, turn, repeats, steps, p
     try:
         for name in due:
             progress(f'{_said(job, name)}: {turn + 1} of {repeats}')
-            rows[name]['samples'].append(time_request(model, inputs, methods[name], file.about['kv'], steps))
+            rows[name]['samples'].append(time_request(model, inputs, methods[name], file.about['kv'], steps, job.encoders))
     finally:
         if due: file.save()
 
 def _said(job, name):
     "A row in a few words."
     wide = f' at width {job.width}' if job.width else ''
-    return f'{job.config}{wide}, {job.request.frames} frames, {job.request.seconds:g} s, batch {job.batch}, {name[0]} {name[1]:g} %'
+    towers = f', towers with {"+".join(job.encoders)}' if job.encoders else ''
+    return f'{job.config}{wide}, {job.request.frames} frames, {job.request.seconds:g} s, batch {job.batch}, {name[0]} {name[1]:g} %{towers}'
 
 # %% ../nbs/11a_bench.ipynb #5ae06d08
 def _too_long(file, row, most_seconds):
     "Whether the same method on fewer tokens was so slow that this row would take longer."
-    alike = lambda r: all(r[f] == row[f] for f in ('config', 'width', 'method', 'trr')) and r['tokens']*r['batch'] < row['tokens']*row['batch'] and r.get('samples')
+    alike = lambda r: all(r[f] == row[f] for f in ('config', 'width', 'method', 'trr', 'encoders')) and r['tokens']*r['batch'] < row['tokens']*row['batch'] and r.get('samples')
     last = max(filter(alike, file.rows.values()), key=lambda r: r['tokens']*r['batch'], default=None)
     if last is None: return False
     grown = row['tokens']*row['batch']/(last['tokens']*last['batch'])
@@ -639,25 +646,30 @@ def default_jobs(
 )->list: # of `Job`
     "What `seats bench` measures when nothing is asked for."
     lean = tuple(p for p in plans if p[0] in ('full', 'seats') and p[1] in (100, min(t for _, t in plans)))
-    if cuda: return [Job('qwen2.5-omni-7b', batch=b, plans=tuple(plans)) for b in (1, 4, 16)]
+    if cuda: return [*(Job('qwen2.5-omni-7b', batch=b, plans=tuple(plans)) for b in (1, 4, 16)), Job('qwen2.5-omni-7b', plans=lean, encoders=('batch', 'overlap'))]
     half, plans = Request(64, 30.), tuple(plans)
     short = [Job('testbed', Request(8, 4.), batch=b, plans=lean) for b in (1, 4, 16)]
     scaling = [Job('testbed', r, plans=lean) for r in scaling_requests('testbed', 16384)]
-    return [Job('qwen2.5-omni-7b', half, 128, plans=plans), Job('testbed', half, plans=plans), Job('testbed', half, 512, plans=tuple(p for p in plans if p[0] in ('full', 'seats'))), *short, *scaling]
+    batched = [Job(name, half, width, plans=lean, encoders=('batch',)) for name, width in (('qwen2.5-omni-7b', 128), ('testbed', None), ('testbed', 512))]
+    return [Job('qwen2.5-omni-7b', half, 128, plans=plans), Job('testbed', half, plans=plans), Job('testbed', half, 512, plans=tuple(p for p in plans if p[0] in ('full', 'seats'))),
+            *batched, *short, *scaling]
 
 # %% ../nbs/11a_bench.ipynb #58a61648
+def method_text(r, trr=False):
+    "A row's method in words, with the options of the towers."
+    return r['method'] + (f' {r["trr"]:g} %' if trr and r['method'] != 'full' else '') + (f' +{r["encoders"]}' if r['encoders'] else '')
+
 def bench_table(
     rows:Sequence, # settled
     ratios:bool, # shares of the full time to first token instead of milliseconds
 )->list: # of dicts of texts, for `table`
     "Rows for people."
-    full = {key_of(r, GROUP): r.get('ttft_ms') for r in rows if r['method'] == 'full'}
-    out = []
+    full, out = {k: r.get('ttft_ms') for k, r in full_rows(rows).items()}, []
     for r in rows:
         unit = full.get(key_of(r, GROUP))
         time = lambda name: '-' if not r.get('samples') or (ratios and not unit) else f'{100*r[name]/unit:.1f} %' if ratios else f'{r[name]:.1f}'
         text = lambda name, form: '-' if r.get(name) is None else form.format(r[name])
-        out.append({'config': r['config'] + (f' (width {r["width"]})' if r['width'] else ''), 'batch': str(r['batch']), 'tokens': f'{r["tokens"]:,}', 'method': r['method'],
+        out.append({'config': r['config'] + (f' (width {r["width"]})' if r['width'] else ''), 'batch': str(r['batch']), 'tokens': f'{r["tokens"]:,}', 'method': method_text(r),
                     'TRR': f'{r["trr"]:g} %', 'FLOPs': text('flops_fraction', '{:.1%}'), 'encoders': time('encoder_ms'), 'selection': time('selection_ms'),
                     'prefill': time('prefill_ms'), 'first token': time('ttft_ms'), 'a token': time('decode_ms_per_token'), 'KV MB': f'{r["kv_bytes"]/1e6:.1f}' if 'kv_bytes' in r else '-',
                     'peak MB': f'{r["peak_bytes"]/1e6:.0f}' if 'peak_bytes' in r else '-', 'speed-up': text('speedup', '{:.2f}'), 'realised': text('realised_fraction', '{:.2f}'),
@@ -667,7 +679,7 @@ def bench_table(
 # %% ../nbs/11a_bench.ipynb #8fe3eeb0
 def _who(r):
     "A row's circumstances in words."
-    return f'{r["config"]}{" (width %d)" % r["width"] if r["width"] else ""}, {r["tokens"]:,} tokens, batch {r["batch"]}: {r["method"]} at {r["trr"]:g} %'
+    return f'{r["config"]}{" (width %d)" % r["width"] if r["width"] else ""}, {r["tokens"]:,} tokens, batch {r["batch"]}: {method_text(r, trr=True)}'
 
 def _does_not_pay(r, full):
     "Why pruning does not pay in this row, or None."
@@ -684,7 +696,7 @@ def verdicts(
     rows:Sequence, # settled
 )->list: # of texts
     "When pruning does not pay, or pays less than the FLOPs say, by what was measured."
-    full, out = {key_of(r, GROUP): r for r in rows if r['method'] == 'full' and r.get('samples')}, []
+    full, out = full_rows([r for r in rows if r.get('samples')]), []
     single = {key_of(r, [k for k in KEY if k != 'batch']): r for r in rows if r['batch'] == 1}
     for r in rows:
         base, alone = full.get(key_of(r, GROUP)), single.get(key_of(r, [k for k in KEY if k != 'batch']))

@@ -873,16 +873,17 @@ def _numbers(text, what, kind=float):
     if not found or min(found) <= 0: raise ValueError(f'{what} {text!r}: give positive {"whole " if kind is int else ""}numbers, as 10,25')
     return found
 
-def _bench_jobs(config, width, request, batches, plans, scaling, cuda):
+def _bench_jobs(config, width, request, batches, plans, scaling, encoders, cuda):
     "What the options of `seats bench` ask for."
     from seats_analysis import bench
     for name in config: bench.check_config(name)
-    if not config and request is None and not (width or batches or scaling): return bench.default_jobs(cuda, plans)
+    if not config and request is None and not (width or batches or scaling or encoders): return bench.default_jobs(cuda, plans)
     config = config or (('qwen2.5-omni-7b',) if cuda else ('testbed',))
     requests = [request or bench.Request()]
     jobs = [bench.Job(name, r, width, b, plans) for name in config for r in requests for b in batches or ((1, 4, 16) if cuda else (1,))]
     if scaling: jobs = [bench.Job(name, r, width, 1, plans) for name in config for r in bench.scaling_requests(name, scaling)]
-    return jobs
+    if not encoders: return jobs
+    return [bench.replace(j, plans=(('full', 100.),)) for j in jobs] + [bench.replace(j, encoders=encoders) for j in jobs]
 
 # %% ../nbs/14_cli.ipynb #be9c0003
 def _bench_request(preset, frames, seconds):
@@ -944,12 +945,15 @@ def bench(
     steps: Annotated[int, typer.Option('--steps', min=1, help='Tokens to decode.')] = 8,
     kv: Annotated[str, typer.Option('--kv', help='Cache policy: evict or retain.')] = 'evict',
     attention: Annotated[str, typer.Option('--attention', help='Attention implementation, for the full model too.')] = 'sdpa',
+    encoders: Annotated[str, typer.Option('--encoders', help='Options for the towers, separated by commas: batch, repeats, overlap. The model with its towers as they are is timed beside them.')] = '',
     limit: Annotated[float, typer.Option('--most-seconds', help='Leave out requests that would take longer.')] = 60.,
     seed: Annotated[int, typer.Option('--seed', min=0)] = 0, device: Device = '', threads: Threads = None,
     out: Annotated[Optional[Path], typer.Option('--out', help='JSON file; default: data/results/bench_<device>.json.')] = None, as_json: Json = False,
 ):
     "Time the full model against every method: encoders, selection, prefill, decode, memory, realised fraction."
     if kv not in ('evict', 'retain'): raise ValueError(f'--kv {kv!r}: evict or retain')
+    towers = _names(encoders, '--encoders') if encoders else ()
+    if bad := [e for e in towers if e not in ('batch', 'repeats', 'overlap')]: raise ValueError(f'--encoders {bad[0]!r}: batch, repeats or overlap')
     names, request = _names(config, '--config') if config else (), _bench_request(preset, frames, seconds)
     if scaling is not None and (request or scaling < 1024): raise ValueError('--scaling: from 1024 tokens, and without --preset, --frames or --seconds')
     batches, trrs = _numbers(batch, '--batch', int) if batch else (), _numbers(trr, '--trr')
@@ -957,7 +961,7 @@ def bench(
     plans, where = plan_pairs(_names(methods, '--methods'), trrs), _bench_device(device)
     _set_threads(threads)
     _quiet()
-    jobs = _bench_jobs(names, width, request, batches, plans, scaling, where.startswith('cuda'))
+    jobs = _bench_jobs(names, width, request, batches, plans, scaling, towers, where.startswith('cuda'))
     options = dict(attention=attention, seed=seed)
     file = _bench_file(out, where, dict(options, kv=kv, steps=steps))
     _bench(file, jobs, where, options, repeats, steps, limit)

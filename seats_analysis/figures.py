@@ -774,13 +774,13 @@ def ledger_figure(
 # %% ../nbs/12_figures.ipynb #be9cf103
 def _ledger_panel(ax, model, rows, shares):
     "One bar per method and TRR."
-    full = next(r for r in rows if r['method'] == 'full')
+    full = next(r for r in rows if r['method'] == 'full' and not r.get('encoders'))
     unit, left = 100/full['ttft_ms'] if shares else 1, np.zeros(len(rows))
     for part, (label, color) in PARTS.items():
         width = np.array([r[part]*unit for r in rows])
         ax.barh(range(len(rows)), width, left=left, color=color, label=label, height=.72, linewidth=0)
         left += width
-    ax.set_yticks(range(len(rows)), [r['method'] if r['method'] == 'full' else f'{r["method"]} {r["trr"]:g} %' for r in rows])
+    ax.set_yticks(range(len(rows)), [(r['method'] if r['method'] == 'full' else f'{r["method"]} {r["trr"]:g} %') + (f', {r["encoders"]}' if r.get('encoders') else '') for r in rows])
     ax.set(ylim=(len(rows) - .4, -.6), xlim=(0, 1.02*left.max()))
     ax.tick_params(axis='y', length=0)
     ax.set_title(f'{model}: {full["tokens"]:,} tokens', fontsize=6.5)
@@ -795,7 +795,7 @@ def speedup_figure(
     with house_style():
         fig = _figure(COLUMN if len(panels) < 3 else PAGE, 2.3)
         axes = fig.subplots(1, len(panels), squeeze=False)[0]
-        for ax, (model, mine) in zip(axes, panels.items()): _speedup_panel(ax, model, [r for r in mine if r['method'] != 'full'])
+        for ax, (model, mine) in zip(axes, panels.items()): _speedup_panel(ax, model, [r for r in mine if r['method'] != 'full' and not r.get('encoders')])
         axes[0].set_ylabel('Times as fast as the full model')
         handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels())}
         fig.legend(handles.values(), handles.keys(), loc='outside upper center', ncols=3, handlelength=2.2, columnspacing=1, borderpad=0)
@@ -822,7 +822,7 @@ def _scaled(rows):
     "Model -> (method, TRR) -> rows by tokens, at batch 1, where at least three lengths were timed."
     out = {}
     for r in rows:
-        if r.get('ttft_ms') and r['batch'] == 1: out.setdefault(_model_of(r), {}).setdefault((r['method'], r['trr']), {})[r['tokens']] = r
+        if r.get('ttft_ms') and r['batch'] == 1 and not r.get('encoders'): out.setdefault(_model_of(r), {}).setdefault((r['method'], r['trr']), {})[r['tokens']] = r
     enough = {m: {k: [by[n] for n in sorted(by)] for k, by in found.items() if len(by) > 2} for m, found in out.items()}
     return {m: found for m, found in enough.items() if any(k[0] == 'full' for k in found) and len(found) > 1}
 

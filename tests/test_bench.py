@@ -17,7 +17,7 @@ from seats_analysis.prune import prune
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = Request(4, 2, 30)
 NAMED = ('method', 'trr', 'config', 'batch', 'tokens', 'flops_fraction', 'encoder_ms', 'selection_ms', 'prefill_ms', 'ttft_ms', 'decode_ms_per_token', 'peak_bytes',
-         'kv_bytes', 'speedup', 'realised_fraction')
+         'kv_bytes', 'speedup', 'realised_fraction', 'encoders')
 
 
 def seats(*args):
@@ -142,7 +142,7 @@ def test_facts(narrow, kv):
 def row(method, trr, encoder, selection, prefill, causal, **more):
     "A row with one timing."
     times = dict(zip(TIMES, (encoder, selection, prefill, encoder + selection + prefill, 20.)))
-    return dict(config='testbed', width=None, batch=1, frames=4, seconds=2., method=method, trr=trr, tokens=458, flops=dict(causal=causal, counter=causal), samples=[times], **more)
+    return dict(config='testbed', width=None, batch=1, frames=4, seconds=2., method=method, trr=trr, encoders='', tokens=458, flops=dict(causal=causal, counter=causal), samples=[times], **more)
 
 
 def test_realised_fraction_by_hand():
@@ -169,11 +169,11 @@ def clock(monkeypatch):
     "Replaces model, inputs and what takes time; `clock.calls` counts, `clock.stop_at` interrupts before that timing."
     class Clock:
         calls, stop_at, facts, full = 0, None, 0, True
-        def time(self, model, inputs, method, kv, steps):
+        def time(self, model, inputs, method, kv, steps, encoders):
             if self.calls == self.stop_at: self.stop_at = None; raise KeyboardInterrupt
             self.calls += 1
             return dict(zip(TIMES, (1., 0. if method is None else 1., 9. if method is None else 2., 10. if method is None else 4., 1.)))
-        def fact(self, model, inputs, method, kv):
+        def fact(self, model, inputs, method, kv, encoders):
             self.facts += 1
             if method is None and not self.full: raise torch.OutOfMemoryError
             return dict(flops=dict(causal=1. if method else 4., counter=1. if method else 4.), kv_bytes=1, peak_bytes=2, layer_tokens=[1])
@@ -215,6 +215,16 @@ def test_more_repeats_and_more_rows_add_to_what_is_there(clock, tmp_path):
     assert clock.calls == 20
     more = seats('--config', 'testbed', '--frames', 4, '--seconds', 2, '--methods', 'seats', '--trr', 25, '--repeats', 3, '--json', '--out', tmp_path/'b.json')
     assert clock.calls == 23 and [(r['method'], r['trr']) for r in json.loads(more.stdout)['rows']] == [('full', 100), ('seats', 25)]
+
+
+def test_options_for_the_towers_stand_beside_the_untouched_model(clock, tmp_path):
+    asked = *ASKED[:-4], '--trr', 10, '--repeats', 1, '--out', tmp_path/'b.json', '--encoders', 'batch,overlap'
+    rows = json.loads(seats(*asked, '--json').stdout)['rows']
+    assert [(r['method'], r['encoders']) for r in rows] == [('full', ''), ('full', 'batch+overlap'), ('seats', 'batch+overlap'), ('random', 'batch+overlap')]
+    assert all(r['speedup'] == pytest.approx(9/3) for r in rows[2:]) # of the untouched model
+    assert 'seats +batch+overlap' in seats(*asked).stdout and clock.calls == 4
+    refused = seats(*asked[:-1], 'quick')
+    assert refused.exit_code == 2 and "--encoders 'quick': batch, repeats or overlap" in refused.stderr
 
 
 def test_other_circumstances_begin_anew(clock, tmp_path):
