@@ -120,7 +120,7 @@ def _run(gpu, func, args, kwargs):
     _check(gpu, func, args, kwargs)
     held, options = _held(args, {k: v for k, v in kwargs.items() if k != 'device'})
     out = LACKING.get(func, func)(*held, **options)
-    if func is aten._local_scalar_dense.default: return out
+    if func is aten._local_scalar_dense.default or not _cuda(kwargs.get('device') or CUDA): return out
     written = [a for a, spec in zip(args, func._schema.arguments) if spec.alias_info is not None and spec.alias_info.is_write and isinstance(a, OnGpu)]
     written += [kwargs[spec.name] for spec in func._schema.arguments if spec.kwarg_only and spec.name in kwargs and spec.alias_info is not None and spec.alias_info.is_write]
     same = {id(w.written().held): w for w in written}
