@@ -9,7 +9,7 @@ from seats_analysis.probe import probe_dependency
 from seats_analysis.prune import follow_up, prune
 
 flash = pytest.importorskip('transformers.modeling_flash_attention_utils')
-SAMPLES = [tiny.ask('both', tiny.clip(0)), tiny.ask('short', tiny.clip(1, 2.), 'where ?'), tiny.ask('silent', tiny.clip(2, 3., sound=False))]
+SAMPLES = tiny.three()
 
 def one_length(q, k, v, dropout_p=0., softmax_scale=None, causal=False, window_size=(-1, -1)):
     "q (B, n, heads, d), k and v (B, m, KV heads, d): the last query sees all keys."

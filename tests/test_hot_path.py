@@ -27,7 +27,7 @@ def model(request): return tiny.thinker(request.param)
 def batches(model):
     "One sample, and three of unequal length; the same for every test."
     family = adapter_for(model).family
-    samples = [tiny.ask('both', tiny.clip(0)), tiny.ask('short', tiny.clip(1, 2.), 'where ?'), tiny.ask('silent', tiny.clip(2, 3., sound=False))]
+    samples = tiny.three()
     return {n: encode(model, tiny.processor(family), samples[:n]) for n in (1, 3)}
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from seats_analysis.probe import probe_dependency
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='there is a real one: `pytest -m cuda`')
 HOT = 'enter_decoder', 'enter_layer', 'add_deepstack', 'evict', 'enter_decode_step', 'visual_attention', 'audio_attention'
-SAMPLES = [tiny.ask('both', tiny.clip(0)), tiny.ask('short', tiny.clip(1, 2.), 'where ?'), tiny.ask('silent', tiny.clip(2, 3., sound=False))]
+SAMPLES = tiny.three()
 
 @pytest.fixture(scope='module', params=tiny.FAMILIES)
 def model(request): return tiny.thinker(request.param)

@@ -25,6 +25,11 @@ def ask(name, video, question='what colour is the circle ?', **kw):
     return Sample(id=name, video=video, question=question, choices=('red', 'blue', 'green', 'white'), answer=1, **kw)
 
 
+def three():
+    "Samples of unequal length: one with everything, a short one, one without sound."
+    return [ask('both', clip(0)), ask('short', clip(1, 2.), 'where ?'), ask('silent', clip(2, 3., sound=False))]
+
+
 def processor(family):
     from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3OmniMoeProcessor, WhisperFeatureExtractor
     from seats_analysis.testbed import CHAT_TEMPLATE, build_processor, build_tokenizer
