@@ -875,6 +875,7 @@ def _numbers(text, what, kind=float):
 
 def _bench_jobs(config, width, request, batches, plans, scaling, encoders, cuda):
     "What the options of `seats bench` ask for."
+    from dataclasses import replace
     from seats_analysis import bench
     for name in config: bench.check_config(name)
     if not config and request is None and not (width or batches or scaling or encoders): return bench.default_jobs(cuda, plans)
@@ -883,7 +884,7 @@ def _bench_jobs(config, width, request, batches, plans, scaling, encoders, cuda)
     jobs = [bench.Job(name, r, width, b, plans) for name in config for r in requests for b in batches or ((1, 4, 16) if cuda else (1,))]
     if scaling: jobs = [bench.Job(name, r, width, 1, plans) for name in config for r in bench.scaling_requests(name, scaling)]
     if not encoders: return jobs
-    return [bench.replace(j, plans=(('full', 100.),)) for j in jobs] + [bench.replace(j, encoders=encoders) for j in jobs]
+    return [replace(j, plans=(('full', 100.),)) for j in jobs] + [replace(j, encoders=encoders) for j in jobs]
 
 # %% ../nbs/14_cli.ipynb #be9c0003
 def _bench_request(preset, frames, seconds):
@@ -952,12 +953,13 @@ def bench(
 ):
     "Time the full model against every method: encoders, selection, prefill, decode, memory, realised fraction."
     if kv not in ('evict', 'retain'): raise ValueError(f'--kv {kv!r}: evict or retain')
-    towers = _names(encoders, '--encoders') if encoders else ()
-    if bad := [e for e in towers if e not in ('batch', 'repeats', 'overlap')]: raise ValueError(f'--encoders {bad[0]!r}: batch, repeats or overlap')
     names, request = _names(config, '--config') if config else (), _bench_request(preset, frames, seconds)
     if scaling is not None and (request or scaling < 1024): raise ValueError('--scaling: from 1024 tokens, and without --preset, --frames or --seconds')
     batches, trrs = _numbers(batch, '--batch', int) if batch else (), _numbers(trr, '--trr')
+    towers = _names(encoders, '--encoders') if encoders else ()
     from seats_analysis.bench import plan_pairs, report
+    from seats_analysis.encoders import ENCODERS
+    if bad := [e for e in towers if e not in ENCODERS]: raise ValueError(f'--encoders {bad[0]!r}: {", ".join(ENCODERS)}')
     plans, where = plan_pairs(_names(methods, '--methods'), trrs), _bench_device(device)
     _set_threads(threads)
     _quiet()

@@ -83,7 +83,7 @@ def stored_benches(
     for path in sorted(Path(folder).glob("bench_*.json")):
         try: rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         except (ValueError, TypeError, KeyError) as error: raise ValueError(f"{path}: not a benchmark file ({type(error).__name__})") from None
-        found += [(path.name, row) for row in rows if row.get("method") == "seats" and row.get("realised_fraction") and not row.get("width")
+        found += [(path.name, row) for row in rows if row.get("method") == "seats" and row.get("realised_fraction") and not (row.get("width") or row.get("encoders"))
                   and name.startswith(str(row.get("config") or "-").lower())]
     return tuple(found)
 

@@ -157,12 +157,14 @@ def _copy(gpu, to, source, non_blocking=False):
     return to.written() if there else to
 
 
-class Operations(TorchDispatchMode):
-    "Every operation, also those that make a tensor on the device from none."
+class _Mode:
     def __init__(self, gpu):
         super().__init__()
         self.gpu = gpu
 
+
+class Operations(_Mode, TorchDispatchMode):
+    "Every operation, also those that make a tensor on the device from none."
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if any(isinstance(x, OnGpu) for x in _each((args, kwargs))): return _run(self.gpu, func, args, kwargs)
@@ -171,12 +173,8 @@ class Operations(TorchDispatchMode):
         return OnGpu(func(*args, **{**kwargs, 'device': 'cpu'}), self.gpu)
 
 
-class Calls(TorchFunctionMode):
+class Calls(_Mode, TorchFunctionMode):
     "What must be seen before torch looks for a driver."
-    def __init__(self, gpu):
-        super().__init__()
-        self.gpu = gpu
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = {k: v for k, v in (kwargs or {}).items() if k != 'pin_memory'}
         if func is torch.Tensor.tolist and isinstance(args[0], OnGpu): return args[0].cpu().tolist() # torch refuses it for every subclass

@@ -224,7 +224,7 @@ def test_options_for_the_towers_stand_beside_the_untouched_model(clock, tmp_path
     assert all(r['speedup'] == pytest.approx(9/3) for r in rows[2:]) # of the untouched model
     assert 'seats +batch+overlap' in seats(*asked).stdout and clock.calls == 4
     refused = seats(*asked[:-1], 'quick')
-    assert refused.exit_code == 2 and "--encoders 'quick': batch, repeats or overlap" in refused.stderr
+    assert refused.exit_code == 2 and "--encoders 'quick': batch, repeats, overlap" in refused.stderr
 
 
 def test_other_circumstances_begin_anew(clock, tmp_path):

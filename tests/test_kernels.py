@@ -66,8 +66,9 @@ def test_kernels_fit_a_gpu(arch):
     from seats_analysis import kernels
     found = {}
     for wide in (16, 512, 2048, kernels.LARGEST):
-        constants = dict(WIDTH=wide, ROWS=max(1, kernels.TILE//wide))
-        found["take", wide] = assembled(kernels._take_diverse, dict(INDEX, distance="*fp32", keep="*u8"), constants, arch, 4 if wide <= 1024 else 8)
+        constants = kernels.greedy_launch(wide)
+        warps = constants.pop("num_warps")
+        found["take", wide] = assembled(kernels._take_diverse, dict(INDEX, distance="*fp32", keep="*u8"), constants, arch, warps)
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for dim in (32, 64, 128): # heads of the embedded model, of the audio and of the vision tower
             for name in ("_log_sums", "_column_sums"):
