@@ -7,7 +7,7 @@ __all__ = ['MODALITIES', 'BANDS', 'REACH', 'SCHEMA_BOUNDARIES', 'ramp', 'synthet
            'control_families', 'ClipCounts', 'clip_counts', 'monotone_fit', 'first_staying', 'first_rise',
            'bootstrap_accuracy', 'loss_bound', 'clips_needed', 'effective_clips', 'critical_value', 'lower_band',
            'retained', 'profile_hash', 'Boundaries', 'Resampled', 'resample', 'decide', 'find_boundaries', 'explain',
-           'boundaries_to_dict', 'boundaries_from_dict', 'save_boundaries', 'load_boundaries', 'equivalence_p',
+           'boundaries_to_dict', 'boundaries_from_dict', 'save_boundaries', 'load_boundaries', 'equivalence_p', 'holm',
            'equivalence_table', 'segment_boundaries', 'kl_threshold', 'boundary_table']
 
 # %% ../nbs/05_boundaries.ipynb #0d278811
@@ -575,8 +575,11 @@ def equivalence_p(
     return ndtr(-np.sign(gap) * np.sqrt(q))
 
 
-def _holm(p):
-    "Holm's step-down adjustment."
+def holm(
+    p,  # (n,) p-values
+):  # (n,) adjusted
+    "Holm's step-down adjustment for several tests."
+    p = np.asarray(p, float)
     order = np.argsort(p)
     stepped = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
     out = np.empty(len(p))
@@ -612,7 +615,7 @@ def equivalence_table(
     p = equivalence_p(loss, se, effective_clips(counts), tolerance)[:-1]
     passed = np.flip(np.logical_and.accumulate(np.flip(p <= 1 - confidence)))
     different = 2 * ndtr(-np.abs(loss) / np.where(se > 0, se, np.inf))[:-1]
-    table = dict(loss=loss[:-1], lost=lost[:-1], gained=gained[:-1], p_equivalent=p, p_holm=_holm(p), equivalent=passed, p_difference=different)
+    table = dict(loss=loss[:-1], lost=lost[:-1], gained=gained[:-1], p_equivalent=p, p_holm=holm(p), equivalent=passed, p_difference=different)
     return pd.DataFrame(table, index=pd.Index(counts.layers[:-1], name="layer"))
 
 # %% ../nbs/05_boundaries.ipynb #aeffed7f

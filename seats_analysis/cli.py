@@ -703,17 +703,15 @@ def sensitivity_rows(
     kinds, # name -> families
 )->list: # of dict: made_for, used_on, n, accuracy, kept (share of full), kept_ci over clips
     "Every schedule on every kind of question, relative to the full model."
-    import numpy as np
-    from seats_analysis.evaluate import clip_weights
+    from seats_analysis.evaluate import share_interval
     full, rows = frames['full'].set_index('id'), []
     for made_for, frame in frames.items():
         for used_on, families in kinds.items():
             part = frame[frame.family.isin(families)]
             if not len(part): continue
-            got, base, weights = (np.asarray(x, float) for x in (part.correct, full.loc[part.id].correct, clip_weights(part['clip'])))
-            ratio = lambda w: (w @ got)/np.maximum(w @ base, 1e-12)
-            rows.append(dict(made_for=made_for, used_on=used_on, n=len(part), accuracy=float(got.mean()), kept=float(got.sum()/base.sum()) if base.any() else None,
-                             kept_ci=np.quantile(ratio(weights), [.025, .975]).tolist() if base.any() else None))
+            base = full.loc[part.id].correct
+            kept, *ci = (None,)*3 if not base.any() else (1., 1., 1.) if made_for == 'full' else share_interval(part.correct, base, part['clip'])
+            rows.append(dict(made_for=made_for, used_on=used_on, n=len(part), accuracy=float(part.correct.mean()), kept=kept, kept_ci=ci if base.any() else None))
     return rows
 
 def _sensitivity_text(rows):
@@ -821,10 +819,10 @@ def _run_eval(loaded, samples, names, plans, out, **options):
 
 def _eval_text(result, out):
     "The table, and what it says about SEATS."
-    from seats_analysis.compare import comparison_table
+    from seats_analysis.compare import comparison_table, significantly_better
     rows = [{k: f'{v:.1f}' if isinstance(v, float) and k != 'p' else '' if v != v else f'{v:.3g}' if k == 'p' else v for k, v in r.items()}
             for r in comparison_table(result['rows']).to_dict('records')]
-    beaten = [f"{r['label']} at {r['trr']:g} %" for r in result['rows'] if r['ranked'] and r['diff_seats'] is not None and r['diff_seats_low'] > 0]
+    beaten = [f"{r['label']} at {r['trr']:g} %" for r in significantly_better(result['rows'])]
     said = f'ranked and significantly above SEATS: {", ".join(beaten)}' if beaten else 'no ranked method is significantly above SEATS'
     return f'{table(rows)}\n\n{result["questions"]} questions on {result["clips"]} clips, in percent; {said}\n{out}'
 
@@ -858,7 +856,8 @@ def eval_(
         samples = eval_samples(data, limit, folder, split, root, seed)
         _set_threads(threads)
         loaded = load_model(model, _own_device(device))
-        limits, counts = limits_of(data, loaded[1]), mean_tokens(*loaded, samples)
+        limits = limits_of(data, loaded[1])
+        counts = mean_tokens(*loaded, samples, **limits)
         plans = eval_plans(model, trrs, (counts['visual'], counts['audio']), profile, late)
         command = f'seats eval --methods {methods} --trr {trr} --model {Path(model).name} --data {Path(data).name} --limit {len(samples)} --answers {answers} --late {late} --seed {seed}'
         about = dict(command=command, data=Path(data).name, split=','.join(sorted({s.split for s in samples})))

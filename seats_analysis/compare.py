@@ -6,8 +6,8 @@
 __all__ = ['TOLERANCE', 'REGISTRY', 'ANSWERS', 'SCHEMA', 'Media', 'Ready', 'encode_media', 'ready_questions', 'noted_calls',
            'ready_batch', 'pruning_ready', 'planned_counts', 'DataShape', 'Entrant', 'match_cost', 'method_names',
            'match_method', 'line_up', 'parse_answer', 'write_answers', 'answer_unit', 'clip_units', 'data_shape',
-           'answer_all', 'mcnemar', 'paired_difference', 'comparison_row', 'comparison_rows', 'comparison_table',
-           'hash_code', 'save_comparison', 'compare_methods']
+           'answer_all', 'mcnemar', 'paired_difference', 'comparison_row', 'comparison_rows', 'significantly_better',
+           'comparison_table', 'hash_code', 'save_comparison', 'compare_methods']
 
 # %% ../nbs/11b_compare.ipynb #b53500dc
 import hashlib
@@ -24,8 +24,9 @@ import torch
 from .adapter import (Encoded, adapter_for, decoder_inputs, encode_questions, last_logits_only, layout_of, rates,
                                     score_choices)
 from .baselines import ABLATIONS, METHODS
+from .boundaries import holm
 from .cost import Ledger, prefill_flops, text_dims
-from .evaluate import ClipCache, accuracy_interval, clip_weights, score_rows
+from .evaluate import accuracy_interval, clip_weights, score_rows
 from .layout import AUDIO, IMAGE, TEXT, VISUAL, TokenLayout, pad_left, stack_layouts
 from .media import Sample, atomic_write
 from .probe import Journal, Memory, _clips_of, _digest, _gather, _sample_rows, journal_of, processes, provenance
@@ -432,11 +433,8 @@ def data_shape(
     **limits, # fps and max_frames
 )->DataShape:
     "Layouts of the questions on the first clips; no tower runs."
-    cached, clips = ClipCache(processor.feature_extractor.sampling_rate, **_decoding(limits)), _clips_of(samples)[:most]
-    rows = [r for c in clips for r in ready_questions(model, processor, [cached(samples[i]) for i in c], None, **limits)]
+    rows = [r for clip in _clips_of(samples)[:most] for r in ready_questions(model, processor, [samples[i] for i in clip], None, **limits)]
     return DataShape.of(model, rows)
-
-def _decoding(limits): return {k: v for k, v in limits.items() if k == 'fps'}
 
 # %% ../nbs/11b_compare.ipynb #9eef56ae
 def _describe(entrant):
@@ -484,13 +482,13 @@ def _check_questions(samples, answers, shard, journal):
 def _answer_units(model, processor, samples, entrants, units, journal, shard, progress, limits, **options):
     "Answer what is not yet in the journal of this process's units."
     from tqdm.auto import tqdm
-    cached, before = ClipCache(processor.feature_extractor.sampling_rate, **_decoding(limits)), np.cumsum([0, *map(len, units)]).tolist()
+    before = np.cumsum([0, *map(len, units)]).tolist()
     left, total, missing = _todo(journal, units, shard)
     plans = [p for e in entrants for p in e.plans]
     with tqdm(total=total, initial=total - missing, unit='question', desc='eval' if shard[1] == 1 else f'eval ({shard[0] + 1} of {shard[1]})', disable=not progress) as bar:
         for n, (k, unit) in enumerate(left):
             order = [i for clip in _by_clip(samples, unit) for i in clip]
-            rows = [r for clip in _by_clip(samples, unit) for r in ready_questions(model, processor, [cached(samples[i]) for i in clip], plans, **limits)]
+            rows = [r for clip in _by_clip(samples, unit) for r in ready_questions(model, processor, [samples[i] for i in clip], plans, **limits)]
             work = partial(answer_unit, model, processor, rows, k, before[k], **options)
             if n == 0: work(entrants[:2]) # warm-up, or the first would pay for it
             for i, outcomes in zip(order, work(entrants)): journal.write(i, outcomes)
@@ -584,6 +582,15 @@ def comparison_rows(
     if set(s.family for s in samples) <= set(options.get('apart', ('control',))): raise ValueError('no question counts: all families are set apart')
     seats = {e.trr: k for k, e in enumerate(entrants) if e.label == 'seats'}
     return [comparison_row(e, k, seats.get(e.trr), answers, samples, shape, **options) for k, e in enumerate(entrants)]
+
+def significantly_better(
+    rows:Sequence, # of `comparison_rows`
+    level:float=.05, # of the whole family of tests
+)->list: # the rows, in order
+    "Ranked rows above SEATS beyond chance: the paired interval excludes 0, and the exact test holds after Holm's correction for all ranked rows."
+    tested = [r for r in rows if r['ranked'] and r['label'] != 'seats' and r['mcnemar_p'] is not None]
+    if not tested: return []
+    return [r for r, p in zip(tested, holm([r['mcnemar_p'] for r in tested])) if r['diff_seats_low'] > 0 and p < level]
 
 def comparison_table(
     rows:Sequence, # of `comparison_rows`

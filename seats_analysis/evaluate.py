@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOADERS', 'load_samples', 'ClipCache', 'score_rows', 'evaluate', 'clip_weights', 'wilson', 'accuracy_interval',
-           'accuracy_table', 'caption_samples', 'caption_score', 'cache_bytes', 'caption_row', 'kv_policies',
-           'store_kv_policies']
+           'share_interval', 'accuracy_table', 'caption_samples', 'caption_score', 'cache_bytes', 'caption_row',
+           'kv_policies', 'store_kv_policies']
 
 # %% ../nbs/11_evaluate.ipynb #81cc9957
 from collections.abc import Mapping, Sequence
@@ -141,13 +141,26 @@ def _paired(frame, reference, name):
         raise ValueError(f'{name!r} and the reference did not answer the same questions: {len(set(frame.id) ^ set(reference.id))} differ')
     return reference.set_index('id').loc[frame.id]
 
-def _share(part, base, weights):
+def share_interval(
+    got:Sequence, # (N,) bool, right answers
+    full:Sequence, # (N,) bool, of the reference, at least one
+    clips:Sequence, # (N,) clip of each question
+    n_boot:int=2000,
+    seed:int=0,
+): # -> (share, low, high)
+    "Share of a reference's accuracy: cluster bootstrap over clips, Wilson over clips where all answers are alike, as few clips cannot show that nothing is ever lost."
+    got, full, w = (np.asarray(x, float) for x in (got, full, clip_weights(clips, n_boot, seed)))
+    if not full.any(): raise ValueError('the reference has no right answer to take a share of')
+    if (got == full).all(): return 1., *wilson(1., len(set(np.asarray(clips)[full > 0])))
+    w = w[w @ full > 0]
+    return float(got.sum()/full.sum()), *np.quantile((w @ got)/(w @ full), [.025, .975]).tolist()
+
+def _share(part, base, n_boot):
     "Relative and chance-corrected share of the reference, with the interval of the relative one, all in percent."
     got, full, chance = (np.asarray(x, float) for x in (part.correct, base.correct, part.chance))
-    ratio = lambda w: (w @ got) / np.maximum(w @ full, 1e-12)
-    low, high = np.quantile(ratio(weights), [.025, .975]) if full.any() else (np.nan, np.nan)
+    found = share_interval(got, full, part['clip'], n_boot) if full.any() else (np.nan,)*3
     corrected = (got - chance).sum() / (full - chance).sum() if (full - chance).sum() > 0 else np.nan
-    return dict(relative=100*ratio(np.ones(len(got))) if full.any() else np.nan, relative_low=100*low, relative_high=100*high, corrected=100*corrected)
+    return dict(zip(('relative', 'relative_low', 'relative_high', 'corrected'), (100*x for x in (*found, corrected))))
 
 # %% ../nbs/11_evaluate.ipynb #ce67a9f7
 def _table_row(name, family, part, base, n_boot):
@@ -156,7 +169,7 @@ def _table_row(name, family, part, base, n_boot):
     letters = part.letter_correct.dropna()
     row = dict(run=name, family=family, n=len(part), clips=part['clip'].nunique(), accuracy=100*part.correct.mean(), low=100*low, high=100*high,
                letters=100*letters.mean() if len(letters) else np.nan, nll=part.nll.mean())
-    return row if base is None else {**row, **_share(part, base, clip_weights(part['clip'], n_boot))}
+    return row if base is None else {**row, **_share(part, base, n_boot)}
 
 def accuracy_table(
     frames:Mapping, # name of a run -> frame of `evaluate`
@@ -172,7 +185,10 @@ def accuracy_table(
         base = None if reference is None else _paired(frame, frames[reference], name)
         groups = {'all': ~frame.family.isin(apart), **{f: frame.family == f for f in sorted(frame.family.unique())}}
         rows += [_table_row(name, f, frame[m], None if base is None else base[m.values], n_boot) for f, m in groups.items() if m.any()]
-    return pd.DataFrame(rows).set_index(['run', 'family'])
+    table = pd.DataFrame(rows).set_index(['run', 'family'])
+    own = table.index.get_level_values('run') == reference
+    if own.any(): table.loc[own, ['relative_low', 'relative_high']] = table.loc[own, ['relative', 'relative']].values # of itself it is all
+    return table
 
 # %% ../nbs/11_evaluate.ipynb #e0c2f002
 def caption_samples(

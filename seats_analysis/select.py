@@ -8,6 +8,7 @@ __all__ = ['window_sizes', 'stage1_counts', 'stage2_counts', 'attention_received
            'divide_total', 'select_in_windows', 'kept_positions', 'finite_rows']
 
 # %% ../nbs/08_select.ipynb #44cc4834
+import math
 import os
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -89,7 +90,7 @@ def _equal_runs(sizes, # window sizes
         if size and use: yield start, count, size
         start += count*size
 
-def _received(q, # (N, w, d), scaled
+def _received(q, # (N, w, d), scaled to logits of base 2
               k, # (N, w, d)
               block, # (row, column) pairs held at once
     ): # (N, w) attention received
@@ -99,12 +100,12 @@ def _received(q, # (N, w, d), scaled
     parts = [sum(_column_sums(part, b) for part in a.split(queries, 1)) for a, b in zip(q.split(rows), k.split(rows))]
     return torch.cat(parts)
 
-def _column_sums(q, # (N, n, d) some queries, scaled
+def _column_sums(q, # (N, n, d) some queries, scaled to logits of base 2
                  k, # (N, w, d) all keys
     ): # (N, w)
     "Column sums of a softmax over rows: the rows are divided by their sums while they are added up."
     s = q @ k.mT
-    s = s.sub_(s.amax(-1, keepdim=True)).exp_()
+    s = s.sub_(s.amax(-1, keepdim=True)).exp2_() # half the time of exp_ on a CPU
     return (s.sum(-1, keepdim=True).reciprocal_().mT @ s)[:, 0]
 
 # %% ../nbs/08_select.ipynb #08b00002
@@ -123,7 +124,7 @@ def attention_received(q:Tensor, # (T, H, d) queries of one encoder layer, after
     with _true_float32(q.device):
         for start, count, size in _equal_runs(sizes):
             cut = lambda x: x[start:start+count*size].float().unflatten(0, (count, size)).transpose(1, 2).flatten(0, 1)
-            out.append(_received(cut(q)*q.shape[-1]**-.5, cut(k), block).unflatten(0, (count, -1)).mean(1).flatten())
+            out.append(_received(cut(q)*(q.shape[-1]**-.5/math.log(2)), cut(k), block).unflatten(0, (count, -1)).mean(1).flatten())
     return torch.cat(out)
 
 # %% ../nbs/08_select.ipynb #dd6bc390

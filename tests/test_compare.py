@@ -92,6 +92,18 @@ def test_towers_run_once_per_clip(model, processor, samples):
     assert sorted(calls) == ['audio']*3 + ['visual']*3
 
 
+def test_frame_limit_holds_for_files(small):
+    "Counts and answers are those of `encode` under the same limit."
+    from seats_analysis.testbed import testbed_samples
+    some, limit = testbed_samples(split='test', limit=4), dict(max_frames=4)
+    batch = encode(*small, some, **limit)
+    every, few = (data_shape(*small, some, **kw) for kw in ({}, limit))
+    assert few.mean('visual') == batch.layout.counts()['visual'].double().mean() < every.mean('visual')
+    found = answer_all(*small, some, [Entrant('full', 'full', 100, (None,))], **limit)
+    scores = score_choices(small[0], batch)
+    np.testing.assert_allclose([row[0]['nll'] for row in found], [-scores.total[i, s.answer].item() for i, s in enumerate(some)], atol=2e-5)
+
+
 def test_outcomes_are_those_of_evaluate(model, processor, samples):
     entrants = [Entrant('full', 'full', 100, (None,)), Entrant('seats', 'seats', 30, (METHODS['seats'](PLAN),)),
                 Entrant('random', 'random', 30, (METHODS['random'].for_trr(L, .4, .5, 24, 40, seed=3),))]
