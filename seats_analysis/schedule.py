@@ -432,7 +432,7 @@ def _share_out(total, n_visual, n_audio, ratio, caps):
     "(visual, audio) TRR with a token-weighted sum, a ratio between them, and a cap for each."
     visual = min(total / (n_visual + ratio * n_audio), 1.0)
     audio = min(ratio * visual, caps[1])
-    if n_visual: visual = min((total - n_audio * audio) / n_visual, caps[0])
+    visual = min((total - n_audio * audio) / n_visual if n_visual else visual, caps[0])
     if n_audio: audio = min((total - n_visual * visual) / n_audio, caps[1])
     return visual, audio
 
@@ -448,6 +448,7 @@ def solve_trr(
     if not 0 < trr <= 100: raise ValueError(f"`trr` is percent in (0, 100], not {trr}")
     if trr < 1: warnings.warn(f"`trr` is percent: {trr:g} keeps {trr / 100:.2%} of the tokens; if that fraction was meant, write {100 * trr:g}", stacklevel=2)
     if min(n_visual, n_audio) < 0 or n_visual + n_audio <= 0: raise ValueError(f"needs token counts, not {n_visual} visual and {n_audio} audio")
+    if trr == 100: return dict.fromkeys(MODALITIES, 1.0)  # exactly, whatever the counts round to: 1 is what `solve` knows as no pruning, and no cap holds
     tokens = n_visual + n_audio
     visual, audio = _share_out(trr / 100 * tokens, n_visual, n_audio, modality_ratio(trr / 100, like), caps)
     if abs(n_visual * visual + n_audio * audio - trr / 100 * tokens) > 1e-9 * tokens:
@@ -468,7 +469,7 @@ def _from_trr(
     **options,
 ):  # Schedule
     "Plan for a headline TRR on a given mix of tokens; neither modality is asked for more than its late block allows."
-    caps = [1.0 if trr == 100 else _late_of(b, late) / b.num_layers for b in _pair(bounds).values()]
+    caps = [_late_of(b, late) / b.num_layers for b in _pair(bounds).values()]
     return cls.from_boundaries(bounds, **solve_trr(n_visual, n_audio, trr, like, caps), late=late, **options)
 
 # %% ../nbs/06_schedule.ipynb #0dbdab27

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seats_analysis.schedule import MAX_STRENGTH, PUBLISHED, Schedule, feasible_scales, solve_keep_ratios
+from seats_analysis.boundaries import Boundaries
+from seats_analysis.schedule import MAX_STRENGTH, PUBLISHED, Schedule, feasible_scales, solve_keep_ratios, solve_trr
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,3 +71,22 @@ def test_round_trip(tmp_path_factory, plan):
     path = tmp_path_factory.mktemp("plan") / "plan.json"
     solved.save(path)
     assert Schedule.load(path) == solved
+
+
+means = st.tuples(st.integers(1, 200_000), st.integers(1, 50)).map(lambda pair: pair[0] / pair[1])  # of token counts over clips
+
+
+@settings(max_examples=1000, deadline=None)
+@given(means, means)
+def test_a_trr_of_100_keeps_all_whatever_the_mean_counts(n_visual, n_audio):
+    assert solve_trr(n_visual, n_audio, 100) == {"visual": 1.0, "audio": 1.0}
+    assert Schedule.from_trr(Boundaries(20, 5, 16), 100, n_visual, n_audio).keeps_all
+
+
+@settings(max_examples=300, deadline=None)
+@given(means, st.integers(2, 20), st.floats(1.0, 99.9), st.booleans())
+def test_a_modality_without_tokens_sets_no_limit(tokens, late, trr, is_visual):
+    """Only one modality is there, and it may stay to the end; the other would leave early."""
+    there, gone = ("visual", "audio") if is_visual else ("audio", "visual")
+    plan = Schedule.from_trr({there: Boundaries(20, 2, 20), gone: Boundaries(20, 2, late)}, trr, *((tokens, 0) if is_visual else (0, tokens)))
+    assert plan.trr[there] == pytest.approx(trr / 100) and plan.trr[gone] <= late / 20
