@@ -233,8 +233,8 @@ def loss_bound(
 def clips_needed(
     margin=0.01,  # loss to be excluded, share
     critical=1.645,  # one-sided critical value
-):  # clips
-    "Clips without a single lost answer that are needed before a loss of `margin` can be excluded."
+):  # effective clips
+    "Effective clips (see `effective_clips`) without a single lost answer that are needed before a loss of `margin` can be excluded."
     return int(np.ceil(critical**2 * (1 - margin) / margin - _EPS))
 
 
@@ -242,6 +242,14 @@ def effective_clips(counts):
     "Kish's effective number of clips: equal to their number if all have as many right answers."
     weight = counts.right[:, -1]
     return float(weight.sum() ** 2 / (weight**2).sum())
+
+
+_FEWEST = 5  # the range of n values holds their median with 1 - 2 / 2**n: 94 % for five, and fewer cannot reach the 93 % that `simulate` asks for
+
+
+def _too_few(counts):
+    "Whether resampling so few clips says nothing about how much clips differ."
+    return effective_clips(counts) < _FEWEST
 
 # %% ../nbs/05_boundaries.ipynb #21cf0197
 BANDS = ("simultaneous", "pointwise")
@@ -279,12 +287,23 @@ def lower_band(
 # %% ../nbs/05_boundaries.ipynb #422afca4
 def _interval(counts, boot, chance, confidence):
     "(curve, low, high) of retained performance above `chance` with pointwise two-sided limits."
-    curve, replicates = _ratio(counts.accuracy, chance), _ratio(boot, chance)
+    curve, kept, full = _ratio(counts.accuracy, chance), np.minimum(_ratio(counts.accuracy), 1), counts.accuracy[-1]
     tail = (1 - confidence) / 2
-    low, high = np.quantile(replicates, [tail, 1 - tail], axis=0)
-    bound = 1 - loss_bound(np.maximum(1 - curve, 0), replicates.std(0), effective_clips(counts), float(ndtri(1 - tail)))
-    low[:-1] = np.minimum(low, bound)[:-1]
+    low, high = np.quantile(_ratio(boot, chance), [tail, 1 - tail], axis=0)
+    bound = lambda share: loss_bound(share, _ratio(boot).std(0), effective_clips(counts), float(ndtri(1 - tail)))
+    scale = full / (full - chance)  # the bound counts lost answers, so it is found on R; above chance the same answers are a larger share
+    low[:-1] = np.minimum(low, 1 - scale * bound(1 - kept))[:-1]
+    if _too_few(counts): high[:-1] = np.maximum(high, 1 - scale * (1 - bound(kept)))[:-1]
     return curve, np.minimum(low, curve), np.maximum(high, curve)
+
+
+def _accuracy_interval(counts, boot, confidence):
+    "(accuracy, low, high) with pointwise two-sided limits: percentiles, widened by the same bound where clips are too few to resample."
+    accuracy, tail = counts.accuracy, (1 - confidence) / 2
+    low, high = np.quantile(boot, [tail, 1 - tail], axis=0)
+    if not _too_few(counts): return accuracy, low, high
+    bound = lambda share: loss_bound(share, boot.std(0), effective_clips(counts), float(ndtri(1 - tail)))
+    return accuracy, np.minimum(low, 1 - bound(1 - accuracy)), np.maximum(high, bound(accuracy))
 
 
 def retained(
@@ -300,9 +319,8 @@ def retained(
 ):  # dims (layer); accuracy, retained, corrected, fitted, each curve with _low and _high
     "Accuracy, retained and chance-corrected retained performance per layer with bootstrap bands over clips."
     counts = clip_counts(profile, removed, split, families, variable, chance)
-    boot, tail, data = bootstrap_accuracy(counts, n_boot, seed), (1 - confidence) / 2, {}
-    data["accuracy"] = (counts.accuracy, *np.quantile(boot, [tail, 1 - tail], axis=0))
-    data["retained"] = _interval(counts, boot, 0.0, confidence)
+    boot = bootstrap_accuracy(counts, n_boot, seed)
+    data = dict(accuracy=_accuracy_interval(counts, boot, confidence), retained=_interval(counts, boot, 0.0, confidence))
     above_chance = counts.accuracy[-1] > counts.chance and (boot[:, -1] > counts.chance).all()
     if above_chance: data["corrected"] = _interval(counts, boot, counts.chance, confidence)
     out = {name + end: ("layer", values) for name, three in data.items() for end, values in zip(("", "_low", "_high"), three)}
@@ -399,7 +417,8 @@ def _curves(profile, counts, lower, options):
     share = lambda values: tuple(round(float(value), 6) for value in values)
     curve, control = _ratio(counts.accuracy), control_families(profile)
     above = counts.accuracy[-1] > counts.chance
-    apart = _ratio(clip_counts(profile, families=control, **options).accuracy) if control else ()
+    try: apart = _ratio(clip_counts(profile, families=control, **options).accuracy)
+    except ValueError: apart = ()  # none asked in this split, or none answered: the control is for comparison only
     return dict(curve=share(curve), corrected=share(_ratio(counts.accuracy, counts.chance)) if above else (), fitted=share(monotone_fit(curve)),
                 lower=share(lower), control=share(apart), layers=tuple(map(int, counts.layers)), families=counts.families)
 
@@ -480,11 +499,14 @@ def decide(
     shallows, lates = _blocks_of(resampled.fits, counts.layers, tolerance, rise)
     # a margin below the tolerance can only move the certificate to the right; one above it must not move it left of the estimate
     certified = max(late, int(first_staying(resampled.lower, counts.layers, 1 - margin)))
-    stability = _stability(shallow_end=(shallows, shallow), late_start=(lates, late))
-    parameters = known | dict(tolerance=tolerance, rise=rise, margin=margin, reach=reach, stability=stability)
-    return Boundaries(int(counts.layers[-1]), shallow, late, certified, shallow_end_ci=_integer_interval(shallows, shallow, known["confidence"]),
-                      late_start_ci=_late_interval(lates, late, counts, resampled.boot, tolerance, known["confidence"], reach),
-                      parameters={name: parameters[name] for name in _ORDER}, **resampled.facts)
+    parameters = known | dict(tolerance=tolerance, rise=rise, margin=margin, reach=reach)
+    if _too_few(counts): spans = dict.fromkeys(("shallow_end_ci", "late_start_ci"), (int(counts.layers[0]), int(counts.layers[-1])))
+    else:
+        parameters["stability"] = _stability(shallow_end=(shallows, shallow), late_start=(lates, late))
+        spans = dict(shallow_end_ci=_integer_interval(shallows, shallow, known["confidence"]),
+                     late_start_ci=_late_interval(lates, late, counts, resampled.boot, tolerance, known["confidence"], reach))
+    return Boundaries(int(counts.layers[-1]), shallow, late, certified, parameters={name: parameters[name] for name in _ORDER if name in parameters},
+                      **spans, **resampled.facts)
 
 # %% ../nbs/05_boundaries.ipynb #9a5d5a22
 def find_boundaries(
@@ -514,7 +536,8 @@ def _certificate(bounds):
         return f"Removal from layer {bounds.late_start_certified + 1} on is certified to cost at most {margin:.3g} of the performance."
     best = float(loss_bound(0.0, 0.0, bounds.parameters["effective_clips"], critical))
     return (f"No layer can be certified at a loss of {margin:.3g}: {bounds.n_clips} clips exclude {best:.3g} at best, and "
-            f"{clips_needed(margin, critical)} clips without a loss would be needed. Schedules then keep the tokens to the end.")
+            f"{clips_needed(margin, critical)} effective clips without a loss would be needed (clips with unequal numbers of right answers count for less: "
+            f"these {bounds.n_clips} for {bounds.parameters['effective_clips']:.1f}). Schedules then keep the tokens to the end.")
 
 
 def explain(
@@ -526,6 +549,8 @@ def explain(
              f"The middle block begins at layer {bounds.shallow_end + 1}{span(bounds.shallow_end_ci)}.",
              f"The late block begins at layer {bounds.late_start + 1}{span(bounds.late_start_ci)}." if bounds.late_start < bounds.num_layers
              else "There is no late block: the last layer still needs the tokens."]
+    if "effective_clips" in bounds.parameters and bounds.parameters["effective_clips"] < _FEWEST:
+        lines.append(f"The intervals are open: it takes {_FEWEST} effective clips, not {bounds.parameters['effective_clips']:.3g}, to see how much clips differ.")
     return "\n".join(lines + ([_certificate(bounds)] if bounds.parameters and bounds.late_start_certified is not None else []))
 
 # %% ../nbs/05_boundaries.ipynb #10486edb
@@ -614,7 +639,7 @@ def equivalence_table(
     lost, gained = _discordant(profile, removed, split, families, variable)
     p = equivalence_p(loss, se, effective_clips(counts), tolerance)[:-1]
     passed = np.flip(np.logical_and.accumulate(np.flip(p <= 1 - confidence)))
-    different = 2 * ndtr(-np.abs(loss) / np.where(se > 0, se, np.inf))[:-1]
+    different = 2 * ndtr(-np.abs(loss) / np.where((se > 0) & (not _too_few(counts)), se, np.inf))[:-1]
     table = dict(loss=loss[:-1], lost=lost[:-1], gained=gained[:-1], p_equivalent=p, p_holm=holm(p), equivalent=passed, p_difference=different)
     return pd.DataFrame(table, index=pd.Index(counts.layers[:-1], name="layer"))
 
@@ -650,16 +675,16 @@ def kl_threshold(
 
 # %% ../nbs/05_boundaries.ipynb #3207d5fe
 def _boundary_row(profile, removed, family, families, options):
-    "One row of `boundary_table`; empty boundaries where no question of the family is answered."
+    "One row of `boundary_table`; empty boundaries where no question of the family is answered, or asked in the split."
     row = dict(removed=removed, family=family)
     try: b = find_boundaries(profile, removed, families=families, **options)
     except ValueError as error:
-        if "no question is answered" not in str(error): raise
+        if not any(reason in str(error) for reason in _NOTHING[: None if families else 1]): raise
         return row
-    stability = b.parameters["stability"]
+    stability = b.parameters.get("stability", {})
     for name in ("shallow_end", "late_start"):
         low, high = getattr(b, f"{name}_ci")
-        row |= {name: getattr(b, name), f"{name}_low": low, f"{name}_high": high, f"{name}_same": stability[name]}
+        row |= {name: getattr(b, name), f"{name}_low": low, f"{name}_high": high, f"{name}_same": stability.get(name)}
     return row | dict(certified=b.late_start_certified, questions=b.n_samples, clips=b.n_clips)
 
 
@@ -677,7 +702,9 @@ def boundary_table(
         needed = needed_families(profile, name)
         groups = {"all": None} | ({f: (f,) for f in needed} if by_family and len(needed) > 1 else {})
         rows += [_boundary_row(profile, name, family, families, options) for family, families in groups.items()]
-    return pd.DataFrame(rows).set_index(["removed", "family"]).astype({c: "Int64" for c in _COUNTED})
+    return pd.DataFrame(rows, columns=["removed", "family", *_COLUMNS]).set_index(["removed", "family"]).astype(_COLUMNS)
 
 
-_COUNTED = [f"{name}{end}" for name in ("shallow_end", "late_start") for end in ("", "_low", "_high")] + ["certified", "questions", "clips"]
+_NOTHING = ("no question is answered", "no sample of the families", "no chosen question has choices")  # the last two leave a row empty only for a family by itself
+_COLUMNS = {f"{name}{end}": "float" if end == "_same" else "Int64" for name in ("shallow_end", "late_start") for end in ("", "_low", "_high", "_same")}
+_COLUMNS |= dict.fromkeys(("certified", "questions", "clips"), "Int64")

@@ -693,7 +693,8 @@ def _boundary_line(ax, y, row, num_layers):
         low, at, high = (int(row[f'{name}{end}']) + 1 for end in ('_low', '', '_high'))
         ax.plot([low, high], [y + shift]*2, color=look['color'], linewidth=1.3, alpha=.55, solid_capstyle='butt')
         ax.plot(at, y + shift, color=look['color'], marker=look['marker'], markerfacecolor=face, markersize=3.6, clip_on=False)
-    ax.text(num_layers + 1.8, y, f'{100*row["late_start_same"]:.0f} %', fontsize=5.5, va='center')
+    same = row['late_start_same']  # unknown where clips are too few to resample
+    ax.text(num_layers + 1.8, y, '-' if np.isnan(same) else f'{100*same:.0f} %', fontsize=5.5, va='center')
 
 # %% ../nbs/12_figures.ipynb #06ad98a0
 SCHEMA_SENSITIVITY = 'seats_analysis/sensitivity/1'

@@ -82,16 +82,18 @@ def noise_of(
     profile,  # dependency profile with the variable `margin`
     removed="both",  # condition
 ):  # Noise
-    "Ranks of the margins over all splits. Raises ValueError for a profile without margins."
+    "Ranks of the margins over all splits; questions without choices have none and are left out. Raises ValueError for a profile without margins."
     from scipy.stats import rankdata
 
     if "margin" not in profile: raise ValueError("the profile has no variable `margin`; `seats probe` writes it")
     keep = np.isin(profile["family"].values.astype(str), needed_families(profile, removed))
     margins = profile["margin"].sel(removed=removed).sortby("layer").transpose("sample", "layer").values[keep].astype(float)
-    names, index = np.unique(profile["clip"].values.astype(str)[keep], return_inverse=True)
+    has = np.isfinite(margins).all(1)
+    if not has.any(): raise ValueError(f"no question that needs what was removed ({removed}) has a `margin` at every layer; only those with choices have one")
+    names, index = np.unique(profile["clip"].values.astype(str)[keep][has], return_inverse=True)
     found = find_boundaries(profile, removed, split=None, n_boot=100)
     at = tuple(int(i) for i in np.searchsorted(found.layers, (found.shallow_end, found.late_start)))
-    return Noise(rankdata(margins, axis=0), tuple(np.flatnonzero(index == k) for k in range(len(names))), at, profile_hash(profile))
+    return Noise(rankdata(margins[has], axis=0), tuple(np.flatnonzero(index == k) for k in range(len(names))), at, profile_hash(profile))
 
 # %% ../nbs/05a_simulate.ipynb #96a53344
 def matched_layers(

@@ -185,6 +185,96 @@ def test_kl_rule_moves_with_the_temperature_and_the_answers_do_not(measured):
     assert len({B.find_boundaries(p, 'both', n_boot=50).late_start for p in (cold, measured, hot)}) == 1
 
 
+# what is missing harms nothing else
+
+def test_a_control_that_is_missing_or_never_right_leaves_the_rest():
+    whole = B.synthetic_profile(clips=40)
+    control = whole.family.values.astype(str) == 'control'
+    absent = whole.isel(sample=~(control & (whole.split.values.astype(str) == 'derive')))
+    unanswered = whole.copy(deep=True)
+    unanswered['correct'][control] = False
+    wanted, table = B.find_boundaries(whole, 'both', n_boot=60), B.boundary_table(whole, n_boot=60)
+    for profile in (absent, unanswered):
+        found = B.find_boundaries(profile, 'both', n_boot=60)
+        assert found.control == () and len(wanted.control) == 13
+        assert (found.curve, found.late_start, found.late_start_ci) == (wanted.curve, wanted.late_start, wanted.late_start_ci)
+        assert B.boundary_table(profile, n_boot=60).equals(table)
+
+
+def test_a_table_of_empty_rows_has_its_columns():
+    profile = B.synthetic_profile(clips=30)
+    profile['correct'][:] = False
+    table = B.boundary_table(profile, n_boot=50)
+    assert len(table) == 10 and table.isna().all().all() and list(table) == list(B.boundary_table(B.synthetic_profile(clips=30), n_boot=50))
+
+
+def test_a_family_that_was_not_asked_in_the_split_has_an_empty_row():
+    profile = B.synthetic_profile(clips=30)
+    only = profile.isel(sample=~((profile.family.values == 'tone') & (profile.split.values == 'derive')))
+    table = B.boundary_table(only, ['audio'], n_boot=50)
+    assert table.loc[('audio', 'tone')].isna().all() and not table.loc[('audio', 'all')].isna().any()
+    unasked = only.isel(sample=np.isin(only.family.values, ['tone', 'control']))
+    with pytest.raises(ValueError, match='no sample of the families'): B.boundary_table(unasked, n_boot=50)
+    with pytest.raises(ValueError, match='no split'): B.boundary_table(profile, split='dev')
+
+
+def test_noise_leaves_out_questions_without_margins(measured, noise):
+    mixed = measured.copy(deep=True)
+    needed = np.flatnonzero(np.isin(measured.family.values.astype(str), B.needed_families(measured)))
+    gone, n = needed[0], measured.sizes['sample']
+    mixed['margin'][gone], mixed['n_choices'][gone] = np.nan, 0
+    left = S.noise_of(mixed)
+    assert np.isfinite(left.ranks).all() and len(left.ranks) == len(noise.ranks) - 1 == sum(map(len, left.rows))
+    without = S.noise_of(measured.isel(sample=np.arange(n) != gone))
+    assert (left.ranks == without.ranks).all() and all(map(np.array_equal, left.rows, without.rows)) and left.blocks == without.blocks
+    mixed['margin'][:] = np.nan
+    with pytest.raises(ValueError, match='has a `margin` at every layer'): S.noise_of(mixed)
+
+
+# what few clips cannot know
+
+@pytest.mark.parametrize('full', [.5, .7, .97])
+def test_the_band_above_chance_says_what_the_band_says(full):
+    "At layer 8 no answer changes; the least of R that clips leave open is, above chance, a larger loss."
+    curves = B.retained(B.synthetic_profile({'both': B.ramp(12, 3, 8)}, clips=64, full=full, splits=('derive',), seed=1), n_boot=300)
+    top, at = float(curves.accuracy[-1]), curves.isel(layer=10)
+    assert at.corrected == 1 and float(at.corrected_low) == pytest.approx((float(at.retained_low)*top - .25)/(top - .25))
+    assert (curves.corrected_low <= curves.corrected).all() and (curves.corrected <= curves.corrected_high).all()
+
+
+@pytest.mark.parametrize('clips', [1, 2, 4])
+def test_too_few_clips_claim_no_width_of_nothing(clips, tmp_path):
+    profile = B.synthetic_profile(clips=40)
+    profile = profile.assign_coords(clip=('sample', np.arange(profile.sizes['sample']) % clips))
+    found, band = B.find_boundaries(profile, 'both', n_boot=100), B.retained(profile, 'both', n_boot=100)
+    assert found.shallow_end_ci == found.late_start_ci == (0, 12) and 'stability' not in found.parameters
+    assert 'it takes 5 effective clips' in B.explain(found)
+    assert (band.accuracy_high - band.accuracy_low > .3).all() and (band.retained_high - band.retained_low > .1)[:-1].all()
+    assert (band.corrected_high - band.corrected_low > .1)[:-1].all()
+    for name in ('accuracy', 'retained', 'corrected'): assert (band[f'{name}_low'] <= band[name]).all() and (band[name] <= band[f'{name}_high']).all()
+    assert B.boundary_table(profile, ['both'], n_boot=50).late_start_same.isna().all()
+    assert (B.equivalence_table(profile, 'both', n_boot=100).p_difference == 1).all()
+    profile.to_netcdf(tmp_path/'p.nc', engine='h5netcdf')
+    result = seats('boundaries', tmp_path/'p.nc', '--families', '--figure', tmp_path/'drawn')
+    assert result.exit_code == 0 and '(1 to end)' in result.stdout, result.output
+    assert json.loads(seats('boundaries', tmp_path/'p.nc', '--json').stdout)['both']['late_start_ci'] == [0, 12]
+    plan = Schedule.from_boundaries(found, .1, .3, late='estimate')
+    plan.save(tmp_path/'plan.json')
+    assert Schedule.load(tmp_path/'plan.json') == plan
+
+
+def test_five_clips_are_resampled():
+    found = B.find_boundaries(B.synthetic_profile(clips=5, full=1.), 'both', n_boot=100)
+    assert found.parameters['effective_clips'] == 5 and 'stability' in found.parameters and 'it takes' not in B.explain(found)
+
+
+def test_clips_that_are_needed_are_effective_ones(measured):
+    found = B.find_boundaries(measured, 'both', n_boot=200)
+    told = B.explain(found)
+    assert 'effective clips without a loss would be needed' in told and f'these {found.n_clips} for {found.parameters["effective_clips"]:.1f}' in told
+    assert found.parameters['effective_clips'] < found.n_clips
+
+
 # tables, schedules, commands
 
 def test_table_has_every_condition_and_needed_family(measured):
