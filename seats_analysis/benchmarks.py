@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
-from .media import Sample, read_samples
+from .media import Sample, read_samples, tell_apart
 
 # %% ../nbs/00a_benchmarks.ipynb #adc09476
 _LABEL = re.compile(r"\s*\(?([A-Z])\s*[.):]\s*")
@@ -43,15 +43,21 @@ def plain_choices(
     return tuple(choices)
 
 # %% ../nbs/00a_benchmarks.ipynb #5d4b1050
+def _letter(text, choices):
+    "The letter that an answer begins with, or ''. A small one may also be an article or an abbreviation: it needs its bracket, or the text of its choice behind it."
+    if m := re.fullmatch(r"\(?([A-Za-z])\)?", text) or _LABEL.match(text): return m[1].upper()
+    if (m := re.match(r"\(?([a-z])\s*([.):])\s*", text)) is None: return ""
+    right, rest = dict(zip("abcdefghijklmnopqrstuvwxyz", choices)).get(m[1], ""), text[m.end():]
+    return m[1].upper() if m[2] == ")" or rest.casefold() in ("", right.casefold()) else ""
+
 def answer_index(
-    answer, # letter ("B", "B.", "(b) text"), or the text of a choice
+    answer, # letter ("B", "b.", "B. text", "(b) text"), or the text of a choice
     choices, # texts without letters
 ): # index into choices
     "Which choice is right. ValueError if it is none of them."
     text = str(answer).strip()
     if text in choices: return choices.index(text)
-    label = _LABEL.match(text.upper() if len(text) < 4 else text) or re.fullmatch(r"()\(?([A-Za-z])\)?", text)
-    letter = label and (label[1] or label[2]).upper()
+    letter = _letter(text, choices)
     at = ord(letter) - 65 if letter else -1
     if not 0 <= at < len(choices): raise ValueError(f"answer {answer!r}, expected a letter up to {chr(64 + len(choices))} or the text of a choice")
     return at
@@ -221,7 +227,7 @@ def load_benchmark(
     except ValueError as error: raise ValueError(f"{files[0]}: {str(error).removeprefix(str(files[0]) + ': ')}") from error
     if missing == "error": rows = rows[:limit]
     samples = [_sample(name, folder, bench, row, lettered) for row in rows]
-    return _present(name, folder, bench, rows, samples, missing)[:limit]
+    return tell_apart(_present(name, folder, bench, rows, samples, missing)[:limit])
 
 def _present(name, folder, bench, rows, samples, missing):
     "Samples whose videos exist. ValueError if one does not, or none does."

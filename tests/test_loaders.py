@@ -123,6 +123,22 @@ def test_separate_sound_is_taken(tmp_path):
     assert K.load_benchmark('daily-omni', tmp_path)[0].audio is None
 
 
+def test_equal_file_names_are_different_clips(tmp_path):
+    "A repackaging with one folder per video: three questions, two clips."
+    row = lambda v: dict(video_id=v, question=ASKED, options=lettered(), correct_option='b) high', question_type='counting')
+    (tmp_path/'data.json').write_text(json.dumps([row('1/video.mp4'), row('2/video.mp4'), row('2/video.mp4')]))
+    for v in '12': put_video(tmp_path/v/'video.mp4')
+    assert [s.clip for s in K.load_benchmark('lvomnibench', tmp_path)] == ['1/video', '2/video', '2/video']
+
+
+@pytest.mark.parametrize('answer, right', [('(b) text', 1), ('b) anything', 1), ('b. Text', 1), ('b: text', 1), ('b.', 1), ('(a) x', 0), ('(B) text', 1), ('B.text', 1), ('a', 0),
+    ('a dog runs', None), ('A dog runs', None), ('a. m.', None), ('a.m', None), ('b. other', None), ('(c) text', None), ('c. 1850', None)])
+def test_small_letters_count_where_they_must_be_letters(answer, right):
+    if right is not None: assert K.answer_index(answer, ('x', 'text')) == right
+    else:
+        with pytest.raises(ValueError, match='expected a letter up to B'): K.answer_index(answer, ('x', 'text'))
+
+
 def test_splits_share_no_clip():
     sides = {}
     for clip in range(400): sides.setdefault(K.split_of(f'video_{clip}'), set()).add(clip)
