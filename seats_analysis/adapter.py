@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['QWEN2_5_OMNI', 'QWEN3_OMNI', 'FAMILIES', 'IMAGES', 'LETTERS', 'OmniAdapter', 'adapter_for', 'Rates', 'rates',
            'token_ids', 'audio_rows', 'audio_token_counts', 'layout_of', 'prompt_text', 'answer_texts', 'turn_text',
-           'chat_prompt', 'Prompt', 'rope_index', 'Encoded', 'encode', 'decoder_inputs', 'rotary_tables', 'rotate',
-           'DeepStack', 'without_deepstack', 'causal_mask', 'layer_mask', 'run_layers', 'final_logits', 'layer_query',
-           'layer_key', 'last_vision_attention', 'last_audio_attention', 'qk_modules', 'qk_heads', 'vision_qk',
-           'audio_qk', 'attention_call', 'window_index', 'LayerKeys', 'run_layer', 'layer_keys', 'deepstack_inputs',
-           'Questions', 'encode_questions', 'last_logits_only', 'ChoiceScores', 'score_choices', 'limit_pixels']
+           'chat_prompt', 'Prompt', 'audible', 'rope_index', 'Encoded', 'encode', 'decoder_inputs', 'rotary_tables',
+           'rotate', 'DeepStack', 'without_deepstack', 'causal_mask', 'layer_mask', 'run_layers', 'final_logits',
+           'layer_query', 'layer_key', 'last_vision_attention', 'last_audio_attention', 'qk_modules', 'qk_heads',
+           'vision_qk', 'audio_qk', 'attention_call', 'window_index', 'LayerKeys', 'run_layer', 'layer_keys',
+           'deepstack_inputs', 'Questions', 'encode_questions', 'last_logits_only', 'ChoiceScores', 'score_choices',
+           'limit_pixels']
 
 # %% ../nbs/02_adapter.ipynb #017b27f5
 import copy
@@ -208,11 +209,18 @@ def _clips(samples, load):
     return {key: load(s) for key, s in first.items()}
 
 # %% ../nbs/02_adapter.ipynb #f14d3e22
+def audible(
+    processor,
+    clip:Clip,
+)->bool:
+    "Whether a clip has enough sound for a token; `encode` leaves out a shorter scrap."
+    return clip.waveform is not None and len(clip.waveform) >= 4*processor.feature_extractor.hop_length
+
 def _media(processor, part, rates, interleave=True):
     "What a part of the prompt consists of: (content type of the template, keyword arguments of the processor) for each medium."
     if isinstance(part, str): return []
     if not isinstance(part, Clip): return [('image', dict(images=[torch.as_tensor(part).permute(2, 0, 1)], images_kwargs=dict(size=dict(processor.image_processor.size))))]
-    heard = part.waveform is not None and len(part.waveform) >= 4*processor.feature_extractor.hop_length
+    heard = audible(processor, part)
     sound = dict(audio=[_filled(part.waveform, rates.least_frames*processor.feature_extractor.hop_length)], audio_kwargs=dict(truncation=False)) if heard else {}
     if part.frames is None or not len(part.frames): return [('audio', sound)] if heard else []
     sight = dict(videos=[torch.as_tensor(part.frames).permute(0, 3, 1, 2)], videos_kwargs=_video_kwargs(processor, part.fps),

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .adapter import IMAGES, Prompt, adapter_for, encode, limit_pixels, prompt_text
+from .adapter import IMAGES, Prompt, adapter_for, audible, encode, limit_pixels, prompt_text
 from .baselines import ABLATIONS, METHODS
 from .benchmarks import BENCHMARKS, PRESETS, load_questions
 from .compare import parse_answer
@@ -71,20 +71,24 @@ def _stored_schedule(name):
     except ModuleNotFoundError: folder = Path(__file__).parents[1]/'data'/'schedules'
     return folder/name
 
+def _stored_trrs(): return sorted(float(p.stem.removeprefix('testbed_trr')) for p in _stored_schedule('').glob('testbed_trr*.json'))
+
 def schedule_for(
     model:str, # `testbed`, a folder or a hub id
-    trr:int, # headline TRR in percent
+    trr:float, # headline TRR in percent
 )->Schedule:
     "The schedule that is known for a model. Raises ValueError where there is none."
-    if (known := next((k for k in PUBLISHED if k in model.lower()), None)) and trr in PUBLISHED[known]['pairs']: return Schedule.published(known, trr)
-    if model == 'testbed' and (path := _stored_schedule(f'testbed_trr{trr}.json')).is_file(): return Schedule.load(path)
-    raise ValueError(f'no schedule is known for {model} at {trr} %: make one with `seats probe` and `seats schedule`, and pass schedule=FILE')
+    known = next((k for k in PUBLISHED if k in model.lower()), None)
+    there = sorted(PUBLISHED[known]['pairs']) if known else _stored_trrs() if model == 'testbed' else []
+    if trr in there: return Schedule.published(known, int(trr)) if known else Schedule.load(_stored_schedule(f'testbed_trr{trr:g}.json'))
+    only = f', only at {", ".join(f"{t:g}" for t in there)}' if there else ''
+    raise ValueError(f'no schedule is known for {model} at {trr:g} %{only}: make one with `seats probe` and `seats schedule`, and pass schedule=FILE')
 
 # %% ../nbs/13_lmms.ipynb #6664cf39
 def method_for(
     model:str, # name of the model
     method:str='seats', # key of `METHODS` or `ABLATIONS`; 'full' prunes nothing
-    trr:int|None=None, # headline TRR in percent
+    trr:float|None=None, # headline TRR in percent
     schedule=None, # file, instead of `trr`
     knob:float=1., # other methods are asked for the schedule's TRRs times this
     n_visual:float=9216, n_audio:float=1500, # tokens of a typical prompt, by which some methods share out their budget
@@ -94,7 +98,7 @@ def method_for(
     if method == 'full': return None
     if method not in known: raise ValueError(f'unknown method {method!r}; known: full, {", ".join(known)}')
     if (trr is None) == (schedule is None): raise ValueError('give either trr=N (percent) or schedule=FILE')
-    plan = Schedule.load(schedule) if schedule is not None else schedule_for(model, int(trr))
+    plan = Schedule.load(schedule) if schedule is not None else schedule_for(model, trr)
     if method == 'seats': return known[method](plan)
     own = dict(like=plan) if issubclass(known[method], METHODS['seats']) else {}
     return known[method].for_trr(plan.num_layers, *(min(1., knob*plan.trr[m]) for m in ('visual', 'audio')), n_visual, n_audio, **own)
@@ -125,13 +129,14 @@ def load_omni(
 def check_heard(
     layout, # `TokenLayout` of a batch
     prompts:Sequence[Prompt],
+    processor, # says how much sound makes a token
 ):
-    "Raise ValueError where a prompt has a video with sound, but its tokens do not lie between those of the video."
+    "Raise ValueError where a prompt has a video with sound, but its tokens are not interleaved with those of the video."
     for b, prompt in enumerate(prompts):
-        both = [p for p in prompt.content if isinstance(p, Clip) and p.frames is not None and p.waveform is not None]
-        if not both: continue
+        if not any(isinstance(p, Clip) and p.frames is not None and audible(processor, p) for p in prompt.content): continue
         seen, heard = (torch.where(m[b])[0] for m in (layout.visual, layout.audio)) # the layout lives on the host
-        if not len(heard) or not (heard < seen.max()).any(): raise ValueError(f'{prompt.id}: its video has sound, of which the prompt holds {len(heard)} tokens, none of them between visual ones')
+        # in a video of one chunk the sound comes right behind what is seen; sound of its own has special tokens before it
+        if not len(heard) or heard.min() > seen.max() + 1: raise ValueError(f'{prompt.id}: its video has sound, of which the prompt holds {len(heard)} tokens, none of them between visual ones')
 
 def cut_at(text, until):
     "What comes before the first of some stop texts."
@@ -156,7 +161,7 @@ class Answerer:
     def __call__(self, prompts, max_new_tokens=16, until=(), **sampling): # -> list of str
         "Greedy answers to a batch of prompts, unless `sampling` says otherwise."
         batch = encode(self.model, self.processor, prompts)
-        check_heard(batch.layout, prompts)
+        check_heard(batch.layout, prompts, self.processor)
         n = batch.layout.counts()
         self.tokens += list(zip(*(n[m].tolist() for m in ('visual', 'audio', 'text'))))
         with prune(self.model, self.method, kv=self.kv):
@@ -200,7 +205,17 @@ def answer_requests(
     return out
 
 # %% ../nbs/13_lmms.ipynb #d940e683
-_NUMBERS = dict(trr=int, knob=float, fps=float, max_frames=int, batch_size=int, n_visual=float, n_audio=float, least_tokens=int, most_tokens=int)
+_WHOLE = 'max_frames', 'least_tokens', 'most_tokens'
+
+def _number(name, value):
+    "A number from the command line, which lmms-eval may already have made a float; None where it is not given."
+    if value in (None, ''): return None
+    try: n = float(value)
+    except (TypeError, ValueError): n = np.nan
+    if not np.isfinite(n): raise ValueError(f'model_args: {name}={value} must be a number')
+    if name not in _WHOLE: return n
+    if not n.is_integer(): raise ValueError(f'model_args: {name}={value} must be a whole number') # never cut: 8.9 frames are not 8
+    return int(n)
 
 def make_answerer(
     pretrained:str='testbed', # a folder or a hub id
@@ -211,8 +226,7 @@ def make_answerer(
 )->Answerer:
     "An `Answerer` from the text values of a command line. Raises ValueError for a value that is none."
     given = dict(trr=trr, knob=knob, fps=fps, max_frames=max_frames, n_visual=n_visual, n_audio=n_audio, least_tokens=least_tokens, most_tokens=most_tokens)
-    try: n = {k: None if v in (None, '') else _NUMBERS[k](v) for k, v in given.items()}
-    except (TypeError, ValueError): raise ValueError(f'model_args: {next(k for k, v in given.items() if not _is_number(v))} must be a number') from None
+    n = {k: _number(k, v) for k, v in given.items()}
     if preset is not None and str(preset) not in PRESETS: raise ValueError(f'preset {preset!r}, expected one of {", ".join(PRESETS)}')
     chosen = method_for(pretrained, method, n['trr'], schedule, n['knob'], n['n_visual'], n['n_audio'])
     model, processor = load_omni(pretrained, device)
@@ -220,10 +234,6 @@ def make_answerer(
     tokens = limits.grid_tokens if limits else (n['least_tokens'], n['most_tokens'])
     if None not in tokens: limit_pixels(processor, *tokens)
     return Answerer(model, processor, chosen, limits.fps if limits else n['fps'], limits.max_frames if limits else n['max_frames'], kv)
-
-def _is_number(value):
-    try: return value in (None, '') or float(value) is not None
-    except (TypeError, ValueError): return False
 
 # %% ../nbs/13_lmms.ipynb #d1cff2db
 @cache

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from seats_analysis import lmms
-from seats_analysis.adapter import encode
+from seats_analysis.adapter import Prompt, encode
 from seats_analysis.lmms import Answerer, doc_to_messages, load_omni, method_for, prompt_of, task_docs, tasks_folder
 from seats_analysis.testbed import testbed_samples as shipped_samples
 
@@ -58,6 +59,48 @@ def test_a_sound_that_got_lost_is_an_error(answerer, docs, monkeypatch):
     prompts = [answerer.prompt(doc_to_messages(docs[0]), 'q')]
     monkeypatch.setattr(lmms, 'encode', lambda m, p, prompts: encode(m, p, prompts, interleave=False))
     with pytest.raises(ValueError, match='none of them between visual ones'): answerer(prompts)
+
+
+@pytest.mark.parametrize('seconds, samples, tokens', [(1, 16000, 10), (2, 32000, 20), (3, 48000, 30), (2, 1500, 0), (8, 1500, 0)])
+def test_short_clips_are_no_error(answerer, docs, monkeypatch, seconds, samples, tokens):
+    "The sound of a single chunk lies behind all that is seen, and too little for a token is left out; but the same sound as a medium of its own is still caught."
+    whole = answerer.prompt(doc_to_messages(docs[0]), 'q')
+    clip = whole.content[0]
+    prompt = replace(whole, content=(replace(clip, frames=clip.frames[:2*seconds], waveform=clip.waveform[:samples]), *whole.content[1:]))
+    mine = replace(answerer, tokens=[])
+    assert len(mine([prompt, whole], max_new_tokens=1)) == 2 and [t[1] for t in mine.tokens] == [tokens, 80]
+    monkeypatch.setattr(lmms, 'encode', lambda m, p, prompts: encode(m, p, prompts, interleave=False))
+    if tokens:
+        with pytest.raises(ValueError, match=f'holds {tokens} tokens, none of them between'): answerer([prompt])
+
+
+@pytest.mark.parametrize('family', ['qwen2.5-omni', 'qwen3-omni'])
+@pytest.mark.parametrize('seconds', [.5, 2., 4.])
+def test_sound_is_found_in_both_families(family, seconds):
+    "Beside a longer prompt, so that there is padding: interleaved sound passes, sound behind its video does not."
+    model, processor = tiny.thinker(family), tiny.processor(family)
+    prompts = [Prompt(str(n), (tiny.clip(0, n), 'what is seen ?')) for n in (seconds, 6.)]
+    lmms.check_heard(encode(model, processor, prompts).layout, prompts, processor)
+    behind = encode(model, processor, prompts, interleave=False).layout
+    with pytest.raises(ValueError, match=f'^{seconds}: .* none of them between'): lmms.check_heard(behind, prompts, processor)
+
+
+@pytest.mark.parametrize('given', [dict(trr='12.5'), dict(trr=12.5), dict(trr=10.9), dict(trr=12)])
+def test_only_the_schedule_that_was_asked_for(given):
+    "lmms-eval hands over floats; a TRR is never rounded to one that happens to be there."
+    with pytest.raises(ValueError, match=rf'testbed at {given["trr"]} %, only at 10, 15, 25, 35:'): lmms.make_answerer(**given)
+    with pytest.raises(ValueError, match='at 12.5 %, only at 10, 15, 25, 35:'): lmms.schedule_for('Qwen/Qwen3-Omni-30B-A3B-Instruct', 12.5)
+
+
+@pytest.mark.parametrize('given, says', [(dict(max_frames='8.5'), 'max_frames=8.5 must be a whole number'), (dict(most_tokens=8.9), 'most_tokens=8.9 must be a whole'),
+                                         (dict(fps='fast'), 'fps=fast must be a number'), (dict(knob='nan'), 'knob=nan must be a number')])
+def test_numbers_that_are_none(given, says):
+    with pytest.raises(ValueError, match=says): lmms.make_answerer(trr=10, **given)
+
+
+def test_a_float_from_the_command_line_is_its_number(answerer):
+    made = lmms.make_answerer(trr=10., max_frames=8., device='cpu')
+    assert made.method.schedule == method_for('testbed', trr=10).schedule and made.max_frames == 8 and isinstance(made.max_frames, int)
 
 
 def test_separate_sound_replaces_that_of_the_video(tmp_path, docs):
