@@ -6,7 +6,7 @@
 __all__ = ['SIZES', 'CONFIGS', 'CELLS', 'REQUESTS', 'TIMES', 'KEY', 'GROUP', 'ROW_KEYS', 'SCHEMA_BENCH', 'SCALING', 'WAITS',
            'check_config', 'narrow', 'bench_config', 'randomise', 'build_model', 'Request', 'as_request',
            'request_tokens', 'bench_processor', 'request_sample', 'repeat_rows', 'bench_inputs', 'bench_bounds',
-           'bench_schedule', 'bench_method', 'watch_encoders', 'running', 'time_request', 'peak_bytes', 'request_facts',
+           'bench_schedule', 'bench_method', 'time_towers', 'running', 'time_request', 'peak_bytes', 'request_facts',
            'key_of', 'settle', 'compare', 'full_rows', 'settle_all', 'device_name', 'slug', 'environment', 'BenchFile',
            'load_bench', 'Job', 'run_job', 'run_jobs', 'scaling_requests', 'plan_pairs', 'default_jobs', 'method_text',
            'bench_table', 'verdicts', 'report', 'profile_request']
@@ -313,7 +313,7 @@ def bench_method(
 
 # %% ../nbs/11a_bench.ipynb #251d26ff
 @contextmanager
-def watch_encoders(
+def time_towers(
     model,
     ledger:Ledger, # their time goes under 'encoders'
 ):
@@ -338,7 +338,7 @@ def running(
         with prune(model, method, kv=kv, encoders=encoders) as run: yield run.ledger, run
     else:
         ledger = Ledger(str(adapter_for(model).lm_head(model).weight.device))
-        with watch_encoders(model, ledger): yield ledger, None
+        with time_towers(model, ledger): yield ledger, None
 
 # %% ../nbs/11a_bench.ipynb #4959e87b
 def _first(model, inputs):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .adapter import adapter_for, encode, score_choices
+from .adapter import encode, score_choices
 from .media import Clip, Sample, decode_clip, read_samples
 from .prune import as_method, prune
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .adapter import IMAGES, Prompt, adapter_for, audible, encode, limit_pixels, prompt_text
+from .adapter import Prompt, audible, encode, limit_pixels, prompt_text
 from .baselines import ABLATIONS, METHODS
 from .benchmarks import BENCHMARKS, PRESETS, load_questions
 from .compare import parse_answer

@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'PLACES', 'PITCHES', 'KINDS', 'NUMBERS', 'DAYS', 'WINDOWS', 'WINDOW_SECONDS', 'FPS',
-           'SAMPLE_RATE', 'SIZE', 'CELL', 'NEEDS', 'ONE_HOP', 'TWO_HOP', 'CAPTION', 'SPECIAL', 'CHAT_TEMPLATE',
-           'MEL_BINS', 'HOP', 'POSITIONS_PER_SECOND', 'HARD', 'SLOW', 'POOLS', 'HINTS', 'BONDS', 'WINDOWED', 'Thing',
-           'Sound', 'Scene', 'make_scene', 'render_frames', 'render_waveform', 'render_clip', 'can_ask', 'ask',
-           'caption', 'vocabulary', 'build_tokenizer', 'build_processor', 'build_config', 'TrainConfig', 'patchify',
-           'mel_bank', 'log_mel', 'Lesson', 'lesson', 'answer_words', 'question_words', 'facts', 'links', 'branches',
-           'features', 'hints', 'bonds', 'make_batch', 'init_weights', 'grow', 'fast_towers', 'media_prefix', 'pack',
-           'prefix_positions', 'encode_media', 'packed_hidden', 'quick_accuracy', 'learning_rate', 'hint_loss',
-           'bond_loss', 'letter_labels', 'letter_loss', 'train_testbed', 'testbed_folder', 'load_testbed',
-           'save_testbed', 'clip_samples', 'fresh_samples', 'held_out_seed', 'write_clip', 'make_clips',
-           'testbed_samples']
+           'SAMPLE_RATE', 'SIZE', 'CELL', 'NEEDS', 'TWO_HOP', 'CAPTION', 'SPECIAL', 'CHAT_TEMPLATE', 'MEL_BINS', 'HOP',
+           'POSITIONS_PER_SECOND', 'HARD', 'SLOW', 'POOLS', 'HINTS', 'BONDS', 'WINDOWED', 'Thing', 'Sound', 'Scene',
+           'make_scene', 'render_frames', 'render_waveform', 'render_clip', 'can_ask', 'ask', 'caption', 'vocabulary',
+           'build_tokenizer', 'build_processor', 'build_config', 'TrainConfig', 'patchify', 'mel_bank', 'log_mel',
+           'Lesson', 'lesson', 'answer_words', 'question_words', 'facts', 'links', 'branches', 'features', 'hints',
+           'bonds', 'make_batch', 'init_weights', 'grow', 'fast_towers', 'media_prefix', 'pack', 'prefix_positions',
+           'encode_media', 'packed_hidden', 'quick_accuracy', 'learning_rate', 'hint_loss', 'bond_loss',
+           'letter_labels', 'letter_loss', 'train_testbed', 'testbed_folder', 'load_testbed', 'save_testbed',
+           'clip_samples', 'fresh_samples', 'held_out_seed', 'write_clip', 'make_clips', 'testbed_samples']
 
 # %% ../nbs/03_testbed.ipynb #12b9c62a
-import json, math, random
-from dataclasses import dataclass, asdict, field, replace
+import json, random
+from dataclasses import dataclass, asdict, replace
 from pathlib import Path
 import numpy as np
 from .media import Clip, Sample
@@ -39,7 +38,6 @@ NEEDS = {'colour': ('visual',), 'shape': ('visual',), 'position': ('visual',),
          'tone': ('audio',), 'pattern': ('audio',), 'order': ('audio',),
          'see_while_hear': ('visual', 'audio'), 'hear_while_see': ('visual', 'audio'),
          'count': ('visual', 'audio'), 'sequence': ('visual',), 'control': ()}
-ONE_HOP = ('colour', 'shape', 'position', 'tone', 'pattern', 'order')
 TWO_HOP = ('see_while_hear', 'hear_while_see')
 
 # %% ../nbs/03_testbed.ipynb #f58f1814
@@ -244,7 +242,7 @@ def vocabulary()->list:
 # %% ../nbs/03_testbed.ipynb #4bed44d6
 def build_tokenizer():
     "A word-level tokenizer with the special tokens of Qwen-Omni."
-    from tokenizers import Tokenizer, models, pre_tokenizers, decoders
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     words = vocabulary()
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token='<|unk|>'))

@@ -10,7 +10,7 @@ from seats_analysis.adapter import adapter_for, encode, last_audio_attention, la
 from seats_analysis.baselines import METHODS
 from seats_analysis.prune import Method, Session, prune
 from seats_analysis.schedule import Schedule
-from seats_analysis.select import attention_received, select_in_clip, select_in_windows, stage1_counts, window_sizes
+from seats_analysis.select import attention_received, select_in_clip, select_in_windows, stage1_counts
 
 LAYERS = tiny.LAYERS
 

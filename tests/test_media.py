@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 import wave
 from dataclasses import replace
 from fractions import Fraction

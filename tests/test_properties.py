@@ -2,13 +2,13 @@
 
 The model is left out: a forward pass is played with the same functions on made-up features and scores, so that thousands of layouts can be tried."""
 import math
-import pytest, torch
+import torch
 from hypothesis import assume, given, settings, strategies as st
 from plain import naive_repair, softmax
 from seats_analysis.layout import AUDIO, PAD, VISUAL, TokenLayout, run_ids
 from seats_analysis.prune import Entry, Method, cut_tokens, media_index, start_tokens, take
 from seats_analysis.schedule import Schedule
-from seats_analysis.select import finite_rows, plan_budgets, select_diverse, select_in_clip, select_in_windows, window_sizes
+from seats_analysis.select import finite_rows, plan_budgets, select_in_clip, select_in_windows, window_sizes
 
 EXAMPLES = {"ci": 500, "nightly": 10_000}
 many = settings(max_examples=EXAMPLES.get(settings.get_current_profile_name(), 500))
