@@ -188,8 +188,8 @@ class Request:
     text: int = 150 # tokens that are neither, the prompt's frame included
 
     def __post_init__(self):
-        if self.frames < 2 or self.frames % 2: raise ValueError(f'--frames {self.frames}: an even number from 2')
-        if not self.seconds >= 1: raise ValueError(f'--seconds {self.seconds:g}: at least 1')
+        if not 2 <= self.frames <= 2**15 or self.frames % 2: raise ValueError(f'--frames {self.frames}: an even number from 2 to {2**15:,}')
+        if not 1 <= self.seconds <= 86400: raise ValueError(f'--seconds {self.seconds:g}: from 1 to 86400, a day')
         if self.text < _FRAME + 1: raise ValueError(f'{self.text} text tokens: at least {_FRAME + 1}')
 
 _FRAME = 9 # tokens that the chat template adds
@@ -368,7 +368,7 @@ def time_request(
 )->dict: # `TIMES` -> milliseconds; of the first four the last is the sum
     "One request on the clock."
     with running(model, method, kv, encoders) as (ledger, _), last_logits_only(model):
-        if inputs['input_ids'].is_cuda: torch.cuda.synchronize()
+        if inputs['input_ids'].is_cuda: torch.cuda.synchronize(inputs['input_ids'].device)
         with ledger.time('prefill'): out, token = _first(model, inputs)
         first = ledger.ms # waits for the device
         with ledger.time('decode'): _decode(model, inputs, out, token, steps)
@@ -424,7 +424,7 @@ def request_facts(
 KEY = 'config', 'width', 'batch', 'frames', 'seconds', 'method', 'trr', 'encoders' # what tells rows apart
 GROUP = KEY[:5] # rows that share a full model, with its towers as they are
 ROW_KEYS = ('method', 'trr', 'config', 'batch', 'tokens', 'flops_fraction', 'encoder_ms', 'selection_ms', 'prefill_ms', 'ttft_ms', 'decode_ms_per_token', 'peak_bytes',
-            'kv_bytes', 'speedup', 'realised_fraction', 'encoders') # what `seats bench --json` prints
+            'kv_bytes', 'speedup', 'realised_fraction', 'encoders', 'width', 'frames', 'seconds') # what `seats bench --json` prints
 
 def key_of(row, fields=KEY): return tuple(row.get(f) for f in fields)
 
@@ -447,6 +447,8 @@ def compare(
     if full is None or 'flops' not in full or 'flops' not in row: return dict(row, **dict.fromkeys(names))
     causal, counter = (row['flops'][c]/full['flops'][c] for c in ('causal', 'counter'))
     if not (row.get('samples') and full.get('samples')): return dict(row, **dict(zip(names, (causal, counter, None, None, None))))
+    if 'overlap' in row.get('encoders', '').split('+'): # the statistic runs in the tower's stream, in the tower's time, so only the whole request can be compared
+        return dict(row, **dict(zip(names, (causal, counter, None, None, full['ttft_ms']/row['ttft_ms']))))
     spent = row['selection_ms'] + row['prefill_ms']
     return dict(row, **dict(zip(names, (causal, counter, full['prefill_ms']/spent,
                 realised_fraction(full['prefill_ms'], row['selection_ms'], row['prefill_ms'], causal), full['ttft_ms']/row['ttft_ms']))))
@@ -463,7 +465,7 @@ def settle_all(rows:Sequence)->list:
 
 # %% ../nbs/11a_bench.ipynb #3591197a
 SCHEMA_BENCH = 'seats_analysis/bench/1'
-_WHERE = 'device', 'versions', 'threads', 'dtype', 'attention', 'kv', 'seed', 'decoded' # what rows of a file have in common
+_WHERE = 'device', 'versions', 'threads', 'dtype', 'attention', 'kv', 'seed', 'decoded', 'kernels', 'code_sha256' # what rows of a file have in common
 
 def device_name(device)->str:
     "What the device is called: of a CPU its model where the system says so."
@@ -478,25 +480,29 @@ def environment(device, dtype=None, attention='sdpa', kv='evict', seed=0, steps=
     "Everything that times depend on, apart from the request."
     import transformers
     import seats_analysis
+    from seats_analysis.compare import hash_code
+    from seats_analysis.select import _fused
     cuda = torch.device(device).type == 'cuda'
     versions = dict(torch=torch.__version__, transformers=transformers.__version__, seats_analysis=seats_analysis.__version__) | (dict(cuda=torch.version.cuda) if cuda else {})
     dtype = dtype or (torch.bfloat16 if cuda else torch.float32)
     return dict(device=device_name(device), versions=versions, threads=None if cuda else torch.get_num_threads(), dtype=str(dtype).removeprefix('torch.'),
-                attention=attention, kv=kv, seed=seed, decoded=steps)
+                attention=attention, kv=kv, seed=seed, decoded=steps, kernels='torch' if _fused(device) is None else 'triton', code_sha256=hash_code())
 
 # %% ../nbs/11a_bench.ipynb #a4c569b1
 class BenchFile:
-    "Rows on disk."
+    "Rows on disk. ValueError for a file whose rows were made in other circumstances."
     def __init__(self,
         path, # JSON file, made where there is none
         where:Mapping, # of `environment`
         command:str='', # that makes the file
+        again:bool=False, # whether to begin anew, whatever is there
     ):
-        self.path, self.about, self.rows, self.replaced = Path(path), dict(where, command=command), {}, False
+        self.path, self.about, self.rows = Path(path), dict(where, command=command), {}
         stored = load_bench(path) if self.path.is_file() else None
-        if stored is None: return
-        self.replaced = any(stored.get(k) != where[k] for k in _WHERE)
-        if not self.replaced: self.rows = {key_of(r): r for r in stored['rows']}
+        if stored is None or again: return
+        if other := [k for k in _WHERE if stored.get(k) != where[k]]:
+            raise ValueError(f'{path}: its rows were made with {", ".join(f"{k} {stored.get(k)}" for k in other)}, now {", ".join(str(where[k]) for k in other)}; name another file, or begin anew with --again')
+        self.rows = {key_of(r): r for r in stored['rows']}
 
     def save(self):
         "Write all rows, settled."
@@ -532,12 +538,16 @@ class Job:
         n = tokens['visual'], tokens['audio']
         return {(m, float(t)): None if m == 'full' else bench_method(m, bench_schedule(self.config, t, *n), *n) for m, t in self.plans}
 
-def _measure_facts(row, model, inputs, method, kv, encoders):
-    "Fill in what does not vary, or why there is nothing."
-    try: row.update(request_facts(model, inputs, method, kv, encoders), error=None, samples=[])
-    except torch.OutOfMemoryError:
-        row.update(error='out of memory', samples=[])
-        torch.cuda.empty_cache()
+_FULL = 'out of memory'
+
+def _tried(rows, step):
+    "What a step gives, or None where memory ran out; its rows then say so."
+    try: return step()
+    except (torch.OutOfMemoryError, MemoryError): pass
+    except RuntimeError as error: # of a CPU's allocator
+        if "can't allocate memory" not in str(error): raise
+    for row in rows: row.update(error=_FULL, samples=[])
+    if torch.cuda.is_available(): torch.cuda.empty_cache() # outside the handler, whose traceback holds the tensors
 
 # %% ../nbs/11a_bench.ipynb #f6ba83c0
 def run_job(
@@ -552,9 +562,11 @@ def run_job(
     methods = job.methods(tokens)
     rows = {name: file.rows.setdefault(key_of(row), row) for name in methods for row in [job.row(*name, tokens)]}
     for name, row in rows.items():
-        if 'flops' in row or row.get('error'): continue
+        if row.get('error') or len(row.get('samples', ())) >= repeats: continue
         progress(f'{_said(job, name)}: warm-up')
-        _measure_facts(row, model, inputs, methods[name], file.about['kv'], job.encoders)
+        given = model, inputs, methods[name], file.about['kv']
+        if 'flops' in row: _tried([row], lambda: time_request(*given, steps, job.encoders)) # taken up again by a process that is cold
+        elif facts := _tried([row], lambda: request_facts(*given, job.encoders)): row.update(facts, error=None, samples=[])
     for turn in range(repeats): _take_turns(job, model, inputs, methods, rows, file, turn, repeats, steps, progress)
 
 # %% ../nbs/11a_bench.ipynb #8d4af662
@@ -564,7 +576,8 @@ def _take_turns(job, model, inputs, methods, rows, file, turn, repeats, steps, p
     try:
         for name in due:
             progress(f'{_said(job, name)}: {turn + 1} of {repeats}')
-            rows[name]['samples'].append(time_request(model, inputs, methods[name], file.about['kv'], steps, job.encoders))
+            times = _tried([rows[name]], lambda: time_request(model, inputs, methods[name], file.about['kv'], steps, job.encoders))
+            if times: rows[name]['samples'].append(times)
     finally:
         if due: file.save()
 
@@ -580,8 +593,8 @@ def _too_long(file, row, most_seconds):
     alike = lambda r: all(r[f] == row[f] for f in ('config', 'width', 'method', 'trr', 'encoders')) and r['tokens']*r['batch'] < row['tokens']*row['batch'] and r.get('samples')
     last = max(filter(alike, file.rows.values()), key=lambda r: r['tokens']*r['batch'], default=None)
     if last is None: return False
-    grown = row['tokens']*row['batch']/(last['tokens']*last['batch'])
-    return min(s['ttft_ms'] for s in last['samples'])/1e3*grown**2 > most_seconds
+    grown = (row['tokens']/last['tokens'])**2*row['batch']/last['batch']
+    return min(s['ttft_ms'] for s in last['samples'])/1e3*grown > most_seconds
 
 # %% ../nbs/11a_bench.ipynb #dfc55ee4
 def run_jobs(
@@ -599,20 +612,22 @@ def run_jobs(
             tokens = request_tokens(name, job.request)
             job = replace(job, plans=tuple(p for p in job.plans if not _skip(file, job.row(*p, tokens), most_seconds)))
             if all(_finished(file.rows.get(key_of(job.row(*p, tokens))), repeats) for p in job.plans): continue
+            rows = [file.rows.setdefault(key_of(r), r) for p in job.plans for r in [job.row(*p, tokens)]]
             if model is None:
                 progress(f'building {name}')
-                model, processor = build_model(name, width, device, dtype, attention, seed), bench_processor(name)
-            inputs, tokens = bench_inputs(model, processor, job.request, job.batch)
-            run_job(job, model, inputs, tokens, file, repeats, steps, progress)
-            del inputs
+                model, processor = _tried(rows, lambda: build_model(name, width, device, dtype, attention, seed)), bench_processor(name)
+            given = model is not None and _tried(rows, lambda: bench_inputs(model, processor, job.request, job.batch))
+            if given: run_job(job, model, *given, file, repeats, steps, progress)
+            else: file.save()
+            del given
 
 def _finished(row, repeats): return row is not None and bool(row.get('error') or len(row.get('samples', ())) >= repeats)
 
 # %% ../nbs/11a_bench.ipynb #1944e683
 def _skip(file, row, most_seconds):
-    "Note a row that would take too long; whether it does."
+    "Note a row that would take too long; whether it does. What did not fit before is tried again."
     stored = file.rows.get(key_of(row))
-    if stored is not None and not (stored.get('error') or '').startswith(_LEFT): return False
+    if stored is not None and not (stored.get('error') or '').startswith((_LEFT, _FULL)): return False
     if stored is not None: del file.rows[key_of(row)]
     if not _too_long(file, row, most_seconds): return False
     file.rows[key_of(row)] = dict(row, samples=[], error=f'{_LEFT} {most_seconds:g} s')
@@ -646,7 +661,10 @@ def default_jobs(
 )->list: # of `Job`
     "What `seats bench` measures when nothing is asked for."
     lean = tuple(p for p in plans if p[0] in ('full', 'seats') and p[1] in (100, min(t for _, t in plans)))
-    if cuda: return [*(Job('qwen2.5-omni-7b', batch=b, plans=tuple(plans)) for b in (1, 4, 16)), Job('qwen2.5-omni-7b', plans=lean, encoders=('batch', 'overlap'))]
+    if cuda:
+        towers = [Job('qwen2.5-omni-7b', plans=lean, encoders=e) for e in (('batch',), ('batch', 'overlap'))]
+        scaling = [Job('qwen2.5-omni-7b', r, plans=lean) for r in scaling_requests('qwen2.5-omni-7b')]
+        return [*(Job('qwen2.5-omni-7b', batch=b, plans=tuple(plans)) for b in (1, 4, 16)), *towers, *scaling, Job('qwen3-omni-30b-a3b', plans=lean)]
     half, plans = Request(64, 30.), tuple(plans)
     short = [Job('testbed', Request(8, 4.), batch=b, plans=lean) for b in (1, 4, 16)]
     scaling = [Job('testbed', r, plans=lean) for r in scaling_requests('testbed', 16384)]

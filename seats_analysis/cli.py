@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'Model', 'Data', 'Limit', 'Device', 'Json', 'Threads', 'Profile', 'Root', 'Method', 'BranchTokens', 'Split',
            'Tolerance', 'Margin', 'SCHEMA_SENSITIVITY', 'EVAL_QUESTIONS', 'EVAL_SEED', 'TARGETS', 'SCHEMA_RESULTS',
-           'one_line', 'Seats', 'main', 'check_model', 'load_model', 'load_data', 'writable', 'emit', 'note',
-           'limits_of', 'mean_tokens', 'probe', 'boundary_row', 'table', 'boundaries', 'check_trr', 'describe',
+           'one_line', 'Seats', 'main', 'check_model', 'check_device', 'load_model', 'load_data', 'writable', 'emit',
+           'note', 'limits_of', 'mean_tokens', 'probe', 'boundary_row', 'table', 'boundaries', 'check_trr', 'describe',
            'schedule', 'stored_boundaries', 'run_report', 'run', 'figures', 'simulate', 'questions', 'task_kinds',
            'sensitivity_rows', 'sensitivity', 'eval_samples', 'eval_plans', 'eval_', 'bench', 'train_testbed',
            'per_block', 'result_rows', 'compare_profiles', 'compare_plans', 'compare_rows', 'agreement', 'demo']
@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperGroup
 
 # %% ../nbs/14_cli.ipynb #040c1bf2
-_BAD_INPUT = (ValueError, TypeError, OSError)
+_BAD_INPUT = (ValueError, TypeError, OSError, OverflowError, RecursionError)
 
 def one_line(
     error, # an exception
@@ -116,23 +116,38 @@ def check_model(name):
     if Path(name).is_dir() and not (Path(name)/'config.json').is_file(): raise _unknown(name, f'{name} has no config.json')
 
 # %% ../nbs/14_cli.ipynb #c41feb9c
+def check_device(
+    device:str, # 'cpu', 'cuda', 'cuda:1'; '' takes a GPU where there is one
+)->str: # the device
+    "The device to run on. Raises ValueError for one that torch cannot use here."
+    import torch
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if device.split(':')[0] not in ('cpu', 'cuda'): raise ValueError(f'--device {device!r}: cpu or cuda')
+    try: torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error: # a build without CUDA asserts
+        gpus = torch.cuda.device_count()
+        raise ValueError(f'--device {device}: ' + ('torch sees no GPU here' if not gpus else f'{one_line(error)}; the GPUs here are cuda:0 to cuda:{gpus - 1}')) from None
+    return device
+
 def load_model(
     name:str, # `testbed`, a folder, or a hub id
     device:str='', # 'cpu', 'cuda'; '' takes a GPU where there is one
 ):  # (model in eval mode, processor)
     "A model and its processor by name. Raises ValueError for an unknown one."
     check_model(name)
+    device = check_device(device)
     if name != 'testbed': _reachable(name)
-    import torch
     _quiet()
     if name == 'testbed':
         from seats_analysis.testbed import load_testbed
         model, processor = load_testbed()
     else:
+        from safetensors import SafetensorError
         from transformers import AutoProcessor
-        model = _architecture(name).from_pretrained(name, dtype='auto').eval()
+        try: model = _architecture(name).from_pretrained(name, dtype='auto').eval()
+        except SafetensorError as error: raise ValueError(f'{name}: its weights cannot be read ({error}); load the checkpoint again') from None
         processor = AutoProcessor.from_pretrained(name)
-    return model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')), processor
+    return model.to(device), processor
 
 # %% ../nbs/14_cli.ipynb #6d98ae89
 def load_data(
@@ -241,8 +256,10 @@ def _names(text, what):
 def _layer_list(text):
     "`0,4,8` or `0:12:2` as a list of 0-based layers; '' is all, `auto` stays itself."
     if not text or text == 'auto': return text or None
-    try: return list(range(*map(int, text.split(':')))) if ':' in text else [int(n) for n in text.split(',')]
-    except (ValueError, TypeError): raise ValueError(f'--layers {text!r}: give layers as 0,4,8, as start:stop:step, or auto') from None
+    try: layers = list(range(*map(int, text.split(':')))) if ':' in text else [int(n) for n in text.split(',')]
+    except (ValueError, TypeError): layers = []
+    if layers: return layers
+    raise ValueError(f'--layers {text!r}: give layers as 0,4,8, as start:stop:step, or auto') from None
 
 # %% ../nbs/14_cli.ipynb #fe42b05b
 Method = Annotated[str, typer.Option('--method', help='`branch` gets all layers from one traversal; `plain` is the slow reference.')]
@@ -851,7 +868,7 @@ def eval_(
     trrs, out = _trr_list(trr), writable(out or f'{Path(model).name}-eval.json')
     from seats_analysis.compare import ANSWERS, method_names
     if answers not in ANSWERS: raise ValueError(f'--answers {answers!r}: {" or ".join(ANSWERS)}')
-    names = method_names(methods)
+    names = method_names(_names(methods, '--methods'))
     with tempfile.TemporaryDirectory() as folder:
         samples = eval_samples(data, limit, folder, split, root, seed)
         _set_threads(threads)
@@ -891,28 +908,24 @@ def _bench_request(preset, frames, seconds):
     from seats_analysis.bench import as_request
     return as_request(preset, frames, seconds) if preset or frames is not None or seconds is not None else None
 
-def _bench_device(device):
-    "Device to run on. Raises ValueError for a GPU that is not there."
-    import torch
-    if device not in ('', 'cpu', 'cuda') and not device.startswith('cuda:'): raise ValueError(f'--device {device!r}: cpu or cuda')
-    if device.startswith('cuda') and not torch.cuda.is_available(): raise ValueError('--device cuda: torch sees no GPU here')
-    return device or ('cuda' if torch.cuda.is_available() else 'cpu')
-
-def _bench_file(out, device, options):
+def _bench_file(out, device, options, again):
     "The file of this device, opened, and how it is made."
     import shlex
     from seats_analysis.bench import BenchFile, device_name, environment, slug
     path = writable(out or Path('data/results')/f'bench_{slug(device_name(device))}.json')
-    file = BenchFile(path, environment(device, **options), shlex.join(['seats', *sys.argv[1:]]) if sys.argv[1:2] == ['bench'] else 'seats bench')
-    if file.replaced: note(f'{path}: made under other circumstances (device, versions, threads or settings); it will be replaced')
-    return file
+    return BenchFile(path, environment(device, **options), shlex.join(['seats', *sys.argv[1:]]) if sys.argv[1:2] == ['bench'] else 'seats bench', again)
 
 # %% ../nbs/14_cli.ipynb #be9c0004
+def _bench_rows(file, jobs):
+    "Those of the file's rows that these jobs ask for."
+    from seats_analysis.bench import key_of, request_tokens, settle_all
+    wanted = {key_of(j.row(*p, request_tokens(j.config, j.request))) for j in jobs for p in j.plans}
+    return [r for r in settle_all(file.rows.values()) if key_of(r) in wanted]
+
 def _bench_said(file, jobs, ratios):
     "The rows of these jobs: (rows, text)."
-    from seats_analysis.bench import bench_table, key_of, request_tokens, settle_all, verdicts
-    wanted = {key_of(j.row(*p, request_tokens(j.config, j.request))) for j in jobs for p in j.plans}
-    rows = [r for r in settle_all(file.rows.values()) if key_of(r) in wanted]
+    from seats_analysis.bench import bench_table, verdicts
+    rows = _bench_rows(file, jobs)
     lines = bench_table(rows, ratios)
     lines = [{k: line.get(k, '') for k in dict.fromkeys(k for l in lines for k in l)} for line in lines]
     unit = 'times as shares of the full time to first token (a CPU says nothing about milliseconds elsewhere)' if ratios else 'times in ms'
@@ -922,6 +935,7 @@ def _bench(file, jobs, device, options, repeats, steps, limit):
     "Measure, with a bar for what is going on."
     from tqdm import tqdm
     from seats_analysis.bench import run_jobs
+    if stored := sum(bool(r.get('samples')) for r in _bench_rows(file, jobs)): note(f'{stored} rows are in {file.path} from before and are only completed; --again times them anew')
     with tqdm(unit='step', desc='bench', bar_format='{desc}: {elapsed} {postfix}') as bar:
         progress = bar.set_postfix_str
         try: run_jobs(jobs, file, device, repeats=repeats, steps=steps, most_seconds=limit, progress=progress, **options)
@@ -948,7 +962,8 @@ def bench(
     encoders: Annotated[str, typer.Option('--encoders', help='Options for the towers, separated by commas: batch, repeats, overlap. The model with its towers as they are is timed beside them.')] = '',
     limit: Annotated[float, typer.Option('--most-seconds', help='Leave out requests that would take longer.')] = 60.,
     seed: Annotated[int, typer.Option('--seed', min=0)] = 0, device: Device = '', threads: Threads = None,
-    out: Annotated[Optional[Path], typer.Option('--out', help='JSON file; default: data/results/bench_<device>.json.')] = None, as_json: Json = False,
+    out: Annotated[Optional[Path], typer.Option('--out', help='JSON file; default: data/results/bench_<device>.json.')] = None,
+    again: Annotated[bool, typer.Option('--again', help='Begin the file anew; without it, rows that it holds are kept and an interrupted run goes on.')] = False, as_json: Json = False,
 ):
     "Time the full model against every method: encoders, selection, prefill, decode, memory, realised fraction."
     if kv not in ('evict', 'retain'): raise ValueError(f'--kv {kv!r}: evict or retain')
@@ -959,12 +974,12 @@ def bench(
     from seats_analysis.bench import plan_pairs, report
     from seats_analysis.encoders import ENCODERS
     if bad := [e for e in towers if e not in ENCODERS]: raise ValueError(f'--encoders {bad[0]!r}: {", ".join(ENCODERS)}')
-    plans, where = plan_pairs(_names(methods, '--methods'), trrs), _bench_device(device)
+    plans, where = plan_pairs(_names(methods, '--methods'), trrs), check_device(device)
     _set_threads(threads)
     _quiet()
     jobs = _bench_jobs(names, width, request, batches, plans, scaling, towers, where.startswith('cuda'))
     options = dict(attention=attention, seed=seed)
-    file = _bench_file(out, where, dict(options, kv=kv, steps=steps))
+    file = _bench_file(out, where, dict(options, kv=kv, steps=steps), again)
     _bench(file, jobs, where, options, repeats, steps, limit)
     rows, text = _bench_said(file, jobs, not where.startswith('cuda'))
     emit(as_json, dict(device=file.about['device'], rows=report(rows)), text)

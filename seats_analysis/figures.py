@@ -753,7 +753,7 @@ def _main_requests(rows):
         by = {}
         for r in (r for r in timed if _model_of(r) == model): by.setdefault(r['tokens'], []).append(r)
         best = max(by, key=lambda n: (len(by[n]), n))
-        if any(r['method'] == 'full' for r in by[best]): out[model] = by[best]
+        if any(r['method'] == 'full' and not r.get('encoders') for r in by[best]): out[model] = by[best]
     return out
 
 # %% ../nbs/12_figures.ipynb #be9cf003

@@ -366,7 +366,7 @@ def _origin(plan):
 
 def _entering(plan, tokens, counts):
     "How many tokens pass Stage I, in words."
-    media = '\n'.join(f'{m}: {tokens[m]:,.0f} \u2192 {counts[m][0]:,} enter ({100*plan.entering[m]:.3g} %)' for m in ('visual', 'audio'))
+    media = '\n'.join(f'{m}: {tokens[m]:,.0f} \u2192 {counts[m][0]:,} enter ({100*counts[m][0]/max(tokens[m], 1):.3g} %)' for m in ('visual', 'audio'))
     return f'{media}\ntext: all {tokens["text"]:,.0f} stay, in every layer'
 
 # %% ../nbs/12a_paper.ipynb #7b2e0025

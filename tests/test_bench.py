@@ -17,7 +17,7 @@ from seats_analysis.prune import prune
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = Request(4, 2, 30)
 NAMED = ('method', 'trr', 'config', 'batch', 'tokens', 'flops_fraction', 'encoder_ms', 'selection_ms', 'prefill_ms', 'ttft_ms', 'decode_ms_per_token', 'peak_bytes',
-         'kv_bytes', 'speedup', 'realised_fraction', 'encoders')
+         'kv_bytes', 'speedup', 'realised_fraction', 'encoders', 'width', 'frames', 'seconds')
 
 
 def seats(*args):
@@ -178,7 +178,7 @@ def clock(monkeypatch):
             if method is None and not self.full: raise torch.OutOfMemoryError
             return dict(flops=dict(causal=1. if method else 4., counter=1. if method else 4.), kv_bytes=1, peak_bytes=2, layer_tokens=[1])
     clock = Clock()
-    for name in 'build_model', 'bench_processor': monkeypatch.setattr(bench, name, lambda *a, **k: None)
+    for name in 'build_model', 'bench_processor': monkeypatch.setattr(bench, name, lambda *a, **k: name)
     monkeypatch.setattr(bench, 'bench_inputs', lambda model, processor, request, batch: ({}, bench.request_tokens('testbed', request)))
     monkeypatch.setattr(bench, 'time_request', clock.time)
     monkeypatch.setattr(bench, 'request_facts', clock.fact)
@@ -204,33 +204,51 @@ def test_ctrl_c_keeps_timings_and_the_same_command_goes_on(clock, tmp_path):
     stored = json.loads((tmp_path/'b.json').read_text())['rows']
     assert Counter(len(r['samples']) for r in stored) == {2: 2, 1: 3}
     assert seats(*ASKED, '--out', tmp_path/'b.json').exit_code == 0
-    assert clock.calls == 15 and clock.facts == 5 # nothing was measured twice
-    assert seats(*ASKED, '--out', tmp_path/'b.json').exit_code == 0 and clock.calls == 15
+    assert clock.calls == 15 + 5 and clock.facts == 5 # a warm-up each in the new process
+    assert {len(r['samples']) for r in json.loads((tmp_path/'b.json').read_text())['rows']} == {3}
+    whole = seats(*ASKED, '--out', tmp_path/'b.json')
+    assert whole.exit_code == 0 and clock.calls == 20 and '5 rows are in' in whole.stderr
     assert not [p for p in tmp_path.iterdir() if p.name != 'b.json']
 
 
 def test_more_repeats_and_more_rows_add_to_what_is_there(clock, tmp_path):
     seats(*ASKED, '--out', tmp_path/'b.json')
     seats(*ASKED[:-1], 4, '--out', tmp_path/'b.json')
-    assert clock.calls == 20
+    assert clock.calls == 15 + 5 + 5
     more = seats('--config', 'testbed', '--frames', 4, '--seconds', 2, '--methods', 'seats', '--trr', 25, '--repeats', 3, '--json', '--out', tmp_path/'b.json')
-    assert clock.calls == 23 and [(r['method'], r['trr']) for r in json.loads(more.stdout)['rows']] == [('full', 100), ('seats', 25)]
+    assert clock.calls == 25 + 3 and [(r['method'], r['trr']) for r in json.loads(more.stdout)['rows']] == [('full', 100), ('seats', 25)]
 
 
 def test_options_for_the_towers_stand_beside_the_untouched_model(clock, tmp_path):
     asked = *ASKED[:-4], '--trr', 10, '--repeats', 1, '--out', tmp_path/'b.json', '--encoders', 'batch,overlap'
     rows = json.loads(seats(*asked, '--json').stdout)['rows']
     assert [(r['method'], r['encoders']) for r in rows] == [('full', ''), ('full', 'batch+overlap'), ('seats', 'batch+overlap'), ('random', 'batch+overlap')]
-    assert all(r['speedup'] == pytest.approx(9/3) for r in rows[2:]) # of the untouched model
+    assert all(r['ttft_ms'] and r['speedup'] is r['realised_fraction'] is None for r in rows[1:]) # selection in the tower's time cannot be told apart
     assert 'seats +batch+overlap' in seats(*asked).stdout and clock.calls == 4
+    rows = json.loads(seats(*asked[:-1], 'batch', '--json').stdout)['rows']
+    assert [r['speedup'] for r in rows[2:]] == [pytest.approx(9/3)]*2 # of the untouched model
     refused = seats(*asked[:-1], 'quick')
     assert refused.exit_code == 2 and "--encoders 'quick': batch, repeats, overlap" in refused.stderr
 
 
-def test_other_circumstances_begin_anew(clock, tmp_path):
+@pytest.mark.parametrize('change', [('--kv', 'retain'), ('--steps', 4), ('--seed', 1)])
+def test_rows_of_other_circumstances_are_not_lost(clock, tmp_path, change):
     seats(*ASKED, '--out', tmp_path/'b.json')
-    again = seats(*ASKED, '--kv', 'retain', '--out', tmp_path/'b.json')
-    assert 'other circumstances' in again.stderr and clock.calls == 30
+    before = (tmp_path/'b.json').read_bytes()
+    refused = seats(*ASKED, *change, '--out', tmp_path/'b.json')
+    assert refused.exit_code == 2 and f'now {change[1]}' in refused.stderr and '--again' in refused.stderr and clock.calls == 15
+    assert (tmp_path/'b.json').read_bytes() == before
+    assert seats(*ASKED, *change, '--again', '--out', tmp_path/'b.json').exit_code == 0 and clock.calls == 30
+
+
+def test_kernels_and_code_are_circumstances(clock, tmp_path, monkeypatch):
+    seats(*ASKED, '--out', tmp_path/'b.json')
+    from seats_analysis import compare
+    monkeypatch.setenv('SEATS_TRITON', '1')
+    assert 'kernels torch, now triton' in seats(*ASKED, '--out', tmp_path/'b.json').stderr
+    monkeypatch.delenv('SEATS_TRITON')
+    monkeypatch.setattr(compare, 'hash_code', lambda: 'changed')
+    assert 'now changed' in seats(*ASKED, '--out', tmp_path/'b.json').stderr and clock.calls == 15
 
 
 def test_another_file_is_not_overwritten(clock, tmp_path):
@@ -246,6 +264,30 @@ def test_what_does_not_fit_is_said(clock, tmp_path):
     assert 'out of memory' in said.stdout
     rows = json.loads(seats(*ASKED, '--json', '--out', tmp_path/'b.json').stdout)['rows']
     assert [r['method'] for r in rows] == ['seats', 'seats', 'random', 'random'] and {r['speedup'] for r in rows} == {None}
+
+
+@pytest.mark.parametrize('where', ['build_model', 'bench_inputs', 'time_request'])
+@pytest.mark.parametrize('error', [torch.OutOfMemoryError(), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=lambda e: type(e).__name__)
+def test_no_step_out_of_memory_ends_the_run(clock, tmp_path, monkeypatch, where, error):
+    "Rows that do not fit are named, all others are there, and the next call tries again."
+    real, asked = getattr(bench, where), ('--config', 'testbed', '--frames', 4, '--seconds', 2, '--batch', '1,4', '--methods', 'seats', '--trr', 10, '--repeats', 1, '--out', tmp_path/'b.json')
+    def fails_once(*args, **kw):
+        monkeypatch.setattr(bench, where, real)
+        raise error
+    monkeypatch.setattr(bench, where, fails_once)
+    assert seats(*asked).exit_code == 0
+    rows = json.loads((tmp_path/'b.json').read_text())['rows']
+    lost = {'build_model': 2, 'bench_inputs': 2, 'time_request': 1}[where]
+    assert [r.get('error') for r in rows] == ['out of memory']*lost + [None]*(4 - lost) and all(r['samples'] for r in rows[lost:])
+    seats(*asked)
+    assert all(len(r['samples']) == 1 and not r.get('error') for r in json.loads((tmp_path/'b.json').read_text())['rows'])
+
+
+def test_batches_cost_in_proportion():
+    "Four times the prompts take four times as long, four times the tokens in one prompt sixteen times."
+    file = type('File', (), dict(rows={1: dict(row('full', 100, 0, 0, 10., 1.), tokens=1000)}))
+    longer = lambda limit, **more: bench._too_long(file, dict(row('full', 100, 0, 0, 0, 1.), tokens=1000) | more, limit)
+    assert longer(.039, batch=4) and not longer(.041, batch=4) and longer(.159, tokens=4000) and not longer(.161, tokens=4000)
 
 
 def test_what_takes_too_long_is_left_out(clock, tmp_path):
