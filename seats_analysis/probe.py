@@ -8,10 +8,13 @@ __all__ = ['REMOVED', 'SHARE', 'LOGITS', 'UNITS', 'DESCRIPTIONS', 'SCHEMA', 'MET
            'Branches', 'pack_branches', 'Stream', 'full_stream', 'Cut', 'cut_stream', 'Scores', 'score_branches',
            'removal_scores', 'Tail', 'pack_tail', 'Pack', 'pack_questions', 'Removal', 'plan_removal', 'plan_removals',
            'Block', 'traverse', 'score_tail', 'branch_scores', 'measures', 'hash_weights', 'hash_samples',
-           'hash_prompt', 'provenance', 'Budget', 'Plan', 'Journal', 'Memory', 'next_layers', 'probe_dependency',
-           'save_profile', 'load_profile', 'processes', 'journal_of', 'probe_to_file', 'family_curves']
+           'hash_prompt', 'hash_processor', 'provenance', 'Budget', 'Plan', 'Journal', 'Memory', 'next_layers',
+           'probe_dependency', 'save_profile', 'load_profile', 'processes', 'journal_of', 'probe_to_file',
+           'family_curves']
 
 # %% ../nbs/04_probe.ipynb #75d8bdff
+import copyreg
+import dis
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -22,6 +25,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from glob import escape
 from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
 
 import numpy as np
 import torch
@@ -571,6 +575,10 @@ def hash_prompt(processor)->str:
     example = Sample('example', None, 'question', ('first', 'second'), 0, lettered=True)
     return _digest((chat_prompt(processor, example, ('video', 'audio')), answer_texts(example)))
 
+def hash_processor(processor)->str:
+    "sha256 of how clips become pixels and mel frames: all settings of the processor's parts, pixel limits among them."
+    return _digest([getattr(processor, part).to_json_string() for part in ('video_processor', 'image_processor', 'feature_extractor')])
+
 # %% ../nbs/04_probe.ipynb #6f0608a8
 SCHEMA = 'seats_analysis.profile/1'
 
@@ -595,7 +603,7 @@ def provenance(model, processor, samples, data_sha256=None, **settings)->dict:
     return dict(schema=SCHEMA, model=_name(model), revision=getattr(model.config, '_commit_hash', None) or 'local',
                 family=adapter_for(model).family, num_layers=adapter_for(model).num_layers(model),
                 weights_sha256=hash_weights(model), data_sha256=data_sha256 or hash_samples(samples), prompt_sha256=hash_prompt(processor),
-                versions=_versions(), threads=torch.get_num_threads(), device=weight.device.type,
+                processor_sha256=hash_processor(processor), versions=_versions(), threads=torch.get_num_threads(), device=weight.device.type,
                 dtype=str(weight.dtype).removeprefix('torch.'), attention=config._attn_implementation, **settings)
 
 # %% ../nbs/04_probe.ipynb #c6635e99
@@ -706,7 +714,7 @@ class Journal:
         shutil.rmtree(gone, ignore_errors=True)
 
 # %% ../nbs/04_probe.ipynb #2f79c6bd
-_WORDS = dict(weights_sha256='weights', prompt_sha256='prompt', revision='model revision')
+_WORDS = dict(weights_sha256='weights', prompt_sha256='prompt', processor_sha256='processor settings (pixel limits and the like)', revision='model revision')
 
 def _short(x):
     "A value for a message."
@@ -808,23 +816,74 @@ def next_layers(
             wanted |= {at + d for d in range(-guard, guard + 1)} | ({(below + at)//2} if at - below > 1 else set())
     return sorted({int(l) for l in wanted if 0 <= l < last} - set(layers))
 
-# %% ../nbs/04_probe.ipynb #cb4e63d5
-def _describe(selector):
-    "What a selector is, as text that is the same in the next process."
-    text = repr(selector)
-    if ' at 0x' not in text: return text
-    code = getattr(getattr(selector, '__code__', None), 'co_code', b'')
-    return f'{getattr(selector, "__qualname__", type(selector).__name__)} {hashlib.sha256(code).hexdigest()[:8]}'
+# %% ../nbs/04_probe.ipynb #5e1c7a02
+def _methods(cls):
+    "What a class and its bases in the same module do, by its functions."
+    own = [(n, f) for c in cls.__mro__ if c.__module__ == cls.__module__ for n, f in sorted(vars(c).items()) if n == '__call__' or n[:2] != '__']
+    own = [(n, getattr(f, '__func__', getattr(f, 'fget', f))) for n, f in own] # out of static and class methods, and properties
+    return [(n, f) for n, f in own if isinstance(f, FunctionType)]
 
-def _settings(removed, method, batch_size, max_branch_tokens, limits, **rest):
+def _looked_up(code):
+    "Names that a function and those within it look up in their module."
+    inner = [_looked_up(c) for c in code.co_consts if isinstance(c, CodeType)]
+    return {i.argval for i in dis.get_instructions(code) if i.opname in ('LOAD_GLOBAL', 'LOAD_NAME')}.union(*inner)
+
+def _made_of(function):
+    "Code, defaults, closure, and values of the module that a function uses. Libraries are only named: versions are recorded apart."
+    def value(x):
+        if not isinstance(x, (FunctionType, type)): return x
+        if x.__module__ != function.__module__: return f'{x.__module__}.{x.__qualname__}'
+        return x if isinstance(x, FunctionType) else _methods(x)
+    used = {n: value(function.__globals__[n]) for n in sorted(_looked_up(function.__code__)) if n in function.__globals__}
+    return function.__code__, function.__defaults__, function.__kwdefaults__, [c.cell_contents for c in function.__closure__ or ()], used
+
+# %% ../nbs/04_probe.ipynb #5e1c7a06
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...)) # whose repr says all
+
+def _told(x, seen):
+    "All that a value is made of, as text without addresses: functions by their code, objects by what pickle keeps, or its errors."
+    name, tell = type(x).__qualname__, lambda xs: ', '.join(_told(y, seen) for y in xs)
+    if isinstance(x, _PLAIN): return repr(x)
+    if isinstance(x, ModuleType): return x.__name__
+    if isinstance(x, type): return f'{x.__module__}.{x.__qualname__}'
+    if isinstance(x, (tuple, list)): return f'{name}({tell(x)})'
+    if isinstance(x, (set, frozenset)): return f'{name}({sorted(_told(y, seen) for y in x)})'
+    if isinstance(x, dict): return f'{name}({sorted((_told(k, seen), _told(v, seen)) for k, v in x.items())})'
+    if isinstance(x, np.ndarray) and x.dtype.hasobject: return f'{name}({tell(x.tolist())})'
+    if isinstance(x, (torch.Tensor, np.ndarray)): return f'{name} {tuple(x.shape)} {x.dtype} {hashlib.sha256(_bytes(x)).hexdigest()}'
+    if isinstance(x, torch.nn.Module): return f'{x} {tell([x.state_dict()])}'
+    if isinstance(x, CodeType): return f'code({x.co_code.hex()} {x.co_names} {x.co_varnames} {tell(x.co_consts)})'
+    if id(x) in seen: return f'again {seen[id(x)][0]}'
+    seen[id(x)] = len(seen), x # the object too, so that its address stays its own
+    if isinstance(x, FunctionType): return f'function({tell(_made_of(x))})'
+    if isinstance(getattr(x, '__wrapped__', None), FunctionType): return tell([x.__wrapped__]) # functools.cache
+    parts = copyreg.dispatch_table.get(type(x), lambda x: x.__reduce_ex__(2))(x)
+    if isinstance(parts, str): return f'{getattr(x, "__module__", name)}.{parts}'
+    return f'{name}({tell([*_methods(type(x)), getattr(parts[0], "__qualname__", ""), *parts[1:]])})'
+
+# %% ../nbs/04_probe.ipynb #5e1c7a03
+def _describe(selector, kept=False): # kept: a journal relies on it
+    "What a selector is, as text that is the same in the next process. Raises ValueError if a journal could not tell it from another one."
+    if type(selector).__module__ == __name__: return repr(selector)
+    text = repr(selector)
+    name = getattr(selector, '__qualname__', type(selector).__qualname__) if ' at 0x' in text else text
+    try: return f'{name} {hashlib.sha256(_told(selector, {}).encode()).hexdigest()[:16]}'
+    except Exception as e: # whatever pickle, or an object's own part of it, may raise
+        if kept: raise ValueError(f'removed: a journal could not tell {text} from another selector ({type(e).__name__}: {e}); '
+                                  f'probe without a journal, or use a function or dataclass that holds plain values only') from None
+        return name
+
+# %% ../nbs/04_probe.ipynb #cb4e63d5
+def _settings(removed, method, batch_size, max_branch_tokens, limits, kept, **rest):
     "The settings of a run that its numbers depend on, as attributes."
     size = dict(batch_size=batch_size) if method == 'plain' else dict(max_branch_tokens=max_branch_tokens)
-    own = {n: _describe(s) for n, s in removed.items() if s != every_token((n,))}
+    own = {n: _describe(s, kept) for n, s in removed.items() if s != every_token((n,))}
     return dict(method=method, **size, fps=limits['fps'], max_frames=limits['max_frames'] or 0, **rest, **(dict(selectors=json.dumps(own)) if own else {}))
 
 def _scan(model, processor, samples, plan, about, journal, budget, shard, progress, wait):
     "One pass over all samples with given layers; None for a process that need not know the result."
     journal = Memory() if journal is None else Journal(journal, about | dict(removed=list(plan.removed), layers=plan.layers))
+    if not plan.units[shard[0]::shard[1]]: return None # the others may be done by now: opened again, their journal would stay
     journal.open()
     _work(model, processor, samples, plan, journal, budget, shard, progress)
     if shard[0] and not wait: return None
@@ -866,12 +925,13 @@ def probe_dependency(
     _check_call(model, samples, layers, method, shard, journal, max_branch_tokens)
     if max_branch_tokens is None: max_branch_tokens = BRANCH_TOKENS.get(next(model.parameters()).device.type, MOST_TOKENS)
     limits, rows = dict(fps=fps, max_frames=max_frames), _sample_rows(samples)
-    settings = _settings(removed, method, batch_size, max_branch_tokens, limits, seed=seed, needs=json.dumps(needs or {}))
+    settings = _settings(removed, method, batch_size, max_branch_tokens, limits, journal is not None, seed=seed, needs=json.dumps(needs or {}))
     about = provenance(model, processor, samples, data_sha256=_digest(rows), **settings) | dict(samples=[[s.id, _digest(r)] for s, r in zip(samples, rows)])
     units, budget = _clips_of(samples) if method == 'branch' else _batches(samples, batch_size), Budget(max_branch_tokens)
     run = lambda ls, part='', wait=False: _scan(model, processor, samples, Plan(removed, ls, method, units, limits), about,
                                                 journal and Path(journal)/part, budget, shard, progress, wait)
     if layers != 'auto': return run(_check_layers(layers, num_layers))
+    if journal is not None and units[shard[0]::shard[1]]: Journal(journal, about | dict(removed=list(removed), layers=layers)).open() # where a run with layers of its own would look
     profile = _scan_auto(lambda ls, k: run(ls, f'scan{k}', True), num_layers, needs)
     return None if shard[0] else profile # all processes need the curves to go on, one has the result
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from seats_analysis import probe
+from seats_analysis.adapter import limit_pixels
 from seats_analysis.media import Clip, Sample
 from seats_analysis.probe import Journal, journal_of, load_profile, probe_dependency, probe_to_file
 
@@ -180,6 +182,12 @@ def other_weights(model, processor, samples):
     return model, processor, samples
 
 
+def other_limits(model, processor, samples):
+    processor = deepcopy(processor)
+    limit_pixels(processor, 1, 2)
+    return model, processor, samples
+
+
 @pytest.mark.parametrize('change, says', [
     (other_weights, 'other weights'),
     (lambda m, p, s: (m, p, [replace(s[0], question='what colour ?'), *s[1:]]), "other data .2 samples there, 2 now; the first that differs is 'clip0-0'"),
@@ -187,7 +195,8 @@ def other_weights(model, processor, samples):
     (lambda m, p, s: (m, p, s[:1]), "other data .2 samples there, 1 now; the first that differs is 'clip0-1'"),
     (dict(layers=[0, 1]), r'other layers .\[1, 3\] there, \[0, 1, 3\] now'), (dict(removed='audio'), 'other removed'), (dict(seed=3), 'other seed .0 there, 3 now'),
     (dict(method='plain'), 'other batch_size .*other max_branch_tokens .*other method ."branch" there, "plain" now'), (dict(fps=1.), 'other fps'),
-    (dict(max_branch_tokens=77), 'other max_branch_tokens .4096 there, 77 now')])
+    (dict(max_branch_tokens=77), 'other max_branch_tokens .4096 there, 77 now'), (dict(layers='auto'), r'other layers .\[1, 3\] there, "auto" now'),
+    (other_limits, 'other processor settings .pixel limits')])
 def test_refuses_a_journal_of_another_run(model, processor, samples, tmp_path, change, says):
     "Named, and nothing of the old run is lost."
     base = dict(layers=[1], journal=tmp_path/'j', progress=False)
@@ -209,6 +218,82 @@ def test_selectors_tell_runs_apart(model, processor, samples, tmp_path):
     ask(probe.random_fraction(.5))
     ask(probe.random_fraction(.5))
     with pytest.raises(ValueError, match='other selectors'): ask(probe.random_fraction(.25))
+
+
+def window(i): return lambda view: view.among(('both',)) & (view.window == i)
+
+
+def in_window(i, view): return view.among(('both',)) & (view.window == i)
+
+
+def test_functions_tell_runs_apart(model, processor, samples, tmp_path):
+    "The same code with something else in its closure is not the same selector; made anew, it is."
+    ask = lambda s, **more: probe_dependency(model, processor, samples[:2], {'part': s}, layers=[1], progress=False, **more)
+    first = ask(window(0), journal=tmp_path/'j')
+    with pytest.raises(ValueError, match='other selectors'): ask(window(3), journal=tmp_path/'j')
+    assert ask(window(0), journal=tmp_path/'j').identical(first)
+
+
+HELD = 0
+
+
+class Held:
+    def __init__(self, i): self.i = i
+    def rule(self, view): return in_window(self.i, view)
+    def __call__(self, view): return self.rule(view)
+
+
+def held(view): return in_window(HELD, view)
+
+
+def kept_set(view): return view.clip in {'north', 'east', 'south', 'west'}
+
+
+def described(): # one text for each; as a list, to be made in another process too
+    mask = torch.zeros(5000)
+    return [probe._describe(s, True) for s in (
+        window(0), window(3), partial(in_window, 0), partial(in_window, 3), partial(in_window, i=0), Held(0), Held(3), Held(0).rule, held, kept_set,
+        lambda view: view.visual, lambda view: view.audio, lambda view: view.window == 300, lambda view: view.window == 301, lambda view, i=0: view.window == i,
+        lambda view, i=3: view.window == i, lambda view: (lambda: view.window == 4)(), lambda view: (lambda: view.window == 5)(),
+        partial(torch.logical_and, mask), partial(torch.logical_and, mask.index_fill(0, torch.tensor([2500]), 1)))]
+
+
+def test_selectors_are_described_by_all_they_hold(monkeypatch):
+    before = described()
+    assert len(set(before)) == len(before) and not any(' at 0x' in text for text in before)
+    monkeypatch.setitem(globals(), 'HELD', 3)
+    assert [a == b for a, b in zip(before, described())] == [i != 8 for i in range(len(before))]  # `held` alone looks it up
+
+
+def test_selectors_are_described_alike_everywhere():
+    code = 'import json, sys; sys.path.insert(0, "tests"); import test_probe_resume as t; print(json.dumps(t.described()))'
+    tell = lambda seed: subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=dict(environment(), PYTHONHASHSEED=seed), capture_output=True, text=True, check=True).stdout
+    assert tell('1') == tell('2')
+
+
+def test_no_journal_for_a_selector_that_nobody_can_describe(model, processor, samples, tmp_path):
+    lines = (line for line in 'abc')
+    ask = lambda **more: probe_dependency(model, processor, samples[:2], {'part': lambda view: view.among(('both',)) if lines else None}, layers=[1], progress=False, **more)
+    with pytest.raises(ValueError, match='could not tell .* probe without a journal'): ask(journal=tmp_path/'j')
+    assert not (tmp_path/'j').exists() and ask().sizes['sample'] == 2
+
+
+@pytest.mark.parametrize('first, second', [([0, 1], 'auto'), ('auto', [0, 1])])
+def test_a_run_with_other_layers_is_not_swept_away(model, processor, samples, tmp_path, monkeypatch, first, second):
+    "Whether layers are given or found, the finished samples of an unfinished run stay."
+    write = Journal.write
+    def stop(self, i, row):
+        if i == 2: raise KeyboardInterrupt
+        write(self, i, row)
+    ask = lambda layers: probe_to_file(model, processor, samples, tmp_path/'p.nc', layers=layers, progress=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, 'write', stop)
+        with pytest.raises(KeyboardInterrupt): ask(first)
+    before = sorted(journal_of(tmp_path/'p.nc').rglob('*'))
+    with pytest.raises(ValueError, match='holds an unfinished run that cannot be continued: other layers'): ask(second)
+    assert sorted(journal_of(tmp_path/'p.nc').rglob('*')) == before
+    ask(first)
+    assert [p.name for p in tmp_path.iterdir()] == ['p.nc']
 
 
 # several processes
@@ -243,6 +328,16 @@ def test_auto_is_shared_too(model, processor, samples, tmp_path):
     assert [c.exitcode for c in children] == [0, 0]
     probe_to_file(model, processor, samples, tmp_path/'one.nc', layers='auto', progress=False)
     assert (tmp_path/'two.nc').read_bytes() == (tmp_path/'one.nc').read_bytes()
+
+
+@pytest.mark.parametrize('layers', [[1], 'auto'])
+def test_a_process_without_work_leaves_nothing(model, processor, samples, tmp_path, monkeypatch, layers):
+    "It comes when the first one, which did not have to wait for it, has long finished."
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    for rank in '01':
+        monkeypatch.setenv('RANK', rank)
+        probe_to_file(model, processor, samples[:2], tmp_path/'p.nc', layers=layers, progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ['p.nc']
 
 
 # the command
