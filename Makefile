@@ -15,7 +15,7 @@ help:
 	@echo "make nightly   the long version of the tests"
 	@echo "make lab       JupyterLab on the notebooks (LAB=--no-browser and the like are passed on)"
 	@echo "make figures   data/ -> figures/"
-	@echo "make bench     time the stages on this machine"
+	@echo "make bench     time the stages on this machine (BENCH=--again times what is stored anew)"
 	@echo "make testbed   train the embedded model again"
 	@echo "make wheel     a wheel in dist/"
 
@@ -51,7 +51,7 @@ figures: install
 	$(VENV)/bin/seats figures
 
 bench: install
-	$(VENV)/bin/seats bench
+	$(VENV)/bin/seats bench $(BENCH)
 
 testbed: install
 	$(VENV)/bin/seats train-testbed

@@ -868,11 +868,11 @@ def eval_(
     trrs, out = _trr_list(trr), writable(out or f'{Path(model).name}-eval.json')
     from seats_analysis.compare import ANSWERS, method_names
     if answers not in ANSWERS: raise ValueError(f'--answers {answers!r}: {" or ".join(ANSWERS)}')
-    names = method_names(_names(methods, '--methods'))
+    names, where = method_names(_names(methods, '--methods')), check_device(_own_device(device))
     with tempfile.TemporaryDirectory() as folder:
         samples = eval_samples(data, limit, folder, split, root, seed)
         _set_threads(threads)
-        loaded = load_model(model, _own_device(device))
+        loaded = load_model(model, where)
         limits = limits_of(data, loaded[1])
         counts = mean_tokens(*loaded, samples, **limits)
         plans = eval_plans(model, trrs, (counts['visual'], counts['audio']), profile, late)

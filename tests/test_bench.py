@@ -309,6 +309,12 @@ def test_figures_of_a_stored_benchmark(clock, tmp_path):
     for draw in jobs.values(): assert draw().axes
 
 
+def test_no_ledger_without_the_untouched_model():
+    "The full model as it is was left out, the one with batched towers was not."
+    full = bench.settle_all([dict(row('full', 100, 1, 0, 9, 4.), encoders='batch'), dict(row('full', 100, 1, 0, 9, 4.), samples=[], error='out of memory')])
+    with pytest.raises(ValueError, match='no row of a full model'): figures.ledger_figure(full)
+
+
 @pytest.mark.parametrize('path', sorted((ROOT/'data'/'results').glob('bench_*.json')), ids=lambda p: p.stem)
 def test_committed_benchmark(path):
     "Committed rows are whole, follow from their timings, and keep what the project promises."

@@ -160,6 +160,27 @@ def test_unknown_model(name, says, clip):
     assert says in refused('run', clip, '--question', '?', '--model', name)
 
 
+@pytest.mark.parametrize('args, says', [
+    (['probe', '--device', 'foo'], "--device 'foo': cpu or cuda"), (['probe', '--device', 'meta'], "--device 'meta'"), (['eval', '--device', 'cuda:x'], '--device cuda:x'),
+    (['probe', '--layers', '0:0'], "--layers '0:0'"), (['eval', '--methods', ','], '--methods: nothing named'),
+    (['bench', '--seconds', 'inf'], '--seconds inf: from 1'), (['bench', '--seconds', 'nan'], '--seconds nan'), (['bench', '--frames', '1000000000'], '--frames 1000000000: an even number')])
+def test_values_that_cannot_be(args, says, tmp_path):
+    assert says in refused(*args, '--out', tmp_path/'x.nc') and not list(tmp_path.iterdir())
+
+
+def test_schedule_file_of_brackets(clip, tmp_path):
+    (tmp_path/'deep.json').write_text('['*100_000)
+    refused('run', clip, '--question', '?', '--schedule', tmp_path/'deep.json')
+
+
+def test_weights_cut_off(clip, tmp_path):
+    from seats_analysis.testbed import load_testbed
+    for part in load_testbed(): part.save_pretrained(tmp_path)
+    weights = tmp_path/'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert 'cannot be read' in refused('run', clip, '--question', '?', '--trr', '10', '--model', tmp_path)
+
+
 def test_model_the_hub_does_not_give(questions, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     assert "unknown model 'nobody/nothing'" in refused('probe', '--model', 'nobody/nothing', '--data', questions)
