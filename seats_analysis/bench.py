@@ -32,8 +32,10 @@ from .boundaries import Boundaries
 from .cost import Ledger, kv_bytes, prefill_flops, realised_fraction
 from .evaluate import cache_bytes
 from .media import Clip, Sample, atomic_write
+from .probe import hash_modules
 from .prune import Sections, prune
 from .schedule import PUBLISHED, Schedule
+from .select import _fused
 
 # %% ../nbs/11a_bench.ipynb #4b19c4b1
 _EAR = dict(num_mel_bins=128, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120, d_model=1280)
@@ -466,6 +468,7 @@ def settle_all(rows:Sequence)->list:
 # %% ../nbs/11a_bench.ipynb #3591197a
 SCHEMA_BENCH = 'seats_analysis/bench/1'
 _WHERE = 'device', 'versions', 'threads', 'dtype', 'attention', 'kv', 'seed', 'decoded', 'kernels', 'code_sha256' # what rows of a file have in common
+_CODE = ('layout', 'adapter', 'schedule', 'cost', 'kernels', 'select', 'encoders', 'prune', 'budget', 'rivals', 'merging', 'baselines', 'bench') # modules that times depend on
 
 def device_name(device)->str:
     "What the device is called: of a CPU its model where the system says so."
@@ -480,13 +483,11 @@ def environment(device, dtype=None, attention='sdpa', kv='evict', seed=0, steps=
     "Everything that times depend on, apart from the request."
     import transformers
     import seats_analysis
-    from seats_analysis.compare import hash_code
-    from seats_analysis.select import _fused
     cuda = torch.device(device).type == 'cuda'
     versions = dict(torch=torch.__version__, transformers=transformers.__version__, seats_analysis=seats_analysis.__version__) | (dict(cuda=torch.version.cuda) if cuda else {})
     dtype = dtype or (torch.bfloat16 if cuda else torch.float32)
     return dict(device=device_name(device), versions=versions, threads=None if cuda else torch.get_num_threads(), dtype=str(dtype).removeprefix('torch.'),
-                attention=attention, kv=kv, seed=seed, decoded=steps, kernels='torch' if _fused(device) is None else 'triton', code_sha256=hash_code())
+                attention=attention, kv=kv, seed=seed, decoded=steps, kernels='torch' if _fused(device) is None else 'triton', code_sha256=hash_modules(_CODE))
 
 # %% ../nbs/11a_bench.ipynb #a4c569b1
 class BenchFile:

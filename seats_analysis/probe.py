@@ -8,9 +8,9 @@ __all__ = ['REMOVED', 'SHARE', 'LOGITS', 'UNITS', 'DESCRIPTIONS', 'SCHEMA', 'MET
            'Branches', 'pack_branches', 'Stream', 'full_stream', 'Cut', 'cut_stream', 'Scores', 'score_branches',
            'removal_scores', 'Tail', 'pack_tail', 'Pack', 'pack_questions', 'Removal', 'plan_removal', 'plan_removals',
            'Block', 'traverse', 'score_tail', 'branch_scores', 'measures', 'hash_weights', 'hash_samples',
-           'hash_prompt', 'hash_processor', 'provenance', 'Budget', 'Plan', 'Journal', 'Memory', 'next_layers',
-           'probe_dependency', 'save_profile', 'load_profile', 'processes', 'journal_of', 'probe_to_file',
-           'family_curves']
+           'hash_prompt', 'hash_processor', 'hash_modules', 'provenance', 'Budget', 'Plan', 'Journal', 'Memory',
+           'next_layers', 'probe_dependency', 'save_profile', 'load_profile', 'processes', 'journal_of',
+           'probe_to_file', 'family_curves']
 
 # %% ../nbs/04_probe.ipynb #75d8bdff
 import copyreg
@@ -578,6 +578,14 @@ def hash_prompt(processor)->str:
 def hash_processor(processor)->str:
     "sha256 of how clips become pixels and mel frames: all settings of the processor's parts, pixel limits among them."
     return _digest([getattr(processor, part).to_json_string() for part in ('video_processor', 'image_processor', 'feature_extractor')])
+
+def hash_modules(
+    names:Sequence[str], # modules of ours, as 'select'
+)->str:
+    "sha256 of the source of the modules that something measured depends on."
+    import seats_analysis
+    folder = Path(seats_analysis.__file__).parent
+    return hashlib.sha256(b''.join((folder/f'{name}.py').read_bytes() for name in names)).hexdigest()
 
 # %% ../nbs/04_probe.ipynb #6f0608a8
 SCHEMA = 'seats_analysis.profile/1'

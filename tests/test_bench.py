@@ -243,11 +243,10 @@ def test_rows_of_other_circumstances_are_not_lost(clock, tmp_path, change):
 
 def test_kernels_and_code_are_circumstances(clock, tmp_path, monkeypatch):
     seats(*ASKED, '--out', tmp_path/'b.json')
-    from seats_analysis import compare
     monkeypatch.setenv('SEATS_TRITON', '1')
     assert 'kernels torch, now triton' in seats(*ASKED, '--out', tmp_path/'b.json').stderr
     monkeypatch.delenv('SEATS_TRITON')
-    monkeypatch.setattr(compare, 'hash_code', lambda: 'changed')
+    monkeypatch.setattr(bench, 'hash_modules', lambda names: 'changed')
     assert 'now changed' in seats(*ASKED, '--out', tmp_path/'b.json').stderr and clock.calls == 15
 
 
