@@ -428,7 +428,11 @@ GROUP = KEY[:5] # rows that share a full model, with its towers as they are
 ROW_KEYS = ('method', 'trr', 'config', 'batch', 'tokens', 'flops_fraction', 'encoder_ms', 'selection_ms', 'prefill_ms', 'ttft_ms', 'decode_ms_per_token', 'peak_bytes',
             'kv_bytes', 'speedup', 'realised_fraction', 'encoders', 'width', 'frames', 'seconds') # what `seats bench --json` prints
 
-def key_of(row, fields=KEY): return tuple(row.get(f) for f in fields)
+def key_of(
+    row:Mapping, fields:Sequence[str]=KEY,
+)->tuple: # its values of these fields
+    "What tells a row from others."
+    return tuple(row.get(f) for f in fields)
 
 def settle(
     row:Mapping, # with 'samples', a list of `time_request`
@@ -477,7 +481,9 @@ def device_name(device)->str:
     except OSError: found = None
     return found[1].strip() if found else 'CPU'
 
-def slug(name:str)->str: return re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')
+def slug(name:str)->str:
+    "A name as part of a file's: lower case, anything but letters and digits as hyphens."
+    return re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')
 
 def environment(device, dtype=None, attention='sdpa', kv='evict', seed=0, steps=8)->dict:
     "Everything that times depend on, apart from the request."

@@ -187,7 +187,9 @@ def emit(
     "Print a result to stdout."
     print(json.dumps(data, indent=1) if as_json else text)
 
-def note(text): print(text, file=sys.stderr)
+def note(text:str):
+    "Print a remark to stderr."
+    print(text, file=sys.stderr)
 
 # %% ../nbs/14_cli.ipynb #96d01f1d
 Model = Annotated[str, typer.Option('--model', help='`testbed`, a folder with a checkpoint, or a hub id.')]

@@ -300,14 +300,18 @@ def doc_to_text(doc): # -> str
     return prompt_text(_doc_sample(doc)) + (f'\n{LETTER_ONLY}' if doc['lettered'] else '')
 
 # %% ../nbs/13_lmms.ipynb #b96a188c
-def doc_to_visual(doc): return [doc['video']] if doc['video'] else [] # for models that take files
+def doc_to_visual(doc):
+    "Media of a question, for models that take files."
+    return [doc['video']] if doc['video'] else []
 
 def doc_to_messages(doc): # -> list with one turn
     "The clip, with its separate sound where it has one, and the text."
     seen = [dict(type='video', url=doc['video'], sound=doc['sound'])] if doc['video'] else [dict(type='audio', url=doc['sound'])] if doc['sound'] else []
     return [dict(role='user', content=[*seen, dict(type='text', text=doc_to_text(doc))])]
 
-def doc_to_target(doc): return 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'[doc['answer']] if doc['lettered'] else doc['choices'][doc['answer']]
+def doc_to_target(doc):
+    "The right answer as the prompt asks for it: a letter, or the text."
+    return 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'[doc['answer']] if doc['lettered'] else doc['choices'][doc['answer']]
 
 # %% ../nbs/13_lmms.ipynb #0f065ccb
 def process_results(doc, results): # -> metric -> what is averaged
@@ -315,7 +319,9 @@ def process_results(doc, results): # -> metric -> what is averaged
     pick = parse_answer(results[0], doc['choices'], doc['lettered'])
     return dict(accuracy=float(pick == doc['answer']), unparsable=float(pick is None), by_family=(doc['family'], float(pick == doc['answer'])))
 
-def mean(values): return float(np.mean(list(values)))
+def mean(values):
+    "Share of right answers, as lmms-eval's aggregation."
+    return float(np.mean(list(values)))
 
 def by_family(pairs): # of (family, right) -> mean over families
     "Every family counts the same."
