@@ -7,15 +7,16 @@ __all__ = ['CODES', 'ENCODED', 'KV', 'SCORE_LAYERS', 'Cut', 'plan_cuts', 'Tokens
            'window_tokens', 'Part', 'Entry', 'Method', 'Run', 'Slots', 'slots_of', 'shorten_cache', 'LogicalLength',
            'pick_slots', 'label_cache', 'plain_cache', 'causal_mask', 'decode_mask', 'EncoderCall', 'visual_call',
            'audio_call', 'find_call', 'visual_attention', 'audio_attention', 'encoder_keys', 'Check', 'check_entry',
-           'check_scores', 'check_finite', 'Prefill', 'start_tokens', 'media_index', 'visual_order', 'visual_received',
-           'noted', 'entry_keep', 'token_scores', 'check_prompt', 'known_shape', 'plan_prefill', 'next_positions',
-           'read_layout', 'finish_plan', 'position_rows', 'carry_out', 'enter_decoder', 'choose', 'shorten', 'note_cut',
-           'enter_layer', 'add_deepstack', 'deepstack_hooks', 'finish_prefill', 'evict', 'columns_after',
-           'enter_decode_step', 'gone', 'check_media_left', 'continue_prompt', 'follow_up', 'Sections', 'EncoderWatch',
-           'expect', 'attend', 'encode_some', 'encode_beside', 'statistics', 'encode_for_generate', 'watch_before',
-           'watch_after', 'watch_encoders', 'join_calls', 'Session', 'install', 'repeat_order', 'pick_media',
-           'repeat_parts', 'media_sizes', 'repeat_encoded', 'repeat_media', 'repeat_cache', 'expand_inputs', 'instead',
-           'as_method', 'check_model', 'prune']
+           'check_scores', 'check_kept', 'check_choices', 'Prefill', 'start_tokens', 'media_index', 'visual_order',
+           'visual_received', 'noted', 'entry_keep', 'token_scores', 'check_prompt', 'check_cache', 'new_media',
+           'check_no_media', 'known_shape', 'plan_prefill', 'next_positions', 'seen_columns', 'read_layout',
+           'finish_plan', 'position_rows', 'carry_out', 'enter_decoder', 'choose', 'shorten', 'note_cut', 'enter_layer',
+           'add_deepstack', 'deepstack_hooks', 'finish_prefill', 'evict', 'columns_after', 'enter_decode_step', 'gone',
+           'check_media_left', 'continue_prompt', 'continue_cache', 'follow_up', 'Sections', 'EncoderWatch', 'expect',
+           'attend', 'encode_some', 'encode_beside', 'statistics', 'encode_for_generate', 'watch_before', 'watch_after',
+           'watch_encoders', 'join_calls', 'Session', 'install', 'repeat_order', 'pick_media', 'repeat_parts',
+           'media_sizes', 'repeat_encoded', 'repeat_media', 'repeat_cache', 'expand_inputs', 'instead', 'as_method',
+           'check_devices', 'check_model', 'prune']
 
 # %% ../nbs/09_prune.ipynb #9644a026
 import copy
@@ -28,7 +29,6 @@ from threading import Lock
 from typing import ClassVar
 from weakref import WeakSet, ref
 
-import numpy as np
 import torch
 
 from .adapter import (IMAGES, DeepStack, adapter_for, attention_call, audio_rows, audio_token_counts, last_audio_attention,
@@ -36,7 +36,7 @@ from .adapter import (IMAGES, DeepStack, adapter_for, attention_call, audio_rows
                                     window_index, without_deepstack)
 from .cost import Ledger
 from .encoders import ENCODERS, Aside, batched_windows, encode_ahead, find_repeats
-from .layout import AUDIO, IMAGE, NAMES, PAD, TEXT, VISUAL, TokenLayout
+from .layout import AUDIO, IMAGE, PAD, VISUAL, TokenLayout
 from .schedule import Schedule
 from .select import (attention_received, finite_rows, pool_groups, query_scores, select_in_clip, select_in_windows, stage1_counts,
                                    stage2_counts, undo_order, window_sizes)
@@ -185,6 +185,11 @@ class Entry:
     parts: tuple # of `Part`, in the same order
     keys: dict|None = None # modality -> (T, k) float32 keys of the encoder's last layer; None where the method does not ask for them
 
+    @property
+    def sizes(self): return sum((p.sizes for p in self.parts), ()) # tokens of every window, in the same order
+    @property
+    def keep(self): return sum((p.keep for p in self.parts), ()) # tokens to keep of each
+
 # %% ../nbs/09_prune.ipynb #102efe8f
 @dataclass(frozen=True)
 class Method:
@@ -194,10 +199,11 @@ class Method:
     uses_attention: ClassVar[bool] = True # stage I wants the attention received in the encoders
     uses_scores: ClassVar[bool] = True # stage II wants the scores of the last text token
     uses_keys: ClassVar[bool] = False # stage I wants the keys of the encoders' last layers
-    seconds: ClassVar[float|None] = None # of an audio window; None: as the model's rates say
 
     @property
     def grids(self): return self.schedule.windows['visual_grids'] # temporal grids of a visual window
+    @property
+    def seconds(self): return self.schedule.windows['seconds'] # of an audio window
 
     @property
     def drops(self): # layer -> modality -> fraction kept
@@ -221,8 +227,7 @@ class Method:
 
     def enter(self, entry): # -> (T,) bool, True = kept; or that and (T, D) new features, for methods that merge
         "Stage I: tokens that cover their window, weighted by attention."
-        sizes, keep = (sum((getattr(p, k) for p in entry.parts), ()) for k in ('sizes', 'keep'))
-        return select_in_clip(entry.features, entry.attention, sizes, keep)
+        return select_in_clip(entry.features, entry.attention, entry.sizes, entry.keep)
 
     def drop(self, tokens, scores, cut, windows): # -> (B, S) bool; text and padding do not matter
         "Stage II: one budget for both modalities, shared between windows (`windows` runs in the full prompt)."
@@ -250,13 +255,15 @@ class Run:
     @property
     def kept(self): # -> stage name -> per sample: int64 original positions, ascending
         "Positions that were left after every stage, text included."
-        pads = (self.layout.modality == PAD).sum(1).tolist() # to the host, on demand
+        if self.layout is None: return {}
+        pads = (self.layout.valid.cumsum(1) == 0).sum(1).tolist() # before the sample; the layout lives on the host
         rows = lambda t: zip(t.column.cpu(), t.valid.cpu(), pads) # likewise to the host
         return {name: [c[v] - p for c, v, p in rows(tokens)] for name, tokens in self._stages}
 
     @property
     def tokens_per_layer(self): # -> (B, L) int64
         "Tokens that every layer processed."
+        if self.layout is None: raise ValueError('no prompt was read in this `prune` block yet')
         full = self.layout.valid.sum(1)
         return torch.stack([full if t is None else t.valid.sum(1).cpu() for t in self._layers], 1).numpy() # to the host, on demand
 
@@ -270,6 +277,10 @@ class Slots:
     position: torch.Tensor # (B,) int64 M-RoPE position of the next token
     gaps: bool = False # whether columns after the prompt may be padding
     gone: tuple = () # modalities of the prompt of which no layer holds a token
+    open: bool = False # whether a pass with our masks is reading the cache
+
+    @property
+    def padded(self): return self.gaps or any(v is not None for v in self.valid)
 
     @classmethod
     def of(cls, layers, prompt, position):
@@ -300,6 +311,12 @@ class LogicalLength:
     def get_seq_length(self, layer_idx=None): # None: of the cache as a whole
         own, slots = super().get_seq_length(layer_idx or 0), slots_of(self)
         return own if layer_idx is not None or slots is None or not own else slots.prompt + own - slots.lengths[0]
+
+    def update(self, *args, **kwargs):
+        slots = slots_of(self)
+        if slots is not None and not slots.open and slots.padded: # the stock mask would show free slots, silently
+            raise ValueError('this pruned cache has free slots, which are masked inside a `prune` block only: go on in one (`prune(model, None)` will do)')
+        return super().update(*args, **kwargs)
 
     def crop(self, n): # n > 0: to n columns; otherwise: by -n columns
         drop, slots = (self.get_seq_length() - n if n > 0 else -n), slots_of(self)
@@ -447,11 +464,24 @@ def encoder_keys(
 # %% ../nbs/09_prune.ipynb #cb9d6d5f
 @dataclass(frozen=True)
 class Check:
-    "Whether one choice was made from finite values."
+    "Whether one choice was made from finite values, or kept what was planned."
     place: str # stage and layer
-    rows: tuple # what each flag is about
-    finite: torch.Tensor # (rows,) bool, on the device
+    rows: tuple # what each entry of `found` is about
+    found: torch.Tensor # (rows,) on the device: bool, whether the values are finite; or int64, how many tokens were kept
+    planned: tuple = () # per row: least and most tokens, text included; empty = `found` is about values
 
+    def judge(self, found): # the same on the host
+        "Raise ValueError if something is wrong."
+        if not self.planned and not all(found):
+            bad = ', '.join(row for row, ok in zip(self.rows, found) if not ok)
+            raise ValueError(f'{self.place}: {bad} hold NaN or infinity, and no token is chosen by those. Check the inputs and the weights; '
+                             'float16 overflows where bfloat16 and float32 do not')
+        for row, n, (least, most) in zip(self.rows, found, self.planned):
+            if not least <= n <= most:
+                raise ValueError(f'{self.place}: {row} kept {n} tokens, text included, where {"" if least == most else "at most "}{most} were planned: '
+                                 '`enter` and `drop` keep as many as `Part.keep` and `Cut.aims` say, and all text')
+
+# %% ../nbs/09_prune.ipynb #e0a1c051
 def check_entry(entry:Entry)->Check:
     "Features and attention of stage I, for every sample and modality."
     ok, B = finite_rows(entry.features), len(entry.parts)//len(CODES)
@@ -468,16 +498,21 @@ def check_scores(
     "Scores of stage II, for every sample."
     return Check(f'stage II, before layer {layer}', tuple(f'the scores of sample {b}' for b in range(len(scores))), finite_rows(scores))
 
-def check_finite(
+def check_kept(
+    keep:torch.Tensor, # (B, S) bool
+    cut:Cut, # its widths, and whether they are exact
+    method:str, # its name
+)->Check:
+    "What a method kept, for every sample: more than planned would push out the first tokens of the prompt, fewer would let dropped ones in."
+    rows = tuple(f'method {method!r}, sample {b},' for b in range(len(keep)))
+    return Check(f'stage {"I"*cut.stage}, before layer {cut.layer}', rows, keep.sum(1), tuple((w if exact else 0, w) for w, exact in zip(cut.widths, cut.exact)))
+
+def check_choices(
     checks:Sequence, # of `Check`, in the order of the layers
 ):
-    "Raise ValueError for the first choice that was made from NaN or infinity. The one look at the device in a prefill."
-    flags = torch.cat([c.finite for c in checks]).tolist() if checks else [] # to the host, after the last layer
-    bad = [where for where, ok in zip(((c.place, row) for c in checks for row in c.rows), flags) if not ok]
-    if not bad: return
-    place, rows = bad[0][0], ', '.join(row for place, row in bad if place == bad[0][0])
-    raise ValueError(f'{place}: {rows} hold NaN or infinity, and no token is chosen by those. Check the inputs and the weights; '
-                     'float16 overflows where bfloat16 and float32 do not')
+    "Raise ValueError for the first choice that was made from NaN or infinity, or kept another number than planned. The one look at the device in a prefill."
+    found = iter(torch.cat([c.found for c in checks]).tolist() if checks else ()) # to the host, after the last layer
+    for check in checks: check.judge([next(found) for _ in check.rows])
 
 # %% ../nbs/09_prune.ipynb #d01ec671
 @dataclass
@@ -586,15 +621,31 @@ def token_scores(
     return query_scores(q, layer_key(layer, hidden, cos, sin), tokens.valid if tokens.padded else None)
 
 # %% ../nbs/09_prune.ipynb #58686ce0
-def check_prompt(given, cache):
-    "Raise ValueError for a prefill that cannot be pruned."
+def check_prompt(given):
+    "Raise ValueError for a prefill of which nothing is known."
     if given.get('input_ids') is None:
         raise ValueError('prune reads from `input_ids` which positions are visual and audio; pass them, not `inputs_embeds` alone')
+
+def check_cache(cache):
+    "Raise ValueError for a cache that cannot be shortened."
     if getattr(cache, 'is_compileable', False):
         raise ValueError(f'{type(cache).__name__} has a fixed length; prune needs a dynamic cache (`cache_implementation="dynamic"`)')
     if cache is not None and not plain_cache(cache):
         raise ValueError(f'{type(cache).__name__} is quantized or offloaded; prune needs a dynamic cache (`cache_implementation="dynamic"`)')
 
+def new_media(given): # -> names of the media that come with these inputs, encoded or not
+    encoded = given.get('mm_encoder_outputs') or {}
+    return [name for name, (raw, *_) in _MEDIA.items() if given.get(raw) is not None or encoded.get(name) is not None]
+
+def check_no_media(s, slots, cache, given):
+    "Raise ValueError for media that come after the first column: they would not be pruned, and on a pruned cache get the positions of text."
+    media = [m for m in new_media(given) if slots is not None or s.method is not None and (m != 'image' or s.images == 'prune')]
+    if not media: return
+    if slots is not None: raise ValueError(f'a further question on a pruned cache is text only, but {" and ".join(media)} came with it: prune the whole conversation again')
+    raise ValueError(f'the cache already holds {int(cache.get_seq_length())} columns before {" and ".join(media)}, but prune starts from an empty cache: '
+                     'pass the whole prompt at once, without `prefill_chunk_size` and without a cache of its beginning')
+
+# %% ../nbs/09_prune.ipynb #e0a1c052
 def known_shape(encoders, given, tokens): # tokens: visual tokens in the prompt
     "The inputs, with the shape of videos that were encoded before; leaves the calls of the towers that belong to these inputs."
     video = (given.get('mm_encoder_outputs') or {}).get('video')
@@ -609,14 +660,16 @@ def known_shape(encoders, given, tokens): # tokens: visual tokens in the prompt
 def plan_prefill(s, given, cache, copies=1):
     "Read the layout, plan the cuts; without a cut the forward pass is left alone. `copies` rows belong to each sample."
     if s.method is None and given.get('input_ids') is None: return
-    check_prompt(given, cache)
+    check_prompt(given)
     visual = int((given['input_ids'] == token_ids(s.model)[VISUAL]).sum())
     layout, first = read_layout(s, given, visual), s.run.samples
     s.run.begin(layout, len(s.layers), copies)
     if cache is not None: vars(cache).pop(_SLOTS, None)
     parts = repeat_parts(s.method.parts(layout[::copies], first), copies) if s.method else ()
     cuts = s.method.plan(layout, parts) if s.method else []
-    if cuts: finish_plan(s, given, layout, parts, cuts)
+    if not cuts: return
+    check_cache(cache)
+    finish_plan(s, given, layout, parts, cuts)
 
 def next_positions(slots, cache, q, tail=None): # -> (3, B, q) int64
     "M-RoPE positions of the next q tokens after a pruned prompt; `tail` (B, n) bool says which columns after it are real, None = all."
@@ -625,10 +678,18 @@ def next_positions(slots, cache, q, tail=None): # -> (3, B, q) int64
     return (slots.position[:, None] + step).expand(3, -1, -1)
 
 # %% ../nbs/09_prune.ipynb #22682c6d
+def seen_columns(masks, columns): # -> (B, columns) bool, or None
+    "Padding by the masks that `generate` makes beforehand for a cache of fixed length."
+    mask = masks.get('full_attention')
+    if not isinstance(mask, torch.Tensor): return None
+    last = mask[:, 0, -1, :columns] # what the last column sees
+    return last if last.dtype == torch.bool else last == 0
+
 def read_layout(s, given, visual): # visual: video tokens in the prompt -> TokenLayout
     "The layout of a prefill, images counted as the session counts them."
     image = s.encoders.call_of((given.get('mm_encoder_outputs') or {}).get('image'))
     given = known_shape(s.encoders, given, visual)
+    if isinstance(given.get('attention_mask'), dict): given = {**given, 'attention_mask': seen_columns(given['attention_mask'], given['input_ids'].shape[1])}
     if image is not None: s.encoders.calls['visual'].insert(0, image)
     if image is not None and given.get('image_grid_thw') is None: given = {**given, 'image_grid_thw': torch.tensor(image.shape)}
     return layout_of(s.model, given, s.images, *((s.method.grids, s.method.seconds) if s.method else ()))
@@ -638,6 +699,8 @@ def finish_plan(s, given, layout, parts, cuts):
     if given.get('output_hidden_states'):
         raise ValueError('pruned layers have hidden states of different lengths, with which neither `output_hidden_states` nor speech output can go on: '
                          'generate text only (`generation_mode="text"`; Qwen3-Omni: `return_audio=False`), or leave the `prune` block')
+    if given.get('labels') is not None:
+        raise ValueError('a pruned prompt has fewer logits than `labels`: take the loss from the logits of its last positions, or leave the `prune` block')
     device, numbers = next(s.decoder.parameters()).device, [p.number for p in parts if p.modality == 'visual']
     there = lambda x: None if x is None else x.to(device, non_blocking=True)
     order = visual_order(given['input_ids'], layout, token_ids(s.model)[IMAGE])
@@ -650,8 +713,10 @@ def position_rows(kwargs, embeds): # -> (3, B, S) int64
     if positions is None: positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
     return positions.expand(3, *positions.shape) if positions.ndim == 2 else positions[-3:]
 
-def carry_out(p, keep, cut): # -> (B, width) int64 positions that stay
+def carry_out(s, keep, cut): # -> (B, width) int64 positions that stay
     "Shorten what `Prefill` knows about the sequence."
+    p = s.prefill
+    p.checks.append(check_kept(keep, cut, s.method.name))
     index, p.tokens = cut_tokens(p.tokens, keep, cut)
     p.deep = p.deep and p.deep.cut(index)
     p.stages.append((cut.name, p.tokens))
@@ -665,7 +730,7 @@ def enter_decoder(s, kwargs): # -> new keyword arguments
     p.position = positions.amax((0, 2)) + 1
     if (cut := p.entry_cut) is None: return kwargs
     with torch.no_grad(): keep, embeds = entry_keep(s.method, p, embeds, s.encoders.calls)
-    index = carry_out(p, keep, cut)
+    index = carry_out(s, keep, cut)
     positions = take(positions.permute(1, 2, 0), index).permute(2, 0, 1)
     return {**kwargs, 'inputs_embeds': take(embeds, index), 'position_ids': positions,
             'attention_mask': p.tokens.valid.long() if cut.padded else None}
@@ -685,7 +750,7 @@ def shorten(s, cut, layer, hidden, kwargs): # -> (B, width, D)
     p = s.prefill
     tables = p.tables or kwargs['position_embeddings']
     with torch.no_grad(): keep = choose(s, cut, layer, hidden, tables)
-    index = carry_out(p, keep, cut)
+    index = carry_out(s, keep, cut)
     p.tables = tuple(take(t, index) for t in tables)
     if s.run.kv == 'evict': note_cut(p, layer, index)
     hidden = take(hidden, index)
@@ -721,11 +786,11 @@ def deepstack_hooks(s): # -> (module, hook)
 
 # %% ../nbs/09_prune.ipynb #efbb3e5f
 def finish_prefill(s, output):
-    "Label the cache, fill in the run; raises ValueError if something was chosen from NaN."
+    "Label the cache, fill in the run; raises ValueError if something was chosen from NaN, or in another number than planned."
     p, cache = s.prefill, getattr(output, 'past_key_values', None)
     if cache is not None:
         with s.sections.during('selection'): evict(p, cache)
-    check_finite(p.checks)
+    check_choices(p.checks)
     held = [p.tokens]*len(p.layers) if s.run.kv == 'evict' else p.layers
     if cache is not None: label_cache(cache, replace(Slots.of(held, p.layout.shape[1], p.position), gone=gone(p) if s.run.kv == 'evict' else ()))
     s.run._stages, s.run._layers = p.stages, p.layers
@@ -755,7 +820,7 @@ def enter_decode_step(s, kwargs): # -> new keyword arguments, or None
     keys = [(id(v), n) for v, n in zip(slots.valid, slots.lengths)]
     for i, key in enumerate(keys):
         if key not in seen: seen[key] = decode_mask(s.decoder.config, embeds, slots, tail, cache, i)
-    s.masks = [seen[key] for key in keys]
+    s.masks, s.slots, slots.open = [seen[key] for key in keys], slots, True
     return {**kwargs, 'attention_mask': s.masks[0]}
 
 # %% ../nbs/09_prune.ipynb #e0a1c011
@@ -767,22 +832,28 @@ def gone(prefill)->tuple: # names of modalities
 def check_media_left(slots, q):
     "Raise ValueError where a question would follow on a cache without media. `q` new tokens"
     if q > 1 and slots.gone:
-        raise ValueError(f'kv="evict" left no {" and no ".join(slots.gone)} tokens in this cache, so no further question can be asked about them: '
-                         'prune with kv="retain". (An answer goes on one token at a time.)')
+        raise ValueError(f'kv="evict" left no {" and no ".join(slots.gone)} tokens in this cache, so it goes on one token at a time only: a further question, '
+                         'and tokens guessed several at once (`prompt_lookup_num_tokens`, an assistant model), need kv="retain"')
 
 # %% ../nbs/09_prune.ipynb #e0a1c013
 def continue_prompt(slots, cache, given): # -> keyword arguments to change
     "Positions of what follows a pruned prompt. Raises ValueError for positions that do not follow it."
     q = (given['input_ids'] if given.get('input_ids') is not None else given['inputs_embeds']).shape[1]
+    if q == 1 and given.get('position_ids') is not None: return {} # every step of `generate`
     check_media_left(slots, q)
     tail = columns_after(slots, given.get('attention_mask'), cache.get_seq_length(0) - slots.lengths[0] + q, q)
     ours, theirs = next_positions(slots, cache, q, tail), given.get('position_ids')
     if theirs is None: return dict(position_ids=ours)
-    if q > 1: # as rare as a prefill, so it may wait for the device
-        wrong = (theirs[-3:] if theirs.ndim == 3 else theirs) != ours
-        if (wrong if tail is None else wrong & tail[:, -q:].to(wrong.device)).any():
-            raise ValueError('`position_ids` do not follow the pruned prompt: pass none, or in `generate` take the inputs from `follow_up`')
+    wrong = (theirs[-3:] if theirs.ndim == 3 else theirs) != ours # as rare as a prefill, so it may wait for the device
+    if (wrong if tail is None else wrong & tail[:, -q:].to(wrong.device)).any():
+        raise ValueError('`position_ids` do not follow the pruned prompt: pass none, or in `generate` take the inputs from `follow_up`')
     return {}
+
+def continue_cache(s, cache, given): # -> keyword arguments to change
+    "What follows on a cache that is not empty, pruned or not."
+    slots = slots_of(cache)
+    check_no_media(s, slots, cache, given)
+    return {} if slots is None else continue_prompt(slots, cache, given)
 
 # %% ../nbs/09_prune.ipynb #e0a1c012
 def follow_up(
@@ -941,9 +1012,9 @@ def join_calls(
     join = lambda xs: torch.cat(xs) if isinstance(xs[0], torch.Tensor) else sum(xs, type(xs[0])()) if isinstance(xs[0], (int, list)) else xs[0]
     return EncoderCall(**{f.name: join([getattr(c, f.name) for c in calls]) for f in fields(EncoderCall) if f.name != 'output'})
 
-# %% ../nbs/09_prune.ipynb #bc11cc3c
 def _wants_attention(method): return method is not None and method.uses_attention and min(method.schedule.entering.values()) < 1
 
+# %% ../nbs/09_prune.ipynb #bc11cc3c
 class Session:
     "The hooks of one `prune` block."
     def __init__(self, model, method, kv, score_layer, images='keep', encoders=()):
@@ -953,12 +1024,13 @@ class Session:
         self.sections = Sections(self.run.ledger)
         self.encoders = EncoderWatch(model, self.sections, method if _wants_attention(method) else None, encoders)
         self.thinker, self.decoder, self.layers = adapter.thinker(model), adapter.decoder(model), adapter.layers(model)
-        self.signature = inspect.signature(self.thinker.forward)
+        self.signature, self.slots = inspect.signature(self.thinker.forward), None
         self.reset()
 
     def reset(self):
         "Forget the forward pass in hand, finished or not."
-        self.prefill, self.masks = None, None
+        if self.slots is not None: self.slots.open = False
+        self.prefill, self.masks, self.slots = None, None, None
         self.sections.stop()
 
     def before_thinker(self, module, args, kwargs):
@@ -973,7 +1045,7 @@ class Session:
             with self.sections.during('selection', 'plan'): plan_prefill(self, given, cache, copies)
             if noted is not None: self.encoders.calls = noted
             elif 'pixel_values_videos' in kwargs: kwargs.update(encode_beside(self.encoders, given))
-        elif (slots := slots_of(cache)) is not None: kwargs.update(continue_prompt(slots, cache, given))
+        else: kwargs.update(continue_cache(self, cache, given))
         return args, kwargs
 
     def before_decoder(self, module, args, kwargs):
@@ -1120,9 +1192,20 @@ def as_method(plan)->Method|None:
     if plan is None or isinstance(plan, Method): return plan
     raise TypeError(f'prune wants a Schedule, a Method or None, not {type(plan).__name__}')
 
+def check_devices(session):
+    "Raise ValueError for a model that is spread over devices or offloaded: what is cut lies beside the first layer."
+    adapter = adapter_for(session.model)
+    modules = session.decoder, adapter.visual(session.model), adapter.audio_tower(session.model)
+    devices = sorted({str(p.device) for m in modules for p in m.parameters()})
+    if len(devices) > 1 or devices == ['meta']:
+        raise ValueError(f'all layers of decoder and towers must lie on one device to be pruned, not on {" and ".join(devices)}: load the model without '
+                         'offloading and without a `device_map` over several devices')
+
 def check_model(session):
     "Raise ValueError where schedule and model do not fit together."
-    if session.method: session.method.schedule.check_model(len(session.layers))
+    if session.method:
+        session.method.schedule.check_model(len(session.layers))
+        check_devices(session)
     if getattr(session.decoder, 'has_sliding_layers', False): raise ValueError('sliding-window layers cannot be pruned: their caches forget by position')
     if session.thinker in _ACTIVE: raise ValueError('this model is being pruned already; leave that `prune` block first')
 

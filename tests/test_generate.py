@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from seats_analysis.adapter import Prompt, decoder_inputs, encode, final_logits, layer_mask, rotary_tables, run_layers
+from seats_analysis.adapter import Prompt, adapter_for, decoder_inputs, encode, final_logits, layer_mask, rotary_tables, run_layers
 from seats_analysis.baselines import METHODS
 from seats_analysis.cost import kv_bytes
 from seats_analysis.media import Clip, Sample
@@ -46,14 +46,16 @@ SAMPLES = [ask('both', clip(0)), ask('silent', clip(2, 5, sound=False), 'where i
 @pytest.fixture(scope='module')
 def processor(): return build_processor()
 
-@pytest.fixture(scope='module')
-def model():
+def make_model(attention='sdpa'):
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
-    thinker = Qwen2_5OmniThinkerForConditionalGeneration._from_config(build_config(layers=LAYERS), attn_implementation='sdpa')
+    thinker = Qwen2_5OmniThinkerForConditionalGeneration._from_config(build_config(layers=LAYERS), attn_implementation=attention)
     init_weights(thinker, 0)
     thinker.generation_config.eos_token_id = None # nothing ends by chance
     thinker.generation_config.pad_token_id = 0
     return thinker.eval()
+
+@pytest.fixture(scope='module')
+def model(): return make_model()
 
 @pytest.fixture(scope='module')
 def batch(model, processor): return encode(model, processor, SAMPLES)
@@ -352,7 +354,7 @@ def test_evict_refuses_a_further_question(model, singles, turn):
             for question in (lambda: follow_up(cache, whole), lambda: model(input_ids=turn, past_key_values=cache),
                              lambda: model.generate(input_ids=whole, attention_mask=torch.ones_like(whole), past_key_values=cache, **GREEDY)):
                 with pytest.raises(ValueError, match=gone) as error: question()
-                assert 'kv="retain"' in str(error.value) and '\n' not in str(error.value)
+                assert all(w in str(error.value) for w in ('kv="retain"', 'prompt_lookup_num_tokens')) and '\n' not in str(error.value)
             goes_on = model.generate(**follow_up(cache, sequences), **GREEDY)[:, -NEW:] # the answer itself may go on
             assert torch.equal(goes_on, new_tokens(model, singles[0], max_new_tokens=2*NEW, min_new_tokens=2*NEW, do_sample=False)[:, NEW:])
     with prune(model, PLANS['no_late'], kv='evict'): # without a late block media are left
@@ -394,6 +396,43 @@ def test_a_cache_and_its_copies(model, singles):
         close(model(input_ids=token, past_key_values=cache).logits, step)
     with pytest.raises(ValueError, match='only 2 came after'): cache.crop(-3)
 
+@pytest.mark.parametrize('kv', KV)
+@pytest.mark.parametrize('attention', ['sdpa', 'eager'])
+def test_a_padded_cache_goes_on_in_a_block_only(batch, singles, kv, attention):
+    "With the stock mask its free slots would be seen: it says so and stays as it is. One without free slots needs no mask."
+    model = make_model(attention)
+    for encoded in (batch, singles[0]):
+        token, after = torch.full((len(encoded), 1), 20), dict(attention_mask=torch.nn.functional.pad(encoded.inputs['attention_mask'], (0, 1), value=1),
+                                                               position_ids=encoded.position_ids[..., -1:] + 1)
+        with prune(model, PLANS['all_stages'], kv=kv):
+            cache = model(**encoded.inputs, use_cache=True).past_key_values
+            others = [copy.deepcopy(cache) for _ in range(3)]
+            want = model(input_ids=token, past_key_values=cache, **after).logits
+        if encoded is batch:
+            lengths = [others[0].get_seq_length(i) for i in range(LAYERS)]
+            for more in ({}, dict(position_ids=after['position_ids']), after):
+                with pytest.raises(ValueError, match='free slots'): model(input_ids=token, past_key_values=others[0], **more)
+            assert [others[0].get_seq_length(i) for i in range(LAYERS)] == lengths
+        elif attention == 'sdpa': assert torch.equal(model(input_ids=token, past_key_values=others[1], **after).logits, want)
+        with prune(model, None): assert torch.equal(model(input_ids=token, past_key_values=others[0], **after).logits, want)
+        with prune(model, PLANS['all_stages'], kv=kv), pytest.raises(ZeroDivisionError): # nor does a step that fails leave the cache open
+            handle = adapter_for(model).layers(model)[3].register_forward_pre_hook(lambda *a: 1/0)
+            try: model(input_ids=token, past_key_values=others[2], **after)
+            finally: handle.remove()
+        if encoded is batch:
+            with pytest.raises(ValueError, match='free slots'): others[2].update(torch.zeros(0), torch.zeros(0), 0)
+
+def test_steps_with_positions_compute_none(model, batch, monkeypatch):
+    "Every step of `generate` has positions; ours are made only where they are used."
+    import seats_analysis.prune as pruning
+    calls, whole = [], pruning.next_positions
+    monkeypatch.setattr(pruning, 'next_positions', lambda *a: calls.append(a) or whole(*a))
+    with prune(model, PLANS['all_stages']):
+        new_tokens(model, batch, **GREEDY)
+        assert not calls
+        model(input_ids=torch.full((len(batch), 1), 20), past_key_values=model(**batch.inputs, use_cache=True).past_key_values)
+        assert len(calls) == 1
+
 def test_rows_keep_their_own_slots(model, batch, singles):
     "Rows of a padded batch in another order: slots and positions go with them."
     order = torch.tensor([4, 1, 1, 0, 2])
@@ -417,3 +456,40 @@ def test_refused(model, singles):
             twice = {k: torch.cat([v, v], 1 if k == 'position_ids' else 0) if k in ('input_ids', 'attention_mask', 'position_ids') else v for k, v in one.inputs.items()}
             model.generate(**twice, **GREEDY, num_beams=2)
         assert torch.equal(*(new_tokens(model, one, **GREEDY) for _ in range(2))) # and goes on working
+
+@pytest.mark.parametrize('family', tiny.FAMILIES)
+@pytest.mark.parametrize('medium, prompt', [('video', tiny.clip(2, 3, sound=False)), ('audio', tiny.clip(2, 3, sight=False)), ('image', tiny.image(0))])
+def test_media_after_the_first_column(family, medium, prompt):
+    "On a cache that holds the prompt's beginning they would not be pruned: refused, unless nothing would be pruned anyway."
+    from transformers import DynamicCache
+    model = tiny.thinker(family)
+    one = encode(model, tiny.processor(family), [Prompt('x', ('red blue green where ?', prompt, 'what colour is the circle ?'))])
+    ids, placed, k = one.inputs['input_ids'], ('attention_mask', 'position_ids'), 3
+    def begin():
+        cache = DynamicCache()
+        model(input_ids=ids[:, :k], **{n: one.inputs[n][..., :k] for n in placed}, past_key_values=cache)
+        return cache
+    rest = one.inputs | dict(input_ids=ids[:, k:], position_ids=one.position_ids[..., k:])
+    calls = [lambda: model(**rest, past_key_values=begin()).logits[:, -1], lambda: model.generate(**one.inputs, **GREEDY, past_key_values=begin())]
+    if medium != 'audio': calls.append(lambda: model.generate(**one.inputs, **GREEDY, prefill_chunk_size=3)) # the stock one does not cut sound
+    stock = [call() for call in calls]
+    images = 'prune' if medium == 'image' else 'keep'
+    with prune(model, PLANS['all_stages'], images=images):
+        for call in calls:
+            with pytest.raises(ValueError, match=f'holds . columns before {medium}') as error: call()
+            assert '\n' not in str(error.value)
+        assert slots_of(model(**one.inputs, use_cache=True).past_key_values) is not None # goes on working
+    for plan in (None, *([PLANS['all_stages']] if medium == 'image' else [])):
+        with prune(model, plan):
+            for call, want in zip(calls, stock): assert torch.equal(call(), want)
+
+def test_a_further_question_is_text_only(other):
+    "A new clip on a pruned cache would be read at the positions of text."
+    thinker, batch, singles = other
+    with prune(thinker, PLANS['all_stages'], kv='retain'):
+        for i in (0, 2, 3):
+            sequences, cache = first_answer(thinker, singles[0], suppress_tokens=WORDS)
+            more = follow_up(cache, torch.cat([sequences, singles[i].inputs['input_ids']], 1))
+            media = {k: v for k, v in singles[i].inputs.items() if k not in more}
+            for call in (lambda: thinker(**more, **media), lambda: thinker.generate(**more, **media, **GREEDY)):
+                with pytest.raises(ValueError, match='text only'): call()

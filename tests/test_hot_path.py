@@ -78,7 +78,7 @@ def without_values(model, batch, plan, **options):
         deepstack = dict(visual_pos_masks=here & True, deepstack_visual_embeds=[torch.randn(n, s.decoder.config.hidden_size)]*2) if family == 'qwen3-omni' else {}
         layers(s, batch, cache, deepstack)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pruning, 'check_finite', lambda checks: None) # the one look at the device, after the last layer
+            patch.setattr(pruning, 'check_choices', lambda checks: None) # the one look at the device, after the last layer
             pruning.finish_prefill(s, type('Output', (), dict(past_key_values=cache)))
         ones = torch.ones(len(batch), batch.shape[1] + 1)
         pruning.enter_decode_step(s, dict(past_key_values=cache, inputs_embeds=torch.randn(len(batch), 1, s.decoder.config.hidden_size), attention_mask=ones))
@@ -97,7 +97,7 @@ def test_no_method_needs_one_either(model, batches, name):
     without_values(model, batches[3], METHODS[name].for_trr(tiny.LAYERS, .5, .6, 18, 30))
 
 BODIES = dict(statistic='attention_received', stage1='select_in_clip', cut='right_align', scores='token_scores', stage2='select_in_windows', masks='causal_mask',
-              caches='shorten_cache', decoding='decode_mask', features='check_entry', checks='check_scores')
+              caches='shorten_cache', decoding='decode_mask', features='check_entry', checks='check_scores', counts='check_kept')
 
 @pytest.mark.parametrize('body', BODIES)
 def test_a_planted_mask_is_found(model, batches, body, monkeypatch):

@@ -98,6 +98,18 @@ def test_the_probe(model, there):
     here, pretended = (probe_dependency(m, processor, SAMPLES[:1], removed=('visual', 'both'), progress=False) for m in (model, there))
     assert here.equals(pretended)
 
+# ---------------------------------------------------------------- more than one device
+
+@pytest.mark.parametrize('moved, devices', [('late layers', 'cpu and cuda:0'), ('towers', 'cpu and cuda:0'), ('offloaded', 'cpu and meta'), ('all', 'meta')])
+def test_spread_over_devices(model, gpu, moved, devices):
+    "Refused where something would be pruned, before anything runs; measured all the same."
+    spread, ad = copy.deepcopy(model), adapter_for(model)
+    parts = {'late layers': ad.layers(spread)[2:], 'towers': [ad.visual(spread)], 'offloaded': ad.layers(spread)[4:], 'all': [spread]}[moved]
+    for part in parts: part.to('meta' if 'meta' in devices else 'cuda')
+    with pytest.raises(ValueError, match=f'one device.*{devices}') as error, prune(spread, PLANS['together']): raise AssertionError('entered')
+    assert '\n' not in str(error.value)
+    with prune(spread, None): pass
+
 # ---------------------------------------------------------------- what `seats bench` does there
 
 @pytest.mark.parametrize('config, width', [('qwen2.5-omni-7b', 64), ('testbed', None), pytest.param('qwen3-omni-30b-a3b', 64, marks=pytest.mark.nightly)])

@@ -1,5 +1,6 @@
 """Pruning by hooks: equal to a plain forward written without them, to itself in any batch, and gone without a trace."""
 import copy, gc, weakref
+from dataclasses import dataclass
 import numpy as np, pytest, torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from seats_analysis.adapter import adapter_for, decoder_inputs, encode, layout_of, score_choices
@@ -261,6 +262,44 @@ def test_no_plan_only_measures(model, batch):
     with prune(model, None) as run: assert torch.equal(last(model, batch), logits)
     assert run.ledger.ms['prefill'] > 0 and run.ledger.ms['encoders'] > 0
 
+def test_no_plan_takes_any_call(model, singles):
+    "Where nothing is cut any cache will do, and any output."
+    from transformers import StaticCache
+    static = lambda: StaticCache(config=model.config.get_text_config(), max_cache_len=400)
+    call = lambda one: model(**one.inputs, past_key_values=static(), labels=one.inputs['input_ids'], output_hidden_states=True)
+    for plan, one in ((None, singles[0]), (PLANS['all_stages'], singles[4]), (none_kept(), singles[0])):
+        stock = call(one)
+        with prune(model, plan): ours = call(one)
+        assert torch.equal(ours.logits, stock.logits) and ours.loss == stock.loss
+    with prune(model, PLANS['all_stages']), pytest.raises(ValueError, match='StaticCache.*dynamic cache'): call(singles[0])
+
+def test_no_plan_measures_static_generation(model, batch):
+    "Where `generate` makes its masks beforehand, for a cache of fixed length."
+    options = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, cache_implementation='static', disable_compile=True)
+    stock = model.generate(**batch.inputs, **options)
+    with prune(model, None) as run: assert torch.equal(model.generate(**batch.inputs, **options), stock)
+    assert torch.equal(run.layout.modality, batch.layout.modality)
+
+def test_labels_are_refused(model, batch):
+    with prune(model, PLANS['all_stages']), pytest.raises(ValueError, match='fewer logits than `labels`'): model(**batch.inputs, labels=batch.inputs['input_ids'])
+
+def test_a_run_before_its_first_prefill(model):
+    with prune(model, PLANS['all_stages']) as run:
+        assert run.kept == {}
+        with pytest.raises(ValueError, match='no prompt was read'): run.tokens_per_layer
+
+def test_padding_on_the_right(model, batch, singles):
+    "The same logits and positions as without padding."
+    S, inputs = batch.shape[1], dict(batch.inputs)
+    for name, value, dim in (('input_ids', 0, 0), ('attention_mask', 0, 0), ('position_ids', 1, 1)):
+        inputs[name] = torch.cat([torch.nn.functional.pad(one.inputs[name], (0, S - one.shape[1]), value=value) for one in singles], dim)
+    for name in ('all_stages', 'stage2', 'visual_leaves_first'):
+        with prune(model, PLANS[name]) as run:
+            together, kept = model(**inputs).logits[:, -1], run.kept # a cut sequence ends with the last token of every row
+            for i, one in enumerate(singles):
+                close(together[i:i+1], last(model, one))
+                for stage in run.kept: assert kept[stage][i].tolist() == run.kept[stage][0].tolist()
+
 # ---------------------------------------------------------------- caches and decoding
 
 @pytest.mark.parametrize('name', PLANS)
@@ -379,6 +418,48 @@ def test_random_does_not_depend_on_the_batch(model, batch, singles):
         for i, one in enumerate(singles):
             close(together[i:i+1], last(model, one))
             for s in run.kept: assert run.kept[s][0].tolist() == kept[s][i].tolist()
+
+@dataclass(frozen=True)
+class Careless(Method):
+    "Keeps another number of tokens than planned, at one stage, of the last sample."
+    stage: int = 1
+    more: int = 1
+    name = 'careless'
+    def change(self, keep):
+        index = (keep if self.more < 0 else ~keep).nonzero()[-1]
+        return keep.index_fill(0, index, self.more > 0)
+    def enter(self, entry): return self.change(super().enter(entry)) if self.stage == 1 else super().enter(entry)
+    def drop(self, tokens, scores, cut, windows):
+        keep = super().drop(tokens, scores, cut, windows)
+        if self.stage == 2:
+            media = (tokens.is_('visual') | tokens.is_('audio'))[-1].nonzero()[:, 0]
+            keep[-1, media] = self.change(keep[-1, media])
+        return keep
+
+@pytest.mark.parametrize('more', [1, -1])
+@pytest.mark.parametrize('stage, place', [(1, 'stage I, before layer 0'), (2, 'stage II, before layer 2')])
+def test_a_method_that_miscounts_is_named(model, batch, singles, stage, place, more):
+    "Too many would push out the first tokens of the prompt, too few would let dropped ones in; nothing would tell."
+    for encoded in (batch, singles[0]):
+        with prune(model, Careless(PLANS['all_stages'], stage, more)) as run:
+            with pytest.raises(ValueError, match=f"{place}: method 'careless', sample {len(encoded) - 1}, kept") as error: last(model, encoded)
+            assert '\n' not in str(error.value) and run.kept == {}
+        with prune(model, PLANS['all_stages']): last(model, encoded)
+
+def test_audio_windows_follow_the_schedule(model, singles):
+    "For the choice and for the statistic; 2 s are what the model's own rates say."
+    layouts = {}
+    for seconds in (1., 2., 4.):
+        plan = schedule(windows=dict(visual_grids=2, seconds=seconds))
+        with prune(model, plan) as run, pytest.MonkeyPatch.context() as patch:
+            import seats_analysis.prune as pruning
+            asked, whole = [], pruning.audio_attention
+            patch.setattr(pruning, 'audio_attention', lambda *a: asked.append(a[-1]) or whole(*a))
+            last(model, singles[0])
+        heard = run.layout.window[0][run.layout.modality[0] == AUDIO]
+        assert heard.bincount().tolist() == [int(10*seconds)]*int(4/seconds) and asked == [seconds]
+        layouts[seconds] = run.layout
+    assert torch.equal(layouts[2.].window, layout_of(model, singles[0].inputs, 'keep').window)
 
 # ---------------------------------------------------------------- what is left behind
 
