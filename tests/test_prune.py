@@ -446,16 +446,14 @@ def test_a_method_that_miscounts_is_named(model, batch, singles, stage, place, m
             assert '\n' not in str(error.value) and run.kept == {}
         with prune(model, PLANS['all_stages']): last(model, encoded)
 
-def test_audio_windows_follow_the_schedule(model, singles):
+def test_audio_windows_follow_the_schedule(model, singles, monkeypatch):
     "For the choice and for the statistic; 2 s are what the model's own rates say."
-    layouts = {}
+    import seats_analysis.prune as pruning
+    asked, whole, layouts = [], pruning.audio_attention, {}
+    monkeypatch.setattr(pruning, 'audio_attention', lambda *a: asked.append(a[-1]) or whole(*a))
     for seconds in (1., 2., 4.):
-        plan = schedule(windows=dict(visual_grids=2, seconds=seconds))
-        with prune(model, plan) as run, pytest.MonkeyPatch.context() as patch:
-            import seats_analysis.prune as pruning
-            asked, whole = [], pruning.audio_attention
-            patch.setattr(pruning, 'audio_attention', lambda *a: asked.append(a[-1]) or whole(*a))
-            last(model, singles[0])
+        asked.clear()
+        with prune(model, schedule(windows=dict(visual_grids=2, seconds=seconds))) as run: last(model, singles[0])
         heard = run.layout.window[0][run.layout.modality[0] == AUDIO]
         assert heard.bincount().tolist() == [int(10*seconds)]*int(4/seconds) and asked == [seconds]
         layouts[seconds] = run.layout
