@@ -70,10 +70,11 @@ def nearest_levels(
     entering:float|None=None, # e; None: from the scale
     scale:float=1.4, # e/t that is wanted
 )->tuple: # e, and the fraction kept at each drop
-    "Entering ratio and keep ratios whose average is as near to the target as they can be."
+    "Entering ratio and keep ratios whose average is as near to the target as they can be; nothing to decide where no layer sees tokens."
+    if not late_start: return 1., ()
     drops = [d for d in drops if d < late_start]
     share, pieces = np.asarray(shares(len(drops)), float), piece_lengths(drops, late_start)
-    room, t = float(pieces[1:] @ share) if drops else 0., min(target, late_start/num_layers)
+    room, t = float(pieces[1:] @ share) if drops else 0., max(min(target, late_start/num_layers), 1e-9)
     low, high = num_layers/late_start, max(num_layers/late_start, min(1/t, num_layers/(late_start - MOST_DROPPED*room)))
     e = min(1., float(np.clip(scale, low, high))*t) if entering is None else entering
     strength = float(np.clip((e*late_start - t*num_layers)/(e*room), 0, MOST_DROPPED)) if room else 0.

@@ -57,8 +57,8 @@ class Ready:
 def _media_at(layout): return (layout.modality == VISUAL) | (layout.modality == AUDIO) | (layout.modality == IMAGE)
 
 def _asks(method):
-    "What a method wants noted about the encoders: temporal grids of a window, and whether keys; None = nothing."
-    return (method.grids, method.uses_keys) if method is not None and method.uses_attention else None
+    "What a method wants noted about the encoders: temporal grids and seconds of a window, and whether keys; None = nothing."
+    return (method.grids, method.seconds, method.uses_keys) if method is not None and method.uses_attention else None
 
 def encode_media(
     model,
@@ -194,8 +194,9 @@ class DataShape:
 
     def layouts(self, method): # a method may have time windows of its own
         "The layouts as a method sees them."
-        if method is None or method.grids == rates(self.model).grids_per_window: return [r.layout for r in self.rows]
-        return [layout_of(self.model, dict(r.shapes, input_ids=r.ids[None]), 'keep', method.grids) for r in self.rows]
+        usual = rates(self.model)
+        if method is None or (method.grids, method.seconds or usual.seconds_per_chunk) == (usual.grids_per_window, usual.seconds_per_chunk): return [r.layout for r in self.rows]
+        return [layout_of(self.model, dict(r.shapes, input_ids=r.ids[None]), 'keep', method.grids, method.seconds) for r in self.rows]
 
     def plans(self, method): # -> per layout: modality -> (L,) tokens
         "What a method plans for each layout."
@@ -265,7 +266,7 @@ def match_cost(
     if f_low > target*(1 + tolerance): return dict(plans=(build(low),), setting='own minimum', knob=(low,))
     if f_high < target*(1 - tolerance): return dict(plans=(build(high),), setting='own maximum', knob=(high,))
     near = min(tried, key=lambda k: abs(tried[k]/target - 1))
-    if abs(tried[near]/target - 1) <= tolerance/2: return dict(plans=(build(near),), knob=(near,))
+    if abs(tried[near]/target - 1) <= tolerance/2 or not f_low <= target <= f_high: return dict(plans=(build(near),), knob=(near,))
     return dict(plans=(build(low), build(high)), share=(target - f_low)/(f_high - f_low), knob=(low, high))
 
 # %% ../nbs/11b_compare.ipynb #109a0511
@@ -294,7 +295,7 @@ def match_method(
     pair = [plan.trr[m] for m in ('visual', 'audio')]
     if issubclass(cls, METHODS['seats']): options = dict(like=plan) | options # ablations keep the layers
     build = lambda knob: cls.for_trr(plan.num_layers, *(min(1., knob*t) for t in pair), *counts, **options)
-    return match_cost(build, shape.cost, target, highest=1/min(pair))
+    return match_cost(build, shape.cost, target, highest=1/min((t for t in pair if t), default=1.))
 
 # %% ../nbs/11b_compare.ipynb #4025e742
 def line_up(

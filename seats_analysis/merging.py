@@ -117,6 +117,7 @@ class VisionZipOm(Rival):
     uses_keys: ClassVar[bool] = True
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 <= self.contextual <= 1: raise ValueError(f'`contextual` is a fraction and must lie in [0, 1], not {self.contextual!r}')
         if not (self.grids >= 1 and self.seconds > 0): raise ValueError(f'windows need at least one grid and some seconds, not {self.grids!r} and {self.seconds!r}')
 

@@ -116,7 +116,7 @@ def test_audio_intact_reallocation():
 def test_random_counts():
     for case in index("random_counts.json"): assert random_count(case["T"], case["ratio"]) == case["kept"]
     for case in index("random_counts.json", "exceptions"):
-        if 0 <= case["ratio"] <= 1: assert random_count(case["T"], case["ratio"]) <= case["T"]
+        if 0 <= case["ratio"] <= 1: assert random_count(case["T"], case["ratio"]) == max(1, int(case["T"]*case["ratio"])) # no global state that could be missing
         else:
             with pytest.raises(ValueError): random_count(case["T"], case["ratio"])
 
@@ -187,7 +187,14 @@ def test_visionzip_odd_inputs(case):
         keep, merged = select_visionzip(torch.ones(4, 2).bfloat16(), torch.ones(4), torch.ones(4, 2), (4,), ((1, 1),))
         assert int(keep.sum()) == 2 and merged.dtype == torch.float32
     elif "no " in said: assert len(select_visionzip(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, 2), (), ())[0]) == 0
-    else: assert "exception" in case # lengths that do not match, or a batch: no such argument here, `prune` finds the statistics and takes batches
+    elif "differs" in said:
+        with pytest.raises((RuntimeError, IndexError)): select_visionzip(torch.ones(4, 2), torch.ones(3), torch.ones(4, 2), (4,), ((1, 1),))
+    elif "batch" in said: # samples one behind the other, each with windows of its own
+        x, keys, attention = torch.rand(8, 3), torch.rand(8, 2), torch.rand(8)
+        both = select_visionzip(x, attention, keys, (4, 4), ((1, 1),)*2)
+        ones = [select_visionzip(x[i:i + 4], attention[i:i + 4], keys[i:i + 4], (4,), ((1, 1),)) for i in (0, 4)]
+        for got, parts in zip(both, zip(*ones)): assert torch.equal(got, torch.cat(parts))
+    else: assert said == "video: video_grid_thw None" # windows come from the layout, which refuses placeholders without media
 
 # ---------------------------------------------------------------- end to end
 
@@ -233,6 +240,7 @@ def test_whole_runs(model, case):
     layers, n = len(adapter_for(model).layers(model)), [int((whole.types == k).sum()) for k in MODALITY]
     method, pair = settings_of(case, *n, layers)
     if "video_ratio_used" in case: assert pair[0] == case["video_ratio_used"]
+    check_for_trr(case, method, n)
     run = run_method(model, method, whole.inputs, whole.out["full.next_token"])
     counts = {f: int((whole.types[run.kept] == k).sum()) for k, f in enumerate(("text", "video", "audio"))}
     assert counts == case["kept_counts"] and run.lengths == case["cache_lengths"] == t["cache_lengths"].tolist()
@@ -247,6 +255,12 @@ def test_whole_runs(model, case):
     close(run.logits, t["last_logits"].flatten(), 1e-5*scale)
     close(run.decode, t["decode_logits"].flatten(), 1e-5*scale)
     assert prefill_flops(run.per_layer, read_json("e2e_config.json")["text_config"], "reference") == pytest.approx(case["prefill_flops"], rel=1e-12)
+
+def check_for_trr(case, method, n):
+    "The door for comparisons makes the recorded ratios of the same averages: FastV exchanges its setting ratios, VisionZip the averages."
+    option = dict(layer=case["fastv_k"]) if case["method"].startswith("fastv") else dict(contextual=case["contextual_ratio"])
+    ours, recorded = type(method).for_trr(method.schedule.num_layers, case["avg_video_ratio"], case["avg_audio_ratio"], *n, **option).schedule, method.schedule
+    assert (ours.drop_layers, ours.keep_ratios, ours.entering) == (recorded.drop_layers, recorded.keep_ratios, recorded.entering)
 
 def check_entry_of(run, t, case):
     "What VisionZip looked at, and what enters the first layer."
@@ -305,6 +319,7 @@ def test_every_baseline_file_is_read():
 
 def test_most_baseline_entries_are_compared():
     for file, key in (("fastv_drop_index.json", "cases"), ("visionzip_units_index.json", "cases"), ("e2e_baselines_index.json", "cases")):
-        assert sum(f == file for f, _ in FLAGGED) < len(index(file, key))/2 + len(read_json(f"{FOLDER}/{file}").get("odd_inputs", ()))
+        entries = {str(c.get("prefix", c.get("name"))) for c in index(file, key)}
+        assert sum((file, e) in FLAGGED for e in entries) < len(entries)/5, file
 
 __all__ = [name for name in dir() if name.startswith("test_")]

@@ -2,7 +2,7 @@
 import numpy as np, plain_rivals, pytest, tiny, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from seats_analysis.adapter import encode, layout_of
-from seats_analysis.baselines import ABLATIONS, METHODS, Seats, make_method
+from seats_analysis.baselines import ABLATIONS, METHODS, Seats, make_method, wanted_scale
 from seats_analysis.budget import nearest_levels, planned_tokens
 from seats_analysis.merging import DyCoke, OmniZip, VisionZipOm, audio_anchors, density_peaks, select_visionzip, visionzip_counts, visual_shares
 from seats_analysis.prune import Cut, Entry, Part, Tokens, prune
@@ -167,6 +167,22 @@ def test_uniform_lies_evenly(seed):
 
 
 @seeded
+def test_uniform_drops_evenly(seed):
+    "Between layers too: of what is left, as many of each modality as planned, and text."
+    kinds, tokens, scores, r = sequence(seed)
+    n = {1: kinds.count(1), 2: kinds.count(2)}
+    aim = {m: int(r.integers(1, n[k] + 1)) for m, k in (('visual', 1), ('audio', 2))}
+    plan = Schedule(L, drop_layers=(2,), keep_ratios=dict(visual=(.5,), audio=(.5,)))
+    keep = positions(Uniform(plan).drop(tokens, None, Cut('drop2', 2, 2, (aim,), (0,), (True,)), 1)[0])
+    assert {i for i, k in enumerate(kinds) if k == 0} <= set(keep)
+    for m, k in (('visual', 1), ('audio', 2)):
+        mine = [i for i, kind in enumerate(kinds) if kind == k]
+        ordinals = [mine.index(i) for i in keep if kinds[i] == k]
+        assert len(ordinals) == aim[m] and ordinals[-1] == n[k] - 1
+        assert set(np.diff([-1, *ordinals]).tolist()) <= {n[k]//aim[m], n[k]//aim[m] + 1}
+
+
+@seeded
 def test_vtw_takes_the_first_layer_under_the_threshold(seed):
     import xarray as xr
     r = np.random.default_rng(seed)
@@ -220,6 +236,38 @@ def test_targets_are_met_where_no_floor_is_in_the_way(name):
     got = EVERY[name].for_trr(28, .72, .72, 9216, 1500).schedule.token_trr(9216, 1500)
     limit = {'omnizip': .65, 'vtw': 20/28}.get(name, .72) # 65 % of the visual tokens at most; whole layers
     assert got == pytest.approx(limit, abs=.02)
+
+
+@pytest.mark.parametrize('name', [n for n, m in EVERY.items() if hasattr(m, 'shares')])
+def test_ablations_change_one_thing(name):
+    "Scale, windows and temperature are those of the plan, and those that keep its stages have its very ratios."
+    plan = Schedule.solve(20, (10, 12, 14), 18, .2, .3, scale=1.3, temperature=.25, windows=dict(visual_grids=4, seconds=2.))
+    got = EVERY[name].for_trr(20, .2, .3, 128, 80, like=plan).schedule
+    assert (got.windows, got.temperature) == (plan.windows, plan.temperature)
+    if 1 in EVERY[name].stages and name != 'seats-no-stage2': assert got.entering['visual'] == pytest.approx(.26) and got.entering['audio'] == pytest.approx(.39)
+    if name in ('seats', 'seats-flat-budgets', 'seats-attention-only', 'seats-diversity-only'):
+        assert (got.drop_layers, got.late_start, got.shallow_end) == (plan.drop_layers, plan.late_start, plan.shallow_end)
+        for m in ('visual', 'audio'): np.testing.assert_allclose(got.keep_ratios[m], plan.keep_ratios[m])
+
+
+def test_the_scale_asked_for_holds_at_other_targets():
+    "A plan at the limit of what its layers allow still says what it wanted; a ratio set by hand counts more than what was asked for."
+    layers = dict(num_layers=20, drop_layers=(10, 12), late_start=18)
+    tight = Schedule.solve(**layers, visual=.7, audio=.3, scale=1.6, evidence=dict(scale_requested=1.6))
+    assert tight.scale['visual'] < 1.43 and wanted_scale(tight, 'visual') == wanted_scale(tight, 'audio') == 1.6
+    assert Seats.for_trr(20, .35, .3, like=tight).schedule.entering['visual'] == pytest.approx(1.6*.35)
+    stated = Schedule.solve(**layers, visual=.3, audio=.3, entering=dict(visual=.36, audio=.39), evidence=dict(scale_requested=1.4))
+    assert [wanted_scale(stated, m) for m in ('visual', 'audio')] == pytest.approx([1.2, 1.3])
+
+
+@each
+def test_a_modality_that_no_layer_sees(name):
+    "A plan may withdraw one modality at once: its target is 0, and nothing divides by it."
+    plan = Schedule(L, late_start=dict(visual=0, audio=4), entering=dict(visual=1., audio=.5))
+    own = dict(like=plan) if hasattr(EVERY[name], 'shares') else {}
+    got = EVERY[name].for_trr(L, plan.trr['visual'], plan.trr['audio'], 24, 40, **own).schedule
+    if own: assert got.late('visual') == (0 if 3 in EVERY[name].stages else L)
+    if name == 'seats': assert got.levels('audio') == pytest.approx(plan.levels('audio')) and got.trr['visual'] == 0
 
 
 def test_every_entry_says_what_it_is():
@@ -373,11 +421,28 @@ def test_no_choice_waits_for_the_device(name, model, batch):
             assert method.drop(tokens, torch.rand(B, S), cut, 4).shape == (B, S)
 
 
-def test_make_method_knows_all():
-    plan = Schedule(L, entering=dict(visual=.4, audio=.5))
-    for name in EVERY: assert make_method(name, plan if name != 'seats-no-stage1' else Schedule(L)).name == name
-    with pytest.raises(ValueError, match='stage 1'): make_method('seats-no-stage1', plan)
-    with pytest.raises(ValueError, match='seats-no-stage2'): make_method('fastv2', plan)
+STAGES = {1: dict(entering=dict(visual=.4, audio=.5)), 2: dict(drop_layers=(2,), keep_ratios=dict(visual=(.4,), audio=(.5,))), 3: dict(late_start=4)}
+
+
+@pytest.mark.parametrize('stage', STAGES)
+@each
+def test_make_method_knows_all(name, stage, model, singles):
+    "What `make_method` builds runs and loses no text; what has no rule for a stage is refused before it runs."
+    plan = Schedule(L, **STAGES[stage])
+    if stage not in EVERY[name].stages:
+        with pytest.raises(ValueError, match=f'stage {stage}.*for_trr'): make_method(name, plan)
+        return
+    method, layout = make_method(name, plan), singles[0].layout
+    with prune(model, method) as run: assert last(model, singles[0]).isfinite().all()
+    assert method.name == name and run.tokens_per_layer[0, -1] < layout.valid.sum()
+    for rows in run.kept.values(): assert set((layout.modality[0] == 0).nonzero()[:, 0].tolist()) <= set(rows[0].tolist())
+
+
+def test_make_method_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match='seats-no-stage2'): make_method('fastv2', Schedule(L))
+    for name in ('random', 'visionzip-om'): # whose own checks come on top
+        cls = type('Narrow', (EVERY[name],), dict(stages=(1,)))
+        with pytest.raises(ValueError, match='stage 2'): cls(Schedule(L, **STAGES[2]))
 
 
 @pytest.mark.cuda

@@ -13,7 +13,7 @@ import torch
 from seats_analysis import compare
 from seats_analysis.adapter import adapter_for, encode, score_choices
 from seats_analysis.baselines import ABLATIONS, METHODS
-from seats_analysis.compare import (TOLERANCE, Entrant, answer_all, clip_units, comparison_rows, compare_methods, data_shape, line_up, match_cost, mcnemar,
+from seats_analysis.compare import (TOLERANCE, DataShape, Entrant, answer_all, clip_units, comparison_rows, compare_methods, data_shape, line_up, match_cost, mcnemar,
                                     method_names, paired_difference, parse_answer, planned_counts, pruning_ready, ready_batch, ready_questions)
 from seats_analysis.evaluate import evaluate
 from seats_analysis.prune import as_method, prune
@@ -159,16 +159,39 @@ def test_shares_are_even(share):
 def test_matching_against_a_plain_search():
     "On random staircases: within the tolerance whatever the steps, and an honest floor."
     rng = np.random.default_rng(0)
-    for _ in range(50):
+    for i in range(50):
         edges, costs = np.sort(rng.random(8)), np.sort(rng.random(9))
         stairs, target = (lambda k: float(costs[np.searchsorted(edges, k)])), rng.random()
+        if i % 5 == 0: target = stairs(1e-4)*rng.uniform(1 - TOLERANCE, 1 - TOLERANCE/2) # floors a little too dear, and tops a little too cheap
+        if i % 5 == 1: target = stairs(1.)*rng.uniform(1 + TOLERANCE/2, 1 + TOLERANCE)
         found = match_cost(stairs, lambda x: x, target, 1.)
+        assert 0 <= found.get('share', 0) <= 1
         cost = found['plans'][0] if len(found['plans']) == 1 else (1 - found['share'])*found['plans'][0] + found['share']*found['plans'][1]
         setting = found.get('setting', 'matched')
         floor, top = stairs(1e-4), costs[8] if edges[-1] < 1 else costs[7]
         expected = 'own minimum' if floor > target*(1 + TOLERANCE) else 'own maximum' if top < target*(1 - TOLERANCE) else 'matched'
         assert setting == expected
         if expected == 'matched': assert abs(cost/target - 1) <= TOLERANCE
+
+
+@pytest.mark.parametrize('options', [dict(seconds=.5), dict(grids=2), dict(grids=2, seconds=.5)])
+def test_windows_of_a_method_s_own(model, processor, samples, options):
+    "Beside the same method with other windows: encoded once, each finds what it asked for, and runs as planned."
+    some = [s for s in samples if s.clip == 'c0'][:1]
+    other, method = (METHODS['visionzip-om'].for_trr(L, .4, .5, 24, 40, **o) for o in ({}, options))
+    for order in ([other, method], [method, other]):
+        rows = ready_questions(model, processor, some, order)
+        with pruning_ready(model, method, ready_batch(model, processor, rows), rows) as (run, given): model(**given.inputs)
+        with prune(model, method) as plain: model(**encode(model, processor, some).inputs)
+        assert run.kept['stage1'][0].tolist() == plain.kept['stage1'][0].tolist()
+        assert sum(DataShape.of(model, rows).plans(method)[0].values()).tolist() == plain.tokens_per_layer[0].tolist()
+
+
+def test_a_modality_that_no_layer_sees(shape):
+    "SEATS may withdraw one modality at once; the others are matched to what that costs."
+    plan = Schedule(20, late_start=dict(visual=0, audio=16), entering=dict(visual=1., audio=.5))
+    found = line_up(method_names('all,ablations'), {10: plan}, shape)
+    assert len(found) == 1 + len(METHODS | ABLATIONS) and any(e.setting == 'matched' for e in found[2:])
 
 
 def test_plans_are_what_runs(model, processor, samples):
@@ -286,6 +309,25 @@ def test_parsing_never_guesses():
                 named = {choices.index(w) for w in said if w in choices} | ({'ABC'.index(w.strip('(.)')) for w in said if w.strip('(.)') in 'ABC'} if lettered else set())
                 pick = parse_answer(text, choices, lettered)
                 assert pick is None or named == {pick}, (text, pick)
+
+
+def test_columns_say_what_happened(shape):
+    "Four questions, one of them a control: SEATS is right where the other one is wrong."
+    plan = Schedule(20, drop_layers=(10,), late_start=18, entering=dict(visual=.25, audio=.5), keep_ratios=dict(visual=(.5,), audio=(.5,)))
+    seats, other = METHODS['seats'](plan), METHODS['random'].for_trr(20, .5, .4, 128, 80)
+    entrants = [Entrant('full', 'full', 100, (None,), setting='full'), Entrant('seats', 'seats', 25, (seats,), knob=(1.,)), Entrant('random', 'random', 25, (other,), knob=(1.,))]
+    asked = [tiny.ask(str(i), tiny.clip(i), family=f) for i, f in enumerate(('where', 'where', 'what', 'control'))]
+    right = [(1, 1, 0), (1, 1, 0), (1, 0, 1), (0, 1, 0)]  # full, SEATS, random
+    answers = [[dict(pick=0, correct=bool(c), ms=[1., 2., 3.], counter=f, causal=f) for c, f in zip(row, (100., 30., 30.))] for row in right]
+    full, ours, theirs = comparison_rows(answers, asked, entrants, shape, n_boot=50)
+    assert [(r['n'], r['clips'], r['accuracy']) for r in (full, ours, theirs)] == [(3, 3, 1), (3, 3, pytest.approx(2/3)), (3, 3, pytest.approx(1/3))]
+    assert theirs['diff_seats'] == pytest.approx(-1/3) and theirs['diff_full'] == pytest.approx(-2/3) and ours['diff_full'] == pytest.approx(-1/3)
+    assert theirs['families']['where']['diff_seats'] == -1 and theirs['families']['what']['diff_seats'] == 1 and theirs['families']['control']['full_accuracy'] == 0
+    assert full['diff_seats'] is None and ours['diff_seats'] == 0 and [r['flops_fraction'] for r in (ours, theirs)] == [.3, .3]
+    # 4 windows of 32 and of 20 tokens: 32 + 40 enter, half of them stay from layer 10 to 18; 64 + 32 drawn once
+    assert ours['retention_entry'] == pytest.approx(72/208) and theirs['retention_entry'] == theirs['retention_layers'] == pytest.approx(96/208)
+    assert ours['retention_layers'] == pytest.approx((10*72 + 8*36)/20/208)
+    assert [ours['retention_visual'], ours['retention_audio']] == pytest.approx([(10*32 + 8*16)/20/128, (10*40 + 8*20)/20/80])
 
 
 def test_unparsable_is_wrong_and_counted(small, samples, monkeypatch):
