@@ -608,7 +608,8 @@ def comparison_table(
 
 # %% ../nbs/11b_compare.ipynb #4e9396aa
 SCHEMA = 'seats_analysis/eval/1'
-_CODE = ('media', 'layout', 'adapter', 'schedule', 'cost', 'select', 'prune', 'budget', 'rivals', 'merging', 'baselines', 'evaluate', 'compare')
+_CODE = ('media', 'layout', 'adapter', 'schedule', 'cost', 'kernels', 'select', 'encoders', 'prune', 'probe', 'budget', 'rivals', 'merging', 'baselines', 'evaluate', 'compare')
+_APART = ('boundaries', 'testbed') # of what is imported: a correction that no stored row goes through, and data with hashes of their own
 
 def hash_code()->str:
     "sha256 of the modules that a comparison's numbers depend on."

@@ -342,6 +342,20 @@ def test_unparsable_is_wrong_and_counted(small, samples, monkeypatch):
     assert row['accuracy'] == np.mean([p == s.answer for p, s in zip(picks, some)])
 
 
+def test_code_hash_covers_what_is_imported():
+    "Every module of ours behind `compare`, those imported inside functions too."
+    import ast
+    folder = Path(compare.__file__).parent
+    ours = {p.stem for p in folder.glob('[a-z]*.py')}
+    def imported(name):
+        found = [n for n in ast.walk(ast.parse((folder/f'{name}.py').read_text())) if isinstance(n, ast.ImportFrom) and (n.level or (n.module or '').startswith('seats_analysis'))]
+        return {part for n in found for part in [*(n.module or '').split('.'), *(a.name for a in n.names)]} & ours
+    seen, left = set(), ['compare']
+    while left:
+        if (name := left.pop()) not in seen: seen.add(name); left += imported(name)
+    assert {'kernels', 'encoders'} < seen and seen == {*compare._CODE, *compare._APART} and not set(compare._CODE) & set(compare._APART)
+
+
 # ---------------------------------------------------------------- the stored result
 
 STORED = ROOT/'data'/'results'/'eval_testbed.json'
