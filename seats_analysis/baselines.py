@@ -16,8 +16,8 @@ import torch
 
 from .budget import nearest_levels
 from .merging import DyCoke, OmniZip, VisionZip, VisionZipOm
-from .prune import CODES, Entry, Method, Part
-from .rivals import VTW, DivPrune, DivPruneOm, FastV, FastVOm, PyramidDrop, Random, Rival, Uniform, keep_best, stages_on
+from .prune import CODES, Method
+from .rivals import VTW, DivPrune, DivPruneOm, FastV, FastVOm, PyramidDrop, Random, Uniform, keep_best, stages_on
 from .schedule import Schedule, drop_positions, drop_shares
 from .select import topk_in_groups
 

@@ -12,9 +12,10 @@ __all__ = ['TOLERANCE', 'REGISTRY', 'ANSWERS', 'SCHEMA', 'Media', 'Ready', 'enco
 # %% ../nbs/11b_compare.ipynb #b53500dc
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from .adapter import (Encoded, adapter_for, decoder_inputs, encode_questions, la
 from .baselines import ABLATIONS, METHODS
 from .boundaries import holm
 from .cost import Ledger, prefill_flops, text_dims
-from .evaluate import accuracy_interval, clip_weights, score_rows
+from .evaluate import accuracy_interval, clip_weights, score_rows, wilson
 from .layout import AUDIO, IMAGE, TEXT, VISUAL, TokenLayout, pad_left, stack_layouts
 from .media import Sample, atomic_write
 from .probe import Journal, Memory, _clips_of, _digest, _gather, _sample_rows, journal_of, processes, provenance
@@ -194,9 +195,9 @@ class DataShape:
 
     def layouts(self, method): # a method may have time windows of its own
         "The layouts as a method sees them."
-        usual = rates(self.model)
-        if method is None or (method.grids, method.seconds or usual.seconds_per_chunk) == (usual.grids_per_window, usual.seconds_per_chunk): return [r.layout for r in self.rows]
-        return [layout_of(self.model, dict(r.shapes, input_ids=r.ids[None]), 'keep', method.grids, method.seconds) for r in self.rows]
+        own, usual = method and (method.grids, method.seconds), rates(self.model)
+        if own in (None, (usual.grids_per_window, None), (usual.grids_per_window, usual.seconds_per_chunk)): return [r.layout for r in self.rows]
+        return [layout_of(self.model, dict(r.shapes, input_ids=r.ids[None]), 'keep', *own) for r in self.rows]
 
     def plans(self, method): # -> per layout: modality -> (L,) tokens
         "What a method plans for each layout."
@@ -234,9 +235,11 @@ class Entrant:
         "The plan of a batch; second plans are spread evenly."
         return self.plans[int((number + 1)*self.share + .5) > int(number*self.share + .5)] if len(self.plans) > 1 else self.plans[0]
 
-    def mean(self, of): # of: function of a plan that gives a number
+    def mix(self, values): # one for each plan
         "A number of the data set, from those of the plans."
-        return of(self.plans[0]) if len(self.plans) == 1 else (1 - self.share)*of(self.plans[0]) + self.share*of(self.plans[1])
+        return values[0] if len(values) == 1 else (1 - self.share)*values[0] + self.share*values[1]
+
+    def mean(self, of): return self.mix([of(p) for p in self.plans]) # of: function of a plan that gives a number
 
 # %% ../nbs/11b_compare.ipynb #ac82e339
 TOLERANCE = .02 # relative difference in FLOPs at which two methods cost the same
@@ -315,8 +318,6 @@ def line_up(
     return out
 
 # %% ../nbs/11b_compare.ipynb #8c985b63
-import re
-
 _LEAD = re.compile(r'^(?:(?:the )?(?:correct |right |best )?(?:answer|option|choice)(?: is)?\s*:?)\s*', re.I)
 _LETTER = re.compile(r'^\(?([A-Z])(?:[).:]+|(?=\s*$))\s*(.*)$', re.S)
 
@@ -420,12 +421,6 @@ def clip_units(
         else: units.append(list(clip))
     return units
 
-def _by_clip(samples, indices):
-    "The indices of a unit, clip by clip."
-    found = {}
-    for i in indices: found.setdefault((samples[i].video, samples[i].audio), []).append(i)
-    return list(found.values())
-
 # %% ../nbs/11b_compare.ipynb #31ba958c
 def data_shape(
     model, processor,
@@ -467,7 +462,8 @@ def answer_all(
     identity = dict(about) | dict(answers=answers, batch_size=batch_size, max_new_tokens=max_new_tokens, limits=limits, entrants=[_describe(e) for e in entrants])
     journal = Memory() if journal is None else Journal(journal, identity | dict(samples=[[s.id, _digest(r)] for s, r in zip(samples, _sample_rows(samples))]))
     journal.open()
-    _answer_units(model, processor, samples, entrants, clip_units(samples, batch_size), journal, shard, progress, limits, answers=answers, max_new_tokens=max_new_tokens)
+    units = clip_units(samples, batch_size)
+    _answer_units(model, processor, samples, entrants, units, journal, shard, progress, limits, answers=answers, max_new_tokens=max_new_tokens)
     return None if shard[0] else _gather(journal, len(samples), wait=shard[1] > 1)
 
 # %% ../nbs/11b_compare.ipynb #2e05b7d0
@@ -488,11 +484,11 @@ def _answer_units(model, processor, samples, entrants, units, journal, shard, pr
     plans = [p for e in entrants for p in e.plans]
     with tqdm(total=total, initial=total - missing, unit='question', desc='eval' if shard[1] == 1 else f'eval ({shard[0] + 1} of {shard[1]})', disable=not progress) as bar:
         for n, (k, unit) in enumerate(left):
-            order = [i for clip in _by_clip(samples, unit) for i in clip]
-            rows = [r for clip in _by_clip(samples, unit) for r in ready_questions(model, processor, [samples[i] for i in clip], plans, **limits)]
+            order = [[unit[i] for i in clip] for clip in _clips_of([samples[i] for i in unit])]
+            rows = [r for clip in order for r in ready_questions(model, processor, [samples[i] for i in clip], plans, **limits)]
             work = partial(answer_unit, model, processor, rows, k, before[k], **options)
             if n == 0: work(entrants[:2]) # warm-up, or the first would pay for it
-            for i, outcomes in zip(order, work(entrants)): journal.write(i, outcomes)
+            for i, outcomes in zip(sum(order, []), work(entrants)): journal.write(i, outcomes)
             bar.update(len(unit))
 
 # %% ../nbs/11b_compare.ipynb #93319c7d
@@ -515,7 +511,6 @@ def paired_difference(
     seed:int=0,
 )->dict: # diff, low, high: accuracy of `a` minus that of `b` with its 95 % interval; p of `mcnemar`
     "How much better one method answers than another one, on the same questions."
-    from seats_analysis.evaluate import wilson
     diff = np.asarray(a, float) - np.asarray(b, float)
     if not diff.any(): low, high = (s*wilson(0., len(set(clips)))[1] for s in (-1, 1))
     else:
@@ -567,7 +562,8 @@ def comparison_row(
     outcomes = [row[k] for row in answers]
     kept = {f'retention_{name}': entrant.mean(lambda p: shape.retention(p)[name]) for name in ('layers', 'entry', 'visual', 'audio')}
     return dict(method=entrant.method, label=entrant.label, trr=entrant.trr, setting=entrant.setting, flops_fraction=cost, flops_target=target,
-                causal_fraction=_flops_of(answers, k, 'causal')/_flops_of(answers, 0, 'causal'), **kept, knob=entrant.mean(lambda p: dict(zip(map(id, entrant.plans), entrant.knob))[id(p)]) if entrant.knob else None, mixed=mixed,
+                causal_fraction=_flops_of(answers, k, 'causal')/_flops_of(answers, 0, 'causal'), **kept,
+                knob=entrant.mix(entrant.knob) if entrant.knob else None, mixed=mixed,
                 own_minimum=entrant.setting == 'own minimum', ranked=entrant.setting == 'matched' and target is not None and abs(cost/target - 1) <= TOLERANCE,
                 **_times(outcomes), ms_full=_times([row[0] for row in answers])['ms'], n=int(counts.sum()), clips=len(set(clips[counts])),
                 accuracy=right[counts].mean().item(), low=low, high=high, full_accuracy=full[counts].mean().item(),
@@ -600,11 +596,13 @@ def comparison_table(
     import pandas as pd
     percent = lambda x: np.nan if x is None else 100*x
     order = sorted(rows, key=lambda r: (-r['trr'], not r['ranked'], -r['accuracy']))
-    span = lambda r, name: '' if r[f'diff_{name}'] is None else f"{100*r[f'diff_{name}']:+.1f} ({100*r[f'diff_{name}_low']:+.1f} to {100*r[f'diff_{name}_high']:+.1f})"
+    span = lambda r: '' if r['diff_seats'] is None else '{:+.1f} ({:+.1f} to {:+.1f})'.format(*(100*r[f'diff_seats{end}'] for end in ('', '_low', '_high')))
+    fine = lambda r: r['setting'] in ('full', 'matched') and (r['ranked'] or r['label'] == 'full')
+    note = lambda r: '' if fine(r) else 'not matched' if r['setting'] == 'matched' else r['setting']
     return pd.DataFrame([{'TRR': f"{r['trr']:g}", 'method': r['label'], 'FLOPs': percent(r['flops_fraction']), 'entering': percent(r['retention_entry']),
                           'over layers': percent(r['retention_layers']), 'time': percent(r['ms']/r['ms_full']), 'accuracy': percent(r['accuracy']),
-                          '95 %': f"{percent(r['low']):.1f} to {percent(r['high']):.1f}", 'to SEATS': span(r, 'seats'), 'p': np.nan if r['mcnemar_p'] is None else r['mcnemar_p'],
-                          'unparsable': r['unparsable'], 'note': '' if r['setting'] in ('full', 'matched') and (r['ranked'] or r['label'] == 'full') else r['setting'] if r['setting'] != 'matched' else 'not matched'} for r in order])
+                          '95 %': f"{percent(r['low']):.1f} to {percent(r['high']):.1f}", 'to SEATS': span(r),
+                          'p': np.nan if r['mcnemar_p'] is None else r['mcnemar_p'], 'unparsable': r['unparsable'], 'note': note(r)} for r in order])
 
 # %% ../nbs/11b_compare.ipynb #4e9396aa
 SCHEMA = 'seats_analysis/eval/1'
@@ -650,10 +648,12 @@ def compare_methods(
     names, shape = method_names(names), data_shape(model, processor, samples, **limits)
     entrants = line_up(names, plans, shape, options, rules)
     origin = provenance(model, processor, samples, seed=0, answers=answers, batch_size=batch_size) | dict(schema=SCHEMA, code_sha256=hash_code())
-    answered = answer_all(model, processor, samples, entrants, batch_size, answers, max_new_tokens, journal=path and journal_of(path), about=origin, shard=processes(), progress=progress, **limits)
+    answered = answer_all(model, processor, samples, entrants, batch_size, answers, max_new_tokens, journal=path and journal_of(path),
+                          about=origin, shard=processes(), progress=progress, **limits)
     if answered is None: return None
     rows = comparison_rows(answered, samples, entrants, shape, apart=apart, n_boot=n_boot)
-    result = origin | dict(about) | dict(questions=len(samples), clips=len({s.clip for s in samples}), apart=list(apart), trr=list(plans), methods=list(names), rows=rows)
+    result = origin | dict(about) | dict(questions=len(samples), clips=len({s.clip for s in samples}), apart=list(apart),
+                                         trr=list(plans), methods=list(names), rows=rows)
     if path is not None:
         save_comparison(result, path)
         Journal(journal_of(path), {}).close()

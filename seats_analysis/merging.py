@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Table', 'best_in_rows', 'visionzip_counts', 'anchors_among', 'nearest_anchor', 'select_visionzip', 'VisionZipOm',
            'VisionZip', 'frame_roles', 'likeness', 'DyCoke', 'audio_anchors', 'visual_shares', 'whole_counts',
-           'density_peaks', 'frame_values', 'even_split', 'OmniZip', 'retained_audio']
+           'density_peaks', 'frame_values', 'even_split', 'retained_audio', 'OmniZip']
 
 # %% ../nbs/09c_merging.ipynb #a584673b
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,9 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from .prune import CODES
-from .rivals import Rival, rounded, whole
+from .rivals import Rival
 from .schedule import Schedule
-from .select import topk_in_groups
+from .select import stage1_counts, topk_in_groups
 
 # %% ../nbs/09c_merging.ipynb #5b9a4c04
 @dataclass(frozen=True)
@@ -271,7 +270,7 @@ def frame_values(
     table:Table, # of the frames
 )->torch.Tensor: # (F, P) float32
     "What OmniZip ranks the tokens of a frame by: peaks in the first frame of a pair, novelty in the second."
-    second = [role for role in frame_roles(sizes, 2)]
+    second = frame_roles(sizes, 2)
     novel = -table.rows(likeness(features, sizes, second))
     here = torch.tensor(second, dtype=torch.bool).to(features.device, non_blocking=True)[:, None]
     return torch.where(here, novel, density_peaks(table.rows(features), table.valid))
@@ -285,6 +284,16 @@ def even_split(
     ends = [total*a//max(sum(sizes), 1) for a in accumulate(sizes)]
     return tuple(b - a for a, b in zip([0, *ends], ends))
 
+def retained_audio(
+    kept:torch.Tensor, # (N,) bool
+    sizes:Sequence[int], # audio tokens of each time window
+    groups:int, # G
+)->torch.Tensor: # (G,) float32; NaN where there is no window
+    "Fraction of the audio tokens kept in each time group."
+    got = torch.stack([k.float().mean() for k in kept.split(sizes)][:groups] + [kept.new_zeros((), dtype=torch.float32)])[:-1]
+    return torch.nn.functional.pad(got, (0, groups - len(got)), value=torch.nan)
+
+# %% ../nbs/09c_merging.ipynb #f75a7e97
 @dataclass(frozen=True)
 class OmniZip(Rival):
     "OmniZip (arXiv 2511.14582): audio guides where visual tokens stay."
@@ -297,8 +306,7 @@ class OmniZip(Rival):
     needs: ClassVar[tuple] = ('encoder attention', 'embeddings')
     defaults: ClassVar[Mapping] = dict(contextual=.05, g=3, bounds=(.35, .75))
     uses_attention: ClassVar[bool] = True
-
-    def share(self, modality, sizes): return sizes, even_split(rounded(self.schedule.entering[modality], sum(sizes)), sizes)
+    def share(self, modality, sizes): return sizes, even_split(*stage1_counts((sum(sizes),), self.schedule.entering[modality]), sizes)
 
     def enter(self, entry): # -> (T,) bool, (T, D)
         B, own = len(entry.parts)//2, [(sum(p.sizes), p) for p in entry.parts]
@@ -320,20 +328,9 @@ class OmniZip(Rival):
         share = visual_shares(retained_audio(kept, sound.sizes, len(sizes)), sizes, sum(part.keep), self.bounds)[group]
         return table.flat(best_in_rows(frame_values(visual, part.sizes, table), table.valid, whole_counts(share*n)))
 
-# %% ../nbs/09c_merging.ipynb #f75a7e97
-def retained_audio(
-    kept:torch.Tensor, # (N,) bool
-    sizes:Sequence[int], # audio tokens of each time window
-    groups:int, # G
-)->torch.Tensor: # (G,) float32; NaN where there is no window
-    "Fraction of the audio tokens kept in each time group."
-    got = torch.stack([k.float().mean() for k in kept.split(sizes)][:groups] + [kept.new_zeros((), dtype=torch.float32)])[:-1]
-    return torch.nn.functional.pad(got, (0, groups - len(got)), value=torch.nan)
-
-def _for_trr(cls, num_layers, visual, audio, n_visual, n_audio, bounds=(.35, .75), contextual=.05, **options):
-    "Visual tokens stay within the bounds of what a group may lose, audio tokens above the share of the anchors; all is all."
-    pair = cls.fair_pair(visual, audio, n_visual, n_audio)
-    seen = 1. if visual == 1 else min(max(pair['visual'], 1 - bounds[1]), 1 - bounds[0])
-    return cls(Schedule(num_layers, entering=dict(visual=seen, audio=max(pair['audio'], contextual))), bounds=bounds, contextual=contextual, **options)
-
-OmniZip.for_trr = classmethod(_for_trr)
+    @classmethod
+    def for_trr(cls, num_layers, visual, audio, n_visual, n_audio, bounds=(.35, .75), contextual=.05, **options):
+        "Visual tokens stay within the bounds of what a group may lose, audio tokens above the share of the anchors; all is all."
+        pair = cls.fair_pair(visual, audio, n_visual, n_audio)
+        seen = 1. if visual == 1 else min(max(pair['visual'], 1 - bounds[1]), 1 - bounds[0])
+        return cls(Schedule(num_layers, entering=dict(visual=seen, audio=max(pair['audio'], contextual))), bounds=bounds, contextual=contextual, **options)

@@ -2,7 +2,6 @@
 
 As there, what is set apart is decided by the fields of an entry, never by its name, and something else is tested instead.
 """
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +11,8 @@ from seats_analysis.adapter import adapter_for, layout_of
 from seats_analysis.baselines import METHODS, make_method
 from seats_analysis.budget import at_least_one, keep_audio, random_count, ratio_after
 from seats_analysis.cost import prefill_flops
-from seats_analysis.merging import VisionZip, VisionZipOm, select_visionzip, visionzip_counts
+from seats_analysis.merging import VisionZipOm, select_visionzip, visionzip_counts
 from seats_analysis.prune import Tokens, plan_cuts, prune
-from seats_analysis.rivals import FastV, FastVOm
 from seats_analysis.schedule import Schedule
 from seats_analysis.select import window_sizes
 

@@ -1,8 +1,6 @@
 """The other methods as plain loops over tokens, written from their papers' pseudo-code: what the tensor code is compared with."""
 import math
 
-import torch
-
 
 def cos(a, b): return float(a.double() @ b.double() / max(float(a.double().norm()*b.double().norm()), 1e-12))
 def best(values, n, among): return sorted(sorted(among, key=lambda i: (-values[i], i))[:n])

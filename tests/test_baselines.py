@@ -4,9 +4,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from seats_analysis.adapter import encode, layout_of
 from seats_analysis.baselines import ABLATIONS, METHODS, Seats, make_method, wanted_scale
 from seats_analysis.budget import nearest_levels, planned_tokens
-from seats_analysis.merging import DyCoke, OmniZip, VisionZipOm, audio_anchors, density_peaks, select_visionzip, visionzip_counts, visual_shares
+from seats_analysis.merging import DyCoke, OmniZip, audio_anchors, density_peaks, select_visionzip, visionzip_counts, visual_shares
 from seats_analysis.prune import Cut, Entry, Part, Tokens, prune
-from seats_analysis.rivals import VTW, DivPruneOm, FastVOm, PyramidDrop, Uniform, withdrawal_layer
+from seats_analysis.rivals import VTW, DivPruneOm, PyramidDrop, Uniform, withdrawal_layer
 from seats_analysis.schedule import Schedule
 
 EVERY = METHODS | ABLATIONS

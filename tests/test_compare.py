@@ -14,9 +14,9 @@ from seats_analysis import compare
 from seats_analysis.adapter import adapter_for, encode, score_choices
 from seats_analysis.baselines import ABLATIONS, METHODS
 from seats_analysis.compare import (TOLERANCE, DataShape, Entrant, answer_all, clip_units, comparison_rows, compare_methods, data_shape, line_up, match_cost, mcnemar,
-                                    method_names, paired_difference, parse_answer, planned_counts, pruning_ready, ready_batch, ready_questions)
+                                    method_names, paired_difference, parse_answer, pruning_ready, ready_batch, ready_questions)
 from seats_analysis.evaluate import evaluate
-from seats_analysis.prune import as_method, prune
+from seats_analysis.prune import prune
 from seats_analysis.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parents[1]
