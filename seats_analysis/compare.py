@@ -10,7 +10,6 @@ __all__ = ['TOLERANCE', 'REGISTRY', 'ANSWERS', 'SCHEMA', 'Media', 'Ready', 'enco
            'comparison_table', 'hash_code', 'save_comparison', 'compare_methods']
 
 # %% ../nbs/11b_compare.ipynb #b53500dc
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,7 @@ from .cost import Ledger, prefill_flops, text_dims
 from .evaluate import accuracy_interval, clip_weights, score_rows, wilson
 from .layout import AUDIO, IMAGE, TEXT, VISUAL, TokenLayout, pad_left, stack_layouts
 from .media import Sample, atomic_write
-from .probe import Journal, Memory, _clips_of, _digest, _gather, _sample_rows, journal_of, processes, provenance
+from .probe import Journal, Memory, _clips_of, _digest, _gather, _sample_rows, hash_modules, journal_of, processes, provenance
 from .prune import ENCODED, Method, as_method, join_calls, prune, watch_encoders
 from .schedule import Schedule
 
@@ -461,8 +460,9 @@ def answer_all(
     _check_questions(samples, answers, shard, journal)
     identity = dict(about) | dict(answers=answers, batch_size=batch_size, max_new_tokens=max_new_tokens, limits=limits, entrants=[_describe(e) for e in entrants])
     journal = Memory() if journal is None else Journal(journal, identity | dict(samples=[[s.id, _digest(r)] for s, r in zip(samples, _sample_rows(samples))]))
-    journal.open()
     units = clip_units(samples, batch_size)
+    if not units[shard[0]::shard[1]]: return None # more processes than units; the first process always has one
+    journal.open()
     _answer_units(model, processor, samples, entrants, units, journal, shard, progress, limits, answers=answers, max_new_tokens=max_new_tokens)
     return None if shard[0] else _gather(journal, len(samples), wait=shard[1] > 1)
 
@@ -611,9 +611,7 @@ _APART = ('boundaries', 'testbed') # of what is imported: a correction that no s
 
 def hash_code()->str:
     "sha256 of the modules that a comparison's numbers depend on."
-    import seats_analysis
-    folder = Path(seats_analysis.__file__).parent
-    return hashlib.sha256(b''.join((folder/f'{name}.py').read_bytes() for name in _CODE if (folder/f'{name}.py').is_file())).hexdigest()
+    return hash_modules(_CODE)
 
 def _flat(row): return {k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in row.items() if k != 'families'}
 

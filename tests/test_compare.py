@@ -238,6 +238,11 @@ def test_interrupted_runs_go_on(small, samples, tmp_path, monkeypatch):
     assert len({i for ids in asked for i in ids}) == sum(map(len, asked))  # nothing twice
 
 
+def test_a_process_without_questions_leaves_nothing(small, samples, tmp_path):
+    entrants = [Entrant('full', 'full', 100, (None,))]
+    assert answer_all(*small, samples[:2], entrants, batch_size=2, journal=tmp_path/'j', shard=(3, 4)) is None and not (tmp_path/'j').exists()
+
+
 def test_journal_of_another_run_is_refused(small, samples, tmp_path):
     def begin(plan, names=ENTRANTS, **kw):
         entrants = line_up(names, {30: plan}, data_shape(*small, samples))
