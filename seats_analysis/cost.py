@@ -10,6 +10,7 @@ __all__ = ['CONVENTIONS', 'SECTIONS', 'TextDims', 'text_dims', 'prefill_flops', 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from time import perf_counter
 
 # %% ../nbs/07_cost.ipynb #707d52e8
@@ -196,23 +197,35 @@ def kv_bytes(tokens:Sequence[int], # (L,) tokens each layer processed in the pre
 
 # %% ../nbs/07_cost.ipynb #2399b777
 SECTIONS = ("encoders", "selection", "prefill", "decode")
+_HELD = 1000 # spans that a ledger holds unread before it looks which are over
 
-def _mark(cuda # take the mark in the device's stream
+def _mark(device # a CUDA device, whose stream takes the mark; None = the host
     ): # a moment, in host seconds or as a CUDA event
     "Now."
-    if not cuda: return perf_counter()
+    if device is None: return perf_counter()
     import torch
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event.record(torch.cuda.current_stream(device)) # without it, the stream of the current device, where the model need not be
     return event
+
+def _over(mark): return isinstance(mark, float) or mark.query() # reached, as far as one can know without waiting
 
 def _between(start, # mark
              end, # mark
     ): # milliseconds
-    "Time between two marks; waits for the device if they are events."
+    "Time between two marks; waits for the device if it is not there yet."
     if isinstance(start, float): return (end - start)*1e3
-    end.synchronize()
+    if not _over(end): end.synchronize()
     return start.elapsed_time(end)
+
+def _fold(spans, # (section, mark, mark); what is read is taken out
+          total, # {section: milliseconds}, added to
+          wait=False, # also for spans that the device has not finished
+    ):
+    "Read spans, from the first on."
+    done = list(takewhile(lambda span: wait or all(map(_over, span[1:])), spans))
+    for section, start, end in done: total[section] += _between(start, end)
+    del spans[:len(done)]
 
 # %% ../nbs/07_cost.ipynb #cff4965b
 @dataclass
@@ -225,13 +238,14 @@ class Ledger:
     _open: list = field(default_factory=list, repr=False) # sections entered and not left, innermost last
     _since: object = field(default=None, repr=False) # mark of the last change
 
-    def __post_init__(self): self._cuda = str(self.device).startswith("cuda")
+    def __post_init__(self): self._cuda = self.device if str(self.device).startswith("cuda") else None
 
     def _turn(self):
         "Close the running span, and let the next one start at the same moment."
         now = _mark(self._cuda)
         if self._open: self._spans.append((self._open[-1], self._since, now))
         self._since = now
+        if len(self._spans) > _HELD: _fold(self._spans, self._total)
 
     @contextmanager
     def time(self, section): # "encoders", "selection", "prefill" or "decode"
@@ -248,8 +262,7 @@ class Ledger:
     @property
     def ms(self): # {section: milliseconds}
         "Milliseconds so far in each section; a copy."
-        for section, start, end in self._spans: self._total[section] += _between(start, end)
-        self._spans.clear()
+        _fold(self._spans, self._total, wait=True)
         return dict(self._total)
 
     @property

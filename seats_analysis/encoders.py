@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -122,9 +123,12 @@ def find_repeats(
     return Repeats([[sum(kept), h, w] for (t, h, w), kept in zip(grids, new)], there(rows), there(first), merged)
 
 # %% ../nbs/08a_encoders.ipynb #8a000023
+@cache
+def _beside(device): return torch.cuda.Stream(device)
+
 class Aside:
     "Work beside the current stream of a device, until `join`."
-    def __init__(self, device): self.stream, self.out = torch.cuda.Stream(device) if torch.device(device).type == 'cuda' else None, ()
+    def __init__(self, device): self.stream, self.out = _beside(torch.cuda.current_stream(device).device) if torch.device(device).type == 'cuda' else None, ()
 
     @contextmanager
     def run(self):

@@ -46,7 +46,7 @@ def _take_diverse(distance, start, size, count, block, keep, WIDTH: tl.constexpr
         free = free & (slot != pick)
 
 # %% ../nbs/07a_kernels.ipynb #7a000010
-LARGEST = 8192 # tokens in a window for which the kernel is meant; one program holds a row of them
+LARGEST = 16384 # tokens in a window for which the kernel is meant; one program holds a row of them
 TILE = 8192 # table entries that one program reads at a time while it looks for the nearest neighbours, a power of two
 
 def fits(width:int # tokens in the largest window
@@ -59,7 +59,7 @@ def greedy_launch(width:int # tokens in the largest window
     "How the greedy kernel is launched for windows of this size. ValueError for one above `LARGEST`."
     if not fits(width): raise ValueError(f'a window of {width} tokens does not fit; at most {LARGEST}')
     wide = max(16, triton.next_power_of_2(width))
-    return dict(WIDTH=wide, ROWS=max(1, TILE//wide), num_warps=4 if wide <= 1024 else 8)
+    return dict(WIDTH=wide, ROWS=max(1, TILE//wide), num_warps=4 if wide <= 1024 else 8 if wide <= 8192 else 16)
 
 def take_diverse(distance:torch.Tensor, # (P,) float32, the (size, size) tables of all windows one after another
                  start:torch.Tensor, # (G,) int64 first token of each window
@@ -87,7 +87,7 @@ def _rows(x, first, n, head, stride_t, stride_h, dim, ROWS: tl.constexpr, DIM: t
     row, col = first + tl.arange(0, ROWS), tl.arange(0, DIM)
     return tl.load(x + row[:, None]*stride_t + head*stride_h + col[None, :], mask=(row < n)[:, None] & (col < dim)[None, :], other=0.)
 
-@triton.jit
+@triton.jit(do_not_specialize=['tiles', 'tokens'])
 def _log_sums(q, k, start, size, tiles, lse, tokens, scale, q_t, q_h, k_t, k_h, dim, ROWS: tl.constexpr, DIM: tl.constexpr):
     "Log of the softmax denominator of ROWS queries of one window and head."
     w, first, h = tl.program_id(0)//tiles, tl.program_id(0) % tiles * ROWS, tl.program_id(1)
@@ -106,7 +106,7 @@ def _log_sums(q, k, start, size, tiles, lse, tokens, scale, q_t, q_h, k_t, k_h, 
         tl.store(lse + h*tokens + begin + row, top + tl.log(total), mask=row < n)
 
 # %% ../nbs/07a_kernels.ipynb #7a000016
-@triton.jit
+@triton.jit(do_not_specialize=['tiles', 'tokens'])
 def _column_sums(q, k, start, size, tiles, lse, out, tokens, scale, q_t, q_h, k_t, k_h, dim, ROWS: tl.constexpr, DIM: tl.constexpr):
     "What ROWS keys of one window and head receive from all queries of the window."
     w, first, h = tl.program_id(0)//tiles, tl.program_id(0) % tiles * ROWS, tl.program_id(1)

@@ -13,6 +13,7 @@ import torch
 
 from seats_analysis import kernels, select
 
+LAUNCH = kernels.greedy_launch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -41,6 +42,8 @@ def greedy(r, g, spoil=False):
     attention = torch.rand(len(features), generator=g) if r.random() < .6 else None
     kernels.TILE = r.choice((32, 256, 8192)) # tables read in many pieces, in a few, in one
     counts = [r.choice((0, s, r.randint(0, s), r.randint(0, s))) for s in sizes]
+    as_wide = r.choice((1, 1, 1, 1, kernels.LARGEST)) # as launched for the largest windows, too
+    kernels.greedy_launch = lambda width: LAUNCH(max(width, as_wide))
     features, attention = features.to(DEVICE), None if attention is None else attention.to(DEVICE)
     plain, fused = both(lambda spoiled: select.select_in_clip(features.flip(0) if spoiled else features, attention, sizes, counts), spoil)
     per_window = [int(x.sum()) for x in fused.split(sizes)]

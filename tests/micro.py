@@ -12,7 +12,7 @@ from collections import Counter
 import torch
 
 
-from seats_analysis.select import attention_received, select_diverse, select_in_clip, select_in_windows, stage1_counts
+from seats_analysis.select import _distances, attention_received, select_in_clip, select_in_windows, stage1_counts
 
 WINDOWS = 16 # of 2 s
 
@@ -29,6 +29,19 @@ def cpu_ms(call, runs=3):
 
 # ---------------------------------------------------------------- selection
 
+def padded(features, attention, n, sizes):
+    "Stage I with all windows (G, N) padded to one width: distances to padding, a mask over them, and steps for whole windows, too."
+    valid = torch.arange(features.shape[1]) < torch.tensor(sizes)[:, None]
+    distance, taken, order = _distances(features, attention), ~valid, []
+    gap = distance.masked_fill(taken[..., None], torch.inf).topk(2, 1, largest=False).values[:, -1]
+    for step in range(max(n)):
+        order.append(gap.masked_fill(taken, -torch.inf).argmax(1, keepdim=True))
+        row = distance.take_along_dim(order[-1][..., None], 1)[:, 0]
+        gap, taken = torch.minimum(gap, row) if step else row, taken.scatter(1, order[-1], True)
+    order = torch.cat(order, 1).masked_fill(torch.arange(max(n)) >= torch.tensor(n)[:, None], features.shape[1])
+    return torch.zeros(len(n), features.shape[1] + 1, dtype=torch.bool).scatter(1, order, True)[:, :-1]
+
+
 def stage1():
     "Windows of both modalities, padded to one width, against tables of their own size."
     sizes = [288]*WINDOWS + [50]*WINDOWS
@@ -36,7 +49,7 @@ def stage1():
     n = stage1_counts(sizes[:WINDOWS], .084) + stage1_counts(sizes[WINDOWS:], .49)
     starts = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)
     table = (starts[:, None] + torch.arange(288)).clamp(max=len(x) - 1)
-    return lambda: select_diverse(x[table], a[table], n, sizes), lambda: select_in_clip(x, a, sizes, n)
+    return lambda: padded(x[table], a[table], n, sizes), lambda: select_in_clip(x, a, sizes, n)
 
 
 def statistic():

@@ -2,12 +2,59 @@
 from pathlib import Path
 import pytest, torch
 from torch.utils.flop_counter import FlopCounterMode
+from seats_analysis import cost
 from seats_analysis.adapter import encode, last_logits_only
 from seats_analysis.baselines import make_method
 from seats_analysis.cost import prefill_flops
 from seats_analysis.prune import prune
 from seats_analysis.schedule import Schedule
 from seats_analysis.testbed import load_testbed, testbed_samples as shipped_samples
+
+# ---------------------------------------------------------------- the ledger
+
+class Mark:
+    "An event: over once so many marks have been made after it, or when it is waited for."
+    made, lag, waits = 0, 0, 0
+    def __init__(self): self.at, Mark.made = Mark.made, Mark.made + 1
+    def query(self): return Mark.made - self.at > Mark.lag
+    def synchronize(self): Mark.waits += 1
+    def elapsed_time(self, end): return float(end.at - self.at)
+
+@pytest.mark.parametrize('device, lag', [('cpu', 0), ('cuda:1', 0), ('cuda:1', 50)])
+def test_a_long_answer_does_not_grow_the_ledger(monkeypatch, device, lag):
+    "Spans that are over are added up without waiting; what is not over stays, and all are there in the end."
+    if device != 'cpu': monkeypatch.setattr(cost, '_mark', lambda device: Mark())
+    monkeypatch.setattr(Mark, 'lag', lag), monkeypatch.setattr(Mark, 'waits', 0)
+    ledger, most = cost.Ledger(device), 0
+    for _ in range(3000):
+        with ledger.time('decode'): pass
+        most = max(most, len(ledger._spans))
+    assert cost._HELD <= most <= cost._HELD + lag + 1 and Mark.waits == 0
+    total = ledger.ms['decode']
+    assert total == 3000 if device != 'cpu' else total > 0
+    assert ledger.calls['decode'] == 3000 and not ledger._spans
+
+def test_a_device_that_is_behind_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(cost, '_mark', lambda device: Mark())
+    monkeypatch.setattr(Mark, 'lag', 10**9), monkeypatch.setattr(Mark, 'waits', 0)
+    ledger = cost.Ledger('cuda:0')
+    for _ in range(1500):
+        with ledger.time('decode'): pass
+    assert len(ledger._spans) == 1500 and Mark.waits == 0
+    assert ledger.ms['decode'] == 1500 and Mark.waits == 1500
+
+def test_marks_lie_in_the_stream_of_the_ledgers_device(monkeypatch):
+    "Which need not be the current device."
+    seen = []
+    class Event:
+        def __init__(self, enable_timing): assert enable_timing
+        def record(self, stream=None): seen.append(stream)
+    monkeypatch.setattr(torch.cuda, 'Event', Event)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device=None: f'stream of {device}')
+    with cost.Ledger('cuda:1').time('prefill'): pass
+    assert seen == ['stream of cuda:1']*2
+
+# ---------------------------------------------------------------- the closed form
 
 SCHEDULES = Path(__file__).parents[1]/'data'/'schedules'
 

@@ -11,8 +11,8 @@ from golden import (BF16_SCORE, BF16_STATISTIC, FILE_NAME, FLOAT32, GOLDEN, QUIR
 from seats_analysis.adapter import adapter_for, audio_token_counts, layout_of, rotary_tables
 from seats_analysis.prune import Tokens, prune, token_scores, window_tokens
 from seats_analysis.schedule import MODALITIES, Schedule, drop_shares, solve_keep_ratios
-from seats_analysis.select import (attention_received, diverse_order, kept_positions, pool_groups, query_scores, select_diverse, select_in_clip, select_in_windows,
-    stage1_counts, stage2_counts, undo_order, window_sizes)
+from seats_analysis.select import (attention_received, pool_groups, query_scores, select_in_clip, select_in_windows, stage1_counts, stage2_counts, undo_order,
+    window_sizes)
 
 @pytest.fixture(autouse=True)
 def no_grad():
@@ -113,14 +113,16 @@ def test_audio_statistic(case):
 def test_diverse_batch(case):
     t, n = tensors(case), min(case["num_retained"], case["N"])
     features, attention = t["features"], t.get("attention")
-    keep = select_diverse(features, attention, n)
-    assert keep.sum(1).tolist() == [n]*case["B"]
-    order = diverse_order(features, attention, n)
-    gaps = case["min_rel_gap_per_row"] or [None]*case["B"]
-    for row in range(case["B"]):
+    B, N = features.shape[:2]
+    flat = features.flatten(0, 1), None if attention is None else attention.flatten(), [N]*B
+    keep = [select_in_clip(*flat, count).view(B, N) for count in range(n + 1)]
+    assert all(k.sum(1).tolist() == [count]*B for count, k in enumerate(keep))
+    gaps = case["min_rel_gap_per_row"] or [None]*B
+    for row in range(B):
         if near(gaps[row]): continue
-        assert kept_positions(keep, n)[row].tolist() == t["keep_indices"][row].tolist()
-        if "greedy_order" in t: assert order[row].tolist() == t["greedy_order"][row].tolist()
+        assert keep[n][row].nonzero()[:, 0].tolist() == t["keep_indices"][row].tolist()
+        order = [(more[row] & ~less[row]).nonzero()[:, 0].tolist() for less, more in zip(keep, keep[1:])] # what one token more adds
+        if "greedy_order" in t: assert order == [[i] for i in t["greedy_order"][row].tolist()]
 
 def check_windows(case, keep, golden):
     "Exact count in every window; the same tokens unless the window's closest decision was a near tie."
@@ -147,10 +149,9 @@ def test_diverse_modality(case):
 @pytest.mark.parametrize("case", cases("windivprune_ties.json"))
 def test_diverse_ties(case):
     t, n = tensors(case), case["num_retained"]
-    attention = t["attention"][None] if "attention" in t else None
-    keep = select_diverse(t["features"][None], attention, n)[0]
+    keep = select_in_clip(t["features"], t.get("attention"), [len(t["features"])], n)
     assert int(keep.sum()) == n # ours: exactly n distinct tokens, whatever the reference did
-    if case["exact_arithmetic"]: assert kept_positions(keep, n).tolist() == t["keep_indices"].tolist()
+    if case["exact_arithmetic"]: assert keep.nonzero()[:, 0].tolist() == t["keep_indices"].tolist()
 
 # ---------------------------------------------------------------- Stage II scores
 

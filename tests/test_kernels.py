@@ -43,6 +43,16 @@ def test_windows_too_large_for_the_kernel_are_taken_by_pytorch(monkeypatch):
     assert not kernels.fits(8)
     assert select.select_in_clip(torch.randn(8, 4), None, (8,), (3,)).sum() == 3
 
+def test_a_new_length_compiles_nothing():
+    "Numbers that change from clip to clip are not compiled in, also where they are 1 or divisible by 16."
+    script = """
+from seats_analysis import kernels
+for kernel in kernels._log_sums, kernels._column_sums: print(sorted(p.name for p in kernel.params if p.do_not_specialize))
+"""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert run.stdout.splitlines() == [str(["tiles", "tokens"])]*2, run.stderr[-2000:]
+
 # ---------------------------------------------------------------- compiled for GPUs that are not there
 
 def assembled(kernel, types, constants, arch, warps=4):
@@ -65,7 +75,7 @@ def test_kernels_fit_a_gpu(arch):
     pytest.importorskip("triton.backends.nvidia.compiler")
     from seats_analysis import kernels
     found = {}
-    for wide in (16, 512, 2048, kernels.LARGEST):
+    for wide in (16, 512, 2048, 8192, kernels.LARGEST):
         constants = kernels.greedy_launch(wide)
         warps = constants.pop("num_warps")
         found["take", wide] = assembled(kernels._take_diverse, dict(INDEX, distance="*fp32", keep="*u8"), constants, arch, warps)

@@ -71,6 +71,17 @@ def test_video_in_another_stream_is_waited_for(there, gpu, batches, monkeypatch)
     monkeypatch.setattr(encoders.Aside, 'join', lambda self: None)
     with pytest.raises(Race), prune(there, PLANS['together'], encoders='overlap'): there(**batch.inputs)
 
+def test_one_stream_for_all_requests(there, gpu, batches, monkeypatch):
+    "The allocator keeps what is freed for the stream that it was made in: a second stream would reserve the tower's memory again."
+    batch, made, Stream = batches[1].to('cuda'), [], torch.cuda.Stream
+    encoders._beside.cache_clear()
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda device: made.append(Stream(device)) or made[-1])
+    for _ in range(2):
+        with prune(there, PLANS['together'], encoders='overlap'):
+            for _ in range(3): there(**batch.inputs)
+            there.generate(**batch.inputs, max_new_tokens=2)
+    assert len(made) == 1
+
 def test_a_longer_clip_does_not_wait_more(model, there, gpu):
     "What our own code asks the device for is all asked before the first layer, or after the last, and as often for 2 s as for 12 s."
     found = []

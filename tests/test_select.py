@@ -2,11 +2,13 @@
 test_properties.py."""
 import random, re
 from pathlib import Path
+from threading import Barrier, Event, Thread
 import pytest, torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from plain import naive_budgets, naive_order, naive_repair
-from seats_analysis.select import (attention_received, diverse_order, divide_total, finite_rows, kept_positions, plan_budgets, pool_groups, query_scores,
-    select_diverse, select_in_clip, select_in_windows, topk_in_groups, undo_order, water_fill)
+from seats_analysis.select import (_full_precision, _true_float32, attention_received, divide_total, finite_rows, plan_budgets, pool_groups, query_scores,
+    select_in_clip, select_in_windows, topk_in_groups, undo_order, water_fill)
 
 # ---------------------------------------------------------------- against plain loops
 
@@ -15,12 +17,12 @@ def test_batched_windows_equal_one_by_one(seed):
     g = torch.Generator().manual_seed(seed)
     sizes = torch.randint(1, 24, (7,), generator=g).tolist()
     counts = [int(torch.randint(0, s+1, (1,), generator=g)) for s in sizes]
-    features, attention = torch.randn(7, 24, 12, generator=g), torch.rand(7, 24, generator=g) if seed % 2 else None
-    keep = select_diverse(features, attention, counts, sizes) # what lies in the padding must not matter
-    for i, (size, count) in enumerate(zip(sizes, counts)):
-        order, slack = naive_order(features[i, :size], None if attention is None else attention[i, :size], count)
-        assert int(keep[i].sum()) == count and not keep[i, size:].any()
-        if slack > 1e-4: assert keep[i].nonzero()[:, 0].tolist() == sorted(order)
+    features, attention = torch.randn(sum(sizes), 12, generator=g), torch.rand(sum(sizes), generator=g) if seed % 2 else None
+    keep = select_in_clip(features, attention, sizes, counts).split(sizes)
+    for x, a, kept, count in zip(features.split(sizes), [None]*7 if attention is None else attention.split(sizes), keep, counts):
+        order, slack = naive_order(x, a, count)
+        assert int(kept.sum()) == count
+        if slack > 1e-4: assert kept.nonzero()[:, 0].tolist() == sorted(order)
 
 @pytest.mark.parametrize("seed", range(20))
 def test_selection_is_exact_among_duplicates(seed):
@@ -28,8 +30,8 @@ def test_selection_is_exact_among_duplicates(seed):
     base = torch.randn(3, 5, generator=g)*10**float(torch.randint(-6, 6, (1,), generator=g))
     features = base[torch.randint(0, 3, (4, 30), generator=g)] + (1e-7*torch.randn(4, 30, 5, generator=g) if seed % 2 else 0)
     n = [int(x) for x in torch.randint(0, 31, (4,), generator=g)]
-    keep = select_diverse(features, 1e5*torch.rand(4, 30, generator=g), n)
-    assert keep.sum(1).tolist() == n
+    keep = select_in_clip(features.flatten(0, 1), 1e5*torch.rand(120, generator=g), [30]*4, n)
+    assert keep.view(4, 30).sum(1).tolist() == n
 
 @pytest.mark.parametrize("seed", range(200))
 def test_water_level_equals_the_one_at_a_time_repair(seed):
@@ -126,6 +128,98 @@ def test_kept_tokens_are_the_best_of_their_group(seed):
             assert sorted(members[:int(budget[b, k])]) == [i for i in range(40) if keep[b, i] and group[b, i] == k]
         assert not keep[b, group[b] == 4].any()
 
+@pytest.mark.parametrize("attention", (False, True))
+def test_one_large_window_needs_its_table_once(attention):
+    "Nothing else of that size is made: no copy, no second table, no mask."
+    n, seen = 300, []
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            seen.extend(x.untyped_storage() for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor))
+            return out
+    x, a = torch.randn(n, 8), torch.rand(n) if attention else None
+    with Sizes(): keep = select_in_clip(x, a, [n], [20])
+    large = {s.data_ptr(): s.nbytes() for s in seen if s.nbytes() >= n*n} # bytes: a mask of the table, too
+    assert keep.sum() == 20 and list(large.values()) == [(n*n + n)*4]
+
+# ---------------------------------------------------------------- settings of the process
+
+PLACES = torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+SET = {
+    "nothing": lambda: None,
+    **{f"legacy {p}": lambda p=p: torch.set_float32_matmul_precision(p) for p in ("highest", "high", "medium")},
+    "allow_tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    **{f"{name} {p}": lambda place=place, p=p: setattr(place, "fp32_precision", p)
+       for name, place in zip(("all", "cuda", "mkldnn"), PLACES) for p in ("tf32", "bf16", "ieee") if (name, p) != ("cuda", "bf16")},
+}
+
+def settings():
+    "What can be read of the setting, the old way and the new."
+    def read(f):
+        try: return f()
+        except RuntimeError: return "refuses"
+    old = [read(torch.get_float32_matmul_precision), read(lambda: torch.backends.cuda.matmul.allow_tf32)]
+    return old + [place.fp32_precision for place in (*PLACES, torch.backends.cudnn.conv)]
+
+@pytest.fixture
+def setting():
+    "Sets one; afterwards all is as before."
+    before = settings()
+    yield lambda name: SET[name]()
+    torch.set_float32_matmul_precision("highest")
+    for place in PLACES: place.fp32_precision = "none"
+    assert settings() == before
+
+def full(): return all(place.fp32_precision in ("none", "ieee") for place in PLACES[1:])
+
+@pytest.mark.parametrize("name", SET)
+def test_products_are_full_float32_and_the_setting_stays(setting, name):
+    "However it was set, nested, and when the block raises; the same scores as without it."
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 8, 64), torch.randn(1, 2, 200, 64)
+    want = query_scores(q, k)
+    setting(name)
+    before = settings()
+    assert torch.equal(query_scores(q, k), want) and settings() == before
+    with _true_float32("cpu"):
+        with pytest.raises(ZeroDivisionError), _true_float32("cpu"): 1/0
+        assert full()
+    assert settings() == before and _full_precision.inside == 0
+
+def test_what_follows_the_general_setting_still_does(setting):
+    setting("all tf32")
+    query_scores(torch.randn(1, 2, 4), torch.randn(1, 2, 5, 4))
+    setting("all ieee")
+    assert settings()[2:5] == ["ieee"]*3
+
+def test_threads_share_the_setting(setting):
+    "The first to enter is the first to leave."
+    setting("legacy high")
+    before, entered, second, left = settings(), Event(), Event(), Event()
+    found = []
+    def first():
+        with _true_float32("cpu"): entered.set(); second.wait()
+        left.set()
+    def other():
+        entered.wait()
+        with _true_float32("cpu"): second.set(); left.wait(); found.append(full())
+    threads = [Thread(target=f) for f in (first, other)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert found == [True] and settings() == before
+
+def test_many_threads(setting):
+    setting("all tf32")
+    before, start, found = settings(), Barrier(4), []
+    def run():
+        start.wait()
+        for _ in range(300):
+            with _true_float32("cpu"): found.append(full())
+    threads = [Thread(target=run) for _ in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert len(found) == 1200 and all(found) and settings() == before
+
 # ---------------------------------------------------------------- no host sync
 
 def public_calls():
@@ -137,15 +231,12 @@ def public_calls():
         attention_received=lambda: attention_received(heads, heads, (16, 16, 8)),
         pool_groups=lambda: pool_groups(stat, 2, (21, 19)),
         undo_order=lambda: undo_order(stat, torch.arange(40)),
-        diverse_order=lambda: diverse_order(tokens[None], stat[None], 5),
-        select_diverse=lambda: select_diverse(tokens.view(2, 20, 8), stat.view(2, 20), (3, 7), (15, 20)),
         select_in_clip=lambda: select_in_clip(tokens, stat, (16, 16, 8), (3, 16, 2)),
         query_scores=lambda: query_scores(torch.rand(2, 4, 8), torch.rand(2, 2, 11, 8), scores > 0),
         water_fill=lambda: water_fill(size*0, size, size, size),
         plan_budgets=lambda: plan_budgets(size.float(), size.float(), size, size, (3, 6), (2, 1), scale_free=True),
         topk_in_groups=lambda: topk_in_groups(scores, window, size),
         select_in_windows=lambda: select_in_windows(scores, modality, window, 1, (3, 2), (2, 1)),
-        kept_positions=lambda: kept_positions(scores > .5, 3),
         finite_rows=lambda: finite_rows(tokens),
         divide_total=lambda: divide_total((3, 6), (2, 1), size[:, 0], size[:, 0], .5))
 
@@ -176,11 +267,11 @@ def test_cuda_runs_without_sync_and_agrees():
     cpu = {}
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
-        f, a, s = (torch.rand(shape).to(device) for shape in ((4, 30, 16), (4, 30), (2, 11)))
+        f, a, s = (torch.rand(shape).to(device) for shape in ((120, 16), (120,), (2, 11)))
         m = torch.tensor([[0] + [1]*6 + [2]*4]*2).to(device)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
-        try: out = select_diverse(f, a, (3, 30, 7, 1)), select_in_windows(s, m, m*0, 1, (3, 2), (2, 1))
+        try: out = select_in_clip(f, a, [30]*4, (3, 30, 7, 1)), select_in_windows(s, m, m*0, 1, (3, 2), (2, 1))
         finally: torch.cuda.set_sync_debug_mode("default")
         if device == "cpu": cpu = out
     assert all(torch.equal(x, y.cpu()) for x, y in zip(cpu, out))
