@@ -596,9 +596,10 @@ def _said(job, name):
 
 # %% ../nbs/11a_bench.ipynb #5ae06d08
 def _too_long(file, row, most_seconds):
-    "Whether the same method on fewer tokens was so slow that this row would take longer."
-    alike = lambda r: all(r[f] == row[f] for f in ('config', 'width', 'method', 'trr', 'encoders')) and r['tokens']*r['batch'] < row['tokens']*row['batch'] and r.get('samples')
-    last = max(filter(alike, file.rows.values()), key=lambda r: r['tokens']*r['batch'], default=None)
+    "Whether the same method on shorter prompts or fewer of them was so slow that this row would take longer."
+    alike = lambda r: all(r[f] == row[f] for f in ('config', 'width', 'method', 'trr', 'encoders')) and r.get('samples')
+    smaller = lambda r: r['tokens'] <= row['tokens'] and r['batch'] <= row['batch'] and (r['tokens'], r['batch']) != (row['tokens'], row['batch'])
+    last = max((r for r in file.rows.values() if alike(r) and smaller(r)), key=lambda r: (r['tokens'], r['batch']), default=None)
     if last is None: return False
     grown = (row['tokens']/last['tokens'])**2*row['batch']/last['batch']
     return min(s['ttft_ms'] for s in last['samples'])/1e3*grown > most_seconds

@@ -284,7 +284,8 @@ def test_no_step_out_of_memory_ends_the_run(clock, tmp_path, monkeypatch, where,
 
 def test_batches_cost_in_proportion():
     "Four times the prompts take four times as long, four times the tokens in one prompt sixteen times."
-    file = type('File', (), dict(rows={1: dict(row('full', 100, 0, 0, 10., 1.), tokens=1000)}))
+    short = dict(row('full', 100, 0, 0, 10., 1.), tokens=1000)
+    file = type('File', (), dict(rows={1: short, 2: dict(short, tokens=100, batch=16)})) # many short prompts say nothing about a long one
     longer = lambda limit, **more: bench._too_long(file, dict(row('full', 100, 0, 0, 0, 1.), tokens=1000) | more, limit)
     assert longer(.039, batch=4) and not longer(.041, batch=4) and longer(.159, tokens=4000) and not longer(.161, tokens=4000)
 
