@@ -7,6 +7,7 @@ PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.installed
 OLDEST  := 5.17.0
 OVERLAY := build/transformers-$(basename $(OLDEST))
+BENCH   ?= --again
 
 help:
 	@echo "make install   .venv with everything (again only when settings.ini or setup.py change)"
@@ -15,7 +16,7 @@ help:
 	@echo "make nightly   the long version of the tests"
 	@echo "make lab       JupyterLab on the notebooks (LAB=--no-browser and the like are passed on)"
 	@echo "make figures   data/ -> figures/"
-	@echo "make bench     time the stages on this machine (BENCH=--again times what is stored anew)"
+	@echo "make bench     time the stages on this machine, from the beginning (BENCH= goes on with an interrupted run)"
 	@echo "make testbed   train the embedded model again"
 	@echo "make wheel     a wheel in dist/"
 
