@@ -937,7 +937,7 @@ def _bench(file, jobs, device, options, repeats, steps, limit):
     "Measure, with a bar for what is going on."
     from tqdm import tqdm
     from seats_analysis.bench import run_jobs
-    if stored := sum(bool(r.get('samples')) for r in _bench_rows(file, jobs)): note(f'{stored} rows are in {file.path} from before and are only completed; --again times them anew')
+    if stored := sum(bool(r.get('samples')) for r in _bench_rows(file, jobs)): note(f'{stored} rows are in {file.path} from before and are only completed; --again begins the file anew')
     with tqdm(unit='step', desc='bench', bar_format='{desc}: {elapsed} {postfix}') as bar:
         progress = bar.set_postfix_str
         try: run_jobs(jobs, file, device, repeats=repeats, steps=steps, most_seconds=limit, progress=progress, **options)

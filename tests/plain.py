@@ -1,6 +1,5 @@
 """The published formulas as plain loops, one token at a time: what the tensor code is compared with."""
 import math
-import torch
 
 def naive_order(features, attention, steps):
     "One window, one token at a time, as the formula reads; the closest distance between best and second best is returned too."

@@ -6,7 +6,7 @@ import seats_analysis.prune as pruning
 from pretend import Race, Wait, no_waits, pretend_gpu
 from test_hot_path import PLANS
 from seats_analysis import bench, encoders
-from seats_analysis.adapter import adapter_for, encode, encode_questions, score_choices
+from seats_analysis.adapter import adapter_for, encode, score_choices
 from seats_analysis.baselines import METHODS
 from seats_analysis.prune import follow_up, prune
 from seats_analysis.probe import probe_dependency

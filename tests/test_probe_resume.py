@@ -18,7 +18,7 @@ import torch
 from seats_analysis import probe
 from seats_analysis.adapter import limit_pixels
 from seats_analysis.media import Clip, Sample
-from seats_analysis.probe import Journal, journal_of, load_profile, probe_dependency, probe_to_file
+from seats_analysis.probe import Journal, journal_of, probe_dependency, probe_to_file
 
 ROOT = Path(__file__).resolve().parents[1]
 FORK = multiprocessing.get_context('fork')

@@ -1,5 +1,5 @@
 """Pruning by hooks: equal to a plain forward written without them, to itself in any batch, and gone without a trace."""
-import copy, gc, weakref
+import gc, weakref
 from dataclasses import dataclass
 import numpy as np, pytest, torch
 from torch.utils._python_dispatch import TorchDispatchMode
