@@ -300,7 +300,7 @@ def bench_schedule(
         plan = Schedule.published(name, int(trr))
         if abs(plan.token_trr(visual, audio) - trr/100) < .005: return plan
     like = name if name in PUBLISHED else 'qwen2.5-omni-7b'
-    return Schedule.from_trr(bench_bounds(name), trr, visual, audio, late='estimate', like=like)
+    return Schedule.from_trr(bench_bounds(name), trr, visual, audio, like=like)
 
 def bench_method(
     name:str, # key of `METHODS`

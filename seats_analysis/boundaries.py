@@ -6,9 +6,10 @@
 __all__ = ['MODALITIES', 'BANDS', 'REACH', 'SCHEMA_BOUNDARIES', 'ramp', 'synthetic_profile', 'needed_families',
            'control_families', 'ClipCounts', 'clip_counts', 'monotone_fit', 'first_staying', 'first_rise',
            'bootstrap_accuracy', 'loss_bound', 'clips_needed', 'effective_clips', 'critical_value', 'lower_band',
-           'retained', 'profile_hash', 'Boundaries', 'Resampled', 'resample', 'decide', 'find_boundaries', 'explain',
-           'boundaries_to_dict', 'boundaries_from_dict', 'save_boundaries', 'load_boundaries', 'equivalence_p', 'holm',
-           'equivalence_table', 'segment_boundaries', 'kl_threshold', 'boundary_table']
+           'retained', 'profile_hash', 'Boundaries', 'Resampled', 'resample', 'decide', 'find_boundaries',
+           'excludable_loss', 'explain', 'boundaries_to_dict', 'boundaries_from_dict', 'save_boundaries',
+           'load_boundaries', 'equivalence_p', 'holm', 'equivalence_table', 'segment_boundaries', 'kl_threshold',
+           'boundary_table']
 
 # %% ../nbs/05_boundaries.ipynb #0d278811
 import hashlib
@@ -529,15 +530,21 @@ def find_boundaries(
     return decide(resample(profile, removed, confidence, n_boot, seed, split, families, band, variable, chance), tolerance, rise, margin, reach)
 
 # %% ../nbs/05_boundaries.ipynb #e80db98b
+def excludable_loss(
+    bounds,  # Boundaries from find_boundaries
+):  # fraction of the performance
+    "The least loss that so many clips can exclude, whatever they answer."
+    return float(loss_bound(0.0, 0.0, bounds.parameters["effective_clips"], bounds.parameters["critical"]))
+
+
 def _certificate(bounds):
     "One sentence about what could be certified, and what it would take."
     margin, critical = bounds.parameters["margin"], bounds.parameters["critical"]
     if bounds.late_start_certified < bounds.num_layers:
         return f"Removal from layer {bounds.late_start_certified + 1} on is certified to cost at most {margin:.3g} of the performance."
-    best = float(loss_bound(0.0, 0.0, bounds.parameters["effective_clips"], critical))
-    return (f"No layer can be certified at a loss of {margin:.3g}: {bounds.n_clips} clips exclude {best:.3g} at best, and "
+    return (f"No layer can be certified at a loss of {margin:.3g}: {bounds.n_clips} clips exclude {excludable_loss(bounds):.3g} at best, and "
             f"{clips_needed(margin, critical)} effective clips without a loss would be needed (clips with unequal numbers of right answers count for less: "
-            f"these {bounds.n_clips} for {bounds.parameters['effective_clips']:.1f}). Schedules then keep the tokens to the end.")
+            f"these {bounds.n_clips} for {bounds.parameters['effective_clips']:.1f}).")
 
 
 def explain(

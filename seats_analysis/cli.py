@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['app', 'Model', 'Data', 'Limit', 'Device', 'Json', 'Threads', 'Profile', 'Root', 'Method', 'BranchTokens', 'Split',
-           'Tolerance', 'Margin', 'SCHEMA_SENSITIVITY', 'EVAL_QUESTIONS', 'EVAL_SEED', 'TARGETS', 'SCHEMA_RESULTS',
-           'one_line', 'Seats', 'main', 'check_model', 'check_device', 'load_model', 'load_data', 'writable', 'emit',
-           'note', 'limits_of', 'mean_tokens', 'probe', 'boundary_row', 'table', 'boundaries', 'check_trr', 'describe',
-           'schedule', 'stored_boundaries', 'run_report', 'run', 'figures', 'simulate', 'questions', 'task_kinds',
-           'sensitivity_rows', 'sensitivity', 'eval_samples', 'eval_plans', 'eval_', 'bench', 'train_testbed',
-           'per_block', 'result_rows', 'compare_profiles', 'compare_plans', 'compare_rows', 'agreement', 'demo']
+           'Late', 'Tolerance', 'Margin', 'SCHEMA_SENSITIVITY', 'EVAL_QUESTIONS', 'EVAL_SEED', 'TARGETS',
+           'SCHEMA_RESULTS', 'one_line', 'Seats', 'main', 'check_model', 'check_device', 'load_model', 'load_data',
+           'writable', 'emit', 'note', 'limits_of', 'mean_tokens', 'probe', 'boundary_row', 'table', 'boundaries',
+           'check_trr', 'describe', 'schedule', 'stored_boundaries', 'run_report', 'run', 'figures', 'simulate',
+           'questions', 'task_kinds', 'sensitivity_rows', 'sensitivity', 'eval_samples', 'eval_plans', 'eval_', 'bench',
+           'train_testbed', 'per_block', 'result_rows', 'demo']
 
 # %% ../nbs/14_cli.ipynb #b9bb2135
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -39,10 +40,22 @@ def _fail(message, code=2):
     raise SystemExit(code)
 
 # %% ../nbs/14_cli.ipynb #187c7660
+def _notes(show):
+    "What a schedule warns of becomes a note, said once; other warnings are shown as ever."
+    said = set()
+    def showwarning(message, category, *rest, **options):
+        if category.__name__ != 'ScheduleWarning': return show(message, category, *rest, **options)
+        if str(message) not in said: note(f'note: {message}')
+        said.add(str(message))
+    return showwarning
+
 class Seats(TyperGroup):
     "The command group with its own end: one line and exit 2 for bad input, 130 for Ctrl-C."
     def main(self, args=None, prog_name=None, complete_var=None, standalone_mode=True, **extra):
-        try: code = super().main(args, prog_name or 'seats', complete_var, standalone_mode=False, **extra)
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _notes(warnings.showwarning)
+                code = super().main(args, prog_name or 'seats', complete_var, standalone_mode=False, **extra)
         except KeyboardInterrupt: _fail('interrupted', 130)
         except BrokenPipeError: os._exit(0)                  # the reader of our output has gone
         except _BAD_INPUT as error:
@@ -197,7 +210,7 @@ Data = Annotated[str, typer.Option('--data', help='`testbed`, a benchmark such a
 Limit = Annotated[Optional[int], typer.Option('--limit', min=1, help='Use only the first so many questions.')]
 Device = Annotated[str, typer.Option('--device', help='cpu or cuda; by default a GPU where there is one.')]
 Json = Annotated[bool, typer.Option('--json', help='Print one JSON document instead of text.')]
-Threads = Annotated[Optional[int], typer.Option('--threads', min=1, help='CPU threads; numbers are reproducible to the bit for the same count.')]
+Threads = Annotated[Optional[int], typer.Option('--threads', min=1, help='CPU threads; with the same count, the same command gives the same numbers on the same machine.')]
 Profile = Annotated[Path, typer.Argument(help='NetCDF file written by `seats probe`.', show_default=False)]
 
 def _set_threads(threads):
@@ -360,7 +373,7 @@ def _family_bounds(profile, split, rule):
 
 def _family_text(apart, num_layers):
     "Lines for people, layers from 1."
-    if not apart: return []
+    if not any(apart.values()): return []
     def span(r, name):
         if r[name] is None: return '-'
         high = r[f'{name}_high']
@@ -378,6 +391,7 @@ def _draw_boundaries(profile, split, rule, path):
 
 # %% ../nbs/14_cli.ipynb #1ced538f
 Split = Annotated[str, typer.Option('--split', help='Samples to derive from: a split of the data, or `all`.')]
+Late = Annotated[Optional[str], typer.Option('--late', help='Where the late block starts: the `estimate`, or the layer that is `certified`; without it as `Schedule` has it.')]
 Tolerance = Annotated[float, typer.Option('--tolerance', help='Loss of performance that counts as none, as a fraction.')]
 Margin = Annotated[Optional[float], typer.Option('--margin', help='Loss that the certificate excludes, as a fraction; default: the tolerance.')]
 
@@ -395,6 +409,7 @@ def boundaries(
     stored, rule = open_profile(profile), dict(tolerance=tolerance, margin=margin, rise=rise)
     found = [_find(stored, str(r), split, **rule) for r in stored['removed'].values]
     apart = _family_bounds(stored, split, rule) if families else {}
+    if families and not any(apart.values()): note('note: the questions are of one family, so there is nothing to tell apart')
     if figure: _draw_boundaries(stored, split, rule, figure)
     data = {b.removed: boundaries_to_dict(b) | ({'by_family': apart[b.removed]} if apart else {}) for b in found}
     emit(as_json, data, '\n'.join([table([boundary_row(b) for b in found]), *_family_text(apart, found[0].num_layers)]))
@@ -424,11 +439,15 @@ def _bounds_for(profile, apart, split, **options):
     return {m: _find(profile, m, split, **options) for m in ('visual', 'audio')}
 
 # %% ../nbs/14_cli.ipynb #3deb928e
-def _solve(bounds, trr, visual, audio, tokens, late, **options):
+def _rule(late):
+    "The rule for the late start where one was given; else `Schedule` has the default."
+    return {} if late is None else dict(late=late)
+
+def _solve(bounds, trr, visual, audio, tokens, **options):
     "Schedule for a headline TRR, or for a target per modality (all in percent)."
     from seats_analysis.schedule import Schedule
-    if trr is not None: return Schedule.from_trr(bounds, trr, *tokens(), late=late, **options)
-    return Schedule.from_boundaries(bounds, visual=visual/100, audio=audio/100, late=late, **options)
+    if trr is not None: return Schedule.from_trr(bounds, trr, *tokens(), **options)
+    return Schedule.from_boundaries(bounds, visual=visual/100, audio=audio/100, **options)
 
 def describe(
     plan, # Schedule
@@ -436,9 +455,10 @@ def describe(
     "A schedule in a few lines, layers printed from 1."
     late = {m: plan.late(m) for m in ('visual', 'audio')}
     gone = ', '.join(f'{m} {f"gone from layer {l + 1}" if l < plan.num_layers else "stays to the end"}' for m, l in late.items())
+    drops = ', '.join(str(d + 1) for d in plan.drop_layers)
     return '\n'.join([f'TRR       visual {100*plan.trr["visual"]:.3g} %, audio {100*plan.trr["audio"]:.3g} %',
                       f'entering  visual {100*plan.entering["visual"]:.3g} %, audio {100*plan.entering["audio"]:.3g} %',
-                      f'drops     before layers {", ".join(str(d + 1) for d in plan.drop_layers) or "-"} of {plan.num_layers}', f'late      {gone}'])
+                      f'drops     {f"before layers {drops} of {plan.num_layers}" if drops else "none: all that enters stays until it leaves as a whole"}', f'late      {gone}'])
 
 def _which_targets(trr, visual, audio):
     "Check that there is a headline TRR or both targets, and not all of them."
@@ -456,7 +476,7 @@ def schedule(
     audio: Annotated[Optional[float], typer.Option('--audio', help='Percent of the audio tokens, instead of --trr.')] = None,
     tokens: Annotated[str, typer.Option('--tokens', help='VISUAL,AUDIO tokens of the data; default: what the profile says.')] = '',
     apart: Annotated[bool, typer.Option('--apart', help='Boundaries of each modality from its own curve.')] = False,
-    late: Annotated[str, typer.Option('--late', help='`certified` trusts what the confidence band supports, `estimate` the fit.')] = 'certified',
+    late: Late = None,
     scale: Annotated[float, typer.Option('--scale', help='Entering ratio over TRR that is aimed at.')] = 1.4,
     split: Split = 'derive', tolerance: Tolerance = .01, margin: Margin = None, as_json: Json = False,
 ):
@@ -467,18 +487,9 @@ def schedule(
     from seats_analysis.figures import open_profile
     stored = open_profile(profile)
     bounds = _bounds_for(stored, apart, split, tolerance=tolerance, margin=margin)
-    plan = _solve(bounds, trr, visual, audio, lambda: _stored_tokens(stored, tokens), late, scale=scale)
+    plan = _solve(bounds, trr, visual, audio, lambda: _stored_tokens(stored, tokens), scale=scale, **_rule(late))
     plan.save(out)
-    _say_uncertified(plan, bounds, late)
     emit(as_json, json.loads(out.read_text()), f'{out}\n{describe(plan)}')
-
-# %% ../nbs/14_cli.ipynb #c80fb320
-def _say_uncertified(plan, bounds, late):
-    "Explain on stderr why nothing is removed late."
-    if late == 'certified' and not plan.keeps_all and max(plan.late(m) for m in ('visual', 'audio')) == plan.num_layers:
-        one = bounds if not isinstance(bounds, dict) else max(bounds.values(), key=lambda b: b.late_start_certified)
-        note(f'note: no late block is certified ({one.n_clips} clips; the estimate is layer {one.late_start + 1}), so tokens stay to the last layer; '
-             '`--late estimate` trusts the fit, `--margin` certifies a larger loss')
 
 # %% ../nbs/14_cli.ipynb #cc722092
 def stored_boundaries(
@@ -527,7 +538,7 @@ def _plan_for_run(path, trr, model, profile, late, counts):
     if path is not None: return Schedule.load(path)
     if trr is None: return None
     if profile is None and (published := _published_pair(model, trr)): return published
-    return Schedule.from_trr(stored_boundaries(model, profile), trr, *counts, late=late)
+    return Schedule.from_trr(stored_boundaries(model, profile), trr, *counts, **_rule(late))
 
 # %% ../nbs/14_cli.ipynb #ea78c371
 def _answer(model, processor, encoded, plan, max_new_tokens):
@@ -549,7 +560,7 @@ def _choice_scores(model, encoded, plan, choices):
 # %% ../nbs/14_cli.ipynb #0afaa15f
 def run_report(
     model, encoded, ran, plan, # the Run of `prune`, and its schedule or None
-)->dict: # counts, targets, FLOPs and time
+)->dict: # counts, what was kept and was to be kept, FLOPs and time
     "What a run cost, for machines."
     from seats_analysis.adapter import adapter_for
     from seats_analysis.cost import prefill_flops
@@ -557,15 +568,22 @@ def run_report(
     tokens, config = ran.tokens_per_layer[0].tolist(), adapter_for(model).config(model)
     full = prefill_flops([encoded.shape[1]]*len(tokens), config)
     report = dict(tokens=counts, tokens_per_layer=tokens, flops_fraction=prefill_flops(tokens, config)/full, ms=ran.ledger.ms)
-    if plan is not None: report |= dict(trr=dict(plan.trr), token_trr=plan.token_trr(counts['visual'], counts['audio']))
+    if plan is not None:
+        kept, there = ran.trr, {m: n for m, n in counts.items() if m in ran.trr and n}
+        report |= dict(trr={m: kept[m][0].item() for m in there}, target={m: plan.trr[m] for m in there})
+        together = lambda part: sum(part[m]*n for m, n in there.items())/sum(there.values())
+        if there: report |= dict(token_trr=together(report['trr']), token_target=together(report['target']))
     return report
 
 def _run_text(answer, scores, report):
     "The same for people."
     lines = [f'answer    {answer}'] + [f'          {p:6.1%}  {choice}' for choice, p in (scores or {}).items()]
-    lines.append('tokens    ' + ', '.join(f'{n} {m}' for m, n in report['tokens'].items()))
+    lines.append('tokens    ' + ', '.join(f'{n} {m}' for m, n in report['tokens'].items() if n))
     if 'trr' in report:
-        lines.append(f'TRR       visual {report["trr"]["visual"]:.4%}, audio {report["trr"]["audio"]:.4%}, together {report["token_trr"]:.4%}')
+        share = lambda name, kept, target: f'{name} {100*kept:.3g} % (target {100*target:.3g} %)'
+        shares = [share(m, kept, report['target'][m]) for m, kept in report['trr'].items()]
+        if len(shares) > 1: shares.append(share('together', report['token_trr'], report['token_target']))
+        lines.append('kept      ' + (', '.join(shares) or 'nothing to prune'))
         lines.append('per layer ' + ' '.join(map(str, report['tokens_per_layer'])))
     lines.append(f'FLOPs     {report["flops_fraction"]:.1%} of the full prefill')
     lines.append('time      ' + ', '.join(f'{section} {ms:.0f} ms' for section, ms in report['ms'].items()))
@@ -580,7 +598,7 @@ def run(
     trr: Annotated[Optional[float], typer.Option('--trr', help='Percent of all tokens to keep, in (0, 100]; solves a schedule.')] = None,
     model: Model = 'testbed',
     profile: Annotated[Optional[Path], typer.Option('--profile', help='Profile of the model, for --trr.')] = None,
-    late: Annotated[str, typer.Option('--late', help='For --trr: `certified` or `estimate`.')] = 'certified',
+    late: Late = None,
     choice: Annotated[Optional[list[str]], typer.Option('--choice', help='An answer to score; repeat it for each.')] = None,
     letters: Annotated[bool, typer.Option('--letters', help='List the choices as A., B., ... in the prompt.')] = False,
     tokens: Annotated[int, typer.Option('--max-tokens', min=1, help='Most tokens of the answer.')] = 32,
@@ -707,13 +725,15 @@ def task_kinds(
 
 def _task_plans(profile, kinds, trr, tokens):
     "(boundaries, schedules) of each kind; a kind for which there is none has the reason instead of a schedule."
-    from seats_analysis.schedule import Schedule
+    from seats_analysis.schedule import Schedule, ScheduleWarning
     bounds, plans = {}, {}
-    for kind, families in kinds.items():
-        try:
-            bounds[kind] = _find(profile, 'both', 'derive', families=tuple(families))
-            plans[kind] = Schedule.from_trr(bounds[kind], trr, *tokens, late='estimate')
-        except ValueError as error: plans[kind] = one_line(error)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', ScheduleWarning)    # one for each kind; the table has a line for all
+        for kind, families in kinds.items():
+            try:
+                bounds[kind] = _find(profile, 'both', 'derive', families=tuple(families))
+                plans[kind] = Schedule.from_trr(bounds[kind], trr, *tokens)
+            except ValueError as error: plans[kind] = one_line(error)
     return bounds, plans
 
 # %% ../nbs/14_cli.ipynb #c46d1fec
@@ -764,7 +784,7 @@ def sensitivity(
                  blocks={k: dict(shallow_end=b.shallow_end, late_start=b.late_start, late_start_ci=list(b.late_start_ci)) for k, b in bounds.items()},
                  without_schedule={k: p for k, p in plans.items() if isinstance(p, str)}, rows=rows)
     _write_json(out, about)
-    emit(as_json, about, f'{_sensitivity_text(rows)}\n\nof the full accuracy, 95 % over clips, at a TRR of {trr:g} %; {out}')
+    emit(as_json, about, f'{_sensitivity_text(rows)}\n\nof the full accuracy, 95 % over clips, at a TRR of {trr:g} %; late starts are estimates, certified or not; {out}')
 
 # %% ../nbs/14_cli.ipynb #bbb2bdff
 def _sensitivity(stored, kinds, plans, limit, batch):
@@ -809,13 +829,13 @@ def eval_plans(
     model:str, # as given to --model
     trrs, # percentages
     counts, # mean visual and audio tokens
-    profile=None, late='estimate', # see `seats run`
+    profile=None, late=None, # see `seats run`
 )->dict: # percentage -> Schedule
     "The schedules of SEATS that the other methods are matched to: published, or solved from boundaries."
     from seats_analysis.schedule import Schedule
     known = {t: None if profile else _published_pair(model, t) for t in trrs}
     bounds = None if all(known.values()) else stored_boundaries(model, profile)
-    return {t: plan or Schedule.from_trr(bounds, t, *counts, late=late) for t, plan in known.items()}
+    return {t: plan or Schedule.from_trr(bounds, t, *counts, **_rule(late)) for t, plan in known.items()}
 
 def _own_rules(names, model, profile):
     "VTW at the layer that its rule picks from a profile's `derive` split; nothing without a profile."
@@ -856,7 +876,7 @@ def eval_(
     split: Annotated[Optional[str], typer.Option('--split', help='Only this split of the data.')] = None, root: Root = None,
     answers: Annotated[str, typer.Option('--answers', help='`likelihood` ranks the choices; `generate` lets the model write and reads its answer.')] = 'likelihood',
     profile: Annotated[Optional[Path], typer.Option('--profile', help='Profile of the model, to solve its schedules from.')] = None,
-    late: Annotated[str, typer.Option('--late', help='`certified` or `estimate`.')] = 'estimate',
+    late: Late = None,
     seed: Annotated[int, typer.Option('--seed', min=0, help='Of the fresh clips.')] = EVAL_SEED,
     batch: Annotated[int, typer.Option('--batch', min=1, help='Questions per batch.')] = 16,
     device: Device = '', threads: Threads = None, as_json: Json = False,
@@ -878,7 +898,7 @@ def eval_(
         limits = limits_of(data, loaded[1])
         counts = mean_tokens(*loaded, samples, **limits)
         plans = eval_plans(model, trrs, (counts['visual'], counts['audio']), profile, late)
-        command = f'seats eval --methods {methods} --trr {trr} --model {Path(model).name} --data {Path(data).name} --limit {len(samples)} --answers {answers} --late {late} --seed {seed}'
+        command = f'seats eval --methods {methods} --trr {trr} --model {Path(model).name} --data {Path(data).name} --limit {len(samples)} --answers {answers} --seed {seed}' + (f' --late {late}' if late else '')
         about = dict(command=command, data=Path(data).name, split=','.join(sorted({s.split for s in samples})))
         result = _run_eval(loaded, samples, names, plans, out, rules=_own_rules(names, model, profile), about=about, answers=answers, batch_size=batch, **limits)
     if result is not None: emit(as_json, result, _eval_text(result, out))
@@ -1047,7 +1067,7 @@ def result_rows(
     for method, trr, frame in runs:
         mine = scores.loc[f'{method} {trr}']
         whole = mine.loc['all']
-        rows.append(dict(method=method, trr=trr, n=int((frame.family != 'control').sum()), accuracy=float(whole.accuracy), ci=[float(whole.low), float(whole.high)],
+        rows.append(dict(method=method, trr=trr, n=int((frame.family != 'control').sum()), wrong=sorted(frame.id[~frame.correct]), accuracy=float(whole.accuracy), ci=[float(whole.low), float(whole.high)],
                          kept=float(whole.relative), kept_ci=[float(whole.relative_low), float(whole.relative_high)],
                          by_family={f: float(v) for f, v in mine.accuracy.items() if f != 'all'},
                          tokens=per_block(frame.attrs['tokens_per_layer'], bounds), **_cost(frame, runs[0][2], config)))
@@ -1090,9 +1110,9 @@ def _demo_kept(model, processor, samples, plan, out):
     _write_json(out, data | dict(model='testbed', revision=None, seed=0))
 
 def _demo_plans(profile, bounds):
-    "Schedules for all targets, from the boundaries' estimate."
+    "Schedules for all targets."
     from seats_analysis.schedule import Schedule
-    return {trr: Schedule.from_trr(bounds, trr, *_stored_tokens(profile, ''), late='estimate') for trr in TARGETS}
+    return {trr: Schedule.from_trr(bounds, trr, *_stored_tokens(profile, '')) for trr in TARGETS}
 
 def _demo_profile(model, processor, samples, out, whole, batch):
     "Probe the derive split, or both, and store the profile."
@@ -1120,7 +1140,7 @@ def _demo(out, limit, whole, batch):
     _demo_kept(model, processor, test, plans[min(plans)], out/'results'/'kept_example.json')
     note('figures')
     make_figures(out, out/'figures')
-    return profile, plans, rows
+    return profile, bounds, plans, rows
 
 # %% ../nbs/14_cli.ipynb #1d6c07b3
 _SAME = ('weights_sha256', 'prompt_sha256', 'versions', 'threads', 'device', 'dtype', 'attention')
@@ -1130,64 +1150,7 @@ def _origin(profile):
     keep = ('model', 'revision', 'seed', *_SAME, 'data_sha256')
     return {k: v.item() if hasattr(v, 'item') else v for k, v in profile.attrs.items() if k in keep}
 
-def compare_profiles(
-    ours, theirs, # xr.Dataset, new and committed
-    exact=True, # the batches were the same, so the same environment means equal numbers
-)->list: # of (claim, holds, detail)
-    "What two profiles of the same model say about the same questions."
-    import numpy as np
-    common = [i for i in ours['sample'].values if i in set(theirs['sample'].values)]
-    if not common or ours.attrs.get('weights_sha256') != theirs.attrs.get('weights_sha256'):
-        return [('profile', False, 'of other weights or other questions')]
-    ours_part, theirs_part = ours.sel(sample=common), theirs.sel(sample=common, removed=ours['removed'], layer=ours['layer'])
-    if exact and all(ours.attrs.get(k) == theirs.attrs.get(k) for k in (*_SAME, 'method', 'batch_size', 'max_branch_tokens')):
-        equal = bool(ours_part.equals(theirs_part))
-        return [('profile', equal, f'same environment, {len(common)} questions: {"every variable equal" if equal else "variables differ"}')]
-    same = float((ours_part['correct'] == theirs_part['correct']).mean())
-    apart = float(np.nanmedian(np.abs(ours_part['nll'].values - theirs_part['nll'].values)))
-    return [('profile', same >= .99 and apart <= .01, f'{same:.2%} of the answers the same, median difference {apart:.1e} nats ({len(common)} questions)')]
-
-# %% ../nbs/14_cli.ipynb #3f5b97a4
-def compare_plans(
-    plans:dict, # TRR -> Schedule
-    folder, # of the committed schedules
-)->list: # of (claim, holds, detail)
-    "Whether schedules have the committed boundaries and targets."
-    from seats_analysis.schedule import Schedule
-    key = lambda p: (p.num_layers, p.shallow_end, tuple(p.drop_layers), p.late('visual'), p.late('audio'), *(round(p.trr[m], 6) for m in ('visual', 'audio')))
-    out = []
-    for trr, plan in plans.items():
-        stored = Schedule.load(Path(folder)/f'testbed_trr{trr}.json')
-        out.append((f'schedule {trr} %', key(plan) == key(stored), f'drops {plan.drop_layers} against {stored.drop_layers}, late {plan.late_start} against {stored.late_start}'))
-    return out
-
-def compare_rows(
-    rows, theirs, # new and committed rows of results
-    points=.02, # how far accuracies may lie apart
-)->list: # of (claim, holds, detail)
-    "Whether accuracies agree."
-    stored = {(r['method'], r['trr']): r['accuracy'] for r in theirs}
-    out = []
-    for r in rows:
-        other = stored.get((r['method'], r['trr']))
-        detail = 'not committed' if other is None else f'{r["accuracy"]:.1%} against {other:.1%}'
-        out.append((f'{r["method"]} {r["trr"]:g} %', other is not None and abs(r['accuracy'] - other) <= points + 1e-9, detail))
-    return out
-
 # %% ../nbs/14_cli.ipynb #1d2136e7
-def agreement(
-    data, # folder with committed results
-    profile, plans, rows, # new ones
-    whole:bool=True, # all questions were used; else only the profile can be compared
-)->list: # of (claim, holds, detail)
-    "Compare a demo with what is committed."
-    from seats_analysis.figures import load_results, open_profile
-    data = Path(data)
-    if not (data/'profiles'/'testbed.nc').is_file(): return [('profile', False, f'{data}/profiles/testbed.nc: nothing committed')]
-    found = compare_profiles(profile, open_profile(data/'profiles'/'testbed.nc'), exact=whole)
-    if not whole: return found
-    return found + compare_plans(plans, data/'schedules') + compare_rows(rows, load_results(data/'results'/'testbed.json')['rows'])
-
 def _adopt(out, data):
     "Make the results of a demo the committed ones."
     from shutil import copy2
@@ -1203,7 +1166,7 @@ def demo(
     data: Annotated[Path, typer.Option('--data', help='Folder with the committed results to compare with.')] = Path('data'),
     whole: Annotated[bool, typer.Option('--whole', help='Probe the test split as well.')] = False,
     update: Annotated[bool, typer.Option('--update', help='Replace the committed results by these (with --whole, without --limit).')] = False,
-    batch: Annotated[int, typer.Option('--batch', min=1)] = 16, threads: Threads = 2, as_json: Json = False,
+    batch: Annotated[int, typer.Option('--batch', min=1)] = 16, threads: Threads = None, as_json: Json = False,
 ):
     "Probe, boundaries, schedules, pruned answers and figures on the embedded testbed; says whether the committed results agree."
     from time import perf_counter
@@ -1211,13 +1174,15 @@ def demo(
     start = perf_counter()
     _set_threads(threads)
     if update and limit: raise ValueError('--update and --limit exclude each other: what is committed covers all questions')
-    profile, plans, rows = _demo(out, limit, whole or update, batch)
+    from seats_analysis.agreement import agreement, verdict
+    profile, bounds, plans, rows = _demo(out, limit, whole or update, batch)
     if update: _adopt(out, data)
-    checks = agreement(data, profile, plans, rows, whole=limit is None)
-    agrees = all(holds for _, holds, _ in checks)
+    checks = agreement(data, profile, bounds, plans, rows, whole=limit is None)
+    agrees, said = verdict(checks, data)
+    mark = {True: 'agrees ', False: 'DIFFERS', None: 'note   '}
     text = '\n'.join([_demo_table(rows), 'tokens per layer: mean of a shallow/middle/late layer, text included; time: selection and prefill against the full prefill', '',
-                      *(f'{"agrees " if holds else "DIFFERS"}  {claim}: {detail}' for claim, holds, detail in checks), '',
+                      *(f'{mark[holds]}  {claim}: {detail}' for claim, holds, detail in checks), '',
                       f'{out}: profile, schedules, results, figures ({perf_counter() - start:.0f} s)',
-                      f'The result {"agrees" if agrees else "does NOT agree"} with what is committed in {data}/.'])
+                      said])
     emit(as_json, dict(rows=rows, agrees=agrees, checks=[list(c) for c in checks]), text)
     if not agrees: raise typer.Exit(1)

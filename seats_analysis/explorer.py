@@ -9,6 +9,7 @@ __all__ = ['ALL', 'Source', 'model_config', 'stored_benches', 'realised_at', 'op
 # %% ../nbs/12b_explorer.ipynb #63985cb3
 import io
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
@@ -19,7 +20,7 @@ import numpy as np
 from .boundaries import MODALITIES, decide, needed_families, resample
 from .cost import flops_fraction
 from .figures import LOOKS, PAGE, _chance_line, _curve, _draw_curve, _interval, _layer_axis, _shade_blocks, house_style, open_profile
-from .schedule import LATE_RULES, Schedule
+from .schedule import DEFAULT_LATE, LATE_RULES, Schedule, ScheduleWarning
 
 # %% ../nbs/12b_explorer.ipynb #09dea994
 ALL = "all"  # every family that needs what was removed
@@ -154,7 +155,10 @@ def _price(source, plan, trr):
 def _planned(source, removed, family, tolerance, trr, late):
     "Plan and price as fields of a `View`, or what keeps one from having them."
     if source.tokens is None: return dict(trouble="no schedule: the profile does not say how many tokens its prompts have")
-    try: plan = Schedule.from_trr(_blocks_for(source, removed, family, tolerance), trr, source.tokens["visual"], source.tokens["audio"], late=late)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ScheduleWarning)  # both late starts are on the panel
+            plan = Schedule.from_trr(_blocks_for(source, removed, family, tolerance), trr, source.tokens["visual"], source.tokens["audio"], late=late)
     except ValueError as error: return dict(trouble=str(error))
     if source.config is None: return dict(plan=plan, trouble="FLOPs unknown: the model's configuration is not on this machine; `open_source` takes one")
     return dict(zip(("plan", "flops", "speed"), (plan, *_price(source, plan, trr))))
@@ -166,7 +170,7 @@ def view(
     family=ALL,  # question family, or all that need what was removed
     tolerance=0.01,  # loss that counts as none, share of R
     trr=10.0,  # percent of all tokens to keep, in (0, 100]
-    late="estimate",  # or "certified"
+    late=DEFAULT_LATE,  # or "certified"
 ):  # View
     "Blocks, schedule and price under one setting. Raises ValueError for settings that the profile does not have or that are no shares."
     if removed not in source.conditions: raise ValueError(f"`removed` must be one of {', '.join(source.conditions)}, not {removed!r}")
@@ -194,10 +198,10 @@ def _block_words(b):
 
 def _plan_words(plan, trr):
     "Where tokens go."
-    drops = ", ".join(str(d + 1) for d in plan.drop_layers) or "none"
+    drops = ", ".join(str(d + 1) for d in plan.drop_layers)
     gone = [f"{m} {f'gone from {plan.late(m) + 1}' if plan.late(m) < plan.num_layers else 'to the end'}" for m in MODALITIES]
     return (f"TRR {trr:g} %: visual {100 * plan.trr['visual']:.3g} %, audio {100 * plan.trr['audio']:.3g} %;  enters {100 * plan.entering['visual']:.3g} % and "
-            f"{100 * plan.entering['audio']:.3g} %;  drops before layers {drops};  {', '.join(gone)}")
+            f"{100 * plan.entering['audio']:.3g} %;  {f'drops before layers {drops}' if drops else 'no drops'};  {', '.join(gone)}")
 
 
 def _price_words(flops, speed):
@@ -361,7 +365,7 @@ def _controls(names):
     wide = dict(style=dict(description_width="70px"), layout=w.Layout(width="330px"))
     slider = dict(continuous_update=True, **wide)
     return dict(profile=w.Dropdown(options=names, description="profile", **wide), removed=w.Dropdown(description="removed", **wide),
-                family=w.Dropdown(description="family", **wide), late=w.Dropdown(options=LATE_RULES, value="estimate", description="late start", **wide),
+                family=w.Dropdown(description="family", **wide), late=w.Dropdown(options=LATE_RULES, value=DEFAULT_LATE, description="late start", **wide),
                 tolerance=w.FloatSlider(.01, min=.001, max=.2, step=.001, readout_format=".1%", description="tolerance", **slider),
                 trr=w.FloatSlider(10, min=1, max=60, step=.5, readout_format=".1f", description="TRR (%)", **slider),
                 save=w.Button(description="Save schedule", icon="save", button_style="primary"), status=w.HTML(), words=w.HTML(), picture=w.Image(format="png"))

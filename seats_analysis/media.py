@@ -141,7 +141,7 @@ def encode_clip(
     crf=18,         # H.264 constant rate factor: lower is better and larger
     bit_rate=48000, # AAC bits per second
 ): # Path of the file
-    "Write a clip as mp4 (H.264 `yuv420p`, AAC mono), the same bytes for the same clip. ValueError if it cannot be encoded."
+    "Write a clip as mp4 (H.264 `yuv420p`, AAC mono); on one machine the same bytes for the same clip. ValueError if it cannot be encoded."
     import av
     if clip.frames is not None and (clip.frames.shape[1] % 2 or clip.frames.shape[2] % 2):
         raise ValueError(f"clip {clip.id!r}: frames of {clip.frames.shape[2]}x{clip.frames.shape[1]}, H.264 needs an even width and height")

@@ -260,12 +260,21 @@ class Run:
         rows = lambda t: zip(t.column.cpu(), t.valid.cpu(), pads) # likewise to the host
         return {name: [c[v] - p for c, v, p in rows(tokens)] for name, tokens in self._stages}
 
+    def _per_layer(self, count): # -> (B, L) int64
+        "A count of the tokens of every layer; `count` takes what has `valid` and `modality`, and gives (B,)."
+        if self.layout is None: raise ValueError('no prompt was read in this `prune` block yet')
+        return torch.stack([count(self.layout if t is None else t).cpu() for t in self._layers], 1) # to the host, on demand
+
     @property
     def tokens_per_layer(self): # -> (B, L) int64
         "Tokens that every layer processed."
-        if self.layout is None: raise ValueError('no prompt was read in this `prune` block yet')
-        full = self.layout.valid.sum(1)
-        return torch.stack([full if t is None else t.valid.sum(1).cpu() for t in self._layers], 1).numpy() # to the host, on demand
+        return self._per_layer(lambda t: t.valid.sum(1)).numpy()
+
+    @property
+    def trr(self): # -> modality -> (B,) float64; nan for a sample without such tokens
+        "Fraction of each modality's tokens that was really kept, averaged over the layers. Windows keep whole tokens, so it can lie above the schedule's."
+        kept = {m: self._per_layer(lambda t: (t.modality == code).sum(1)).double().mean(1) for m, code in CODES.items()}
+        return {m: (n / (self.layout.modality == CODES[m]).sum(1)).numpy() for m, n in kept.items()}
 
 # %% ../nbs/09_prune.ipynb #532770d1
 @dataclass

@@ -21,7 +21,7 @@ from seats_analysis.testbed import testbed_samples as shipped_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 has_lmms = importlib.util.find_spec('lmms_eval') is not None
-needs_lmms = pytest.mark.skipif(not has_lmms, reason="lmms-eval is not installed (pip install 'seats_analysis[eval]')")
+needs_lmms = pytest.mark.skipif(not has_lmms, reason="lmms-eval is not installed (pip install '.[eval]' in a clone)")
 
 
 @pytest.fixture(scope='module')

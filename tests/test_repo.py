@@ -188,8 +188,21 @@ def unlisted_notebooks(root):
     text = index.read_text(encoding="utf-8")
     return [p.name for p in notebooks(root) if p != index and p.name not in text]
 
+def late_defaults(root):
+    "No function has a default of its own for `late`: `DEFAULT_LATE` is the only one."
+    found = []
+    for path in modules(root):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, (ast.FunctionDef, ast.Lambda)): continue
+            a = node.args
+            positional = [*a.posonlyargs, *a.args]
+            pairs = [*zip(positional[len(positional) - len(a.defaults):], a.defaults), *zip(a.kwonlyargs, a.kw_defaults)]
+            found += [f"{path.name}:{arg.lineno}: late={value.value!r}" for arg, value in pairs
+                      if arg.arg == "late" and isinstance(value, ast.Constant) and value.value is not None]
+    return found
+
 RULES = (upward_imports, heavy_imports, long_cells, large_notebooks, bare_asserts, last_cells, host_syncs, private_paths, provenance,
-         unpacked_data, unlisted_notebooks)
+         unpacked_data, unlisted_notebooks, late_defaults)
 
 
 # ---------------------------------------------------------------- the project keeps them
@@ -325,6 +338,12 @@ def test_plant_ignored_file_is_not_checked(project):
     (project/"build").mkdir()
     (project/"build"/"log.txt").write_text("/" + "tmp/x")
     assert private_paths(project) == []
+
+@pytest.mark.parametrize("source, ok", [("def f(late='certified'): pass", False), ("def f(*, late='estimate'): pass", False), ("def f(late=None): pass", True),
+                                        ("def f(late=DEFAULT_LATE): pass", True), ("f(late='certified')", True)])
+def test_plant_late_default(project, source, ok):
+    (project/"seats_analysis"/"select.py").write_text(source + "\n")
+    assert bool(late_defaults(project)) is not ok
 
 def test_plant_untraceable_json(project):
     folder = project/"data"/"schedules"

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seats_analysis.agreement import same_plan
 from seats_analysis.boundaries import Boundaries
 from seats_analysis.schedule import MAX_STRENGTH, PUBLISHED, Schedule, feasible_scales, solve_keep_ratios, solve_trr
 
@@ -17,7 +18,7 @@ def test_shipped_files_are_the_published_plans():
     for name, setting in PUBLISHED.items():
         for trr in setting["pairs"]:
             shipped = Schedule.load(ROOT / "data" / "schedules" / f"{name}_trr{trr}.json")
-            assert shipped == Schedule.published(name, trr)
+            assert same_plan(shipped, Schedule.published(name, trr))
 
 
 def test_published_constants_equal_the_reported_table():
