@@ -63,7 +63,7 @@ def _compare_numbers(ours, theirs, tolerance):
         if (largest := apart.max(initial=0.0)) > worst:
             worst, where = float(largest), f"{name} of {_place(ours, np.unravel_index(apart.argmax(), apart.shape))}"
     if worst <= tolerance: return "numbers", True, f"within {tolerance:g} nats (largest difference {worst:.1e})"
-    return "numbers", None, f"up to {worst:.2g} nats apart ({where}), more than the {tolerance:g} by which machines differ; no decision follows from that alone"
+    return "numbers", None, f"up to {worst:.2g} nats apart ({where}), more than {tolerance:g}"
 
 
 def compare_profiles(
@@ -81,11 +81,14 @@ def compare_boundaries(
     ours,  # condition -> Boundaries
     theirs,
 ):  # list of (claim, holds, detail)
-    "Whether the blocks begin at the same layers."
+    "Whether the blocks begin at the same layers. Layers from 1 in the detail."
     blocks = lambda b: (b.shallow_end, b.late_start, b.late_start_certified)
-    say = lambda b: f"middle from {b.shallow_end + 1}, late from {b.late_start + 1}"
-    return [(f"boundaries, {name} removed", blocks(b) == blocks(theirs[name]),
-             say(b) if blocks(b) == blocks(theirs[name]) else f"{blocks(b)} against {blocks(theirs[name])} (shallow end, late start, certified; from 0)") for name, b in ours.items()]
+    say = lambda b: f"middle from layer {b.shallow_end + 1}, late from {b.late_start + 1}, certified {'none' if b.late_start_certified in (None, b.num_layers) else b.late_start_certified + 1}"
+    checks = []
+    for name, b in ours.items():
+        same = blocks(b) == blocks(theirs[name])
+        checks.append((f"boundaries, {name} removed", same, say(b) + ("" if same else f"; committed: {say(theirs[name])}")))
+    return checks
 
 
 def same_plan(
@@ -104,15 +107,19 @@ def compare_plans(
     plans,  # TRR in percent -> Schedule
     folder,  # of the committed schedules
 ):  # list of (claim, holds, detail)
-    "Whether schedules have the committed layers and ratios."
-    from seats_analysis.schedule import Schedule
+    "Whether schedules have the committed layers and ratios. Layers from 1 in the detail."
+    from seats_analysis.schedule import MODALITIES, Schedule
+
+    def say(plan):
+        drops, late = ", ".join(str(d + 1) for d in plan.drop_layers) or "none", {m: plan.late(m) + 1 for m in MODALITIES}
+        return f"drops before layers {drops}, late from {' and '.join(map(str, sorted(set(late.values()))))}"
 
     checks = []
     for trr, plan in plans.items():
         stored = Schedule.load(Path(folder) / f"testbed_trr{trr}.json")
         same = same_plan(plan, stored)
-        said = f"drops before {plan.drop_layers}, late from {plan.late_start}"
-        checks.append((f"schedule {trr} %", same, said if same else f"{said}, trr {dict(plan.trr)}; committed: {stored.drop_layers}, {stored.late_start}, {dict(stored.trr)}"))
+        ratios = "" if same else f", TRR {dict(plan.trr)}; committed: {say(stored)}, TRR {dict(stored.trr)}"
+        checks.append((f"schedule {trr} %", same, say(plan) + ratios))
     return checks
 
 # %% ../nbs/13a_agreement.ipynb #de040ae1

@@ -335,7 +335,7 @@ def _solve(
     entering=None,  # modality -> explicit entering ratio, instead of a scale
     **options,  # other fields of Schedule
 ):  # Schedule
-    "Plan with given layers whose average TRR equals the targets. Raises ValueError with the feasible range if it cannot."
+    "Plan with given layers whose average TRR equals the targets; without drop layers where nothing would be dropped. Raises ValueError with the feasible range if it cannot."
     late = late_start if isinstance(late_start, Mapping) else dict.fromkeys(MODALITIES, late_start)
     targets, keep, enters = _ratios("trr", {"visual": visual, "audio": audio}), {}, {}
     if set(targets.values()) == {1.0}: return cls(num_layers, options.pop("shallow_end", 0), **options)  # keep all: no stage
