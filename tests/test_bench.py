@@ -110,16 +110,19 @@ def test_the_full_model_runs_as_it_is(narrow, monkeypatch):
 
 
 def test_time_is_charged_where_it_is_spent(narrow, monkeypatch):
-    "A slower tower is encoder time, a slower choice selection, a slower head prefill."
+    "A slower tower is encoder time, a slower choice selection, a slower head prefill. The best of three timings each: neighbours only add."
     import time
     model, inputs, _, method = narrow
     slow = lambda *a: time.sleep(.3)
-    before = bench.time_request(model, inputs, method, steps=1)
+    def best():
+        runs = [bench.time_request(model, inputs, method, steps=1) for _ in range(3)]
+        return {k: min(r[k] for r in runs) for k in ('encoder_ms', 'selection_ms', 'prefill_ms')}
+    before = best()
     for part, module in (('encoder_ms', adapter_for(model).visual(model).merger), ('prefill_ms', model.lm_head), ('prefill_ms', adapter_for(model).layers(model)[3].mlp)):
         handle = module.register_forward_pre_hook(slow)
-        try: after = bench.time_request(model, inputs, method, steps=1)
+        try: after = best()
         finally: handle.remove()
-        grown = {k: after[k] - before[k] for k in ('encoder_ms', 'selection_ms', 'prefill_ms')}
+        grown = {k: after[k] - before[k] for k in before}
         assert max(grown, key=grown.get) == part and grown[part] > 200
     real = type(method).enter
     monkeypatch.setattr(type(method), 'enter', lambda self, entry: slow() or real(self, entry))
