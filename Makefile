@@ -1,5 +1,5 @@
 # Two commands on a fresh machine: `make demo` (the main job) and `make test` (what CI runs). Both build .venv first.
-.PHONY: help install demo test nightly lab figures bench testbed wheel
+.PHONY: help install demo test nightly lab docs figures bench testbed wheel
 
 PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 VENV    := .venv
@@ -15,6 +15,7 @@ help:
 	@echo "make test      what CI runs; the last line counts passed and failed"
 	@echo "make nightly   the long version of the tests"
 	@echo "make lab       JupyterLab on the notebooks (LAB=--no-browser and the like are passed on)"
+	@echo "make docs      the site, in build/docs/site: notebooks, results, reference of the face"
 	@echo "make figures   data/ -> figures/"
 	@echo "make bench     time the stages on this machine, from the beginning (BENCH= goes on with an interrupted run)"
 	@echo "make testbed   train the embedded model again"
@@ -47,6 +48,9 @@ nightly: $(OVERLAY)/.installed
 
 lab: install
 	$(PY) -m jupyter lab --ServerApp.root_dir=. $(LAB) nbs/index.ipynb
+
+docs: install
+	$(PY) docs/build.py
 
 figures: install
 	$(VENV)/bin/seats figures

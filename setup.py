@@ -1,4 +1,6 @@
-"""Thin reader of settings.ini, which nbdev 2 shares, plus what it cannot say: data that lives outside the package, and extras."""
+"""Thin reader of settings.ini, which nbdev 2 shares, plus what it cannot say: data that lives
+outside the package, and extras."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -9,21 +11,36 @@ cfg = ConfigParser(delimiters=["="])
 cfg.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = cfg["DEFAULT"]
 
-# Data kept outside the package in a checkout, inside it once installed: {package: (folder, patterns)}. Each folder has an
+# Data kept outside the package in a checkout, inside it once installed:
+# {package: (folder, patterns)}. Each folder has an
 # __init__.py, since an editable installation does not find one without.
 DATA = {
-    "seats_analysis._testbed": ("data/testbed", ["*.json", "*.jsonl", "*.jinja", "*.txt", "*.yaml", "*.toml", "*.safetensors", "**/*.mp4"]),
+    "seats_analysis._testbed": (
+        "data/testbed",
+        ["*.json", "*.jsonl", "*.jinja", "*.txt", "*.yaml", "*.toml", "*.safetensors", "**/*.mp4"],
+    ),
     "seats_analysis._schedules": ("data/schedules", ["*.json"]),
     "seats_analysis._reported": ("data/reported", ["*.csv", "*.md"]),
     "seats_analysis._tasks": ("data/tasks", ["*.yaml", "_shared_yaml"]),
 }
-DATA = {name: (folder, patterns) for name, (folder, patterns) in DATA.items() if (ROOT / folder).is_dir()}
+DATA = {
+    name: (folder, patterns)
+    for name, (folder, patterns) in DATA.items()
+    if (ROOT / folder).is_dir()
+}
 
 EXTRAS = {
     "dev": cfg["dev_requirements"].split(),
-    "eval": ["datasets", "accelerate", "lmms-eval>=0.7.3,<0.8"],  # public benchmarks, large checkpoints, and the harness that asks them
+    "eval": [
+        "datasets",
+        "accelerate",
+        "lmms-eval>=0.7.3,<0.8",
+    ],  # public benchmarks, large checkpoints, and the harness that asks them
 }
-ENTRY_POINTS = {"console_scripts": cfg["console_scripts"].split(), "lmms_eval.models": ["seats_omni = seats_analysis.lmms:manifests"]}
+ENTRY_POINTS = {
+    "console_scripts": cfg["console_scripts"].split(),
+    "lmms_eval.models": ["seats_omni = seats_analysis.evaluation.lmms:manifests"],
+}
 
 LICENSES = {"mit": "MIT"}
 STATUS = ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable"]
@@ -55,7 +72,8 @@ setup(
     ],
     packages=[*find_packages(include=["seats_analysis", "seats_analysis.*"]), *DATA],
     package_dir={name: folder for name, (folder, _) in DATA.items()},
-    package_data={name: patterns for name, (_, patterns) in DATA.items()},
+    package_data={name: patterns for name, (_, patterns) in DATA.items()}
+    | {"seats_analysis": ["*.pyi", "py.typed"]},
     include_package_data=False,
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),

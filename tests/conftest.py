@@ -1,4 +1,5 @@
 """Options, markers and settings shared by all tests."""
+
 import os
 from pathlib import Path
 
@@ -18,14 +19,18 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    for name, meaning in MARKERS.items(): config.addinivalue_line("markers", f"{name}: {meaning}")
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
     _hypothesis_profile("nightly" if config.getoption("--nightly") else "ci")
 
 
 def _hypothesis_profile(name):
-    "The same cases every time in `make test`, thousands of fresh ones in `make nightly`; no deadlines, for machines differ."
-    try: from hypothesis import settings
-    except ImportError: return  # the tests that need it say so themselves
+    """The same cases every time in `make test`, thousands of fresh ones in `make nightly`; no
+    deadlines, for machines differ."""
+    try:
+        from hypothesis import settings
+    except ImportError:
+        return  # the tests that need it say so themselves
     settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)
     settings.register_profile("nightly", deadline=None, max_examples=2000)
     settings.load_profile(name)
@@ -33,14 +38,19 @@ def _hypothesis_profile(name):
 
 def _has_cuda():
     import torch
+
     return torch.cuda.is_available()
 
 
 def pytest_collection_modifyitems(config, items):
     "Skip what this machine or this run is not meant for, with the reason."
     reasons = {}
-    if not config.getoption("--nightly"): reasons["nightly"] = "only in make nightly"
-    if "SEATS_WEIGHTS" not in os.environ: reasons["weights"] = "SEATS_WEIGHTS names no folder of checkpoints"
-    if any("cuda" in item.keywords for item in items) and not _has_cuda(): reasons["cuda"] = "no GPU"
+    if not config.getoption("--nightly"):
+        reasons["nightly"] = "only in make nightly"
+    if "SEATS_WEIGHTS" not in os.environ:
+        reasons["weights"] = "SEATS_WEIGHTS names no folder of checkpoints"
+    if any("cuda" in item.keywords for item in items) and not _has_cuda():
+        reasons["cuda"] = "no GPU"
     for item in items:
-        for name in reasons.keys() & set(item.keywords): item.add_marker(pytest.mark.skip(reason=reasons[name]))
+        for name in reasons.keys() & set(item.keywords):
+            item.add_marker(pytest.mark.skip(reason=reasons[name]))

@@ -1,9 +1,12 @@
-"""Before and after, part by part: what each change to the hot path gains on this machine's CPU. By hand, it is no test.
+"""Before and after, part by part: what each change to the hot path gains on this machine's CPU.
+Run by hand, it is no test.
 
     OMP_NUM_THREADS=1 python tests/micro.py [--json] [PART ...]
 
-Processor milliseconds, the least of some runs. "before" is the plain way written out here. Shapes are those of Qwen2.5-Omni-7B with a video of 64 frames and 32 s of
-sound where nothing else is said. The notes on them are in data/results/bench_notes.md."""
+Processor milliseconds, the least of some runs. "before" is the plain way written out here. Shapes
+are those of Qwen2.5-Omni-7B with a video of 64 frames and 32 s of audio where nothing else is said.
+The notes on them are in data/results/bench_notes.md."""
+
 import json
 import sys
 import time
@@ -12,9 +15,15 @@ from collections import Counter
 import torch
 
 
-from seats_analysis.select import _distances, attention_received, select_in_clip, select_in_windows, stage1_counts
+from plain import stage2
+from seats_analysis.pruning.select import (
+    _distances,
+    attention_received,
+    select_in_clip,
+    stage1_counts,
+)
 
-WINDOWS = 16 # of 2 s
+WINDOWS = 16  # of 2 s
 
 
 def cpu_ms(call, runs=3):
@@ -23,14 +32,16 @@ def cpu_ms(call, runs=3):
     for _ in range(runs + 1):
         start = time.process_time()
         call()
-        times.append((time.process_time() - start)*1e3)
+        times.append((time.process_time() - start) * 1e3)
     return min(times[1:])
 
 
 # ---------------------------------------------------------------- selection
 
+
 def padded(features, attention, n, sizes):
-    "Stage I with all windows (G, N) padded to one width: distances to padding, a mask over them, and steps for whole windows, too."
+    """Stage I with all windows (G, N) padded to one width: distances to padding, a mask over them,
+    and steps for whole windows, too."""
     valid = torch.arange(features.shape[1]) < torch.tensor(sizes)[:, None]
     distance, taken, order = _distances(features, attention), ~valid, []
     gap = distance.masked_fill(taken[..., None], torch.inf).topk(2, 1, largest=False).values[:, -1]
@@ -38,89 +49,131 @@ def padded(features, attention, n, sizes):
         order.append(gap.masked_fill(taken, -torch.inf).argmax(1, keepdim=True))
         row = distance.take_along_dim(order[-1][..., None], 1)[:, 0]
         gap, taken = torch.minimum(gap, row) if step else row, taken.scatter(1, order[-1], True)
-    order = torch.cat(order, 1).masked_fill(torch.arange(max(n)) >= torch.tensor(n)[:, None], features.shape[1])
-    return torch.zeros(len(n), features.shape[1] + 1, dtype=torch.bool).scatter(1, order, True)[:, :-1]
+    order = torch.cat(order, 1).masked_fill(
+        torch.arange(max(n)) >= torch.tensor(n)[:, None], features.shape[1]
+    )
+    return torch.zeros(len(n), features.shape[1] + 1, dtype=torch.bool).scatter(1, order, True)[
+        :, :-1
+    ]
 
 
 def stage1():
     "Windows of both modalities, padded to one width, against tables of their own size."
-    sizes = [288]*WINDOWS + [50]*WINDOWS
+    sizes = [288] * WINDOWS + [50] * WINDOWS
     x, a = torch.randn(sum(sizes), 3584), torch.rand(sum(sizes))
-    n = stage1_counts(sizes[:WINDOWS], .084) + stage1_counts(sizes[WINDOWS:], .49)
+    n = stage1_counts(sizes[:WINDOWS], 0.084) + stage1_counts(sizes[WINDOWS:], 0.49)
     starts = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)
     table = (starts[:, None] + torch.arange(288)).clamp(max=len(x) - 1)
     return lambda: padded(x[table], a[table], n, sizes), lambda: select_in_clip(x, a, sizes, n)
 
 
 def statistic():
-    "A softmax over blocks of 64 MiB, then its column sums, against blocks that fit a cache, divided while they are summed."
+    """A softmax over blocks of 64 MiB, then its column sums, against blocks that fit a cache,
+    divided while they are summed."""
     q, k = torch.randn(2, WINDOWS, 16, 1152, 80)
+
     def before():
-        for a, b in zip(q.flatten(0, 1).split(12), k.flatten(0, 1).split(12)): torch.softmax(a @ b.mT*80**-.5, -1).sum(1)
+        for a, b in zip(q.flatten(0, 1).split(12), k.flatten(0, 1).split(12)):
+            torch.softmax(a @ b.mT * 80**-0.5, -1).sum(1)
+
     flat = [x.transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k)]
-    return before, lambda: attention_received(*flat, [1152]*WINDOWS)
+    return before, lambda: attention_received(*flat, [1152] * WINDOWS)
 
 
 def projections():
-    "Queries and keys of the last vision layer projected once more for the statistic, against nothing."
-    layers, x = [torch.nn.Linear(1280, 1280) for _ in range(2)], torch.randn(WINDOWS*1152, 1280)
+    """Queries and keys of the last vision layer projected once more for the statistic, against
+    nothing."""
+    layers, x = [torch.nn.Linear(1280, 1280) for _ in range(2)], torch.randn(WINDOWS * 1152, 1280)
     return lambda: [layer(x) for layer in layers], lambda: None
 
 
 def scores():
-    "Queries of all positions, against the query of one (the keys are needed either way and are in neither)."
+    """Queries of all positions, against the query of one (the keys are needed either way and are
+    in neither)."""
     layer, x = torch.nn.Linear(3584, 3584), torch.randn(900, 3584)
     return lambda: layer(x), lambda: layer(x[-1:])
 
 
 def eviction():
-    "Caches of all earlier layers at every cut, against each layer once; the published plan at 10 % (cuts at 16, 18, 20 and 23 of 28)."
+    """Caches of all earlier layers at every cut, against each layer once; the published plan at 10
+    % (cuts at 16, 18, 20 and 23 of 28)."""
     lengths, starts = [1300, 1220, 1000, 380, 80], [0, 16, 18, 20, 23, 28]
     owner = [i for i, (a, b) in enumerate(zip(starts, starts[1:])) for _ in range(a, b)]
     full = [(torch.randn(1, 4, lengths[i], 128), torch.randn(1, 4, lengths[i], 128)) for i in owner]
     cuts = [torch.randperm(a)[:b].sort().values[None] for a, b in zip(lengths, lengths[1:])]
+
     def before():
         kv = list(full)
         for i, index in enumerate(cuts):
-            for l in range(starts[i + 1]): kv[l] = tuple(x.transpose(1, 2).index_select(1, index[0]).transpose(1, 2) for x in kv[l])
+            for l in range(starts[i + 1]):
+                kv[l] = tuple(
+                    x.transpose(1, 2).index_select(1, index[0]).transpose(1, 2) for x in kv[l]
+                )
+
     def after():
         held = []
-        for i, index in enumerate(cuts): held = [h.gather(1, index) for h in held] + [index]
-        for l in range(starts[-2]): [x.index_select(2, held[owner[l]][0]) for x in full[l]]
+        for i, index in enumerate(cuts):
+            held = [h.gather(1, index) for h in held] + [index]
+        for l in range(starts[-2]):
+            [x.index_select(2, held[owner[l]][0]) for x in full[l]]
+
     return before, after
 
 
 # ---------------------------------------------------------------- towers
 
+
 def tower():
-    "A vision tower of Qwen2.5-Omni, its width 320 and its depth 8 instead of 1280 and 32, on 16 frames of 336x336."
+    """A vision tower of Qwen2.5-Omni, its width 320 and its depth 8 instead of 1280 and 32, on 16
+    frames of 336x336."""
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
-    from seats_analysis.testbed import build_config
+    from seats_analysis.testbed.load import build_config
+
     config = build_config(layers=1)
-    config.vision_config.update(dict(depth=8, hidden_size=320, num_heads=4, intermediate_size=856, window_size=112, fullatt_block_indexes=[3, 7]))
+    config.vision_config.update(
+        dict(
+            depth=8,
+            hidden_size=320,
+            num_heads=4,
+            intermediate_size=856,
+            window_size=112,
+            fullatt_block_indexes=[3, 7],
+        )
+    )
     model = Thinker._from_config(config, attn_implementation="sdpa").eval()
     return model, model.model.visual, torch.tensor([[8, 24, 24]])
 
 
 def windows():
     "One call of attention per window, against one per size."
-    from seats_analysis.encoders import batched_windows
+    from seats_analysis.pruning.encoders import batched_windows
+
     model, visual, grid = tower()
-    pixels = torch.randn(8*24*24, 1176)
+    pixels = torch.randn(8 * 24 * 24, 1176)
+
     def after():
-        with batched_windows(model): visual(pixels, grid_thw=grid)
+        with batched_windows(model):
+            visual(pixels, grid_thw=grid)
+
     return lambda: visual(pixels, grid_thw=grid), after
 
 
 def repeats(new=4):
     "A clip in which every second temporal grid repeats the one before it."
-    from seats_analysis.encoders import find_repeats
+    from seats_analysis.pruning.encoders import find_repeats
+
     model, visual, grid = tower()
-    pixels = torch.randn(new, 24*24*1176).repeat_interleave(8//new, 0).view(-1, 1176)
+    pixels = torch.randn(new, 24 * 24 * 1176).repeat_interleave(8 // new, 0).view(-1, 1176)
+
     def after():
         found = find_repeats(pixels, grid.tolist(), 4)
-        out = visual(pixels if found is None else pixels[found.first], grid_thw=grid if found is None else torch.tensor(found.grids))
-        if found is not None: found.spread(out)
+        out = visual(
+            pixels if found is None else pixels[found.first],
+            grid_thw=grid if found is None else torch.tensor(found.grids),
+        )
+        if found is not None:
+            found.spread(out)
+
     return lambda: visual(pixels, grid_thw=grid), after
 
 
@@ -131,48 +184,130 @@ def no_repeats():
 
 # ---------------------------------------------------------------- a whole request
 
+
 def request(seconds=240):
-    "The embedded model on a clip of 4,575 tokens: processor ms by section of the ledger, for the full prompt and for 10 %, with and without the options for the towers."
+    """The embedded model on a clip of 4,575 tokens: processor ms by section of the timings, for
+    the full prompt and for 10 %, with and without the options for the towers."""
     from pathlib import Path
     import numpy as np
-    from seats_analysis import cost
-    from seats_analysis.adapter import encode, last_logits_only
-    from seats_analysis.media import Clip, Sample
-    from seats_analysis.prune import prune
-    from seats_analysis.schedule import Schedule
-    from seats_analysis.testbed import load_testbed
+    from seats_analysis.pruning import timing
+    from seats_analysis.models.encode import encode
+    from seats_analysis.models.decoder import last_logits_only
+    from seats_analysis.inputs.media import Clip
+    from seats_analysis.inputs.samples import Sample
+    from seats_analysis.pruning.session import prune
+    from seats_analysis.schedules.schedule import Schedule
+    from seats_analysis.testbed.load import load_testbed
+
     model, processor = load_testbed()
     rng = np.random.default_rng(0)
-    clip = Clip("noise", rng.integers(0, 255, (2*seconds, 84, 84, 3), dtype="uint8"), 2., (rng.standard_normal(16000*seconds)*.1).astype("float32"), 16000)
-    inputs = encode(model, processor, [Sample("x", clip, question="what colour is the circle ?", choices=("red", "blue"), answer=0)]).inputs
-    plan = Schedule.load(Path(__file__).parents[1]/"data"/"schedules"/"testbed_trr10.json")
-    cost.perf_counter = time.process_time # the ledger counts the processor's time here
+    clip = Clip(
+        "noise",
+        rng.integers(0, 255, (2 * seconds, 84, 84, 3), dtype="uint8"),
+        2.0,
+        (rng.standard_normal(16000 * seconds) * 0.1).astype("float32"),
+        16000,
+    )
+    inputs = encode(
+        model,
+        processor,
+        [
+            Sample(
+                "x", clip, question="what colour is the circle ?", choices=("red", "blue"), answer=0
+            )
+        ],
+    ).inputs
+    plan = Schedule.load(Path(__file__).parents[1] / "data" / "schedules" / "testbed_trr10.json")
+    timing.perf_counter = time.process_time  # the timings counts the processor's time here
     rows = {}
-    for name, p, options in (("full", None, {}), ("10 %", plan, {}), ("10 %, batch", plan, dict(encoders="batch")), ("full, batch", None, dict(encoders="batch"))):
+    for name, p, options in (
+        ("full", None, {}),
+        ("10 %", plan, {}),
+        ("10 %, batch", plan, dict(encoders="batch")),
+        ("full, batch", None, dict(encoders="batch")),
+    ):
         found = []
         for _ in range(3):
-            with last_logits_only(model), prune(model, p, **options) as run: model(**inputs)
-            found.append(run.ledger.ms)
-        rows[name] = {k: round(min(ms[k] for ms in found), 1) for k in ("encoders", "selection", "prefill")}
+            with last_logits_only(model), prune(model, p, **options) as run:
+                model(**inputs)
+            found.append(run.timings.ms)
+        rows[name] = {
+            k: round(min(ms[k] for ms in found), 1) for k in ("encoders", "selection", "prefill")
+        }
     return rows
 
 
 # ---------------------------------------------------------------- launches
 
+
 def launches():
-    "Operations of one drop of stage II, and of stage I for 24 tokens a window, as the profiler counts them."
+    """Operations of one drop of stage II, and of stage I for 24 tokens a window, as the profiler
+    counts them."""
+
     def count(call):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen: call()
-        leaves = [e for e in seen.events() if e.name.startswith("aten::") and not any(c.name.startswith("aten::") for c in e.cpu_children)]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            call()
+        leaves = [
+            e
+            for e in seen.events()
+            if e.name.startswith("aten::")
+            and not any(c.name.startswith("aten::") for c in e.cpu_children)
+        ]
         return sum(Counter(e.name for e in leaves if e.name not in VIEWS).values())
-    modality, window = torch.tensor([[1]*24 + [2]*24]).repeat(1, WINDOWS), torch.arange(WINDOWS).repeat_interleave(48)[None]
-    scores, half = torch.rand(1, 48*WINDOWS), [12*WINDOWS]
-    return {"stage I": count(stage1()[1]), "stage II, a drop": count(lambda: select_in_windows(scores, modality, window, WINDOWS, half, half, ratio=.5))}
 
-VIEWS = {"aten::" + n for n in ("as_strided", "view", "expand", "slice", "select", "unsqueeze", "squeeze", "transpose", "t", "unflatten", "flatten", "split", "permute",
-                                "empty", "empty_strided", "empty_like", "resize_", "alias", "detach", "reshape", "_unsafe_view", "narrow", "lift_fresh", "_reshape_alias")}
+    modality, window = (
+        torch.tensor([[1] * 24 + [2] * 24]).repeat(1, WINDOWS),
+        torch.arange(WINDOWS).repeat_interleave(48)[None],
+    )
+    scores, half = torch.rand(1, 48 * WINDOWS), [12 * WINDOWS]
+    return {
+        "stage I": count(stage1()[1]),
+        "stage II, a drop": count(
+            lambda: stage2(scores, modality, window, WINDOWS, half, half, ratio=0.5)
+        ),
+    }
 
-PARTS = dict(stage1=stage1, statistic=statistic, projections=projections, scores=scores, eviction=eviction, windows=windows, repeats=repeats, no_repeats=no_repeats)
+
+VIEWS = {
+    "aten::" + n
+    for n in (
+        "as_strided",
+        "view",
+        "expand",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "transpose",
+        "t",
+        "unflatten",
+        "flatten",
+        "split",
+        "permute",
+        "empty",
+        "empty_strided",
+        "empty_like",
+        "resize_",
+        "alias",
+        "detach",
+        "reshape",
+        "_unsafe_view",
+        "narrow",
+        "lift_fresh",
+        "_reshape_alias",
+    )
+}
+
+PARTS = dict(
+    stage1=stage1,
+    statistic=statistic,
+    projections=projections,
+    scores=scores,
+    eviction=eviction,
+    windows=windows,
+    repeats=repeats,
+    no_repeats=no_repeats,
+)
 OTHERS = dict(launches=launches, request=request)
 
 
@@ -183,11 +318,18 @@ def main(names, others):
         for name in names:
             before, after = PARTS[name]()
             rows[name] = dict(before=round(cpu_ms(before), 1), after=round(cpu_ms(after), 1))
-            if "--json" not in sys.argv: print(f"{name:12} {rows[name]['before']:9.1f} {rows[name]['after']:9.1f} ms   {PARTS[name].__doc__}", flush=True)
+            if "--json" not in sys.argv:
+                print(
+                    f"{name:12} {rows[name]['before']:9.1f} {rows[name]['after']:9.1f} ms   ",
+                    PARTS[name].__doc__,
+                    flush=True,
+                )
         for name in others:
             rows[name] = OTHERS[name]()
-            if "--json" not in sys.argv: print(name, *(f"{k}: {v}" for k, v in rows[name].items()), sep="\n    ", flush=True)
-    if "--json" in sys.argv: print(json.dumps(rows))
+            if "--json" not in sys.argv:
+                print(name, *(f"{k}: {v}" for k, v in rows[name].items()), sep="\n    ", flush=True)
+    if "--json" in sys.argv:
+        print(json.dumps(rows))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
-"""The other methods as plain loops over tokens, written from their papers' pseudo-code: what the tensor code is compared with."""
+"""The other methods as plain loops over tokens, written from their papers' pseudo-code."""
+
 import math
 
 
-def cos(a, b): return float(a.double() @ b.double() / max(float(a.double().norm()*b.double().norm()), 1e-12))
-def best(values, n, among): return sorted(sorted(among, key=lambda i: (-values[i], i))[:n])
+def cos(a, b):
+    return float(a.double() @ b.double() / max(float(a.double().norm() * b.double().norm()), 1e-12))
+
+
+def best(values, n, among):
+    return sorted(sorted(among, key=lambda i: (-values[i], i))[:n])
 
 
 def divprune(x, n):
@@ -11,9 +16,13 @@ def divprune(x, n):
     d = [[1 - cos(a, b) for b in x] for a in x]
     free, chosen, slack = list(range(len(x))), [], math.inf
     while len(chosen) < n:
-        gain = [sorted(d[i])[1 if len(x) > 1 else 0] if not chosen else min(d[i][j] for j in chosen) for i in free]
+        gain = [
+            sorted(d[i])[1 if len(x) > 1 else 0] if not chosen else min(d[i][j] for j in chosen)
+            for i in free
+        ]
         order = sorted(range(len(free)), key=lambda k: (-gain[k], k))
-        if len(order) > 1: slack = min(slack, gain[order[0]] - gain[order[1]])
+        if len(order) > 1:
+            slack = min(slack, gain[order[0]] - gain[order[1]])
         chosen.append(free.pop(order[0]))
     return sorted(chosen), slack
 
@@ -25,12 +34,14 @@ def visionzip(x, attention, keys, sizes, counts):
         here = list(range(start, start + n))
         top = best(attention.tolist(), dominant, here)
         rest = [i for i in here if i not in top]
-        anchors = rest[::max(1, len(rest)//contextual)][:contextual] if contextual else []
+        anchors = rest[:: max(1, len(rest) // contextual)][:contextual] if contextual else []
         groups = {a: [] for a in anchors}
         for i in rest:
-            if anchors and i not in anchors: groups[max(anchors, key=lambda a: (cos(keys[i], keys[a]), -a))].append(i)
+            if anchors and i not in anchors:
+                groups[max(anchors, key=lambda a: (cos(keys[i], keys[a]), -a))].append(i)
         for a, members in groups.items():
-            if members: out[a] = x[a].double() + x[members].double().mean(0)
+            if members:
+                out[a] = x[a].double() + x[members].double().mean(0)
         keep += top + anchors
         start += n
     return sorted(keep), out
@@ -41,42 +52,55 @@ def dycoke(frames, k):
     P, keep = len(frames[0]), []
     for f, x in enumerate(frames):
         role = f % 4
-        if role == 0: chosen = range(P)
+        if role == 0:
+            chosen = range(P)
         else:
             before = frames[f - 2] if role == 2 else frames[f - 1]
-            chosen = best([-cos(a, b) for a, b in zip(x, before)], int(k*P), range(P))
-        keep += [f*P + i for i in chosen]
+            chosen = best([-cos(a, b) for a, b in zip(x, before)], int(k * P), range(P))
+        keep += [f * P + i for i in chosen]
     return keep
 
 
 def omnizip_audio(audio, visual, attention, dominant, contextual, g):
     strong = best(attention.tolist(), dominant, range(len(audio)))
     rest = [i for i in range(len(audio)) if i not in strong]
-    anchors = rest[::max(1, len(rest)//contextual)][:contextual] if contextual else []
+    anchors = rest[:: max(1, len(rest) // contextual)][:contextual] if contextual else []
     out = audio.double().clone()
     for a in anchors:
-        mine = [i for i in rest if i not in anchors and max(anchors, key=lambda b: (cos(audio[i], audio[b]), -b)) == a]
-        value = {i: max(cos(audio[i], v) for v in visual) if len(visual) else cos(audio[i], audio[a]) for i in mine}
+        mine = [
+            i
+            for i in rest
+            if i not in anchors and max(anchors, key=lambda b: (cos(audio[i], audio[b]), -b)) == a
+        ]
+        value = {
+            i: max(cos(audio[i], v) for v in visual) if len(visual) else cos(audio[i], audio[a])
+            for i in mine
+        }
         mine = sorted(mine, key=lambda i: (-value[i], i))[:g]
-        if not mine: continue
+        if not mine:
+            continue
         total = sum(math.exp(value[i]) for i in mine)
-        out[a] = (audio[a].double() + sum(math.exp(value[i])/total*audio[i].double() for i in mine))/2
+        out[a] = (
+            audio[a].double() + sum(math.exp(value[i]) / total * audio[i].double() for i in mine)
+        ) / 2
     return sorted(strong + anchors), out
 
 
 def omnizip_rates(retained, sizes, keep, low, high):
     "Fraction of each time group kept; None where there is no sound."
-    mean = min(max(1 - keep/sum(sizes), low), high)
+    mean = min(max(1 - keep / sum(sizes), low), high)
     clip = lambda v: min(max(v, low), high)
-    heard = [(high + (low - high)*r, n) for r, n in zip(retained, sizes) if r is not None]
-    a, b = 0., high/low
+    heard = [(high + (low - high) * r, n) for r, n in zip(retained, sizes) if r is not None]
+    a, b = 0.0, high / low
     for _ in range(200):
-        m = (a + b)/2
-        if sum(clip(f*m)*n for f, n in heard) < mean*sum(n for _, n in heard): a = m
-        else: b = m
-    share = [1 - (mean if r is None else clip((high + (low - high)*r)*b)) for r in retained]
-    scale = keep/sum(s*n for s, n in zip(share, sizes))
-    return [s*scale for s in share]
+        m = (a + b) / 2
+        if sum(clip(f * m) * n for f, n in heard) < mean * sum(n for _, n in heard):
+            a = m
+        else:
+            b = m
+    share = [1 - (mean if r is None else clip((high + (low - high) * r) * b)) for r in retained]
+    scale = keep / sum(s * n for s, n in zip(share, sizes))
+    return [s * scale for s in share]
 
 
 def peaks(x, k=5):
@@ -84,28 +108,32 @@ def peaks(x, k=5):
     n = len(x)
     d = [[1 - cos(a, b) for b in x] for a in x]
     near = [sorted(d[i][j] for j in range(n) if j != i)[:k] for i in range(n)]
-    rho = [math.exp(-sum(v)/len(v)) if v else 1. for v in near]
+    rho = [math.exp(-sum(v) / len(v)) if v else 1.0 for v in near]
     out = []
     for i in range(n):
         denser = [d[i][j] for j in range(n) if j != i and rho[j] > rho[i] + 1e-7]
-        out.append(rho[i]*(min(denser) if denser else max((d[i][j] for j in range(n) if j != i), default=0.)))
+        out.append(
+            rho[i]
+            * (min(denser) if denser else max((d[i][j] for j in range(n) if j != i), default=0.0))
+        )
     return out
 
 
 def omnizip_visual(frames, shares):
     "frames: equal tensors (P, D); shares: fraction kept of each time group of two frames."
-    P, keep, total, done = len(frames[0]), [], 0., 0
+    P, keep, total, done = len(frames[0]), [], 0.0, 0
     for f, x in enumerate(frames):
-        total += shares[f//2]*P
-        n = math.floor(total + .5 - 1e-9) - done
+        total += shares[f // 2] * P
+        n = math.floor(total + 0.5 - 1e-9) - done
         done += n
         value = peaks(x) if f % 2 == 0 else [-cos(a, b) for a, b in zip(x, frames[f - 1])]
-        keep += [f*P + i for i in best(value, n, range(P))]
+        keep += [f * P + i for i in best(value, n, range(P))]
     return keep
 
 
 def top_by_modality(scores, kinds, counts):
     "FastV, PyramidDrop: the best of each modality, all text."
     keep = [i for i, k in enumerate(kinds) if k == 0]
-    for kind, n in counts.items(): keep += best(scores, n, [i for i, k in enumerate(kinds) if k == kind])
+    for kind, n in counts.items():
+        keep += best(scores, n, [i for i, k in enumerate(kinds) if k == kind])
     return sorted(keep)

@@ -1,12 +1,16 @@
-"""Everything that `make test` runs, summed up in one closing line. Standard library only, so that it can report a broken environment.
+"""Everything that `make test` runs, summed up in one closing line.
 
-    python tests/run_all.py [--overlay FOLDER] [--nightly] [--only sync notebooks pytest oldest]
+    python tests/run_all.py [--overlay FOLDER] [--nightly] [--only STEP ...]
 
-sync       nbdev_export and nbdev_clean would change nothing (tried on a copy, so uncommitted work is neither needed clean nor touched)
+format     ruff has nothing to change or to complain about, notebooks included
+sync       nbdev_export and nbdev_clean would change nothing (tried on a copy of the working tree)
 notebooks  every notebook from top to bottom, each in a process of its own
 pytest     the tests folder, by several workers
-oldest     golden, adapter, family and media tests on the oldest supported transformers, found in the overlay folder
+oldest     tests of what depends on transformers, on the oldest supported version (the overlay)
+
+Standard library only, so that it can report a broken environment.
 """
+
 import argparse
 import hashlib
 import os
@@ -22,14 +26,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "build" / "test-results"
 BUDGET, LIMIT = 20, 900  # seconds a notebook should take, and may take
-STEPS = "sync", "notebooks", "pytest", "oldest"
+STEPS = "format", "sync", "notebooks", "pytest", "oldest"
 WORKERS = max(1, min(4, os.cpu_count() or 1))
 
 
 def environment(**more):
     "Environment of the children: no network, one thread for each of several workers, no display."
-    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}  # under IN_TEST an export does nothing
-    defaults = dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", MPLBACKEND="agg", TOKENIZERS_PARALLELISM="false")
+    env = {
+        k: v for k, v in os.environ.items() if k != "IN_TEST"
+    }  # under IN_TEST an export does nothing
+    defaults = dict(
+        OMP_NUM_THREADS="1",
+        HF_HUB_OFFLINE="1",
+        TRANSFORMERS_OFFLINE="1",
+        MPLBACKEND="agg",
+        TOKENIZERS_PARALLELISM="false",
+    )
     return {**defaults, **env, **more}
 
 
@@ -38,35 +50,83 @@ def python(*args, **kwargs):
     return subprocess.run([sys.executable, *map(str, args)], stdin=subprocess.DEVNULL, **kwargs)
 
 
-def heading(text): print(f"\n== {text}", flush=True)
+def heading(text):
+    print(f"\n== {text}", flush=True)
+
+
+# ---------------------------------------------------------------- one formatter
+
+
+def badly_formatted(root):
+    "What ruff would change or complains about in notebooks, tests and setup.py."
+    places = [p for p in ("nbs", "tests", "docs", "setup.py") if (root / p).exists()]
+    out = ""
+    for command in (("format", "--check"), ("check", "--output-format", "concise")):
+        run = python("-m", "ruff", *command, *places, cwd=root, capture_output=True, text=True)
+        out += run.stdout + run.stderr if run.returncode else ""
+    return out
+
+
+def run_format(args):
+    heading("ruff")
+    out = badly_formatted(ROOT)
+    print(f"FAILED\n{out}" if out else "ok", flush=True)
+    return (0, 1) if out else (1, 0)
 
 
 # ---------------------------------------------------------------- export and clean change nothing
 
+
 def hashes(root):
     "{relative path: digest} of everything an export or a clean may write."
-    files = [p for folder in ("nbs", "seats_analysis") for p in (root / folder).rglob("*") if p.suffix in (".ipynb", ".py")]
-    files = [p for p in [*files, root / "pyproject.toml"] if p.is_file() and ".ipynb_checkpoints" not in p.parts]
-    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    files = [
+        p
+        for folder in ("nbs", "seats_analysis")
+        for p in (root / folder).rglob("*")
+        if p.suffix in (".ipynb", ".py")
+    ]
+    files = [
+        p
+        for p in [*files, root / "pyproject.toml"]
+        if p.is_file() and ".ipynb_checkpoints" not in p.parts
+    ]
+    return {
+        p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
+    }
 
 
 def copy_sources(root, to):
     "Copy what nbdev reads and writes."
     for name in ("settings.ini", "pyproject.toml"):
-        if (root / name).exists(): shutil.copy(root / name, to / name)
+        if (root / name).exists():
+            shutil.copy(root / name, to / name)
     for folder in ("nbs", "seats_analysis"):
-        shutil.copytree(root / folder, to / folder, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        shutil.copytree(
+            root / folder,
+            to / folder,
+            ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
+        )
 
 
 def changed_by(command, root):
-    "Paths that `nbdev_export` or `nbdev_clean` would change under `root`, tried on a copy; a crash is one more entry."
+    "Paths that a command of nbdev would change under `root`, tried on a copy; or its crash."
     with tempfile.TemporaryDirectory() as copy:
         copy_sources(root, Path(copy))
         before = hashes(Path(copy))
-        run = python("-c", f"from nbdev.cli import {command}; {command}()", cwd=copy, env=environment(),
-                     capture_output=True, text=True)
+        run = python(
+            "-c",
+            f"from nbdev.cli import {command}; {command}()",
+            cwd=copy,
+            env=environment(),
+            capture_output=True,
+            text=True,
+        )
         after = hashes(Path(copy))
-    crash = [f"{command} failed: {run.stderr.strip()[-2000:]}"] if run.returncode or "Failed to" in run.stderr else []
+    crash = (
+        [f"{command} failed: {run.stderr.strip()[-2000:]}"]
+        if run.returncode or "Failed to" in run.stderr
+        else []
+    )
     return crash + sorted(p for p in before.keys() | after.keys() if before.get(p) != after.get(p))
 
 
@@ -76,11 +136,17 @@ def run_sync(args):
     for command in ("nbdev_export", "nbdev_clean"):
         changes = changed_by(command, ROOT)
         failed += bool(changes)
-        print(f"{'FAILED' if changes else 'ok'}  {command}", *(f"        would change {p}" for p in changes), sep="\n", flush=True)
+        print(
+            f"{'FAILED' if changes else 'ok'}  {command}",
+            *(f"        would change {p}" for p in changes),
+            sep="\n",
+            flush=True,
+        )
     return 2 - failed, failed
 
 
 # ---------------------------------------------------------------- notebooks
+
 
 def notebooks(root):
     "Notebooks that are tested: not hidden, not private (_name), no .notest file beside them."
@@ -92,10 +158,22 @@ def notebooks(root):
 def test_notebook(path, flags="", env=None, root=ROOT):
     "Run one notebook by nbdev_test: (passed, seconds, output)."
     start = time.time()
-    code = "import sys; from nbdev.cli import nbdev_test; nbdev_test(path=sys.argv[1], flags=sys.argv[2])"
+    code = (
+        "import sys; from nbdev.cli import nbdev_test as t; t(path=sys.argv[1], flags=sys.argv[2])"
+    )
     try:
-        run = python("-c", code, path, flags, cwd=root, env=env or environment(), timeout=LIMIT,
-                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        run = python(
+            "-c",
+            code,
+            path,
+            flags,
+            cwd=root,
+            env=env or environment(),
+            timeout=LIMIT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         passed, output = run.returncode == 0 and "Success" in run.stdout, run.stdout
     except subprocess.TimeoutExpired as e:
         passed, output = False, f"{e.output or ''}\nstopped after {LIMIT} s"
@@ -103,13 +181,19 @@ def test_notebook(path, flags="", env=None, root=ROOT):
 
 
 def run_notebooks(paths, flags="", env=None):
-    "Run notebooks side by side, print one line each and the output of those that fail: (passed, failed)."
+    "Run notebooks side by side, print a line each and the output of failures: (passed, failed)."
     with ThreadPoolExecutor(WORKERS) as pool:
         results = []
-        for path, (passed, seconds, output) in zip(paths, pool.map(lambda p: test_notebook(p, flags, env), paths)):
+        for path, (passed, seconds, output) in zip(
+            paths, pool.map(lambda p: test_notebook(p, flags, env), paths)
+        ):
             slow = f", over the budget of {BUDGET} s" if seconds > BUDGET else ""
-            print(f"{'ok' if passed else 'FAILED'}  {path.relative_to(ROOT)} ({seconds:.0f} s{slow})", flush=True)
-            if not passed: print(output.strip(), flush=True)
+            print(
+                f"{'ok' if passed else 'FAILED'}  {path.relative_to(ROOT)} ({seconds:.0f} s{slow})",
+                flush=True,
+            )
+            if not passed:
+                print(output.strip(), flush=True)
             results.append(passed)
     return sum(results), len(results) - sum(results)
 
@@ -122,13 +206,18 @@ def run_all_notebooks(args):
 
 # ---------------------------------------------------------------- pytest
 
+
 def junit_counts(path, returncode):
-    "(passed, failed) from a JUnit file; a run that broke before it could report counts as one failure."
-    if not path.exists(): return 0, 1
+    "(passed, failed) from a JUnit file; a run that broke before its report is one failure."
+    if not path.exists():
+        return 0, 1
     suites = list(ET.parse(path).getroot().iter("testsuite"))
-    total, failed, errors, skipped = (sum(int(s.get(k, 0)) for s in suites) for k in ("tests", "failures", "errors", "skipped"))
+    total, failed, errors, skipped = (
+        sum(int(s.get(k, 0)) for s in suites) for k in ("tests", "failures", "errors", "skipped")
+    )
     bad = failed + errors
-    if returncode and not bad: bad = 1
+    if returncode and not bad:
+        bad = 1
     return max(total - failed - errors - skipped, 0), bad
 
 
@@ -137,40 +226,74 @@ def pytest(name, *args, env=None, cwd=ROOT):
     report = RESULTS / f"{name}.xml"
     RESULTS.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
-    run = python("-m", "pytest", "-q", "-rs", "--durations=5", f"--junitxml={report}", *args, cwd=cwd, env=env or environment())
+    run = python(
+        "-m",
+        "pytest",
+        "-q",
+        "-rs",
+        "--durations=5",
+        f"--junitxml={report}",
+        *args,
+        cwd=cwd,
+        env=env or environment(),
+    )
     return junit_counts(report, run.returncode)
 
 
 def run_pytest(args):
     heading("pytest tests")
-    return pytest("tests", "tests", "-n", WORKERS, "--dist", "worksteal", *(["--nightly"] if args.nightly else []))
+    return pytest(
+        "tests",
+        "tests",
+        "-n",
+        WORKERS,
+        "--dist",
+        "worksteal",
+        *(["--nightly"] if args.nightly else []),
+    )
 
 
 # ---------------------------------------------------------------- oldest supported transformers
 
+
 def run_oldest(args):
-    if args.overlay is None: return 0, 0
+    if args.overlay is None:
+        return 0, 0
     overlay = args.overlay.absolute()
     wanted = overlay.name.removeprefix("transformers-")
-    env = environment(PYTHONPATH=os.pathsep.join(filter(None, [str(overlay), os.environ.get("PYTHONPATH")])))
-    found = python("-c", "import transformers; print(transformers.__version__)", env=env, capture_output=True, text=True).stdout.strip()
-    heading(f"golden, adapter, family and media tests on transformers {found or 'that cannot be imported'}")
+    env = environment(
+        PYTHONPATH=os.pathsep.join(filter(None, [str(overlay), os.environ.get("PYTHONPATH")]))
+    )
+    found = python(
+        "-c",
+        "import transformers; print(transformers.__version__)",
+        env=env,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    heading(f"models, families and media on transformers {found or 'that cannot be imported'}")
     if not found.startswith(wanted):
         print(f"FAILED  expected transformers {wanted} in {overlay}")
         return 0, 1
-    tests = sorted(p for name in ("golden", "adapter", "families", "any_media") for p in ROOT.glob(f"tests/test_{name}*.py"))
+    tests = sorted(
+        p
+        for name in ("golden", "adapter", "families", "any_media")
+        for p in ROOT.glob(f"tests/test_{name}*.py")
+    )
     counts = [pytest("oldest", *tests, env=env)] if tests else []
-    counts.append(run_notebooks([p for p in notebooks(ROOT) if p.name.endswith("_adapter.ipynb")], env=env))
+    counts.append(run_notebooks([p for p in notebooks(ROOT) if p.parent.name == "models"], env=env))
     return tuple(map(sum, zip(*counts)))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--overlay", type=Path, help="folder that holds the oldest supported transformers")
+    parser.add_argument(
+        "--overlay", type=Path, help="folder that holds the oldest supported transformers"
+    )
     parser.add_argument("--nightly", action="store_true", help="the long versions too")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, help="steps to run")
     args = parser.parse_args()
-    runners = dict(zip(STEPS, (run_sync, run_all_notebooks, run_pytest, run_oldest)))
+    runners = dict(zip(STEPS, (run_format, run_sync, run_all_notebooks, run_pytest, run_oldest)))
     start, passed, failed = time.time(), 0, 0
     for step in args.only:
         good, bad = runners[step](args)

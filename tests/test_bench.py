@@ -1,4 +1,5 @@
-"`seats bench`: models of real sizes, requests of real shapes, rows that add up, a file that survives interruptions."
+"`seats bench`: models of real sizes, rows that add up, a file that survives interruptions."
+
 import json
 from collections import Counter
 from pathlib import Path
@@ -7,358 +8,698 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from seats_analysis import bench, cli, figures
-from seats_analysis.adapter import adapter_for, encode
-from seats_analysis.baselines import METHODS
-from seats_analysis.bench import SIZES, TIMES, Job, Request
-from seats_analysis.cost import kv_bytes, prefill_flops, text_dims
-from seats_analysis.prune import prune
+from seats_analysis.evaluation import bench
+from seats_analysis.cli import main as cli
+from seats_analysis.plots import paper, timing
+from seats_analysis.storage.schemas import load_json
+from seats_analysis.models.families import adapter_for
+from seats_analysis.models.encode import encode
+from seats_analysis.baselines.registry import METHODS
+from seats_analysis.evaluation.bench import TIMES, BenchRows, BenchSetup, Job, Workload
+from seats_analysis.evaluation.workloads import (
+    SIZES,
+    Request,
+    bench_inputs,
+    bench_processor,
+    build_model,
+)
+from seats_analysis.schedules.cost import kv_bytes, prefill_flops, text_dims
+from seats_analysis.pruning.session import prune
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = Request(4, 2, 30)
-NAMED = ('method', 'trr', 'config', 'batch', 'tokens', 'flops_fraction', 'encoder_ms', 'selection_ms', 'prefill_ms', 'ttft_ms', 'decode_ms_per_token', 'peak_bytes',
-         'kv_bytes', 'speedup', 'realised_fraction', 'encoders', 'width', 'frames', 'seconds')
+NAMED = (
+    "method",
+    "trr",
+    "config",
+    "batch",
+    "tokens",
+    "flops_fraction",
+    "encoder_ms",
+    "selection_ms",
+    "prefill_ms",
+    "ttft_ms",
+    "decode_ms_per_token",
+    "peak_bytes",
+    "kv_bytes",
+    "speedup",
+    "realised_fraction",
+    "encoders",
+    "width",
+    "frames",
+    "seconds",
+)
 
 
 def seats(*args):
     "Run a command in this process. Bugs surface as exceptions."
-    result = CliRunner().invoke(cli.app, ['bench', *map(str, args)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit): raise result.exception
+    result = CliRunner().invoke(cli.app, ["bench", *map(str, args)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
     return result
 
 
-@pytest.fixture(scope='module')
-def narrow():
-    "The depth of the 7B at width 32, a short request, and SEATS at 10 %."
-    model, processor = bench.build_model('qwen2.5-omni-7b', 32), bench.bench_processor('qwen2.5-omni-7b')
-    inputs, tokens = bench.bench_inputs(model, processor, SHORT)
-    return model, inputs, tokens, bench.Job('qwen2.5-omni-7b', plans=(('seats', 10),)).methods(tokens)['seats', 10]
+@pytest.fixture(scope="module")
+def workload():
+    "The depth of the 7B at width 32, and a short request."
+    model = build_model("qwen2.5-omni-7b", 32)
+    inputs = bench_inputs(model, bench_processor("qwen2.5-omni-7b"), SHORT)
+    return Workload(model, inputs, steps=1)
+
+
+JOB = Job("qwen2.5-omni-7b", SHORT)
+
+
+@pytest.fixture(scope="module")
+def method():
+    return JOB.method("seats", 10)
 
 
 # ---------------------------------------------------------------- models and requests
 
-# Weights of the language models as published with Qwen2.5-7B, Qwen2.5-3B (its head not tied here) and Qwen3-30B-A3B (128 more rows in embedding and head).
-WEIGHTS = {'qwen2.5-omni-7b': 7_615_616_512, 'qwen2.5-omni-3b': 3_085_938_688 + 151_936*2048, 'qwen3-omni-30b-a3b': 30_532_122_624 + 2*128*2048}
+# Of the language models as published with Qwen2.5-7B, Qwen2.5-3B (its head not tied here) and
+# Qwen3-30B-A3B (128 more rows in embedding and head).
+WEIGHTS = {
+    "qwen2.5-omni-7b": 7_615_616_512,
+    "qwen2.5-omni-3b": 3_085_938_688 + 151_936 * 2048,
+    "qwen3-omni-30b-a3b": 30_532_122_624 + 2 * 128 * 2048,
+}
 
-@pytest.mark.parametrize('name', SIZES)
+
+@pytest.mark.parametrize("name", SIZES)
 def test_real_sizes(name):
-    model = bench.build_model(name, device='meta')
-    assert sum(p.numel() for part in (adapter_for(model).decoder(model), model.lm_head) for p in part.parameters()) == WEIGHTS[name]
-    assert {p.device.type for p in model.parameters()} == {'meta'}
+    model = build_model(name, device="meta")
+    parts = adapter_for(model).decoder(model), model.lm_head
+    assert sum(p.numel() for part in parts for p in part.parameters()) == WEIGHTS[name]
+    assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize('name', SIZES)
+@pytest.mark.parametrize("name", SIZES)
 def test_narrow_models_have_the_real_depth_and_grouping(name):
-    model, real = bench.build_model(name, 64), SIZES[name]
+    model, real = build_model(name, 32), SIZES[name]
     text, layers = text_dims(model.config), adapter_for(model).layers(model)
-    assert len(layers) == text.layers == real['text']['num_hidden_layers']
-    assert text.heads/text.kv_heads == real['text']['num_attention_heads']/real['text']['num_key_value_heads']
-    assert layers[0].self_attn.q_proj.weight.shape == (text.heads*text.head_dim, text.hidden)
-    assert len(adapter_for(model).visual(model).blocks) == real['vision']['depth'] and len(adapter_for(model).audio_tower(model).layers) == real['audio']['encoder_layers']
-    inputs, tokens = bench.bench_inputs(model, bench.bench_processor(name), SHORT)
-    assert tokens == bench.request_tokens(name, SHORT)
-    method = bench.Job(name, plans=(('seats', 10),)).methods(tokens)['seats', 10]
-    facts = [bench.request_facts(model, inputs, m) for m in (None, method)]
-    assert facts[1]['flops']['causal'] < facts[0]['flops']['causal'] and torch.isfinite(model(**inputs).logits).all()
+    assert len(layers) == text.layers == real["text"]["num_hidden_layers"]
+    grouping = real["text"]["num_attention_heads"] / real["text"]["num_key_value_heads"]
+    assert text.heads / text.kv_heads == grouping
+    assert layers[0].self_attn.q_proj.weight.shape == (text.heads * text.head_dim, text.hidden)
+    assert len(adapter_for(model).visual(model).blocks) == real["vision"]["depth"]
+    assert len(adapter_for(model).audio_tower(model).layers) == real["audio"]["encoder_layers"]
+    inputs = bench_inputs(model, bench_processor(name), SHORT)
+    assert inputs["input_ids"].shape == (1, sum(SHORT.tokens(name).values()))
+    if name == "qwen3-omni-30b-a3b":  # the others are alike, and one of them is timed below
+        with prune(model, Job(name, SHORT).method("seats", 10)), torch.no_grad():
+            assert torch.isfinite(model(**inputs).logits).all()
 
 
-def test_preset_has_the_tokens_that_the_adapter_finds(narrow):
-    model, name, request = narrow[0], 'qwen2.5-omni-7b', bench.REQUESTS['daily-omni']
-    processor = bench.bench_processor(name)
-    encoded = encode(model, processor, [bench.request_sample(processor, request)])
-    assert {k: int(n) for k, n in encoded.layout.counts().items() if k != 'image'} == bench.request_tokens(name, request) == dict(visual=9216, audio=1500, text=150)
-    assert encoded.layout.window.max() >= 29 and encoded.layout.run.max() >= 29 # sound lies between the frames, chunk by chunk
+def test_preset_has_the_tokens_that_the_adapter_finds(workload):
+    name, request = "qwen2.5-omni-7b", Request.of("daily-omni")
+    processor = bench_processor(name)
+    layout = encode(workload.model, processor, [request.sample(processor)]).layout
+    found = {k: int(n) for k, n in layout.counts().items() if k != "image"}
+    assert found == request.tokens(name) == dict(visual=9216, audio=1500, text=150)
+    # audio lies between the frames, chunk by chunk
+    assert layout.window.max() >= 29 and layout.run.max() >= 29
 
 
-def test_rows_repeat_one_sample(narrow):
-    model, inputs, tokens, _ = narrow
-    both = bench.repeat_rows(inputs, 2)
-    assert both['input_ids'].shape == (2, sum(tokens.values())) and both['position_ids'].shape == (3, 2, sum(tokens.values()))
-    with torch.no_grad(): one, two = (model(**x).logits[:, -1] for x in (inputs, both))
+def test_rows_repeat_one_sample(workload):
+    model, name = workload.model, "qwen2.5-omni-7b"
+    both, n = bench_inputs(model, bench_processor(name), SHORT, 2), sum(SHORT.tokens(name).values())
+    assert both["input_ids"].shape == (2, n) and both["position_ids"].shape == (3, 2, n)
+    with torch.no_grad():
+        one, two = (model(**x).logits[:, -1] for x in (workload.inputs, both))
     torch.testing.assert_close(two, one.expand(2, -1), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize('name', METHODS)
-def test_every_method_can_be_timed(narrow, name):
-    model, inputs, tokens, _ = narrow
-    facts = {t: bench.request_facts(model, inputs, m) for (_, t), m in Job('qwen2.5-omni-7b', plans=((name, 35), (name, 10))).methods(tokens).items()}
-    assert facts[10]['flops']['causal'] < facts[35]['flops']['causal'] < bench.request_facts(model, inputs)['flops']['causal']
+def test_every_method_can_be_timed(workload):
+    flops = lambda m: workload.facts(m)["flops"]["causal"]
+    full = flops(None)
+    lean = {name: flops(JOB.method(name, 10)) for name in METHODS}
+    assert max(lean.values()) < full, lean
+    for name in ("seats", "random"):
+        assert lean[name] < flops(JOB.method(name, 35)) < full
 
 
 # ---------------------------------------------------------------- one request
 
-def test_parts_add_up(narrow):
-    model, inputs, _, method = narrow
+
+def test_parts_add_up(workload, method):
     for m in None, method:
-        t = bench.time_request(model, inputs, m, steps=2)
-        assert t['encoder_ms'] + t['selection_ms'] + t['prefill_ms'] == pytest.approx(t['ttft_ms'])
-        assert min(t['encoder_ms'], t['prefill_ms'], t['decode_ms_per_token']) > 0 and (t['selection_ms'] > 0) == (m is not None)
+        t = workload.time(m)
+        assert t["encoder_ms"] + t["selection_ms"] + t["prefill_ms"] == pytest.approx(t["ttft_ms"])
+        assert min(t["encoder_ms"], t["prefill_ms"], t["decode_ms_per_token"]) > 0
+        assert (t["selection_ms"] > 0) == (m is not None)
 
 
-def test_the_full_model_runs_as_it_is(narrow, monkeypatch):
+def test_the_full_model_runs_as_it_is(workload, method, monkeypatch):
     "No hook of `prune`, and logits of the last position on both sides."
-    model, inputs, _, method = narrow
     seen, entered = [], []
-    monkeypatch.setattr(bench, 'prune', lambda *a, **k: entered.append(a) or prune(*a, **k))
-    handle = model.lm_head.register_forward_hook(lambda m, args, out: seen.append(tuple(args[0].shape[:2])))
+    monkeypatch.setattr(bench, "prune", lambda *a, **k: entered.append(a) or prune(*a, **k))
+    handle = workload.model.lm_head.register_forward_hook(
+        lambda m, args, out: seen.append(tuple(args[0].shape[:2]))
+    )
     try:
-        bench.time_request(model, inputs, None, steps=1)
+        workload.time()
         assert not entered
-        bench.time_request(model, inputs, method, steps=1)
-    finally: handle.remove()
-    assert len(entered) == 1 and seen == [(1, 1)]*4
+        workload.time(method)
+    finally:
+        handle.remove()
+    assert len(entered) == 1 and seen == [(1, 1)] * 4
 
 
-def test_time_is_charged_where_it_is_spent(narrow, monkeypatch):
-    "A slower tower is encoder time, a slower choice selection, a slower head prefill. The best of three timings each: neighbours only add."
+def test_time_is_charged_where_it_is_spent(workload, method, monkeypatch):
+    """A slower tower is encoder time, a slower choice selection, a slower head prefill.
+
+    The best of two timings each: neighbours only add."""
     import time
-    model, inputs, _, method = narrow
-    slow = lambda *a: time.sleep(.3)
+
+    model, slow = workload.model, lambda *a: time.sleep(0.3)
+
     def best():
-        runs = [bench.time_request(model, inputs, method, steps=1) for _ in range(3)]
-        return {k: min(r[k] for r in runs) for k in ('encoder_ms', 'selection_ms', 'prefill_ms')}
+        runs = [workload.time(method) for _ in range(2)]
+        return {k: min(r[k] for r in runs) for k in ("encoder_ms", "selection_ms", "prefill_ms")}
+
     before = best()
-    for part, module in (('encoder_ms', adapter_for(model).visual(model).merger), ('prefill_ms', model.lm_head), ('prefill_ms', adapter_for(model).layers(model)[3].mlp)):
+    for part, module in (
+        ("encoder_ms", adapter_for(model).visual(model).merger),
+        ("prefill_ms", adapter_for(model).layers(model)[3].mlp),
+    ):
         handle = module.register_forward_pre_hook(slow)
-        try: after = best()
-        finally: handle.remove()
+        try:
+            after = best()
+        finally:
+            handle.remove()
         grown = {k: after[k] - before[k] for k in before}
         assert max(grown, key=grown.get) == part and grown[part] > 200
-    real = type(method).enter
-    monkeypatch.setattr(type(method), 'enter', lambda self, entry: slow() or real(self, entry))
-    assert bench.time_request(model, inputs, method, steps=1)['selection_ms'] > before['selection_ms'] + 200
+    real = type(method).select
+    monkeypatch.setattr(type(method), "select", lambda self, inputs: slow() or real(self, inputs))
+    assert workload.time(method)["selection_ms"] > before["selection_ms"] + 200
 
 
-@pytest.mark.parametrize('kv', ['evict', 'retain'])
-def test_facts(narrow, kv):
-    model, inputs, tokens, method = narrow
-    with prune(model, method) as run, torch.no_grad(): model(**inputs)
+@pytest.mark.parametrize("kv", ["evict", "retain"])
+def test_facts(workload, method, kv):
+    model = workload.model
+    with prune(model, method) as run, torch.no_grad():
+        model(**workload.inputs)
     layers = run.tokens_per_layer[0].tolist()
-    facts = bench.request_facts(model, inputs, method, kv)
-    assert facts['kv_bytes'] == kv_bytes(layers, model.config, kv, itemsize=4) and facts['layer_tokens'] == layers
-    assert facts['flops'] == {c: prefill_flops(layers, model.config, c) for c in ('causal', 'counter')}
-    assert facts['peak_bytes'] > sum(p.nbytes for p in model.parameters())
+    facts = Workload(model, workload.inputs, kv).facts(method)
+    assert facts["kv_bytes"] == kv_bytes(layers, model.config, kv, itemsize=4)
+    assert facts["layer_tokens"] == layers
+    flops = {c: prefill_flops(layers, model.config, c) for c in ("causal", "counter")}
+    assert facts["flops"] == flops
+    assert facts["peak_bytes"] > sum(p.nbytes for p in model.parameters())
 
 
 # ---------------------------------------------------------------- rows and the file
 
+
 def row(method, trr, encoder, selection, prefill, causal, **more):
     "A row with one timing."
-    times = dict(zip(TIMES, (encoder, selection, prefill, encoder + selection + prefill, 20.)))
-    return dict(config='testbed', width=None, batch=1, frames=4, seconds=2., method=method, trr=trr, encoders='', tokens=458, flops=dict(causal=causal, counter=causal), samples=[times], **more)
+    times = dict(zip(TIMES, (encoder, selection, prefill, encoder + selection + prefill, 20.0)))
+    return dict(
+        config="testbed",
+        width=None,
+        batch=1,
+        frames=4,
+        seconds=2.0,
+        method=method,
+        trr=trr,
+        encoders="",
+        tokens=458,
+        flops=dict(causal=causal, counter=causal),
+        samples=[times],
+        **more,
+    )
+
+
+def compared(rows):
+    return BenchRows(rows).rows
 
 
 def test_realised_fraction_by_hand():
-    "The published run: 935 ms become 215 with selection; at 1/11.3 of the FLOPs, and were they a tenth, by hand."
-    full, pruned = bench.settle_all([row('full', 100, 300, 0, 935, 113.), row('seats', 10, 300, 20, 195, 10.)])
-    assert pruned['speedup'] == pytest.approx(935/215) and pruned['flops_fraction'] == pytest.approx(10/113)
-    assert pruned['realised_fraction'] == pytest.approx(.38486, abs=1e-5) and pruned['ttft_speedup'] == pytest.approx(1235/515)
-    assert full['speedup'] == full['realised_fraction'] == full['flops_fraction'] == 1
+    "The published run: 935 ms become 215 with selection, at 1/11.3 of the FLOPs."
+    full, pruned = compared(
+        [row("full", 100, 300, 0, 935, 113.0), row("seats", 10, 300, 20, 195, 10.0)]
+    )
+    assert pruned["speedup"] == pytest.approx(935 / 215) and pruned[
+        "flops_fraction"
+    ] == pytest.approx(10 / 113)
+    assert pruned["realised_fraction"] == pytest.approx(0.38486, abs=1e-5) and pruned[
+        "ttft_speedup"
+    ] == pytest.approx(1235 / 515)
+    assert full["speedup"] == full["realised_fraction"] == full["flops_fraction"] == 1
 
 
 def test_rows_are_compared_within_their_group():
-    rows = bench.settle_all([row('full', 100, 0, 0, 100, 10.), dict(row('full', 100, 0, 0, 900, 90.), batch=4), dict(row('seats', 10, 0, 0, 90, 9.), batch=4)])
-    assert rows[2]['speedup'] == 10 and rows[2]['flops_fraction'] == .1
+    rows = compared(
+        [
+            row("full", 100, 0, 0, 100, 10.0),
+            dict(row("full", 100, 0, 0, 900, 90.0), batch=4),
+            dict(row("seats", 10, 0, 0, 90, 9.0), batch=4),
+        ]
+    )
+    assert rows[2]["speedup"] == 10 and rows[2]["flops_fraction"] == 0.1
 
 
 def test_printed_rows_have_the_named_keys():
     assert bench.ROW_KEYS == NAMED
-    assert bench.report(bench.settle_all([row('full', 100, 0, 0, 1, 1.), dict(row('seats', 10, 0, 0, 1, 1.), samples=[])]))[0].keys() == set(NAMED)
-    assert bench.SCHEMA_BENCH == figures.SCHEMA_BENCH
+    none = dict(row("seats", 10, 0, 0, 1, 1.0), samples=[])
+    (only,) = BenchRows([row("full", 100, 0, 0, 1, 1.0), none]).report()
+    assert only.keys() == set(NAMED)
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    "Replaces model, inputs and what takes time; `clock.calls` counts, `clock.stop_at` interrupts before that timing."
+    "Replaces what takes time; counts timings and facts, and interrupts before timing `stop_at`."
+
     class Clock:
         calls, stop_at, facts, full = 0, None, 0, True
-        def time(self, model, inputs, method, kv, steps, encoders):
-            if self.calls == self.stop_at: self.stop_at = None; raise KeyboardInterrupt
-            self.calls += 1
-            return dict(zip(TIMES, (1., 0. if method is None else 1., 9. if method is None else 2., 10. if method is None else 4., 1.)))
-        def fact(self, model, inputs, method, kv, encoders):
-            self.facts += 1
-            if method is None and not self.full: raise torch.OutOfMemoryError
-            return dict(flops=dict(causal=1. if method else 4., counter=1. if method else 4.), kv_bytes=1, peak_bytes=2, layer_tokens=[1])
+
     clock = Clock()
-    for name in 'build_model', 'bench_processor': monkeypatch.setattr(bench, name, lambda *a, **k: name)
-    monkeypatch.setattr(bench, 'bench_inputs', lambda model, processor, request, batch: ({}, bench.request_tokens('testbed', request)))
-    monkeypatch.setattr(bench, 'time_request', clock.time)
-    monkeypatch.setattr(bench, 'request_facts', clock.fact)
+
+    def time(self, method):
+        if clock.calls == clock.stop_at:
+            clock.stop_at = None
+            raise KeyboardInterrupt
+        clock.calls += 1
+        spent = (1.0, 0.0, 9.0, 10.0, 1.0) if method is None else (1.0, 1.0, 2.0, 4.0, 1.0)
+        return dict(zip(TIMES, spent))
+
+    def facts(self, method):
+        clock.facts += 1
+        if method is None and not clock.full:
+            raise torch.OutOfMemoryError
+        flops = 1.0 if method else 4.0
+        return dict(
+            flops=dict(causal=flops, counter=flops), kv_bytes=1, peak_bytes=2, layer_tokens=[1]
+        )
+
+    monkeypatch.setattr(BenchSetup, "build", lambda self, config, width: "model")
+    monkeypatch.setattr(
+        BenchSetup, "workload", lambda self, job, model: Workload(model, {}, encoders=job.encoders)
+    )
+    monkeypatch.setattr(Workload, "time", time)
+    monkeypatch.setattr(Workload, "facts", facts)
     return clock
 
 
-ASKED = '--config', 'testbed', '--frames', 4, '--seconds', 2, '--methods', 'seats,random', '--trr', '35,10', '--repeats', 3
+ASKED = (
+    "--config",
+    "testbed",
+    "--frames",
+    4,
+    "--seconds",
+    2,
+    "--methods",
+    "seats,random",
+    "--trr",
+    "35,10",
+    "--repeats",
+    3,
+)
+
 
 def test_json_and_file(clock, tmp_path):
-    said = json.loads(seats(*ASKED, '--json', '--out', tmp_path/'b.json').stdout)
-    assert list(said) == ['device', 'rows'] and all(tuple(r) == NAMED for r in said['rows'])
-    assert [(r['method'], r['trr']) for r in said['rows']] == [('full', 100), ('seats', 35), ('seats', 10), ('random', 35), ('random', 10)]
-    assert all(r['realised_fraction'] == pytest.approx(r['speedup']*r['flops_fraction']) for r in said['rows'])
-    stored = json.loads((tmp_path/'b.json').read_text())
-    assert {'schema', 'model', 'revision', 'seed', 'device', 'versions', 'threads', 'command'} <= set(stored) and stored['device'] == said['device']
-    assert [len(r['samples']) for r in stored['rows']] == [3]*5
+    said = json.loads(seats(*ASKED, "--json", "--out", tmp_path / "b.json").stdout)
+    assert list(said) == ["device", "rows"] and all(tuple(r) == NAMED for r in said["rows"])
+    assert [(r["method"], r["trr"]) for r in said["rows"]] == [
+        ("full", 100),
+        ("seats", 35),
+        ("seats", 10),
+        ("random", 35),
+        ("random", 10),
+    ]
+    assert all(
+        r["realised_fraction"] == pytest.approx(r["speedup"] * r["flops_fraction"])
+        for r in said["rows"]
+    )
+    stored = json.loads((tmp_path / "b.json").read_text())
+    assert {
+        "schema",
+        "model",
+        "revision",
+        "seed",
+        "device",
+        "versions",
+        "threads",
+        "command",
+    } <= set(stored) and stored["device"] == said["device"]
+    assert [len(r["samples"]) for r in stored["rows"]] == [3] * 5
 
 
 def test_ctrl_c_keeps_timings_and_the_same_command_goes_on(clock, tmp_path):
-    clock.stop_at = 7 # in the second of three rounds of five
-    stopped = seats(*ASKED, '--out', tmp_path/'b.json')
-    assert stopped.exit_code == 130 and 'goes on from there' in stopped.stderr and 'Traceback' not in stopped.stderr
-    stored = json.loads((tmp_path/'b.json').read_text())['rows']
-    assert Counter(len(r['samples']) for r in stored) == {2: 2, 1: 3}
-    assert seats(*ASKED, '--out', tmp_path/'b.json').exit_code == 0
-    assert clock.calls == 15 + 5 and clock.facts == 5 # a warm-up each in the new process
-    assert {len(r['samples']) for r in json.loads((tmp_path/'b.json').read_text())['rows']} == {3}
-    whole = seats(*ASKED, '--out', tmp_path/'b.json')
-    assert whole.exit_code == 0 and clock.calls == 20 and '5 rows are in' in whole.stderr
-    assert not [p for p in tmp_path.iterdir() if p.name != 'b.json']
+    clock.stop_at = 7  # in the second of three rounds of five
+    stopped = seats(*ASKED, "--out", tmp_path / "b.json")
+    assert (
+        stopped.exit_code == 130
+        and "goes on from there" in stopped.stderr
+        and "Traceback" not in stopped.stderr
+    )
+    stored = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert Counter(len(r["samples"]) for r in stored) == {2: 2, 1: 3}
+    assert seats(*ASKED, "--out", tmp_path / "b.json").exit_code == 0
+    assert clock.calls == 15 + 5 and clock.facts == 5  # a warm-up each in the new process
+    assert {len(r["samples"]) for r in json.loads((tmp_path / "b.json").read_text())["rows"]} == {3}
+    whole = seats(*ASKED, "--out", tmp_path / "b.json")
+    assert whole.exit_code == 0 and clock.calls == 20 and "5 rows are in" in whole.stderr
+    assert not [p for p in tmp_path.iterdir() if p.name != "b.json"]
 
 
 def test_more_repeats_and_more_rows_add_to_what_is_there(clock, tmp_path):
-    seats(*ASKED, '--out', tmp_path/'b.json')
-    seats(*ASKED[:-1], 4, '--out', tmp_path/'b.json')
+    seats(*ASKED, "--out", tmp_path / "b.json")
+    seats(*ASKED[:-1], 4, "--out", tmp_path / "b.json")
     assert clock.calls == 15 + 5 + 5
-    more = seats('--config', 'testbed', '--frames', 4, '--seconds', 2, '--methods', 'seats', '--trr', 25, '--repeats', 3, '--json', '--out', tmp_path/'b.json')
-    assert clock.calls == 25 + 3 and [(r['method'], r['trr']) for r in json.loads(more.stdout)['rows']] == [('full', 100), ('seats', 25)]
+    more = seats(
+        "--config",
+        "testbed",
+        "--frames",
+        4,
+        "--seconds",
+        2,
+        "--methods",
+        "seats",
+        "--trr",
+        25,
+        "--repeats",
+        3,
+        "--json",
+        "--out",
+        tmp_path / "b.json",
+    )
+    assert clock.calls == 25 + 3 and [
+        (r["method"], r["trr"]) for r in json.loads(more.stdout)["rows"]
+    ] == [("full", 100), ("seats", 25)]
 
 
 def test_options_for_the_towers_stand_beside_the_untouched_model(clock, tmp_path):
-    asked = *ASKED[:-4], '--trr', 10, '--repeats', 1, '--out', tmp_path/'b.json', '--encoders', 'batch,overlap'
-    rows = json.loads(seats(*asked, '--json').stdout)['rows']
-    assert [(r['method'], r['encoders']) for r in rows] == [('full', ''), ('full', 'batch+overlap'), ('seats', 'batch+overlap'), ('random', 'batch+overlap')]
-    assert all(r['ttft_ms'] and r['speedup'] is r['realised_fraction'] is None for r in rows[1:]) # selection in the tower's time cannot be told apart
-    assert 'seats +batch+overlap' in seats(*asked).stdout and clock.calls == 4
-    rows = json.loads(seats(*asked[:-1], 'batch', '--json').stdout)['rows']
-    assert [r['speedup'] for r in rows[2:]] == [pytest.approx(9/3)]*2 # of the untouched model
-    refused = seats(*asked[:-1], 'quick')
-    assert refused.exit_code == 2 and "--encoders 'quick': batch, repeats, overlap" in refused.stderr
+    asked = (
+        *ASKED[:-4],
+        "--trr",
+        10,
+        "--repeats",
+        1,
+        "--out",
+        tmp_path / "b.json",
+        "--encoders",
+        "batch,overlap",
+    )
+    rows = json.loads(seats(*asked, "--json").stdout)["rows"]
+    assert [(r["method"], r["encoders"]) for r in rows] == [
+        ("full", ""),
+        ("full", "batch+overlap"),
+        ("seats", "batch+overlap"),
+        ("random", "batch+overlap"),
+    ]
+    assert all(
+        r["ttft_ms"] and r["speedup"] is r["realised_fraction"] is None for r in rows[1:]
+    )  # selection in the tower's time cannot be told apart
+    assert "seats +batch+overlap" in seats(*asked).stdout and clock.calls == 4
+    rows = json.loads(seats(*asked[:-1], "batch", "--json").stdout)["rows"]
+    assert [r["speedup"] for r in rows[2:]] == [pytest.approx(9 / 3)] * 2  # of the untouched model
+    refused = seats(*asked[:-1], "quick")
+    assert (
+        refused.exit_code == 2 and "--encoders 'quick': batch, repeats, overlap" in refused.stderr
+    )
 
 
-@pytest.mark.parametrize('change', [('--kv', 'retain'), ('--steps', 4), ('--seed', 1)])
+@pytest.mark.parametrize("change", [("--kv", "retain"), ("--steps", 4), ("--seed", 1)])
 def test_rows_of_other_circumstances_are_not_lost(clock, tmp_path, change):
-    seats(*ASKED, '--out', tmp_path/'b.json')
-    before = (tmp_path/'b.json').read_bytes()
-    refused = seats(*ASKED, *change, '--out', tmp_path/'b.json')
-    assert refused.exit_code == 2 and f'now {change[1]}' in refused.stderr and '--again' in refused.stderr and clock.calls == 15
-    assert (tmp_path/'b.json').read_bytes() == before
-    assert seats(*ASKED, *change, '--again', '--out', tmp_path/'b.json').exit_code == 0 and clock.calls == 30
+    seats(*ASKED, "--out", tmp_path / "b.json")
+    before = (tmp_path / "b.json").read_bytes()
+    refused = seats(*ASKED, *change, "--out", tmp_path / "b.json")
+    assert (
+        refused.exit_code == 2
+        and f"now {change[1]}" in refused.stderr
+        and "--again" in refused.stderr
+        and clock.calls == 15
+    )
+    assert (tmp_path / "b.json").read_bytes() == before
+    assert (
+        seats(*ASKED, *change, "--again", "--out", tmp_path / "b.json").exit_code == 0
+        and clock.calls == 30
+    )
 
 
 def test_kernels_and_code_are_circumstances(clock, tmp_path, monkeypatch):
-    seats(*ASKED, '--out', tmp_path/'b.json')
-    monkeypatch.setenv('SEATS_TRITON', '1')
-    assert 'kernels torch, now triton' in seats(*ASKED, '--out', tmp_path/'b.json').stderr
-    monkeypatch.delenv('SEATS_TRITON')
-    monkeypatch.setattr(bench, 'hash_modules', lambda names: 'changed')
-    assert 'now changed' in seats(*ASKED, '--out', tmp_path/'b.json').stderr and clock.calls == 15
+    seats(*ASKED, "--out", tmp_path / "b.json")
+    monkeypatch.setenv("SEATS_TRITON", "1")
+    assert "kernels torch, now triton" in seats(*ASKED, "--out", tmp_path / "b.json").stderr
+    monkeypatch.delenv("SEATS_TRITON")
+    monkeypatch.setattr(bench, "hash_code", lambda: "changed")
+    assert "now changed" in seats(*ASKED, "--out", tmp_path / "b.json").stderr and clock.calls == 15
 
 
 def test_another_file_is_not_overwritten(clock, tmp_path):
-    (tmp_path/'b.json').write_text('{"rows": []}')
-    refused = seats(*ASKED, '--out', tmp_path/'b.json')
-    assert refused.exit_code == 2 and 'not a benchmark' in refused.stderr and (tmp_path/'b.json').read_text() == '{"rows": []}'
+    (tmp_path / "b.json").write_text('{"rows": []}')
+    refused = seats(*ASKED, "--out", tmp_path / "b.json")
+    assert (
+        refused.exit_code == 2
+        and "not a benchmark" in refused.stderr
+        and (tmp_path / "b.json").read_text() == '{"rows": []}'
+    )
 
 
 def test_what_does_not_fit_is_said(clock, tmp_path):
     "The full model runs out of memory: the pruned rows stand alone."
     clock.full = False
-    said = seats(*ASKED, '--out', tmp_path/'b.json')
-    assert 'out of memory' in said.stdout
-    rows = json.loads(seats(*ASKED, '--json', '--out', tmp_path/'b.json').stdout)['rows']
-    assert [r['method'] for r in rows] == ['seats', 'seats', 'random', 'random'] and {r['speedup'] for r in rows} == {None}
+    said = seats(*ASKED, "--out", tmp_path / "b.json")
+    assert "out of memory" in said.stdout
+    rows = json.loads(seats(*ASKED, "--json", "--out", tmp_path / "b.json").stdout)["rows"]
+    assert [r["method"] for r in rows] == ["seats", "seats", "random", "random"] and {
+        r["speedup"] for r in rows
+    } == {None}
 
 
-@pytest.mark.parametrize('where', ['build_model', 'bench_inputs', 'time_request'])
-@pytest.mark.parametrize('error', [torch.OutOfMemoryError(), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("where", ["build", "workload", "time"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=lambda e: type(e).__name__,
+)
 def test_no_step_out_of_memory_ends_the_run(clock, tmp_path, monkeypatch, where, error):
     "Rows that do not fit are named, all others are there, and the next call tries again."
-    real, asked = getattr(bench, where), ('--config', 'testbed', '--frames', 4, '--seconds', 2, '--batch', '1,4', '--methods', 'seats', '--trr', 10, '--repeats', 1, '--out', tmp_path/'b.json')
+    real, asked = (
+        getattr(Workload if where == "time" else BenchSetup, where),
+        (
+            "--config",
+            "testbed",
+            "--frames",
+            4,
+            "--seconds",
+            2,
+            "--batch",
+            "1,4",
+            "--methods",
+            "seats",
+            "--trr",
+            10,
+            "--repeats",
+            1,
+            "--out",
+            tmp_path / "b.json",
+        ),
+    )
+
     def fails_once(*args, **kw):
-        monkeypatch.setattr(bench, where, real)
+        monkeypatch.setattr(Workload if where == "time" else BenchSetup, where, real)
         raise error
-    monkeypatch.setattr(bench, where, fails_once)
+
+    monkeypatch.setattr(Workload if where == "time" else BenchSetup, where, fails_once)
     assert seats(*asked).exit_code == 0
-    rows = json.loads((tmp_path/'b.json').read_text())['rows']
-    lost = {'build_model': 2, 'bench_inputs': 2, 'time_request': 1}[where]
-    assert [r.get('error') for r in rows] == ['out of memory']*lost + [None]*(4 - lost) and all(r['samples'] for r in rows[lost:])
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    lost = {"build": 2, "workload": 2, "time": 1}[where]
+    assert [r.get("error") for r in rows] == ["out of memory"] * lost + [None] * (4 - lost) and all(
+        r["samples"] for r in rows[lost:]
+    )
     seats(*asked)
-    assert all(len(r['samples']) == 1 and not r.get('error') for r in json.loads((tmp_path/'b.json').read_text())['rows'])
+    assert all(
+        len(r["samples"]) == 1 and not r.get("error")
+        for r in json.loads((tmp_path / "b.json").read_text())["rows"]
+    )
 
 
 def test_batches_cost_in_proportion():
-    "Four times the prompts take four times as long, four times the tokens in one prompt sixteen times."
-    short = dict(row('full', 100, 0, 0, 10., 1.), tokens=1000)
-    file = type('File', (), dict(rows={1: short, 2: dict(short, tokens=100, batch=16)})) # many short prompts say nothing about a long one
-    longer = lambda limit, **more: bench._too_long(file, dict(row('full', 100, 0, 0, 0, 1.), tokens=1000) | more, limit)
-    assert longer(.039, batch=4) and not longer(.041, batch=4) and longer(.159, tokens=4000) and not longer(.161, tokens=4000)
+    "Four times the prompts take four times as long, four times the tokens sixteen times."
+    short = dict(row("full", 100, 0, 0, 10.0, 1.0), tokens=1000)
+    file = bench.BenchFile("nowhere.json", BenchSetup())
+    # many short prompts say nothing about a long one
+    file.rows = {1: short, 2: dict(short, tokens=100, batch=16)}
+    longer = lambda limit, **more: file._takes_longer(short | more, limit)
+    assert longer(0.039, batch=4) and not longer(0.041, batch=4)
+    assert longer(0.159, tokens=4000) and not longer(0.161, tokens=4000)
 
 
 def test_what_takes_too_long_is_left_out(clock, tmp_path):
-    "10 ms for any number of tokens of the full model, 4 ms pruned; four times as much is expected of twice as many."
-    asked = '--config', 'testbed', '--scaling', 8192, '--methods', 'seats', '--trr', 10, '--repeats', 1, '--out', tmp_path/'b.json'
-    left = lambda: [r['method'] for r in figures.load_timings(tmp_path/'b.json')['rows'] if r.get('error')]
-    said = seats(*asked, '--most-seconds', .03) # doubling the tokens: 40 ms and 16 ms
-    assert 'left out: longer than 0.03 s' in said.stdout and left() == ['full']*3 and clock.calls == 5
-    seats(*asked, '--most-seconds', 1) # asked again with more patience
+    "The full model takes 10 ms, pruned 4; of twice the tokens four times as much is expected."
+    asked = (
+        "--config",
+        "testbed",
+        "--scaling",
+        8192,
+        "--methods",
+        "seats",
+        "--trr",
+        10,
+        "--repeats",
+        1,
+        "--out",
+        tmp_path / "b.json",
+    )
+    left = lambda: [
+        r["method"] for r in load_json(tmp_path / "b.json", "bench")["rows"] if r.get("error")
+    ]
+    said = seats(*asked, "--most-seconds", 0.03)  # doubling the tokens: 40 ms and 16 ms
+    assert (
+        "left out: longer than 0.03 s" in said.stdout
+        and left() == ["full"] * 3
+        and clock.calls == 5
+    )
+    seats(*asked, "--most-seconds", 1)  # asked again with more patience
     assert left() == [] and clock.calls == 8
 
 
 def test_figures_of_a_stored_benchmark(clock, tmp_path):
-    (tmp_path/'results').mkdir()
-    path = tmp_path/'results'/'bench_x.json'
-    seats('--config', 'testbed', '--scaling', 4096, '--methods', 'seats', '--trr', '35,10', '--repeats', 1, '--out', path)
-    jobs = figures.figure_jobs(tmp_path)
-    assert list(jobs) == ['bench_x_ledger', 'bench_x_speedup', 'bench_x_scaling']
-    for draw in jobs.values(): assert draw().axes
+    (tmp_path / "results").mkdir()
+    path = tmp_path / "results" / "bench_x.json"
+    seats(
+        "--config",
+        "testbed",
+        "--scaling",
+        4096,
+        "--methods",
+        "seats",
+        "--trr",
+        "35,10",
+        "--repeats",
+        1,
+        "--out",
+        path,
+    )
+    jobs = paper.figure_jobs(tmp_path)
+    assert list(jobs) == ["bench_x_timings", "bench_x_speedup", "bench_x_scaling"]
+    for draw in jobs.values():
+        assert draw().axes
 
 
-def test_no_ledger_without_the_untouched_model():
+def test_no_timings_without_the_untouched_model():
     "The full model as it is was left out, the one with batched towers was not."
-    full = bench.settle_all([dict(row('full', 100, 1, 0, 9, 4.), encoders='batch'), dict(row('full', 100, 1, 0, 9, 4.), samples=[], error='out of memory')])
-    with pytest.raises(ValueError, match='no row of a full model'): figures.ledger_figure(full)
+    full = compared(
+        [
+            dict(row("full", 100, 1, 0, 9, 4.0), encoders="batch"),
+            dict(row("full", 100, 1, 0, 9, 4.0), samples=[], error="out of memory"),
+        ]
+    )
+    with pytest.raises(ValueError, match="no row of a full model"):
+        timing.timings_figure(full)
 
 
-@pytest.mark.parametrize('path', sorted((ROOT/'data'/'results').glob('bench_*.json')), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "data" / "results").glob("bench_*.json")), ids=lambda p: p.stem
+)
 def test_committed_benchmark(path):
     "Committed rows are whole, follow from their timings, and keep what the project promises."
-    stored = bench.load_bench(path)
-    rows = [r for r in bench.settle_all(stored['rows']) if not r.get('error')]
-    assert rows and bench.settle_all(stored['rows']) == stored['rows']
-    assert min(r['repeats'] for r in rows) >= 3
+    stored = bench.load_json(path, "bench")
+    rows = [r for r in compared(stored["rows"]) if not r.get("error")]
+    assert rows and compared(stored["rows"]) == stored["rows"]
+    assert min(r["repeats"] for r in rows) >= 3
     for r in rows:
-        assert r['encoder_ms'] > 0 and r['kv_bytes'] > 0
-        if r['speedup']: assert r['realised_fraction'] == pytest.approx(r['speedup']*r['flops_fraction'])
-    if 'testbed' in stored['model']:
-        assert max(r['realised_fraction'] for r in rows if r['config'] == 'testbed' and r['method'] == 'seats' and r['trr'] == 10 and r['tokens'] >= 4000) >= .6
+        assert r["encoder_ms"] > 0 and r["kv_bytes"] > 0
+        if r["speedup"]:
+            assert r["realised_fraction"] == pytest.approx(r["speedup"] * r["flops_fraction"])
+    if "testbed" in stored["model"]:
+        assert (
+            max(
+                r["realised_fraction"]
+                for r in rows
+                if r["config"] == "testbed"
+                and r["method"] == "seats"
+                and r["trr"] == 10
+                and r["tokens"] >= 4000
+            )
+            >= 0.6
+        )
 
 
 # ---------------------------------------------------------------- the promise, and a GPU
 
+
 @pytest.mark.nightly
 def test_realised_fraction_at_the_testbeds_depth():
-    model, processor = bench.build_model('testbed', 512), bench.bench_processor('testbed')
-    inputs, tokens = bench.bench_inputs(model, processor, Request(64, 30.))
-    assert sum(tokens.values()) >= 4000
-    method = bench.Job('testbed', plans=(('seats', 10),)).methods(tokens)['seats', 10]
-    rows = [dict(row(name, trr, 0, 0, 1, 1.), **bench.request_facts(model, inputs, m), samples=[bench.time_request(model, inputs, m, steps=1) for _ in range(3)])
-            for name, trr, m in (('full', 100, None), ('seats', 10, method))]
-    assert bench.settle_all(rows)[1]['realised_fraction'] >= .6
+    job = Job("testbed", Request(64, 30.0), 512)
+    setup = BenchSetup(steps=1)
+    work = setup.workload(job, setup.build("testbed", 512))
+    assert sum(job.request.tokens("testbed").values()) >= 4000
+    rows = [
+        dict(
+            row(name, trr, 0, 0, 1, 1.0), **work.facts(m), samples=[work.time(m) for _ in range(3)]
+        )
+        for name, trr in (("full", 100), ("seats", 10))
+        for m in [job.method(name, trr)]
+    ]
+    assert compared(rows)[1]["realised_fraction"] >= 0.6
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize('name', SIZES)
+@pytest.mark.parametrize("name", SIZES)
 def test_on_a_gpu(name, tmp_path):
     "bfloat16, weights drawn on the device, times from events, memory from the allocator."
-    said = json.loads(seats('--config', name, '--width', 128, '--frames', 16, '--seconds', 8, '--methods', 'seats', '--trr', 10, '--batch', 2, '--repeats', 2, '--json',
-                            '--device', 'cuda', '--out', tmp_path/'b.json').stdout)
-    full, pruned = said['rows']
-    assert said['device'] == torch.cuda.get_device_name() and full['kv_bytes'] > pruned['kv_bytes'] > 0 and full['peak_bytes'] > 0
-    for r in said['rows']: assert r['encoder_ms'] + r['selection_ms'] + r['prefill_ms'] == pytest.approx(r['ttft_ms'], rel=.5) and r['prefill_ms'] > 0
+    said = json.loads(
+        seats(
+            "--config",
+            name,
+            "--width",
+            128,
+            "--frames",
+            16,
+            "--seconds",
+            8,
+            "--methods",
+            "seats",
+            "--trr",
+            10,
+            "--batch",
+            2,
+            "--repeats",
+            2,
+            "--json",
+            "--device",
+            "cuda",
+            "--out",
+            tmp_path / "b.json",
+        ).stdout
+    )
+    full, pruned = said["rows"]
+    assert (
+        said["device"] == torch.cuda.get_device_name()
+        and full["kv_bytes"] > pruned["kv_bytes"] > 0
+        and full["peak_bytes"] > 0
+    )
+    for r in said["rows"]:
+        assert (
+            r["encoder_ms"] + r["selection_ms"] + r["prefill_ms"]
+            == pytest.approx(r["ttft_ms"], rel=0.5)
+            and r["prefill_ms"] > 0
+        )
 
 
 def test_width_and_other_input_is_checked():
-    for args, says in ((('--config', 'testbed', '--width', 100), 'multiples of 128'), (('--config', 'qwen2.5-omni-7b', '--width', 4000), 'from 32 to 3584'),
-                       (('--preset', 'hour', '--frames', 8), 'not both'), (('--scaling', 100), '--scaling'), (('--device', 'cuda:9'), 'no GPU'), (('--kv', 'keep'), '--kv')):
-        if says == 'no GPU' and torch.cuda.is_available(): continue
-        result = seats(*args, '--out', '/nowhere/at/all.json' if says == '--kv' else 'build/never.json')
-        assert result.exit_code == 2 and says in result.stderr and result.stdout == '', (args, result.stderr)
+    for args, says in (
+        (("--config", "testbed", "--width", 100), "multiples of 128"),
+        (("--config", "qwen2.5-omni-7b", "--width", 4000), "from 32 to 3584"),
+        (("--preset", "hour", "--frames", 8), "not both"),
+        (("--scaling", 100), "--scaling"),
+        (("--device", "cuda:9"), "no GPU"),
+        (("--kv", "keep"), "--kv"),
+    ):
+        if says == "no GPU" and torch.cuda.is_available():
+            continue
+        result = seats(
+            *args, "--out", "/nowhere/at/all.json" if says == "--kv" else "build/never.json"
+        )
+        assert result.exit_code == 2 and says in result.stderr and result.stdout == "", (
+            args,
+            result.stderr,
+        )

@@ -1,6 +1,8 @@
 """The command line: one line and exit 2 for bad input, nothing lost, results on stdout."""
+
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -12,18 +14,32 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from seats_analysis import cli
-from seats_analysis.boundaries import Boundaries, find_boundaries, synthetic_profile
-from seats_analysis.schedule import Schedule
+from seats_analysis.cli import analysis, answers, demo as demo_commands
+from seats_analysis.cli.main import app
+from seats_analysis.boundaries.find import Boundaries, find_boundaries
+from seats_analysis.boundaries.retention import synthetic_profile
+from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.storage.schemas import SCHEMAS
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = {'torch', 'transformers', 'xarray', 'matplotlib', 'pandas', 'scipy', 'av', 'seaborn', 'h5netcdf'}
+HEAVY = {
+    "torch",
+    "transformers",
+    "xarray",
+    "matplotlib",
+    "pandas",
+    "scipy",
+    "av",
+    "seaborn",
+    "h5netcdf",
+}
 
 
 def seats(*args):
     "Run a command in this process. Bugs surface as exceptions."
-    result = CliRunner().invoke(cli.app, [str(a) for a in args])
-    if result.exception is not None and not isinstance(result.exception, SystemExit): raise result.exception
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
     return result
 
 
@@ -31,454 +47,822 @@ def refused(*args):
     "The one line of a command that must end with exit code 2 and nothing on stdout."
     result = seats(*args)
     assert result.exit_code == 2, (result.exit_code, result.stdout, result.stderr)
-    assert result.stdout == '' and result.stderr.count('\n') == 1 and result.stderr.startswith('seats: '), result.stderr
-    assert 'Traceback' not in result.stderr
+    assert (
+        result.stdout == ""
+        and result.stderr.count("\n") == 1
+        and result.stderr.startswith("seats: ")
+    ), result.stderr
+    assert "Traceback" not in result.stderr
     return result.stderr
 
 
 def outside(*args, **kw):
     "Run the console script in a process of its own."
-    code = 'import sys; from seats_analysis.cli import main; sys.argv[0] = "seats"; main()'
-    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
-    return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, env=env, **kw)
+    code = 'import sys; from seats_analysis.cli.main import main; sys.argv[0] = "seats"; main()'
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, env=env, **kw
+    )
 
 
 @pytest.fixture
 def profile(tmp_path):
     "A stored profile of 12 layers with known blocks."
     data = synthetic_profile(clips=64)
-    data.attrs['tokens'] = '{"visual": 128, "audio": 80, "text": 17}'
-    data.to_netcdf(tmp_path/'made-up.nc', engine='h5netcdf')
-    return tmp_path/'made-up.nc'
+    data.attrs["tokens"] = '{"visual": 128, "audio": 80, "text": 17}'
+    data.to_netcdf(tmp_path / "made-up.nc", engine="h5netcdf")
+    return tmp_path / "made-up.nc"
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def model():
     "The testbed's structure with random weights."
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
-    from seats_analysis.testbed import build_config, build_processor, init_weights
+    from seats_analysis.testbed.load import build_config, build_processor, init_weights
+
     thinker = Thinker(build_config(layers=12)).eval()
     init_weights(thinker, 0)
     return thinker, build_processor()
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def questions(tmp_path_factory):
     "A JSONL with six questions on two real clips."
-    from seats_analysis.media import write_samples
-    from seats_analysis.testbed import fresh_samples
-    folder = tmp_path_factory.mktemp('clips')
-    samples = [replace(s, split=('derive', 'test')[i//3]) for i, s in enumerate(fresh_samples(6, per_clip=3, folder=folder))]
-    return write_samples(samples, folder/'questions.jsonl')
+    from seats_analysis.inputs.samples import write_samples
+    from seats_analysis.testbed.load import fresh_samples
+
+    folder = tmp_path_factory.mktemp("clips")
+    samples = [
+        replace(s, split=("derive", "test")[i // 3])
+        for i, s in enumerate(fresh_samples(6, per_clip=3, folder=folder))
+    ]
+    return write_samples(samples, folder / "questions.jsonl")
 
 
 @pytest.fixture
-def clip(questions): return next(questions.parent.glob('*.mp4'))
+def clip(questions):
+    return next(questions.parent.glob("*.mp4"))
 
 
 @pytest.fixture
 def stubbed(monkeypatch, model):
     "`load_model` gives the random model under any name."
-    monkeypatch.setattr(cli, 'check_model', lambda name: None)
-    monkeypatch.setattr(cli, 'load_model', lambda name, device='': model)
+    for commands in (analysis, answers):
+        monkeypatch.setattr(commands, "check_model", lambda name: None)
+        monkeypatch.setattr(commands, "load_model", lambda name, device="": model)
 
 
 # help and start-up
 
-@pytest.mark.parametrize('command', ['', 'probe', 'boundaries', 'schedule', 'run', 'figures', 'train-testbed', 'demo'])
-def test_help(command):
-    result = seats(*command.split(), '--help')
-    assert result.exit_code == 0 and 'Usage: ' in result.stdout and result.stderr == ''
+
+def test_help():
+    "Every command and every option says what it is for; no line is cut off or too wide."
+    import typer
+
+    commands = typer.main.get_command(app).commands
+    assert len(commands) == 12
+    for name, command in {"": typer.main.get_command(app), **commands}.items():
+        result = seats(*name.split(), "--help")
+        assert result.exit_code == 0 and "Usage: " in result.stdout and result.stderr == ""
+        assert "..." not in re.sub(r"\.\.\.`| \.\.\. |\]\.\.\.", "", result.stdout), result.stdout
+        assert max(map(len, result.stdout.splitlines())) <= 80
+        assert not [p.name for p in command.params if not getattr(p, "help", "said elsewhere")]
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert outside('--help').returncode == 0
+    assert outside("--help").returncode == 0
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1     # CPU seconds: the wall clock depends on the neighbours
-    code = f'import sys, seats_analysis.cli; print(sorted({HEAVY!r} & set(sys.modules)))'
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == '[]', done.stderr
+    assert (
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+    )  # CPU seconds: the wall clock depends on the neighbours
+    code = f"import sys, seats_analysis.cli.main; print(sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_version_and_bare_call():
     from seats_analysis import __version__
-    assert seats('--version').stdout.strip() == __version__
-    assert seats().exit_code == 0 and 'Commands:' in seats().stdout
+
+    assert seats("--version").stdout.strip() == __version__
+    assert seats().exit_code == 0 and "Commands:" in seats().stdout
 
 
 # the command line itself
 
-@pytest.mark.parametrize('args, says', [
-    (['prob'], "No such command 'prob'"), (['probe', '--bogus'], '--bogus'), (['probe', '--limit', 'many'], "'many'|valid integer"), (['probe', '--limit', '0'], '--limit'),
-    (['schedule'], "Missing argument"), (['run', 'x.mp4'], "--question"), (['schedule', 'x.nc', '--trr', 'ten'], '--trr')])
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["prob"], "No such command 'prob'"),
+        (["probe", "--bogus"], "--bogus"),
+        (["probe", "--limit", "many"], "'many'|valid integer"),
+        (["probe", "--limit", "0"], "--limit"),
+        (["schedule"], "Missing argument"),
+        (["run", "x.mp4"], "--question"),
+        (["schedule", "x.nc", "--trr", "ten"], "--trr"),
+    ],
+)
 def test_usage_errors_are_one_line(args, says):
-    import re
     assert re.search(says, refused(*args))
 
 
 # bad input
 
-@pytest.mark.parametrize('trr', ['0', '-5', '100.1', 'nan', 'inf'])
+
+@pytest.mark.parametrize("trr", ["0", "-5", "100.1", "nan", "inf"])
 def test_trr_outside_its_range(profile, tmp_path, trr):
-    assert '(0, 100]' in refused('schedule', profile, '--trr', trr, '--out', tmp_path/'plan.json')
-    assert '(0, 100]' in refused('run', 'x.mp4', '--question', '?', '--trr', trr)
-    assert not (tmp_path/'plan.json').exists()
+    assert "(0, 100]" in refused("schedule", profile, "--trr", trr, "--out", tmp_path / "plan.json")
+    assert "(0, 100]" in refused("run", "x.mp4", "--question", "?", "--trr", trr)
+    assert not (tmp_path / "plan.json").exists()
 
 
 def test_unreachable_target_names_the_feasible_range(profile, tmp_path):
-    says = refused('schedule', profile, '--trr', '80', '--late', 'estimate', '--out', tmp_path/'plan.json')
-    assert 'feasible is up to 66.67 %' in says
-    says = refused('schedule', profile, '--visual', '80', '--audio', '10', '--late', 'estimate', '--out', tmp_path/'plan.json')
-    assert 'visual' in says and 'feasible' in says
+    says = refused(
+        "schedule", profile, "--trr", "80", "--late", "estimate", "--out", tmp_path / "plan.json"
+    )
+    assert "feasible is up to 66.67 %" in says
+    says = refused(
+        "schedule",
+        profile,
+        "--visual",
+        "80",
+        "--audio",
+        "10",
+        "--late",
+        "estimate",
+        "--out",
+        tmp_path / "plan.json",
+    )
+    assert "visual" in says and "feasible" in says
 
 
-@pytest.mark.parametrize('command', [['boundaries'], ['schedule', '--trr', '10']])
+@pytest.mark.parametrize("command", [["boundaries"], ["schedule", "--trr", "10"]])
 def test_missing_and_broken_profiles(tmp_path, command):
-    assert 'none.nc' in refused(*command, tmp_path/'none.nc')
-    (tmp_path/'text.nc').write_text('hello')
-    assert 'text.nc' in refused(*command, tmp_path/'text.nc')
+    assert "none.nc" in refused(*command, tmp_path / "none.nc")
+    (tmp_path / "text.nc").write_text("hello")
+    assert "text.nc" in refused(*command, tmp_path / "text.nc")
     import xarray as xr
-    xr.Dataset({'a': 1}).to_netcdf(tmp_path/'other.nc', engine='h5netcdf')
-    assert 'other.nc' in refused(*command, tmp_path/'other.nc')
+
+    xr.Dataset({"a": 1}).to_netcdf(tmp_path / "other.nc", engine="h5netcdf")
+    assert "other.nc" in refused(*command, tmp_path / "other.nc")
 
 
 def test_profile_without_token_counts(profile, tmp_path):
-    synthetic_profile(clips=64).to_netcdf(tmp_path/'bare.nc', engine='h5netcdf')
-    assert '--tokens' in refused('schedule', tmp_path/'bare.nc', '--trr', '10')
-    assert seats('schedule', tmp_path/'bare.nc', '--trr', '10', '--tokens', '128,80').exit_code == 0
-    assert '--tokens' in refused('schedule', tmp_path/'bare.nc', '--trr', '10', '--tokens', 'many')
+    synthetic_profile(clips=64).to_netcdf(tmp_path / "bare.nc", engine="h5netcdf")
+    assert "--tokens" in refused("schedule", tmp_path / "bare.nc", "--trr", "10")
+    assert (
+        seats("schedule", tmp_path / "bare.nc", "--trr", "10", "--tokens", "128,80").exit_code == 0
+    )
+    assert "--tokens" in refused(
+        "schedule", tmp_path / "bare.nc", "--trr", "10", "--tokens", "many"
+    )
 
 
 def test_conflicting_targets(profile):
-    for given in ([], ['--trr', '10', '--visual', '5'], ['--visual', '5'], ['--trr', '10', '--visual', '5', '--audio', '20']):
-        assert 'either --trr N' in refused('schedule', profile, *given)
+    for given in (
+        [],
+        ["--trr", "10", "--visual", "5"],
+        ["--visual", "5"],
+        ["--trr", "10", "--visual", "5", "--audio", "20"],
+    ):
+        assert "either --trr N" in refused("schedule", profile, *given)
 
 
-@pytest.mark.parametrize('name, says', [('nope', "unknown model 'nope'"), ('a/b/c', "unknown model 'a/b/c'")])
+@pytest.mark.parametrize(
+    "name, says", [("nope", "unknown model 'nope'"), ("a/b/c", "unknown model 'a/b/c'")]
+)
 def test_unknown_model(name, says, clip):
-    assert says in refused('probe', '--model', name)
-    assert says in refused('run', clip, '--question', '?', '--model', name)
+    assert says in refused("probe", "--model", name)
+    assert says in refused("run", clip, "--question", "?", "--model", name)
 
 
-@pytest.mark.parametrize('args, says', [
-    (['probe', '--device', 'foo'], "--device 'foo': cpu or cuda"), (['probe', '--device', 'meta'], "--device 'meta'"), (['eval', '--device', 'cuda:x'], '--device cuda:x'),
-    (['probe', '--layers', '0:0'], "--layers '0:0'"), (['eval', '--methods', ','], '--methods: nothing named'),
-    (['bench', '--seconds', 'inf'], '--seconds inf: from 1'), (['bench', '--seconds', 'nan'], '--seconds nan'), (['bench', '--frames', '1000000000'], '--frames 1000000000: an even number')])
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["probe", "--device", "foo"], "--device 'foo': cpu or cuda"),
+        (["probe", "--device", "meta"], "--device 'meta'"),
+        (["eval", "--device", "cuda:x"], "--device cuda:x"),
+        (["probe", "--layers", "0:0"], "--layers '0:0'"),
+        (["eval", "--methods", ","], "--methods: nothing named"),
+        (["bench", "--seconds", "inf"], "--seconds inf: from 1"),
+        (["bench", "--seconds", "nan"], "--seconds nan"),
+        (["bench", "--frames", "1000000000"], "--frames 1000000000: an even number"),
+    ],
+)
 def test_values_that_cannot_be(args, says, tmp_path):
-    assert says in refused(*args, '--out', tmp_path/'x.nc') and not list(tmp_path.iterdir())
+    assert says in refused(*args, "--out", tmp_path / "x.nc") and not list(tmp_path.iterdir())
 
 
 def test_schedule_file_of_brackets(clip, tmp_path):
-    (tmp_path/'deep.json').write_text('['*100_000)
-    refused('run', clip, '--question', '?', '--schedule', tmp_path/'deep.json')
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    refused("run", clip, "--question", "?", "--schedule", tmp_path / "deep.json")
 
 
-def test_weights_cut_off(clip, tmp_path):
-    from seats_analysis.testbed import load_testbed
-    for part in load_testbed(): part.save_pretrained(tmp_path)
-    weights = tmp_path/'model.safetensors'
+def test_weights_cut_off(clip, tmp_path, model):
+    for part in model:
+        part.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    assert 'cannot be read' in refused('run', clip, '--question', '?', '--trr', '10', '--model', tmp_path)
+    assert "cannot be read" in refused(
+        "run", clip, "--question", "?", "--trr", "10", "--model", tmp_path
+    )
 
 
 def test_model_the_hub_does_not_give(questions, monkeypatch):
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    assert "unknown model 'nobody/nothing'" in refused('probe', '--model', 'nobody/nothing', '--data', questions)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "unknown model 'nobody/nothing'" in refused(
+        "probe", "--model", "nobody/nothing", "--data", questions
+    )
 
 
 def test_folder_that_is_no_om_llm(tmp_path, questions):
-    assert 'no config.json' in refused('probe', '--model', tmp_path, '--data', questions)
-    (tmp_path/'config.json').write_text(json.dumps(dict(model_type='bert', architectures=['BertModel'])))
-    assert 'not an om-LLM' in refused('probe', '--model', tmp_path, '--data', questions)
+    assert "no config.json" in refused("probe", "--model", tmp_path, "--data", questions)
+    (tmp_path / "config.json").write_text(
+        json.dumps(dict(model_type="bert", architectures=["BertModel"]))
+    )
+    assert "not an om-LLM" in refused("probe", "--model", tmp_path, "--data", questions)
 
 
 def test_jsonl_with_a_missing_field_names_the_line(questions, tmp_path):
     lines = questions.read_text().splitlines()
-    broken = json.loads(lines[2]); del broken['answer']
-    bad = questions.parent/'bad.jsonl'
-    bad.write_text('\n'.join([*lines[:2], json.dumps(broken), *lines[3:]]))
-    says = refused('probe', '--data', bad, '--out', tmp_path/'p.nc')
-    assert 'line 3' in says and 'answer' in says and not (tmp_path/'p.nc').exists()
-    assert 'none.jsonl' in refused('probe', '--data', tmp_path/'none.jsonl')
+    broken = json.loads(lines[2])
+    del broken["answer"]
+    bad = questions.parent / "bad.jsonl"
+    bad.write_text("\n".join([*lines[:2], json.dumps(broken), *lines[3:]]))
+    says = refused("probe", "--data", bad, "--out", tmp_path / "p.nc")
+    assert "line 3" in says and "answer" in says and not (tmp_path / "p.nc").exists()
+    assert "none.jsonl" in refused("probe", "--data", tmp_path / "none.jsonl")
 
 
 def test_questions_without_answers_are_probed(questions, tmp_path, stubbed):
-    "Only the divergence is measured, the same as with answers; boundaries say why they cannot be had."
+    "Only the divergence is measured, as with answers; boundaries say why they cannot be had."
     import xarray as xr
+
     rows = [json.loads(line) for line in questions.read_text().splitlines()]
-    bare = questions.parent/'bare.jsonl'
-    bare.write_text('\n'.join(json.dumps({k: v for k, v in row.items() if k not in ('choices', 'answer')}) for row in rows))
-    for data, name in ((questions, 'with'), (bare, 'without')):
-        done = seats('probe', '--model', 'testbed', '--data', data, '--layers', '0,6', '--removed', 'both', '--out', tmp_path/f'{name}.nc')
+    bare = questions.parent / "bare.jsonl"
+    bare.write_text(
+        "\n".join(
+            json.dumps({k: v for k, v in row.items() if k not in ("choices", "answer")})
+            for row in rows
+        )
+    )
+    for data, name in ((questions, "with"), (bare, "without")):
+        done = seats(
+            "probe",
+            "--model",
+            "testbed",
+            "--data",
+            data,
+            "--layers",
+            "0,6",
+            "--removed",
+            "both",
+            "--out",
+            tmp_path / f"{name}.nc",
+        )
         assert done.exit_code == 0, done.stderr
-    assert 'none with choices, so only the divergence is measured' in done.stdout
-    told, found = (xr.load_dataset(tmp_path/f'{name}.nc', engine='h5netcdf') for name in ('with', 'without'))
+    assert "none with choices, so only the divergence is measured" in done.stdout
+    told, found = (
+        xr.load_dataset(tmp_path / f"{name}.nc", engine="h5netcdf") for name in ("with", "without")
+    )
     np.testing.assert_allclose(found.kl, told.kl, atol=1e-4)
-    assert found.n_choices.values.tolist() == [0]*6 and not np.isfinite(found.nll).any()
-    assert 'no chosen question has choices' in refused('boundaries', tmp_path/'without.nc', '--split', 'all')
-    assert "'auto' follows the share of right answers" in refused('probe', '--model', 'testbed', '--data', bare, '--layers', 'auto', '--out', tmp_path/'a.nc')
+    assert found.n_choices.values.tolist() == [0] * 6 and not np.isfinite(found.nll).any()
+    assert "no chosen question has choices" in refused(
+        "boundaries", tmp_path / "without.nc", "--split", "all"
+    )
+    assert "'auto' follows the share of right answers" in refused(
+        "probe",
+        "--model",
+        "testbed",
+        "--data",
+        bare,
+        "--layers",
+        "auto",
+        "--out",
+        tmp_path / "a.nc",
+    )
 
 
 def test_out_that_cannot_be_written_is_refused_first(tmp_path, questions):
-    assert 'is a folder' in refused('probe', '--data', questions, '--out', tmp_path)
-    (tmp_path/'file').write_text('')
-    assert 'not a folder' in refused('probe', '--data', questions, '--out', tmp_path/'file'/'p.nc')
+    assert "is a folder" in refused("probe", "--data", questions, "--out", tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "not a folder" in refused(
+        "probe", "--data", questions, "--out", tmp_path / "file" / "p.nc"
+    )
 
 
 def test_clip_that_is_missing_or_not_a_video(tmp_path, clip):
-    (tmp_path/'text.mp4').write_text('not a film')
-    (tmp_path/'half.mp4').write_bytes(clip.read_bytes()[:3000])
-    for name in ('none.mp4', 'text.mp4', 'half.mp4'): assert name in refused('run', tmp_path/name, '--question', '?')
+    (tmp_path / "text.mp4").write_text("not a film")
+    (tmp_path / "half.mp4").write_bytes(clip.read_bytes()[:3000])
+    for name in ("none.mp4", "text.mp4", "half.mp4"):
+        assert name in refused("run", tmp_path / name, "--question", "?")
 
 
 def test_corrupted_schedule(tmp_path, clip, profile):
-    plan = tmp_path/'plan.json'
-    assert seats('schedule', profile, '--trr', '10', '--out', plan).exit_code == 0
+    plan = tmp_path / "plan.json"
+    assert seats("schedule", profile, "--trr", "10", "--out", plan).exit_code == 0
     text = plan.read_text()
-    for damage in (text[:100], '[]', text.replace('"schema"', '"scheme"'), text.replace('"num_layers": 12', '"num_layers": 6'), '\x00'):
+    for damage in (
+        text[:100],
+        "[]",
+        text.replace('"schema"', '"scheme"'),
+        text.replace('"num_layers": 12', '"num_layers": 6'),
+        "\x00",
+    ):
         plan.write_text(damage)
-        assert 'plan.json' in refused('run', clip, '--question', '?', '--schedule', plan)
-    assert 'none.json' in refused('run', clip, '--question', '?', '--schedule', tmp_path/'none.json')
+        assert "plan.json" in refused("run", clip, "--question", "?", "--schedule", plan)
+    assert "none.json" in refused(
+        "run", clip, "--question", "?", "--schedule", tmp_path / "none.json"
+    )
 
 
 def test_schedule_for_another_layer_count(tmp_path, clip, stubbed):
-    Schedule.published('qwen2.5-omni-7b', 10).save(tmp_path/'seven.json')
-    says = refused('run', clip, '--question', '?', '--schedule', tmp_path/'seven.json', '--kept', tmp_path/'kept.json')
-    assert '28 layers' in says and '12' in says and not (tmp_path/'kept.json').exists()
+    Schedule.published("qwen2.5-omni-7b", 10).save(tmp_path / "seven.json")
+    says = refused(
+        "run",
+        clip,
+        "--question",
+        "?",
+        "--schedule",
+        tmp_path / "seven.json",
+        "--kept",
+        tmp_path / "kept.json",
+    )
+    assert "28 layers" in says and "12" in says and not (tmp_path / "kept.json").exists()
 
 
 def test_schedule_and_trr_exclude_each_other(clip):
-    assert 'not both' in refused('run', clip, '--question', '?', '--schedule', 'x.json', '--trr', '10')
+    assert "not both" in refused(
+        "run", clip, "--question", "?", "--schedule", "x.json", "--trr", "10"
+    )
 
 
 def test_trr_for_a_model_without_boundaries(clip, stubbed):
-    assert '--profile' in refused('run', clip, '--question', '?', '--trr', '10', '--model', 'some/model')
+    assert "--profile" in refused(
+        "run", clip, "--question", "?", "--trr", "10", "--model", "some/model"
+    )
 
 
 def test_old_schedule_survives_a_full_disk(profile, tmp_path):
-    plan = tmp_path/'plan.json'
-    assert seats('schedule', profile, '--trr', '35', '--out', plan).exit_code == 0
+    plan = tmp_path / "plan.json"
+    assert seats("schedule", profile, "--trr", "35", "--out", plan).exit_code == 0
     before = plan.read_bytes()
-    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))                 # the kernel refuses to let any file grow past 200 bytes
-    done = outside('schedule', profile, '--trr', '10', '--out', plan, preexec_fn=small)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith('seats: File too large') and 'Traceback' not in done.stderr, done.stderr
-    assert plan.read_bytes() == before and {p.name for p in tmp_path.iterdir()} == {'plan.json', profile.name}
+    small = lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (200, 200)
+    )  # the kernel refuses to let any file grow past 200 bytes
+    done = outside("schedule", profile, "--trr", "10", "--out", plan, preexec_fn=small)
+    assert (
+        done.returncode == 2
+        and done.stderr.splitlines()[-1].startswith("seats: File too large")
+        and "Traceback" not in done.stderr
+    ), done.stderr
+    assert plan.read_bytes() == before and {p.name for p in tmp_path.iterdir()} == {
+        "plan.json",
+        profile.name,
+    }
 
 
 def test_old_profile_survives_a_full_disk(questions, tmp_path, stubbed, monkeypatch):
     import xarray as xr
-    out = tmp_path/'p.nc'
-    out.write_bytes(b'old')
+
+    out = tmp_path / "p.nc"
+    out.write_bytes(b"old")
+
     def full(self, path, **kw):
-        Path(path).write_bytes(b'half')
-        raise OSError(28, 'No space left on device', str(path))
-    monkeypatch.setattr(xr.Dataset, 'to_netcdf', full)
-    result = seats('probe', '--model', 'any', '--data', questions, '--limit', '1', '--layers', '6', '--out', out)
-    assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith('seats: No space left on device')
-    assert out.read_bytes() == b'old' and sorted(p.name for p in tmp_path.iterdir()) == ['p.nc', 'p.nc.journal']  # what was measured is kept
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(xr.Dataset, "to_netcdf", full)
+    result = seats(
+        "probe",
+        "--model",
+        "any",
+        "--data",
+        questions,
+        "--limit",
+        "1",
+        "--layers",
+        "6",
+        "--out",
+        out,
+    )
+    assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith(
+        "seats: No space left on device"
+    )
+    assert out.read_bytes() == b"old" and sorted(p.name for p in tmp_path.iterdir()) == [
+        "p.nc",
+        "p.nc.checkpoint",
+    ]  # what was measured is kept
 
 
 def test_interrupt_is_one_line_and_130(questions, tmp_path, monkeypatch):
-    def stop(*args, **kw): raise KeyboardInterrupt
-    monkeypatch.setattr(cli, 'load_model', stop)
-    result = seats('probe', '--data', questions, '--out', tmp_path/'p.nc')
-    assert (result.exit_code, result.stderr.strip(), result.stdout) == (130, 'seats: interrupted', '')
+    def stop(*args, **kw):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(analysis, "load_model", stop)
+    result = seats("probe", "--data", questions, "--out", tmp_path / "p.nc")
+    assert (result.exit_code, result.stderr.strip(), result.stdout) == (
+        130,
+        "seats: interrupted",
+        "",
+    )
 
 
 def test_a_bug_keeps_its_traceback(questions, tmp_path, monkeypatch):
-    def broken(*args, **kw): raise RuntimeError('a bug')
-    monkeypatch.setattr(cli, 'load_model', broken)
-    with pytest.raises(RuntimeError, match='a bug'): seats('probe', '--data', questions, '--out', tmp_path/'p.nc')
+    def broken(*args, **kw):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(analysis, "load_model", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        seats("probe", "--data", questions, "--out", tmp_path / "p.nc")
 
 
 # what the commands do
 
+
 def test_boundaries_prints_layers_from_one(profile):
-    result = seats('boundaries', profile)
+    result = seats("boundaries", profile)
     head, _, *rows = result.stdout.splitlines()
-    assert [r.split()[0] for r in rows] == ['visual', 'audio', 'both'] and 'late starts (95 %)' in head
-    stored = json.loads(seats('boundaries', profile, '--json').stdout)['both']
-    low, high = stored['late_start_ci']
-    assert f'{stored["late_start"] + 1} ({low + 1} to {high + 1 if high < stored["num_layers"] else "end"})' in rows[2]
-    assert rows[2].split()[1:4] == ['1', 'to', str(stored['shallow_end'])]
+    assert [r.split()[0] for r in rows] == [
+        "visual",
+        "audio",
+        "both",
+    ] and "late starts (95 %)" in head
+    stored = json.loads(seats("boundaries", profile, "--json").stdout)["both"]
+    low, high = stored["late_start_ci"]
+    end = high + 1 if high < stored["num_layers"] else "end"
+    assert f"{stored['late_start'] + 1} ({low + 1} to {end})" in rows[2]
+    assert rows[2].split()[1:4] == ["1", "to", str(stored["shallow_end"])]
 
 
 def test_schedule_meets_its_target_and_prints_both_ratios(profile, tmp_path):
     for trr in (35, 25, 15, 10, 100):
-        result = seats('schedule', profile, '--trr', trr, '--late', 'estimate', '--out', tmp_path/'plan.json')
-        plan = Schedule.load(tmp_path/'plan.json')
-        assert abs(plan.token_trr(128, 80) - trr/100) < 1e-9
-        assert f'visual {100*plan.trr["visual"]:.3g} %, audio {100*plan.trr["audio"]:.3g} %' in result.stdout
-        assert (plan.late_start, plan.evidence['kind']) == (8, 'derived') if trr < 100 else plan.keeps_all
-    as_json = json.loads(seats('schedule', profile, '--trr', '10', '--out', tmp_path/'plan.json', '--json').stdout)
-    assert as_json == json.loads((tmp_path/'plan.json').read_text())
+        result = seats(
+            "schedule", profile, "--trr", trr, "--late", "estimate", "--out", tmp_path / "plan.json"
+        )
+        plan = Schedule.load(tmp_path / "plan.json")
+        assert abs(plan.token_trr(128, 80) - trr / 100) < 1e-9
+        assert (
+            f"visual {100 * plan.trr['visual']:.3g} %, audio {100 * plan.trr['audio']:.3g} %"
+            in result.stdout
+        )
+        assert (
+            (plan.late_start, plan.evidence["kind"]) == (8, "derived")
+            if trr < 100
+            else plan.keeps_all
+        )
+    as_json = json.loads(
+        seats("schedule", profile, "--trr", "10", "--out", tmp_path / "plan.json", "--json").stdout
+    )
+    assert as_json == json.loads((tmp_path / "plan.json").read_text())
 
 
 def test_schedule_takes_the_estimate_and_says_so(profile):
     "Its default file, and one note wherever estimate and certificate differ."
-    result = seats('schedule', profile, '--trr', '10')
-    assert Schedule.load(profile.parent/'made-up_trr10.json').late_start == 8
-    assert result.stderr.startswith('note: late block: layer 9 of 12, estimate; certified: none (64 clips') and result.stderr.count('note: late block') == 1
-    careful = seats('schedule', profile, '--trr', '10', '--late', 'certified', '--json')
-    assert json.loads(careful.stdout)['late_start'] == 12 and 'certified; estimate: layer 9 of 12' in careful.stderr
-    assert "'hope'" in refused('schedule', profile, '--trr', '10', '--late', 'hope')
+    result = seats("schedule", profile, "--trr", "10")
+    assert Schedule.load(profile.parent / "made-up_trr10.json").late_start == 8
+    assert (
+        result.stderr.startswith(
+            "note: late block: layer 9 of 12, estimate; certified: none (64 clips"
+        )
+        and result.stderr.count("note: late block") == 1
+    )
+    careful = seats("schedule", profile, "--trr", "10", "--late", "certified", "--json")
+    assert (
+        json.loads(careful.stdout)["late_start"] == 12
+        and "certified; estimate: layer 9 of 12" in careful.stderr
+    )
+    assert "'hope'" in refused("schedule", profile, "--trr", "10", "--late", "hope")
     sure = synthetic_profile(clips=800)
-    sure.to_netcdf(profile.parent/'sure.nc', engine='h5netcdf')
-    agreed = seats('schedule', profile.parent/'sure.nc', '--trr', '10', '--tokens', '128,80')
-    assert agreed.exit_code == 0 and 'late block: ' not in agreed.stderr
+    sure.to_netcdf(profile.parent / "sure.nc", engine="h5netcdf")
+    agreed = seats("schedule", profile.parent / "sure.nc", "--trr", "10", "--tokens", "128,80")
+    assert agreed.exit_code == 0 and "late block: " not in agreed.stderr
 
 
 def test_no_drops_are_announced_where_stage_two_keeps_everything(profile, tmp_path):
     "A late block so early that the scale moves to where nothing may be dropped."
-    early = synthetic_profile(curves={m: np.r_[np.zeros(2), np.full(2, .5), np.ones(9)] for m in ('visual', 'audio', 'both')}, clips=64)
-    early.to_netcdf(tmp_path/'early.nc', engine='h5netcdf')
-    result = seats('schedule', tmp_path/'early.nc', '--trr', '10', '--tokens', '128,80', '--out', tmp_path/'plan.json')
-    assert 'drops     none' in result.stdout and 'stage II drops nothing' in result.stderr
-    assert Schedule.load(tmp_path/'plan.json').drop_layers == ()
+    early = synthetic_profile(
+        curves={
+            m: np.r_[np.zeros(2), np.full(2, 0.5), np.ones(9)] for m in ("visual", "audio", "both")
+        },
+        clips=64,
+    )
+    early.to_netcdf(tmp_path / "early.nc", engine="h5netcdf")
+    result = seats(
+        "schedule",
+        tmp_path / "early.nc",
+        "--trr",
+        "10",
+        "--tokens",
+        "128,80",
+        "--out",
+        tmp_path / "plan.json",
+    )
+    assert "drops     none" in result.stdout and "stage II drops nothing" in result.stderr
+    assert Schedule.load(tmp_path / "plan.json").drop_layers == ()
 
 
 def test_families_of_a_profile_that_names_none(profile, tmp_path):
     import xarray as xr
-    bare = xr.load_dataset(profile, engine='h5netcdf')
-    bare = bare.assign_coords(family=('sample', ['']*bare.sizes['sample'])).assign_attrs(needs='')
-    bare.to_netcdf(tmp_path/'bare.nc', engine='h5netcdf')
-    result = seats('boundaries', tmp_path/'bare.nc', '--families')
-    assert result.exit_code == 0 and len(result.stdout.splitlines()) == 5 and 'one family' in result.stderr
-    assert json.loads(seats('boundaries', tmp_path/'bare.nc', '--families', '--json').stdout)['both']['by_family'] == {}
+
+    bare = xr.load_dataset(profile, engine="h5netcdf")
+    bare = bare.assign_coords(family=("sample", [""] * bare.sizes["sample"])).assign_attrs(needs="")
+    bare.to_netcdf(tmp_path / "bare.nc", engine="h5netcdf")
+    result = seats("boundaries", tmp_path / "bare.nc", "--families")
+    assert (
+        result.exit_code == 0
+        and len(result.stdout.splitlines()) == 5
+        and "one family" in result.stderr
+    )
+    assert (
+        json.loads(seats("boundaries", tmp_path / "bare.nc", "--families", "--json").stdout)[
+            "both"
+        ]["by_family"]
+        == {}
+    )
 
 
 def test_schedule_apart(profile):
-    apart = seats('schedule', profile, '--trr', '10', '--apart', '--late', 'estimate', '--json')
-    assert json.loads(apart.stdout)['late_start'] == {'visual': 7, 'audio': 8}
+    apart = seats("schedule", profile, "--trr", "10", "--apart", "--late", "estimate", "--json")
+    assert json.loads(apart.stdout)["late_start"] == {"visual": 7, "audio": 8}
 
 
 def test_probe_writes_a_profile_that_schedule_understands(questions, tmp_path, stubbed):
-    out = tmp_path/'p.nc'
-    result = seats('probe', '--model', 'any', '--data', questions, '--limit', '4', '--layers', '0:12:6', '--removed', 'both', '--out', out, '--json')
-    assert result.exit_code == 0 and json.loads(result.stdout)['samples'] == 4
-    from seats_analysis.figures import open_profile
-    stored = open_profile(out)
-    assert stored['layer'].values.tolist() == [0, 6, 12] and stored['removed'].values.tolist() == ['both']
-    assert json.loads(stored.attrs['tokens'])['visual'] == 128 and json.loads(stored.attrs['tokens'])['audio'] == 80
+    out = tmp_path / "p.nc"
+    result = seats(
+        "probe",
+        "--model",
+        "any",
+        "--data",
+        questions,
+        "--limit",
+        "4",
+        "--layers",
+        "0:12:6",
+        "--removed",
+        "both",
+        "--out",
+        out,
+        "--json",
+    )
+    assert result.exit_code == 0 and json.loads(result.stdout)["samples"] == 4
+    from seats_analysis.storage.schemas import load_profile
+
+    stored = load_profile(out)
+    assert stored["layer"].values.tolist() == [0, 6, 12] and stored["removed"].values.tolist() == [
+        "both"
+    ]
+    assert (
+        json.loads(stored.attrs["tokens"])["visual"] == 128
+        and json.loads(stored.attrs["tokens"])["audio"] == 80
+    )
 
 
 def test_run_answers_with_and_without_pruning(tmp_path, clip, stubbed):
-    Schedule.from_trr(Boundaries(12, 4, 9), 10, 128, 80).save(tmp_path/'plan.json')
-    ask = ['run', clip, '--question', 'what pitch is heard first ?', '--max-tokens', '3', '--model', 'testbed', '--json']
+    Schedule.from_trr(Boundaries(12, 4, 9), 10, 128, 80).save(tmp_path / "plan.json")
+    ask = [
+        "run",
+        clip,
+        "--question",
+        "what pitch is heard first ?",
+        "--max-tokens",
+        "3",
+        "--model",
+        "testbed",
+        "--json",
+    ]
     full = json.loads(seats(*ask).stdout)
-    assert full['flops_fraction'] == 1 and full['tokens']['visual'] == 128 and 'trr' not in full
-    pruned = json.loads(seats(*ask, '--schedule', tmp_path/'plan.json', '--choice', 'low', '--choice', 'high', '--kept', tmp_path/'kept.json').stdout)
-    assert pruned['flops_fraction'] < .5 and abs(pruned['token_target'] - .1) < 1e-9
-    media = sum(n - pruned['tokens']['text'] for n in pruned['tokens_per_layer'])/len(pruned['tokens_per_layer'])
-    assert abs(pruned['token_trr'] - media/208) < 1e-9 and pruned['token_trr'] > .1     # what ran, not what was asked for
-    assert pruned['tokens_per_layer'][-1] == pruned['tokens']['text'] and abs(sum(pruned['choices'].values()) - 1) < 1e-6
-    from seats_analysis.figures import kept_figure, load_kept
-    from seats_analysis.media import decode_clip
-    kept = load_kept(tmp_path/'kept.json')
-    assert kept['grid'] == [8, 4, 4] and kept['audio_tokens'] == 80 and (tmp_path/kept['clip']).resolve() == clip.resolve()
-    sizes = [len(s['visual']) + len(s['audio']) for s in kept['stages']]
-    assert sizes == sorted(sizes, reverse=True) and sizes[-1] == 0 and sizes[0] + pruned['tokens']['text'] == pruned['tokens_per_layer'][0]
-    assert len(kept_figure(decode_clip(clip), kept).axes) == 2*len(sizes)
+    assert full["flops_fraction"] == 1 and full["tokens"]["visual"] == 128 and "trr" not in full
+    pruned = json.loads(
+        seats(
+            *ask,
+            "--schedule",
+            tmp_path / "plan.json",
+            "--choice",
+            "low",
+            "--choice",
+            "high",
+            "--kept",
+            tmp_path / "kept.json",
+        ).stdout
+    )
+    assert pruned["flops_fraction"] < 0.5 and abs(pruned["token_target"] - 0.1) < 1e-9
+    media = sum(n - pruned["tokens"]["text"] for n in pruned["tokens_per_layer"]) / len(
+        pruned["tokens_per_layer"]
+    )
+    assert (
+        abs(pruned["token_trr"] - media / 208) < 1e-9 and pruned["token_trr"] > 0.1
+    )  # what ran, not what was asked for
+    assert (
+        pruned["tokens_per_layer"][-1] == pruned["tokens"]["text"]
+        and abs(sum(pruned["choices"].values()) - 1) < 1e-6
+    )
+    from seats_analysis.plots.kept import plot_kept
+    from seats_analysis.storage.schemas import load_json
+    from seats_analysis.inputs.media import decode_clip
+
+    kept = load_json(tmp_path / "kept.json", "kept")
+    assert (
+        kept["grid"] == [8, 4, 4]
+        and kept["audio_tokens"] == 80
+        and (tmp_path / kept["clip"]).resolve() == clip.resolve()
+    )
+    sizes = [len(s["visual"]) + len(s["audio"]) for s in kept["stages"]]
+    assert (
+        sizes == sorted(sizes, reverse=True)
+        and sizes[-1] == 0
+        and sizes[0] + pruned["tokens"]["text"] == pruned["tokens_per_layer"][0]
+    )
+    assert len(plot_kept(decode_clip(clip), kept).axes) == 2 * len(sizes)
 
 
 def test_run_with_trr_solves_for_the_clip_and_prints_both(clip, profile, stubbed):
-    result = seats('run', clip, '--question', 'what ?', '--trr', '10', '--profile', profile, '--late', 'estimate', '--max-tokens', '2', '--model', 'x/y')
-    assert result.exit_code == 0 and '(target 10 %)' in result.stdout and 'visual' in result.stdout and 'audio' in result.stdout
+    result = seats(
+        "run",
+        clip,
+        "--question",
+        "what ?",
+        "--trr",
+        "10",
+        "--profile",
+        profile,
+        "--late",
+        "estimate",
+        "--max-tokens",
+        "2",
+        "--model",
+        "x/y",
+    )
+    assert (
+        result.exit_code == 0
+        and "(target 10 %)" in result.stdout
+        and "visual" in result.stdout
+        and "audio" in result.stdout
+    )
 
 
 def test_run_prints_what_was_kept(tmp_path, clip, profile, stubbed):
     "Not the target as if it were the result, and nothing about a modality that is not there."
-    ask = ['run', clip, '--question', 'what ?', '--max-tokens', '1', '--model', 'testbed', '--profile', profile]
-    least = json.loads(seats(*ask, '--trr', '0.1', '--json').stdout)
-    assert least['token_target'] == pytest.approx(.001) and least['token_trr'] > .02        # a token in every window
-    assert f'together {100*least["token_trr"]:.3g} % (target 0.1 %)' in seats(*ask, '--trr', '0.1').stdout
+    ask = [
+        "run",
+        clip,
+        "--question",
+        "what ?",
+        "--max-tokens",
+        "1",
+        "--model",
+        "testbed",
+        "--profile",
+        profile,
+    ]
+    least = json.loads(seats(*ask, "--trr", "0.1", "--json").stdout)
+    assert (
+        least["token_target"] == pytest.approx(0.001) and least["token_trr"] > 0.02
+    )  # a token in every window
+    assert (
+        f"together {100 * least['token_trr']:.3g} % (target 0.1 %)"
+        in seats(*ask, "--trr", "0.1").stdout
+    )
     import av
-    from seats_analysis.media import decode_clip
-    with av.open(str(tmp_path/'sound.wav'), 'w') as out:
-        stream = out.add_stream('pcm_s16le', rate=16000, layout='mono')
-        wave = (decode_clip(clip).waveform*32767).astype('int16')[None]
-        frame = av.AudioFrame.from_ndarray(wave, format='s16', layout='mono')
+    from seats_analysis.inputs.media import decode_clip
+
+    with av.open(str(tmp_path / "sound.wav"), "w") as out:
+        stream = out.add_stream("pcm_s16le", rate=16000, layout="mono")
+        wave = (decode_clip(clip).waveform * 32767).astype("int16")[None]
+        frame = av.AudioFrame.from_ndarray(wave, format="s16", layout="mono")
         frame.sample_rate = 16000
-        for packet in (*stream.encode(frame), *stream.encode()): out.mux(packet)
-    heard = seats('run', tmp_path/'sound.wav', *ask[2:], '--trr', '10')
-    assert heard.exit_code == 0 and 'kept      audio' in heard.stdout and 'visual' not in heard.stdout, heard.stdout
+        for packet in (*stream.encode(frame), *stream.encode()):
+            out.mux(packet)
+    heard = seats("run", tmp_path / "sound.wav", *ask[2:], "--trr", "10")
+    assert (
+        heard.exit_code == 0 and "kept      audio" in heard.stdout and "visual" not in heard.stdout
+    ), heard.stdout
 
 
 def test_published_pair_is_used_where_there_is_one():
-    plan = cli._plan_for_run(None, 10., 'Qwen/Qwen2.5-Omni-7B', None, 'certified', (500, 100))
-    assert plan == Schedule.published('qwen2.5-omni-7b', 10)
-    other = cli._plan_for_run(None, 12., 'Qwen/Qwen2.5-Omni-7B', None, 'certified', (500, 100))
-    assert abs(other.token_trr(500, 100) - .12) < 1e-9 and other.late_start == 23
+    plans = answers.solve("Qwen/Qwen2.5-Omni-7B", (10.0, 12.0), (500, 100), late="certified")
+    assert plans[10] == Schedule.published("qwen2.5-omni-7b", 10)
+    assert abs(plans[12].token_trr(500, 100) - 0.12) < 1e-9 and plans[12].late_start == 23
 
 
 # demo
+
 
 @pytest.fixture
 def demo(monkeypatch, tmp_path):
     "`seats demo` without its work: results that are made up, and the same ones committed."
     data = synthetic_profile(clips=64)
-    data = data.assign(margin=data['correct']*2. - 1).assign_coords(sample=[f'q{i}' for i in range(data.sizes['sample'])])
-    bounds = {'both': find_boundaries(data, 'both')}
-    plans = {trr: Schedule.from_trr(bounds['both'], trr, 128, 80) for trr in cli.TARGETS}
-    rows = [dict(method='seats', trr=10, wrong=['q3', 'q8'], accuracy=.9, flops_fraction=.1)]
-    for part in ('profiles', 'schedules', 'results'): (tmp_path/part).mkdir()
-    data.to_netcdf(tmp_path/'profiles'/'testbed.nc', engine='h5netcdf')
-    for trr, plan in plans.items(): plan.save(tmp_path/'schedules'/f'testbed_trr{trr}.json')
-    (tmp_path/'results'/'testbed.json').write_text(json.dumps(dict(schema=cli.SCHEMA_RESULTS, rows=rows)))
+    data = data.assign(margin=data["correct"] * 2.0 - 1).assign_coords(
+        sample=[f"q{i}" for i in range(data.sizes["sample"])]
+    )
+    bounds = {"both": find_boundaries(data, "both")}
+    plans = {trr: Schedule.from_trr(bounds["both"], trr, 128, 80) for trr in demo_commands.TARGETS}
+    rows = [dict(method="seats", trr=10, wrong=["q3", "q8"], accuracy=0.9, flops_fraction=0.1)]
+    for part in ("profiles", "schedules", "results"):
+        (tmp_path / part).mkdir()
+    data.to_netcdf(tmp_path / "profiles" / "testbed.nc", engine="h5netcdf")
+    for trr, plan in plans.items():
+        plan.save(tmp_path / "schedules" / f"testbed_trr{trr}.json")
+    (tmp_path / "results" / "testbed.json").write_text(
+        json.dumps(dict(schema=SCHEMAS["results"].id, rows=rows))
+    )
+
     def run(profile=data, bounds=bounds, plans=plans, rows=rows, folder=tmp_path):
-        monkeypatch.setattr(cli, '_demo', lambda *args: (profile, bounds, plans, rows))
-        monkeypatch.setattr(cli, '_demo_table', lambda rows: '')
-        return seats('demo', '--out', tmp_path/'out', '--data', folder)
+        monkeypatch.setattr(demo_commands, "_demo", lambda *args: (profile, bounds, plans, rows))
+        monkeypatch.setattr(demo_commands, "_demo_table", lambda rows: "")
+        return seats("demo", "--out", tmp_path / "out", "--data", folder)
+
     return SimpleNamespace(run=run, profile=data, bounds=bounds, plans=plans, rows=rows)
 
 
 def test_demo_agrees_with_another_machine(demo):
-    noise = np.random.default_rng(0).normal(0, 1e-5, demo.profile['margin'].shape)
-    result = demo.run(profile=demo.profile.assign(margin=demo.profile['margin'] + noise))
-    assert result.exit_code == 0 and 'DIFFERS' not in result.stdout and 'agrees with what is committed' in result.stdout
+    noise = np.random.default_rng(0).normal(0, 1e-5, demo.profile["margin"].shape)
+    result = demo.run(profile=demo.profile.assign(margin=demo.profile["margin"] + noise))
+    assert (
+        result.exit_code == 0
+        and "DIFFERS" not in result.stdout
+        and "agrees with what is committed" in result.stdout
+    )
 
 
 def test_numbers_beyond_the_tolerance_are_a_remark(demo):
-    result = demo.run(profile=demo.profile.assign(margin=demo.profile['margin']*1.01))
-    assert result.exit_code == 0 and 'note     numbers: up to 0.01 nats apart (margin of q' in result.stdout
+    result = demo.run(profile=demo.profile.assign(margin=demo.profile["margin"] * 1.01))
+    assert (
+        result.exit_code == 0
+        and "note     numbers: up to 0.01 nats apart (margin of q" in result.stdout
+    )
 
 
 def test_a_turned_answer_is_named(demo):
     turned = demo.profile.copy(deep=True)
-    turned['correct'][5, 1, 3] = not turned['correct'][5, 1, 3]
+    turned["correct"][5, 1, 3] = not turned["correct"][5, 1, 3]
     result = demo.run(profile=turned)
-    assert result.exit_code == 1 and 'DIFFERS  decisions: turned: q5 (audio removed before layer 4)' in result.stdout and 'does NOT agree' in result.stdout
-    result = demo.run(rows=[demo.rows[0] | dict(wrong=['q3'])])
-    assert result.exit_code == 1 and 'DIFFERS  seats 10 %: turned: q8' in result.stdout
+    assert (
+        result.exit_code == 1
+        and "DIFFERS  decisions: turned: q5 (audio removed before layer 4)" in result.stdout
+        and "does NOT agree" in result.stdout
+    )
+    result = demo.run(rows=[demo.rows[0] | dict(wrong=["q3"])])
+    assert result.exit_code == 1 and "DIFFERS  seats 10 %: turned: q8" in result.stdout
 
 
 def test_a_moved_boundary_or_schedule_is_named(demo):
-    moved = replace(demo.bounds['both'], late_start=demo.bounds['both'].late_start + 1)
+    moved = replace(demo.bounds["both"], late_start=demo.bounds["both"].late_start + 1)
     result = demo.run(bounds=dict(both=moved))
-    assert result.exit_code == 1 and 'DIFFERS  boundaries, both removed' in result.stdout
+    assert result.exit_code == 1 and "DIFFERS  boundaries, both removed" in result.stdout
     other = demo.plans | {10: Schedule.from_trr(Boundaries(12, 4, 10), 10, 128, 80)}
     result = demo.run(plans=other)
-    assert result.exit_code == 1 and 'DIFFERS  schedule 10 %' in result.stdout and 'agrees   schedule 15 %' in result.stdout
+    assert (
+        result.exit_code == 1
+        and "DIFFERS  schedule 10 %" in result.stdout
+        and "agrees   schedule 15 %" in result.stdout
+    )
 
 
 def test_other_weights_do_not_agree_and_nothing_committed_is_said(demo, tmp_path):
-    assert demo.run(profile=demo.profile.assign_attrs(weights_sha256='x')).exit_code == 1
-    empty = demo.run(folder=tmp_path/'nowhere')
-    assert empty.exit_code == 0 and 'nothing to compare with' in empty.stdout and 'agrees' not in empty.stdout
+    assert demo.run(profile=demo.profile.assign_attrs(weights_sha256="x")).exit_code == 1
+    empty = demo.run(folder=tmp_path / "nowhere")
+    assert (
+        empty.exit_code == 0
+        and "nothing to compare with" in empty.stdout
+        and "agrees" not in empty.stdout
+    )
 
 
 def test_update_needs_all_questions():
-    assert '--limit' in refused('demo', '--update', '--limit', '3')
+    assert "--limit" in refused("demo", "--update", "--limit", "3")
 
 
-@pytest.mark.skipif(not (ROOT/'data'/'testbed'/'model.safetensors').exists(), reason='the testbed has no weights yet')
-def test_demo_on_a_few_questions(tmp_path):
-    done = outside('demo', '--limit', '16', '--out', tmp_path/'demo', '--data', ROOT/'data', '--threads', '1', cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert 'agrees' in done.stdout and 'Traceback' not in done.stderr
-    written = {p.relative_to(tmp_path/'demo').as_posix() for p in (tmp_path/'demo').rglob('*') if p.is_file()}
-    assert {'profiles/testbed.nc', 'results/testbed.json', 'results/kept_example.json', *(f'schedules/testbed_trr{t}.json' for t in cli.TARGETS),
-            'figures/testbed_dependency.png', 'figures/testbed_retention.pdf', 'figures/kept_example.png'} <= written
-    rows = json.loads((tmp_path/'demo'/'results'/'testbed.json').read_text())['rows']
-    assert [(r['method'], r['trr']) for r in rows] == [('full', 100), *(('seats', t) for t in cli.TARGETS), ('random', 10)]
+@pytest.mark.skipif(
+    not (ROOT / "data" / "testbed" / "model.safetensors").exists(),
+    reason="the testbed has no weights yet",
+)
+def test_demo_on_a_few_questions(tmp_path, monkeypatch):
+    "All of it but the drawing, which is tested with the figures."
+    from seats_analysis.plots import paper
+
+    monkeypatch.setattr(paper, "make_figures", lambda data, out: drawn.append((data, out)))
+    drawn, out = [], tmp_path / "demo"
+    done = seats("demo", "--limit", 6, "--out", out, "--data", ROOT / "data", "--threads", 1)
+    assert done.exit_code == 0 and "agrees" in done.stdout, done.stdout + done.stderr
+    assert drawn == [(out, out / "figures")]
+    jobs = paper.figure_jobs(out)
+    assert {"testbed_dependency", "testbed_retention", "kept_example"} <= set(jobs)
+    written = {
+        p.relative_to(tmp_path / "demo").as_posix()
+        for p in (tmp_path / "demo").rglob("*")
+        if p.is_file()
+    }
+    assert {
+        "profiles/testbed.nc",
+        "results/testbed.json",
+        "results/kept_example.json",
+        *(f"schedules/testbed_trr{t}.json" for t in demo_commands.TARGETS),
+    } <= written
+    rows = json.loads((tmp_path / "demo" / "results" / "testbed.json").read_text())["rows"]
+    assert [(r["method"], r["trr"]) for r in rows] == [
+        ("full", 100),
+        *(("seats", t) for t in demo_commands.TARGETS),
+        ("random", 10),
+    ]

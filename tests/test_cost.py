@@ -1,117 +1,188 @@
-"""The closed form against torch's own counter, on the model that the project ships, full and pruned."""
+"""The closed form against torch's own counter, on the model that the project ships, full and
+pruned."""
+
 from pathlib import Path
 import pytest, torch
 from torch.utils.flop_counter import FlopCounterMode
-from seats_analysis import cost
-from seats_analysis.adapter import encode, last_logits_only
-from seats_analysis.baselines import make_method
-from seats_analysis.cost import prefill_flops
-from seats_analysis.prune import prune
-from seats_analysis.schedule import Schedule
-from seats_analysis.testbed import load_testbed, testbed_samples as shipped_samples
+from seats_analysis.pruning import timing
+from seats_analysis.models.encode import encode
+from seats_analysis.models.decoder import last_logits_only
+from seats_analysis.baselines.registry import make_method
+from seats_analysis.schedules.cost import prefill_flops
+from seats_analysis.pruning.session import prune
+from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.testbed.load import load_testbed, testbed_samples as shipped_samples
 
-# ---------------------------------------------------------------- the ledger
+# ---------------------------------------------------------------- the timings
+
 
 class Mark:
     "An event: over once so many marks have been made after it, or when it is waited for."
-    made, lag, waits = 0, 0, 0
-    def __init__(self): self.at, Mark.made = Mark.made, Mark.made + 1
-    def query(self): return Mark.made - self.at > Mark.lag
-    def synchronize(self): Mark.waits += 1
-    def elapsed_time(self, end): return float(end.at - self.at)
 
-@pytest.mark.parametrize('device, lag', [('cpu', 0), ('cuda:1', 0), ('cuda:1', 50)])
-def test_a_long_answer_does_not_grow_the_ledger(monkeypatch, device, lag):
-    "Spans that are over are added up without waiting; what is not over stays, and all are there in the end."
-    if device != 'cpu': monkeypatch.setattr(cost, '_mark', lambda device: Mark())
-    monkeypatch.setattr(Mark, 'lag', lag), monkeypatch.setattr(Mark, 'waits', 0)
-    ledger, most = cost.Ledger(device), 0
+    made, lag, waits = 0, 0, 0
+
+    def __init__(self):
+        self.at, Mark.made = Mark.made, Mark.made + 1
+
+    def query(self):
+        return Mark.made - self.at > Mark.lag
+
+    def synchronize(self):
+        Mark.waits += 1
+
+    def elapsed_time(self, end):
+        return float(end.at - self.at)
+
+
+@pytest.mark.parametrize("device, lag", [("cpu", 0), ("cuda:1", 0), ("cuda:1", 50)])
+def test_a_long_answer_does_not_grow_the_timings(monkeypatch, device, lag):
+    """Spans that are over are added up without waiting; what is not over stays, and all are
+    there in the end."""
+    if device != "cpu":
+        monkeypatch.setattr(timing, "_mark", lambda device: Mark())
+    monkeypatch.setattr(Mark, "lag", lag), monkeypatch.setattr(Mark, "waits", 0)
+    timings, most = timing.Timings(device), 0
     for _ in range(3000):
-        with ledger.time('decode'): pass
-        most = max(most, len(ledger._spans))
-    assert cost._HELD <= most <= cost._HELD + lag + 1 and Mark.waits == 0
-    total = ledger.ms['decode']
-    assert total == 3000 if device != 'cpu' else total > 0
-    assert ledger.calls['decode'] == 3000 and not ledger._spans
+        with timings.time("decode"):
+            pass
+        most = max(most, len(timings._spans))
+    assert timing._HELD <= most <= timing._HELD + lag + 1 and Mark.waits == 0
+    total = timings.ms["decode"]
+    assert total == 3000 if device != "cpu" else total > 0
+    assert timings.calls["decode"] == 3000 and not timings._spans
+
 
 def test_a_device_that_is_behind_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(cost, '_mark', lambda device: Mark())
-    monkeypatch.setattr(Mark, 'lag', 10**9), monkeypatch.setattr(Mark, 'waits', 0)
-    ledger = cost.Ledger('cuda:0')
+    monkeypatch.setattr(timing, "_mark", lambda device: Mark())
+    monkeypatch.setattr(Mark, "lag", 10**9), monkeypatch.setattr(Mark, "waits", 0)
+    timings = timing.Timings("cuda:0")
     for _ in range(1500):
-        with ledger.time('decode'): pass
-    assert len(ledger._spans) == 1500 and Mark.waits == 0
-    assert ledger.ms['decode'] == 1500 and Mark.waits == 1500
+        with timings.time("decode"):
+            pass
+    assert len(timings._spans) == 1500 and Mark.waits == 0
+    assert timings.ms["decode"] == 1500 and Mark.waits == 1500
 
-def test_marks_lie_in_the_stream_of_the_ledgers_device(monkeypatch):
+
+def test_marks_lie_in_the_stream_of_the_timings_device(monkeypatch):
     "Which need not be the current device."
     seen = []
+
     class Event:
-        def __init__(self, enable_timing): assert enable_timing
-        def record(self, stream=None): seen.append(stream)
-    monkeypatch.setattr(torch.cuda, 'Event', Event)
-    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device=None: f'stream of {device}')
-    with cost.Ledger('cuda:1').time('prefill'): pass
-    assert seen == ['stream of cuda:1']*2
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream=None):
+            seen.append(stream)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
+    with timing.Timings("cuda:1").time("prefill"):
+        pass
+    assert seen == ["stream of cuda:1"] * 2
+
 
 # ---------------------------------------------------------------- the closed form
 
-SCHEDULES = Path(__file__).parents[1]/'data'/'schedules'
+SCHEDULES = Path(__file__).parents[1] / "data" / "schedules"
 
-@pytest.fixture(scope='module')
-def shipped(): return load_testbed()
 
-@pytest.fixture(scope='module')
-def encoded(shipped): return encode(*shipped, shipped_samples(limit=1))
+@pytest.fixture(scope="module")
+def shipped():
+    return load_testbed()
+
+
+@pytest.fixture(scope="module")
+def encoded(shipped):
+    return encode(*shipped, shipped_samples(limit=1))
+
 
 def counted(model, encoded):
     "FLOPs of every decoder layer's forward and of the logits of the last position."
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter: model(**encoded.inputs, logits_to_keep=1)
+    with torch.no_grad(), counter:
+        model(**encoded.inputs, logits_to_keep=1)
     counts = {name: sum(by.values()) for name, by in counter.get_flop_counts().items()}
     total = lambda name: sum(n for key, n in counts.items() if key.endswith(name))
-    layers = [total(f'.language_model.layers.{i}') for i in range(model.config.text_config.num_hidden_layers)]
+    layers = [
+        total(f".language_model.layers.{i}")
+        for i in range(model.config.text_config.num_hidden_layers)
+    ]
     assert all(layers)
-    return layers, total('.lm_head')
+    return layers, total(".lm_head")
+
 
 def test_full(shipped, encoded):
     model, _ = shipped
     layers, head = counted(model, encoded)
-    form = prefill_flops([encoded.layout.valid.sum().item()]*len(layers), model.config, convention='counter')
+    form = prefill_flops(
+        [encoded.layout.valid.sum().item()] * len(layers), model.config, convention="counter"
+    )
     assert sum(layers) + head == pytest.approx(form, rel=5e-3)
+
 
 def scoring(config, tokens, drops):
     "FLOPs of stage II itself: keys of all tokens that arrive at a drop, one query, their products."
     c = config.text_config
-    heads, keys = (n*c.hidden_size//c.num_attention_heads for n in (c.num_attention_heads, c.num_key_value_heads))
-    return sum(2*tokens[d-1]*(c.hidden_size*keys + heads) + 2*c.hidden_size*heads for d in drops)
+    heads, keys = (
+        n * c.hidden_size // c.num_attention_heads
+        for n in (c.num_attention_heads, c.num_key_value_heads)
+    )
+    return sum(
+        2 * tokens[d - 1] * (c.hidden_size * keys + heads) + 2 * c.hidden_size * heads
+        for d in drops
+    )
 
-@pytest.mark.parametrize('trr', ['10', '35'])
-@pytest.mark.parametrize('name', ['seats', 'random'])
+
+@pytest.mark.parametrize("trr", ["10", "35"])
+@pytest.mark.parametrize("name", ["seats", "random"])
 def test_pruned(shipped, encoded, trr, name):
     model, _ = shipped
-    schedule = Schedule.load(SCHEDULES/f'testbed_trr{trr}.json')
-    with prune(model, make_method(name, schedule)) as run: layers, head = counted(model, encoded)
+    schedule = Schedule.load(SCHEDULES / f"testbed_trr{trr}.json")
+    with prune(model, make_method(name, schedule)) as run:
+        layers, head = counted(model, encoded)
     tokens = run.tokens_per_layer[0]
     assert tokens[-1] < tokens[0] < len(encoded.layout.modality[0])
-    form = prefill_flops(tokens, model.config, convention='counter')
-    extra = scoring(model.config, tokens, schedule.drop_layers) if name == 'seats' else 0
+    form = prefill_flops(tokens, model.config, convention="counter")
+    extra = scoring(model.config, tokens, schedule.drop_layers) if name == "seats" else 0
     assert sum(layers) + head == pytest.approx(form + extra, rel=5e-3)
-    assert extra < .02*form
+    assert extra < 0.02 * form
 
-@pytest.mark.parametrize('trr', [None, 10, 35])
+
+@pytest.mark.parametrize("trr", [None, 10, 35])
 def test_bench(trr):
-    "The FLOPs that `seats bench` divides by, on a narrow model of the 7B's depth; stage II itself may add up to 2 %."
-    from seats_analysis.bench import Job, Request, bench_inputs, bench_processor, build_model, request_facts
-    model = build_model('qwen2.5-omni-7b', 64)
-    inputs, tokens = bench_inputs(model, bench_processor('qwen2.5-omni-7b'), Request(8, 4, 30))
-    method = None if trr is None else Job('qwen2.5-omni-7b', plans=(('seats', trr),)).methods(tokens)['seats', trr]
-    facts, counter = request_facts(model, inputs, method), FlopCounterMode(display=False)
-    with prune(model, method), last_logits_only(model), torch.no_grad(), counter: model(**inputs, use_cache=True)
+    """The FLOPs that `seats bench` divides by, on a narrow model of the 7B's depth; stage II
+    itself may add up to 2 %."""
+    from seats_analysis.evaluation.bench import Job, Workload
+    from seats_analysis.evaluation.workloads import (
+        Request,
+        bench_inputs,
+        bench_processor,
+        build_model,
+    )
+
+    name, request = "qwen2.5-omni-7b", Request(8, 4, 30)
+    model = build_model(name, 64)
+    inputs = bench_inputs(model, bench_processor(name), request)
+    method = None if trr is None else Job(name, request).method("seats", trr)
+    facts = Workload(model, inputs).facts(method)
+    counter = FlopCounterMode(display=False)
+    with prune(model, method), last_logits_only(model), torch.no_grad(), counter:
+        model(**inputs, use_cache=True)
     counts = {name: sum(by.values()) for name, by in counter.get_flop_counts().items()}
     of = lambda suffix: next(n for name, n in counts.items() if name.endswith(suffix))
-    decoder = '.language_model.layers.' if hasattr(model.model, 'language_model') else '.model.layers.'
-    found, form = sum(of(f'{decoder}{i}') for i in range(28)) + of('.lm_head'), facts['flops']['counter']
-    if trr is None: assert found == pytest.approx(form, rel=5e-3)
-    else: assert form*.995 <= found <= form*1.02
-    assert facts['flops']['causal'] == prefill_flops(facts['layer_tokens'], model.config, 'causal') < form
+    decoder = (
+        ".language_model.layers." if hasattr(model.model, "language_model") else ".model.layers."
+    )
+    found, form = (
+        sum(of(f"{decoder}{i}") for i in range(28)) + of(".lm_head"),
+        facts["flops"]["counter"],
+    )
+    if trr is None:
+        assert found == pytest.approx(form, rel=5e-3)
+    else:
+        assert form * 0.995 <= found <= form * 1.02
+    assert (
+        facts["flops"]["causal"]
+        == prefill_flops(facts["layer_tokens"], model.config, "causal")
+        < form
+    )

@@ -1,90 +1,148 @@
 """Figures: legible, the same bytes twice, drawn from stored data alone."""
+
 import itertools
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from seats_analysis import figures as F
-from seats_analysis.boundaries import Boundaries, find_boundaries, ramp, synthetic_profile
-from seats_analysis.media import Clip, encode_clip
-from seats_analysis.paper import paper_jobs
-from seats_analysis.schedule import Schedule
+from seats_analysis.boundaries.find import Boundaries, find_boundaries
+from seats_analysis.boundaries.retention import ramp, synthetic_profile
+from seats_analysis.inputs.media import Clip, encode_clip
+from seats_analysis.plots import style
+from seats_analysis.plots.dependency import CONTROL, plot_dependency, family_figure, plot_retention
+from seats_analysis.plots.kept import plot_kept
+from seats_analysis.plots.methods import learning_curves_figure, read_log, tradeoff_figure
+from seats_analysis.plots.paper import figure_jobs
+from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.storage.schemas import SCHEMAS, load_json, load_profile
 
 ROOT = Path(__file__).resolve().parents[1]
+FAMILIES = (
+    *("colour", "shape", "position", "tone", "pattern", "order"),
+    *("see_while_hear", "hear_while_see", "count", "sequence", "control"),
+)
 
 
 def made_up_bounds(profile):
-    return {r: find_boundaries(profile, r, margin=.1, n_boot=100) for r in ('both', 'visual', 'audio')}
+    return {
+        r: find_boundaries(profile, r, margin=0.1, n_boot=100) for r in ("both", "visual", "audio")
+    }
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def profile():
     return synthetic_profile(clips=40)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def clip():
     rng = np.random.default_rng(0)
-    wave = (.1*rng.standard_normal(128000)).astype('float32')
-    return Clip(id='noise', frames=rng.integers(0, 255, (16, 112, 112, 3)).astype('uint8'), fps=2., waveform=wave, sample_rate=16000)
+    wave = (0.1 * rng.standard_normal(128000)).astype("float32")
+    return Clip(
+        id="noise",
+        frames=rng.integers(0, 255, (16, 112, 112, 3)).astype("uint8"),
+        fps=2.0,
+        waveform=wave,
+        sample_rate=16000,
+    )
 
 
 def kept_of(n_visual=128, n_audio=80, grid=(8, 4, 4)):
-    stages = [dict(stage=1, layer=0, visual=list(range(0, n_visual, 3)), audio=list(range(0, n_audio, 2))),
-              dict(stage=2, layer=4, visual=list(range(0, n_visual, 9)), audio=list(range(0, n_audio, 7))), dict(stage=3, layer=9, visual=[], audio=[])]
-    return dict(schema=F.SCHEMA_KEPT, clip='noise.mp4', grid=list(grid), audio_tokens=n_audio, audio_rate=10, stages=stages, question='what is it ?', answered='noise')
+    stages = [
+        dict(
+            stage=1, layer=0, visual=list(range(0, n_visual, 3)), audio=list(range(0, n_audio, 2))
+        ),
+        dict(
+            stage=2, layer=4, visual=list(range(0, n_visual, 9)), audio=list(range(0, n_audio, 7))
+        ),
+        dict(stage=3, layer=9, visual=[], audio=[]),
+    ]
+    return dict(
+        schema=SCHEMAS["kept"].id,
+        clip="noise.mp4",
+        grid=list(grid),
+        audio_tokens=n_audio,
+        audio_rate=10,
+        stages=stages,
+        question="what is it ?",
+        answered="noise",
+    )
 
 
-def made_up_log(families=sum(F.GROUPS, ())):
-    return [dict(step=s, loss=3*np.exp(-s/900) + .2, seconds=s, accuracy={f: min(1., .25 + s/4000) for f in families}) for s in range(0, 4001, 200)]
+def made_up_log(families=FAMILIES):
+    return [
+        dict(
+            step=s,
+            loss=3 * np.exp(-s / 900) + 0.2,
+            seconds=s,
+            accuracy={f: min(1.0, 0.25 + s / 4000) for f in families},
+        )
+        for s in range(0, 4001, 200)
+    ]
 
 
 def rows():
-    seats = [dict(method='seats', trr=t, accuracy=a, flops_fraction=f, ci=(a - .02, a + .01)) for t, a, f in ((35, .97, .42), (25, .965, .34), (15, .96, .25), (10, .95, .21))]
-    return [dict(method='full', trr=100, accuracy=.97, flops_fraction=1., ci=(.95, .99)), *seats,
-            dict(method='random', trr=10, accuracy=.62, flops_fraction=.21, ci=(.56, .68))]
+    seats = [
+        dict(method="seats", trr=t, accuracy=a, flops_fraction=f, ci=(a - 0.02, a + 0.01))
+        for t, a, f in ((35, 0.97, 0.42), (25, 0.965, 0.34), (15, 0.96, 0.25), (10, 0.95, 0.21))
+    ]
+    return [
+        dict(method="full", trr=100, accuracy=0.97, flops_fraction=1.0, ci=(0.95, 0.99)),
+        *seats,
+        dict(method="random", trr=10, accuracy=0.62, flops_fraction=0.21, ci=(0.56, 0.68)),
+    ]
 
 
 def deep_profile(layers):
     "A profile for a model of the size of the real ones."
-    s, l = layers//2, layers - layers//6
-    return synthetic_profile({r: ramp(layers, s, l) for r in ('visual', 'audio', 'both')}, clips=20)
+    s, l = layers // 2, layers - layers // 6
+    return synthetic_profile({r: ramp(layers, s, l) for r in ("visual", "audio", "both")}, clips=20)
 
 
 def every_figure(profile, clip):
     "All figures, and those that crowd most: many layers, many families."
     bounds = made_up_bounds(profile)
-    yield 'dependency', F.dependency_figure(profile, bounds)
-    yield 'corrected', F.dependency_figure(profile, bounds, corrected=True)
-    yield 'without boundaries', F.dependency_figure(profile, split=None)
-    yield 'families', F.family_figure(profile, bounds)
-    for layers in (28, 48):
-        deep = deep_profile(layers)
-        yield f'dependency, {layers} layers', F.dependency_figure(deep, made_up_bounds(deep))
-        yield f'families, {layers} layers', F.family_figure(deep)
-    for name in ('qwen2.5-omni-7b', 'qwen3-omni-30b-a3b'):
-        yield f'retention of {name}', F.retention_figure({f'TRR {t} %': Schedule.published(name, t) for t in (35, 25, 15, 10)})
-    yield 'retention of a short model', F.retention_figure(Schedule.from_boundaries(Boundaries(12, 3, 9), .1, .3))
-    yield 'kept', F.kept_figure(clip, kept_of())
-    yield 'learning', F.learning_curves_figure(made_up_log(), marks={2000: 'grown'})
-    yield 'tradeoff', F.tradeoff_figure(rows())
+    yield "dependency", plot_dependency(profile, bounds)
+    yield "corrected", plot_dependency(profile, bounds, corrected=True)
+    yield "without boundaries", plot_dependency(profile, split=None)
+    yield "families", family_figure(profile, bounds)
+    deep = deep_profile(48)
+    yield "dependency, 48 layers", plot_dependency(deep, made_up_bounds(deep))
+    yield "families, 48 layers", family_figure(deep)
+    for name in ("qwen2.5-omni-7b", "qwen3-omni-30b-a3b"):
+        yield (
+            f"retention of {name}",
+            plot_retention({f"TRR {t} %": Schedule.published(name, t) for t in (35, 25, 15, 10)}),
+        )
+    yield (
+        "retention of a short model",
+        plot_retention(Schedule.from_boundaries(Boundaries(12, 3, 9), 0.1, 0.3)),
+    )
+    yield "kept", plot_kept(clip, kept_of())
+    yield "learning", learning_curves_figure(made_up_log())
+    yield "tradeoff", tradeoff_figure(rows())
 
 
-@pytest.fixture(scope='module')
-def drawn(profile, clip): return dict(every_figure(profile, clip))
+@pytest.fixture(scope="module")
+def drawn(profile, clip):
+    return dict(every_figure(profile, clip))
 
 
 def visible_texts(fig):
     "Every piece of text that is drawn, with its box in pixels."
     from matplotlib.text import Text
-    with F.house_style():
+
+    with style.house_style():
         fig.draw_without_rendering()
         renderer = fig.canvas.get_renderer()
-        found = [t for t in fig.findobj(Text) if t.get_visible() and t.get_text().strip() and _drawn(t)]
+        found = [
+            t for t in fig.findobj(Text) if t.get_visible() and t.get_text().strip() and _drawn(t)
+        ]
         return [(t.get_text(), t.get_window_extent(renderer)) for t in found]
 
 
@@ -95,7 +153,11 @@ def _drawn(text):
             for tick in axis.get_major_ticks() + axis.get_minor_ticks():
                 if text in (tick.label1, tick.label2):
                     lo, hi = sorted(axis.get_view_interval())
-                    shown = tick.label1.get_visible() if text is tick.label1 else tick.label2.get_visible()
+                    shown = (
+                        tick.label1.get_visible()
+                        if text is tick.label1
+                        else tick.label2.get_visible()
+                    )
                     return shown and lo - 1e-9 <= tick.get_loc() <= hi + 1e-9
     return True
 
@@ -104,150 +166,217 @@ def test_no_text_overlaps_or_is_cut(drawn):
     for name, fig in drawn.items():
         texts, canvas = visible_texts(fig), fig.bbox
         for (a, box), (b, other) in itertools.combinations(texts, 2):
-            shared = (min(box.x1, other.x1) - max(box.x0, other.x0), min(box.y1, other.y1) - max(box.y0, other.y0))
-            assert min(shared) < 1.5, f'{name}: {a!r} and {b!r} overlap by {shared}'
+            shared = (
+                min(box.x1, other.x1) - max(box.x0, other.x0),
+                min(box.y1, other.y1) - max(box.y0, other.y0),
+            )
+            assert min(shared) < 1.5, f"{name}: {a!r} and {b!r} overlap by {shared}"
         for text, box in texts:
-            assert box.x0 >= -3 and box.y0 >= -3 and box.x1 <= canvas.x1 + 3 and box.y1 <= canvas.y1 + 3, f'{name}: {text!r} is cut off'
+            assert (
+                box.x0 >= -3
+                and box.y0 >= -3
+                and box.x1 <= canvas.x1 + 3
+                and box.y1 <= canvas.y1 + 3
+            ), f"{name}: {text!r} is cut off"
 
 
 def test_type_is_legible_at_one_column(drawn):
     for name, fig in drawn.items():
-        assert fig.get_size_inches()[0] == F.COLUMN
+        assert fig.get_size_inches()[0] == style.COLUMN
         from matplotlib.text import Text
+
         sizes = [t.get_fontsize() for t in fig.findobj(Text) if t.get_text().strip()]
         assert min(sizes) >= 5.5, name
 
 
 def test_conditions_differ_without_colour():
-    for key in ('linestyle', 'marker'):
-        values = [look[key] for look in (*F.LOOKS.values(), F.CONTROL)]
+    for key in ("linestyle", "marker"):
+        values = [look[key] for look in (*style.LOOKS.values(), CONTROL)]
         assert len(set(values)) == len(values)
 
 
 def test_printed_layers_start_at_one(profile):
-    bounds = {'both': Boundaries(12, 3, 8, 9, shallow_end_ci=(2, 3), late_start_ci=(7, 9))}
-    ax, strip = F.dependency_figure(profile, bounds).axes
-    assert [t.get_text() for t in strip.get_xticklabels()] == [*map(str, range(1, 13)), 'none']
-    edges = sorted({round(x, 3) for p in ax.patches for x in (p.get_x(), p.get_x() + p.get_width())})
-    assert edges == [.5, 3.5, 8.5, 12.5]
-    assert {tuple(line.get_xdata()) for line in strip.lines} == {(3, 4), (4,), (8, 10), (9,), (10, 10)}
-    curve = next(line for line in ax.lines if line.get_label() == 'both')
+    bounds = {"both": Boundaries(12, 3, 8, 9, shallow_end_ci=(2, 3), late_start_ci=(7, 9))}
+    ax, strip = plot_dependency(profile, bounds).axes
+    assert [t.get_text() for t in strip.get_xticklabels()] == [*map(str, range(1, 13)), "none"]
+    edges = sorted(
+        {round(x, 3) for p in ax.patches for x in (p.get_x(), p.get_x() + p.get_width())}
+    )
+    assert edges == [0.5, 3.5, 8.5, 12.5]
+    assert {tuple(line.get_xdata()) for line in strip.lines} == {
+        (3, 4),
+        (4,),
+        (8, 10),
+        (9,),
+        (10, 10),
+    }
+    curve = next(line for line in ax.lines if line.get_label() == "both")
     assert curve.get_xdata().tolist() == list(range(1, 14)) and curve.get_ydata()[-1] == 100
 
 
-def test_curves_are_the_retained_performance(profile):
-    from seats_analysis.boundaries import retained
-    ax = F.dependency_figure(profile).axes[0]
-    for removed in F.LOOKS:
+def test_curves_are_the_retained_performance(profile, drawn):
+    from seats_analysis.boundaries.retention import retained
+
+    ax = drawn["dependency"].axes[0]
+    for removed in style.LOOKS:
         line = next(line for line in ax.lines if line.get_label() == removed)
-        np.testing.assert_allclose(line.get_ydata(), 100*retained(profile, removed).retained)
+        np.testing.assert_allclose(line.get_ydata(), 100 * retained(profile, removed).retained)
 
 
 def test_an_unscanned_layer_leaves_a_gap(profile):
     some = profile.isel(layer=[0, 4, 8, 12])
-    line = next(line for line in F.dependency_figure(some).axes[0].lines if line.get_label() == 'both')
+    line = next(line for line in plot_dependency(some).axes[0].lines if line.get_label() == "both")
     assert line.get_xdata().tolist() == [1, 5, 9, 13]
 
 
-def test_same_data_same_bytes_without_dates(profile, clip, tmp_path):
-    draw = dict(dependency=lambda: F.dependency_figure(profile, made_up_bounds(profile)), kept=lambda: F.kept_figure(clip, kept_of()),
-                learning=lambda: F.learning_curves_figure(made_up_log()), tradeoff=lambda: F.tradeoff_figure(rows()))
-    for name, make in draw.items():
-        first, second = (F.save_figure(make(), tmp_path/f'{name}{i}') for i in range(2))
-        assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second], name
-        assert [p.suffix for p in first] == ['.png', '.pdf']
-        assert not any(word in p.read_bytes() for p in first for word in (b'CreationDate', b'matplotlib', b'Matplotlib'))
-    assert not list(tmp_path.glob('.*'))
-
-
-def test_saving_does_not_depend_on_the_callers_style(profile, tmp_path):
+def test_same_data_same_bytes_without_dates_in_any_style(clip, tmp_path):
+    "The second time in a caller's own style, which comes back afterwards."
     import matplotlib
-    plain = F.save_figure(F.dependency_figure(profile), tmp_path/'plain')
-    with matplotlib.rc_context({'font.size': 20, 'savefig.dpi': 40, 'axes.facecolor': 'red'}):
-        styled = F.save_figure(F.dependency_figure(profile), tmp_path/'styled')
-        assert matplotlib.rcParams['font.size'] == 20
-    assert plain[0].read_bytes() == styled[0].read_bytes()
+
+    draw = dict(kept=lambda: plot_kept(clip, kept_of()), tradeoff=lambda: tradeoff_figure(rows()))
+    for name, make in draw.items():
+        first = style.save_figure(make(), tmp_path / name)
+        with matplotlib.rc_context({"font.size": 20, "savefig.dpi": 40, "axes.facecolor": "red"}):
+            second = style.save_figure(make(), tmp_path / f"{name}2")
+            assert matplotlib.rcParams["font.size"] == 20
+        assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second], name
+        assert [p.suffix for p in first] == [".png", ".pdf"]
+        for word in (b"CreationDate", b"matplotlib", b"Matplotlib"):
+            assert not any(word in p.read_bytes() for p in first)
+    assert not list(tmp_path.glob(".*"))
 
 
-def test_old_figure_survives_a_full_disk(profile, tmp_path, monkeypatch):
-    old = F.save_figure(F.tradeoff_figure(rows()), tmp_path/'a')
+def test_old_figure_survives_a_full_disk(tmp_path, monkeypatch):
+    old = style.save_figure(tradeoff_figure(rows()), tmp_path / "a")
     before = [p.read_bytes() for p in old]
+
     def full(self, data):
-        with open(self, 'wb') as f: f.write(data[:10])
-        raise OSError(28, 'No space left on device', str(self))
-    monkeypatch.setattr(Path, 'write_bytes', full)
-    with pytest.raises(OSError): F.save_figure(F.dependency_figure(profile), tmp_path/'a')
+        with open(self, "wb") as f:
+            f.write(data[:10])
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError):
+        style.save_figure(tradeoff_figure(rows()[:2]), tmp_path / "a")
     assert [p.read_bytes() for p in old] == before and len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize('part', ['video', 'audio'])
+@pytest.mark.parametrize("part", ["video", "audio"])
 def test_kept_figure_of_one_modality(clip, part):
     from dataclasses import replace
-    if part == 'video': fig = F.kept_figure(replace(clip, waveform=None), kept_of(n_audio=0))
-    else: fig = F.kept_figure(replace(clip, frames=None), kept_of(n_visual=0, grid=(0, 0, 0)))
+
+    if part == "video":
+        fig = plot_kept(replace(clip, waveform=None), kept_of(n_audio=0))
+    else:
+        fig = plot_kept(replace(clip, frames=None), kept_of(n_visual=0, grid=(0, 0, 0)))
     assert len(fig.axes) == 3
 
 
 def test_kept_figure_shows_what_was_kept(clip):
     kept = kept_of()
-    fig = F.kept_figure(clip, kept)
+    fig = plot_kept(clip, kept)
     frames, sound = fig.axes[2], fig.axes[3]
-    assert len(frames.collections[0].get_paths()) == len(kept['stages'][0]['visual'])
-    assert len(sound.collections[-1].get_segments()) == len(kept['stages'][0]['audio'])
+    assert len(frames.collections[0].get_paths()) == len(kept["stages"][0]["visual"])
+    assert len(sound.collections[-1].get_segments()) == len(kept["stages"][0]["audio"])
     image = frames.images[0].get_array()
-    assert (image[:28, :28] == clip.frames[0, :28, :28]).all() and (image[:28, 28:56] != clip.frames[0, :28, 28:56]).any()
+    assert (image[:28, :28] == clip.frames[0, :28, :28]).all() and (
+        image[:28, 28:56] != clip.frames[0, :28, 28:56]
+    ).any()
 
 
 def test_long_clips_show_eight_frames(clip):
     from dataclasses import replace
+
     long = replace(clip, frames=np.repeat(clip.frames, 8, 0), waveform=np.tile(clip.waveform, 8))
-    fig = F.kept_figure(long, kept_of(64*16, 640, (64, 4, 4)))
-    assert fig.axes[0].images[0].get_array().shape[1] == 8*112
+    fig = plot_kept(long, kept_of(64 * 16, 640, (64, 4, 4)))
+    assert fig.axes[0].images[0].get_array().shape[1] == 8 * 112
 
 
 def test_learning_curves_of_unknown_families_and_a_short_log():
-    fig = F.learning_curves_figure(made_up_log([f'family{i}' for i in range(7)])[:2])
+    fig = learning_curves_figure(made_up_log([f"family{i}" for i in range(7)])[:2])
     assert len(fig.axes) == 4
 
 
 def test_broken_data_is_refused_by_name(tmp_path):
-    cases = {F.open_profile: 'p.nc', F.load_kept: 'k.json', F.load_results: 'r.json', F.read_log: 'l.jsonl', Schedule.load: 's_trr10.json'}
+    cases = {
+        load_profile: "p.nc",
+        partial(load_json, name="kept"): "k.json",
+        partial(load_json, name="results"): "r.json",
+        read_log: "l.jsonl",
+        Schedule.load: "s_trr10.json",
+    }
     for read, name in cases.items():
-        (tmp_path/name).write_text('{"broken": \n{}\n')
-        with pytest.raises(ValueError, match=name): read(tmp_path/name)
-        with pytest.raises((ValueError, FileNotFoundError), match=f'missing-{name}'): read(tmp_path/f'missing-{name}')
+        (tmp_path / name).write_text('{"broken": \n{}\n')
+        with pytest.raises(ValueError, match=name):
+            read(tmp_path / name)
+        with pytest.raises((ValueError, FileNotFoundError), match=f"missing-{name}"):
+            read(tmp_path / f"missing-{name}")
 
 
 def test_figures_from_a_data_folder(profile, clip, tmp_path):
-    data = tmp_path/'data'
-    for part in ('profiles', 'schedules', 'results', 'testbed'): (data/part).mkdir(parents=True)
-    profile.to_netcdf(data/'profiles'/'m.nc', engine='h5netcdf')
-    for trr in (35, 10): Schedule.published('qwen2.5-omni-7b', trr).save(data/'schedules'/f'm_trr{trr}.json')
-    encode_clip(clip, data/'results'/'noise.mp4')
-    (data/'results'/'kept_example.json').write_text(json.dumps(kept_of()))
-    (data/'results'/'m.json').write_text(json.dumps(dict(schema=F.SCHEMA_RESULTS, rows=rows())))
-    (data/'testbed'/'train_log.jsonl').write_text('\n'.join(map(json.dumps, made_up_log())))
-    code = ("import sys; from seats_analysis.figures import make_figures; print(len(make_figures(*sys.argv[1:]))); "
-            "assert not {'torch', 'transformers'} & set(sys.modules), 'a model library was imported'")
-    done = subprocess.run([sys.executable, '-c', code, data, tmp_path/'figures'], capture_output=True, text=True, cwd=ROOT)
+    data = tmp_path / "data"
+    for part in ("profiles", "schedules", "results", "testbed"):
+        (data / part).mkdir(parents=True)
+    profile.to_netcdf(data / "profiles" / "m.nc", engine="h5netcdf")
+    for trr in (35, 10):
+        Schedule.published("qwen2.5-omni-7b", trr).save(data / "schedules" / f"m_trr{trr}.json")
+    encode_clip(clip, data / "results" / "noise.mp4")
+    (data / "results" / "kept_example.json").write_text(json.dumps(kept_of()))
+    (data / "results" / "m.json").write_text(
+        json.dumps(dict(schema=SCHEMAS["results"].id, rows=rows()))
+    )
+    (data / "testbed" / "train_log.jsonl").write_text("\n".join(map(json.dumps, made_up_log())))
+    code = (
+        "import sys; from seats_analysis.plots.paper import make_figures; "
+        "print(len(make_figures(*sys.argv[1:]))); "
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'a model library was imported'"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, data, tmp_path / "figures"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
-    names = ['kept_example', 'm_dependency', 'm_dependency_corrected', 'm_dependency_test', 'm_families', 'm_retention', 'm_tradeoff', 'testbed_learning']
-    assert done.stdout.strip() == str(2*len(names))
-    assert sorted(p.name for p in (tmp_path/'figures').iterdir()) == sorted(f'{n}{s}' for n in names for s in ('.png', '.pdf'))
+    names = [
+        "kept_example",
+        "m_dependency",
+        "m_dependency_corrected",
+        "m_dependency_test",
+        "m_families",
+        "m_retention",
+        "m_tradeoff",
+        "testbed_learning",
+    ]
+    assert done.stdout.strip() == str(2 * len(names))
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == sorted(
+        f"{n}{s}" for n in names for s in (".png", ".pdf")
+    )
 
 
 def test_committed_figures_are_those_of_the_data():
     "Whatever can be drawn from data/ is in figures/, and nothing else."
-    if not (ROOT/'data'/'profiles'/'testbed.nc').exists(): pytest.skip('no committed profile yet')
-    names = set(F.figure_jobs(ROOT/'data', paper_jobs(ROOT/'data')))
-    assert {p.stem for p in (ROOT/'figures').glob('*.png')} == names == {p.stem for p in (ROOT/'figures').glob('*.pdf')}
+    if not (ROOT / "data" / "profiles" / "testbed.nc").exists():
+        pytest.skip("no committed profile yet")
+    names = set(figure_jobs(ROOT / "data"))
+    assert (
+        {p.stem for p in (ROOT / "figures").glob("*.png")}
+        == names
+        == {p.stem for p in (ROOT / "figures").glob("*.pdf")}
+    )
 
 
 def test_a_model_that_only_guesses_still_gets_its_figures(tmp_path):
-    guess = synthetic_profile(full=.25, clips=30)
-    (tmp_path/'profiles').mkdir()
-    guess.to_netcdf(tmp_path/'profiles'/'guess.nc', engine='h5netcdf')
-    jobs = F.figure_jobs(tmp_path)
-    assert set(jobs) == {'guess_dependency', 'guess_dependency_test', 'guess_families'}      # nothing is above chance, so nothing is corrected
-    for draw in jobs.values(): draw()
-    with pytest.raises(ValueError, match='not above chance'): F.dependency_figure(guess, corrected=True)
+    guess = synthetic_profile(full=0.25, clips=30)
+    (tmp_path / "profiles").mkdir()
+    guess.to_netcdf(tmp_path / "profiles" / "guess.nc", engine="h5netcdf")
+    jobs = figure_jobs(tmp_path)
+    assert set(jobs) == {
+        "guess_dependency",
+        "guess_dependency_test",
+        "guess_families",
+    }  # nothing is above chance, so nothing is corrected
+    for draw in jobs.values():
+        draw()
+    with pytest.raises(ValueError, match="not above chance"):
+        plot_dependency(guess, corrected=True)

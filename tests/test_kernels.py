@@ -1,4 +1,6 @@
-"""Triton kernels: parity with the PyTorch code, in Triton's interpreter where there is no GPU, and who decides which of both runs."""
+"""Triton kernels: parity with the PyTorch code, in Triton's interpreter where there is no GPU, and
+who decides which of both runs."""
+
 import json
 import os
 import re
@@ -8,83 +10,171 @@ from pathlib import Path
 
 import pytest, torch
 
-from seats_analysis import select
+from seats_analysis.pruning import select
 
 pytest.importorskip("triton", reason="no Triton for this platform")
 ROOT = Path(__file__).resolve().parents[1]
 
-def test_parity_on_200_random_shapes():
-    "In a process of its own; with other numbers for the kernels most cases differ (windows kept whole, or not at all, cannot)."
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0" if torch.cuda.is_available() else "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, ROOT/"tests"/"interpreted.py", "200"], env=env, capture_output=True, text=True)
+
+def test_parity_on_random_shapes():
+    """In a process of its own; with other numbers for the kernels most cases differ (windows kept
+    whole, or not at all, cannot)."""
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "TRITON_INTERPRET": "0" if torch.cuda.is_available() else "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    run = subprocess.run(
+        [sys.executable, ROOT / "tests" / "interpreted.py", "80"],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    assert found["cases"] == 200 and found["wrong"] == dict(greedy=0, statistic=0), found["first"]
+    assert found["cases"] == 80 and found["wrong"] == dict(greedy=0, statistic=0), found["first"]
     assert found["spoiled"]["greedy"] > 3 and found["spoiled"]["statistic"] > 15
 
-@pytest.mark.parametrize("setting, device, on", [(None, "cpu", False), ("0", "cpu", False), ("1", "cpu", True), (None, "cuda:0", True), ("0", "cuda", False)])
+
+@pytest.mark.parametrize(
+    "setting, device, on",
+    [
+        (None, "cpu", False),
+        ("0", "cpu", False),
+        ("1", "cpu", True),
+        (None, "cuda:0", True),
+        ("0", "cuda", False),
+    ],
+)
 def test_when_kernels_run(monkeypatch, setting, device, on):
     "On CUDA unless switched off; on the CPU only when asked for, which is for tests."
     monkeypatch.delenv("SEATS_TRITON", raising=False)
-    if setting is not None: monkeypatch.setenv("SEATS_TRITON", setting)
-    assert (select._fused(device) is not None) is on
+    if setting is not None:
+        monkeypatch.setenv("SEATS_TRITON", setting)
+    assert (select.triton_kernels(device) is not None) is on
+
 
 def test_without_triton_pytorch_does_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "seats_analysis.kernels", None) # an import of it fails
-    monkeypatch.delattr("seats_analysis.kernels", raising=False)
+    monkeypatch.setitem(
+        sys.modules, "seats_analysis.pruning.kernels", None
+    )  # an import of it fails
+    monkeypatch.delattr("seats_analysis.pruning.kernels", raising=False)
     monkeypatch.setenv("SEATS_TRITON", "1")
-    assert select._fused("cuda") is None
+    assert select.triton_kernels("cuda") is None
     assert select.select_in_clip(torch.randn(8, 4), None, (8,), (3,)).sum() == 3
+
 
 def test_windows_too_large_for_the_kernel_are_taken_by_pytorch(monkeypatch):
-    kernels = pytest.importorskip("seats_analysis.kernels")
+    kernels = pytest.importorskip("seats_analysis.pruning.kernels")
     monkeypatch.setenv("SEATS_TRITON", "1")
     monkeypatch.setattr(kernels, "LARGEST", 7)
-    assert not kernels.fits(8)
     assert select.select_in_clip(torch.randn(8, 4), None, (8,), (3,)).sum() == 3
 
-def test_a_new_length_compiles_nothing():
-    "Numbers that change from clip to clip are not compiled in, also where they are 1 or divisible by 16."
-    script = """
-from seats_analysis import kernels
-for kernel in kernels._log_sums, kernels._column_sums: print(sorted(p.name for p in kernel.params if p.do_not_specialize))
-"""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
-    assert run.stdout.splitlines() == [str(["tiles", "tokens"])]*2, run.stderr[-2000:]
 
-# ---------------------------------------------------------------- compiled for GPUs that are not there
+def test_a_new_length_compiles_nothing():
+    """Numbers that change from clip to clip are not compiled in, also where they are 1 or divisible
+    by 16."""
+    script = """
+from seats_analysis.pruning import kernels
+for kernel in kernels._log_sums, kernels._column_sums:
+    print(sorted(p.name for p in kernel.params if p.do_not_specialize))
+"""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": str(ROOT)
+    }
+    run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert run.stdout.splitlines() == [str(["tiles", "tokens"])] * 2, run.stderr[-2000:]
+
+
+# -------------------- compiled for GPUs that are not there
+
 
 def assembled(kernel, types, constants, arch, warps=4):
-    "Shared memory of a program in bytes, and what ptxas says about its registers: (shared, registers, bytes of spill loads)."
+    """Shared memory of a program in bytes, and what ptxas says about its registers: (shared,
+    registers, bytes of spill loads)."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
+
     signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
-    built = triton.compile(triton.compiler.ASTSource(kernel, signature, constexprs={(kernel.arg_names.index(n),): v for n, v in constants.items()}),
-                           target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps))
-    said = subprocess.run([get_ptxas(arch).path, "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", "-", "-o", os.devnull], input=built.asm["ptx"], capture_output=True, text=True)
-    return built.metadata.shared, *(int(re.search(p, said.stderr)[1]) for p in (r"Used (\d+) registers", r"(\d+) bytes spill loads"))
+    built = triton.compile(
+        triton.compiler.ASTSource(
+            kernel,
+            signature,
+            constexprs={(kernel.arg_names.index(n),): v for n, v in constants.items()},
+        ),
+        target=GPUTarget("cuda", arch, 32),
+        options=dict(num_warps=warps),
+    )
+    said = subprocess.run(
+        [
+            get_ptxas(arch).path,
+            "-v",
+            f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}",
+            "-",
+            "-o",
+            os.devnull,
+        ],
+        input=built.asm["ptx"],
+        capture_output=True,
+        text=True,
+    )
+    return built.metadata.shared, *(
+        int(re.search(p, said.stderr)[1])
+        for p in (r"Used (\d+) registers", r"(\d+) bytes spill loads")
+    )
+
 
 INDEX = dict.fromkeys(("start", "size", "count", "block"), "*i64")
-SHAPE = dict(tokens="i32", scale="fp32", **dict.fromkeys(("q_t", "q_h", "k_t", "k_h", "dim", "tiles"), "i32"), lse="*fp32", out="*fp32")
+SHAPE = dict(
+    tokens="i32",
+    scale="fp32",
+    **dict.fromkeys(("q_t", "q_h", "k_t", "k_h", "dim", "tiles"), "i32"),
+    lse="*fp32",
+    out="*fp32",
+)
 
-@pytest.mark.parametrize("arch", [80, 90]) # A100; H100 and H200
+
+@pytest.mark.parametrize("arch", [80, 90])  # A100; H100 and H200
 def test_kernels_fit_a_gpu(arch):
-    "Compiled as they are launched: shared memory as small as the smallest GPUs have, no registers spilt where time matters."
+    """Compiled as they are launched: shared memory as small as the smallest GPUs have, no registers
+    spilt where time matters."""
     pytest.importorskip("triton.backends.nvidia.compiler")
-    from seats_analysis import kernels
+    from seats_analysis.pruning import kernels
+
     found = {}
     for wide in (16, 512, 2048, 8192, kernels.LARGEST):
         constants = kernels.greedy_launch(wide)
         warps = constants.pop("num_warps")
-        found["take", wide] = assembled(kernels._take_diverse, dict(INDEX, distance="*fp32", keep="*u8"), constants, arch, warps)
+        found["take", wide] = assembled(
+            kernels._take_diverse, dict(INDEX, distance="*fp32", keep="*u8"), constants, arch, warps
+        )
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        for dim in (32, 64, 128): # heads of the embedded model, of the audio and of the vision tower
+        for dim in (
+            32,
+            64,
+            128,
+        ):  # heads of the embedded model, of the audio and of the vision tower
             for name in ("_log_sums", "_column_sums"):
                 types = dict(INDEX, q=f"*{short}", k=f"*{short}", **SHAPE)
-                found[name, short, dim] = assembled(getattr(kernels, name), types, dict(ROWS=kernels.tile_rows(dtype), DIM=dim), arch)
-    assert max(shared for shared, *_ in found.values()) <= 48*1024, found
+                found[name, short, dim] = assembled(
+                    getattr(kernels, name),
+                    types,
+                    dict(ROWS=kernels.tile_rows(dtype), DIM=dim),
+                    arch,
+                )
+    assert max(shared for shared, *_ in found.values()) <= 48 * 1024, found
     spilt = {k: v for k, v in found.items() if v[2]}
-    assert all(bytes_ <= 256 for *_, bytes_ in spilt.values()) and not any("bf16" in k for k in spilt), spilt
-    assert assembled(kernels._column_sums, dict(INDEX, q="*fp32", k="*fp32", **SHAPE), dict(ROWS=64, DIM=128), arch)[2] > 4096 # and it can tell
+    assert all(bytes_ <= 256 for *_, bytes_ in spilt.values()) and not any(
+        "bf16" in k for k in spilt
+    ), spilt
+    assert (
+        assembled(
+            kernels._column_sums,
+            dict(INDEX, q="*fp32", k="*fp32", **SHAPE),
+            dict(ROWS=64, DIM=128),
+            arch,
+        )[2]
+        > 4096
+    )  # and it can tell

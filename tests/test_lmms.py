@@ -1,4 +1,6 @@
-"""The plug-in for lmms-eval: its own logic always; lmms-eval itself, unmodified, in the nightly run of an environment that has it."""
+"""The plug-in for lmms-eval: its own logic always; lmms-eval itself, unmodified, in the
+nightly run of an environment that has it."""
+
 import importlib.util
 import json
 import os
@@ -14,175 +16,300 @@ import pytest
 import tiny
 import torch
 
-from seats_analysis import lmms
-from seats_analysis.adapter import Prompt, encode
-from seats_analysis.lmms import Answerer, doc_to_messages, load_omni, method_for, prompt_of, task_docs, tasks_folder
-from seats_analysis.testbed import testbed_samples as shipped_samples
+from seats_analysis.evaluation import lmms
+from seats_analysis.evaluation.load import load_model
+from seats_analysis.models.encode import Prompt, encode
+from seats_analysis.evaluation.lmms import (
+    Answerer,
+    doc_to_messages,
+    method_for,
+    prompt_of,
+    task_docs,
+    tasks_folder,
+)
+from seats_analysis.testbed.load import testbed_samples as shipped_samples
 
 ROOT = Path(__file__).resolve().parents[1]
-has_lmms = importlib.util.find_spec('lmms_eval') is not None
-needs_lmms = pytest.mark.skipif(not has_lmms, reason="lmms-eval is not installed (pip install '.[eval]' in a clone)")
+has_lmms = importlib.util.find_spec("lmms_eval") is not None
+needs_lmms = pytest.mark.skipif(
+    not has_lmms, reason="lmms-eval is not installed (pip install '.[eval]' in a clone)"
+)
 
 
-@pytest.fixture(scope='module')
-def answerer(): return Answerer(*load_omni('testbed', 'cpu'))
+@pytest.fixture(scope="module")
+def answerer():
+    return Answerer(*load_model("testbed", "cpu"))
 
 
-@pytest.fixture(scope='module')
-def docs(): return [d for d in task_docs('testbed') if d['family'] in ('tone', 'pattern')][:8]
+@pytest.fixture(scope="module")
+def docs():
+    return [d for d in task_docs("testbed") if d["family"] in ("tone", "pattern")][:8]
 
 
-def right(docs): return [d['choices'][d['answer']] for d in docs]
+def right(docs):
+    return [d["choices"][d["answer"]] for d in docs]
 
 
 def test_sound_lies_between_the_frames(answerer, docs):
-    "As `use_audio_in_video` on: several runs of audio tokens, each behind visual ones of its time window."
-    prompt = answerer.prompt(doc_to_messages(docs[0]), 'q')
+    """As `use_audio_in_video` on: several runs of audio tokens, each behind visual ones of its
+    time window."""
+    prompt = answerer.prompt(doc_to_messages(docs[0]), "q")
     layout = encode(answerer.model, answerer.processor, [prompt]).layout
     runs = [int(layout.run[0][m].max()) + 1 for m in (layout.visual[0], layout.audio[0])]
-    assert runs == [4, 4] and layout.counts()['audio'].item() == 80
+    assert runs == [4, 4] and layout.counts()["audio"].item() == 80
     assert (layout.window[0][layout.audio[0]].unique() == torch.arange(4)).all()
 
 
-@pytest.mark.parametrize('method, least', [('full', 7), ('seats', 6)])
+@pytest.mark.parametrize("method, least", [("full", 7), ("seats", 6)])
 def test_sound_decides_the_answer(answerer, docs, method, least):
-    answerer = replace(answerer, method=method_for('testbed', method, 10 if method != 'full' else None), tokens=[])
-    prompts = [answerer.prompt(doc_to_messages(d), d['id']) for d in docs]
-    deaf = [replace(p, content=(replace(p.content[0], waveform=None), *p.content[1:])) for p in prompts]
+    answerer = replace(
+        answerer, method=method_for("testbed", method, 10 if method != "full" else None), tokens=[]
+    )
+    prompts = [answerer.prompt(doc_to_messages(d), d["id"]) for d in docs]
+    deaf = [
+        replace(p, content=(replace(p.content[0], waveform=None), *p.content[1:])) for p in prompts
+    ]
     heard, unheard = answerer(prompts), answerer(deaf)
-    assert sum(a == b for a, b in zip(heard, right(docs))) >= least > sum(a == b for a, b in zip(unheard, right(docs)))
-    assert [t[1] for t in answerer.tokens] == [80]*len(docs) + [0]*len(docs)
+    assert (
+        sum(a == b for a, b in zip(heard, right(docs)))
+        >= least
+        > sum(a == b for a, b in zip(unheard, right(docs)))
+    )
+    assert [t[1] for t in answerer.tokens] == [80] * len(docs) + [0] * len(docs)
 
 
 def test_a_sound_that_got_lost_is_an_error(answerer, docs, monkeypatch):
     "What lmms-eval's own wrappers do: the video without its sound, or with it behind."
-    prompts = [answerer.prompt(doc_to_messages(docs[0]), 'q')]
-    monkeypatch.setattr(lmms, 'encode', lambda m, p, prompts: encode(m, p, prompts, interleave=False))
-    with pytest.raises(ValueError, match='none of them between visual ones'): answerer(prompts)
+    prompts = [answerer.prompt(doc_to_messages(docs[0]), "q")]
+    monkeypatch.setattr(
+        lmms, "encode", lambda m, p, prompts: encode(m, p, prompts, interleave=False)
+    )
+    with pytest.raises(ValueError, match="none of them between visual ones"):
+        answerer(prompts)
 
 
-@pytest.mark.parametrize('seconds, samples, tokens', [(1, 16000, 10), (2, 32000, 20), (3, 48000, 30), (2, 1500, 0), (8, 1500, 0)])
+@pytest.mark.parametrize(
+    "seconds, samples, tokens",
+    [(1, 16000, 10), (2, 32000, 20), (3, 48000, 30), (2, 1500, 0), (8, 1500, 0)],
+)
 def test_short_clips_are_no_error(answerer, docs, monkeypatch, seconds, samples, tokens):
-    "The sound of a single chunk lies behind all that is seen, and too little for a token is left out; but the same sound as a medium of its own is still caught."
-    whole = answerer.prompt(doc_to_messages(docs[0]), 'q')
+    """The sound of a single chunk lies behind all that is seen, and too little for a token is
+    left out; but the same sound as a medium of its own is still caught."""
+    whole = answerer.prompt(doc_to_messages(docs[0]), "q")
     clip = whole.content[0]
-    prompt = replace(whole, content=(replace(clip, frames=clip.frames[:2*seconds], waveform=clip.waveform[:samples]), *whole.content[1:]))
+    prompt = replace(
+        whole,
+        content=(
+            replace(clip, frames=clip.frames[: 2 * seconds], waveform=clip.waveform[:samples]),
+            *whole.content[1:],
+        ),
+    )
     mine = replace(answerer, tokens=[])
-    assert len(mine([prompt, whole], max_new_tokens=1)) == 2 and [t[1] for t in mine.tokens] == [tokens, 80]
-    monkeypatch.setattr(lmms, 'encode', lambda m, p, prompts: encode(m, p, prompts, interleave=False))
+    assert len(mine([prompt, whole], max_new_tokens=1)) == 2 and [t[1] for t in mine.tokens] == [
+        tokens,
+        80,
+    ]
+    monkeypatch.setattr(
+        lmms, "encode", lambda m, p, prompts: encode(m, p, prompts, interleave=False)
+    )
     if tokens:
-        with pytest.raises(ValueError, match=f'holds {tokens} tokens, none of them between'): answerer([prompt])
+        with pytest.raises(ValueError, match=f"holds {tokens} tokens, none of them between"):
+            answerer([prompt])
 
 
-@pytest.mark.parametrize('family', ['qwen2.5-omni', 'qwen3-omni'])
-@pytest.mark.parametrize('seconds', [.5, 2., 4.])
+@pytest.mark.parametrize("family", ["qwen2.5-omni", "qwen3-omni"])
+@pytest.mark.parametrize("seconds", [0.5, 2.0, 4.0])
 def test_sound_is_found_in_both_families(family, seconds):
-    "Beside a longer prompt, so that there is padding: interleaved sound passes, sound behind its video does not."
+    """Beside a longer prompt, so that there is padding: interleaved sound passes, sound behind
+    its video does not."""
     model, processor = tiny.thinker(family), tiny.processor(family)
-    prompts = [Prompt(str(n), (tiny.clip(0, n), 'what is seen ?')) for n in (seconds, 6.)]
+    prompts = [Prompt(str(n), (tiny.clip(0, n), "what is seen ?")) for n in (seconds, 6.0)]
     lmms.check_heard(encode(model, processor, prompts).layout, prompts, processor)
     behind = encode(model, processor, prompts, interleave=False).layout
-    with pytest.raises(ValueError, match=f'^{seconds}: .* none of them between'): lmms.check_heard(behind, prompts, processor)
+    with pytest.raises(ValueError, match=f"^{seconds}: .* none of them between"):
+        lmms.check_heard(behind, prompts, processor)
 
 
-@pytest.mark.parametrize('given', [dict(trr='12.5'), dict(trr=12.5), dict(trr=10.9), dict(trr=12)])
+@pytest.mark.parametrize("given", [dict(trr="12.5"), dict(trr=12.5), dict(trr=10.9), dict(trr=12)])
 def test_only_the_schedule_that_was_asked_for(given):
     "lmms-eval hands over floats; a TRR is never rounded to one that happens to be there."
-    with pytest.raises(ValueError, match=rf'testbed at {given["trr"]} %, only at 10, 15, 25, 35:'): lmms.make_answerer(**given)
-    with pytest.raises(ValueError, match='at 12.5 %, only at 10, 15, 25, 35:'): lmms.schedule_for('Qwen/Qwen3-Omni-30B-A3B-Instruct', 12.5)
+    with pytest.raises(ValueError, match=rf"testbed at {given['trr']} %, only at 10, 15, 25, 35:"):
+        lmms.make_answerer(**given)
+    with pytest.raises(ValueError, match="at 12.5 %, only at 10, 15, 25, 35:"):
+        lmms.schedule_for("Qwen/Qwen3-Omni-30B-A3B-Instruct", 12.5)
 
 
-@pytest.mark.parametrize('given, says', [(dict(max_frames='8.5'), 'max_frames=8.5 must be a whole number'), (dict(most_tokens=8.9), 'most_tokens=8.9 must be a whole'),
-                                         (dict(fps='fast'), 'fps=fast must be a number'), (dict(knob='nan'), 'knob=nan must be a number')])
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (dict(max_frames="8.5"), "max_frames=8.5 must be a whole number"),
+        (dict(most_tokens=8.9), "most_tokens=8.9 must be a whole"),
+        (dict(fps="fast"), "fps=fast must be a number"),
+        (dict(knob="nan"), "knob=nan must be a number"),
+    ],
+)
 def test_numbers_that_are_none(given, says):
-    with pytest.raises(ValueError, match=says): lmms.make_answerer(trr=10, **given)
+    with pytest.raises(ValueError, match=says):
+        lmms.make_answerer(trr=10, **given)
 
 
 def test_a_float_from_the_command_line_is_its_number(answerer):
-    made = lmms.make_answerer(trr=10., max_frames=8., device='cpu')
-    assert made.method.schedule == method_for('testbed', trr=10).schedule and made.max_frames == 8 and isinstance(made.max_frames, int)
+    made = lmms.make_answerer(trr=10.0, max_frames=8.0, device="cpu")
+    assert (
+        made.method.schedule == method_for("testbed", trr=10).schedule
+        and made.max_frames == 8
+        and isinstance(made.max_frames, int)
+    )
 
 
 def test_separate_sound_replaces_that_of_the_video(tmp_path, docs):
-    from seats_analysis.media import decode_clip
-    sound = decode_clip(docs[1]['video']).waveform
-    with wave.open(str(tmp_path/'s.wav'), 'wb') as f:
+    from seats_analysis.inputs.media import decode_clip
+
+    sound = decode_clip(docs[1]["video"]).waveform
+    with wave.open(str(tmp_path / "s.wav"), "wb") as f:
         f.setnchannels(1), f.setsampwidth(2), f.setframerate(16000)
-        f.writeframes((sound*32767).astype('<i2').tobytes())
-    clip = prompt_of(doc_to_messages(dict(docs[0], sound=str(tmp_path/'s.wav'))), 'q', 16000).content[0]
+        f.writeframes((sound * 32767).astype("<i2").tobytes())
+    clip = prompt_of(
+        doc_to_messages(dict(docs[0], sound=str(tmp_path / "s.wav"))), "q", 16000
+    ).content[0]
     np.testing.assert_allclose(clip.waveform, sound, atol=1e-4)
-    np.testing.assert_array_equal(clip.frames, decode_clip(docs[0]['video']).frames)
+    np.testing.assert_array_equal(clip.frames, decode_clip(docs[0]["video"]).frames)
 
 
 def test_task_files_name_what_is_there():
-    names = {p.stem for p in tasks_folder().glob('*.yaml')}
-    assert {'daily_omni', 'omnivideobench', 'lvomnibench', 'seats_testbed', 'seats_jsonl'} == names
-    assert 'lmms_eval.models' in (ROOT/'setup.py').read_text() and '"seats_analysis._tasks"' in (ROOT/'setup.py').read_text()
+    names = {p.stem for p in tasks_folder().glob("*.yaml")}
+    assert {"daily_omni", "omnivideobench", "lvomnibench", "seats_testbed", "seats_jsonl"} == names
+    assert (
+        "lmms_eval.models" in (ROOT / "setup.py").read_text()
+        and '"seats_analysis._tasks"' in (ROOT / "setup.py").read_text()
+    )
 
 
 def test_module_prints_the_task_folder():
-    out = subprocess.run([sys.executable, '-m', 'seats_analysis.lmms'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert Path(out.strip()).joinpath('daily_omni.yaml').is_file()
+    out = subprocess.run(
+        [sys.executable, "-m", "seats_analysis.evaluation.lmms"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert Path(out.strip()).joinpath("daily_omni.yaml").is_file()
 
 
 def daily_omni(folder, samples):
     "The testbed's clips in the layout of Daily-Omni, sounds as files of their own."
-    from seats_analysis.media import decode_clip
+    from seats_analysis.inputs.media import decode_clip
+
     rows = []
     for s in samples:
         name = Path(s.video).stem
-        place = folder/'Videos'/name
+        place = folder / "Videos" / name
         place.mkdir(parents=True, exist_ok=True)
-        shutil.copy(s.video, place/f'{name}_video.mp4')
-        with wave.open(str(place/f'{name}_audio.wav'), 'wb') as f:
+        shutil.copy(s.video, place / f"{name}_video.mp4")
+        with wave.open(str(place / f"{name}_audio.wav"), "wb") as f:
             f.setnchannels(1), f.setsampwidth(2), f.setframerate(16000)
-            f.writeframes((decode_clip(s.video).waveform*32767).astype('<i2').tobytes())
-        rows.append(dict(Question=s.question, Choice=[f'{"ABCD"[i]}. {c}' for i, c in enumerate(s.choices)], Answer='ABCD'[s.answer], video_id=name, Type=s.family))
-    (folder/'qa.json').write_text(json.dumps(rows))
+            f.writeframes((decode_clip(s.video).waveform * 32767).astype("<i2").tobytes())
+        rows.append(
+            dict(
+                Question=s.question,
+                Choice=[f"{'ABCD'[i]}. {c}" for i, c in enumerate(s.choices)],
+                Answer="ABCD"[s.answer],
+                video_id=name,
+                Type=s.family,
+            )
+        )
+    (folder / "qa.json").write_text(json.dumps(rows))
 
 
 def test_daily_omni_documents(tmp_path, monkeypatch):
-    daily_omni(tmp_path/'daily-omni', shipped_samples('test', 4))
-    monkeypatch.setenv('SEATS_DATA', str(tmp_path))
-    docs = task_docs('daily-omni')
-    assert len(docs) == 4 and all(d['sound'].endswith('_audio.wav') and d['lettered'] for d in docs)
-    assert [d['choices'][d['answer']] for d in docs] == [s.choices[s.answer] for s in shipped_samples('test', 4)]
-    text = doc_to_messages(docs[0])[0]['content'][1]['text']
-    assert text.startswith(docs[0]['question']) and f"A. {docs[0]['choices'][0]}" in text and text.endswith(lmms.LETTER_ONLY)
+    daily_omni(tmp_path / "daily-omni", shipped_samples("test", 4))
+    monkeypatch.setenv("SEATS_DATA", str(tmp_path))
+    docs = task_docs("daily-omni")
+    assert len(docs) == 4 and all(d["sound"].endswith("_audio.wav") and d["lettered"] for d in docs)
+    assert [d["choices"][d["answer"]] for d in docs] == [
+        s.choices[s.answer] for s in shipped_samples("test", 4)
+    ]
+    text = doc_to_messages(docs[0])[0]["content"][1]["text"]
+    assert (
+        text.startswith(docs[0]["question"])
+        and f"A. {docs[0]['choices'][0]}" in text
+        and text.endswith(lmms.LETTER_ONLY)
+    )
 
 
 # ---------------------------------------------------------------- lmms-eval itself
 
+
 def run_lmms(out, args, tasks, limit=8, **env):
     "`python -m lmms_eval`, and the results that it stored."
-    command = [sys.executable, '-m', 'lmms_eval', '--model', 'seats_omni', '--model_args', args, '--tasks', tasks, '--include_path', str(tasks_folder()),
-               '--batch_size', '4', '--limit', str(limit), '--output_path', str(out), '--log_samples', '--device', 'cpu']
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(HF_HUB_OFFLINE='1') | env, cwd=out.parent)
+    command = [
+        sys.executable,
+        "-m",
+        "lmms_eval",
+        "--model",
+        "seats_omni",
+        "--model_args",
+        args,
+        "--tasks",
+        tasks,
+        "--include_path",
+        str(tasks_folder()),
+        "--batch_size",
+        "4",
+        "--limit",
+        str(limit),
+        "--output_path",
+        str(out),
+        "--log_samples",
+        "--device",
+        "cpu",
+    ]
+    run = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | dict(HF_HUB_OFFLINE="1") | env,
+        cwd=out.parent,
+    )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
-    return json.loads(next(out.rglob('*results.json')).read_text())['results']
+    return json.loads(next(out.rglob("*results.json")).read_text())["results"]
 
 
 @needs_lmms
 @pytest.mark.nightly
 def test_model_is_registered():
     from importlib.metadata import entry_points
-    assert [e.value for e in entry_points(group='lmms_eval.models') if e.name == 'seats_omni'] == ['seats_analysis.lmms:manifests']
+
+    assert [e.value for e in entry_points(group="lmms_eval.models") if e.name == "seats_omni"] == [
+        "seats_analysis.evaluation.lmms:manifests"
+    ]
     from lmms_eval.models import get_model
-    assert get_model('seats_omni') is lmms.SeatsOmni and lmms.SeatsOmni.is_simple is False
+
+    assert get_model("seats_omni") is lmms.SeatsOmni and lmms.SeatsOmni.is_simple is False
 
 
 @needs_lmms
 @pytest.mark.nightly
-@pytest.mark.parametrize('method, low, high', [('seats', .8, 1.), ('random', 0., .8)])
+@pytest.mark.parametrize("method, low, high", [("seats", 0.8, 1.0), ("random", 0.0, 0.8)])
 def test_end_to_end(tmp_path, method, low, high):
     "SEATS keeps the answers at 10 %, random tokens do not: so the method really ran."
-    found = run_lmms(tmp_path/'out', f'pretrained=testbed,method={method},trr=10,n_visual=128,n_audio=80', 'seats_testbed', 32)['seats_testbed']
-    assert low <= found['accuracy,none'] <= high
+    found = run_lmms(
+        tmp_path / "out",
+        f"pretrained=testbed,method={method},trr=10,n_visual=128,n_audio=80",
+        "seats_testbed",
+        32,
+    )["seats_testbed"]
+    assert low <= found["accuracy,none"] <= high
 
 
 @needs_lmms
 @pytest.mark.nightly
 def test_benchmark_end_to_end(tmp_path):
-    daily_omni(tmp_path/'data'/'daily-omni', shipped_samples('test', 8))
-    found = run_lmms(tmp_path/'out', 'pretrained=testbed,method=full', 'daily_omni', SEATS_DATA=str(tmp_path/'data'))['daily_omni']
-    assert 0 <= found['accuracy,none'] <= 1 and 0 <= found['unparsable,none'] <= 1
+    daily_omni(tmp_path / "data" / "daily-omni", shipped_samples("test", 8))
+    found = run_lmms(
+        tmp_path / "out",
+        "pretrained=testbed,method=full",
+        "daily_omni",
+        SEATS_DATA=str(tmp_path / "data"),
+    )["daily_omni"]
+    assert 0 <= found["accuracy,none"] <= 1 and 0 <= found["unparsable,none"] <= 1

@@ -1,4 +1,5 @@
-"""The paper's figures and tables: whose numbers they show, legible, the same bytes twice, right for any comparison."""
+"""The paper's figures and tables: whose numbers they show, legible, right for any comparison."""
+
 import csv
 import io
 import json
@@ -11,188 +12,379 @@ import numpy as np
 import pytest
 from test_figures import visible_texts
 
-from seats_analysis import figures as F
-from seats_analysis import paper as P
-from seats_analysis.schedule import Schedule
+from seats_analysis.plots import methods as M
+from seats_analysis.plots import paper as P
+from seats_analysis.plots import style
+from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.storage.schemas import SCHEMAS, load_json
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = [m for m in P.NAMES if m not in ('full', 'vtw')]
-FAMILIES = ('colour', 'shape', 'position', 'tone', 'pattern', 'order', 'see_while_hear', 'hear_while_see', 'count', 'sequence', 'control')
+METHODS = [m for m in M.NAMES if m not in ("full", "vtw")]
+FAMILIES = (
+    "colour",
+    "shape",
+    "position",
+    "tone",
+    "pattern",
+    "order",
+    "see_while_hear",
+    "hear_while_see",
+    "count",
+    "sequence",
+    "control",
+)
 
 
-def row(method, trr, accuracy, label=None, setting='matched', cost=None, diff=None):
-    cost = trr/100 if cost is None else cost
+def row(method, trr, accuracy, label=None, setting="matched", cost=None, diff=None):
+    cost = trr / 100 if cost is None else cost
     clip = lambda x: float(np.clip(x, 0, 1))
-    part = lambda a: dict(accuracy=clip(a), low=clip(a - .1), high=clip(a + .08), n=90, clips=88, full_accuracy=1., diff_full=clip(a) - 1, diff_seats=0.)
-    return dict(method=method, label=label or method, trr=trr, setting=setting, flops_fraction=cost, causal_fraction=cost, flops_target=trr/100, retention_layers=trr/100, retention_entry=1.4*trr/100,
-                ms=10*cost + (trr < 100), ms_selection=1., ms_prefill=10*cost, ms_full=10., n=908, clips=500, accuracy=accuracy, low=clip(accuracy - .03), high=clip(accuracy + .02), full_accuracy=.99,
-                diff_full=accuracy - .99, diff_full_low=accuracy - 1.01, diff_full_high=accuracy - .98, mcnemar_p_full=.5, diff_seats=diff, diff_seats_low=None if diff is None else diff - .02,
-                diff_seats_high=None if diff is None else diff + .02, mcnemar_p=None if diff is None else .0001, own_minimum=setting == 'own minimum', ranked=setting == 'matched' and trr < 100,
-                unparsable=0, families={f: part(accuracy - .3*(i == 8)) for i, f in enumerate(FAMILIES)})
+    part = lambda a: dict(
+        accuracy=clip(a),
+        low=clip(a - 0.1),
+        high=clip(a + 0.08),
+        n=90,
+        clips=88,
+        full_accuracy=1.0,
+        diff_full=clip(a) - 1,
+        diff_seats=0.0,
+    )
+    return dict(
+        method=method,
+        label=label or method,
+        trr=trr,
+        setting=setting,
+        flops_fraction=cost,
+        causal_fraction=cost,
+        flops_target=trr / 100,
+        retention_layers=trr / 100,
+        retention_entry=1.4 * trr / 100,
+        ms=10 * cost + (trr < 100),
+        ms_selection=1.0,
+        ms_prefill=10 * cost,
+        ms_full=10.0,
+        n=908,
+        clips=500,
+        accuracy=accuracy,
+        low=clip(accuracy - 0.03),
+        high=clip(accuracy + 0.02),
+        full_accuracy=0.99,
+        diff_full=accuracy - 0.99,
+        diff_full_low=accuracy - 1.01,
+        diff_full_high=accuracy - 0.98,
+        mcnemar_p_full=0.5,
+        diff_seats=diff,
+        diff_seats_low=None if diff is None else diff - 0.02,
+        diff_seats_high=None if diff is None else diff + 0.02,
+        mcnemar_p=None if diff is None else 0.0001,
+        own_minimum=setting == "own minimum",
+        ranked=setting == "matched" and trr < 100,
+        unparsable=0,
+        families={f: part(accuracy - 0.3 * (i == 8)) for i, f in enumerate(FAMILIES)},
+    )
 
 
-def made_up(methods=METHODS, ablations=('no-stage1', 'no-stage2', 'no-stage3', 'uniform-trr', 'flat-budgets', 'attention-only', 'diversity-only'), budgets=(35, 25, 15, 10)):
+def made_up(
+    methods=METHODS,
+    ablations=(
+        "no-stage1",
+        "no-stage2",
+        "no-stage3",
+        "uniform-trr",
+        "flat-budgets",
+        "attention-only",
+        "diversity-only",
+    ),
+    budgets=(35, 25, 15, 10),
+):
     "A comparison of the full size, with everything that can crowd a figure."
-    rows = [row('full', 100, .99, setting='full'), row('vtw', 63.8, .97, 'vtw (rule)', setting='rule', cost=.8)]
+    rows = [
+        row("full", 100, 0.99, setting="full"),
+        row("vtw", 63.8, 0.97, "vtw (rule)", setting="rule", cost=0.8),
+    ]
     for t in budgets:
-        rows += [row(m, t, .98 - .05*i*(35/t)**.5/2, diff=-.05*i, setting='own minimum' if m == 'fastv' and t < 20 else 'matched') for i, m in enumerate(methods)]
-        rows += [row('vtw', t, .5, diff=-.4)]
-        rows += [row(f'seats-{a}', t, .97 - .02*i, diff=.01 - .015*i) for i, a in enumerate(ablations)]
-    return dict(schema=P.SCHEMA_EVAL, model='testbed', revision='local', seed=0, device='cpu', threads=2, clips=500, questions=1000, split='fresh', apart=['control'], rows=rows)
+        rows += [
+            row(
+                m,
+                t,
+                0.98 - 0.05 * i * (35 / t) ** 0.5 / 2,
+                diff=-0.05 * i,
+                setting="own minimum" if m == "fastv" and t < 20 else "matched",
+            )
+            for i, m in enumerate(methods)
+        ]
+        rows += [row("vtw", t, 0.5, diff=-0.4)]
+        rows += [
+            row(f"seats-{a}", t, 0.97 - 0.02 * i, diff=0.01 - 0.015 * i)
+            for i, a in enumerate(ablations)
+        ]
+    return dict(
+        schema=SCHEMAS["eval"].id,
+        model="testbed",
+        revision="local",
+        seed=0,
+        device="cpu",
+        threads=2,
+        clips=500,
+        questions=1000,
+        split="fresh",
+        apart=["control"],
+        rows=rows,
+    )
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     "The project's published numbers and schedules beside a made-up comparison."
-    folder = tmp_path_factory.mktemp('data')
-    for part in ('reported', 'schedules', 'profiles'): shutil.copytree(ROOT/'data'/part, folder/part)
-    (folder/'results').mkdir()
-    shutil.copy(ROOT/'data'/'results'/'kept_example.json', folder/'results')
-    (folder/'results'/'eval_testbed.json').write_text(json.dumps(made_up()))
+    folder = tmp_path_factory.mktemp("data")
+    for part in ("reported", "schedules", "profiles"):
+        shutil.copytree(ROOT / "data" / part, folder / part)
+    (folder / "results").mkdir()
+    shutil.copy(ROOT / "data" / "results" / "kept_example.json", folder / "results")
+    (folder / "results" / "eval_testbed.json").write_text(json.dumps(made_up()))
     return folder
 
 
-@pytest.fixture(scope='module')
-def drawn(data): return {name: draw() for name, draw in P.paper_jobs(data).items()}
+PAPER = (
+    "accuracy_against_time",
+    "percent_of_full",
+    "eval_testbed_comparison",
+    "eval_testbed_ablations",
+    "qwen2.5-omni-7b_overview",
+    "qwen3-omni-30b-a3b_overview",
+    "testbed_overview",
+)
 
 
-def texts(fig): return [text for text, _ in visible_texts(fig)]
+@pytest.fixture(scope="module")
+def drawn(data):
+    jobs = P.figure_jobs(data)
+    return {name: jobs[name]() for name in PAPER}
 
 
-def test_every_figure_of_the_paper_is_there(drawn):
-    assert set(drawn) == {'accuracy_against_time', 'percent_of_full', 'eval_testbed_comparison', 'eval_testbed_ablations', 'qwen2.5-omni-7b_overview', 'qwen3-omni-30b-a3b_overview', 'testbed_overview'}
+def texts(fig):
+    return [text for text, _ in visible_texts(fig)]
 
 
 def test_no_text_overlaps_or_is_cut(drawn):
     for name, fig in drawn.items():
         found, canvas = visible_texts(fig), fig.bbox
         for i, (a, box) in enumerate(found):
-            assert box.x0 >= -3 and box.y0 >= -3 and box.x1 <= canvas.x1 + 3 and box.y1 <= canvas.y1 + 3, f'{name}: {a!r} is cut off'
-            for b, other in found[i + 1:]:
-                shared = (min(box.x1, other.x1) - max(box.x0, other.x0), min(box.y1, other.y1) - max(box.y0, other.y0))
-                assert min(shared) < 1.5, f'{name}: {a!r} and {b!r} overlap by {shared}'
+            assert (
+                box.x0 >= -3
+                and box.y0 >= -3
+                and box.x1 <= canvas.x1 + 3
+                and box.y1 <= canvas.y1 + 3
+            ), f"{name}: {a!r} is cut off"
+            for b, other in found[i + 1 :]:
+                shared = (
+                    min(box.x1, other.x1) - max(box.x0, other.x0),
+                    min(box.y1, other.y1) - max(box.y0, other.y0),
+                )
+                assert min(shared) < 1.5, f"{name}: {a!r} and {b!r} overlap by {shared}"
 
 
 def test_no_legend_lies_on_data(drawn):
     "Legends stand outside of all axes."
     for name, fig in drawn.items():
-        with F.house_style():
+        with style.house_style():
             fig.draw_without_rendering()
             renderer = fig.canvas.get_renderer()
             for legend in [*fig.legends, *(ax.get_legend() for ax in fig.axes if ax.get_legend())]:
                 box = legend.get_window_extent(renderer)
-                for ax in fig.axes: assert not box.overlaps(ax.get_window_extent(renderer).shrunk(.98, .98)), name
+                for ax in fig.axes:
+                    assert not box.overlaps(ax.get_window_extent(renderer).shrunk(0.98, 0.98)), name
 
 
 def test_type_is_legible_and_the_width_is_a_journals(drawn):
     from matplotlib.text import Text
+
     for name, fig in drawn.items():
-        assert fig.get_size_inches()[0] in (F.COLUMN, F.PAGE)
+        assert fig.get_size_inches()[0] in (style.COLUMN, style.PAGE)
         assert min(t.get_fontsize() for t in fig.findobj(Text) if t.get_text().strip()) >= 5.5, name
 
 
 def test_every_stored_figure_says_where_its_numbers_come_from(drawn):
-    "Those of this module and all that figure_jobs draws from the project's data."
-    said = ('Measured here', 'Published', 'Simulated here', 'Derived here', 'computed from')
-    jobs = F.figure_jobs(ROOT/'data')
-    names = [n for n in jobs if 'corrected' not in n and not n.endswith('_test')]         # the same lines as their neighbours
+    "Those of the paper and, where they need no bootstrap of many families, those of the project."
+    said = ("Measured here", "Published", "Simulated here", "Derived here", "computed from")
+    jobs = P.figure_jobs(ROOT / "data")
+    alike = ("corrected", "_test", "families", "eval_testbed", "accuracy", "percent", "overview")
+    names = [n for n in jobs if not any(part in n for part in alike)]  # drawn beside these
     figs = drawn | {n: jobs[n]() for n in names}
-    for name, fig in figs.items(): assert any(s in t for t in texts(fig) for s in said), name
+    for name, fig in figs.items():
+        assert any(s in t for t in texts(fig) for s in said), name
     assert len(figs) > len(drawn)
 
 
 def test_stored_figures_keep_their_source_inside(data):
     "The line of a source is neither cut off nor on top of a legend."
-    fig = F.say_source(F.tradeoff_figure([dict(method='full', trr=100, accuracy=.97, flops_fraction=1.), dict(method='seats', trr=10, accuracy=.9, flops_fraction=.1)]), 'Measured here on nothing, ' + '95 % of it, '*12)
+    fig = style.say_source(
+        M.tradeoff_figure(
+            [
+                dict(method="full", trr=100, accuracy=0.97, flops_fraction=1.0),
+                dict(method="seats", trr=10, accuracy=0.9, flops_fraction=0.1),
+            ]
+        ),
+        "Measured here on nothing, " + "95 % of it, " * 12,
+    )
     found = visible_texts(fig)
-    box = next(b for t, b in found if t.startswith('Measured'))
+    box = next(b for t, b in found if t.startswith("Measured"))
     assert box.x0 >= 0 and box.x1 <= fig.bbox.x1 and box.y1 <= fig.bbox.y1
-    assert not any(box.overlaps(b) for t, b in found if not t.startswith('Measured'))
+    assert not any(box.overlaps(b) for t, b in found if not t.startswith("Measured"))
 
 
 def test_published_and_measured_never_share_a_panel(drawn):
-    a, b = drawn['accuracy_against_time'].axes
-    assert (a.get_title(loc='left')[:12], b.get_title(loc='left')[:16]) == ('a  published', 'b  measured here')
-    stored = {(r['time_ms'], r['accuracy']) for r in P.read_reported(ROOT/'data'/'reported'/'tradeoff_qwen2_5_omni_7b.csv')}
-    points = {xy for line in a.lines for xy in zip(line.get_xdata(), line.get_ydata()) if line.get_marker() != 'None'}
+    a, b = drawn["accuracy_against_time"].axes
+    assert (a.get_title(loc="left")[:12], b.get_title(loc="left")[:16]) == (
+        "a  published",
+        "b  measured here",
+    )
+    stored = {
+        (r["time_ms"], r["accuracy"])
+        for r in M.read_reported(ROOT / "data" / "reported" / "tradeoff_qwen2_5_omni_7b.csv")
+    }
+    points = {
+        xy
+        for line in a.lines
+        for xy in zip(line.get_xdata(), line.get_ydata())
+        if line.get_marker() != "None"
+    }
     assert points == stored
-    ours = {round(100*r['ms']/r['ms_full'], 6) for r in made_up()['rows'] if not P.is_ablation(r)}
-    seen = {round(float(x), 6) for line in b.lines if line.get_marker() not in ('None', '_', '|') for x in line.get_xdata()}
+    ours = {
+        round(100 * r["ms"] / r["ms_full"], 6) for r in made_up()["rows"] if not M.is_ablation(r)
+    }
+    seen = {
+        round(float(x), 6)
+        for line in b.lines
+        if line.get_marker() not in ("None", "_", "|")
+        for x in line.get_xdata()
+    }
     assert seen == ours
 
 
 def test_only_verified_numbers_are_drawn(tmp_path):
-    folder = tmp_path/'reported'
+    folder = tmp_path / "reported"
     folder.mkdir()
-    lines = (ROOT/'data'/'reported'/'tradeoff_qwen2_5_omni_7b.csv').read_text().splitlines()
-    (folder/'tradeoff_qwen2_5_omni_7b.csv').write_text('\n'.join([*lines, 'gossip,10,100,60,secondary']))
-    ax = P.paper_jobs(tmp_path)['accuracy_against_time']().axes[0]
-    assert max(y for line in ax.lines for y in line.get_ydata()) < 50 and 'gossip' not in ''.join(ax.get_legend_handles_labels()[1])
+    lines = (ROOT / "data" / "reported" / "tradeoff_qwen2_5_omni_7b.csv").read_text().splitlines()
+    (folder / "tradeoff_qwen2_5_omni_7b.csv").write_text(
+        "\n".join([*lines, "gossip,10,100,60,secondary"])
+    )
+    ax = P.figure_jobs(tmp_path)["accuracy_against_time"]().axes[0]
+    assert max(y for line in ax.lines for y in line.get_ydata()) < 50 and "gossip" not in "".join(
+        ax.get_legend_handles_labels()[1]
+    )
     tables = P.tables(tmp_path)
-    assert [r['statement'] for r in tables['reported_unverified'][1]] == ['method gossip; trr percent 10; time ms 100; accuracy 60']
-    assert len(tables['reported'][1]) == len(lines) - 1
+    assert [r["statement"] for r in tables["reported_unverified"][1]] == [
+        "method gossip; trr percent 10; time ms 100; accuracy 60"
+    ]
+    assert len(tables["reported"][1]) == len(lines) - 1
 
 
 def test_the_radar_claims_no_budget_for_published_values(drawn):
-    published, ours = drawn['percent_of_full'].axes
-    assert 'TRR' not in published.get_title(loc='left') and 'TRR 10' in ours.get_title(loc='left')
-    said = drawn['percent_of_full']._suptitle.get_text()
-    assert 'neither budget nor intervals' in said.replace('\u00a0', ' ')
-    assert 'control' not in [t.get_text() for t in ours.get_xticklabels()]
-    values = {r['percent_of_full'] for r in P.read_reported(ROOT/'data'/'reported'/'relative_performance.csv')}
-    assert {float(y) for line in published.lines if line.get_marker() != 'None' for y in line.get_ydata()} == values
+    published, ours = drawn["percent_of_full"].axes
+    assert "TRR" not in published.get_title(loc="left") and "TRR 10" in ours.get_title(loc="left")
+    said = drawn["percent_of_full"]._suptitle.get_text()
+    assert "neither budget nor intervals" in said.replace("\u00a0", " ")
+    assert "control" not in [t.get_text() for t in ours.get_xticklabels()]
+    values = {
+        r["percent_of_full"]
+        for r in M.read_reported(ROOT / "data" / "reported" / "relative_performance.csv")
+    }
+    assert {
+        float(y)
+        for line in published.lines
+        if line.get_marker() != "None"
+        for y in line.get_ydata()
+    } == values
 
 
 def test_the_best_rival_is_shown_in_the_radar():
     found = made_up()
-    ours = P.radar_figure(found=found).axes[0]
-    assert [line.get_label() for line in ours.lines if not line.get_label().startswith('_')] == ['SEATS', 'random', 'uniform']
-    next(r for r in found['rows'] if (r['method'], r['trr']) == ('dycoke', 10))['accuracy'] = .99
-    ours = P.radar_figure(found=found).axes[0]
-    assert [line.get_label() for line in ours.lines if not line.get_label().startswith('_')] == ['SEATS', 'random', 'DyCoke']
+    ours = M.radar_figure(found=found).axes[0]
+    assert [line.get_label() for line in ours.lines if not line.get_label().startswith("_")] == [
+        "SEATS",
+        "random",
+        "uniform",
+    ]
+    next(r for r in found["rows"] if (r["method"], r["trr"]) == ("dycoke", 10))["accuracy"] = 0.99
+    ours = M.radar_figure(found=found).axes[0]
+    assert [line.get_label() for line in ours.lines if not line.get_label().startswith("_")] == [
+        "SEATS",
+        "random",
+        "DyCoke",
+    ]
 
 
 def test_methods_differ_without_colour():
-    looks = [(k['marker'], k['markerfacecolor'] == 'white') for k in map(P.method_look, P.NAMES)]
-    om = [m for m in P.NAMES if m.endswith('-om')]
-    assert len(set(looks)) == len(looks) and om == ['fastv-om', 'visionzip-om', 'divprune-om']
+    looks = [(k["marker"], k["markerfacecolor"] == "white") for k in map(M.method_look, M.NAMES)]
+    om = [m for m in M.NAMES if m.endswith("-om")]
+    assert len(set(looks)) == len(looks) and om == ["fastv-om", "visionzip-om", "divprune-om"]
 
 
 def test_what_is_not_ranked_is_drawn_open(drawn):
-    axes = drawn['eval_testbed_comparison'].axes
+    axes = drawn["eval_testbed_comparison"].axes
     for ax, trr in zip(axes, (35, 25, 15, 10)):
         names = [t.get_text() for t in axes[0].get_yticklabels()]
-        opened = {names[int(line.get_ydata()[0])] for line in ax.lines if line.get_marker() not in ('None', None) and line.get_markerfacecolor() == 'white'}
-        assert opened == ({'VTW (its rule, 64 %)', 'FastV'} if trr < 20 else {'VTW (its rule, 64 %)'})
-    assert names[-1] == min((r for r in made_up()['rows'] if r['trr'] == 10 and not P.is_ablation(r)), key=lambda r: r['accuracy'])['method'].replace('pyramiddrop', 'PyramidDrop')
+        opened = {
+            names[int(line.get_ydata()[0])]
+            for line in ax.lines
+            if line.get_marker() not in ("None", None) and line.get_markerfacecolor() == "white"
+        }
+        assert opened == (
+            {"VTW (its rule, 64 %)", "FastV"} if trr < 20 else {"VTW (its rule, 64 %)"}
+        )
+    assert names[-1] == min(
+        (r for r in made_up()["rows"] if r["trr"] == 10 and not M.is_ablation(r)),
+        key=lambda r: r["accuracy"],
+    )["method"].replace("pyramiddrop", "PyramidDrop")
 
 
-PARTS = ['no Stage I', 'no Stage II', 'no Stage III', 'uniform TRR', 'flat budgets', 'attention only', 'diversity only']
+PARTS = [
+    "no Stage I",
+    "no Stage II",
+    "no Stage III",
+    "uniform TRR",
+    "flat budgets",
+    "attention only",
+    "diversity only",
+]
 
 
 def test_bars_are_the_paired_differences(drawn):
-    ax = drawn['eval_testbed_ablations'].axes[-1]
-    names = [t.get_text() for t in ax.get_yticklabels()] or [t.get_text() for t in drawn['eval_testbed_ablations'].axes[0].get_yticklabels()]
+    ax = drawn["eval_testbed_ablations"].axes[-1]
+    names = [t.get_text() for t in ax.get_yticklabels()] or [
+        t.get_text() for t in drawn["eval_testbed_ablations"].axes[0].get_yticklabels()
+    ]
     for i in range(7):
-        r = [r for r in made_up()['rows'] if P.is_ablation(r) and r['trr'] == 10][i]
+        r = [r for r in made_up()["rows"] if M.is_ablation(r) and r["trr"] == 10][i]
         bar = ax.patches[i]
-        assert round(bar.get_width() + bar.get_x()*0, 9) == round(100*r['diff_seats'], 9) and names[round(bar.get_y() + .33)] == PARTS[i]
-        clear = abs(r['diff_seats']) > .02
-        assert (bar.get_facecolor()[0] < .6) == clear
+        assert (
+            round(bar.get_width() + bar.get_x() * 0, 9) == round(100 * r["diff_seats"], 9)
+            and names[round(bar.get_y() + 0.33)] == PARTS[i]
+        )
+        clear = abs(r["diff_seats"]) > 0.02
+        assert (bar.get_facecolor()[0] < 0.6) == clear
 
 
-@pytest.mark.parametrize('name, windows', [('testbed_trr10', dict(visual=4, audio=4))])
+@pytest.mark.parametrize("name, windows", [("testbed_trr10", dict(visual=4, audio=4))])
 def test_counts_of_the_overview_are_those_of_a_run(name, windows):
-    "The stored run of the testbed kept as many tokens per stage as the drawing says, over both modalities."
-    plan, kept = Schedule.load(ROOT/'data'/'schedules'/f'{name}.json'), F.load_kept(ROOT/'data'/'results'/'kept_example.json')
-    layers = {m: P.stage_tokens(plan, m, n, windows[m]) for m, n in (('visual', int(np.prod(kept['grid']))), ('audio', kept['audio_tokens']))}
-    for stage in kept['stages']:
-        assert sum(layers[m][stage['layer']] for m in layers) == len(stage['visual']) + len(stage['audio']), stage['layer']
+    "The stored run of the testbed kept as many tokens per stage as the drawing says."
+    plan, kept = (
+        Schedule.load(ROOT / "data" / "schedules" / f"{name}.json"),
+        load_json(ROOT / "data" / "results" / "kept_example.json", "kept"),
+    )
+    layers = {
+        m: P.stage_tokens(plan, m, n, windows[m])
+        for m, n in (("visual", int(np.prod(kept["grid"]))), ("audio", kept["audio_tokens"]))
+    }
+    for stage in kept["stages"]:
+        assert sum(layers[m][stage["layer"]] for m in layers) == len(stage["visual"]) + len(
+            stage["audio"]
+        ), stage["layer"]
 
 
 def inside_the_axes(ax):
     "Text in a drawing ends with its axes."
-    with F.house_style():
+    with style.house_style():
         ax.figure.draw_without_rendering()
         frame = ax.get_window_extent()
         for t in ax.texts:
@@ -202,106 +394,192 @@ def inside_the_axes(ax):
 
 def test_what_the_overviews_say_stays_inside(drawn):
     for name in drawn:
-        if name.endswith('overview'): inside_the_axes(drawn[name].axes[1])
+        if name.endswith("overview"):
+            inside_the_axes(drawn[name].axes[1])
 
 
 def test_a_comparison_that_was_not_timed():
     found = made_up()
-    for r in found['rows']: r['ms'] = None if r['method'] == 'dycoke' else r['ms']
-    P.time_figure(None, found).draw_without_rendering()
-    assert {r['time (% of full)'] for r in P.eval_rows(found) if r['method'] == 'DyCoke'} == {''}
+    for r in found["rows"]:
+        r["ms"] = None if r["method"] == "dycoke" else r["ms"]
+    M.time_figure(None, found).draw_without_rendering()
+    assert {r["time (% of full)"] for r in P.eval_rows(found) if r["method"] == "DyCoke"} == {""}
 
 
 def test_overview_of_odd_schedules():
-    "No drops, nothing late, per-modality late starts, a single layer, drops in neighbouring layers."
+    "No drops, nothing late, late starts per modality, one layer, drops in neighbouring layers."
     prompt = dict(visual=100, audio=50, text=10)
-    for plan in (Schedule(1), Schedule(12), Schedule(6, late_start=3), Schedule(10, 2, (2, 3, 4), {'visual': 6, 'audio': 8}, {m: (.5, .5, .5) for m in ('visual', 'audio')})):
+    for plan in (
+        Schedule(1),
+        Schedule(12),
+        Schedule(6, late_start=3),
+        Schedule(
+            10,
+            2,
+            (2, 3, 4),
+            {"visual": 6, "audio": 8},
+            {m: (0.5, 0.5, 0.5) for m in ("visual", "audio")},
+        ),
+    ):
         fig = P.overview_figure(plan, prompt)
-        heights = np.array([p.get_height() for p in fig.axes[1].patches[:3*plan.num_layers]]).reshape(3, -1)
-        assert heights[0].tolist() == [10]*plan.num_layers and heights[:, 0].sum() == 160
-        assert all((heights[i, plan.late(m):] == 0).all() for i, m in ((1, 'audio'), (2, 'visual')))
+        heights = np.array(
+            [p.get_height() for p in fig.axes[1].patches[: 3 * plan.num_layers]]
+        ).reshape(3, -1)
+        assert heights[0].tolist() == [10] * plan.num_layers and heights[:, 0].sum() == 160
+        assert all(
+            (heights[i, plan.late(m) :] == 0).all() for i, m in ((1, "audio"), (2, "visual"))
+        )
         inside_the_axes(fig.axes[1])
 
 
 def test_same_data_same_bytes(data, tmp_path):
-    jobs = P.paper_jobs(data)
-    for name in ('percent_of_full', 'eval_testbed_ablations', 'testbed_overview'):
+    jobs = P.figure_jobs(data)
+    for name in ("eval_testbed_ablations", "testbed_overview"):
         draw = jobs[name]
-        first, second = (F.save_figure(draw(), tmp_path/f'{name}{i}') for i in range(2))
+        first, second = (style.save_figure(draw(), tmp_path / f"{name}{i}") for i in range(2))
         assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second], name
-    first, second = (P.write_tables(data, tmp_path/i) for i in 'ab')
+    first, second = (P.write_tables(data, tmp_path / i) for i in "ab")
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
 
 
 def test_tables_hold_the_same_numbers_in_all_formats(data, tmp_path):
     written = {p.name: p for p in P.write_tables(data, tmp_path)}
     found = made_up()
-    rows = list(csv.DictReader(io.StringIO(written['eval_testbed.csv'].read_text())))
-    assert len(rows) == len(found['rows'])
-    for r, stored in zip(rows, found['rows']):
-        assert float(r['accuracy (%)'].split()[0]) == pytest.approx(100*stored['accuracy'], abs=.051)
-        assert r['FLOPs (% of full)'] == f'{100*stored["flops_fraction"]:.1f}' and r['origin'].startswith('Measured here')
-    md, tex = written['eval_testbed.md'].read_text(), written['eval_testbed.tex'].read_text()
-    assert md.count('\n| ') == len(rows) + 1 and 'Measured here' in md
-    assert tex.count(r'\\') == len(rows) + 1 and 'Measured here' in tex
+    rows = list(csv.DictReader(io.StringIO(written["eval_testbed.csv"].read_text())))
+    assert len(rows) == len(found["rows"])
+    for r, stored in zip(rows, found["rows"]):
+        assert float(r["accuracy (%)"].split()[0]) == pytest.approx(
+            100 * stored["accuracy"], abs=0.051
+        )
+        assert r["FLOPs (% of full)"] == f"{100 * stored['flops_fraction']:.1f}" and r[
+            "origin"
+        ].startswith("Measured here")
+    md, tex = written["eval_testbed.md"].read_text(), written["eval_testbed.tex"].read_text()
+    assert md.count("\n| ") == len(rows) + 1 and "Measured here" in md
+    assert tex.count(r"\\") == len(rows) + 1 and "Measured here" in tex
     for r in rows:
-        assert f'| {r["accuracy (%)"]} |' in md and r['accuracy (%)'] in tex
+        assert f"| {r['accuracy (%)']} |" in md and r["accuracy (%)"] in tex
     import re
+
     for name, path in written.items():
-        if name.endswith('.tex'): assert not re.search(r'(?<!\\)[%#$_](?![<>\-]?\$)', path.read_text().split(r'\begin{tabular}')[1].replace('$<$', '').replace('$>$', '')), name
+        if name.endswith(".tex"):
+            assert not re.search(
+                r"(?<!\\)[%#$_](?![<>\-]?\$)",
+                path.read_text().split(r"\begin{tabular}")[1].replace("$<$", "").replace("$>$", ""),
+            ), name
 
 
 def test_a_star_marks_what_is_not_ranked():
-    table = {r['method']: r for r in P.accuracy_rows(made_up())}
-    assert table['FastV']['TRR 10 %'].endswith('*') and not table['FastV']['TRR 35 %'].endswith('*') and table['VTW (its rule, 64 %)']['TRR 35 %'].endswith('*')
-    assert set(table['SEATS']) == {'method', 'TRR 35 %', 'TRR 25 %', 'TRR 15 %', 'TRR 10 %'}        # a rule is no budget
+    table = {r["method"]: r for r in P.accuracy_rows(made_up())}
+    assert (
+        table["FastV"]["TRR 10 %"].endswith("*")
+        and not table["FastV"]["TRR 35 %"].endswith("*")
+        and table["VTW (its rule, 64 %)"]["TRR 35 %"].endswith("*")
+    )
+    assert set(table["SEATS"]) == {
+        "method",
+        "TRR 35 %",
+        "TRR 25 %",
+        "TRR 15 %",
+        "TRR 10 %",
+    }  # a rule is no budget
 
 
 def test_without_a_comparison_the_published_part_stands_alone(tmp_path):
-    shutil.copytree(ROOT/'data'/'reported', tmp_path/'reported')
-    jobs = P.paper_jobs(tmp_path)
-    assert set(jobs) == {'accuracy_against_time', 'percent_of_full'}
+    shutil.copytree(ROOT / "data" / "reported", tmp_path / "reported")
+    jobs = P.figure_jobs(tmp_path)
+    assert set(jobs) == {"accuracy_against_time", "percent_of_full"}
     assert [len(draw().axes) for draw in jobs.values()] == [1, 1]
-    assert 'seats eval' in P.missing(tmp_path)[0]
-    assert set(P.tables(tmp_path)) == {'reported', 'reported_unverified'}
+    assert "seats eval" in P.missing(tmp_path)[0]
+    assert set(P.tables(tmp_path)) == {"reported", "reported_unverified"}
 
 
-@pytest.mark.parametrize('break_it, says', [
-    (lambda d: d['rows'][1].pop('accuracy'), 'accuracy'), (lambda d: d.update(rows=[]), 'no rows'), (lambda d: d.update(schema='other'), 'schema')])
+@pytest.mark.parametrize(
+    "break_it, says",
+    [
+        (lambda d: d["rows"][1].pop("accuracy"), "accuracy"),
+        (lambda d: d.update(schema="other"), "schema"),
+        (lambda d: d.update(rows=[]), "no rows"),
+    ],
+)
 def test_a_broken_comparison_is_refused_by_name(tmp_path, break_it, says):
     found = made_up()
     break_it(found)
-    (tmp_path/'eval_x.json').write_text(json.dumps(found))
-    with pytest.raises(ValueError, match=says) as error: P.load_eval(tmp_path/'eval_x.json')
-    assert 'eval_x.json' in str(error.value)
+    (tmp_path / "eval_x.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=says) as error:
+        load_json(tmp_path / "eval_x.json", "eval")
+    assert "eval_x.json" in str(error.value)
 
 
-@pytest.mark.parametrize('text', ['', 'value,source\n', 'value\n1\n', 'value,source\n1,a friend\n'])
+@pytest.mark.parametrize("text", ["", "value,source\n", "value\n1\n", "value,source\n1,a friend\n"])
 def test_broken_reports_are_refused_by_name(tmp_path, text):
-    (tmp_path/'claims.csv').write_text(text)
-    with pytest.raises(ValueError, match='claims.csv'): P.read_reported(tmp_path/'claims.csv')
+    (tmp_path / "claims.csv").write_text(text)
+    with pytest.raises(ValueError, match="claims.csv"):
+        M.read_reported(tmp_path / "claims.csv")
 
 
 def test_a_comparison_of_two_methods_at_one_budget():
-    found = made_up(methods=['seats', 'random'], ablations=('no-stage1',), budgets=(10,))
-    found['rows'] = [r for r in found['rows'] if r['method'] != 'vtw']
-    for draw in (P.comparison_figure, P.ablation_figure, lambda f: P.time_figure(None, f), lambda f: P.radar_figure(None, f)):
+    found = made_up(methods=["seats", "random"], ablations=("no-stage1",), budgets=(10,))
+    found["rows"] = [r for r in found["rows"] if r["method"] != "vtw"]
+    for draw in (
+        M.comparison_figure,
+        M.ablation_figure,
+        lambda f: M.time_figure(None, f),
+        lambda f: M.radar_figure(None, f),
+    ):
         draw(found).draw_without_rendering()
     assert len(P.eval_rows(found)) == 4
 
 
 def test_the_command_writes_figures_and_tables_without_a_model(data, tmp_path):
-    small = tmp_path/'data'
-    for part in ('reported', 'results'): shutil.copytree(data/part, small/part, ignore=shutil.ignore_patterns('kept*'))
-    code = ("import sys; from typer.testing import CliRunner; from seats_analysis import cli; r = CliRunner().invoke(cli.app, sys.argv[1:]); print(r.output); "
-            "assert not {'torch', 'transformers'} & set(sys.modules), 'a model library was imported'; sys.exit(r.exit_code)")
-    done = subprocess.run([sys.executable, '-c', code, 'figures', '--data', small, '--out', tmp_path/'out', '--json'], capture_output=True, text=True, cwd=ROOT)
+    small = tmp_path / "data"
+    for part in ("reported", "results"):
+        shutil.copytree(data / part, small / part, ignore=shutil.ignore_patterns("kept*"))
+    code = (
+        "import sys; from typer.testing import CliRunner; "
+        "from seats_analysis.cli import main as cli; "
+        "r = CliRunner().invoke(cli.app, sys.argv[1:]); print(r.output); "
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'a model library was imported'; "
+        "sys.exit(r.exit_code)"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            code,
+            "figures",
+            "--data",
+            small,
+            "--out",
+            tmp_path / "out",
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {p.name for p in (tmp_path/'out').glob('*.png')} == {'accuracy_against_time.png', 'percent_of_full.png', 'eval_testbed_comparison.png', 'eval_testbed_ablations.png'}
-    names = {p.name for p in (tmp_path/'out'/'tables').iterdir()}
-    assert names == {f'{n}.{s}' for n in ('eval_testbed', 'eval_testbed_accuracy', 'eval_testbed_families', 'eval_testbed_ablations', 'reported', 'reported_unverified') for s in ('csv', 'md', 'tex')}
+    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {
+        "accuracy_against_time.png",
+        "percent_of_full.png",
+        "eval_testbed_comparison.png",
+        "eval_testbed_ablations.png",
+    }
+    names = {p.name for p in (tmp_path / "out" / "tables").iterdir()}
+    assert names == {
+        f"{n}.{s}"
+        for n in (
+            "eval_testbed",
+            "eval_testbed_accuracy",
+            "eval_testbed_families",
+            "eval_testbed_ablations",
+            "reported",
+            "reported_unverified",
+        )
+        for s in ("csv", "md", "tex")
+    }
 
 
 def test_committed_tables_are_those_of_the_data(tmp_path):
-    fresh = {p.name: p.read_bytes() for p in P.write_tables(ROOT/'data', tmp_path)}
-    assert {p.name: p.read_bytes() for p in (ROOT/'figures'/'tables').iterdir()} == fresh
+    fresh = {p.name: p.read_bytes() for p in P.write_tables(ROOT / "data", tmp_path)}
+    assert {p.name: p.read_bytes() for p in (ROOT / "figures" / "tables").iterdir()} == fresh

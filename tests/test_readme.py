@@ -1,4 +1,6 @@
-"""README followed literally, from an empty folder: its Python in one process, its shell lines one after another, its printed output compared."""
+"""README followed literally, from an empty folder: its Python in one process, its shell lines
+one after another, its printed output compared."""
+
 import os
 import re
 import shlex
@@ -9,51 +11,71 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from seats_analysis import cli
+from seats_analysis.cli import main as cli
 
-README = (Path(__file__).resolve().parents[1]/'README.md').read_text(encoding='utf-8')
-BLOCK = re.compile(r'(?P<apart><!-- not run [^>]*-->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$', re.M | re.S)
-BLOCKS = [(m['kind'], m['text'], bool(m['apart'])) for m in BLOCK.finditer(README)]
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(
+    r"(?P<apart><!-- not run [^>]*-->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
+)
+BLOCKS = [(m["kind"], m["text"], bool(m["apart"])) for m in BLOCK.finditer(README)]
 
 
-def code(kind, apart=False): return ''.join(text for k, text, a in BLOCKS if (k, a) == (kind, apart))
+def code(kind, apart=False):
+    return "".join(text for k, text, a in BLOCKS if (k, a) == (kind, apart))
 
 
 def follow(command, folder):
-    "Run it as a new user would: an empty folder, the environment's commands on the path, nothing of this checkout."
-    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | dict(PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}', PYTHONUNBUFFERED='1')
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    """Run it as a new user would: an empty folder, the environment's commands on the path,
+    nothing of this checkout."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(
+        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", PYTHONUNBUFFERED="1"
+    )
+    done = subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
 def test_every_block_is_known():
-    assert {kind for kind, _, _ in BLOCKS} == {'python', 'sh', ''} and README.count('```') == 2*len(BLOCKS)
-    assert code('python') and code('sh') and code('sh', apart=True)
+    assert {kind for kind, _, _ in BLOCKS} == {"python", "sh", ""} and README.count(
+        "```"
+    ) == 2 * len(BLOCKS)
+    assert code("python") and code("sh") and code("sh", apart=True)
 
 
 def test_python_reaches_the_late_block_and_prints_what_is_shown(tmp_path):
-    done = follow([sys.executable, '-c', code('python')], tmp_path)
-    assert done.stdout.strip() == code('').strip()
-    levels = list(map(int, re.findall(r'\d+', done.stdout)))
-    assert levels[0] > levels[-2] == levels[-1] and len(set(levels)) >= 3 and levels == sorted(levels, reverse=True)    # three stages
-    assert 'ScheduleWarning: late block: layer' in done.stderr and 'certified: none' in done.stderr
+    done = follow([sys.executable, "-c", code("python")], tmp_path)
+    assert done.stdout.strip() == code("").strip()
+    levels = list(map(int, re.findall(r"\d+", done.stdout)))
+    assert (
+        levels[0] > levels[-2] == levels[-1]
+        and len(set(levels)) >= 3
+        and levels == sorted(levels, reverse=True)
+    )  # three stages
+    assert "ScheduleWarning: late block: layer" in done.stderr and "certified: none" in done.stderr
 
 
 def test_shell_lines(tmp_path):
-    done = follow(['bash', '-euo', 'pipefail', '-c', code('sh')], tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['profile.nc', 'schedule.json']
-    per_layer = next(line for line in done.stdout.splitlines() if line.startswith('per layer')).split()[2:]
-    assert len(set(per_layer)) >= 3 and per_layer[-1] == re.search(r'(\d+) text', done.stdout)[1]
-    assert 'note: late block: layer' in done.stderr
+    done = follow(["bash", "-euo", "pipefail", "-c", code("sh")], tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["profile.nc", "schedule.json"]
+    per_layer = next(
+        line for line in done.stdout.splitlines() if line.startswith("per layer")
+    ).split()[2:]
+    assert len(set(per_layer)) >= 3 and per_layer[-1] == re.search(r"(\d+) text", done.stdout)[1]
+    assert "note: late block: layer" in done.stderr
 
 
-COMMANDS = [shlex.split(line, comments=True) for line in code('sh', apart=True).splitlines() if re.search(r'(^|\s)seats ', line)]
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for line in code("sh", apart=True).splitlines()
+    if re.search(r"(^|\s)seats ", line)
+]
 
 
-@pytest.mark.parametrize('words', COMMANDS, ids=' '.join)
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_lines_that_take_more_are_at_least_commands(words):
     "Those that need a checkpoint, a GPU or half an hour: their options exist."
-    _, *words = words[words.index('seats'):]
+    _, *words = words[words.index("seats") :]
     command = typer.main.get_command(cli.app).commands[words[0]]
     command.make_context(words[0], words[1:])

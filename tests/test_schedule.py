@@ -1,15 +1,18 @@
-"""The schedules that are shipped, and the solver on random plans. Parity with the recorded reference is in test_golden.py."""
+"""The shipped schedules, and the solver on random plans; parity is in test_golden.py."""
+
 import csv
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from seats_analysis.agreement import same_plan
-from seats_analysis.boundaries import Boundaries
-from seats_analysis.schedule import MAX_STRENGTH, PUBLISHED, Schedule, feasible_scales, solve_keep_ratios, solve_trr
+from seats_analysis.evaluation.agreement import same_plan
+from seats_analysis.boundaries.find import Boundaries
+from seats_analysis.schedules.schedule import PUBLISHED, Schedule
+from seats_analysis.schedules.solve import MAX_STRENGTH, Segments
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,14 +25,24 @@ def test_shipped_files_are_the_published_plans():
 
 
 def test_published_constants_equal_the_reported_table():
-    with open(ROOT / "data" / "reported" / "schedules.csv", newline="") as file: rows = list(csv.DictReader(file))
+    with open(ROOT / "data" / "reported" / "schedules.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
     assert len(rows) == sum(len(setting["pairs"]) for setting in PUBLISHED.values())
     for row in rows:
         plan = Schedule.published(row["model"], int(row["label"]))
-        assert (plan.num_layers, plan.shallow_end, plan.late_start) == (int(row["num_layers"]), int(row["shallow_end"]), int(row["late_start"]) - 1)
-        assert plan.drop_layers == tuple(map(int, row["drop_after_layers"].split("-")))  # after 1-based layer d = before 0-based layer d
+        assert (plan.num_layers, plan.shallow_end, plan.late_start) == (
+            int(row["num_layers"]),
+            int(row["shallow_end"]),
+            int(row["late_start"]) - 1,
+        )
+        assert plan.drop_layers == tuple(
+            map(int, row["drop_after_layers"].split("-"))
+        )  # after 1-based layer d = before 0-based layer d
         assert plan.trr == {"visual": float(row["visual_trr"]), "audio": float(row["audio_trr"])}
-        assert (plan.temperature, plan.scale) == (float(row["temperature"]), pytest.approx(float(row["scale"])))
+        assert (plan.temperature, plan.scale) == (
+            float(row["temperature"]),
+            pytest.approx(float(row["scale"])),
+        )
 
 
 @st.composite
@@ -38,56 +51,71 @@ def plans(draw):
     layers = draw(st.integers(2, 96))
     late = draw(st.integers(1, layers))
     drops = sorted(draw(st.sets(st.integers(1, max(late - 1, 1)), max_size=5))) if late > 1 else []
-    return layers, drops, late, draw(st.floats(0.005, late / layers))
+    return layers, tuple(drops), late, draw(st.floats(0.005, late / layers))
 
 
-@settings(max_examples=300, deadline=None)
+def averages(plan):
+    return {m: np.mean(plan.levels(m)) for m in ("visual", "audio")}
+
+
 @given(plans(), st.floats(1.0, 3.0))
-def test_any_solved_plan_averages_its_target(plan, scale):
+def test_any_solved_plan_averages_its_target_and_survives_a_file(tmp_path_factory, plan, scale):
     layers, drops, late, target = plan
-    solved = Schedule.solve(layers, drops, late, visual=target, audio=target, scale=scale)
-    if target == 1.0:
-        assert solved.keeps_all
-        return
-    assert solved.average_trr() == pytest.approx({"visual": target, "audio": target}, abs=1e-9)
-    assert all(0 < ratio <= 1 for ratio in solved.keep_ratios["visual"]) and solved.entering["visual"] <= 1
-    assert all(a >= b for a, b in zip(solved.levels("visual"), solved.levels("visual")[1:]))
-
-
-@settings(max_examples=200, deadline=None)
-@given(plans(), st.floats(0.0, 1.0))
-def test_every_scale_in_the_feasible_range_is_solved_as_asked(plan, where):
-    layers, drops, late, target = plan
-    low, high = feasible_scales(target, drops, late, layers)
-    entering = min(target * (low + where * (high - low)), 1.0)
-    ratios = solve_keep_ratios(target, entering, drops, late, layers)
-    assert math.prod(ratios) >= 1 - MAX_STRENGTH - 1e-9
-
-
-@settings(max_examples=100, deadline=None)
-@given(plans())
-def test_round_trip(tmp_path_factory, plan):
-    layers, drops, late, target = plan
-    solved = Schedule.solve(layers, drops, late, visual=target, audio=target / 2, temperature=0.3, model="any/model")
-    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    options = dict(scale=scale, temperature=0.3, model="any/model")
+    solved = Schedule.solve(layers, drops, late, target, target / 2, **options)
+    assert averages(solved) == pytest.approx({"visual": target, "audio": target / 2}, abs=1e-9)
+    for m in ("visual", "audio"):
+        assert all(0 < ratio <= 1 for ratio in solved.keep_ratios[m]) and solved.entering[m] <= 1
+        assert all(a >= b for a, b in zip(solved.levels(m), solved.levels(m)[1:]))
+    path = tmp_path_factory.getbasetemp() / "plan.json"
     solved.save(path)
     assert Schedule.load(path) == solved
 
 
-means = st.tuples(st.integers(1, 200_000), st.integers(1, 50)).map(lambda pair: pair[0] / pair[1])  # of token counts over clips
+@given(plans(), st.floats(0.0, 1.0))
+def test_every_scale_in_the_feasible_range_is_solved_as_asked(plan, where):
+    layers, drops, late, target = plan
+    segments = Segments(layers, drops, late)
+    low, high = segments.scales(target)
+    entering = min(target * (low + where * (high - low)), 1.0)
+    e, ratios = segments.solve(target, entering=entering)
+    assert e == entering and math.prod(ratios) >= 1 - MAX_STRENGTH - 1e-9
+    nearest = segments.solve(target, low + where * (high - low), nearest=True)
+    assert nearest[0] == pytest.approx(e) and nearest[1] == pytest.approx(ratios, abs=1e-6)
 
 
-@settings(max_examples=1000, deadline=None)
+@given(plans(), st.floats(0.005, 1.0), st.booleans())
+def test_the_nearest_plan_meets_what_can_be_met(plan, target, equal):
+    """From above where nothing is dropped, from below where all is; exactly between the two."""
+    layers, drops, late, _ = plan
+    e, keep = Segments(layers, drops, late, equal).solve(target, nearest=True)
+    level, levels = e, []
+    for i in range(layers):
+        level = level * keep[drops.index(i)] if i in drops else level
+        levels.append(level if i < late else 0)
+    assert np.mean(levels) == pytest.approx(min(target, late / layers), abs=1e-9)
+    if equal and len(drops) > 1 and math.prod(keep) < 1 - 1e-6:
+        removed = 1 - np.cumprod(keep)
+        assert np.diff(removed, prepend=0) == pytest.approx([removed[0]] * len(drops), abs=1e-9)
+
+
+means = st.tuples(st.integers(1, 200_000), st.integers(1, 50)).map(
+    lambda pair: pair[0] / pair[1]
+)  # of token counts over clips
+
+
 @given(means, means)
 def test_a_trr_of_100_keeps_all_whatever_the_mean_counts(n_visual, n_audio):
-    assert solve_trr(n_visual, n_audio, 100) == {"visual": 1.0, "audio": 1.0}
     assert Schedule.from_trr(Boundaries(20, 5, 16), 100, n_visual, n_audio).keeps_all
 
 
-@settings(max_examples=300, deadline=None)
 @given(means, st.integers(2, 20), st.floats(1.0, 99.9), st.booleans())
 def test_a_modality_without_tokens_sets_no_limit(tokens, late, trr, is_visual):
     """Only one modality is there, and it may stay to the end; the other would leave early."""
-    there, gone = ("visual", "audio") if is_visual else ("audio", "visual")
-    plan = Schedule.from_trr({there: Boundaries(20, 2, 20), gone: Boundaries(20, 2, late)}, trr, *((tokens, 0) if is_visual else (0, tokens)))
-    assert plan.trr[there] == pytest.approx(trr / 100) and plan.trr[gone] <= late / 20
+    there, absent = ("visual", "audio") if is_visual else ("audio", "visual")
+    plan = Schedule.from_trr(
+        {there: Boundaries(20, 2, 20), absent: Boundaries(20, 2, late)},
+        trr,
+        *((tokens, 0) if is_visual else (0, tokens)),
+    )
+    assert plan.trr[there] == pytest.approx(trr / 100) and plan.trr[absent] <= late / 20

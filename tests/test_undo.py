@@ -1,4 +1,6 @@
-"""What a pruned block does to a model is undone, wherever it ends; nothing is held back; models and threads keep out of each other's way."""
+"""What a pruned block does to a model is undone, wherever it ends; nothing is held back; models and
+threads keep out of each other's way."""
+
 import copy
 import gc
 import weakref
@@ -9,98 +11,183 @@ import numpy as np
 import pytest
 import torch
 
-import seats_analysis.prune as pruning
-from seats_analysis.adapter import adapter_for, encode
-from seats_analysis.media import Clip, Sample
-from seats_analysis.prune import prune
-from seats_analysis.schedule import Schedule
-from seats_analysis.testbed import build_config, build_processor, init_weights
+from seats_analysis.pruning import encoders, seats, session
+from seats_analysis.models.families import adapter_for
+from seats_analysis.models.encode import encode
+from seats_analysis.inputs.media import Clip
+from seats_analysis.inputs.samples import Sample
+from seats_analysis.pruning.cache import Slots
+from seats_analysis.pruning.session import Prefill, Session, prune
+from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.testbed.load import build_config, build_processor, init_weights
 
 LAYERS = 6
 BEAMS = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, num_beams=2)
-PLAN = Schedule(num_layers=LAYERS, drop_layers=(2, 3), late_start=5, entering=dict(visual=.3, audio=.5),
-                keep_ratios=dict(visual=(.8, .5), audio=(.9, .6)))
+PLAN = Schedule(
+    num_layers=LAYERS,
+    drop_layers=(2, 3),
+    late_start=5,
+    entering=dict(visual=0.3, audio=0.5),
+    keep_ratios=dict(visual=(0.8, 0.5), audio=(0.9, 0.6)),
+)
 
-class Broken(Exception): pass
+
+class Broken(Exception):
+    pass
+
 
 def make_model(seed=0):
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
-    model = Qwen2_5OmniThinkerForConditionalGeneration._from_config(build_config(layers=LAYERS), attn_implementation='sdpa')
+
+    model = Qwen2_5OmniThinkerForConditionalGeneration._from_config(
+        build_config(layers=LAYERS), attn_implementation="sdpa"
+    )
     init_weights(model, seed)
     return model.eval()
 
-@pytest.fixture(scope='module')
-def model(): return make_model()
 
-@pytest.fixture(scope='module')
-def other(): return make_model(1)
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
 
-@pytest.fixture(scope='module')
-def processor(): return build_processor()
+
+@pytest.fixture(scope="module")
+def other():
+    return make_model(1)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_processor()
+
 
 def clip(seed, seconds=4, sight=True, sound=True):
     rng = np.random.default_rng(seed)
-    frames = rng.integers(0, 255, (int(2*seconds), 56, 84, 3), dtype='uint8') if sight else None
-    wave = (rng.standard_normal(int(16000*seconds))*.1).astype('float32') if sound else None
-    return Clip(id=f'c{seed}', frames=frames, fps=2., waveform=wave, sample_rate=16000)
+    frames = rng.integers(0, 255, (int(2 * seconds), 56, 84, 3), dtype="uint8") if sight else None
+    wave = (rng.standard_normal(int(16000 * seconds)) * 0.1).astype("float32") if sound else None
+    return Clip(id=f"c{seed}", frames=frames, fps=2.0, waveform=wave, sample_rate=16000)
 
-@pytest.fixture(scope='module')
+
+@pytest.fixture(scope="module")
 def batch(model, processor):
-    ask = lambda name, video, question: Sample(id=name, video=video, question=question, choices=('red', 'blue'), answer=1)
-    return encode(model, processor, [ask('both', clip(0), 'what colour is the circle ?'), ask('heard', clip(1, 5, sight=False), 'what pitch is heard first ?'),
-                                     ask('both too', clip(2, 3), 'where is the red object ?')])
+    ask = lambda name, video, question: Sample(
+        id=name, video=video, question=question, choices=("red", "blue"), answer=1
+    )
+    return encode(
+        model,
+        processor,
+        [
+            ask("both", clip(0), "what colour is the circle ?"),
+            ask("heard", clip(1, 5, sight=False), "what pitch is heard first ?"),
+            ask("both too", clip(2, 3), "where is the red object ?"),
+        ],
+    )
+
 
 @pytest.fixture(autouse=True)
 def no_grad():
-    with torch.no_grad(): yield
+    with torch.no_grad():
+        yield
 
-def generate(model, batch, **options): return model.generate(**batch.inputs, **BEAMS | options)[:, batch.shape[1]:]
-def last(model, batch): return model(**batch.inputs, use_cache=False).logits[:, -1]
+
+def generate(model, batch, **options):
+    return model.generate(**batch.inputs, **BEAMS | options)[:, batch.shape[1] :]
+
+
+def last(model, batch):
+    return model(**batch.inputs, use_cache=False).logits[:, -1]
+
 
 # ---------------------------------------------------------------- what can be told about a model
 
+
 def state(model):
-    "Hooks and attributes of all modules (by identity), their classes' methods, weights; all but `rope_deltas`, which stock calls write."
-    out, same = {}, lambda d: {k: id(v) for k, v in d.items() if k != 'rope_deltas'}
+    """Hooks and attributes of all modules (by identity), their classes' methods, weights; all but
+    `rope_deltas`, which stock calls write."""
+    out, same = {}, lambda d: {k: id(v) for k, v in d.items() if k != "rope_deltas"}
     for name, m in model.named_modules():
-        out[name] = dict(vars=same(vars(m)), parts={k: same(v) for k, v in vars(m).items() if isinstance(v, dict) and 'hooks' not in k},
-                         hooks={k: [(i, id(h)) for i, h in v.items()] for k, v in vars(m).items() if 'hooks' in k and isinstance(v, dict)},
-                         methods=[same(vars(c)) for c in type(m).__mro__], training=m.training)
-    out['weights'] = [(p.data_ptr(), p._version, p.requires_grad) for p in (*model.parameters(), *model.buffers())]
-    out['configs'] = model.config.to_dict(), model.generation_config.to_dict(), model.config._attn_implementation
+        out[name] = dict(
+            vars=same(vars(m)),
+            parts={
+                k: same(v) for k, v in vars(m).items() if isinstance(v, dict) and "hooks" not in k
+            },
+            hooks={
+                k: [(i, id(h)) for i, h in v.items()]
+                for k, v in vars(m).items()
+                if "hooks" in k and isinstance(v, dict)
+            },
+            methods=[same(vars(c)) for c in type(m).__mro__],
+            training=m.training,
+        )
+    out["weights"] = [
+        (p.data_ptr(), p._version, p.requires_grad) for p in (*model.parameters(), *model.buffers())
+    ]
+    out["configs"] = (
+        model.config.to_dict(),
+        model.generation_config.to_dict(),
+        model.config._attn_implementation,
+    )
     return out
+
 
 def tensors(x):
     "All tensors in what a module returned."
-    if isinstance(x, torch.Tensor): yield x
+    if isinstance(x, torch.Tensor):
+        yield x
     elif isinstance(x, (tuple, list)):
-        for y in x: yield from tensors(y)
-    elif hasattr(x, 'values'):
-        for y in x.values(): yield from tensors(y)
+        for y in x:
+            yield from tensors(y)
+    elif hasattr(x, "values"):
+        for y in x.values():
+            yield from tensors(y)
+
 
 @contextmanager
-def listening(model, note): # note(module name, output)
-    handles = [m.register_forward_hook(lambda m, a, out, n=n: note(n, out)) for n, m in model.named_modules()]
-    try: yield
+def listening(model, note):  # note(module name, output)
+    handles = [
+        m.register_forward_hook(lambda m, a, out, n=n: note(n, out))
+        for n, m in model.named_modules()
+    ]
+    try:
+        yield
     finally:
-        for h in handles: h.remove()
+        for h in handles:
+            h.remove()
+
 
 def everything(model, batch):
     "What every module returns in a forward pass, and what `generate` gives."
     seen = []
-    with listening(model, lambda name, out: seen.append((name, [t.clone() for t in tensors(out)]))): last(model, batch)
-    return [*seen, ('generate', [generate(model, batch)])]
+    with listening(model, lambda name, out: seen.append((name, [t.clone() for t in tensors(out)]))):
+        last(model, batch)
+    return [*seen, ("generate", [generate(model, batch)])]
 
-def equal(a, b): return len(a) == len(b) and all(n == m and len(x) == len(y) and all(map(torch.equal, x, y)) for (n, x), (m, y) in zip(a, b))
+
+def equal(a, b):
+    return len(a) == len(b) and all(
+        n == m and len(x) == len(y) and all(map(torch.equal, x, y)) for (n, x), (m, y) in zip(a, b)
+    )
+
 
 def test_the_snapshot_sees(model, other, batch):
     "Hooks, attributes, methods, weights and outputs: a change of any of them shows."
-    before, outputs, layer = state(model), everything(model, batch), adapter_for(model).layers(model)[1]
-    assert state(model) == before and equal(everything(model, batch), outputs) and not equal(everything(other, batch), outputs)
+    before, outputs, layer = (
+        state(model),
+        everything(model, batch),
+        adapter_for(model).layers(model)[1],
+    )
+    assert (
+        state(model) == before
+        and equal(everything(model, batch), outputs)
+        and not equal(everything(other, batch), outputs)
+    )
     with prune(model, PLAN):
         assert len({n for n, s in state(model).items() if s != before.get(n)}) >= LAYERS + 6
-    for do, undo in ((lambda: setattr(layer, 'x', 1), lambda: delattr(layer, 'x')), (lambda: layer.train(), lambda: layer.eval()),
-                     (lambda: setattr(type(layer), 'y', 1), lambda: delattr(type(layer), 'y'))):
+    for do, undo in (
+        (lambda: setattr(layer, "x", 1), lambda: delattr(layer, "x")),
+        (lambda: layer.train(), lambda: layer.eval()),
+        (lambda: setattr(type(layer), "y", 1), lambda: delattr(type(layer), "y")),
+    ):
         do()
         assert state(model) != before
         undo()
@@ -110,76 +197,120 @@ def test_the_snapshot_sees(model, other, batch):
     next(changed.parameters()).mul_(1)
     assert state(changed) != before
 
+
 # ---------------------------------------------------------------- undone, wherever it ends
+
 
 def raising(when=lambda *args: True):
     "Makes a function raise where `when` says so."
+
     def wrap(function):
         def broken(*args, **kwargs):
-            if when(*args): raise Broken
+            if when(*args):
+                raise Broken
             return function(*args, **kwargs)
+
         return broken
+
     return wrap
 
-FUNCTIONS = dict(planning=('layout_of', raising()), statistics=('attention_received', raising()), stage1=('select_in_clip', raising()),
-                 scores=('token_scores', raising()), stage2=('select_in_windows', raising()), stage3=('choose', raising(lambda s, cut, *a: cut.stage == 3)),
-                 eviction=('shorten_cache', raising()), masks=('causal_mask', raising()), label=('label_cache', raising()),
-                 copies=('repeat_media', raising()), beams=('pick_slots', raising()), decode_masks=('decode_mask', raising()), positions=('continue_prompt', raising()))
-MODULES = dict(vision=lambda ad, m: ad.visual(m).blocks[0], vision_attention=lambda ad, m: ad.visual(m).blocks[-1].attn, vision_end=lambda ad, m: ad.visual(m),
-               audio=lambda ad, m: ad.audio_tower(m).layers[0], audio_end=lambda ad, m: ad.audio_tower(m), first_layer=lambda ad, m: ad.layers(m)[0].mlp,
-               middle=lambda ad, m: ad.layers(m)[2].self_attn, late=lambda ad, m: ad.layers(m)[5].mlp, norm=lambda ad, m: ad.norm(m),
-               head=lambda ad, m: ad.lm_head(m))
+
+FUNCTIONS = dict(
+    planning=(session, "layout_of", raising()),
+    statistics=(encoders, "attention_received", raising()),
+    stage1=(seats, "select_in_clip", raising()),
+    scores=(Prefill, "scores", raising()),
+    stage2=(seats, "select_in_windows", raising()),
+    stage3=(Session, "choose", raising(lambda s, step, *a: step.stage == 3)),
+    eviction=(session, "shorten_cache", raising()),
+    masks=(session, "stock_mask", raising()),
+    label=(session, "label_cache", raising()),
+    copies=(session, "repeat_media", raising()),
+    beams=(Slots, "rows", raising()),
+    decode_masks=(Slots, "mask", raising()),
+    positions=(Session, "go_on", raising(lambda s, given, cache: cache.get_seq_length() > 0)),
+)
+MODULES = dict(
+    vision=lambda ad, m: ad.visual(m).blocks[0],
+    audio_end=lambda ad, m: ad.audio_tower(m),
+    middle=lambda ad, m: ad.layers(m)[2].self_attn,
+    late=lambda ad, m: ad.layers(m)[5].mlp,
+    head=lambda ad, m: ad.lm_head(m),
+)
+
 
 @contextmanager
 def fault(model, where, monkeypatch):
     "Something that raises `Broken` while a prompt is pruned and continued."
     with monkeypatch.context() as patch, ExitStack() as stack:
         if where in FUNCTIONS:
-            name, wrap = FUNCTIONS[where]
-            patch.setattr(pruning, name, wrap(getattr(pruning, name)))
-        elif where == 'decode_layer': # the prompt passes, the next token does not
+            place, name, wrap = FUNCTIONS[where]
+            patch.setattr(place, name, wrap(getattr(place, name)))
+        elif where == "decode_layer":  # the prompt passes, the next token does not
             fails = raising(lambda m, a: a[0].shape[1] == 1)(lambda *a: None)
-            stack.callback(adapter_for(model).layers(model)[3].register_forward_pre_hook(fails).remove)
-        else: stack.callback(MODULES[where](adapter_for(model), model).register_forward_hook(raising()(None)).remove)
+            stack.callback(
+                adapter_for(model).layers(model)[3].register_forward_pre_hook(fails).remove
+            )
+        else:
+            stack.callback(
+                MODULES[where](adapter_for(model), model)
+                .register_forward_hook(raising()(None))
+                .remove
+            )
         yield
 
-@pytest.fixture(scope='module')
+
+@pytest.fixture(scope="module")
 def untouched(model, batch):
     "State and outputs of the model, and its outputs in a block, before any fault."
     with torch.no_grad():
         before, outputs = state(model), everything(model, batch)
-        with prune(model, PLAN): return before, outputs, everything(model, batch)
+        with prune(model, PLAN):
+            return before, outputs, everything(model, batch)
 
-@pytest.mark.parametrize('where', [*FUNCTIONS, *MODULES, 'decode_layer'])
+
+@pytest.mark.parametrize("where", [*FUNCTIONS, *MODULES, "decode_layer"])
 def test_undone_after_an_exception(model, batch, where, monkeypatch, untouched):
-    "The same fault, once leaving the block and once caught inside; then everything is as before, and pruning works as before."
+    """The same fault, once leaving the block and once caught inside; then everything is as before,
+    and pruning works as before."""
     before, outputs, want = untouched
     with fault(model, where, monkeypatch), pytest.raises(Broken):
         with prune(model, PLAN):
             generate(model, batch)
     assert state(model) == before
     with prune(model, PLAN):
-        with fault(model, where, monkeypatch), pytest.raises(Broken): generate(model, batch)
+        with fault(model, where, monkeypatch), pytest.raises(Broken):
+            generate(model, batch)
         assert equal(everything(model, batch), want)
     assert state(model) == before and equal(everything(model, batch), outputs)
 
-@pytest.mark.parametrize('error', [Broken, KeyboardInterrupt, GeneratorExit, StopIteration])
+
+@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt, GeneratorExit, StopIteration])
 def test_undone_after_the_body_raises(model, batch, error):
     before = state(model)
     with pytest.raises(RuntimeError if error is StopIteration else error):
         with prune(model, PLAN):
             generate(model, batch)
-            raise error() if error is not StopIteration else RuntimeError('generator raised StopIteration')
+            raise (
+                error()
+                if error is not StopIteration
+                else RuntimeError("generator raised StopIteration")
+            )
     assert state(model) == before
+
 
 def test_undone_after_leaving_early(model, batch):
     "return, break, and a block that is entered by hand and forgotten."
     before, outputs = state(model), everything(model, batch)
+
     def leave():
-        with prune(model, PLAN): return last(model, batch)
+        with prune(model, PLAN):
+            return last(model, batch)
+
     leave()
     for _ in range(2):
-        with prune(model, PLAN): break
+        with prune(model, PLAN):
+            break
     block = prune(model, PLAN)
     block.__enter__()
     assert state(model) != before
@@ -187,65 +318,93 @@ def test_undone_after_leaving_early(model, batch):
     gc.collect()
     assert state(model) == before and equal(everything(model, batch), outputs)
 
-@pytest.mark.parametrize('kv', ['evict', 'retain'])
+
+@pytest.mark.parametrize("kv", ["evict", "retain"])
 def test_undone_after_many_blocks(model, batch, kv):
     before, outputs = state(model), everything(model, batch)
     for plan in (PLAN, None, Schedule(num_layers=LAYERS)):
         for _ in range(3):
-            with prune(model, plan, kv=kv): generate(model, batch)
+            with prune(model, plan, kv=kv):
+                generate(model, batch)
     assert state(model) == before and equal(everything(model, batch), outputs)
+
 
 def test_what_others_did_stays(model, batch):
     "Hooks of the caller, set before or within, and an expansion of its own, are still there."
-    before, calls, name = state(model), [], '_expand_inputs_for_generation'
+    before, calls, name = state(model), [], "_expand_inputs_for_generation"
     stock, layer = getattr(model, name), adapter_for(model).layers(model)[1]
-    mine = lambda **kwargs: calls.append('expanded') or stock(**kwargs)
+    mine = lambda **kwargs: calls.append("expanded") or stock(**kwargs)
     setattr(model, name, mine)
-    handles = [layer.register_forward_hook(lambda *a: calls.append('before'))]
+    handles = [layer.register_forward_hook(lambda *a: calls.append("before"))]
     with prune(model, PLAN):
-        handles.append(layer.register_forward_hook(lambda *a: calls.append('within')))
+        handles.append(layer.register_forward_hook(lambda *a: calls.append("within")))
         generate(model, batch)
-        assert {'before', 'within', 'expanded'} <= set(calls)
+        assert {"before", "within", "expanded"} <= set(calls)
     assert vars(model)[name] is mine and len(layer._forward_hooks) == 2
     delattr(model, name)
-    for h in handles: h.remove()
+    for h in handles:
+        h.remove()
     assert state(model) == before
+
 
 # ---------------------------------------------------------------- rope_deltas
 
-def deltas(model): return {n: vars(m)['rope_deltas'] for n, m in model.named_modules() if 'rope_deltas' in vars(m)}
+
+def deltas(model):
+    return {n: vars(m)["rope_deltas"] for n, m in model.named_modules() if "rope_deltas" in vars(m)}
+
 
 def call(model, one, how):
-    stock = {**{k: v for k, v in one.inputs.items() if k != 'position_ids'}, 'use_audio_in_video': True}
-    if how == 'forward': return model(**stock)
-    if how == 'given positions': return model.generate(**one.inputs, **BEAMS)
-    if how == 'steps':
+    stock = {
+        **{k: v for k, v in one.inputs.items() if k != "position_ids"},
+        "use_audio_in_video": True,
+    }
+    if how == "forward":
+        return model(**stock)
+    if how == "given positions":
+        return model.generate(**one.inputs, **BEAMS)
+    if how == "steps":
         cache = model(**stock, use_cache=True).past_key_values
-        return model(input_ids=torch.tensor([[20]]), position_ids=one.position_ids[..., -1:] + 1, past_key_values=cache,
-                     attention_mask=torch.nn.functional.pad(stock['attention_mask'], (0, 1), value=1))
-    return model.generate(**stock, **BEAMS | dict(num_beams=2 if how == 'beams' else 1))
+        return model(
+            input_ids=torch.tensor([[20]]),
+            position_ids=one.position_ids[..., -1:] + 1,
+            past_key_values=cache,
+            attention_mask=torch.nn.functional.pad(stock["attention_mask"], (0, 1), value=1),
+        )
+    return model.generate(**stock, **BEAMS | dict(num_beams=2 if how == "beams" else 1))
 
-@pytest.mark.parametrize('how', ['forward', 'steps', 'generate', 'beams', 'given positions'])
+
+@pytest.mark.parametrize("how", ["forward", "steps", "generate", "beams", "given positions"])
 def test_rope_deltas_are_those_of_an_unpruned_call(model, processor, batch, how):
     one = encode(model, processor, batch.samples[:1])
     plain, pruned = (copy.deepcopy(model) for _ in range(2))
     for m in (plain, pruned):
-        for n in deltas(m): vars(dict(m.named_modules())[n])['rope_deltas'] = None
+        for n in deltas(m):
+            vars(dict(m.named_modules())[n])["rope_deltas"] = None
     call(plain, one, how)
-    with prune(pruned, PLAN): call(pruned, one, how)
+    with prune(pruned, PLAN):
+        call(pruned, one, how)
     want, got = deltas(plain), deltas(pruned)
     assert list(got) == list(want) and len(want) >= 1
-    for n in want: assert got[n] is want[n] is None if want[n] is None else torch.equal(got[n], want[n])
-    assert any(d is not None for d in want.values()) or how == 'given positions'
+    for n in want:
+        assert got[n] is want[n] is None if want[n] is None else torch.equal(got[n], want[n])
+    assert any(d is not None for d in want.values()) or how == "given positions"
+
 
 # ---------------------------------------------------------------- nothing is held back
+
 
 def float_storages(model):
     "Storages of all floating point tensors that are alive, but the model's own."
     gc.collect()
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     alive = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.is_floating_point()]
-    return {t.untyped_storage().data_ptr(): tuple(t.shape) for t in alive if t.untyped_storage().data_ptr() not in own}
+    return {
+        t.untyped_storage().data_ptr(): tuple(t.shape)
+        for t in alive
+        if t.untyped_storage().data_ptr() not in own
+    }
+
 
 def one_call(model, batch, where, monkeypatch):
     "A call that ends well or badly, and leaves its caller nothing."
@@ -253,31 +412,57 @@ def one_call(model, batch, where, monkeypatch):
         generate(model, batch)
         return
     with fault(model, where, monkeypatch):
-        try: generate(model, batch)
-        except Broken: return
-    raise AssertionError('the fault did not show')
+        try:
+            generate(model, batch)
+        except Broken:
+            return
+    raise AssertionError("the fault did not show")
 
-@pytest.mark.parametrize('where, kv', [(None, 'evict'), (None, 'retain'), ('stage1', 'evict'), ('stage2', 'retain'), ('stage3', 'evict'), ('late', 'evict'),
-                                       ('decode_layer', 'retain')])
+
+@pytest.mark.parametrize(
+    "where, kv",
+    [
+        (None, "evict"),
+        ("stage2", "retain"),
+        ("stage3", "evict"),
+        ("late", "evict"),
+        ("decode_layer", "retain"),
+    ],
+)
 def test_no_hidden_state_survives(model, batch, where, kv, monkeypatch):
-    "Weak references to all that modules returned die with the call, in the open block and with its run still there; afterwards no new tensor is left."
-    generate(model, batch) # what is made once and kept, such as tables
+    """Weak references to all that modules returned die with the call, in the open block and with
+    its run still there; afterwards no new tensor is left."""
+    generate(model, batch)  # what is made once and kept, such as tables
     refs, before = [], float_storages(model)
     with prune(model, PLAN, kv=kv) as run:
-        with listening(model, lambda name, out: refs.extend((name, weakref.ref(t)) for t in tensors(out))): one_call(model, batch, where, monkeypatch)
+        with listening(
+            model, lambda name, out: refs.extend((name, weakref.ref(t)) for t in tensors(out))
+        ):
+            one_call(model, batch, where, monkeypatch)
         gc.collect()
         assert len(refs) > 50 and not {name for name, r in refs if r() is not None}
         hidden = model.config.get_text_config().hidden_size
-        assert not [s for p, s in float_storages(model).items() if p not in before and s[-1:] == (hidden,)]
+        assert not [
+            s for p, s in float_storages(model).items() if p not in before and s[-1:] == (hidden,)
+        ]
     left = {p: s for p, s in float_storages(model).items() if p not in before}
     assert not left and run.layout is not None
 
+
 def test_the_search_for_survivors_finds_them(model, batch):
     before, kept = float_storages(model), []
-    with listening(model, lambda name, out: kept.append(next(tensors(out), None)) if name.endswith('layers.3') else None): last(model, batch)
+    with listening(
+        model,
+        lambda name, out: (
+            kept.append(next(tensors(out), None)) if name.endswith("layers.3") else None
+        ),
+    ):
+        last(model, batch)
     assert any(s[-1:] == (128,) for p, s in float_storages(model).items() if p not in before)
 
+
 # ---------------------------------------------------------------- several models, several threads
+
 
 def test_two_models_one_pruned(model, other, batch):
     before, outputs = state(other), everything(other, batch)
@@ -286,70 +471,105 @@ def test_two_models_one_pruned(model, other, batch):
         assert state(other) == before and equal(everything(other, batch), outputs)
         assert torch.equal(generate(model, batch), pruned)
 
+
 def test_blocks_that_overlap(model, other, batch):
     "Two models, whose blocks are left in the order in which they were entered."
-    states, wants = [state(m) for m in (model, other)], [everything(m, batch) for m in (model, other)]
-    first, second = prune(model, PLAN), prune(other, PLAN, kv='retain')
+    states, wants = (
+        [state(m) for m in (model, other)],
+        [everything(m, batch) for m in (model, other)],
+    )
+    first, second = prune(model, PLAN), prune(other, PLAN, kv="retain")
     first.__enter__(), second.__enter__()
     both = [generate(m, batch) for m in (model, other)]
     first.__exit__(None, None, None)
-    assert state(model) == states[0] and equal(everything(model, batch), wants[0]) and torch.equal(generate(other, batch), both[1])
+    assert (
+        state(model) == states[0]
+        and equal(everything(model, batch), wants[0])
+        and torch.equal(generate(other, batch), both[1])
+    )
     second.__exit__(None, None, None)
-    assert [state(m) for m in (model, other)] == states and equal(everything(other, batch), wants[1])
+    assert [state(m) for m in (model, other)] == states and equal(
+        everything(other, batch), wants[1]
+    )
+
 
 def test_one_block_at_a_time(model, batch):
     before = state(model)
     with prune(model, PLAN) as run:
         within, want = state(model), generate(model, batch)
         for plan in (PLAN, None):
-            with pytest.raises(ValueError, match='being pruned already') as error:
-                with prune(model, plan): raise AssertionError('a second block was entered')
-            assert '\n' not in str(error.value)
+            with pytest.raises(ValueError, match="being pruned already") as error:
+                with prune(model, plan):
+                    raise AssertionError("a second block was entered")
+            assert "\n" not in str(error.value)
         assert state(model) == within and torch.equal(generate(model, batch), want) and run.kept
     assert state(model) == before
-    with prune(model, PLAN): assert torch.equal(generate(model, batch), want)
+    with prune(model, PLAN):
+        assert torch.equal(generate(model, batch), want)
+
 
 def together(*jobs):
     "Run functions in threads that start at the same moment; what they returned or raised."
-    out, gate = [None]*len(jobs), Barrier(len(jobs))
+    out, gate = [None] * len(jobs), Barrier(len(jobs))
+
     def work(i, job):
         gate.wait()
         try:
-            with torch.no_grad(): out[i] = job()
-        except Exception as e: out[i] = e
+            with torch.no_grad():
+                out[i] = job()
+        except Exception as e:
+            out[i] = e
+
     threads = [Thread(target=work, args=a) for a in enumerate(jobs)]
-    for t in threads: t.start()
-    for t in threads: t.join()
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
     return out
 
+
 def test_threads_on_two_models(model, other, batch):
-    "Two models are pruned at once, each by its own plan, while their answers stay what they are alone."
-    early = Schedule(num_layers=LAYERS, late_start=2, entering=dict(visual=.2, audio=.3))
+    """Two models are pruned at once, each by its own plan, while their answers stay what they are
+    alone."""
+    early = Schedule(num_layers=LAYERS, late_start=2, entering=dict(visual=0.2, audio=0.3))
+
     def job(m, plan, kv):
         out = []
         for _ in range(6):
-            with prune(m, plan, kv=kv) as run: out.append((generate(m, batch), run.tokens_per_layer.tolist(), run.ledger.calls))
+            with prune(m, plan, kv=kv) as run:
+                out.append((generate(m, batch), run.tokens_per_layer.tolist(), run.timings.calls))
         return out
-    jobs = [lambda: job(model, PLAN, 'retain'), lambda: job(other, early, 'evict')]
+
+    jobs = [lambda: job(model, PLAN, "retain"), lambda: job(other, early, "evict")]
     before, wants = [state(m) for m in (model, other)], [j() for j in jobs]
     for got, want in zip(together(*jobs), wants):
-        if isinstance(got, Exception): raise got
-        for (tokens, counts, calls), (tokens_alone, counts_alone, calls_alone) in zip(got, want, strict=True):
-            assert torch.equal(tokens, tokens_alone) and counts == counts_alone and calls == calls_alone
+        if isinstance(got, Exception):
+            raise got
+        for (tokens, counts, calls), (tokens_alone, counts_alone, calls_alone) in zip(
+            got, want, strict=True
+        ):
+            assert (
+                torch.equal(tokens, tokens_alone)
+                and counts == counts_alone
+                and calls == calls_alone
+            )
     assert [state(m) for m in (model, other)] == before
+
 
 def test_threads_on_one_model(model):
     "Of many threads that want to prune one model at the same moment, one may."
     before, leave = state(model), Barrier(8)
+
     def job():
         try:
             with prune(model, PLAN):
                 leave.wait()
-                return 'entered'
+                return "entered"
         except ValueError as e:
             leave.wait()
             return str(e)
+
     for _ in range(5):
-        got = together(*[job]*8)
-        assert got.count('entered') == 1 and sum('being pruned already' in g for g in got) == 7
+        got = together(*[job] * 8)
+        assert got.count("entered") == 1 and sum("being pruned already" in g for g in got) == 7
         assert state(model) == before

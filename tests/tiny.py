@@ -1,129 +1,295 @@
-"""Small random models of every family, built from the real configuration classes, with a processor for each and clips to feed them."""
+"""Small random models of every family, built from the real configuration classes, with a processor
+for each and clips to feed them."""
+
 import torch
 
-from seats_analysis.media import Clip, Sample
+from seats_analysis.inputs.media import Clip
+from seats_analysis.inputs.samples import Sample
 
-FAMILIES = 'qwen2.5-omni', 'qwen3-omni'
+FAMILIES = "qwen2.5-omni", "qwen3-omni"
 LAYERS = 6
 
 
-def clip(seed, seconds=4., sight=True, sound=True, size=(56, 84), fps=2.):
+def clip(seed, seconds=4.0, sight=True, sound=True, size=(56, 84), fps=2.0):
     "Noise to see and to hear."
     import numpy as np
+
     rng = np.random.default_rng(seed)
-    frames = rng.integers(0, 255, (int(fps*seconds), *size, 3), dtype='uint8') if sight else None
-    wave = (rng.standard_normal(int(16000*seconds))*.1).astype('float32') if sound else None
-    return Clip(f'c{seed}', frames, fps, wave, 16000)
+    frames = rng.integers(0, 255, (int(fps * seconds), *size, 3), dtype="uint8") if sight else None
+    wave = (rng.standard_normal(int(16000 * seconds)) * 0.1).astype("float32") if sound else None
+    return Clip(f"c{seed}", frames, fps, wave, 16000)
 
 
 def image(seed, size=(56, 56)):
     import numpy as np
-    return np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype='uint8')
+
+    return np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype="uint8")
 
 
-def ask(name, video, question='what colour is the circle ?', **kw):
-    return Sample(id=name, video=video, question=question, choices=('red', 'blue', 'green', 'white'), answer=1, **kw)
+def ask(name, video, question="what colour is the circle ?", **kw):
+    return Sample(
+        id=name,
+        video=video,
+        question=question,
+        choices=("red", "blue", "green", "white"),
+        answer=1,
+        **kw,
+    )
 
 
 def three():
     "Samples of unequal length: one with everything, a short one, one without sound."
-    return [ask('both', clip(0)), ask('short', clip(1, 2.), 'where ?'), ask('silent', clip(2, 3., sound=False))]
+    return [
+        ask("both", clip(0)),
+        ask("short", clip(1, 2.0), "where ?"),
+        ask("silent", clip(2, 3.0, sound=False)),
+    ]
 
 
 def processor(family):
-    from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3OmniMoeProcessor, WhisperFeatureExtractor
-    from seats_analysis.testbed import CHAT_TEMPLATE, build_processor, build_tokenizer
-    if family == 'qwen2.5-omni': return build_processor()
-    pixels = dict(size=dict(shortest_edge=28*28, longest_edge=64*28*28), patch_size=14, temporal_patch_size=2, merge_size=2)
-    hearing = WhisperFeatureExtractor(feature_size=16, sampling_rate=16000, hop_length=160, n_fft=400, chunk_length=30,
-                                      return_attention_mask=True)
-    return Qwen3OmniMoeProcessor(image_processor=Qwen2VLImageProcessor(**pixels), tokenizer=build_tokenizer(), chat_template=CHAT_TEMPLATE,
-                                 video_processor=Qwen2VLVideoProcessor(**pixels, do_sample_frames=False), feature_extractor=hearing)
+    from transformers import (
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+        Qwen3OmniMoeProcessor,
+        WhisperFeatureExtractor,
+    )
+    from seats_analysis.testbed.load import CHAT_TEMPLATE, build_processor, build_tokenizer
+
+    if family == "qwen2.5-omni":
+        return build_processor()
+    pixels = dict(
+        size=dict(shortest_edge=28 * 28, longest_edge=64 * 28 * 28),
+        patch_size=14,
+        temporal_patch_size=2,
+        merge_size=2,
+    )
+    hearing = WhisperFeatureExtractor(
+        feature_size=16,
+        sampling_rate=16000,
+        hop_length=160,
+        n_fft=400,
+        chunk_length=30,
+        return_attention_mask=True,
+    )
+    return Qwen3OmniMoeProcessor(
+        image_processor=Qwen2VLImageProcessor(**pixels),
+        tokenizer=build_tokenizer(),
+        chat_template=CHAT_TEMPLATE,
+        video_processor=Qwen2VLVideoProcessor(**pixels, do_sample_frames=False),
+        feature_extractor=hearing,
+    )
 
 
 def tight_processor():
     "The testbed's, with no spaces between start, placeholder and end, as 5.17 wants it."
-    from seats_analysis.testbed import build_processor
+    from seats_analysis.testbed.load import build_processor
+
     processor = build_processor()
-    for name in ('VIDEO', 'AUDIO', 'IMAGE'): processor.chat_template = processor.chat_template.replace(f' <|{name}|> ', f'<|{name}|>')
+    for name in ("VIDEO", "AUDIO", "IMAGE"):
+        processor.chat_template = processor.chat_template.replace(f" <|{name}|> ", f"<|{name}|>")
     return processor
 
 
 def _qwen25(layers):
-    from seats_analysis.testbed import build_config
+    from seats_analysis.testbed.load import build_config
+
     config = build_config(layers=layers, tower=32)
-    config.vision_config.window_size = 2*28 # windows of 2 x 2 cells, so that the tower does reorder its tokens
+    config.vision_config.window_size = (
+        2 * 28
+    )  # windows of 2 x 2 cells, so that the tower does reorder its tokens
     return config
 
 
 def _qwen3(layers):
     from transformers import Qwen3OmniMoeThinkerConfig
-    from seats_analysis.testbed import SPECIAL, vocabulary
+    from seats_analysis.testbed.load import SPECIAL, vocabulary
+
     ids = {w: i for i, w in enumerate(vocabulary())}
     token = lambda name: ids[SPECIAL[name]]
-    text = dict(vocab_size=len(ids), hidden_size=64, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-                head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, tie_word_embeddings=False, pad_token_id=0, eos_token_id=1,
-                rope_parameters=dict(rope_type='default', rope_theta=1e4, mrope_section=[4, 2, 2], mrope_interleaved=True))
-    vision = dict(depth=4, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64, patch_size=14, spatial_merge_size=2,
-                  temporal_patch_size=2, num_position_embeddings=64, deepstack_visual_indexes=[0, 1, 2])
-    audio = dict(num_mel_bins=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64, d_model=32, n_window=50, n_window_infer=200,
-                 output_dim=64, downsample_hidden_size=8)
+    text = dict(
+        vocab_size=len(ids),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        eos_token_id=1,
+        rope_parameters=dict(
+            rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2], mrope_interleaved=True
+        ),
+    )
+    vision = dict(
+        depth=4,
+        hidden_size=32,
+        intermediate_size=64,
+        num_heads=2,
+        out_hidden_size=64,
+        patch_size=14,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        num_position_embeddings=64,
+        deepstack_visual_indexes=[0, 1, 2],
+    )
+    audio = dict(
+        num_mel_bins=16,
+        encoder_layers=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        d_model=32,
+        n_window=50,
+        n_window_infer=200,
+        output_dim=64,
+        downsample_hidden_size=8,
+    )
     return Qwen3OmniMoeThinkerConfig(
-        text_config=text, vision_config=vision, audio_config=audio, tie_word_embeddings=False, position_id_per_seconds=13, seconds_per_chunk=2,
-        image_token_id=token('image_token'), video_token_id=token('video_token'), audio_token_id=token('audio_token'),
-        vision_start_token_id=token('vision_bos_token'), vision_end_token_id=token('vision_eos_token'),
-        audio_start_token_id=token('audio_bos_token'), audio_end_token_id=token('audio_eos_token'), pad_token_id=0, user_token_id=ids['user'])
+        text_config=text,
+        vision_config=vision,
+        audio_config=audio,
+        tie_word_embeddings=False,
+        position_id_per_seconds=13,
+        seconds_per_chunk=2,
+        image_token_id=token("image_token"),
+        video_token_id=token("video_token"),
+        audio_token_id=token("audio_token"),
+        vision_start_token_id=token("vision_bos_token"),
+        vision_end_token_id=token("vision_eos_token"),
+        audio_start_token_id=token("audio_bos_token"),
+        audio_end_token_id=token("audio_eos_token"),
+        pad_token_id=0,
+        user_token_id=ids["user"],
+    )
 
 
-def config(family, layers=LAYERS): return (_qwen25 if family == 'qwen2.5-omni' else _qwen3)(layers)
+def config(family, layers=LAYERS):
+    return (_qwen25 if family == "qwen2.5-omni" else _qwen3)(layers)
 
 
 def randomise(model, seed=0):
     "Weights that keep signals alive, the same for the same seed."
     generator = torch.Generator().manual_seed(seed)
     for name, p in sorted(model.named_parameters()):
-        fan_in = p.shape[1] if p.dim() == 3 else p[0].numel() # experts are stacked
-        if p.dim() > 1: torch.nn.init.normal_(p, std=fan_in**-.5, generator=generator)
-        elif not name.endswith('bias'): torch.nn.init.uniform_(p, .5, 1.5, generator=generator) # norms that differ per channel
-        else: torch.nn.init.normal_(p, std=.1, generator=generator)
+        fan_in = p.shape[1] if p.dim() == 3 else p[0].numel()  # experts are stacked
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=fan_in**-0.5, generator=generator)
+        elif not name.endswith("bias"):
+            torch.nn.init.uniform_(
+                p, 0.5, 1.5, generator=generator
+            )  # norms that differ per channel
+        else:
+            torch.nn.init.normal_(p, std=0.1, generator=generator)
     return model.eval()
 
 
-def thinker(family, layers=LAYERS, attention='sdpa', seed=0):
+def thinker(family, layers=LAYERS, attention="sdpa", seed=0):
     import transformers
-    name = {'qwen2.5-omni': 'Qwen2_5OmniThinkerForConditionalGeneration', 'qwen3-omni': 'Qwen3OmniMoeThinkerForConditionalGeneration'}[family]
-    return randomise(getattr(transformers, name)._from_config(config(family, layers), attn_implementation=attention), seed)
+
+    name = {
+        "qwen2.5-omni": "Qwen2_5OmniThinkerForConditionalGeneration",
+        "qwen3-omni": "Qwen3OmniMoeThinkerForConditionalGeneration",
+    }[family]
+    return randomise(
+        getattr(transformers, name)._from_config(
+            config(family, layers), attn_implementation=attention
+        ),
+        seed,
+    )
 
 
 def _speech25():
     small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16)
-    talker = dict(**small, vocab_size=8448, embedding_size=128, intermediate_size=32, num_key_value_heads=2,
-                  tts_text_start_token_id=1, tts_text_end_token_id=1, tts_text_pad_token_id=0,
-                  rope_parameters=dict(rope_type='default', rope_theta=1e4, mrope_section=[4, 2, 2]))
-    dit = dict(**small, emb_dim=16, enc_emb_dim=8, enc_dim=8, enc_channels=[8]*5, enc_attention_channels=4, enc_se_channels=4, look_ahead_layers=[0],
-               look_backward_layers=[0], mel_dim=8)
+    talker = dict(
+        **small,
+        vocab_size=8448,
+        embedding_size=128,
+        intermediate_size=32,
+        num_key_value_heads=2,
+        tts_text_start_token_id=1,
+        tts_text_end_token_id=1,
+        tts_text_pad_token_id=0,
+        rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2]),
+    )
+    dit = dict(
+        **small,
+        emb_dim=16,
+        enc_emb_dim=8,
+        enc_dim=8,
+        enc_channels=[8] * 5,
+        enc_attention_channels=4,
+        enc_se_channels=4,
+        look_ahead_layers=[0],
+        look_backward_layers=[0],
+        mel_dim=8,
+    )
     wave = dict(mel_dim=8, upsample_initial_channel=64)
     return dict(talker_config=talker, token2wav_config=dict(dit_config=dit, bigvgan_config=wave))
 
 
 def _speech3():
-    small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
-    text = dict(**small, head_dim=16, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
-                rope_parameters=dict(rope_type='default', rope_theta=1e4, mrope_section=[4, 2, 2], mrope_interleaved=True))
-    talker = dict(text_config=text, code_predictor_config=dict(**small, head_dim=16, vocab_size=64, num_code_groups=4), num_code_groups=4,
-                  spatial_merge_size=2, thinker_hidden_size=64, accept_hidden_layer=2, speaker_id={'ethan': 3})
+    small = dict(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    text = dict(
+        **small,
+        head_dim=16,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        rope_parameters=dict(
+            rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2], mrope_interleaved=True
+        ),
+    )
+    talker = dict(
+        text_config=text,
+        code_predictor_config=dict(**small, head_dim=16, vocab_size=64, num_code_groups=4),
+        num_code_groups=4,
+        spatial_merge_size=2,
+        thinker_hidden_size=64,
+        accept_hidden_layer=2,
+        speaker_id={"ethan": 3},
+    )
     wave = dict(**small, codebook_size=64, num_quantizers=4, decoder_dim=32)
-    from seats_analysis.testbed import vocabulary
+    from seats_analysis.testbed.load import vocabulary
+
     ids = {w: i for i, w in enumerate(vocabulary())}
-    return dict(talker_config=talker, code2wav_config=wave, im_start_token_id=ids['<|im_start|>'], user_token_id=ids['user'],
-                assistant_token_id=ids['assistant'], tts_pad_token_id=0, tts_bos_token_id=1, tts_eos_token_id=1)
+    return dict(
+        talker_config=talker,
+        code2wav_config=wave,
+        im_start_token_id=ids["<|im_start|>"],
+        user_token_id=ids["user"],
+        assistant_token_id=ids["assistant"],
+        tts_pad_token_id=0,
+        tts_bos_token_id=1,
+        tts_eos_token_id=1,
+    )
 
 
 def full(family, speech=False, layers=LAYERS):
     "The model around the thinker, with or without talker."
     import transformers
-    name, more = {'qwen2.5-omni': ('Qwen2_5Omni', _speech25), 'qwen3-omni': ('Qwen3OmniMoe', _speech3)}[family]
-    settings = getattr(transformers, name + 'Config')(thinker_config=config(family, layers).to_dict(), enable_audio_output=speech, **(more() if speech else {}))
-    model = randomise(getattr(transformers, name + 'ForConditionalGeneration')(settings))
-    if speech and family == 'qwen2.5-omni': model.speaker_map = {'Chelsie': dict(bos_token=1, cond=torch.zeros(1, 8), ref_mel=torch.zeros(1, 8, 8))}
+
+    name, more = {
+        "qwen2.5-omni": ("Qwen2_5Omni", _speech25),
+        "qwen3-omni": ("Qwen3OmniMoe", _speech3),
+    }[family]
+    settings = getattr(transformers, name + "Config")(
+        thinker_config=config(family, layers).to_dict(),
+        enable_audio_output=speech,
+        **(more() if speech else {}),
+    )
+    model = randomise(getattr(transformers, name + "ForConditionalGeneration")(settings))
+    if speech and family == "qwen2.5-omni":
+        model.speaker_map = {
+            "Chelsie": dict(bos_token=1, cond=torch.zeros(1, 8), ref_mel=torch.zeros(1, 8, 8))
+        }
     return model

@@ -1,2 +1,12 @@
 "What the task files of lmms-eval call."
-from seats_analysis.lmms import SampleTask, by_family, doc_to_messages, doc_to_target, doc_to_text, doc_to_visual, mean, process_results
+
+from seats_analysis.evaluation.lmms import (
+    SampleTask,
+    by_family,
+    doc_to_messages,
+    doc_to_target,
+    doc_to_text,
+    doc_to_visual,
+    mean,
+    process_results,
+)
