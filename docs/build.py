@@ -42,6 +42,7 @@ def page_of(path):
 def write_notebook(path):
     "One notebook as a page, its pictures beside it."
     notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.language_info = dict(name="python")  # cleaned away in the stored one
     notebook.cells = [
         c for c in notebook.cells if c.cell_type == "markdown" or not HIDDEN.match(c.source)
     ]
