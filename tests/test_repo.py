@@ -709,12 +709,36 @@ def test_format_is_checked(nbdev_project):
     assert "E501" in run_all.badly_formatted(nbdev_project)
 
 
+NOTEBOOKS = {  # which of them pass, and a word of what is said about the others
+    "good": ("import os, numpy\nassert 'IN_TEST' in os.environ\nnumpy.set_printoptions(3)", None),
+    "alone": ("import numpy\nassert numpy.get_printoptions()['precision'] != 3", None),
+    "bad": ("assert 1 == 2", "AssertionError"),
+    "skipped": ("#| weights\nassert 1 == 2", None),
+    "wanted": ("#| slow\nassert 1 == 2", "AssertionError"),
+    "crashed": ("import os\nos._exit(0)", "status 0"),
+    "killed": ("import os\nos.abort()", "status -6"),
+    "hung": ("import subprocess\nsubprocess.run(['sleep', '600'])", "stopped after 5 s"),
+}
+
+
 def test_notebook_runner(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_all, "WORKERS", 1)  # in this order
     (tmp_path / "settings.ini").write_text((ROOT / "settings.ini").read_text())
-    for name, source in (("good", "assert 1 == 1"), ("bad", "assert 1 == 2")):
-        write_notebook(tmp_path / "nbs" / f"{name}.ipynb", source)
-        passed, _, output = run_all.test_notebook(tmp_path / "nbs" / f"{name}.ipynb", root=tmp_path)
-        assert passed is (name == "good"), output
+    paths = {name: tmp_path / "nbs" / f"{name}.ipynb" for name in NOTEBOOKS}
+    for name, path in paths.items():
+        write_notebook(path, NOTEBOOKS[name][0])
+    options = dict(root=tmp_path, limit=5, imports=["numpy", "no_such_module"])
+    found = list(run_all.test_notebooks(paths.values(), "slow", **options))
+    assert [path for path, *_ in found] == list(paths.values())
+    for (path, passed, seconds, _, output), (_, word) in zip(found, NOTEBOOKS.values()):
+        assert passed is (word is None) and (word or "") in output and seconds < 8, (path, output)
+
+
+def test_notebooks_nobody_ran_have_failed(tmp_path, monkeypatch):
+    "The process above the notebooks breaks: every one of them is reported, none has passed."
+    monkeypatch.setattr(run_all.sys, "executable", "false")
+    found = list(run_all.test_notebooks([tmp_path / "a.ipynb", tmp_path / "b.ipynb"]))
+    assert [passed for _, passed, *_ in found] == [False, False] and "ended with 1" in found[0][-1]
 
 
 def test_pytest_counts(tmp_path, monkeypatch):
