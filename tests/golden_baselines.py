@@ -20,7 +20,7 @@ from seats_analysis.baselines.merging import VisionZipOm, select_visionzip, visi
 from seats_analysis.pruning.base import Tokens, plan_steps
 from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.pruning.select import window_sizes
+from seats_analysis.pruning.received import window_sizes
 
 FOLDER, MODALITY = "baselines", {1: "visual", 2: "audio"}
 BF16_EMBEDDING, BF16_TIE = 2e-2, 2**-9  # a similarity gap below this vanishes in bfloat16

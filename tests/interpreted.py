@@ -15,7 +15,7 @@ import sys
 import torch
 
 from seats_analysis.pruning import kernels
-from seats_analysis.pruning import select
+from seats_analysis.pruning import received, select
 
 LAUNCH = kernels.greedy_launch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,7 +80,7 @@ def statistic(r, g, spoil=False):
         q, k = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k))
     q, k = q.to(DEVICE), k.to(DEVICE)
     plain, fused = both(
-        lambda spoiled: select.attention_received(q, k * 1.1 if spoiled else k, sizes), spoil
+        lambda spoiled: received.attention_received(q, k * 1.1 if spoiled else k, sizes), spoil
     )
     worst = float((plain - fused).abs().max())
     return fused.dtype == torch.float32 and worst < 1e-4 and abs(

@@ -16,12 +16,9 @@ import torch
 
 
 from plain import stage2
-from seats_analysis.pruning.select import (
-    _distances,
-    attention_received,
-    select_in_clip,
-    stage1_counts,
-)
+from seats_analysis.pruning.base import stage1_counts
+from seats_analysis.pruning.received import attention_received
+from seats_analysis.pruning.select import _distances, select_in_clip
 
 WINDOWS = 16  # of 2 s
 

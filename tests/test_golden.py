@@ -7,6 +7,8 @@ What to leave out is decided by the fields of an entry
 whatever its seeds and shapes.
 """
 
+from types import SimpleNamespace
+
 import numpy as np, pytest, torch
 
 pytest.register_assert_rewrite("golden_baselines")
@@ -35,21 +37,15 @@ from golden import (
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import layout_of
 from seats_analysis.models.decoder import Decoder
-from seats_analysis.pruning.base import Tokens, window_tokens
-from seats_analysis.pruning.session import Prefill, prune
+from seats_analysis.pruning.base import Tokens, stage1_counts, stage2_counts, window_tokens
+from seats_analysis.pruning.prefill import Prefill
+from seats_analysis.pruning.received import attention_received, pool_groups, window_sizes
+from seats_analysis.pruning.session import prune
 from plain import stage2
 from seats_analysis.inputs.layout import MODALITIES
 from seats_analysis.schedules.solve import Segments, drop_shares
 from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.pruning.select import (
-    attention_received,
-    pool_groups,
-    query_scores,
-    select_in_clip,
-    stage1_counts,
-    stage2_counts,
-    window_sizes,
-)
+from seats_analysis.pruning.select import query_scores, select_in_clip
 
 
 @pytest.fixture(autouse=True)
@@ -476,8 +472,9 @@ def test_scores_from_recorded_hidden_states(model, case, stage):
     tokens = Tokens(
         here[None], case.types[here][None].to(torch.int8), None, None, len(case.types), (0,), False
     )
-    prefill = Prefill(None, "evict", None, (), [], tokens, None, 0)
-    scores = prefill.scores(decoder, stage.layer - 1, hidden, tables)[0]
+    layout = SimpleNamespace(run=torch.zeros(1, 1))  # not looked at
+    prefill = Prefill(decoder, None, "evict", layout, (), [], tokens, None)
+    scores = prefill.scores(stage.layer - 1, hidden, tables)[0]
     close(scores, case.out[f"scores.after_layer{stage.layer}"])
 
 

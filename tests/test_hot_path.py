@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from transformers import DynamicCache
 from types import SimpleNamespace
 from plain import stage2
-from seats_analysis.pruning import base, encoders, seats, session
+from seats_analysis.pruning import base, encoders, prefill, seats, session
+from seats_analysis.pruning import cache as cache_module
 from seats_analysis.pruning.cache import Slots, slots_of
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode
@@ -17,9 +18,12 @@ from seats_analysis.models.attention import TowerAttention
 from seats_analysis.baselines.registry import METHODS
 from seats_analysis.pruning.base import Pruner
 from seats_analysis.pruning.seats import Seats
-from seats_analysis.pruning.session import Check, Prefill, Session, prune
+from seats_analysis.pruning.session import Session, prune
 from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.pruning.select import attention_received, select_in_clip, stage1_counts
+from seats_analysis.pruning.base import stage1_counts
+from seats_analysis.pruning.prefill import Check, Prefill
+from seats_analysis.pruning.received import attention_received
+from seats_analysis.pruning.select import select_in_clip
 
 LAYERS = tiny.LAYERS
 
@@ -106,7 +110,7 @@ def layers(s, batch, cache, deepstack):
         attention_mask=torch.ones(B, S),
         **deepstack,
     )
-    kwargs = s.stage1(kwargs)
+    kwargs = s.prefill.stage1(kwargs, s.encoders)
     hidden = kwargs["inputs_embeds"]
     given = dict(
         position_embeddings=(size(hidden.shape[1]),) * 2, past_key_values=cache, attention_mask=None
@@ -178,8 +182,8 @@ BODIES = dict(
     cut=(base, "right_align"),
     scores=(Prefill, "scores"),
     stage2=(seats, "select_in_windows"),
-    masks=(session, "stock_mask"),
-    caches=(session, "shorten_cache"),
+    masks=(prefill, "stock_mask"),
+    caches=(cache_module, "shorten_cache"),
     decoding=(Slots, "mask"),
     features=(Check, "of_inputs"),
     checks=(Check, "of_scores"),
@@ -311,9 +315,9 @@ def test_tables_and_masks_are_cut_once_per_drop(model, batches, name):
 def test_caches_are_written_once(model, batches, monkeypatch):
     """Each layer's cache that a cut shortens is written once, at its final length, with nothing of
     the longer one behind it."""
-    written, whole = [], session.shorten_cache
+    written, whole = [], cache_module.shorten_cache
     monkeypatch.setattr(
-        session,
+        cache_module,
         "shorten_cache",
         lambda layers, index: written.extend(map(id, layers)) or whole(layers, index),
     )
@@ -408,11 +412,11 @@ def test_no_hook_waits_on_a_gpu(model, batches, monkeypatch):
         return run
 
     for place, name in (
-        (Session, "stage1"),
+        (Prefill, "stage1"),
         (Session, "before_layer"),
         (Session, "after_layer"),
         (Session, "decode_step"),
-        (Prefill, "evict"),
+        (session, "evict"),
         (encoders.EncoderWatch, "aggregate"),
     ):
         monkeypatch.setattr(place, name, strict(getattr(place, name)))

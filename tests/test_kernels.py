@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest, torch
 
-from seats_analysis.pruning import select
+from seats_analysis.pruning import received, select
 
 pytest.importorskip("triton", reason="no Triton for this platform")
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +57,7 @@ def test_when_kernels_run(monkeypatch, setting, device, on):
     monkeypatch.delenv("SEATS_TRITON", raising=False)
     if setting is not None:
         monkeypatch.setenv("SEATS_TRITON", setting)
-    assert (select.triton_kernels(device) is not None) is on
+    assert (received.triton_kernels(device) is not None) is on
 
 
 def test_without_triton_pytorch_does_it(monkeypatch):
@@ -66,7 +66,7 @@ def test_without_triton_pytorch_does_it(monkeypatch):
     )  # an import of it fails
     monkeypatch.delattr("seats_analysis.pruning.kernels", raising=False)
     monkeypatch.setenv("SEATS_TRITON", "1")
-    assert select.triton_kernels("cuda") is None
+    assert received.triton_kernels("cuda") is None
     assert select.select_in_clip(torch.randn(8, 4), None, (8,), (3,)).sum() == 3
 
 

@@ -8,24 +8,25 @@ from seats_analysis.pruning import session as pruning
 from pretend import Race, Wait, no_waits, pretend_gpu
 from test_hot_path import PLANS
 from seats_analysis.evaluation import bench
-from seats_analysis.pruning import encoders
+from seats_analysis.pruning import encoders, session
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode
 from seats_analysis.models.scoring import score_choices
 from seats_analysis.baselines.registry import METHODS
 from seats_analysis.pruning.cache import follow_up
-from seats_analysis.pruning.session import Prefill, Session, prune
+from seats_analysis.pruning.prefill import Prefill
+from seats_analysis.pruning.session import Session, prune
 from seats_analysis.probing.run import probe_dependency
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a real one: `pytest -m cuda`"
 )
 HOT = (
-    (Session, "stage1"),
+    (Prefill, "stage1"),
     (Session, "before_layer"),
     (Session, "after_layer"),
     (Session, "decode_step"),
-    (Prefill, "evict"),
+    (session, "evict"),
     (encoders.EncoderWatch, "aggregate"),
 )
 SAMPLES = tiny.three()

@@ -12,7 +12,9 @@ from seats_analysis.inputs.layout import AUDIO, PAD, VISUAL, TokenLayout, run_id
 from seats_analysis.pruning.base import Stage1Inputs, Tokens, take
 from seats_analysis.pruning.seats import Seats
 from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.pruning.select import finite_rows, plan_budgets, select_in_clip, window_sizes
+from seats_analysis.pruning.prefill import finite_rows
+from seats_analysis.pruning.received import window_sizes
+from seats_analysis.pruning.select import plan_budgets, select_in_clip
 
 EXAMPLES = {"ci": 200, "nightly": 10_000}
 many = settings(max_examples=EXAMPLES.get(settings.get_current_profile_name(), 200))

@@ -51,7 +51,7 @@ LAZY = {
     "statsmodels",
 }
 NO_TORCH = {"inputs.media", "inputs.samples", "boundaries", "schedules.schedule", "plots", "cli"}
-NO_SYNC = {"pruning.select"}
+NO_SYNC = {"pruning.received", "pruning.select"}
 PROVENANCE = {  # what a stored result must carry to be traced back; alternatives separated by |
     "profiles": "schema model revision weights data prompt seed versions|transformers threads",
     "schedules": "schema model revision seed evidence",

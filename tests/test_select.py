@@ -13,14 +13,16 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from plain import naive_budgets, naive_order, naive_repair, stage2
-from seats_analysis.pruning.select import (
+from seats_analysis.pruning.prefill import finite_rows
+from seats_analysis.pruning.received import (
     _full_precision,
-    _true_float32,
     attention_received,
-    divide_total,
-    finite_rows,
-    plan_budgets,
     pool_groups,
+    true_float32,
+)
+from seats_analysis.pruning.select import (
+    divide_total,
+    plan_budgets,
     query_scores,
     select_in_clip,
     topk_in_groups,
@@ -275,8 +277,8 @@ def test_products_are_full_float32_and_the_setting_stays(setting, name):
     setting(name)
     before = settings()
     assert torch.equal(query_scores(q, k), want) and settings() == before
-    with _true_float32("cpu"):
-        with pytest.raises(ZeroDivisionError), _true_float32("cpu"):
+    with true_float32("cpu"):
+        with pytest.raises(ZeroDivisionError), true_float32("cpu"):
             1 / 0
         assert full()
     assert settings() == before and _full_precision.inside == 0
@@ -296,14 +298,14 @@ def test_threads_share_the_setting(setting):
     found = []
 
     def first():
-        with _true_float32("cpu"):
+        with true_float32("cpu"):
             entered.set()
             second.wait()
         left.set()
 
     def other():
         entered.wait()
-        with _true_float32("cpu"):
+        with true_float32("cpu"):
             second.set()
             left.wait()
             found.append(full())
@@ -323,7 +325,7 @@ def test_many_threads(setting):
     def run():
         start.wait()
         for _ in range(300):
-            with _true_float32("cpu"):
+            with true_float32("cpu"):
                 found.append(full())
 
     threads = [Thread(target=run) for _ in range(4)]
@@ -338,7 +340,7 @@ def test_many_threads(setting):
 
 
 def public_calls():
-    "Each tensor function of the module, once, on small inputs."
+    "Each tensor function of the two modules, once, on small inputs."
     tokens, stat, heads = torch.rand(40, 8), torch.rand(40), torch.rand(40, 2, 4)
     modality, scores, size = (
         torch.tensor([[0] + [1] * 6 + [2] * 4] * 2),
@@ -356,25 +358,28 @@ def public_calls():
         plan_budgets=lambda: plan_budgets(torch.rand(2, 2, 1), sizes, totals),
         topk_in_groups=lambda: topk_in_groups(scores, window, size),
         select_in_windows=lambda: stage2(scores, modality, window, 1, (3, 2), (2, 1)),
-        finite_rows=lambda: finite_rows(tokens),
         divide_total=lambda: divide_total(totals, totals, 0.5),
     )
 
 
-HOST_ONLY = {"window_sizes", "stage1_counts", "stage2_counts", "triton_kernels"}
+HOST_ONLY = {"window_sizes", "equal_runs", "on_device", "true_float32", "triton_kernels"}
 
 
 def test_no_function_needs_a_value_from_the_device():
     with FakeTensorMode():
         for name, call in public_calls().items():
             call()
+        finite_rows(torch.rand(40, 8))
 
 
 def test_every_public_function_is_covered():
-    from seats_analysis.pruning import select as module
+    from seats_analysis.pruning import received, select
 
     defined = {
-        n for n, f in vars(module).items() if getattr(f, "__module__", "") == module.__name__
+        name
+        for module in (received, select)
+        for name, f in vars(module).items()
+        if getattr(f, "__module__", "") == module.__name__
     }
     assert set(public_calls()) | HOST_ONLY == {n for n in defined if not n.startswith("_")}
 

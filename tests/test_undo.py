@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from seats_analysis.pruning import encoders, seats, session
+from seats_analysis.pruning import cache as cache_module
+from seats_analysis.pruning import encoders, prefill, seats, session
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode
 from seats_analysis.inputs.media import Clip
 from seats_analysis.inputs.samples import Sample
 from seats_analysis.pruning.cache import Slots
-from seats_analysis.pruning.session import Prefill, Session, prune
+from seats_analysis.pruning.prefill import Prefill
+from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.testbed.load import build_config, build_processor, init_weights
 
@@ -221,14 +223,14 @@ FUNCTIONS = dict(
     stage1=(seats, "select_in_clip", raising()),
     scores=(Prefill, "scores", raising()),
     stage2=(seats, "select_in_windows", raising()),
-    stage3=(Session, "choose", raising(lambda s, step, *a: step.stage == 3)),
-    eviction=(session, "shorten_cache", raising()),
-    masks=(session, "stock_mask", raising()),
+    stage3=(Prefill, "choose", raising(lambda s, step, *a: step.stage == 3)),
+    eviction=(cache_module, "shorten_cache", raising()),
+    masks=(prefill, "stock_mask", raising()),
     label=(session, "label_cache", raising()),
     copies=(session, "repeat_media", raising()),
     beams=(Slots, "rows", raising()),
     decode_masks=(Slots, "mask", raising()),
-    positions=(Session, "go_on", raising(lambda s, given, cache: cache.get_seq_length() > 0)),
+    positions=(Slots, "go_on", raising()),
 )
 MODULES = dict(
     vision=lambda ad, m: ad.visual(m).blocks[0],

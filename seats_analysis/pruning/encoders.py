@@ -15,10 +15,10 @@ from dataclasses import dataclass, fields
 from functools import cache, partial
 from weakref import ref
 from ..models.attention import TowerAttention
-from ..inputs.layout import CODES
+from ..inputs.layout import CODES, TokenLayout
 from ..models.families import adapter_for
 from .base import Pruner
-from .select import attention_received, pool_groups, window_sizes
+from .received import attention_received, pool_groups, window_sizes
 from .timing import Timings
 
 # %% ../../nbs/pruning/05_encoders.ipynb #8b76a452
@@ -182,6 +182,18 @@ class SideStream:
         self.out = []
 
 # %% ../../nbs/pruning/05_encoders.ipynb #25f885bb
+def visual_order(
+    input_ids: torch.Tensor,  # (B, S)
+    layout: TokenLayout,  # (B, S) on the CPU
+    image: int,  # id of the image token
+) -> torch.Tensor | None:  # (T_v,) int64; None where all visual tokens come from one call
+    "For every visual token in sequence its place among all images' tokens, then all videos'."
+    images = input_ids.cpu()[layout.visual] == image
+    if not images.any() or images.all():
+        return None
+    return torch.where(images, images.cumsum(0), images.sum() + (~images).cumsum(0)) - 1
+
+
 @dataclass
 class EncoderCall:
     "One call of an encoder."
@@ -354,6 +366,26 @@ class EncoderWatch:
         self.forget()
         if found is not None:
             self.calls["visual"] = [found]
+        return found
+
+    def noted(self, what, counts, order) -> dict:  # modality -> (T,) or (T, k) float32
+        """A field of the calls for the prompt's tokens: `counts` by modality, visual ones in
+        `visual_order`. Raises ValueError if the encoders did not run."""
+        found = {}
+        for m, n in counts.items():
+            done = [c for c in self.calls[m] if c.received is not None]
+            mixed = m == "visual" and order is not None  # images are encoded first
+            groups = [done[-2:]] if mixed else [[c] for c in reversed(done)]
+            group = next((g for g in groups if n and sum(c.tokens for c in g) == n), None)
+            if group:
+                noted = torch.cat([getattr(c, what) for c in group])
+                found[m] = noted[order] if mixed else noted
+            elif n:
+                raise ValueError(
+                    f"stage I wants the attention that {n} {m} tokens receive in their encoder, "
+                    "but no call of it gave that many: pass pixel values and audio features, not "
+                    "precomputed embeddings"
+                )
         return found
 
 # %% ../../nbs/pruning/05_encoders.ipynb #45de4408
