@@ -16,15 +16,20 @@ from seats_analysis.plots.style import (
     PAGE,
     SERIES,
     chance_line,
+    depth_axis,
     house_style,
     layer_axis,
     legend_outside,
+    log_axis,
     new_figure,
     shade_blocks,
 )
 
 # %% ../../nbs/plots/01_dependency.ipynb #f793e94a
-CONTROL = dict(color="#888888", linestyle=":", marker="x")
+def derive_split(profile):
+    "The split that boundaries are derived from; None where the profile does not have it."
+    splits = profile.coords.get("split", ())
+    return "derive" if "derive" in np.asarray(splits).astype(str) else None
 
 
 def curve_of(profile, removed, corrected=False, **options):
@@ -49,22 +54,69 @@ def curve_of(profile, removed, corrected=False, **options):
     )
 
 
-def draw_curve(ax, curve, label, band=True, **look):
+def curves_of(profile, conditions, families=None, **options):
+    "Condition -> curve, and `control`: the families that need nothing, where one is answered."
+    curves = {r: curve_of(profile, r, families=families, **options) for r in conditions}
+    if control := [f for f, needs in family_needs(profile).items() if not needs]:
+        with suppress(ValueError):
+            curves["control"] = curve_of(profile, conditions[0], families=control, **options)
+    return curves
+
+
+def draw_curve(ax, curve, name, **look):
     "One condition in percent against printed layers, its band behind it."
-    x = curve["layer"] + 1
-    if band:
-        bounds = 100 * curve["low"], 100 * curve["high"]
-        ax.fill_between(x, *bounds, color=look["color"], alpha=0.18, linewidth=0)
-    ax.plot(x, 100 * curve["value"], label=label, zorder=3, **look)
+    x, look = curve["layer"] + 1, LOOKS[name] | look
+    bounds = 100 * curve["low"], 100 * curve["high"]
+    ax.fill_between(x, *bounds, color=look["color"], alpha=0.18, linewidth=0)
+    ax.plot(x, 100 * curve["value"], label=name, zorder=3, **look)
 
 
-def draw_boundary(ax, y, layers, look, late, size):
-    "A boundary as bar and mark, open (middle) or full (late); layers low, estimate, high."
-    low, at, high = (layer + 1 for layer in layers)  # the first layer of the next block
-    bar = dict(linewidth=0.4 * size, alpha=0.55, solid_capstyle="butt")
-    ax.plot([low, high], [y, y], color=look["color"], **bar)
+def draw_boundary(ax, y, layers, removed, late, label=None):
+    "A boundary with its interval, open (middle) or full (late); layers low, estimate, high."
+    low, at, high = layers
+    look = LOOKS[removed] | dict(linestyle="", markersize=4, clip_on=False)
+    look |= dict(elinewidth=1.6, ecolor=(look["color"], 0.55), label=label)
     face = look["color"] if late else "white"
-    ax.plot(at, y, **look, markerfacecolor=face, markersize=size, clip_on=False)
+    span = [[at - low], [high - at]]  # the first layer of the next block is printed
+    ax.errorbar(at + 1, y, xerr=span, markerfacecolor=face, **look)
+
+
+def draw_dependency(fig, curves, bounds, corrected=False):
+    "Curves of `curves_of` and, below them, the boundaries; blocks are those of both if there."
+    n_layers = int(max(curve["layer"].max() for curve in curves.values()))
+    if bounds:
+        ax, strip = fig.subplots(2, 1, sharex=True, height_ratios=[4.6, 1])
+        main = bounds.get("both") or next(iter(bounds.values()))
+        shade_blocks(ax, (main.shallow_end, main.late_start, n_layers))
+        _boundary_strip(strip, bounds)
+    else:
+        ax = strip = fig.subplots()
+    for name, curve in curves.items():
+        draw_curve(ax, curve, name)
+    chance_line(ax, next(iter(curves.values()))["chance"])
+    top = 103 * max(curve["value"].max() for curve in curves.values()) + 2
+    ax.set(ylim=(-9 if corrected else 0, np.clip(top, 109, 160)), yticks=range(0, 101, 20))
+    ax.set_ylabel(f"Retained performance {'above chance (%)' if corrected else '(% of full)'}")
+    layer_axis(strip, n_layers)
+    legend_outside(fig, [ax], 4, handlelength=2.6)
+
+
+def _boundary_strip(ax, bounds):
+    "One row per condition: middle start (open), late start (full), certified one (tick)."
+    for row, (removed, b) in enumerate(bounds.items()):
+        key = lambda label: None if row else label
+        for late, name in enumerate(("shallow_end", "late_start")):
+            at, said = getattr(b, name), f"{'late' if late else 'middle'} starts (95 %)"
+            low, high = getattr(b, f"{name}_ci") or (at, at)
+            draw_boundary(ax, row, (low, at, high), removed, late, key(said))
+        if b.late_start_certified is not None:
+            look = dict(color=LOOKS[removed]["color"], linestyle="", marker="|", markersize=9)
+            at = b.late_start_certified + 1
+            ax.plot(at, row, markeredgewidth=1.6, label=key("late, certified"), **look)
+    ax.set(ylim=(len(bounds) - 0.4, -0.6), yticks=range(len(bounds)), yticklabels=bounds)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x")
+    legend_outside(ax.figure, [ax], 3, "lower", fontsize=6, handlelength=1.6, columnspacing=1.1)
 
 # %% ../../nbs/plots/01_dependency.ipynb #47ca2fe3
 @house_style()
@@ -80,61 +132,10 @@ def plot_dependency(
     if hasattr(bounds, "removed"):
         bounds = {bounds.removed: bounds}
     conditions = [r for r in LOOKS if r in profile["removed"].values]
-    n_layers = int(profile["layer"].values.max())
+    curves = curves_of(profile, conditions, split=split, corrected=corrected)
     fig = new_figure(COLUMN, 3.2 if bounds else 2.5)
-    if bounds:
-        ax, strip = fig.subplots(2, 1, sharex=True, height_ratios=[4.6, 1])
-        main = bounds.get("both") or next(iter(bounds.values()))
-        shade_blocks(ax, (main.shallow_end, main.late_start, n_layers))
-        _boundary_strip(strip, bounds, conditions)
-    else:
-        ax = strip = fig.subplots()
-
-    options = dict(split=split, corrected=corrected)
-    curves = {r: curve_of(profile, r, **options) for r in conditions}
-    for removed, curve in curves.items():
-        draw_curve(ax, curve, removed, **LOOKS[removed])
-    if control := [f for f, needs in family_needs(profile).items() if not needs]:
-        with suppress(ValueError):  # the control family may have no right answer
-            flat = curve_of(profile, conditions[0], families=control, **options)
-            draw_curve(ax, flat, "control", band=False, linewidth=0.9, **CONTROL)
-    chance_line(ax, curves[conditions[0]]["chance"])
-    top = 103 * max(c["value"].max() for c in curves.values()) + 2
-    ax.set(ylim=(-9 if corrected else 0, np.clip(top, 109, 160)), yticks=range(0, 101, 20))
-    ax.set_ylabel(f"Retained performance {'above chance (%)' if corrected else '(% of full)'}")
-    layer_axis(strip, n_layers)
-    legend_outside(fig, [ax], 4, handlelength=2.6)
+    draw_dependency(fig, curves, {r: bounds[r] for r in LOOKS if r in bounds}, corrected)
     return fig
-
-
-def _boundary_strip(ax, bounds, conditions):
-    "One row per condition: middle start (open), late start (full), certified one (tick)."
-    from matplotlib.lines import Line2D
-
-    for row, look in enumerate(LOOKS[removed] for removed in conditions):
-        if (b := bounds.get(conditions[row])) is None:
-            continue
-        for late, name in enumerate(("shallow_end", "late_start")):
-            at = getattr(b, name)
-            low, high = getattr(b, f"{name}_ci") or (at, at)
-            draw_boundary(ax, row, (low, at, high), look, late, 4.2)
-        if b.late_start_certified is not None:
-            ends = row - 0.36, row + 0.36
-            ax.plot([b.late_start_certified + 1] * 2, ends, color=look["color"], linewidth=1.6)
-    ax.set_ylim(len(conditions) - 0.4, -0.6)
-    ax.set_yticks(range(len(conditions)), conditions)
-    ax.tick_params(axis="y", length=0)
-    ax.grid(axis="x")
-    mark = dict(color="#555555", linestyle="", markersize=4)
-    keys = {
-        "middle starts": mark | dict(marker="o", markerfacecolor="white"),
-        "late starts": mark | dict(marker="o"),
-        "late, certified": mark | dict(marker="|", markeredgewidth=1.6, markersize=6),
-        "95 % interval": dict(color="#555555", linewidth=1.6, alpha=0.55),
-    }
-    handles = [Line2D([], [], label=label, **look) for label, look in keys.items()]
-    tight = dict(fontsize=6, handlelength=1.1, handletextpad=0.4, columnspacing=1.1, borderpad=0)
-    ax.figure.legend(handles=handles, loc="outside lower center", ncols=4, **tight)
 
 # %% ../../nbs/plots/01_dependency.ipynb #70e49008
 @house_style()
@@ -142,46 +143,38 @@ def family_figure(
     profile,  # xr.Dataset of `probe_dependency`
     boundaries=None,  # {condition: Boundaries}: shades the blocks of `both`
     split="derive",  # samples to draw; None takes all
-    columns=3,  # panels in a row
 ):  # matplotlib Figure, one column wide, one panel per family
     """The dependency curves of each question family apart; the title of a panel gives its full
     accuracy and its number of questions."""
     order, needs = [{"visual"}, {"audio"}, {"visual", "audio"}, set()], family_needs(profile)
     families = sorted(needs, key=lambda family: (order.index(needs[family]), family))
     main, n_layers = (boundaries or {}).get("both"), int(profile["layer"].values.max())
-    rows = -(-len(families) // columns)
+    rows, top = -(-len(families) // 3), 115
     fig = new_figure(COLUMN, 0.98 * rows + 0.4)
-    axes = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    axes = fig.subplots(rows, 3, sharex=True, sharey=True, squeeze=False).flat
     for k, (ax, family) in enumerate(zip(axes, families)):
-        _family_panel(ax, profile, family, split)
+        title = family.replace("_", " ")
+        try:
+            for removed in [r for r in LOOKS if r in profile["removed"].values]:
+                curve = curve_of(profile, removed, split=split, families=(family,), n_boot=400)
+                draw_curve(ax, curve, removed, linewidth=0.9, markersize=1.8)
+                top = max(top, 103 * curve["value"].max())
+            ax.axhline(100 * curve["chance"], **DOTTED)
+            title += f"\nfull {100 * curve['full']:.0f} %, n = {curve['n']}"
+        except ValueError:
+            title += "\nno right answer"
+        ax.set_title(title, fontsize=6, linespacing=1.05)
         if main:
             shade_blocks(ax, (main.shallow_end, main.late_start, n_layers), inches=0)
         layer_axis(ax, n_layers, "", most_ticks=3.5)
-        ax.tick_params(labelbottom=k + columns >= len(families), labelsize=6)
+        ax.tick_params(labelbottom=k + 3 >= len(families), labelsize=6)
     for ax in axes[len(families) :]:
         ax.remove()
-    lines = [line for ax in fig.axes for line in ax.lines if line.get_marker() != "None"]
-    top = 1.03 * max((line.get_ydata().max() for line in lines), default=0)
-    fig.axes[0].set(ylim=(0, np.clip(top, 115, 205)), yticks=[0, 50, 100])
+    fig.axes[0].set(ylim=(0, min(top, 205)), yticks=[0, 50, 100])
     fig.supxlabel("Tokens removed before layer", fontsize=7)
     fig.supylabel("Retained performance (% of full)", fontsize=7)
     legend_outside(fig, fig.axes, 3, handlelength=2.6)
     return fig
-
-
-def _family_panel(ax, profile, family, split):
-    "Curves of one family under each condition."
-    name = family.replace("_", " ")
-    for removed in [r for r in LOOKS if r in profile["removed"].values]:
-        try:
-            curve = curve_of(profile, removed, split=split, families=(family,), n_boot=400)
-        except ValueError:
-            ax.set_title(f"{name}\nno right answer", fontsize=6)
-            return
-        draw_curve(ax, curve, removed, linewidth=0.9, markersize=1.8, **LOOKS[removed])
-    ax.axhline(100 * curve["chance"], **DOTTED)
-    told = f"{name}\nfull {100 * curve['full']:.0f} %, n = {curve['n']}"
-    ax.set_title(told, fontsize=6, linespacing=1.05)
 
 # %% ../../nbs/plots/01_dependency.ipynb #2a02b28e
 @house_style()
@@ -196,18 +189,15 @@ def boundaries_figure(
     for y, row in rows.iterrows():
         for late, name in enumerate(("shallow_end", "late_start")):
             layers = [int(row[name + end]) for end in ("_low", "", "_high")]
-            draw_boundary(
-                ax, y + (0.13 if late else -0.13), layers, LOOKS[row["removed"]], late, 3.6
-            )
+            draw_boundary(ax, y + (0.13 if late else -0.13), layers, row["removed"], late)
         same = row["late_start_same"]  # unknown where clips are too few to resample
         said = "-" if np.isnan(same) else f"{100 * same:.0f} %"
         ax.text(num_layers + 1.8, y, said, fontsize=5.5, va="center")
     all_families = rows["family"] == "all"
     names = rows["removed"].where(all_families, rows["family"].str.replace("_", " "))
-    ax.set_yticks(range(len(rows)), names)
+    ax.set(ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)), yticklabels=names)
     for label, bold in zip(ax.get_yticklabels(), all_families):
         label.set_fontweight("bold" if bold else "normal")
-    ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x")
     layer_axis(ax, num_layers, "Block begins at layer")
@@ -231,29 +221,28 @@ def plot_retention(
     plans = {"schedule": schedules} if hasattr(schedules, "levels") else dict(schedules)
     if len(counts := {p.num_layers for p in plans.values()}) != 1:
         raise ValueError(f"schedules for different layer counts: {sorted(counts)}")
-    first, n_layers = next(iter(plans.values())), counts.pop()
     fig = new_figure(COLUMN, 2.1)
-    for ax, modality in zip(fig.subplots(1, 2, sharey=True), ("visual", "audio")):
-        shade_blocks(ax, (first.shallow_end, first.late(modality), n_layers), inches=1.48)
-        for (label, plan), (color, style) in zip(plans.items(), _STAIRS * len(plans)):
-            draw_stairs(ax, plan.levels(modality), color, style, label=label, linewidth=1.3)
-        corner = dict(transform=ax.transAxes, ha="right", va="top", fontweight="bold")
-        ax.text(0.97, 0.95, modality, **corner)
-        step = 4 if n_layers <= 30 else 12
-        ax.set(
-            xlim=(0.5, n_layers + 0.5), xticks=[1, *range(step, n_layers + 1, step)], xlabel="Layer"
-        )
-    top = max(max(p.levels(m)) for p in plans.values() for m in ("visual", "audio"))
-    fig.axes[0].set(ylim=(0, 108 * top), ylabel="Tokens kept (%)")
-    legend_outside(fig, fig.axes[:1], 4, "lower", columnspacing=1.2)
+    draw_retention(fig, plans)
     return fig
 
 # %% ../../nbs/plots/01_dependency.ipynb #35d153cf
-def draw_stairs(ax, levels, color, linestyle, **look):
-    "Share of tokens (fraction) that each layer processes, layers printed from 1."
-    edges = np.arange(len(levels) + 1) + 0.5
-    look |= dict(color=color, linestyle=linestyle, baseline=None)
-    ax.stairs(100 * np.asarray(levels, float), edges, **look)
+def draw_retention(fig, plans):
+    "A panel per modality with the staircases of {label: Schedule}, layers printed from 1."
+    first = next(iter(plans.values()))
+    n_layers = first.num_layers
+    axes = fig.subplots(1, 2, sharey=True)
+    for ax, modality in zip(axes, ("visual", "audio")):
+        shade_blocks(ax, (first.shallow_end, first.late(modality), n_layers), inches=1.48)
+        for (label, plan), (color, style) in zip(plans.items(), _STAIRS * len(plans)):
+            look = dict(color=color, linestyle=style, linewidth=1.3, baseline=None)
+            edges = np.arange(n_layers + 1) + 0.5
+            ax.stairs(100 * np.array(plan.levels(modality)), edges, label=label, **look)
+        corner = dict(transform=ax.transAxes, ha="right", va="top", fontweight="bold")
+        ax.text(0.97, 0.95, modality, **corner)
+        depth_axis(ax, n_layers)
+    top = max(max(p.levels(m)) for p in plans.values() for m in ("visual", "audio"))
+    axes[0].set(ylim=(0, 108 * top), ylabel="Tokens kept (%)")
+    legend_outside(fig, axes[:1], 4, "lower", columnspacing=1.2)
 
 # %% ../../nbs/plots/01_dependency.ipynb #41a65e11
 @house_style()
@@ -277,9 +266,8 @@ def coverage_figure(
         for (shape, rows), look in zip(table.groupby("shape", sort=False), SERIES):
             rows, scale = rows.sort_values("questions"), 1 if column == "late width" else 100
             ax.plot(rows["questions"], scale * rows[column], label=shape, **look)
-        ax.set(xscale="log", xlabel="Questions", ylabel=unit, title=title)
-        ax.set_xticks(sizes, map(str, sizes))
-        ax.minorticks_off()
+        ax.set(xlabel="Questions", ylabel=unit, title=title)
+        log_axis(ax, sizes)
     for ax in axes[:2]:
         ax.axhline(100 * study["goal"], **DOTTED)
         ax.set_ylim(min(80, 100 * table["percentiles cover"].min() - 2), 101)
@@ -308,9 +296,8 @@ def needed_figure(
             if (enough := row["needed"][boundary]) is not None:
                 ax.plot(enough, shares[sizes.index(enough)], color=look["color"], **ring)
         ax.axhline(100 * study["share"], **DOTTED)
-        ax.set(xscale="log", xlabel="Questions", ylim=(0, 104), title=title)
-        ax.set_xticks(sizes, [f"{n / 1000:g}k" if n >= 1000 else str(n) for n in sizes])
-        ax.minorticks_off()
+        ax.set(xlabel="Questions", ylim=(0, 104), title=title)
+        log_axis(ax, sizes)
     layers = f"{study['within']} layer{'s' if study['within'] > 1 else ''}"
     axes[0].set_ylabel(f"Estimate within {layers} (%)")
     legend_outside(fig, axes[:1], 7, handlelength=2.2, columnspacing=1.2)

@@ -8,32 +8,17 @@ __all__ = ['explore']
 # %% ../../nbs/plots/06_explorer.ipynb #080278ac
 import io
 import json
-import numpy as np
 import warnings
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, field
+from functools import cache
 from html import escape
 from pathlib import Path
-from types import SimpleNamespace
-from ..boundaries.find import Resampled
+from ..boundaries.find import Boundaries, Resampled
+from ..boundaries.report import explain
 from ..boundaries.retention import needed_families
 from ..inputs.layout import MODALITIES
-from seats_analysis.plots.dependency import (
-    CONTROL,
-    curve_of,
-    draw_boundary,
-    draw_curve,
-    draw_stairs,
-)
-from seats_analysis.plots.style import (
-    LOOKS,
-    PAGE,
-    RED,
-    chance_line,
-    house_style,
-    layer_axis,
-    shade_blocks,
-)
+from .dependency import curves_of, derive_split, draw_dependency, draw_retention
+from .style import LOOKS, PAGE, RED, house_style, new_figure
 from ..schedules.cost import flops_fraction
 from ..schedules.schedule import DEFAULT_LATE, LATE_RULES, Schedule, ScheduleWarning
 from ..storage.files import shipped_folder
@@ -54,74 +39,47 @@ def model_config(name):
     return None
 
 
-def stored_benches(folder, model):
-    "(file name, row) of a model's measurements that have a realised fraction."
+def measured_fractions(folder, model):
+    "[(TRR in percent, realised fraction, where)] of a model's requests in `bench_*.json`."
     name, found = model.lower().rpartition("/")[2], []
     for path in sorted(Path(folder).glob("bench_*.json")):
         for row in load_json(path, "bench")["rows"]:
-            pruned = row["method"] == "seats" and row.get("realised_fraction")
             mine = row["config"] and name.startswith(row["config"].lower())
-            if pruned and mine and not (row.get("width") or row.get("encoders")):
-                found.append((path.name, row))
-    return tuple(found)
-
-
-def realised_at(bench, trr):
-    """(realised fraction, where it was measured) at the nearest TRR (percent), of batch 1 and few
-    tokens where there is one: the least that is promised. None without a measurement."""
-    if not bench:
-        return None
-    nearness = lambda found: (abs(found[1]["trr"] - trr), found[1]["batch"], found[1]["tokens"])
-    file, row = min(bench, key=nearness)
-    where = f"{file}, TRR {row['trr']:g} %, {row['tokens']:,} tokens"
-    return float(row["realised_fraction"]), where
+            plain = row["batch"] == 1 and not (row.get("width") or row.get("encoders"))
+            if mine and plain and row["method"] == "seats" and row.get("realised_fraction"):
+                where = f"{path.name}, TRR {row['trr']:g} %, {row['tokens']:,} tokens"
+                found.append((row["trr"], row["realised_fraction"], where))
+    return found
 
 # %% ../../nbs/plots/06_explorer.ipynb #cefb01f0
 ALL = "all"  # every family that needs what was removed
 
 
-@dataclass(eq=False)
 class Source:
     "One profile, what is looked up in it again and again, and what its schedules cost."
 
-    profile: object  # xr.Dataset
-    name: str
-    tokens: dict | None = None  # mean visual, audio and text tokens of a prompt
-    config: dict | None = None  # of the model, for FLOPs
-    bench: tuple = ()  # of `stored_benches`
-    n_boot: int = 2000
-
-    @classmethod
-    def open(cls, path, n_boot=2000):
-        "From a NetCDF file, with benchmarks from `results` beside its folder."
-        path, profile = Path(path), load_profile(path)
+    def __init__(self, path, n_boot=2000):  # NetCDF file, resamples of each interval
+        path, self.n_boot = Path(path), n_boot
+        self.profile = profile = load_profile(path)
+        self.name = path.stem
         model = str(profile.attrs.get("model", ""))
-        tokens = json.loads(profile.attrs.get("tokens", "null"))
-        bench = stored_benches(path.parent.parent / "results", model)
-        return cls(profile, path.stem, tokens, model_config(model), bench, n_boot)
-
-    @cached_property
-    def conditions(self):
-        return tuple(name for name in LOOKS if name in self.profile["removed"].values.astype(str))
-
-    def families(self, removed):
-        return (ALL, *needed_families(self.profile, removed))
+        self.tokens = json.loads(profile.attrs.get("tokens", "null"))  # means of a prompt
+        self.config = model_config(model)
+        self.measured = measured_fractions(path.parent.parent / "results", model)
+        removed = profile["removed"].values.astype(str)
+        self.conditions = tuple(name for name in LOOKS if name in removed)
+        needed = [needed_families(profile, name) for name in self.conditions]
+        self.families = (ALL, *dict.fromkeys(sum(map(list, needed), [])))
 
     @cache
     def drawn(self, removed, family=ALL):
-        "Resamples and curve, drawn once. Raises ValueError for what the profile does not hold."
-        if family not in self.families(removed):
-            known = ", ".join(self.families(removed))
-            raise ValueError(f"no family {family!r} needs {removed}; there are {known}")
-        splits = self.profile.coords.get("split", ())
-        options = dict(
-            split="derive" if "derive" in np.asarray(splits).astype(str) else None,
-            families=None if family == ALL else (family,),
-            n_boot=self.n_boot,
-        )
-        return Resampled.of(self.profile, removed, **options), curve_of(
-            self.profile, removed, **options
-        )
+        "Resamples and curves, drawn once. Raises ValueError for what the profile does not hold."
+        if family not in (ALL, *needed_families(self.profile, removed)):
+            raise ValueError(f"no question of the family {family!r} needs {removed}")
+        families = None if family == ALL else (family,)
+        options = dict(split=derive_split(self.profile), families=families, n_boot=self.n_boot)
+        curves = curves_of(self.profile, [removed], **options)
+        return Resampled.of(self.profile, removed, **options), curves
 
     def view(
         self,
@@ -131,55 +89,39 @@ class Source:
         trr=10.0,  # percent of all tokens to keep, in (0, 100]
         late=DEFAULT_LATE,  # or "certified"
     ):  # View
-        "Blocks, schedule and price. Raises ValueError for settings that the profile does not have."
-        if removed not in self.conditions:
-            known = ", ".join(self.conditions)
-            raise ValueError(f"`removed` must be one of {known}, not {removed!r}")
-        if not 0 < trr <= 100:
-            raise ValueError(f"`trr` is percent in (0, 100], not {trr}")
-        if late not in LATE_RULES:
-            raise ValueError(f"`late` must be one of {', '.join(LATE_RULES)}, not {late!r}")
+        "Blocks, schedule and price; `trouble` says what keeps the view from having them."
         view = View(self, removed, family, tolerance, trr, late)
         try:
-            resampled, view.curve = self.drawn(removed, family)
-        except ValueError as error:
-            if not any(s in str(error) for s in ("no question is", "no chosen question has")):
-                raise
-            view.trouble = f"{family}: {error}"
-            return view
-        view.bounds = resampled.decide(tolerance)
-        try:
-            self._plan(view)
+            resampled, view.curves = self.drawn(removed, family)
+            view.bounds = resampled.decide(tolerance)
+            view.plan = self._plan(view)
+            if self.config is None:
+                raise ValueError("FLOPs unknown: the model's configuration is not on this machine")
         except ValueError as error:
             view.trouble = str(error)
+            return view
+        counts = [round(self.tokens[m]) for m in (*MODALITIES, "text")]
+        for name in ("counter", "causal"):
+            view.flops[name] = flops_fraction(view.plan, *counts, self.config, name)
         return view
 
     def _plan(self, view):
-        "Schedule and price of a view. Raises ValueError that says what keeps it from having them."
+        "The schedule; with one modality removed, each gets the late start of its own curve."
         if self.tokens is None:
             raise ValueError(
                 "no schedule: the profile does not say how many tokens its prompts have"
             )
         bounds = view.bounds
-        if view.removed != "both":  # one late start for each modality
+        if view.removed != "both":
             if lacks := [m for m in MODALITIES if m not in self.conditions]:
                 raise ValueError(f"no schedule: the profile has no curve for {lacks[0]}")
-            family = {
-                m: view.family if view.family in self.families(m) else ALL for m in MODALITIES
-            }
+            needed = {m: needed_families(self.profile, m) for m in MODALITIES}
+            family = {m: view.family if view.family in needed[m] else ALL for m in MODALITIES}
             bounds = {m: self.drawn(m, family[m])[0].decide(view.tolerance) for m in MODALITIES}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ScheduleWarning)  # both late starts are on the panel
             tokens = [self.tokens[m] for m in MODALITIES]
-            view.plan = Schedule.from_trr(bounds, view.trr, *tokens, late=view.late)
-        if self.config is None:
-            raise ValueError("FLOPs unknown: the model's configuration is not on this machine")
-        counts = [round(self.tokens[m]) for m in (*MODALITIES, "text")]
-        view.flops = {
-            name: flops_fraction(view.plan, *counts, self.config, name)
-            for name in ("counter", "causal")
-        }
-        view.realised = realised_at(self.bench, view.trr)
+            return Schedule.from_trr(bounds, view.trr, *tokens, late=view.late)
 
 
 @dataclass
@@ -192,314 +134,132 @@ class View:
     tolerance: float  # loss that counts as none, share
     trr: float  # percent
     late: str  # rule: estimate or certified
-    bounds: object = None  # Boundaries of that condition and family
-    curve: dict | None = None  # retained performance with its band
+    bounds: Boundaries | None = None  # of that condition and family
+    curves: dict | None = None  # of `curves_of`
     plan: Schedule | None = None
-    flops: dict | None = None  # convention -> share of the full prefill's FLOPs
-    realised: tuple | None = None  # of `realised_at`
+    flops: dict = field(default_factory=dict)  # convention -> share of the full prefill's FLOPs
     trouble: str = ""  # why something is missing
-
-    @property
-    def stem(self):
-        "Name for a file."
-        rule = "" if self.late == "estimate" else f"_{self.late}"
-        setting = f"{self.removed}_{self.family}_tolerance{100 * self.tolerance:g}{rule}"
-        return f"{self.source.name}_{setting}_trr{self.trr:g}".replace(" ", "-")
 
     @property
     def limit(self):
         "Times as fast as the full prefill, at most."
         return 1 / self.flops["causal"]
 
-    def words(self):
-        "Blocks, schedule and price for people: {heading: sentence}. Layers are printed from 1."
-        family = "families that need it" if self.family == ALL else self.family.replace("_", " ")
-        tolerated = f"a loss of {100 * self.tolerance:.3g} % tolerated, late start: {self.late}"
-        out = {"profile": f"{self.source.name}, {self.removed} removed, {family}, {tolerated}"}
-        if b := self.bounds:
-            out["profile"] += f";  {b.n_samples} questions on {b.n_clips} clips"
-            out["blocks"] = _block_words(b)
+    def text(self):
+        "Blocks, schedule and price for people. Layers are printed from 1."
+        lines = [
+            f"{self.source.name}: family {self.family}, loss tolerated "
+            f"{100 * self.tolerance:.3g} %, late start: {self.late}"
+        ]
+        if self.bounds:
+            lines.append(explain(self.bounds))
         if self.plan:
-            out["schedule"] = f"TRR {self.trr:g} %: {_plan_words(self.plan)}"
+            table = self.plan.to_table().round(1).to_string(index=False)
+            lines.append(f"Schedule for a TRR of {self.trr:g} %:\n{table}")
         if self.flops:
-            shares = {name: f"{100 * share:.3g} %" for name, share in self.flops.items()}
-            price = f"{shares['counter']} of the prefill's FLOPs (causal {shares['causal']});  "
-            price += f"predicted prefill: at most {self.limit:.3g} times as fast (1 / causal share)"
-            if self.realised:
-                share, where = self.realised
-                expected = f"{share * self.limit:.3g} times at the realised fraction {share:.2f}"
-                out["price"] = f"{price}, {expected} ({where})"
-            else:
-                out["price"] = f"{price}; not measured for this model"
-        return out | ({"note": self.trouble} if self.trouble else {})
+            price = f"FLOPs: {100 * self.flops['counter']:.3g} % of the prefill "
+            price += f"(causal {100 * self.flops['causal']:.3g} %), so at most "
+            lines.append(f"{price}{self.limit:.3g} times as fast.")
+            if self.source.measured:
+                nearest = min(
+                    self.source.measured, key=lambda row: (abs(row[0] - self.trr), row[1])
+                )
+                _, share, where = nearest
+                lines[-1] += f" Expected: {share * self.limit:.3g} times, as {share:.2f} of the"
+                lines[-1] += f" limit was reached in {where}."
+        return "\n".join([*lines, self.trouble]).strip()
 
     @house_style()
     def figure(self):
-        "A matplotlib Figure, two columns wide: curve and blocks, schedule over depth, price."
-        from textwrap import fill
-
-        fig, axes = _frame(*_axes_of(self), words=True)
-        _fill(axes, self)
-        lines = [f"{name}:  {text}" for name, text in self.words().items()]
-        text = "\n".join(fill(line, 160, subsequent_indent="    ") for line in lines)
-        look = dict(va="top", linespacing=1.45, fontsize=6.8)
-        fig.text(0.012, 0.69 / fig.get_figheight(), text, **look)
+        "A matplotlib Figure, two columns wide: curve and blocks, schedule over depth."
+        fig = new_figure(PAGE, 3.2)
+        left, right = fig.subfigures(1, 2)
+        if self.bounds:
+            draw_dependency(left, self.curves, {self.removed: self.bounds})
+            left.axes[0].axhline(100 * (1 - self.tolerance), color=RED, linewidth=0.8, zorder=2)
+        if self.plan:
+            draw_retention(right, {f"TRR {self.trr:g} %": self.plan})
+        else:
+            right.text(0.5, 0.5, "no schedule", ha="center")
         return fig
 
-
-def _block_words(b):
-    "Blocks, and where they begin with the interval."
-    span = lambda low, high: (
-        "none" if low > high else f"{low}" if low == high else f"{low} to {high}"
-    )
-    end = lambda layer: layer + 1 if layer < b.num_layers else "end"
-    start = lambda at, ci: f"{end(at)} ({ci[0] + 1} to {end(ci[1])})"
-    certified = b.late_start_certified
-    return (
-        f"shallow {span(1, b.shallow_end)}, middle {span(b.shallow_end + 1, b.late_start)}, "
-        f"late {span(b.late_start + 1, b.num_layers)};  95 %: middle starts at "
-        f"{start(b.shallow_end, b.shallow_end_ci)}, "
-        f"late at {start(b.late_start, b.late_start_ci)}; "
-        f"{'none certified' if certified >= b.num_layers else f'certified from {certified + 1}'}"
-    )
-
-
-def _plan_words(plan):
-    "Where tokens go."
-    kept = ", ".join(f"{m} {100 * plan.trr[m]:.3g} %" for m in MODALITIES)
-    enters = " and ".join(f"{100 * plan.entering[m]:.3g} %" for m in MODALITIES)
-    drops = ", ".join(str(d + 1) for d in plan.drop_layers)
-    ends = {m: plan.late(m) for m in MODALITIES}
-    ends = [
-        f"{m} {f'gone from {at + 1}' if at < plan.num_layers else 'to the end'}"
-        for m, at in ends.items()
-    ]
-    drops = f"drops before layers {drops}" if drops else "no drops"
-    return f"{kept};  enters {enters};  {drops};  {', '.join(ends)}"
-
-# %% ../../nbs/plots/06_explorer.ipynb #003d76fd
-_DPI = 130  # of the panel
-
-
-def _axes_of(view):
-    "(number of layers, upper end of the axis), in few steps, so that axes need not be drawn again."
-    highest = 100 * float(view.curve["value"].max()) if view.curve else 0
-    top = next((top for top in (109, 130) if highest + 4 <= top), 160)
-    return int(view.source.profile["layer"].max()), top
-
-
-def _frame(num_layers, top, words=False):
-    "The axes without any data, with room for words below or not: (figure, axes by name)."
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    height = 3.4 if words else 2.7
-    fig = Figure(figsize=(PAGE, height), dpi=100 if words else _DPI)
-    FigureCanvasAgg(fig)
-    margins = dict(left=0.062, right=0.988, top=1 - 0.42 / height, wspace=0.15, hspace=0.1)
-    bottom = (1.1 if words else 0.37) / height
-    ratios = dict(height_ratios=[5, 1], width_ratios=[1.2, 1])
-    grid = fig.add_gridspec(2, 2, bottom=bottom, **margins, **ratios)
-    curve, strip, kept = map(fig.add_subplot, (grid[0, 0], grid[1, 0], grid[:, 1]))
-    layer_axis(curve, num_layers, "")
-    layer_axis(strip, num_layers)
-    curve.set(ylim=(0, top), yticks=range(0, 101, 20), ylabel="Retained performance (% of full)")
-    curve.tick_params(labelbottom=False)
-    strip.set(ylim=(1.6, -0.6), yticks=[0, 1], yticklabels=["middle", "late"])
-    strip.tick_params(axis="y", length=0)
-    strip.grid(axis="x")
-    kept.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0)), np.square))
-    kept.set(xlim=(0.5, num_layers + 0.5), xlabel="Layer", xticks=curve.get_xticks()[:-1])
-    kept.set(ylim=(0, 105), yticks=(0, 1, 5, 10, 25, 50, 100))
-    kept.set_ylabel("Tokens kept (%, square-root scale)")
-    for m in MODALITIES:
-        kept.plot([], [], label=m, **LOOKS[m] | dict(marker=""))
-    place = dict(loc="lower right", bbox_to_anchor=(1, 1.085), borderpad=0, borderaxespad=0)
-    kept.legend(ncols=2, handlelength=2.8, **place)
-    return fig, SimpleNamespace(curve=curve, strip=strip, kept=kept)
-
-
-def _fill(axes, view):
-    "Everything of a view that moves."
-    if b := view.bounds:
-        look = LOOKS[view.removed]
-        shade_blocks(axes.curve, (b.shallow_end, b.late_start, b.num_layers), inches=3.6)
-        draw_curve(axes.curve, view.curve, view.removed, **look)
-        if b.control:
-            control = CONTROL | dict(marker="", linewidth=0.9)
-            axes.curve.plot(np.array(b.layers) + 1, 100 * np.array(b.control), **control)
-        chance_line(axes.curve, view.curve["chance"])
-        axes.curve.axhline(100 * (1 - view.tolerance), color=RED, linewidth=0.8, zorder=2)
-        for late, name in enumerate(("shallow_end", "late_start")):
-            low, high = getattr(b, f"{name}_ci")
-            draw_boundary(axes.strip, late, (low, getattr(b, name), high), look, late, 4.5)
-        if (at := b.late_start_certified) < b.num_layers:
-            axes.strip.plot([at + 1] * 2, [0.6, 1.4], color=look["color"], linewidth=1.6)
-    if plan := view.plan:
-        late = max(plan.late(m) for m in MODALITIES)
-        shade_blocks(axes.kept, (plan.shallow_end, late, plan.num_layers), inches=3)
-        for m in MODALITIES:
-            look = {k: LOOKS[m][k] for k in ("color", "linestyle")}
-            draw_stairs(axes.kept, plan.levels(m), linewidth=1.5, **look)
-    else:
-        middle = dict(ha="center", va="center", color="#777777", transform=axes.kept.transAxes)
-        axes.kept.text(0.5, 0.5, "no schedule", **middle)
-
-
-def _png(canvas, level=1):
-    "A drawn canvas as PNG bytes, packed for speed (1) or size (9)."
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    image.save(buffer, "png", compress_level=level)
-    return buffer.getvalue()
-
-# %% ../../nbs/plots/06_explorer.ipynb #48af5f05
-class Painter:
-    "Views without their words as PNG bytes; what does not move is drawn once per number of layers."
-
-    def __init__(self):
-        self._frames = {}
-
-    @house_style()
-    def __call__(self, view):
-        if (key := _axes_of(view)) not in self._frames:
-            fig, axes = _frame(*key)
-            fig.canvas.draw()
-            self._frames[key] = fig, axes, fig.canvas.copy_from_bbox(fig.bbox)
-        fig, axes, empty = self._frames[key]
-        artists = lambda: [a for ax in fig.axes for a in ax.get_children()]
-        fixed = artists()
-        try:
-            _fill(axes, view)
-            moving = [a for a in artists() if a not in fixed]
-            spines = [a for ax in fig.axes for a in ax.spines.values()]  # shades would hide them
-            fig.canvas.restore_region(empty)
-            for artist in sorted(moving + spines, key=lambda a: a.zorder):
-                artist.draw(fig.canvas.get_renderer())
-            return _png(fig.canvas)
-        finally:
-            for artist in artists():
-                if artist not in fixed:
-                    artist.remove()
-
-# %% ../../nbs/plots/06_explorer.ipynb #a7287e11
-def save_plan(plan, folder, stem):
-    """Save a schedule under the first free name: stem.json, stem-2.json, ... Returns the path, and
-    False if the same schedule is there already."""
-    for number in range(1, 1000):
-        path = Path(folder) / f"{stem}{f'-{number}' if number > 1 else ''}.json"
-        if not path.exists():
-            plan.save(path)
-            return path, True
-        try:
-            if Schedule.load(path) == plan:
-                return path, False
-        except ValueError:
-            pass  # not ours to touch
-    raise ValueError(f"{folder} has a thousand files named {stem}; choose another folder")
-
 # %% ../../nbs/plots/06_explorer.ipynb #fc79b7a9
-_SETTINGS = "removed", "family", "tolerance", "trr", "late"
-
-
-def _controls(names):
-    "The widgets by name; options of the lower ones follow from the profile."
-    import ipywidgets as w
-
-    wide = dict(style=dict(description_width="70px"), layout=w.Layout(width="330px"))
-    share = dict(min=0.001, max=0.2, step=0.001, readout_format=".1%")
-    percent = dict(min=1, max=60, step=0.5, readout_format=".1f")
-    picture = w.Layout(width=f"{round(_DPI * PAGE)}px", max_width="100%")
-    return dict(
-        profile=w.Dropdown(options=names, description="profile", **wide),
-        removed=w.Dropdown(description="removed", **wide),
-        family=w.Dropdown(description="family", **wide),
-        tolerance=w.FloatSlider(0.01, description="tolerance", **share, **wide),
-        trr=w.FloatSlider(10, description="TRR (%)", **percent, **wide),
-        late=w.Dropdown(options=LATE_RULES, value=DEFAULT_LATE, description="late start", **wide),
-        picture=w.Image(format="png", layout=picture),
-        words=w.HTML(),
-        button=w.Button(description="Save schedule", icon="save", button_style="primary"),
-        status=w.HTML(),
-    )
-
-
 class Explorer:
     "Controls and picture; `view` is what they show."
 
     def __init__(self, paths, out, n_boot):  # {name: path of a profile}, folder for schedules
         import ipywidgets as w
 
-        self.paths, self.out, self.n_boot = paths, Path(out), n_boot
-        self.paint, self._open, self._busy = Painter(), {}, False
-        self.controls = c = _controls(list(paths))
-        vars(self).update(c)
-        rows = [list(c.values())[k : k + 3] for k in (0, 3)]
+        self.out, self._opened = Path(out), cache(lambda name: Source(paths[name], n_boot))
+        wide = dict(style=dict(description_width="70px"), layout=w.Layout(width="330px"))
+        wide["continuous_update"] = False
+        choice = lambda name, options: w.Dropdown(description=name, options=options, **wide)
+        slider = lambda name, value, low, high, step, form: w.FloatSlider(
+            value, min=low, max=high, step=step, readout_format=form, description=name, **wide
+        )
+        self.profile = choice("profile", list(paths))
+        self.settings = dict(
+            removed=choice("removed", self.source.conditions),
+            family=choice("family", self.source.families),
+            tolerance=slider("tolerance", 0.01, 0.001, 0.2, 0.001, ".1%"),
+            trr=slider("TRR (%)", 10, 1, 60, 0.5, ".1f"),
+            late=choice("late start", LATE_RULES),
+        )
+        self.settings["late"].value = DEFAULT_LATE
+        self.picture, self.words, self.status = w.Image(), w.HTML(), w.HTML()
+        self.button = w.Button(description="Save schedule", icon="save")
+        controls = [self.profile, *self.settings.values()]
         below = [self.picture, self.words, w.HBox([self.button, self.status])]
-        self.panel = w.VBox([*map(w.HBox, rows), *below])
-        for name in ("profile", *_SETTINGS):
-            c[name].observe(self._changed, "value")
+        self.panel = w.VBox([w.HBox(controls[:3]), w.HBox(controls[3:]), *below])
+        self.profile.observe(self._open, "value")
+        for control in self.settings.values():
+            control.observe(self._draw, "value")
         self.button.on_click(lambda _: self.save())
-        self._changed(dict(owner=self.profile))
+        self._draw()
 
     @property
     def source(self):
-        "The chosen profile; opened, and its bootstraps drawn, the first time."
-        name = self.profile.value
-        if name not in self._open:
-            self._open[name] = source = Source.open(self.paths[name], self.n_boot)
-            for removed in source.conditions:
-                for family in source.families(removed):
-                    source.view(removed, family)
-        return self._open[name]
+        "The chosen profile."
+        return self._opened(self.profile.value)
 
-    def _changed(self, change):
-        "Options that depend on the change, then the picture; changes made in here do not draw."
-        if self._busy:
-            return
-        self._busy = True
-        try:
-            if change["owner"] is self.profile:
-                _choose(self.removed, self.source.conditions)
-            _choose(self.family, self.source.families(self.removed.value))
-            setting = {name: self.controls[name].value for name in _SETTINGS}
-            self.view = self.source.view(**setting)
-            self.picture.value = self.paint(self.view)
-            row = "<tr><td><b>{}</b>&emsp;</td><td>{}</td></tr>".format
-            rows = [row(name, escape(text)) for name, text in self.view.words().items()]
-            self.words.value = f"<table style='line-height:1.5'>{''.join(rows)}</table>"
-            self.button.disabled, self.status.value = self.view.plan is None, ""
-        finally:
-            self._busy = False
+    def _open(self, _):
+        self.settings["removed"].options = self.source.conditions
+        self.settings["family"].options = self.source.families
+        self._draw()
+
+    def _draw(self, _=None):
+        self.view = self.source.view(**{k: control.value for k, control in self.settings.items()})
+        self.picture.value = _png(self.view.figure())
+        self.words.value = f"<pre>{escape(self.view.text())}</pre>"
+        self.button.disabled, self.status.value = self.view.plan is None, ""
 
     def save(self):
-        "Save the schedule that is shown, and say where."
-        if self.view.plan is None:
+        "Save the schedule that is shown under a name of its settings; never replaces a file."
+        if (view := self.view).plan is None:
+            return None
+        share = f"tolerance{100 * view.tolerance:g}_{view.late}_trr{view.trr:g}"
+        path = self.out / f"{view.source.name}_{view.removed}_{view.family}_{share}.json"
+        if path.exists():
+            self.status.value = escape(f"not saved: {path} is there already")
             return None
         try:
-            path, written = save_plan(self.view.plan, self.out, self.view.stem)
-            said = f"saved as {path}" if written else f"{path} holds this very schedule already"
-        except (OSError, ValueError) as error:
-            path, said = None, f"not saved: {error}"
-        self.status.value = f"<code>{escape(said)}</code>"
+            view.plan.save(path)
+        except OSError as error:
+            self.status.value = escape(f"not saved: {error}")
+            return None
+        self.status.value = escape(f"saved as {path}")
         return path
 
-    @house_style()
     def _repr_mimebundle_(self, include=None, exclude=None):
         "The panel for those who can show it, the picture for the others."
-        fig, words = self.view.figure(), self.view.words()
-        fig.canvas.draw()
-        text = "\n".join(f"{name}: {text}" for name, text in words.items())
-        shown = {"image/png": _png(fig.canvas, 9), "text/plain": text}
+        shown = {"image/png": bytes(self.picture.value), "text/plain": self.view.text()}
         return (self.panel._repr_mimebundle_() or {}) | shown
 
 
-def _choose(widget, options):
-    "New options; what was chosen stays chosen if it can."
-    value = widget.value if widget.value in options else options[0]
-    widget.options, widget.value = options, value
+def _png(fig):
+    with io.BytesIO() as file, house_style():
+        fig.savefig(file, dpi=110)
+        return file.getvalue()
 
 # %% ../../nbs/plots/06_explorer.ipynb #a232f137
 def explore(
@@ -514,5 +274,5 @@ def explore(
     try:
         import ipywidgets  # noqa: F401
     except ImportError:
-        return Source.open(next(iter(paths.values())), n_boot).view().figure()
+        return Source(next(iter(paths.values())), n_boot).view().figure()
     return Explorer(paths, out, n_boot)

@@ -6,6 +6,7 @@
 __all__ = ['learning_curves_figure']
 
 # %% ../../nbs/plots/03_methods.ipynb #f50c656e
+import csv
 import json
 import numpy as np
 from pathlib import Path
@@ -86,40 +87,29 @@ TRUSTED = {
     "readme": "repository",
     "teaser-figure": "teaser figure, read by eye",
 }
-_DOUBTED = ("secondary",)
-
-
-def _cell(name, text):
-    "A cell of a CSV file: number, text, or None where it is empty."
-    if name in ("paper", "label"):  # an arXiv number is no number: its last zero counts
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        return text or None
 
 
 def read_reported(
     path,  # CSV file with a column `source`
-) -> list:  # one dict per row; numbers as float, empty cells as None
+) -> list:  # one dict of texts per row
     "Read what others published. Raises ValueError that names the file, also for an unknown source."
-    import pandas as pd
-
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a table: {error}") from None
-    known = [*TRUSTED, *_DOUBTED]
-    unknown = {"no rows"} if table.empty else set(table.get("source", [None])) - set(known)
+    known = [*TRUSTED, "secondary"]
+    unknown = {str(r.get("source")) for r in rows} - set(known) if rows else {"no rows"}
     if unknown:
-        said = f"unknown source {sorted(map(str, unknown))}; known are {', '.join(known)}"
+        said = f"unknown source {sorted(unknown)}; known are {', '.join(known)}"
         raise ValueError(f"{path}: {said}")
-    return [{k: _cell(k, v) for k, v in row.items()} for row in table.to_dict("records")]
+    return rows
 
 
-def verified(rows):
-    "Rows that may be drawn: those whose source is the authors' own."
-    return [r for r in rows if r["source"] in TRUSTED]
+def verified(rows, *numbers):
+    "Rows that may be drawn, those whose source is the authors' own, with these columns as float."
+    trusted = [r for r in rows or () if r["source"] in TRUSTED]
+    return [r | {name: float(r[name]) for name in numbers} for r in trusted]
 
 # %% ../../nbs/plots/03_methods.ipynb #47eac0b0
 def is_ablation(row):
@@ -141,6 +131,11 @@ def pick(found, ablations=False, trr=None):
         and is_ablation(r) == ablations
         and (trr in (None, r["trr"]) or by_rule(r))
     ]
+
+
+def full_model(found):
+    "The row of the untouched model."
+    return next(r for r in found["rows"] if r["method"] == "full")
 
 
 def budgets(rows):
@@ -174,22 +169,22 @@ def time_share(row):
 def source_of(found, more=""):
     "Where a comparison was measured, for `say_source`."
     rows = [r for r in found["rows"] if r["method"] != "full"] or found["rows"]
-    device = found.get("device", "unknown device")
-    if device == "cpu":
-        device = f"{found.get('threads', '')} CPU threads".strip()
-    n, clips = max(r["n"] for r in rows), found.get("clips", "?")
-    model = f"{found.get('model', 'a model')} ({device})"
-    return f"Measured here on {model}, {n} questions, {clips} clips{more}"
+    device = f"{found['threads']} CPU threads" if found["device"] == "cpu" else found["device"]
+    n = max(r["n"] for r in rows)
+    return (
+        f"Measured here on {found['model']} ({device}), {n} questions, {found['clips']} clips{more}"
+    )
 
 # %% ../../nbs/plots/03_methods.ipynb #c95a1ec3
 def _accuracy_curve(ax, rows, cost, **look):
     "One method: accuracy with its interval (percent) against a cost."
     rows = sorted(rows, key=cost)
-    accuracy, low, high = (
-        np.array([100 * r[k] for r in rows]) for k in ("accuracy", "low", "high")
-    )
+    accuracy, low, high = np.transpose([[100 * r[k] for k in _ENDS] for r in rows])
     bars = np.clip([accuracy - low, high - accuracy], 0, None)
     ax.errorbar([cost(r) for r in rows], accuracy, bars, elinewidth=0.5, **look)
+
+
+_ENDS = "accuracy", "low", "high"
 
 
 def _published_times(ax, rows):
@@ -201,7 +196,7 @@ def _published_times(ax, rows):
         if method == "seats":
             for r, *at in zip(own, x, y):
                 look = dict(textcoords="offset points", va="top", fontsize=5.8, color=BLUE)
-                ax.annotate(f"{r['trr_percent']:g}", at, (4, -2), **look)
+                ax.annotate(r["trr_percent"], at, (4, -2), **look)
         if method == "full":
             ax.axhline(y[0], **DASHED)
     ax.set(xlim=(0, 1.06 * max(r["time_ms"] for r in rows)), xlabel="Selection + prefill (ms)")
@@ -213,39 +208,44 @@ def _published_times(ax, rows):
 def _measured_times(ax, found):
     "All methods of a comparison and the full model; rings around what runs at its own minimum."
     curves = {}
-    for r in [*(r for r in found["rows"] if r["method"] == "full"), *pick(found)]:
+    for r in [full_model(found), *pick(found)]:
         curves.setdefault(name_of(r), []).append(r)
     for name, rows in curves.items():
         look = method_look(rows[0]["method"])
         if by_rule(rows[0]):
             look["markerfacecolor"] = "white"
         _accuracy_curve(ax, rows, time_share, label=name, **look)
-    ring = dict(linestyle="", marker="o", markersize=7, markerfacecolor="none", zorder=6)
     own = [(time_share(r), 100 * r["accuracy"]) for r in pick(found) if r["own_minimum"]]
-    ax.plot(*zip(*own), markeredgecolor="#555555", markeredgewidth=0.6, **ring) if own else None
+    ring = dict(marker="o", s=49, facecolor="none", edgecolor="#555555", linewidth=0.6, zorder=6)
+    ax.scatter(*np.reshape(own, (-1, 2)).T, **ring)
     chance_line(ax, CHANCE)
-    ax.axhline(100 * curves["full"][0]["accuracy"], **DASHED)
+    ax.axhline(100 * full_model(found)["accuracy"], **DASHED)
     percent_axis(ax, np.nanmin([100, *map(time_share, pick(found))]))
     ax.set(xlabel="Selection + prefill (% of full)", ylabel="Accuracy (%)")
     ax.grid(axis="y")
 
 
-def _side_by_side(panels, height, **options):
-    "Lettered panels, (title, function of the axes, ...) each; one column wide for one."
+def _side_by_side(panels, height, pad=3, **options):
+    """Lettered panels, (title, function of the axes, source) each; one column wide for one.
+    Raises ValueError for none."""
     if not panels:
         raise ValueError("neither published numbers nor a measured comparison: nothing to draw")
     fig = new_figure(PAGE if len(panels) == 2 else COLUMN, height)
     axes = fig.subplots(1, len(panels), squeeze=False, **options)[0]
-    for letter, (title, draw, _), ax in zip("ab", panels, axes):
+    letters, sources = ("a", "b") if len(panels) == 2 else ("",), []
+    for letter, (title, draw, source), ax in zip(letters, panels, axes):
         draw(ax)
-        ax.set_title(f"{letter}  {title}" if len(panels) == 2 else title)
-    return fig
-
-
-def _sources(panels):
-    "Where the numbers of each panel come from."
-    said = [source for _, _, source in panels]
-    return f"a: {said[0]}\nb: {said[1]}" if len(said) == 2 else said[0]
+        ax.set_title(f"{letter}  {title}".strip(), pad=pad)
+        sources.append(f"{letter}: {source}".removeprefix(": "))
+    legend_outside(
+        fig,
+        axes[::-1],
+        7 if len(panels) == 2 else 4,
+        handlelength=2.2,
+        columnspacing=0.9,
+        handletextpad=0.5,
+    )
+    return say_source(fig, "\n".join(sources))
 
 
 @house_style()
@@ -256,49 +256,32 @@ def time_figure(
 ):  # matplotlib Figure, two columns wide; one where there is one panel
     "Accuracy against selection + prefill time, published and measured apart; one may be missing."
     panels = []
-    if rows := verified(published or []):
+    if rows := verified(published, "time_ms", "accuracy"):
         said = (
             "Published by the authors of SEATS, read by eye off their figure "
             "(error about 1 % of the axis), no intervals given; numbers: TRR (%)"
         )
-        title = f"published, {name}" if name else "published"
-        panels.append((title, lambda ax: _published_times(ax, rows), said))
+        panels.append((f"published, {name}", lambda ax: _published_times(ax, rows), said))
     if found:
         said = source_of(found, "; bars: 95 % intervals; rings: own minimum")
-        title = f"measured here, {found.get('model', 'a model')}"
+        title = f"measured here, {found['model']}"
         panels.append((title, lambda ax: _measured_times(ax, found), said))
-    fig = _side_by_side(panels, 2.9)
-    spacing = dict(handlelength=2.2, columnspacing=0.9, handletextpad=0.5)
-    legend_outside(fig, fig.axes[::-1], 8 if len(panels) == 2 else 4, **spacing)
-    return say_source(fig, _sources(panels))
+    return _side_by_side(panels, 2.9)
 
 # %% ../../nbs/plots/03_methods.ipynb #85a69af2
-_BENCHMARKS = {
-    "daily-omni": "Daily-Omni",
-    "worldsense": "WorldSense",
-    "omnivideobench": "OmniVideoBench",
-    "video-mme": "Video-MME",
-    "lvomnibench": "LVOmniBench",
-}
 MODELS = {"qwen2.5-omni-7b": "Qwen2.5-Omni-7B", "qwen3-omni-30b-a3b": "Qwen3-Omni-30B-A3B"}
 
 
-def _spokes(ax, names, low, high, step):
+def _spokes(ax, names, rings):
     "A polar axis with one spoke per name and rings in percent; returns the angles of closed lines."
     angles = np.linspace(0, 2 * np.pi, len(names) + 1)
-    grey = dict(fontsize=5.8, color="#555555")
-    ax.tick_params(axis="x", pad=-1)
-    ax.text(0, low, f"{low:g}", ha="right", va="top", **grey)
-    ax.set_theta_offset(np.pi / 2)
+    ax.set_theta_zero_location("N")
     ax.set_theta_direction(-1)
-    ax.set_ylim(low, high)
-    ax.set_xticks(angles[:-1], [n.replace("_", " ") for n in names])
-    rings = np.arange(low + step, high + 0.1, step)
-    ax.set_yticks(rings, [f"{v:g}" for v in rings], **grey)
-    ax.set_rlabel_position(180 / len(names))
-    ax.plot(np.linspace(0, 2 * np.pi, 200), [100] * 200, **DASHED | dict(linewidth=0.8, zorder=2))
-    for label, side in zip(ax.get_xticklabels(), np.sin(angles)):
-        label.set_ha("center" if abs(side) < 0.2 else "left" if side > 0 else "right")
+    ax.set_xticks(angles[:-1], [name.replace("_", "\n").replace("-", "\n") for name in names])
+    ax.tick_params(axis="x", pad=5)
+    ax.set_rgrids(rings[1:], angle=180 / len(names), fontsize=5.8, color="#555555")
+    ax.set_rlim(rings[0], rings[-1])
+    ax.plot(np.linspace(0, 2 * np.pi, 200), [100] * 200, **DASHED | dict(zorder=2))
     ax.spines["polar"].set_visible(False)
     return angles
 
@@ -306,12 +289,11 @@ def _spokes(ax, names, low, high, step):
 def _published_radar(ax, rows):
     "Percent of the full score, one line per model, as published."
     names = sorted({r["benchmark"] for r in rows})
-    values = [r["percent_of_full"] for r in rows]
-    low, high = 5 * np.floor(min(values) / 5) - 5, 5 * np.ceil(max(values) / 5)
-    angles = _spokes(ax, [_BENCHMARKS.get(n, n) for n in names], low, high, 5)
+    scores = [r["percent_of_full"] for r in rows]
+    angles = _spokes(ax, names, np.arange(5 * (min(scores) // 5) - 5, max(scores) + 5, 5))
     for model, look in zip(dict.fromkeys(r["model"] for r in rows), SERIES):
-        found = {r["benchmark"]: r["percent_of_full"] for r in rows if r["model"] == model}
-        line = [found.get(n, np.nan) for n in [*names, names[0]]]
+        score = {r["benchmark"]: r["percent_of_full"] for r in rows if r["model"] == model}
+        line = [score.get(name, np.nan) for name in [*names, names[0]]]
         ax.plot(angles, line, label=f"SEATS on {MODELS.get(model, model)}", **look)
 
 
@@ -321,20 +303,15 @@ def _measured_radar(ax, found, trr):
     shown = [r for r in rows if r["method"] in ("seats", "random")]
     others = [r for r in rows if r["ranked"] and r not in shown]
     shown += sorted(others, key=lambda r: -r["accuracy"])[:1]
-    families = [f for f in shown[0]["families"] if f not in found.get("apart", ())]
-    angles = _spokes(ax, families, 0, 105, 20)
-
-    def closed(row, key):
-        "Percent of the full model's accuracy, family by family and back to the first."
-        cells = [row["families"][f] for f in [*families, families[0]]]
-        full = [c["full_accuracy"] or np.nan for c in cells]
-        return [100 * c[key] / whole for c, whole in zip(cells, full)]
-
+    families = [f for f in shown[0]["families"] if f not in found["apart"]]
+    angles = _spokes(ax, families, np.arange(0, 101, 20))
     for row in shown:
-        ax.plot(angles, closed(row, "accuracy"), label=name_of(row), **method_look(row["method"]))
+        cells = [row["families"][f] for f in [*families, families[0]]]
+        full = np.array([c["full_accuracy"] or np.nan for c in cells])
+        at, low, high = (100 * np.array([c[k] for c in cells]) / full for k in _ENDS)
+        ax.plot(angles, at, label=name_of(row), **method_look(row["method"]))
         if row["method"] == "seats":
-            band = closed(row, "low"), closed(row, "high")
-            ax.fill_between(angles, *band, color=BLUE, alpha=0.18, linewidth=0)
+            ax.fill_between(angles, low, high, color=BLUE, alpha=0.18, linewidth=0)
 
 
 @house_style()
@@ -345,7 +322,7 @@ def radar_figure(
     """Percent of the full performance on each benchmark (published, no budget claimed) and on each
     family of questions (ours, smallest budget); one may be missing."""
     panels = []
-    if rows := verified(published or []):
+    if rows := verified(published, "percent_of_full"):
         said = (
             "Published by the authors of SEATS, read by eye off their figure, "
             "which states neither budget nor intervals"
@@ -355,12 +332,7 @@ def radar_figure(
         trr, said = budgets(pick(found))[-1], source_of(found, "; band: 95 % interval of SEATS")
         title = f"measured here, % of full at TRR {trr:g} %"
         panels.append((title, lambda ax: _measured_radar(ax, found, trr), said))
-    fig = _side_by_side(panels, 3.3, subplot_kw=dict(projection="polar"))
-    for ax in fig.axes:
-        ax.set_title(ax.get_title(loc="left"), pad=17)
-        ncols = 1 if len(ax.get_legend_handles_labels()[0]) < 3 else 3
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=ncols, handlelength=2.6)
-    return say_source(fig, _sources(panels))
+    return _side_by_side(panels, 3.1, 14, subplot_kw=dict(projection="polar"))
 
 # %% ../../nbs/plots/03_methods.ipynb #cb67d331
 def _budget_panels(names, trrs, height):
@@ -379,10 +351,8 @@ def _budget_panels(names, trrs, height):
 def comparison_figure(
     found,  # stored comparison of methods
 ):  # matplotlib Figure, two columns wide
-    "Accuracy of every method at equal FLOPs, one panel per budget. Raises ValueError for none."
+    "Accuracy of every method at equal FLOPs, one panel per budget."
     rows = pick(found)
-    if not rows:
-        raise ValueError("a comparison without methods: nothing to draw")
     names, trrs = names_by(rows), budgets(rows)
     fig, axes = _budget_panels(names, trrs, 0.155 * len(names) + 0.75)
     for ax, trr in zip(axes, trrs):
@@ -396,9 +366,7 @@ def comparison_figure(
                 ax.axvspan(low, high, color=BLUE, alpha=0.15, linewidth=0, zorder=0)
                 flops = f"FLOPs {100 * r['flops_fraction']:.0f} % of full"
                 ax.set_title(f"{ax.get_title(loc='left')}, {flops}", fontsize=6.2)
-        for r in found["rows"]:
-            if r["method"] == "full":
-                ax.axvline(100 * r["accuracy"], **DASHED)
+        ax.axvline(100 * full_model(found)["accuracy"], **DASHED)
     for label in axes[0].get_yticklabels():
         label.set_fontweight("bold" if label.get_text() == NAMES["seats"] else "normal")
     fig.supxlabel("Accuracy (%)", fontsize=7)
@@ -412,8 +380,6 @@ def ablation_figure(
 ):  # matplotlib Figure, two columns wide
     "Accuracy lost or won by changing one part of SEATS, one panel per budget."
     rows = [r for r in pick(found, ablations=True) if r["diff_seats"] is not None]
-    if not rows:
-        raise ValueError("no row of a method named seats-...: nothing to draw")
     names, trrs = names_by(rows, "diff_seats"), budgets(rows)
     parts = [name.removeprefix("SEATS, ") for name in names]
     fig, axes = _budget_panels(parts, trrs, 0.17 * len(names) + 0.8)
@@ -498,61 +464,34 @@ def read_log(
     return sorted(rows, key=lambda r: r["step"])
 
 # %% ../../nbs/plots/03_methods.ipynb #9c9c68ec
-_GROUPS = (
-    ("colour", "shape", "position"),
-    ("tone", "pattern", "order"),
-    ("see_while_hear", "hear_while_see"),
-    ("count", "sequence"),
-    ("control",),
-)  # vision; audio; two hops; across windows; neither
-
-
 @house_style()
 def learning_curves_figure(
     log,  # path of a training log, or its rows
 ):  # matplotlib Figure, one column wide
-    "Held-out accuracy of each family, and the loss, against training steps."
+    """Held-out accuracy of each family (dashed: with lettered choices), and the loss, against
+    training steps."""
     import pandas as pd
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-    rows = pd.DataFrame(log if isinstance(log, list) else read_log(log))
-    accuracy = 100 * pd.DataFrame(list(rows["accuracy"]), index=rows["step"])
-    others = [f for f in accuracy if f not in sum(_GROUPS, ())]
-    groups = [[f for f in group if f in accuracy] for group in _GROUPS]
-    groups += [others[k : k + 3] for k in range(0, len(others), 3)]
-    groups = [group for group in groups if group]
-
-    n = len(groups) + 1
-    fig = new_figure(COLUMN, 1.08 * -(-n // 2) + 0.3)
-    axes = fig.subplots(-(-n // 2), 2, sharex=True, squeeze=False).flat
-    for ax, group in zip(axes, groups):
-        for family, look in zip(group, SERIES):
-            points, label = accuracy[family].dropna(), family.replace("_", " ")
-            ax.plot(points, label=label, **look | dict(marker="", linewidth=1.1))
+    rows = pd.DataFrame(log if isinstance(log, list) else read_log(log)).set_index("step")
+    accuracy = 100 * pd.DataFrame(list(rows["accuracy"]), index=rows.index)
+    families = list(dict.fromkeys(name.removesuffix("*") for name in accuracy))
+    n_rows = -(-(len(families) + 1) // 3)
+    fig = new_figure(COLUMN, 0.95 * n_rows + 0.3)
+    axes = fig.subplots(n_rows, 3, sharex=True, squeeze=False).flat
+    for ax, family in zip(axes, families):
+        for name, line in ((family, "-"), (f"{family}*", "--")):
+            if name in accuracy:
+                ax.plot(accuracy[name].dropna(), color=INK, linewidth=1, linestyle=line)
         ax.axhline(100 * CHANCE, **DOTTED)
-        ax.set(ylim=(0, 103), yticks=range(0, 101, 25), ylabel="Accuracy (%)")
-        _legend_above(ax, ncols=2 if max(map(len, group)) < 10 else 1)
-    loss = rows[rows["loss"] > 0].set_index("step")["loss"]
-    ax = axes[n - 1]
-    ax.plot(loss, color=INK, linewidth=1.1)
-    ax.set(yscale="log", ylabel="Loss (nats/token)")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if loss.max() < 20 * loss.min() else (1,)))
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter(NullFormatter())
-    for k, ax in enumerate(axes):
-        if k >= n:
-            ax.remove()
-            continue
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-        ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}")
-        ax.set_xlim(0, rows["step"].max())
-        ax.tick_params(labelbottom=k + 2 >= n)
-        ax.set_xlabel("Training steps (thousands)" if k + 2 >= n else "")
+        ax.set_title(family.replace("_", " "), fontsize=6)
+        ax.set(ylim=(0, 103), yticks=(0, 50, 100))
+    ax = axes[len(families)]
+    ax.plot(rows["loss"], color=INK, linewidth=1)
+    ax.set_title("loss (nats/token)", fontsize=6)
+    ax.set(xlim=(0, rows.index.max()))
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}")
+    for ax in axes[len(families) + 1 :]:
+        ax.remove()
+    fig.supxlabel("Training steps (thousands)", fontsize=7)
+    fig.supylabel("Accuracy (%)", fontsize=7)
     return fig
-
-
-def _legend_above(ax, ncols):
-    "A small legend on top of a small panel."
-    tight = dict(handlelength=1.5, handletextpad=0.4, columnspacing=0.7, labelspacing=0.15)
-    place = dict(loc="lower left", bbox_to_anchor=(-0.04, 1), borderpad=0.1, borderaxespad=0.2)
-    ax.legend(ncols=ncols, fontsize=6, **tight, **place)

@@ -8,17 +8,17 @@ __all__ = ['make_figures']
 # %% ../../nbs/plots/05_paper.ipynb #84875981
 import json
 import numpy as np
+import re
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
-from ..storage.files import atomic_write, shipped_folder
-from ..storage.schemas import load_json, load_profile, schema_of
 from seats_analysis.plots.dependency import (
     coverage_figure,
-    curve_of,
-    plot_dependency,
+    curves_of,
+    derive_split,
     family_figure,
     needed_figure,
+    plot_dependency,
     plot_retention,
 )
 from .kept import plot_kept
@@ -29,6 +29,7 @@ from seats_analysis.plots.methods import (
     budgets,
     by_rule,
     comparison_figure,
+    full_model,
     learning_curves_figure,
     name_of,
     names_by,
@@ -43,10 +44,13 @@ from seats_analysis.plots.methods import (
 )
 from seats_analysis.plots.style import (
     BLUE,
+    DOTTED,
     INK,
     ORANGE,
     PAGE,
+    depth_axis,
     house_style,
+    legend_outside,
     new_figure,
     save_figure,
     say_source,
@@ -60,140 +64,68 @@ from seats_analysis.plots.timing import (
     speedup_figure,
     timings_figure,
 )
-
-# %% ../../nbs/plots/05_paper.ipynb #139939fa
-PROMPTS = {
-    "qwen2.5-omni-7b": dict(visual=9216, audio=1500, text=150, windows=dict(visual=32, audio=30)),
-    "qwen3-omni-30b-a3b": dict(visual=9216, audio=780, text=150, windows=dict(visual=32, audio=30)),
-}  # 64 grids of 144 tokens, 60 s of audio, windows of 2 grids and 2 s
-
-
-def stage_tokens(
-    plan,  # Schedule
-    modality,  # visual or audio
-    n,  # tokens in the prompt
-    windows=1,  # time windows among which they are spread evenly
-):  # (L,) int, tokens that each layer processes
-    "Tokens of one modality by layer, rounded as Stage I (each window) and Stage II (all) round."
-    sizes = np.diff(np.linspace(0, n, windows + 1).round().astype(int)).tolist()
-    left = sum(max(1, min(s, round(plan.entering[modality] * s))) for s in sizes if s)
-    out = np.full(plan.num_layers, left)
-    for layer, ratio in zip(plan.drop_layers, plan.keep_ratios[modality]):
-        left = max(1, round(ratio * left)) if left else 0
-        out[layer:] = left
-    out[plan.late(modality) :] = 0
-    return out
-
-# %% ../../nbs/plots/05_paper.ipynb #4eedb5b6
-def _draw_windows(ax, plan):
-    "Stage I as a scheme: in each time window, the share of the tokens that enters, spread out."
-    from matplotlib.patches import Rectangle
-
-    colors = {"visual": (BLUE, "#e9eef4", "#9db4c8"), "audio": (ORANGE, "#f8efe0", "#d9c49b")}
-    for w in range(3):
-        left = 6.2 * w
-        cells = {
-            "visual": [((left + i % 5 + 0.08, 6.08 - i // 5), 0.84, 0.84) for i in range(25)],
-            "audio": [((left + i / 2 + 0.05, 0.3), 0.4, 1.2) for i in range(10)],
-        }
-        for (m, boxes), shift in zip(cells.items(), (7 * w, w)):
-            color, pale, rim = colors[m]
-            n = max(1, round(plan.entering[m] * len(boxes)))
-            chosen = {int((i + 0.5) * len(boxes) / n + shift) % len(boxes) for i in range(n)}
-            for i, box in enumerate(boxes):
-                look = dict(facecolor=pale, edgecolor=rim)
-                if i in chosen:
-                    look = dict(color=color, hatch="////" if m == "audio" else None)
-                ax.add_patch(Rectangle(*box, linewidth=0.4, **look))
-        ax.text(left + 2.5, 7.2, f"window {w + 1}", ha="center", va="bottom", fontsize=6.2)
-    ax.set(xlim=(-0.2, 17.6), ylim=(-4.4, 8.4), aspect="equal", xticks=[], yticks=[])
-    ax.axis("off")
-    said = "Stage I, before the LLM: in each window\nthe tokens that differ most stay"
-    ax.set_title(said, fontsize=6.5)
-
-
-_OVERVIEW_INCHES = 4.1  # width of the axis of layers
-
-
-def _draw_layers(ax, plan, counts):
-    "Tokens per layer as stacked bars over the shaded blocks, numbered where there is room."
-    fills = dict(
-        text=dict(color=INK), audio=dict(color=ORANGE, hatch="////"), visual=dict(color=BLUE)
-    )
-    layers, total = np.arange(1, plan.num_layers + 1), np.zeros(plan.num_layers)
-    for name, n in counts.items():
-        look = dict(width=0.78, edgecolor="white", linewidth=0.3, zorder=3) | fills[name]
-        ax.bar(layers, n, bottom=total, label=name, **look)
-        total = total + n
-    edges = np.flatnonzero(np.diff(total, prepend=-1, append=-1))
-    for lo, hi in zip(edges, edges[1:]):
-        said = f"{total[lo]:,.0f}"
-        if _OVERVIEW_INCHES * (hi - lo) / len(total) > 0.055 * len(said):
-            text = dict(ha="center", va="bottom", fontsize=5.8, zorder=6)
-            ax.text((lo + hi + 1) / 2, total[lo], said, **text)
-    ax.set(xlim=(0.5, plan.num_layers + 0.5), ylim=(0, 1.62 * total.max()))
-    ax.set(xlabel="Layer", ylabel="Tokens in the layer")
-    ax.yaxis.set_major_formatter("{x:,.0f}")
-    step = next(s for s in (1, 2, 4, 5, 8, 10, 20) if plan.num_layers / s <= 14)
-    ax.set_xticks([1, *range(step if step > 2 else 1 + step, plan.num_layers + 1, step)])
-    late = min(plan.late(m) for m in ("visual", "audio"))
-    shade_blocks(ax, (plan.shallow_end, late, plan.num_layers), _OVERVIEW_INCHES)
-    _mark_stages(ax, plan, late, total)
-
-
-def _mark_stages(ax, plan, late, total):
-    "Arrows where tokens leave inside the model, and what happens there."
-    top, layers = ax.get_ylim()[1], plan.num_layers
-    arrow = dict(arrowstyle="-|>", linewidth=0.7, color=INK, shrinkA=0, shrinkB=1, mutation_scale=6)
-    ratios = zip(plan.drop_layers, *plan.keep_ratios.values())
-    drops = [layer for layer, *kept in ratios if min(kept) < 1]
-    for d in drops:
-        at = d + 0.5
-        ax.annotate("", (at, total[d - 1]), (at, 0.8 * top), arrowprops=arrow, zorder=4)
-    if drops:
-        before = f"layer{'s' if len(drops) > 1 else ''} {', '.join(str(d + 1) for d in drops)}"
-        said = f"Stage II, before {before}: the last text token\n"
-        said += "scores what is left; the best of each window stay"
-        half = 0.5 * 0.046 * max(map(len, said.splitlines())) / _OVERVIEW_INCHES * layers
-        x = np.clip(np.mean(drops) + 0.5, half + 0.5, layers + 0.5 - half)  # inside the axis
-        ax.text(x, 0.815 * top, said, ha="center", va="bottom", fontsize=6.2)
-    if late < layers:
-        at = late + 0.5
-        ax.annotate("", (at, total[late]), (at, 0.52 * top), arrowprops=arrow, zorder=4)
-        said = f"Stage III, from\nlayer {late + 1}: text only"
-        ax.text(layers + 0.3, 0.54 * top, said, ha="right", va="bottom", fontsize=6.2)
+from ..schedules.schedule import PUBLISHED, Schedule
+from ..storage.files import atomic_write, shipped_folder
+from ..storage.schemas import load_json, load_profile, schema_of
 
 # %% ../../nbs/plots/05_paper.ipynb #b001cf40
+_FILLS = dict(text=dict(color=INK), audio=dict(color=ORANGE, hatch="////"), visual=dict(color=BLUE))
+
+
 @house_style()
 def overview_figure(
     plan,  # Schedule
-    tokens,  # visual, audio, text -> tokens in the prompt; maybe windows -> modality -> windows
+    tokens,  # visual, audio, text -> tokens in the prompt
     name="",  # of the model
 ):  # matplotlib Figure, two columns wide
     "The three stages (SEATS, arXiv 2605.20035) with blocks and token counts of a schedule."
-    if lacks := {"visual", "audio", "text"} - set(tokens):
-        raise ValueError(f"`tokens` lacks {', '.join(sorted(lacks))}; it has {dict(tokens)}")
-    windows, counts = tokens.get("windows", {}), {"text": np.full(plan.num_layers, tokens["text"])}
-    for m in ("audio", "visual"):
-        counts[m] = stage_tokens(plan, m, tokens[m], windows.get(m, 1))
-    fig = new_figure(PAGE, 2.6)
-    scheme, ax = fig.subplots(1, 2, width_ratios=[1, 1.75])
-    _draw_windows(scheme, plan)
-    lines = []
-    for m in ("visual", "audio"):
-        n, enter = tokens[m], counts[m][0]
-        lines.append(f"{m}: {n:,.0f} \u2192 {enter:,} enter ({100 * enter / max(n, 1):.3g} %)")
-    lines.append(f"text: all {tokens['text']:,.0f} stay, in every layer")
-    scheme.text(0, -0.4, "\n".join(lines), va="top", fontsize=6.5, linespacing=1.4)
-    _draw_layers(ax, plan, counts)
-    handles, labels = ax.get_legend_handles_labels()
-    fig.legend(handles[::-1], labels[::-1], loc="outside lower right", ncols=3, borderpad=0)
-    kinds = {"published": "the published schedule", "derived": "the schedule derived here"}
-    whose = kinds.get(plan.evidence.get("kind"), "a stated schedule")
+    n = {m: round(tokens[m]) for m in ("visual", "audio", "text")}
+    counts = dict(
+        text=plan.tokens(0, 0, n["text"]),
+        audio=plan.tokens(0, n["audio"], 0),
+        visual=plan.tokens(n["visual"], 0, 0),
+    )
+    fig = new_figure(PAGE, 2.9)
+    ax = fig.subplots()
+    layers, total = np.arange(1, plan.num_layers + 1), np.zeros(plan.num_layers)
+    for kind, kept in counts.items():
+        look = dict(width=0.78, edgecolor="white", linewidth=0.3, zorder=3) | _FILLS[kind]
+        ax.bar(layers, kept, bottom=total, label=kind, **look)
+        total = total + kept
+    late = min(plan.late(m) for m in ("visual", "audio"))
+    shade_blocks(ax, (plan.shallow_end, late, plan.num_layers), PAGE - 1)
+    ax.set(ylim=(0, 1.25 * total.max()), ylabel="Tokens in the layer")
+    depth_axis(ax, plan.num_layers)
+    ax.yaxis.set_major_formatter("{x:,.0f}")
+
+    enter = [f"{m} {n[m]:,} \u2192 {counts[m][0]:,}" for m in ("visual", "audio")]
+    said = [
+        f"I, before the LLM: in each window the tokens that differ most stay ({'; '.join(enter)})"
+    ]
+    drops = [
+        d + 1 for d, *kept in zip(plan.drop_layers, *plan.keep_ratios.values()) if min(kept) < 1
+    ]
+    if drops:
+        before = f"II, before layer {', '.join(map(str, drops))}"
+        said.append(
+            f"{before}: the last text token scores what is left; the best of each window stay"
+        )
+    ends = [late + 1] if late < plan.num_layers else []
+    if ends:
+        said.append(f"III, from layer {late + 1}: text only")
+    for stage, starts in (("II", drops), ("III", ends)):
+        for layer in starts:
+            ax.axvline(layer - 0.5, **DOTTED | dict(zorder=4))
+            ax.text(layer - 0.4, 1.22 * total.max(), stage, va="top", fontsize=6.5, zorder=4)
+    ax.set_title("\n".join(f"Stage {line}" for line in said), pad=11, fontsize=6.5, linespacing=1.3)
+    legend_outside(fig, [ax], 3, "lower")
+    whose = _ORIGINS.get(plan.evidence.get("kind"), "a stated schedule")
     model = f" for {MODELS.get(name, name)}" if name else ""
-    total = sum(tokens[m] for m in ("visual", "audio", "text"))
     said = f"Token counts computed from {whose}{model}"
-    return say_source(fig, f"{said}; without pruning each layer has {total:,.0f} tokens")
+    return say_source(fig, f"{said}; without pruning each layer has {sum(n.values()):,} tokens")
+
+
+_ORIGINS = {"published": "the published schedule", "derived": "the schedule derived here"}
 
 # %% ../../nbs/plots/05_paper.ipynb #04ff85f4
 def _markdown(title, rows, name):
@@ -203,32 +135,13 @@ def _markdown(title, rows, name):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{title}\n"
 
 
-_TEX = str.maketrans(
-    {c: "\\" + c for c in "%_&#$"}
-    | {"\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}"}
-    | {"\u2212": "$-$", "<": "$<$", ">": "$>$"}
-)
-
-
 def _latex(title, rows, name):
-    "A table as LaTeX without packages."
-    clean = lambda cells: " & ".join(str(cell).translate(_TEX) for cell in cells) + r" \\"
-    return "\n".join(
-        [
-            r"\begin{table}",
-            rf"\caption{{{title.translate(_TEX)}}}",
-            rf"\label{{tab:{name}}}",
-            rf"\begin{{tabular}}{{{'l' * len(rows[0])}}}",
-            r"\hline",
-            clean(rows[0]),
-            r"\hline",
-            *(clean(row.values()) for row in rows),
-            r"\hline",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
+    "A table as LaTeX, for the package booktabs."
+    import pandas as pd
+
+    caption = re.sub("([%_&#$])", r"\\\1", title)
+    options = dict(caption=caption, label=f"tab:{name}", index=False, escape=True)
+    return pd.DataFrame(rows).to_latex(**options)
 
 
 def _csv(title, rows, name):
@@ -275,13 +188,10 @@ def accuracy_rows(found, ablations=False):
     "Accuracy in percent, methods (or ablations) down, budgets across; a star: outside the ranking."
     rows = pick(found, ablations)
     cells = {}
-    for r in rows:
-        star = "" if r["ranked"] else " *"
-        for trr in budgets(rows) if by_rule(r) else [r["trr"]]:
+    for r in [full_model(found), *rows]:
+        star = "" if r["ranked"] or r["method"] == "full" else " *"
+        for trr in budgets(rows) if by_rule(r) or r["method"] == "full" else [r["trr"]]:
             cells[name_of(r), trr] = _percent(r, "accuracy") + star
-    for r in found["rows"]:
-        if r["method"] == "full":
-            cells |= {("full", trr): _percent(r, "accuracy") for trr in budgets(rows)}
     return [
         {"method": name} | {f"TRR {trr:g} %": cells.get((name, trr), "") for trr in budgets(rows)}
         for name in ["full", *names_by(rows)]
@@ -290,28 +200,25 @@ def accuracy_rows(found, ablations=False):
 
 def family_rows(found, trr):
     "Accuracy in percent by family of questions, at one budget: full model, then the best first."
-    full = [r for r in found["rows"] if r["method"] == "full"]
+    rows = sorted(pick(found, trr=trr), key=lambda r: -r["accuracy"])
     return [
         {"method": name_of(r)}
         | {
             f"{family.replace('_', ' ')} ({v['n']})": f"{100 * v['accuracy']:.1f}"
             for family, v in r["families"].items()
         }
-        for r in full + sorted(pick(found, trr=trr), key=lambda r: -r["accuracy"])
+        for r in [full_model(found), *rows]
     ]
 
 
 def reported_rows(folder, trusted=True):
     "Published numbers with their source, in one table: those that may be drawn, or the others."
     rows = [(path.stem, r) for path in sorted(folder.glob("*.csv")) for r in read_reported(path)]
-    number = lambda v: f"{v:.12g}" if isinstance(v, float) else v
     return [
         {
             "file": stem,
             "statement": "; ".join(
-                f"{key.replace('_', ' ')} {number(v)}"
-                for key, v in r.items()
-                if v not in (None, "") and key != "source"
+                f"{key.replace('_', ' ')} {v}" for key, v in r.items() if v and key != "source"
             ),
             "source": TRUSTED.get(r["source"], r["source"]),
         }
@@ -370,47 +277,17 @@ def stored_results(data):
     return found
 
 
-def _schedules(data):
-    "Files `name_trrN.json`: name -> {N: Schedule}."
-    from seats_analysis.schedules.schedule import Schedule
-
-    found = defaultdict(dict)
-    for path in sorted((data / "schedules").glob("*_trr*.json")):
-        name, _, percent = path.stem.rpartition("_trr")
-        if percent.replace(".", "", 1).isdigit():
-            found[name][float(percent)] = Schedule.load(path)
-    return found
-
-
-def _prompt(name, data, results):
-    "Tokens of a model's typical prompt: of its profile, or of the published setting, or None."
-    profile = data / "profiles" / f"{name}.nc"
-    told = load_profile(profile).attrs.get("tokens") if profile.is_file() else None
-    if not told:
-        return PROMPTS.get(name)
-    tokens = {k: round(v) for k, v in json.loads(told).items()}
-    for kept in results["kept"].values():
-        if kept.get("model") == name:  # its clip has windows of 2 grids and 2 s
-            audio = -(-kept["audio_tokens"] // round(2 * kept["audio_rate"]))
-            return tokens | {"windows": {"visual": -(-kept["grid"][0] // 2), "audio": audio}}
-    return tokens
-
-
 def _with_source(source, draw, *args, **options):
     "A job: draw a figure and say where its numbers come from."
     return lambda: say_source(draw(*args, **options), source)
 
 
-def _paper_jobs(data, results):
-    "Figures that put several files together, or that say their source themselves."
-    evals, reported = results["eval"], data / "reported"
-    for name, plans in _schedules(data).items():
-        if tokens := _prompt(name, data, results):
-            yield f"{name}_overview", partial(overview_figure, plans[min(plans)], tokens, name)
+def _comparison_jobs(data, evals):
+    "Figures of comparisons, beside published numbers."
     ours = evals.get("eval_testbed") or next(iter(evals.values()), None)
     rows = lambda path: read_reported(path) if path.is_file() else None
-    times = rows(reported / "tradeoff_qwen2_5_omni_7b.csv")
-    relative = rows(reported / "relative_performance.csv")
+    times = rows(data / "reported" / "tradeoff_qwen2_5_omni_7b.csv")
+    relative = rows(data / "reported" / "relative_performance.csv")
     if times or ours:
         yield "accuracy_against_time", partial(time_figure, times, ours, "Qwen2.5-Omni-7B")
     if relative or ours:
@@ -428,23 +305,20 @@ def _profile_jobs(path):
 
     profile, stem = load_profile(path), path.stem
     splits = profile["split"].values.astype(str) if "split" in profile.coords else np.array([])
-    derive = "derive" if "derive" in splits else None
+    derive = derive_split(profile)
     conditions = [str(r) for r in profile["removed"].values]
     bounds = {r: find_boundaries(profile, r, split=derive) for r in conditions}
 
     def job(draw, split, more="", **options):
         part = profile if split is None else profile.isel(sample=np.flatnonzero(splits == split))
         n, clips = part.sizes["sample"], len(np.unique(part["clip"].values))
-        model = profile.attrs.get("model", "a model")
-        said = f"Measured here on {model}: {n} questions, {clips} clips"
-        said += f", {split} split" if split else ""
-        said += f"; 95 % bands{more}"
+        said = f"Measured here on {profile.attrs.get('model', 'a model')}: {n} questions, "
+        said += f"{clips} clips{f', {split} split' if split else ''}; 95 % bands{more}"
         return _with_source(said, draw, profile, bounds, split=split, **options)
 
     yield f"{stem}_dependency", job(plot_dependency, derive)
     try:
-        for removed in conditions:
-            curve_of(profile, removed, split=derive, corrected=True)
+        curves_of(profile, conditions, split=derive, corrected=True)
         yield f"{stem}_dependency_corrected", job(plot_dependency, derive, corrected=True)
     except ValueError:
         pass  # not above chance
@@ -454,18 +328,25 @@ def _profile_jobs(path):
 
 
 def _schedule_jobs(data):
-    "How many tokens each layer sees, for the schedules of each model."
-    for name, plans in _schedules(data).items():
-        plan = next(iter(plans.values()))
-        model = plan.model or "a model"
-        kinds = {
-            "published": f"Published setting for {model}",
-            "derived": f"Derived here from the dependency profile of {model}",
-        }
-        said = kinds.get(plan.evidence.get("kind"), f"Stated, not measured: {model}")
-        plans = {f"TRR {percent:g} %": plans[percent] for percent in sorted(plans, reverse=True)}
-        said += "; layers printed from 1"
-        yield f"{name}_retention", _with_source(said, plot_retention, plans)
+    "The schedules `name_trrN.json` of each model over depth, and the method at the smallest TRR."
+    found = defaultdict(dict)
+    for path in sorted((data / "schedules").glob("*_trr*.json")):
+        name, _, percent = path.stem.rpartition("_trr")
+        if percent.replace(".", "", 1).isdigit():
+            found[name][float(percent)] = Schedule.load(path)
+    for name, plans in found.items():
+        least = plans[min(plans)]
+        whose = _ORIGINS.get(least.evidence.get("kind"), "a stated schedule")
+        said = f"Computed from {whose} of {least.model or 'a model'}; layers printed from 1"
+        named = {f"TRR {percent:g} %": plans[percent] for percent in sorted(plans, reverse=True)}
+        yield f"{name}_retention", _with_source(said, plot_retention, named)
+        profile, tokens = data / "profiles" / f"{name}.nc", None
+        if name in PUBLISHED:
+            tokens = dict(zip(("visual", "audio", "text"), (*PUBLISHED[name]["tokens"], 150)))
+        elif profile.is_file():
+            tokens = json.loads(load_profile(profile).attrs.get("tokens", "null"))
+        if tokens:
+            yield f"{name}_overview", partial(overview_figure, least, tokens, name)
 
 
 def _result_jobs(data, results):
@@ -486,13 +367,14 @@ def _result_jobs(data, results):
     for name, found in results["bench"].items():
         rows, said = found["rows"], f"Measured here on {found['device']}"
         said += "; random weights, except the testbed at its own width"
-        if main_requests(rows):
-            on_cpu = found.get("threads") is not None
-            yield f"{name}_timings", _with_source(said, timings_figure, rows, shares=on_cpu)
-        if pruned_requests(rows):
-            yield f"{name}_speedup", _with_source(said, speedup_figure, rows)
-        if scaled_requests(rows):
-            yield f"{name}_scaling", _with_source(said, scaling_figure, rows)
+        timings = partial(timings_figure, shares=found.get("threads") is not None)  # on a CPU
+        for kind, draw, requests in (
+            ("timings", timings, main_requests(rows)),
+            ("speedup", speedup_figure, pruned_requests(rows)),
+            ("scaling", scaling_figure, scaled_requests(rows)),
+        ):
+            if requests:
+                yield f"{name}_{kind}", _with_source(said, draw, requests)
 
 
 def _measured(found):
@@ -521,14 +403,13 @@ def figure_jobs(
     "What a data folder has the data for. Raises ValueError if nothing, or for a broken file."
     data = Path(data)
     results = stored_results(data)
-    jobs = dict(_paper_jobs(data, results))
+    jobs = dict(_comparison_jobs(data, results["eval"]))
     for path in sorted((data / "profiles").glob("*.nc")):
         jobs |= _profile_jobs(path)
     jobs |= _schedule_jobs(data)
     jobs |= _result_jobs(data, results)
     if (log := data / "testbed" / "train_log.jsonl").is_file():
-        said = "Measured here while training, on held-out clips; dotted: chance"
-        said += "; *: lettered choices"
+        said = "Measured here while training, on held-out clips; dashed: lettered choices"
         jobs["testbed_learning"] = _with_source(said, learning_curves_figure, log)
     if not jobs:
         raise ValueError(

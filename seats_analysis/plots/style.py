@@ -20,6 +20,7 @@ LOOKS = {
     "both": dict(color=INK, linestyle="-", marker="o"),
     "visual": dict(color=BLUE, linestyle="--", marker="s"),
     "audio": dict(color=ORANGE, linestyle="-.", marker="^"),
+    "control": dict(color="#888888", linestyle=":", marker="x"),
 }
 SERIES = [
     dict(color=color, linestyle=line, marker=marker)
@@ -159,12 +160,23 @@ def layer_axis(ax, n_layers, label="Tokens removed before layer", most_ticks=14)
     ax.set(xlim=(0.5, n_layers + 1.5), xlabel=label)
 
 
+def depth_axis(ax, n_layers):
+    "Printed layers 1..L."
+    step = 4 if n_layers <= 30 else 12
+    ax.set(xlim=(0.5, n_layers + 0.5), xticks=[1, *range(step, n_layers + 1, step)], xlabel="Layer")
+
+
+def log_axis(ax, ticks, axis="x"):
+    "A logarithmic axis with these ticks, thousands printed as k."
+    names = [f"{t / 1000:.2g}k" if t >= 1000 else f"{t:g}" for t in ticks]
+    ax.set(**{f"{axis}scale": "log", f"{axis}ticks": ticks, f"{axis}ticklabels": names})
+    ax.minorticks_off()
+
+
 def percent_axis(ax, least):
     "Percent on a logarithmic axis up to 100 %: small budgets lie close together otherwise."
-    ax.set(xscale="log", xlim=(0.7 * least, 118))
-    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100) if t >= 0.7 * least]
-    ax.set_xticks(ticks, map(str, ticks))
-    ax.minorticks_off()
+    ax.set_xlim(0.7 * least, 118)
+    log_axis(ax, [t for t in (1, 2, 5, 10, 20, 50, 100) if t >= 0.7 * least])
 
 
 def chance_line(ax, chance):

@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/plots/04_timing.ipynb #053e74ac
-import numpy as np
 from .methods import method_look
 from seats_analysis.plots.style import (
     BLUE,
@@ -16,76 +15,71 @@ from seats_analysis.plots.style import (
     PAGE,
     house_style,
     legend_outside,
+    log_axis,
     new_figure,
 )
 
 # %% ../../nbs/plots/04_timing.ipynb #45d37d80
-def timed_rows(rows):
-    "Timed rows at batch 1 as a table; its column `model` says what a row is about."
+def timed_models(rows):
+    "Model -> table of its timed rows at batch 1; `full` marks the untouched model."
     import pandas as pd
 
-    table = pd.DataFrame([r for r in rows if r.get("ttft_ms") and r["batch"] == 1])
-    columns = [*table, *({"model", "width", "encoders", "speedup"} - set(table))]
-    table = table.reindex(columns=columns)
-    if len(table):
-        width = [f", width {w:.0f}" if w and w == w else "" for w in table["width"]]
-        table["model"] = table.get("config") + width
-        table["encoders"] = table["encoders"].fillna("")
-    return table
+    table = pd.DataFrame(
+        r
+        | dict(
+            model=r["config"] + (f", width {r['width']}" if r["width"] else ""),
+            full=r["method"] == "full" and not r["encoders"],
+        )
+        for r in rows
+        if r.get("ttft_ms") and r["batch"] == 1
+    )
+    return dict(list(table.groupby("model", sort=False))) if len(table) else {}
 
 
 def main_requests(rows):
     """Model -> timed rows of one request: that with most rows, then with most tokens, if its full
     model was timed."""
     out = {}
-    for model, table in timed_rows(rows).groupby("model", sort=False):
-        requests = dict(list(table.groupby("tokens")))
-        best = requests[max(requests, key=lambda n: (len(requests[n]), n))]
-        if ((best["method"] == "full") & (best["encoders"] == "")).any():
+    for model, table in timed_models(rows).items():
+        requests = [own for _, own in table.groupby("tokens")]  # ascending
+        best = max(reversed(requests), key=len)
+        if best["full"].any():
             out[model] = best
     return out
 
 
 def pruned_requests(rows):
     "The same without full models and pruned encoders, where a speed-up was measured."
-    out = {}
-    for model, table in main_requests(rows).items():
-        pruned = table[(table["method"] != "full") & (table["encoders"] == "")]
-        if pruned["speedup"].any():
-            out[model] = pruned
-    return out
+    requests = main_requests(rows).items()
+    pruned = {m: t[(t["method"] != "full") & (t["encoders"] == "")] for m, t in requests}
+    return {m: table for m, table in pruned.items() if table["speedup"].any()}
 
 
 @house_style()
 def timings_figure(
-    rows,  # of a stored benchmark
+    requests,  # of `main_requests`
     shares=True,  # of the full request's time instead of milliseconds
 ):  # matplotlib Figure, one column wide, one panel per model
-    """Time to first token of every method, cut into encoders, selection and prefill. Raises
-    ValueError where no full model was timed."""
-    requests = main_requests(rows)
-    if not requests:
-        raise ValueError("no row of a full model at batch 1, so there is nothing to compare with")
-    lines = [len(r) for r in requests.values()]
+    "Time to first token of every method, cut into encoders, selection and prefill."
+    lines = [len(table) for table in requests.values()]
     fig = new_figure(COLUMN, 0.14 * sum(lines) + 0.42 * len(lines) + 0.25)
     heights = [n + 1 for n in lines]
     axes = fig.subplots(len(lines), 1, squeeze=False, height_ratios=heights)[:, 0]
     for ax, (model, table) in zip(axes, requests.items()):
-        full = table[(table["method"] == "full") & (table["encoders"] == "")].iloc[0]
-        parts = table[["encoder_ms", "selection_ms", "prefill_ms"]]
-        parts = parts.set_axis(["encoders", "selection", "prefill"], axis=1)
-        parts = parts * (100 / full["ttft_ms"] if shares else 1)
-        look = dict(color=["#bbbbbb", ORANGE, BLUE], width=0.72, linewidth=0, legend=False)
-        parts.plot.barh(stacked=True, ax=ax, **look)
-        labels = [
-            (r.method if r.method == "full" else f"{r.method} {r.trr:g} %")
+        names = [
+            ("full" if r.method == "full" else f"{r.method} {r.trr:g} %")
             + (f", {r.encoders}" if r.encoders else "")
             for r in table.itertuples()
         ]
-        ax.set_yticks(range(len(table)), labels)
+        parts = table[["encoder_ms", "selection_ms", "prefill_ms"]].set_axis(names)
+        parts.columns = parts.columns.str.removesuffix("_ms")
+        if shares:
+            parts = 100 * parts / table.loc[table["full"], "ttft_ms"].iloc[0]
+        look = dict(color=["#bbbbbb", ORANGE, BLUE], width=0.72, linewidth=0, legend=False)
+        parts.plot.barh(stacked=True, ax=ax, **look)
         ax.set(ylim=(len(table) - 0.4, -0.6), xlim=(0, 1.02 * parts.sum(axis=1).max()), ylabel="")
         ax.tick_params(axis="y", length=0)
-        ax.set_title(f"{model}: {full['tokens']:,} tokens", fontsize=6.5)
+        ax.set_title(f"{model}: {table['tokens'].iloc[0]:,} tokens", fontsize=6.5)
     axes[-1].set_xlabel(f"Time to first token ({'% of full' if shares else 'ms'})")
     legend_outside(fig, axes[:1], 3, handlelength=1.2)
     return fig
@@ -93,13 +87,10 @@ def timings_figure(
 
 @house_style()
 def speedup_figure(
-    rows,  # of a stored benchmark
+    requests,  # of `pruned_requests`
 ):  # matplotlib Figure, one column wide, two from three models on; one panel per model
     """Speed-up of the prefill, selection included, and of the first token against TRR, beside what
     the causal FLOPs promise."""
-    requests = pruned_requests(rows)
-    if not requests:
-        raise ValueError("no pruned row beside a full one, so there is no speed-up")
     fig = new_figure(COLUMN if len(requests) < 3 else PAGE, 2.3)
     axes = fig.subplots(1, len(requests), squeeze=False)[0]
     for ax, (model, table) in zip(axes, requests.items()):
@@ -112,10 +103,9 @@ def speedup_figure(
             first = look | dict(linestyle=":", markerfacecolor="white")
             ax.plot(own["trr"], own["ttft_speedup"], label=f"{method}, first token", **first)
         ax.axhline(1, color="#dddddd", linewidth=0.6, zorder=0)
-        ax.set(yscale="log", xlabel="TRR (%)", xticks=promised.index)
-        ticks = [t for t in (1, 2, 3, 5, 10, 20, 30, 50, 100) if t <= 1.1 * promised.max()]
-        ax.set_yticks(ticks, map(str, ticks))
-        ax.minorticks_off()
+        ax.set(xlabel="TRR (%)", xticks=promised.index)
+        limits = (1, 2, 3, 5, 10, 20, 30, 50, 100)
+        log_axis(ax, [t for t in limits if t <= 1.1 * promised.max()], "y")
         ax.set_title(model, fontsize=6.5)
     axes[0].set_ylabel("Times as fast as the full model")
     legend_outside(fig, axes, 3, handlelength=2.2, columnspacing=1)
@@ -123,38 +113,36 @@ def speedup_figure(
 
 # %% ../../nbs/plots/04_timing.ipynb #e933e811
 def scaled_requests(rows):
-    """Model -> (method, TRR, rows by tokens) of the full model and of the method with the least
-    TRR, SEATS if it was timed; where both have at least three lengths."""
-    out, table = {}, timed_rows(rows)
-    for model, mine in table[table["encoders"] == ""].groupby("model", sort=False):
-        runs = []
-        for (method, trr), own in mine.groupby(["method", "trr"]):
-            own = own.drop_duplicates("tokens", keep="last").sort_values("tokens")
-            if len(own) > 2:
-                runs.append((method, trr, own))
-        full = [run for run in runs if run[0] == "full"]
-        pruned = sorted((r for r in runs if r[0] != "full"), key=lambda r: (r[0] != "seats", r[1]))
+    """Model -> rows by tokens of the full model and of the method with the least TRR, SEATS if it
+    was timed; where both have at least three lengths."""
+    out = {}
+    for model, table in timed_models(rows).items():
+        table = table[table["encoders"] == ""].drop_duplicates(
+            ["method", "trr", "tokens"], keep="last"
+        )
+        runs = [run.sort_values("tokens") for _, run in table.groupby(["trr", "method"])]
+        runs = sorted((r for r in runs if len(r) > 2), key=lambda r: r["method"].iloc[0] != "seats")
+        full = [run for run in runs if run["full"].all()]
+        pruned = [run for run in runs if not run["full"].any()]  # the least TRR comes first
         if full and pruned:
             out[model] = full[0], pruned[0]
     return out
 
 
+_TOKENS = 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000
+
+
 @house_style()
 def scaling_figure(
-    rows,  # of a stored benchmark
+    requests,  # of `scaled_requests`
 ):  # matplotlib Figure, one column wide, one panel per model
     """Time of each part against the tokens of the request, relative to the full prefill of the
-    shortest one. Raises ValueError for fewer than three lengths."""
-    found = scaled_requests(rows)
-    if not found:
-        raise ValueError(
-            "fewer than three lengths of a request were timed; "
-            "`seats bench --scaling 65536` makes them"
-        )
+    shortest one."""
     fig = new_figure(COLUMN, 2.3)
-    axes = fig.subplots(1, len(found), squeeze=False)[0]
-    for ax, (model, ((_, _, full), (method, trr, pruned))) in zip(axes, found.items()):
-        unit, name = full["prefill_ms"].iloc[0], f"{method} {trr:g} %"
+    axes = fig.subplots(1, len(requests), squeeze=False)[0]
+    for ax, (model, (full, pruned)) in zip(axes, requests.items()):
+        unit = full["prefill_ms"].iloc[0]
+        name = f"{pruned['method'].iloc[0]} {pruned['trr'].iloc[0]:g} %"
         for table, part, label, *look in (
             (full, "prefill_ms", "prefill, full", INK, "-", "s"),
             (pruned, "prefill_ms", f"prefill, {name}", BLUE, "-", "o"),
@@ -163,10 +151,8 @@ def scaling_figure(
         ):
             look = dict(zip(("color", "linestyle", "marker"), look))
             ax.plot(table["tokens"], table[part] / unit, label=label, **look)
-        ticks = [n for n in 1024 * 2 ** np.arange(7) if n <= 1.2 * pruned["tokens"].max()]
-        ax.set(xscale="log", yscale="log", xlabel="Tokens")
-        ax.set_xticks(ticks, [f"{n // 1024}k" for n in ticks])
-        ax.minorticks_off()
+        ax.set(yscale="log", xlabel="Tokens")
+        log_axis(ax, [n for n in _TOKENS if n <= pruned["tokens"].max()])
         ax.set_title(model, fontsize=6.5)
     axes[0].set_ylabel("Time (full prefill of the shortest = 1)")
     legend_outside(fig, axes[:1], 2)
