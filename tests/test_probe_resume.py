@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from seats_analysis.cli.main import main
 from seats_analysis.probing import run as probe
 from seats_analysis.models.families import limit_pixels
 from seats_analysis.inputs.media import Clip
@@ -442,63 +443,70 @@ def environment():
     )
 
 
-COMMAND = [
-    "-c",
-    "from seats_analysis.cli.main import main; main()",
-    "probe",
-    "--limit",
-    "6",
-    "--layers",
-    "0:16:4",
-    "--threads",
-    "1",
-]
+WORDS_OF_COMMAND = "probe --limit 6 --layers 0:16:4 --threads 1".split()
+COMMAND = ["-c", "from seats_analysis.cli.main import main; main()", *WORDS_OF_COMMAND]
 
 
-@pytest.fixture(scope="module")
-def commanded(tmp_path_factory):
-    path = tmp_path_factory.mktemp("command") / "p.nc"
-    done = subprocess.run(
-        [sys.executable, *COMMAND, "--out", path], env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "sample/s" in done.stderr, (
-        done.stderr
-    )  # a rate, and the time that is left before it
-    return path
+def forked(folder, path, processes=1):
+    "The command in so many forked processes: (exit codes, standard output, standard error)."
+
+    def run(rank):
+        for number, name in ((1, f"out{rank}"), (2, f"err{rank}")):
+            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+        if processes > 1:
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes))
+        sys.argv, sys.stdout, sys.stderr = (
+            ["seats", *WORDS_OF_COMMAND, "--out", str(path)],
+            os.fdopen(1, "w"),
+            os.fdopen(2, "w"),
+        )
+        main()
+
+    children = [FORK.Process(target=run, args=(rank,)) for rank in range(processes)]
+    for c in children:
+        c.start()
+    for c in children:
+        c.join(300)
+    said = ("".join(p.read_text() for p in sorted(folder.glob(f"{n}?"))) for n in ("out", "err"))
+    return [c.exitcode for c in children], *said
 
 
-def test_launched_twice_is_the_same_file(commanded, tmp_path):
+def launched(folder, path):
     "`accelerate launch`; `--multi_gpu` is its launcher of processes, with or without GPUs."
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-        "--no_python",
-    ]
+    words = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    words += " --dynamo_backend no --main_process_port 0 --no_python"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *words.split()]
     done = subprocess.run(
-        [*launch, sys.executable, *COMMAND, "--out", tmp_path / "p.nc"],
+        [*launch, sys.executable, *COMMAND, "--out", path],
         env=environment(),
         capture_output=True,
         text=True,
         timeout=600,
     )
-    assert done.returncode == 0, done.stderr
-    assert (
-        "probe (1 of 2)" in done.stderr
-        and "probe (2 of 2)" in done.stderr
-        and done.stdout.count("questions on") == 1
-    )
+    return [done.returncode] * 2, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def commanded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("command")
+    codes, _, said = forked(folder, folder / "p.nc")
+    # a rate, and the time that is left before it
+    assert codes == [0] and "sample/s" in said, said
+    return folder / "p.nc"
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [
+        pytest.param(partial(forked, processes=2), id="forked"),
+        pytest.param(launched, marks=pytest.mark.nightly),
+    ],
+)
+def test_launched_twice_is_the_same_file(commanded, tmp_path, twice):
+    codes, out, said = twice(tmp_path, tmp_path / "p.nc")
+    assert codes == [0, 0], said
+    assert "probe (1 of 2)" in said and "probe (2 of 2)" in said
+    assert out.count("questions on") == 1
     assert (tmp_path / "p.nc").read_bytes() == commanded.read_bytes()
 
 

@@ -12,8 +12,10 @@ import pytest
 import typer.main
 
 from seats_analysis.cli import main as cli
+from seats_analysis.storage.schemas import load_profile, save_profile
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(
     r"(?P<apart><!-- not run [^>]*-->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
@@ -56,8 +58,23 @@ def test_python_reaches_the_late_block_and_prints_what_is_shown(tmp_path):
     assert "ScheduleWarning: late block: layer" in done.stderr and "certified: none" in done.stderr
 
 
-def test_shell_lines(tmp_path):
-    done = follow(["bash", "-euo", "pipefail", "-c", code("sh")], tmp_path)
+PROBE = re.compile(r"^seats probe --model testbed --limit (\d+) --out profile.nc$", re.M)
+
+
+@pytest.mark.parametrize("measured", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_shell_lines(tmp_path, measured):
+    """One after another. `make test` takes what the first command would measure from the committed
+    profile: README's Python measures the same."""
+    (limit,) = PROBE.findall(code("sh"))
+    assert f"limit={limit})" in code("python")
+    lines = code("sh")
+    if not measured:
+        profile = load_profile(ROOT / "data" / "profiles" / "testbed.nc")
+        derive = profile["split"].values.astype(str) == "derive"
+        first = profile.isel(sample=derive.nonzero()[0][: int(limit)])
+        save_profile(first, tmp_path / "profile.nc")
+        lines = PROBE.sub("", lines)
+    done = follow(["bash", "-euo", "pipefail", "-c", lines], tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["profile.nc", "schedule.json"]
     per_layer = next(
         line for line in done.stdout.splitlines() if line.startswith("per layer")
