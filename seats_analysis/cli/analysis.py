@@ -28,13 +28,12 @@ from seats_analysis.cli.app import (
     emit,
     late_rule,
     limits_of,
-    quiet,
+    prepare,
     mean_tokens,
     names_of,
     note,
     numbers_of,
     resumable,
-    set_threads,
     table,
     writable,
 )
@@ -124,8 +123,7 @@ def probe(
 
     chosen = dict(removed=names_of(removed, "--removed"), layers=_layer_list(layers))
     samples = load_samples(data, None, limit, root)
-    set_threads(threads)
-    quiet()
+    prepare(threads)
     loaded = load_model(model, device)
     chosen |= dict(method=method, batch_size=batch, max_branch_tokens=max_branch_tokens)
     chosen |= limits_of(data, loaded[1])
@@ -149,58 +147,48 @@ def find_blocks(profile, removed, split="derive", **options):
 
 def _start(layer, interval, num_layers):
     "A block's first layer with its interval, printed from 1."
-    if interval is None:
-        return str(layer + 1)
+    if layer is None or interval is None:
+        return "-" if layer is None else str(layer + 1)
     low, high = interval
     return f"{layer + 1} ({low + 1} to {high + 1 if high < num_layers else 'end'})"
 
 
-def _span(low, high):
-    return "-" if low > high else f"{low}" if low == high else f"{low} to {high}"
+def _share(value):
+    return "-" if value is None else f"{100 * value:.0f} %"
 
 
 def boundary_row(
     b,  # Boundaries
 ) -> dict:  # column -> text, layers printed from 1
     "One line of the table that `seats boundaries` prints."
-    n, certified, stability = b.num_layers, b.late_start_certified, b.parameters.get("stability")
-    late = _start(b.late_start, b.late_start_ci, n)
+    n, certified, same = b.num_layers, b.late_start_certified, b.parameters.get("stability", {})
+    edges = (0, b.shallow_end, b.late_start, n)
+    blocks = [(low + 1, high) for low, high in zip(edges, edges[1:])]
+    spans = ["-" if lo > hi else f"{lo}" if lo == hi else f"{lo} to {hi}" for lo, hi in blocks]
+    late = _start(b.late_start, b.late_start_ci, n) if b.late_start < n else "no late block"
     return {
         "removed": b.removed,
-        "shallow": _span(1, b.shallow_end),
-        "middle": _span(b.shallow_end + 1, b.late_start),
-        "late": _span(b.late_start + 1, n),
+        **dict(zip(("shallow", "middle", "late"), spans)),
         "middle starts (95 %)": _start(b.shallow_end, b.shallow_end_ci, n),
-        "late starts (95 %)": late if b.late_start < n else "no late block",
-        "same": f"{100 * stability['late_start']:.0f} %" if stability else "-",
+        "late starts (95 %)": late,
+        "same": _share(same.get("late_start")),
         "certified": "-" if certified is None or certified >= n else str(certified + 1),
     }
 
 
-def _by_family(rows):
-    "Condition -> family -> row, of the frame of `boundary_table`."
-    found = {removed: {} for removed, _ in rows.index}
-    for _, r in rows.reset_index().iterrows():
-        if r["family"] != "all":
-            found[r["removed"]][r["family"]] = json.loads(r.to_json())
-    return found
-
-
-def _family_row(removed, family, r, num_layers):
-    "The same for one family, from its row."
-
-    def start(name):
-        low, high = r[f"{name}_low"], r[f"{name}_high"]
-        return "-" if r[name] is None else _start(r[name], (low, high), num_layers)
-
-    same = r["late_start_same"]
+def _family_row(r, num_layers):
+    "The same for one family, from a row of `boundary_table`."
+    ends = ("", "_low", "_high")
+    (middle, *span), (late, *reach) = (
+        [r[n + e] for e in ends] for n in ("shallow_end", "late_start")
+    )
     return {
-        "removed": removed,
-        "family": family,
+        "removed": r["removed"],
+        "family": r["family"],
         "questions": r["questions"] or "-",
-        "middle starts (95 %)": start("shallow_end"),
-        "late starts (95 %)": start("late_start"),
-        "same": "-" if same is None else f"{100 * same:.0f} %",
+        "middle starts (95 %)": _start(middle, span, num_layers),
+        "late starts (95 %)": _start(late, reach, num_layers),
+        "same": _share(r["late_start_same"]),
     }
 
 # %% ../../nbs/cli/01_analysis.ipynb #4b633739
@@ -245,12 +233,12 @@ def boundaries(
     if families or figure:
         rows = boundary_table(stored, split=_known_split(stored, split), **rule)
     if families:
-        apart = _by_family(rows)
-        for removed, of_family in apart.items():
-            data[removed]["by_family"] = of_family
-        lines = [_family_row(r, f, row, layers) for r in apart for f, row in apart[r].items()]
-        if lines:
-            text += f"\n\n{table(lines)}"
+        records = json.loads(rows.reset_index().to_json(orient="records"))
+        apart = [r for r in records if r["family"] != "all"]
+        for removed, of in data.items():
+            of["by_family"] = {r["family"]: r for r in apart if r["removed"] == removed}
+        if apart:
+            text += f"\n\n{table([_family_row(r, layers) for r in apart])}"
         else:
             note("note: the questions are of one family, so there is nothing to tell apart")
     if figure:
@@ -262,9 +250,10 @@ def boundaries(
 def stored_tokens(profile, given="") -> tuple:  # visual, audio
     "Tokens of the data: as given on the command line, else as the profile says."
     if given:
-        tokens = numbers_of(given, "--tokens", _TWO_NUMBERS)
+        example = "two numbers, visual and audio tokens, as 9216,1500"
+        tokens = numbers_of(given, "--tokens", example)
         if len(tokens) != 2:
-            raise ValueError(f"--tokens {given!r}: give {_TWO_NUMBERS}")
+            raise ValueError(f"--tokens {given!r}: give {example}")
         return tokens
     if "tokens" in profile.attrs:
         return tuple(json.loads(profile.attrs["tokens"])[m] for m in ("visual", "audio"))
@@ -272,9 +261,6 @@ def stored_tokens(profile, given="") -> tuple:  # visual, audio
         "the profile does not say how many visual and audio tokens its clips have; "
         "add --tokens VISUAL,AUDIO"
     )
-
-
-_TWO_NUMBERS = "two numbers, visual and audio tokens, as 9216,1500"
 
 
 def _check_targets(trr, visual, audio):

@@ -29,13 +29,12 @@ from seats_analysis.cli.app import (
     emit,
     late_rule,
     limits_of,
-    quiet,
+    prepare,
     mean_tokens,
     names_of,
     note,
     numbers_of,
     resumable,
-    set_threads,
     table,
     writable,
 )
@@ -56,13 +55,11 @@ def solve(model, trrs, counts, profile=None, late=None) -> dict:  # percentage -
     from seats_analysis.schedules.schedule import PUBLISHED, Schedule
 
     known = next((k for k in PUBLISHED if k in model.lower()), None)
-    published = PUBLISHED[known] if known and profile is None else dict(pairs=())
-    if profile is None and model == "testbed":
-        profile = shipped_profile()
-    if known and profile is None:
-        blocks = Boundaries(*published["boundaries"])
-    elif profile is not None:
-        blocks = find_blocks(load_profile(profile), "both")
+    source, pairs = profile or (shipped_profile() if model == "testbed" else None), ()
+    if source is not None:
+        blocks = find_blocks(load_profile(source), "both")
+    elif known:
+        blocks, pairs = Boundaries(*PUBLISHED[known]["boundaries"]), PUBLISHED[known]["pairs"]
     else:
         raise ValueError(
             f"--trr for {model}: where its blocks lie is not known; make a profile with "
@@ -70,7 +67,7 @@ def solve(model, trrs, counts, profile=None, late=None) -> dict:  # percentage -
         )
     return {
         t: Schedule.published(known, int(t))
-        if t in published["pairs"]
+        if t in pairs
         else Schedule.from_trr(blocks, t, *counts, **late_rule(late))
         for t in trrs
     }
@@ -186,8 +183,7 @@ def run(
 
     plan = Schedule.load(schedule) if schedule is not None else None
     sample = _clip_sample(clip, question, choice, letters)
-    set_threads(threads)
-    quiet()
+    prepare(threads)
     thinker, processor = load_model(model, device)
     encoded = encode(thinker, processor, [sample])
     if trr is not None:
@@ -308,8 +304,7 @@ def eval_(
             samples = _held_out(limit, split, folder, seed)
         else:
             samples = load_samples(data, split, limit, root)
-        set_threads(threads)
-        quiet()
+        prepare(threads)
         loaded = load_model(model, device)
         options = limits_of(data, loaded[1])
         counts = mean_tokens(*loaded, samples, **options)
@@ -379,7 +374,7 @@ def sensitivity(
 
     stored = named_or_shipped(profile)
     made = TaskSchedules.of(stored, trr, by, stored_tokens(stored))
-    set_threads(threads)
+    prepare(threads)
     model, processor = load_model("testbed", "cpu")
     if stored.attrs.get("weights_sha256") != hash_weights(model):
         raise ValueError(

@@ -76,19 +76,16 @@ class Commands(TyperGroup):
         except Exception as error:
             if not hasattr(error, "format_message"):
                 raise  # a bug
-            self._usage_error(error)
+            if type(error).__name__ == "NoArgsIsHelpError":
+                print(error.format_message())
+                raise SystemExit(0)
+            path = error.ctx.command_path if error.ctx else "seats"
+            _fail(f"{one_line(error).rstrip('.')} (see `{path} --help`)")
         if code == 130:
             _fail("interrupted", 130)  # Typer's own handling of Ctrl-C
         if standalone_mode:
             raise SystemExit(code if isinstance(code, int) else 0)
         return code
-
-    def _usage_error(self, error):
-        if type(error).__name__ == "NoArgsIsHelpError":
-            print(error.format_message())
-            raise SystemExit(0)
-        path = error.ctx.command_path if error.ctx else "seats"
-        _fail(f"{one_line(error).rstrip('.')} (see `{path} --help`)")
 
 # %% ../../nbs/cli/00_app.ipynb #4a05211b
 app = typer.Typer(
@@ -122,12 +119,16 @@ def _group(
     pass
 
 # %% ../../nbs/cli/00_app.ipynb #53c15772
-def quiet():
-    "No progress bars or advice from transformers among our lines."
+def prepare(threads=None):
+    "Set the CPU threads, if given, and keep transformers' bars and advice out of our lines."
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
 
 # %% ../../nbs/cli/00_app.ipynb #9cd76be1
 def limits_of(
@@ -188,13 +189,6 @@ def numbers_of(text, option, example, kind=float) -> tuple:
         return tuple(kind(n) for n in names_of(text, option))
     except ValueError:
         raise ValueError(f"{option} {text!r}: give {example}") from None
-
-
-def set_threads(threads):
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
 
 
 def emit(

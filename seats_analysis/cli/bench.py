@@ -23,9 +23,8 @@ from seats_analysis.cli.app import (
     names_of,
     note,
     numbers_of,
-    quiet,
+    prepare,
     resumable,
-    set_threads,
     table,
     writable,
 )
@@ -136,8 +135,7 @@ def bench(
     if bad := [e for e in towers if e not in ENCODERS]:
         raise ValueError(f"--encoders {bad[0]!r}: {', '.join(ENCODERS)}")
     plans, device = Job.pairs(names_of(methods, "--methods"), trrs), check_device(device)
-    set_threads(threads)
-    quiet()
+    prepare(threads)
     setup = BenchSetup(device, attention=attention, kv=kv, seed=seed, steps=steps)
     cuda = setup.cuda
     if names or asked or width or batches or scaling or towers:

@@ -13,7 +13,7 @@ from shutil import copy2
 import typer
 from typer import Option
 
-from .app import Batch, Json, Threads, app, emit, note, quiet, set_threads, table
+from .app import Batch, Json, Threads, app, emit, note, prepare, table
 from ..evaluation.load import load_model
 from .analysis import boundary_row, find_blocks, probe_file, stored_tokens
 from .answers import origin
@@ -71,7 +71,7 @@ def train_testbed(
     from seats_analysis.testbed import train
 
     chosen = _train_config(config, seed=seed, steps=steps, threads=threads)
-    quiet()
+    prepare()
     train.train_testbed(chosen, out)
     save_figure(learning_curves_figure(out / "train_log.jsonl"), out / "learning")
     print(f"{out}: model, processor, log and learning curves")
@@ -182,7 +182,7 @@ def demo(
             "--update and --limit exclude each other: what is committed covers all questions"
         )
     start = perf_counter()
-    set_threads(threads)
+    prepare(threads)
     from seats_analysis.evaluation.agreement import agreement
 
     profile, bounds, plans, rows = _demo(out, limit, whole or update, batch)

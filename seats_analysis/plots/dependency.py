@@ -283,21 +283,16 @@ def needed_figure(
 ):  # matplotlib Figure, two columns wide
     "How often an estimate of each boundary comes close to the truth, against the questions asked."
     titles = {"shallow_end": "a  middle block begins", "late_start": "b  late block begins"}
-    sizes, (measured, *shapes) = study["sizes"], [r["curve"] for r in study["rows"]]
-    looks = dict(zip(shapes, SERIES))
-    looks[measured] = dict(color="#777777", linestyle="-", marker="*", markersize=5, linewidth=1.6)
-    ring = dict(marker="o", markersize=7, markerfacecolor="none", linestyle="")
+    measured = dict(color="#777777", linestyle="-", marker="*", markersize=5, linewidth=1.6)
     fig = new_figure(PAGE, 2.7)
     axes = fig.subplots(1, 2, sharey=True)
     for ax, (boundary, title) in zip(axes, titles.items()):
-        for row in study["rows"]:
-            shares, look = 100 * np.array(row["within"][boundary]), looks[row["curve"]]
-            ax.plot(sizes, shares, label=row["curve"], **look)
-            if (enough := row["needed"][boundary]) is not None:
-                ax.plot(enough, shares[sizes.index(enough)], color=look["color"], **ring)
+        for row, look in zip(study["rows"], (measured, *SERIES)):
+            shares = 100 * np.array(row["within"][boundary])
+            ax.plot(study["sizes"], shares, label=row["curve"], **look)
         ax.axhline(100 * study["share"], **DOTTED)
         ax.set(xlabel="Questions", ylim=(0, 104), title=title)
-        log_axis(ax, sizes)
+        log_axis(ax, study["sizes"])
     layers = f"{study['within']} layer{'s' if study['within'] > 1 else ''}"
     axes[0].set_ylabel(f"Estimate within {layers} (%)")
     legend_outside(fig, axes[:1], 7, handlelength=2.2, columnspacing=1.2)

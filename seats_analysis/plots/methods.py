@@ -176,15 +176,27 @@ def source_of(found, more=""):
     )
 
 # %% ../../nbs/plots/03_methods.ipynb #c95a1ec3
-def _accuracy_curve(ax, rows, cost, **look):
-    "One method: accuracy with its interval (percent) against a cost."
-    rows = sorted(rows, key=cost)
-    accuracy, low, high = np.transpose([[100 * r[k] for k in _ENDS] for r in rows])
-    bars = np.clip([accuracy - low, high - accuracy], 0, None)
-    ax.errorbar([cost(r) for r in rows], accuracy, bars, elinewidth=0.5, **look)
-
-
 _ENDS = "accuracy", "low", "high"
+
+
+def _draw_accuracy(ax, rows, cost):
+    "A line per method against a cost in percent of the full model's, the first row; 95 % bars."
+    curves = {}
+    for r in rows:
+        curves.setdefault(name_of(r), []).append(r)
+    for name, own in curves.items():
+        own = sorted(own, key=cost)
+        accuracy, low, high = np.transpose([[100 * r[k] for k in _ENDS] for r in own])
+        look = dict(method_look(own[0]["method"]), elinewidth=0.5, label=name)
+        if by_rule(own[0]):
+            look["markerfacecolor"] = "white"
+        bars = np.clip([accuracy - low, high - accuracy], 0, None)
+        ax.errorbar([cost(r) for r in own], accuracy, bars, **look)
+    chance_line(ax, CHANCE)
+    ax.axhline(100 * rows[0]["accuracy"], **DASHED)
+    percent_axis(ax, np.nanmin([100, *map(cost, rows)]))
+    ax.set_ylabel("Accuracy (%)")
+    ax.grid(axis="y")
 
 
 def _published_times(ax, rows):
@@ -207,22 +219,11 @@ def _published_times(ax, rows):
 
 def _measured_times(ax, found):
     "All methods of a comparison and the full model; rings around what runs at its own minimum."
-    curves = {}
-    for r in [full_model(found), *pick(found)]:
-        curves.setdefault(name_of(r), []).append(r)
-    for name, rows in curves.items():
-        look = method_look(rows[0]["method"])
-        if by_rule(rows[0]):
-            look["markerfacecolor"] = "white"
-        _accuracy_curve(ax, rows, time_share, label=name, **look)
+    _draw_accuracy(ax, [full_model(found), *pick(found)], time_share)
     own = [(time_share(r), 100 * r["accuracy"]) for r in pick(found) if r["own_minimum"]]
     ring = dict(marker="o", s=49, facecolor="none", edgecolor="#555555", linewidth=0.6, zorder=6)
     ax.scatter(*np.reshape(own, (-1, 2)).T, **ring)
-    chance_line(ax, CHANCE)
-    ax.axhline(100 * full_model(found)["accuracy"], **DASHED)
-    percent_axis(ax, np.nanmin([100, *map(time_share, pick(found))]))
-    ax.set(xlabel="Selection + prefill (% of full)", ylabel="Accuracy (%)")
-    ax.grid(axis="y")
+    ax.set_xlabel("Selection + prefill (% of full)")
 
 
 def _side_by_side(panels, height, pad=3, **options):
@@ -237,14 +238,8 @@ def _side_by_side(panels, height, pad=3, **options):
         draw(ax)
         ax.set_title(f"{letter}  {title}".strip(), pad=pad)
         sources.append(f"{letter}: {source}".removeprefix(": "))
-    legend_outside(
-        fig,
-        axes[::-1],
-        7 if len(panels) == 2 else 4,
-        handlelength=2.2,
-        columnspacing=0.9,
-        handletextpad=0.5,
-    )
+    tight = dict(handlelength=2.2, columnspacing=0.9, handletextpad=0.5)
+    legend_outside(fig, axes[::-1], 7 if len(panels) == 2 else 4, **tight)
     return say_source(fig, "\n".join(sources))
 
 
@@ -402,22 +397,15 @@ def tradeoff_figure(
     rows,  # dicts: method, trr (percent), accuracy, flops_fraction (of full), maybe ci (low, high)
 ):  # matplotlib Figure, one column wide
     "Accuracy against FLOPs left, one curve per method, with 95 % intervals where there are any."
+    named = []
+    for r in rows:
+        low, high = r.get("ci") or [r["accuracy"]] * 2
+        named.append(r | dict(low=low, high=high, label=r["method"], setting="matched"))
+    named.sort(key=lambda r: r["method"] != "full")
     fig = new_figure(COLUMN, 2.3)
     ax = fig.subplots()
-    rows = [r | dict(zip(("low", "high"), r.get("ci") or [r["accuracy"]] * 2)) for r in rows]
-    cost = lambda r: 100 * r["flops_fraction"]
-    for method in dict.fromkeys(r["method"] for r in rows):
-        own, look = [r for r in rows if r["method"] == method], method_look(method)
-        _accuracy_curve(ax, own, cost, label=NAMES.get(method, method), capsize=1.5, **look)
-        above = method == "seats"
-        text = dict(ha="center", va="bottom" if above else "top", fontsize=5.5, color=look["color"])
-        for r in own if method != "full" else ():
-            at, shift = (cost(r), 100 * r["high" if above else "low"]), (0, 2 if above else -2)
-            ax.annotate(f"{r['trr']:g}", at, shift, textcoords="offset points", **text)
-    chance_line(ax, CHANCE)
-    ax.set(ylim=(0, 110), yticks=range(0, 101, 20), ylabel="Accuracy (%)")
-    ax.set_xlabel("FLOPs of the prefill (% of full)")
-    percent_axis(ax, min(map(cost, rows)))
+    _draw_accuracy(ax, named, lambda r: 100 * r["flops_fraction"])
+    ax.set(ylim=(0, 110), xlabel="FLOPs of the prefill (% of full)")
     legend_outside(fig, [ax], 4)
     return fig
 
@@ -447,21 +435,13 @@ def sensitivity_figure(
 def read_log(
     path,  # JSON lines of `train-testbed`
 ) -> list:  # rows as dicts, by step
-    "Read a training log, without a last line that was cut short. Raises ValueError with the line."
-    lines = [l for l in Path(path).read_text(encoding="utf-8").splitlines() if l.strip()]
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            rows.append({k: row[k] for k in ("step", "loss", "seconds", "accuracy")})
-        except (ValueError, TypeError, KeyError) as error:
-            if number < len(lines):
-                raise ValueError(
-                    f"{path}, line {number}: not a row with step, loss, seconds, accuracy: {error}"
-                ) from None
-    if not rows:
-        raise ValueError(f"{path}: no rows")
-    return sorted(rows, key=lambda r: r["step"])
+    "Read a training log, without a line that was cut short. Raises ValueError that names the file."
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    try:
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        return sorted(rows, key=lambda r: (r["step"], r["loss"], not r["accuracy"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not a training log: {error}") from None
 
 # %% ../../nbs/plots/03_methods.ipynb #9c9c68ec
 @house_style()
