@@ -332,10 +332,11 @@ def test_what_is_not_ranked_is_drawn_open(drawn):
         assert opened == (
             {"VTW (its rule, 64 %)", "FastV"} if trr < 20 else {"VTW (its rule, 64 %)"}
         )
-    assert names[-1] == min(
+    worst = min(
         (r for r in made_up()["rows"] if r["trr"] == 10 and not M.is_ablation(r)),
         key=lambda r: r["accuracy"],
-    )["method"].replace("pyramiddrop", "PyramidDrop")
+    )
+    assert names[-1] == M.NAMES[worst["method"]]
 
 
 PARTS = [
@@ -349,20 +350,18 @@ PARTS = [
 ]
 
 
-def test_bars_are_the_paired_differences(drawn):
-    ax = drawn["eval_testbed_ablations"].axes[-1]
-    names = [t.get_text() for t in ax.get_yticklabels()] or [
-        t.get_text() for t in drawn["eval_testbed_ablations"].axes[0].get_yticklabels()
-    ]
-    for i in range(7):
-        r = [r for r in made_up()["rows"] if M.is_ablation(r) and r["trr"] == 10][i]
-        bar = ax.patches[i]
-        assert (
-            round(bar.get_width() + bar.get_x() * 0, 9) == round(100 * r["diff_seats"], 9)
-            and names[round(bar.get_y() + 0.33)] == PARTS[i]
-        )
-        clear = abs(r["diff_seats"]) > 0.02
-        assert (bar.get_facecolor()[0] < 0.6) == clear
+def test_marks_are_the_paired_differences(drawn):
+    "With their intervals; open where the interval holds zero."
+    axes = drawn["eval_testbed_ablations"].axes
+    names = [t.get_text() for t in axes[0].get_yticklabels()]
+    for ax, trr in zip(axes, (35, 25, 15, 10)):
+        rows = [r for r in made_up()["rows"] if M.is_ablation(r) and r["trr"] == trr]
+        for r, part, line, bar in zip(rows, PARTS, ax.lines, ax.collections, strict=False):
+            assert line.get_xdata()[0] == pytest.approx(100 * r["diff_seats"])
+            assert names[int(line.get_ydata()[0])] == part
+            span = 100 * np.array([r["diff_seats_low"], r["diff_seats_high"]])
+            assert bar.get_segments()[0][:, 0] == pytest.approx(span)
+            assert (line.get_markerfacecolor() == "white") == (abs(r["diff_seats"]) <= 0.02)
 
 
 def test_a_comparison_that_was_not_timed():

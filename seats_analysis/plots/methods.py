@@ -33,42 +33,28 @@ from seats_analysis.plots.style import (
 # %% ../../nbs/plots/03_methods.ipynb #8aa4bbb1
 CHANCE = 0.25  # accuracy of a guess among four choices
 _BROWN, _GREY, _SKY = "#ca9161", "#7a7a7a", "#56b4e9"
-NAMES = {
-    "full": "full",
-    "seats": "SEATS",
-    "random": "random",
-    "uniform": "uniform",
-    "fastv": "FastV",
-    "fastv-om": "FastV-om",
-    "visionzip": "VisionZip",
-    "visionzip-om": "VisionZip-om",
-    "divprune": "DivPrune",
-    "divprune-om": "DivPrune-om",
-    "dycoke": "DyCoke",
-    "omnizip": "OmniZip",
-    "vtw": "VTW",
-    "pyramiddrop": "PyramidDrop",
+_LOOKS = {  # name in print, colour, marker (open where a sibling prunes both modalities), line
+    "full": ("full", INK, "P", ""),
+    "seats": ("SEATS", BLUE, "o", "-"),
+    "random": ("random", _GREY, "v", ":"),
+    "uniform": ("uniform", _GREY, "^", ":"),
+    "fastv": ("FastV", ORANGE, "s", "--"),
+    "visionzip": ("VisionZip", GREEN, "D", "-."),
+    "divprune": ("DivPrune", RED, "p", "--"),
+    "dycoke": ("DyCoke", PURPLE, "X", "-."),
+    "omnizip": ("OmniZip", _SKY, "h", "--"),
+    "vtw": ("VTW", _BROWN, "*", ":"),
+    "pyramiddrop": ("PyramidDrop", _BROWN, "<", "-."),
 }
-_MARKS = {
-    "full": (INK, "P", ""),
-    "seats": (BLUE, "o", "-"),
-    "random": (_GREY, "v", ":"),
-    "uniform": (_GREY, "^", ":"),
-    "fastv": (ORANGE, "s", "--"),
-    "visionzip": (GREEN, "D", "-."),
-    "divprune": (RED, "p", "--"),
-    "dycoke": (PURPLE, "X", "-."),
-    "omnizip": (_SKY, "h", "--"),
-    "vtw": (_BROWN, "*", ":"),
-    "pyramiddrop": (_BROWN, "<", "-."),
-}
-_OPEN = {"uniform", "fastv", "visionzip", "divprune"}
+_OPEN = "uniform", "fastv", "visionzip", "divprune"
+NAMES = {method: look[0] for method, look in _LOOKS.items()}
+NAMES |= {f"{method}-om": f"{NAMES[method]}-om" for method in _OPEN[1:]}
 
 
 def method_look(method):
     """Colour, marker and line of a method, the same in every figure; an unknown one gets a plain
     look."""
-    color, marker, line = _MARKS.get(method.removesuffix("-om"), (_GREY, ".", "-"))
+    _, color, marker, line = _LOOKS.get(method.removesuffix("-om"), ("", _GREY, ".", "-"))
     thick = method == "seats"
     return dict(
         color=color,
@@ -161,6 +147,12 @@ def names_by(rows, value="accuracy"):
     return sorted(rank, key=lambda name: (-rank[name], name))
 
 
+def interval(row, name="accuracy"):
+    "A stored fraction and its interval, in percent."
+    ends = ("low", "high") if name == "accuracy" else (f"{name}_low", f"{name}_high")
+    return [100 * row[key] for key in (name, *ends)]
+
+
 def time_share(row):
     "Selection and prefill in percent of the full model's; nan where nothing was timed."
     return 100 * row["ms"] / row["ms_full"] if row["ms"] and row["ms_full"] else np.nan
@@ -176,9 +168,6 @@ def source_of(found, more=""):
     )
 
 # %% ../../nbs/plots/03_methods.ipynb #c95a1ec3
-_ENDS = "accuracy", "low", "high"
-
-
 def _draw_accuracy(ax, rows, cost):
     "A line per method against a cost in percent of the full model's, the first row; 95 % bars."
     curves = {}
@@ -186,7 +175,7 @@ def _draw_accuracy(ax, rows, cost):
         curves.setdefault(name_of(r), []).append(r)
     for name, own in curves.items():
         own = sorted(own, key=cost)
-        accuracy, low, high = np.transpose([[100 * r[k] for k in _ENDS] for r in own])
+        accuracy, low, high = np.transpose([interval(r) for r in own])
         look = dict(method_look(own[0]["method"]), elinewidth=0.5, label=name)
         if by_rule(own[0]):
             look["markerfacecolor"] = "white"
@@ -303,7 +292,7 @@ def _measured_radar(ax, found, trr):
     for row in shown:
         cells = [row["families"][f] for f in [*families, families[0]]]
         full = np.array([c["full_accuracy"] or np.nan for c in cells])
-        at, low, high = (100 * np.array([c[k] for c in cells]) / full for k in _ENDS)
+        at, low, high = np.transpose([interval(c) for c in cells]) / full
         ax.plot(angles, at, label=name_of(row), **method_look(row["method"]))
         if row["method"] == "seats":
             ax.fill_between(angles, low, high, color=BLUE, alpha=0.18, linewidth=0)
@@ -330,16 +319,28 @@ def radar_figure(
     return _side_by_side(panels, 3.1, 14, subplot_kw=dict(projection="polar"))
 
 # %% ../../nbs/plots/03_methods.ipynb #cb67d331
-def _budget_panels(names, trrs, height):
-    "One panel per budget, one line per name."
-    fig = new_figure(PAGE, height)
+def _forest(rows, value):
+    "One panel per budget, one line per name, the best first: a fraction with its interval."
+    names, trrs = names_by(rows, value), budgets(rows)
+    fig = new_figure(PAGE, 0.155 * len(names) + 0.75)
     axes = fig.subplots(1, len(trrs), sharey=True, sharex=True, squeeze=False)[0]
     for ax, trr in zip(axes, trrs):
+        for r in rows:
+            if r["trr"] != trr and not by_rule(r):
+                continue
+            look = method_look("seats" if is_ablation(r) else r["method"])
+            look |= dict(linestyle="", elinewidth=1.1)
+            at, low, high = interval(r, value)
+            full = r["ranked"] if value == "accuracy" else not low <= 0 <= high
+            look |= dict(markerfacecolor=look["color"] if full else "white")
+            span = [[max(at - low, 0)], [max(high - at, 0)]]
+            ax.errorbar(at, names.index(name_of(r)), xerr=span, **look)
         ax.set_title(f"TRR {trr:g} %")
         ax.tick_params(axis="y", length=0)
         ax.grid(axis="x")
-    ax.set(ylim=(len(names) - 0.4, -0.6), yticks=range(len(names)), yticklabels=names)
-    return fig, axes
+    shown = [name.removeprefix("SEATS, ") for name in names]
+    ax.set(ylim=(len(names) - 0.4, -0.6), yticks=range(len(names)), yticklabels=shown)
+    return fig
 
 
 @house_style()
@@ -348,22 +349,15 @@ def comparison_figure(
 ):  # matplotlib Figure, two columns wide
     "Accuracy of every method at equal FLOPs, one panel per budget."
     rows = pick(found)
-    names, trrs = names_by(rows), budgets(rows)
-    fig, axes = _budget_panels(names, trrs, 0.155 * len(names) + 0.75)
-    for ax, trr in zip(axes, trrs):
-        for r in pick(found, trr=trr):
-            y, look = names.index(name_of(r)), method_look(r["method"])
-            low, high = 100 * r["low"], 100 * r["high"]
-            ax.plot([low, high], [y, y], color=look["color"], linewidth=1.1, zorder=3)
-            look |= dict(linestyle="", markerfacecolor=look["color"] if r["ranked"] else "white")
-            ax.plot(100 * r["accuracy"], y, **look)
-            if r["method"] == "seats":
-                ax.axvspan(low, high, color=BLUE, alpha=0.15, linewidth=0, zorder=0)
-                flops = f"FLOPs {100 * r['flops_fraction']:.0f} % of full"
-                ax.set_title(f"{ax.get_title(loc='left')}, {flops}", fontsize=6.2)
+    fig = _forest(rows, "accuracy")
+    ours = {r["trr"]: r for r in rows if r["method"] == "seats"}
+    for ax, trr in zip(fig.axes, budgets(rows)):
         ax.axvline(100 * full_model(found)["accuracy"], **DASHED)
-    for label in axes[0].get_yticklabels():
-        label.set_fontweight("bold" if label.get_text() == NAMES["seats"] else "normal")
+        if seats := ours.get(trr):
+            _, low, high = interval(seats)
+            ax.axvspan(low, high, color=BLUE, alpha=0.15, linewidth=0, zorder=0)
+            flops = f"FLOPs {100 * seats['flops_fraction']:.0f} % of full"
+            ax.set_title(f"TRR {trr:g} %, {flops}", fontsize=6.2)
     fig.supxlabel("Accuracy (%)", fontsize=7)
     more = "; lines: 95 % intervals; band: SEATS; dashed: full model; open: outside the ranking"
     return say_source(fig, source_of(found, more))
@@ -375,20 +369,12 @@ def ablation_figure(
 ):  # matplotlib Figure, two columns wide
     "Accuracy lost or won by changing one part of SEATS, one panel per budget."
     rows = [r for r in pick(found, ablations=True) if r["diff_seats"] is not None]
-    names, trrs = names_by(rows, "diff_seats"), budgets(rows)
-    parts = [name.removeprefix("SEATS, ") for name in names]
-    fig, axes = _budget_panels(parts, trrs, 0.17 * len(names) + 0.8)
-    for r in rows:
-        ax, y = axes[trrs.index(r["trr"])], names.index(name_of(r))
-        low, at, high = (100 * r[f"diff_seats{end}"] for end in ("_low", "", "_high"))
-        color = "#74aad6" if low > 0 or high < 0 else "#f1f5f9"  # pale: the interval holds zero
-        ax.barh(y, at, height=0.66, color=color, edgecolor=BLUE, linewidth=0.5, zorder=3)
-        ax.plot([low, high], [y, y], color=INK, linewidth=1, solid_capstyle="butt", zorder=4)
-    for ax in axes:
-        ax.axvline(0, color=INK, linewidth=0.7, zorder=5)
+    fig = _forest(rows, "diff_seats")
+    for ax in fig.axes:
+        ax.axvline(0, color=INK, linewidth=0.7)
     title = "Accuracy minus that of SEATS on the same questions (percentage points)"
     fig.supxlabel(title, fontsize=7)
-    more = "; at equal FLOPs; lines: 95 % paired intervals; pale: the interval holds zero"
+    more = "; at equal FLOPs; lines: 95 % paired intervals; open: the interval holds zero"
     return say_source(fig, source_of(found, more))
 
 # %% ../../nbs/plots/03_methods.ipynb #739c3f14
@@ -439,8 +425,8 @@ def read_log(
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     try:
         rows = [json.loads(line) for line in lines if line.endswith("}")]
-        return sorted(rows, key=lambda r: (r["step"], r["loss"], not r["accuracy"]))
-    except (ValueError, TypeError, KeyError) as error:
+        return sorted(rows, key=lambda row: row["step"])
+    except (ValueError, KeyError) as error:
         raise ValueError(f"{path}: not a training log: {error}") from None
 
 # %% ../../nbs/plots/03_methods.ipynb #9c9c68ec

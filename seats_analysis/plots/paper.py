@@ -30,6 +30,7 @@ from seats_analysis.plots.methods import (
     by_rule,
     comparison_figure,
     full_model,
+    interval,
     learning_curves_figure,
     name_of,
     names_by,
@@ -155,9 +156,8 @@ def _percent(row, name):
     "A fraction with its interval in percent, as in 97.0 (95.9 to 98.1)."
     if row[name] is None:
         return ""
-    ends = ("low", "high") if name == "accuracy" else (f"{name}_low", f"{name}_high")
     plus = "+" if name.startswith("diff") else ""
-    at, low, high = (f"{100 * row[key]:{plus}.1f}" for key in (name, *ends))
+    at, low, high = (f"{value:{plus}.1f}" for value in interval(row, name))
     return f"{at} ({low} to {high})"
 
 
@@ -362,7 +362,7 @@ def _result_jobs(data, results):
         said = _measured(found) + "; cells: % of the full accuracy"
         yield name, _with_source(said, sensitivity_figure, found["rows"])
     for name, found in results["results"].items():
-        said = _measured(found) + "; 95 % bars; numbers: TRR (%)"
+        said = _measured(found) + "; 95 % bars"
         yield f"{name}_tradeoff", _with_source(said, tradeoff_figure, found["rows"])
     for name, found in results["bench"].items():
         rows, said = found["rows"], f"Measured here on {found['device']}"
