@@ -1,5 +1,6 @@
-"""Options, markers and settings shared by all tests."""
+"""Options, markers, settings and fixtures shared by tests."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+FAMILIES = "qwen2.5-omni", "qwen3-omni"  # as in tiny.py, which imports torch
 MARKERS = {
     "nightly": "long version, run by `make nightly`",
     "cuda": "needs a GPU, skipped where there is none",
@@ -54,3 +56,43 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         for name in reasons.keys() & set(item.keywords):
             item.add_marker(pytest.mark.skip(reason=reasons[name]))
+
+
+def pytest_collection_finish(session):
+    "What imports made is not looked through again by every collection of garbage."
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure(config):
+    gc.unfreeze()
+
+
+# ---------------------------------------------------------------- shared by several files
+
+
+@pytest.fixture
+def no_grad():
+    import torch
+
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def processor(family):
+    import tiny
+
+    return tiny.processor(family)
+
+
+@pytest.fixture(scope="session")
+def model(family):
+    import tiny
+
+    return tiny.thinker(family)

@@ -69,25 +69,7 @@ SAMPLES = dict(
 )
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module", params=tiny.FAMILIES)
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def processor(family):
-    return tiny.processor(family)
-
-
-@pytest.fixture(scope="module")
-def model(family):
-    return tiny.thinker(family)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(scope="module")

@@ -41,10 +41,7 @@ in_one_family = by_family(sorted((tiny.FAMILIES[i % 2], n) for i, n in enumerate
 seeded = pytest.mark.parametrize("seed", CASES)
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def generator(seed):

@@ -48,21 +48,6 @@ PLAN = Schedule(
 )
 
 
-@pytest.fixture(scope="module", params=tiny.FAMILIES)
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def model(family):
-    return tiny.thinker(family)
-
-
-@pytest.fixture(scope="module")
-def processor(family):
-    return tiny.processor(family)
-
-
 @pytest.fixture(scope="module")
 def samples():
     "Two questions on each of four clips, one silent and one only heard, and one without any."

@@ -148,7 +148,7 @@ def test_pruned(shipped, encoded, trr, name):
     assert extra < 0.02 * form
 
 
-@pytest.mark.parametrize("trr", [None, 10, 35])
+@pytest.mark.parametrize("trr", [None, 10, pytest.param(35, marks=pytest.mark.nightly)])
 def test_bench(trr):
     """The FLOPs that `seats bench` divides by, on a narrow model of the 7B's depth; stage II
     itself may add up to 2 %."""

@@ -23,11 +23,6 @@ PLAN = Schedule(
 SETS = [(o,) for o in ENCODERS] + [ENCODERS]
 
 
-@pytest.fixture(scope="module", params=tiny.FAMILIES)
-def model(request):
-    return tiny.thinker(request.param)
-
-
 @pytest.fixture(scope="module")
 def batch(model):
     "Two clips; of the first one's 8 temporal grids 3 are new, of the second one's all."
@@ -43,10 +38,7 @@ def batch(model):
     )
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def seen(module, model, batch, **options):

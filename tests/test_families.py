@@ -52,20 +52,7 @@ KEEP_ALL = dict(
 )
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module", params=tiny.FAMILIES)
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def processor(family):
-    return tiny.processor(family)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(scope="module")

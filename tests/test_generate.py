@@ -116,10 +116,7 @@ def turn(processor):
     return processor.tokenizer(text, return_tensors="pt").input_ids
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def close(a, b, tol=1e-5):

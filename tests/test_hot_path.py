@@ -52,11 +52,6 @@ PLANS = dict(
 )
 
 
-@pytest.fixture(scope="module", params=tiny.FAMILIES)
-def model(request):
-    return tiny.thinker(request.param)
-
-
 @pytest.fixture(scope="module")
 def batches(model):
     "One sample, and three of unequal length; the same for every test."
@@ -65,10 +60,7 @@ def batches(model):
     return {n: encode(model, tiny.processor(family), samples[:n]) for n in (1, 3)}
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 # -------------------- every hook body, on tensors that have no values
@@ -171,7 +163,7 @@ def test_no_hook_needs_a_value_from_the_device(model, batches, n, name, kv):
     ]  # it was this pass
 
 
-@pytest.mark.parametrize("name", METHODS)
+@tiny.by_turns(METHODS)
 def test_no_method_needs_one_either(model, batches, name):
     without_values(model, batches[3], METHODS[name].for_trr(tiny.LAYERS, 0.5, 0.6, 18, 30))
 

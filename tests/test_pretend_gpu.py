@@ -4,7 +4,7 @@ mixed, our hooks do not wait, streams are waited for."""
 import copy
 import pytest, torch
 import tiny
-from seats_analysis.pruning import session as pruning
+from seats_analysis.pruning import prefill
 from pretend import Race, Wait, no_waits, pretend_gpu
 from test_hot_path import PLANS
 from seats_analysis.evaluation import bench
@@ -30,11 +30,6 @@ HOT = (
     (encoders.EncoderWatch, "aggregate"),
 )
 SAMPLES = tiny.three()
-
-
-@pytest.fixture(scope="module", params=tiny.FAMILIES)
-def model(request):
-    return tiny.thinker(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +96,7 @@ def test_pruned_answers(model, there, batches, strict, n, name, kv):
     same(model, there, batches[n], PLANS[name], dict(kv=kv))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@tiny.by_turns(METHODS)
 def test_methods(model, there, batches, strict, name):
     same(
         model,
@@ -256,8 +251,8 @@ def test_bench(gpu, tmp_path, config, width):
 
 
 def test_mixed_devices_are_found(there, batches, monkeypatch):
-    whole = pruning.query_scores
-    monkeypatch.setattr(pruning, "query_scores", lambda *args: whole(*args) + torch.zeros(1, 1))
+    whole = prefill.query_scores
+    monkeypatch.setattr(prefill, "query_scores", lambda *args: whole(*args) + torch.zeros(1, 1))
     with pytest.raises(RuntimeError, match="same device"), prune(there, PLANS["together"]):
         there(**batches[1].to("cuda").inputs)
 

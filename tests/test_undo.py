@@ -86,10 +86,7 @@ def batch(model, processor):
     )
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def generate(model, batch, **options):

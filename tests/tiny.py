@@ -10,6 +10,15 @@ FAMILIES = "qwen2.5-omni", "qwen3-omni"
 LAYERS = 6
 
 
+def by_turns(names):
+    """Parametrizes a test by `name`, each with one family of the fixture `family`. What all of them
+    do in both families is tested once, elsewhere."""
+    import pytest
+
+    pairs = sorted((FAMILIES[i % 2], name) for i, name in enumerate(names))
+    return pytest.mark.parametrize("family, name", pairs, indirect=["family"], scope="session")
+
+
 def clip(seed, seconds=4.0, sight=True, sound=True, size=(56, 84), fps=2.0):
     "Noise to see and to hear."
     import numpy as np
