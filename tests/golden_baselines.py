@@ -12,7 +12,7 @@ import torch
 from golden import FLOAT32, GOLDEN, Flag, e2e_cases, near, read_json, read_tensors
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import layout_of
-from seats_analysis.baselines.registry import METHODS, make_method
+from seats_analysis.baselines.registry import METHODS, method_at
 from seats_analysis.baselines.base import at_least_one, keep_audio, random_count
 from seats_analysis.schedules.solve import equal_ratio
 from seats_analysis.schedules.cost import prefill_flops
@@ -328,9 +328,9 @@ def test_fastv_drop(case):
     )
     if flag and flag.field == "method":
         with pytest.raises(ValueError, match="known"):
-            make_method(our_name(case["method"]), plan)
+            method_at(our_name(case["method"]), plan, (n["visual"], n["audio"]))
         return
-    method = make_method(our_name(case["method"]), plan)
+    method = METHODS[our_name(case["method"])](plan)
     cuts = plan_steps([dict(text=int((kind == 0).sum()), **n)], [n], method.drops, method.late)
     everything = torch.arange(len(kind))[None]
     tokens = Tokens(everything, kind[None].to(torch.int8), None, None, len(kind), (0,), False)

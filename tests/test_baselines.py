@@ -6,7 +6,7 @@ There: exact counts, any batch, both families, bit-identical at 100 %, nothing l
 import numpy as np, plain_rivals, pytest, tiny, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from seats_analysis.models.encode import encode, layout_of
-from seats_analysis.baselines.registry import ABLATIONS, METHODS, make_method
+from seats_analysis.baselines.registry import ABLATIONS, METHODS, method_at
 from seats_analysis.pruning.seats import Seats
 from seats_analysis.baselines.merging import (
     DyCoke,
@@ -682,14 +682,14 @@ STAGES = {
 
 @pytest.mark.parametrize("stage", STAGES)
 @in_one_family
-def test_make_method_knows_all(name, stage, model, singles):
+def test_a_stage_without_a_rule_is_refused(name, stage, model, singles):
     "What it builds runs and loses no text; a stage without a rule is refused before it runs."
     plan = Schedule(L, **STAGES[stage])
     if stage not in EVERY[name].stages:
         with pytest.raises(ValueError, match=f"stage {stage}.*for_trr"):
-            make_method(name, plan)
+            EVERY[name](plan)
         return
-    method, layout = make_method(name, plan), singles[0].layout
+    method, layout = EVERY[name](plan), singles[0].layout
     with prune(model, method) as run:
         assert last(model, singles[0]).isfinite().all()
     assert method.name == name and run.tokens_per_layer[0, -1] < layout.valid.sum()
@@ -697,9 +697,9 @@ def test_make_method_knows_all(name, stage, model, singles):
         assert set((layout.modality[0] == 0).nonzero()[:, 0].tolist()) <= set(rows[0].tolist())
 
 
-def test_make_method_refuses_what_it_does_not_know():
+def test_unknown_methods_are_refused():
     with pytest.raises(ValueError, match="seats-no-stage2"):
-        make_method("fastv2", Schedule(L))
+        method_at("fastv2", Schedule(L), (40, 20))
     for name in ("random", "visionzip-om"):  # whose own checks come on top
         cls = type("Narrow", (EVERY[name],), dict(stages=(1,)))
         with pytest.raises(ValueError, match="stage 2"):

@@ -22,6 +22,7 @@ from seats_analysis.evaluation.workloads import (
     bench_inputs,
     bench_processor,
     build_model,
+    config_of,
 )
 from seats_analysis.schedules.cost import kv_bytes, prefill_flops, text_dims
 from seats_analysis.pruning.session import prune
@@ -84,6 +85,11 @@ WEIGHTS = {
     "qwen2.5-omni-3b": 3_085_938_688 + 151_936 * 2048,
     "qwen3-omni-30b-a3b": 30_532_122_624 + 2 * 128 * 2048,
 }
+WITH_TOWERS = {
+    "qwen2.5-omni-7b": 8_931_813_888,
+    "qwen2.5-omni-3b": 4_703_464_448,
+    "qwen3-omni-30b-a3b": 31_719_205_488,
+}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -92,18 +98,19 @@ def test_real_sizes(name):
     parts = adapter_for(model).decoder(model), model.lm_head
     assert sum(p.numel() for part in parts for p in part.parameters()) == WEIGHTS[name]
     assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert sum(p.numel() for p in model.parameters()) == WITH_TOWERS[name]
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_narrow_models_have_the_real_depth_and_grouping(name):
-    model, real = build_model(name, 32), SIZES[name]
+    model, real = build_model(name, 32), config_of(name)
     text, layers = text_dims(model.config), adapter_for(model).layers(model)
-    assert len(layers) == text.layers == real["text"]["num_hidden_layers"]
-    grouping = real["text"]["num_attention_heads"] / real["text"]["num_key_value_heads"]
+    assert len(layers) == text.layers == real.text_config.num_hidden_layers
+    grouping = real.text_config.num_attention_heads / real.text_config.num_key_value_heads
     assert text.heads / text.kv_heads == grouping
     assert layers[0].self_attn.q_proj.weight.shape == (text.heads * text.head_dim, text.hidden)
-    assert len(adapter_for(model).visual(model).blocks) == real["vision"]["depth"]
-    assert len(adapter_for(model).audio_tower(model).layers) == real["audio"]["encoder_layers"]
+    assert len(adapter_for(model).visual(model).blocks) == real.vision_config.depth
+    assert len(adapter_for(model).audio_tower(model).layers) == real.audio_config.encoder_layers
     inputs = bench_inputs(model, bench_processor(name), SHORT)
     assert inputs["input_ids"].shape == (1, sum(SHORT.tokens(name).values()))
     if name == "qwen3-omni-30b-a3b":  # the others are alike, and one of them is timed below

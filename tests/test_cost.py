@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from seats_analysis.pruning import timing
 from seats_analysis.models.encode import encode
 from seats_analysis.models.decoder import last_logits_only
-from seats_analysis.baselines.registry import make_method
+from seats_analysis.baselines.registry import METHODS
 from seats_analysis.schedules.cost import prefill_flops
 from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.schedule import Schedule
@@ -138,7 +138,7 @@ def scoring(config, tokens, drops):
 def test_pruned(shipped, encoded, trr, name):
     model, _ = shipped
     schedule = Schedule.load(SCHEDULES / f"testbed_trr{trr}.json")
-    with prune(model, make_method(name, schedule)) as run:
+    with prune(model, METHODS[name](schedule)) as run:
         layers, head = counted(model, encoded)
     tokens = run.tokens_per_layer[0]
     assert tokens[-1] < tokens[0] < len(encoded.layout.modality[0])

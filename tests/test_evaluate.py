@@ -6,7 +6,7 @@ from scipy.stats import binomtest
 from seats_analysis.evaluation import evaluate as module
 from seats_analysis.models.encode import encode
 from seats_analysis.baselines.simple import Random
-from seats_analysis.baselines.registry import METHODS, make_method
+from seats_analysis.baselines.registry import METHODS, method_at
 from seats_analysis.statistics.intervals import wilson
 from seats_analysis.evaluation.evaluate import (
     accuracy_interval,
@@ -247,8 +247,5 @@ def test_nothing_right_gives_no_share():
 
 def test_registry():
     assert METHODS["seats"].name == "seats" and METHODS["random"] is Random
-    assert make_method("random", PLAN, seed=3) == Random(PLAN, seed=3)
-    with pytest.raises(ValueError, match="known: seats, random"):
-        make_method("seat", PLAN)
-    with pytest.raises(ValueError, match="'random'"):
-        make_method("random", PLAN, depth=3)
+    with pytest.raises(ValueError, match="known: full, seats, random"):
+        method_at("seat", PLAN, (40, 20))

@@ -54,7 +54,7 @@ def _measure(file, jobs, **options):
 
 
 def _text(results, path, ratios):
-    "The rows for people, and when pruning does not pay."
+    "The rows for people."
     lines = results.table(ratios)
     head = dict.fromkeys((k for line in lines for k in line), "")
     unit = "times in ms"
@@ -63,9 +63,8 @@ def _text(results, path, ratios):
             "times as shares of the full time to first token "
             "(a CPU says nothing about milliseconds elsewhere)"
         )
-    said = "\n".join(results.verdicts() or ["pruning pays in every row"])
     shown = table([head | line for line in lines])
-    return f"{shown}\n{unit}; medians of interleaved runs\n\n{said}\n{path}"
+    return f"{shown}\n{unit}; medians of interleaved runs\n{path}"
 
 # %% ../../nbs/cli/03_bench.ipynb #2d5fe2e3
 @app.command()
@@ -122,7 +121,7 @@ def bench(
     if kv not in ("evict", "retain"):
         raise ValueError(f"--kv {kv!r}: evict or retain")
     names = names_of(config, "--config") if config else ()
-    from seats_analysis.evaluation.bench import BenchSetup, Job
+    from seats_analysis.evaluation.bench import BenchFile, BenchSetup, Job
     from seats_analysis.evaluation.workloads import Request
     from seats_analysis.pruning.encoders import ENCODERS
 
@@ -153,7 +152,7 @@ def bench(
         jobs = only_full + [replace(j, encoders=towers) for j in jobs]
     ours = sys.argv[1:2] == ["bench"]
     command = shlex.join(["seats", *sys.argv[1:]]) if ours else "seats bench"
-    file = setup.open(writable(out or setup.default_path), command, again)
+    file = BenchFile(writable(out or setup.default_path), setup, command, again)
     _measure(file, jobs, repeats=repeats, max_seconds=most_seconds)
     results = file.results(jobs)
     data = dict(device=file.about["device"], rows=results.report())

@@ -22,13 +22,13 @@ from ..schedules.cost import prefill_flops
 from ..pruning.timing import Timings, realised_fraction
 from ..pruning.received import triton_kernels
 from ..pruning.session import prune
-from ..baselines.registry import METHODS
-from .captions import cache_bytes
+from ..baselines.registry import METHODS, method_at
+from .evaluate import greedy
 from seats_analysis.evaluation.workloads import (
     Request,
     bench_inputs,
-    bench_method,
     bench_processor,
+    bench_schedule,
     build_model,
 )
 
@@ -85,32 +85,21 @@ class Workload:
                 stack.callback(tower.register_forward_hook(stop).remove)
             yield timings, None
 
-    def _step(self, **inputs):
-        return adapter_for(self.model).thinker(self.model)(**inputs, use_cache=True)
-
     @torch.no_grad()
     def time(
         self, method=None
     ) -> dict:  # TIMES -> milliseconds; the fourth is the first three's sum
         "One request on the clock. `method` is a `Pruner`, or None for the full model."
-        mask, at = self.inputs["attention_mask"], self.inputs["position_ids"][..., -1:]
+        tokens, device = greedy(self.model, self.inputs), self.inputs["input_ids"].device
         with self._running(method) as (timings, _):
-            if mask.is_cuda:
-                torch.cuda.synchronize(mask.device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             with timings.time("prefill"):
-                out = self._step(**self.inputs)
-                token = out.logits[:, -1].argmax(-1)
+                next(tokens)
             first = timings.ms  # waits for the device
             with timings.time("decode"):
                 for _ in range(self.steps):
-                    mask, at = torch.nn.functional.pad(mask, (0, 1), value=1), at + 1
-                    out = self._step(
-                        input_ids=token[:, None],
-                        attention_mask=mask,
-                        position_ids=at,
-                        past_key_values=out.past_key_values,
-                    )
-                    token = out.logits[:, -1].argmax(-1)
+                    next(tokens)
             after = sum(timings.ms.values())
         spent = [first[s] for s in ("encoders", "selection", "prefill")]
         decode = (after - sum(spent)) / max(self.steps, 1)
@@ -119,20 +108,21 @@ class Workload:
     @torch.no_grad()
     def facts(self, method=None) -> dict:  # all of the whole batch, but tokens of a layer: a mean
         "What one prefill computes and holds: flops, kv_bytes, peak_bytes, layer_tokens."
-        model, config = self.model, adapter_for(self.model).config(self.model)
+        model, adapter = self.model, adapter_for(self.model)
+        prefill = lambda: adapter.thinker(model)(**self.inputs, use_cache=True)
         with self._running(method) as (_, run):
-            out, peak = peak_bytes(model, self.inputs, lambda: self._step(**self.inputs))
-            held = cache_bytes(out.past_key_values)
-            if run is not None:
-                layers = run.tokens_per_layer
-            else:
-                lengths = self.inputs["attention_mask"].sum(1).tolist()
-                layers = np.repeat([lengths], adapter_for(model).num_layers(model), 0).T
+            out, peak = peak_bytes(model, self.inputs, prefill)
+        if run is not None:
+            layers = run.tokens_per_layer
+        else:
+            lengths = self.inputs["attention_mask"].sum(1).tolist()
+            layers = np.repeat([lengths], adapter.num_layers(model), 0).T
+        flops = lambda convention: sum(
+            prefill_flops(row, adapter.config(model), convention) for row in layers
+        )
         return dict(
-            flops={
-                c: sum(prefill_flops(r, config, c) for r in layers) for c in ("causal", "counter")
-            },
-            kv_bytes=int(held),
+            flops={c: flops(c) for c in ("causal", "counter")},
+            kv_bytes=sum(x.keys.nbytes + x.values.nbytes for x in out.past_key_values.layers),
             peak_bytes=int(peak),
             layer_tokens=layers.mean(0).tolist(),
         )
@@ -177,7 +167,11 @@ class Job:
         )
 
     def method(self, name, trr):  # -> Pruner, or None for the full model
-        return bench_method(self.config, name, trr, self.request.tokens(self.config))
+        if name == "full":
+            return None
+        tokens = self.request.tokens(self.config)
+        plan = bench_schedule(self.config, trr, tokens)
+        return method_at(name, plan, (tokens["visual"], tokens["audio"]))
 
     def __str__(self):
         wide = f" at width {self.width}" if self.width else ""
@@ -296,7 +290,8 @@ class BenchRows:
         return [self._line(r, ratios) for r in self.rows]
 
     def _line(self, r, ratios):
-        unit = self.full.get(_key(r, _GROUP), {}).get("ttft_ms")
+        full = self.full.get(_key(r, _GROUP), {})
+        unit = full.get("ttft_ms")
 
         def time(name):
             if not r.get("samples") or (ratios and not unit):
@@ -322,55 +317,18 @@ class BenchRows:
             "realised": text("realised_fraction", "{:.2f}"),
             "first token x": text("ttft_speedup", "{:.2f}"),
         }
-        return line | ({"note": r["error"]} if r.get("error") else {})
-
-    def verdicts(self) -> list:  # of texts
-        "When pruning does not pay, or pays less than the FLOPs say, by what was measured."
-        out, but_batch = [], [k for k in _KEY if k != "batch"]
-        single = {_key(r, but_batch): r for r in self.rows if r["batch"] == 1}
-        for r in self.rows:
-            if r["method"] == "full" or r.get("speedup") is None:
-                continue
-            who = (
-                f"{r['config']}{' (width %d)' % r['width'] if r['width'] else ''}, "
-                f"{r['tokens']:,} tokens, batch {r['batch']}: {r['method']} {r['trr']:g} %"
-                + (f" +{r['encoders']}" if r["encoders"] else "")
-            )
-            if why := _does_not_pay(r, self.full[_key(r, _GROUP)]):
-                out.append(f"{who} {why}")
-            alone = single.get(_key(r, but_batch), r)
-            if (alone.get("speedup") or 0) > 1.1 * r["speedup"]:
-                out.append(
-                    f"{who} gains less in a batch of {r['batch']}: {r['speedup']:.2f} times as "
-                    f"fast, {alone['speedup']:.2f} alone"
-                )
-        return out
+        note = r.get("error") or _does_not_pay(r, full)
+        return line | ({"note": note} if note else {})
 
 
 def _does_not_pay(r, full):
     "Why pruning does not pay in this row, or None."
-    saved, towers = full["prefill_ms"] - r["prefill_ms"], f"{r['encoder_ms'] / r['ttft_ms']:.0%}"
+    if r["method"] == "full" or r.get("speedup") is None:
+        return None
     if r["ttft_speedup"] >= 1.05:
-        if r["encoder_ms"] <= 0.5 * r["ttft_ms"]:
-            return None
-        return (
-            f"bound by the encoders: prefill {r['speedup']:.1f} times as fast, first token "
-            f"{r['ttft_speedup']:.1f} times; they are {towers} of the pruned request"
-        )
-    if saved <= 0:
-        return (
-            f"does not pay: the pruned prefill is no faster ({full['prefill_ms']:.1f} ms before, "
-            f"{r['prefill_ms']:.1f} after); the prompt is too short to save on"
-        )
-    if r["selection_ms"] >= 0.8 * saved:
-        return (
-            f"does not pay: choosing takes {r['selection_ms'] / saved:.0%} of what it saves; "
-            "the prompt is too short"
-        )
-    return (
-        f"hardly pays: first token {r['ttft_speedup']:.2f} times as fast; encoders are {towers} "
-        "of what is left"
-    )
+        return "bound by the encoders" if r["encoder_ms"] > 0.5 * r["ttft_ms"] else None
+    too_short = r["selection_ms"] >= 0.8 * (full["prefill_ms"] - r["prefill_ms"])
+    return "does not pay: the prompt is too short" if too_short else "hardly pays"
 
 # %% ../../nbs/evaluation/09_bench.ipynb #c9a5d84c
 @dataclass(frozen=True)
@@ -427,9 +385,6 @@ class BenchSetup:
             kernels="torch" if triton_kernels(self.device) is None else "triton",
             code_sha256=hash_code(),
         )
-
-    def open(self, path, command="", again=False):  # -> BenchFile
-        return BenchFile(path, self, command, again)
 
 # %% ../../nbs/evaluation/09_bench.ipynb #0749a920
 _FULL, _LEFT = "out of memory", "left out: longer than"

@@ -12,6 +12,7 @@ import torch
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import islice, takewhile
 from ..inputs.media import Clip, decode_clip
 from ..inputs.samples import Sample
 from ..models.decoder import last_logits_only
@@ -154,6 +155,25 @@ def parse_answer(
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #3398da7f
 @torch.no_grad()
+def greedy(
+    model,
+    inputs: Mapping,  # of `encode`
+):  # yields (B,) int64, the next token of every row
+    "Tokens that the model writes, without end. The first takes the prefill, each other a step."
+    thinker = adapter_for(model).thinker(model)
+    mask, at = inputs["attention_mask"], inputs["position_ids"][..., -1:]
+    while True:
+        out = thinker(**inputs, use_cache=True)
+        yield (token := out.logits[:, -1].argmax(-1))
+        mask, at = torch.nn.functional.pad(mask, (0, 1), value=1), at + 1
+        inputs = dict(
+            input_ids=token[:, None],
+            attention_mask=mask,
+            position_ids=at,
+            past_key_values=out.past_key_values,
+        )
+
+
 def write_answers(
     model,
     processor,
@@ -164,25 +184,15 @@ def write_answers(
     thinker, tokenizer = adapter_for(model).thinker(model), processor.tokenizer
     ends = getattr(getattr(thinker, "generation_config", None), "eos_token_id", None)
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    mask, at = batch.inputs["attention_mask"], batch.position_ids[..., -1:]
-    texts, inputs = [[] for _ in batch.samples], batch.inputs
+    texts = [[] for _ in batch.samples]
     with last_logits_only(model):
-        for step in range(max_new_tokens):
-            out = thinker(**inputs, use_cache=True)
-            token = out.logits[:, -1].argmax(-1)
+        for token in islice(greedy(model, batch.inputs), max_new_tokens):
             for text, t in zip(texts, token.tolist()):
                 text.append(t)
             if all(ends & set(text) for text in texts):
                 break
-            mask, at = torch.nn.functional.pad(mask, (0, 1), value=1), at + 1
-            inputs = dict(
-                input_ids=token[:, None],
-                attention_mask=mask,
-                position_ids=at,
-                past_key_values=out.past_key_values,
-            )
-    ids = [text[: next((i for i, t in enumerate(text) if t in ends), None)] for text in texts]
-    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+    texts = [list(takewhile(lambda t: t not in ends, text)) for text in texts]
+    return [tokenizer.decode(text, skip_special_tokens=True).strip() for text in texts]
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #0a4c9ed5
 def clip_weights(

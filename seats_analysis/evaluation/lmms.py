@@ -7,171 +7,109 @@ __all__ = []
 
 # %% ../../nbs/evaluation/03_lmms.ipynb #01474b53
 import numpy as np
+import os
 import torch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from ..storage.files import shipped_folder
 from ..inputs.media import Clip, decode_clip
 from ..inputs.samples import Sample
-from ..inputs.benchmarks import PRESETS, load_questions
+from ..inputs.benchmarks import PRESETS
 from ..models.families import limit_pixels
-from ..models.encode import Prompt, audible, encode
+from ..models.encode import Prompt, encode
 from ..schedules.schedule import PUBLISHED, Schedule
 from ..pruning.session import prune
-from ..baselines.registry import ABLATIONS, METHODS
-from .evaluate import parse_answer
-from ..storage.files import shipped_folder
+from ..baselines.registry import method_at
+from .evaluate import load_samples, parse_answer
 from .load import load_model
 
 # %% ../../nbs/evaluation/03_lmms.ipynb #e358b22e
-def _image(picture):
-    "A picture, or the path of one, as (H, W, 3) uint8."
-    if isinstance(picture, (str, Path)):
-        from PIL import Image
-
-        picture = Image.open(picture)
-    return np.asarray(
-        picture.convert("RGB") if hasattr(picture, "convert") else picture, dtype=np.uint8
-    )
+def _audio(source, rate):
+    "An audio file, or decoded samples with their rate, as a `Clip`."
+    if not isinstance(source, Mapping):
+        return replace(decode_clip(source, sample_rate=rate), frames=None)
+    wave = np.asarray(source["array"], "float32")
+    return Clip("audio", None, 1.0, wave, source["sampling_rate"])
 
 
-def _sound(sound, rate):
-    "A sound file, or decoded samples with their rate, as a `Clip`."
-    if not isinstance(sound, Mapping):
-        return replace(decode_clip(sound, sample_rate=rate), frames=None)
-    if sound["sampling_rate"] != rate:
-        raise ValueError(
-            f"a decoded sound has {sound['sampling_rate']} samples a second, the model wants "
-            f"{rate}: hand over its file instead"
-        )
-    return Clip("sound", None, 1.0, np.asarray(sound["array"], "float32"), rate)
+def _image(source):
+    "A PIL picture, or the path of one, as (H, W, 3) uint8."
+    from PIL import Image
+
+    picture = Image.open(source) if isinstance(source, (str, Path)) else source
+    return np.asarray(picture.convert("RGB"))
 
 
-def _video(part, **limits):
-    "A video with its sound, or with that of a separate file."
-    if isinstance(part["url"], Mapping):
-        raise ValueError(
-            f"a video with {', '.join(part['url'])} is not supported: cut it into a file of its own"
-        )
-    sample = Sample("video", str(part["url"]), "", (), -1, audio=part.get("sound") or None)
-    return sample.load_media(**limits)
-
-# %% ../../nbs/evaluation/03_lmms.ipynb #10396e32
 def prompt_of(
     messages: Sequence[Mapping],  # of lmms-eval: dicts with `role` and `content`
     id: str,  # for messages
-    sample_rate: int,  # of the model's sound
+    sample_rate: int,  # of the model's audio, Hz
     fps: float = 2.0,
     max_frames: int | None = None,  # how videos are decoded
 ) -> Prompt:
     "A conversation of one user's turn. Raises ValueError for anything else."
-    if (other := [m["role"] for m in messages if m["role"] != "user"]) or len(messages) != 1:
-        raise ValueError(
-            f"{id}: {len(messages)} turns{' with ' + other[0] if other else ''}, expected one of "
-            "the user"
-        )
+    if [m["role"] for m in messages] != ["user"]:
+        roles = ", ".join(m["role"] for m in messages)
+        raise ValueError(f"{id}: turns of {roles or 'nobody'}, expected one of the user")
     content, parts = messages[0]["content"], []
     for part in [dict(type="text", text=content)] if isinstance(content, str) else content:
-        if part["type"] == "text":
+        kind, source = part["type"], part.get("url")
+        if kind == "text":
             parts.append(part["text"])
-        elif part["type"] == "video":
-            parts.append(_video(part, fps=fps, sample_rate=sample_rate, max_frames=max_frames))
-        elif part["type"] == "audio":
-            parts.append(_sound(part["url"], sample_rate))
-        elif part["type"] == "image":
-            parts.append(_image(part["url"]))
+        elif kind == "video":  # with its audio, or with that of a separate file
+            video = Sample("video", str(source), "", (), -1, audio=part.get("sound") or None)
+            parts.append(video.load_media(fps, sample_rate, max_frames))
+        elif kind == "audio":
+            parts.append(_audio(source, sample_rate))
+        elif kind == "image":
+            parts.append(_image(source))
         else:
-            raise ValueError(f"{id}: {part['type']!r} is neither text, video, audio nor image")
+            raise ValueError(f"{id}: {kind!r} is neither text, video, audio nor image")
     return Prompt(id, tuple(parts))
 
 # %% ../../nbs/evaluation/03_lmms.ipynb #4a1df743
-def _stored_trrs():
-    return sorted(
-        float(p.stem.removeprefix("testbed_trr"))
-        for p in shipped_folder("schedules").glob("testbed_trr*.json")
-    )
-
-
 def schedule_for(
     model: str,  # `testbed`, a folder or a hub id
     trr: float,  # headline TRR in percent
 ) -> Schedule:
     "The schedule that is known for a model. Raises ValueError where there is none."
-    known = next((k for k in PUBLISHED if k in model.lower()), None)
-    there = (
-        sorted(PUBLISHED[known]["pairs"]) if known else _stored_trrs() if model == "testbed" else []
-    )
-    if trr in there:
-        return (
-            Schedule.published(known, int(trr))
-            if known
-            else Schedule.load(shipped_folder("schedules") / f"testbed_trr{trr:g}.json")
+    known, there = next((k for k in PUBLISHED if k in model.lower()), None), []
+    if known:
+        there = list(PUBLISHED[known]["pairs"])
+    elif model == "testbed":
+        files = shipped_folder("schedules").glob("testbed_trr*.json")
+        there = [float(p.stem.removeprefix("testbed_trr")) for p in files]
+    if trr not in there:
+        only = f", only at {', '.join(f'{t:g}' for t in sorted(there))}" if there else ""
+        raise ValueError(
+            f"no schedule is known for {model} at {trr:g} %{only}: make one with `seats probe` "
+            "and `seats schedule`, and pass schedule=FILE"
         )
-    only = f", only at {', '.join(f'{t:g}' for t in there)}" if there else ""
-    raise ValueError(
-        f"no schedule is known for {model} at {trr:g} %{only}: make one with `seats probe` and "
-        "`seats schedule`, and pass schedule=FILE"
-    )
+    if known:
+        return Schedule.published(known, int(trr))
+    return Schedule.load(shipped_folder("schedules") / f"testbed_trr{trr:g}.json")
 
-# %% ../../nbs/evaluation/03_lmms.ipynb #7189c2bd
+
 def method_for(
     model: str,  # name of the model
     method: str = "seats",  # key of `METHODS` or `ABLATIONS`; 'full' prunes nothing
     trr: float | None = None,  # headline TRR in percent
     schedule=None,  # file, instead of `trr`
-    knob: float = 1.0,  # other methods are asked for the schedule's TRRs times this
+    knob: float = 1.0,  # see `method_at`
     tokens: tuple = (9216, 1500),  # visual and audio ones of a typical prompt, for shared budgets
 ):  # -> Pruner, or None for the full model
     "A method by name. Raises ValueError for an unknown one, or without a TRR."
-    known = METHODS | ABLATIONS
     if method == "full":
         return None
-    if method not in known:
-        raise ValueError(f"unknown method {method!r}; known: full, {', '.join(known)}")
     if (trr is None) == (schedule is None):
         raise ValueError("give either trr=N (percent) or schedule=FILE")
     plan = Schedule.load(schedule) if schedule is not None else schedule_for(model, trr)
-    if method == "seats":
-        return known[method](plan)
-    own = dict(like=plan) if issubclass(known[method], METHODS["seats"]) else {}
-    return known[method].for_trr(
-        plan.num_layers,
-        *(min(1.0, knob * plan.trr[m]) for m in ("visual", "audio")),
-        *tokens,
-        **own,
-    )
-
-# %% ../../nbs/evaluation/03_lmms.ipynb #7d4724b3
-def check_heard(
-    layout,  # `TokenLayout` of a batch
-    prompts: Sequence[Prompt],
-    processor,  # says how much sound makes a token
-):
-    "Raise ValueError where a video's sound is not interleaved with what is seen."
-    for b, prompt in enumerate(prompts):
-        if not any(
-            isinstance(p, Clip) and p.frames is not None and audible(processor, p)
-            for p in prompt.content
-        ):
-            continue
-        seen, heard = (
-            torch.where(m[b])[0] for m in (layout.visual, layout.audio)
-        )  # the layout lives on the host
-        # in a video of one chunk its sound comes right behind; others have a special token first
-        if not len(heard) or heard.min() > seen.max() + 1:
-            raise ValueError(
-                f"{prompt.id}: its video has sound, of which the prompt holds {len(heard)} "
-                "tokens, none of them between visual ones"
-            )
-
-
-def cut_at(text, until):
-    "What comes before the first of some stop texts."
-    return text[: min([text.find(u) for u in until if u and u in text], default=len(text))].strip()
+    return method_at(method, plan, tokens, knob)
 
 # %% ../../nbs/evaluation/03_lmms.ipynb #94de65ea
-@dataclass
+@dataclass(frozen=True)
 class Answerer:
     "A model with a method, and how it reads media."
 
@@ -181,57 +119,40 @@ class Answerer:
     fps: float = 2.0
     max_frames: int | None = None
     kv: str = "evict"  # see `prune`
-    tokens: list = field(default_factory=list)  # (visual, audio, text) of every prompt so far
 
     def prompt(self, messages, id):
-        return prompt_of(
-            messages, id, self.processor.feature_extractor.sampling_rate, self.fps, self.max_frames
-        )
+        rate = self.processor.feature_extractor.sampling_rate
+        return prompt_of(messages, id, rate, self.fps, self.max_frames)
 
     @torch.no_grad()
     def __call__(self, prompts, max_new_tokens=16, until=(), **sampling):  # -> list of str
-        "Greedy answers to a batch of prompts, unless `sampling` says otherwise."
+        "Greedy answers up to the first stop text, unless `sampling` says otherwise."
         batch = encode(self.model, self.processor, prompts)
-        check_heard(batch.layout, prompts, self.processor)
-        n = batch.layout.counts()
-        self.tokens += list(zip(*(n[m].tolist() for m in ("visual", "audio", "text"))))
+        options = dict(max_new_tokens=max_new_tokens, do_sample=False) | sampling
         with prune(self.model, self.method, kv=self.kv):
-            out = self.model.generate(
-                **batch.inputs, max_new_tokens=max_new_tokens, **dict(do_sample=False) | sampling
-            )
-        texts = self.processor.tokenizer.batch_decode(
-            out[:, batch.shape[1] :], skip_special_tokens=True
-        )
-        return [cut_at(t, until) for t in texts]
+            out = self.model.generate(**batch.inputs, **options)
+        new, answers = out[:, batch.shape[1] :], []
+        for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True):
+            for stop in filter(None, until):
+                text = text.partition(stop)[0]
+            answers.append(text.strip())
+        return answers
 
 # %% ../../nbs/evaluation/03_lmms.ipynb #05cbf426
-def _batches(requests, size):
-    "Requests with equal generation settings, `size` at a time, as lists of places."
-    groups = {}
-    for i, r in enumerate(requests):
-        groups.setdefault(repr(sorted(dict(r.args[2]).items())), []).append(i)
-    return [g[i : i + size] for g in groups.values() for i in range(0, len(g), size)]
-
-
 def generation_options(
     given: Mapping,  # generation_kwargs of a task
 ) -> dict:  # arguments of an `Answerer`
     "How a task wants answers written; sampling only where it asks for a temperature."
-    warm = (
-        dict(do_sample=True, temperature=given["temperature"], top_p=given.get("top_p"))
-        if given.get("do_sample", True) and (given.get("temperature") or 0) > 0
-        else {}
-    )
-    until = given.get("until") or ()
-    beams = dict(num_beams=given["num_beams"]) if (given.get("num_beams") or 1) > 1 else {}
-    return dict(
-        max_new_tokens=given.get("max_new_tokens") or 16,
-        until=[until] if isinstance(until, str) else list(until),
-        **warm,
-        **beams,
-    )
+    until = given.get("until") or []
+    until = [until] if isinstance(until, str) else list(until)
+    options = dict(max_new_tokens=given.get("max_new_tokens") or 16, until=until)
+    if given.get("do_sample", True) and (given.get("temperature") or 0) > 0:
+        options |= dict(do_sample=True, temperature=given["temperature"], top_p=given.get("top_p"))
+    if (given.get("num_beams") or 1) > 1:
+        options["num_beams"] = given["num_beams"]
+    return options
 
-# %% ../../nbs/evaluation/03_lmms.ipynb #14b444d5
+
 def answer_requests(
     answerer: Answerer,
     requests: Sequence,  # of lmms-eval: context, messages, settings, document, task, split
@@ -239,26 +160,28 @@ def answer_requests(
     batch_size: int = 1,
     done=lambda n: None,  # called with the number of questions answered
 ) -> list:  # of str, in order
-    "Answer what lmms-eval asks."
-    out = [None] * len(requests)
-    for places in _batches(requests, batch_size):
+    "Answer what lmms-eval asks, requests with equal settings together."
+    groups, out = {}, {}
+    for i, r in enumerate(requests):
+        groups.setdefault(repr(sorted(dict(r.args[2]).items())), []).append(i)
+    batches = [g[k : k + batch_size] for g in groups.values() for k in range(0, len(g), batch_size)]
+    for places in batches:
         prompts = []
         for i in places:
             _, messages, _, doc, task, split = requests[i].args
             prompts.append(answerer.prompt(messages(docs[task][split][doc]), f"{task} {doc}"))
-        for i, text in zip(
-            places, answerer(prompts, **generation_options(requests[places[0]].args[2]))
-        ):
-            out[i] = text
+        options = generation_options(requests[places[0]].args[2])
+        out |= zip(places, answerer(prompts, **options))
         done(len(places))
-    return out
+    return [out[i] for i in range(len(requests))]
 
 # %% ../../nbs/evaluation/03_lmms.ipynb #a2ccb53b
-_WHOLE = "max_frames", "least_tokens", "most_tokens"
+_NUMBERS = dict.fromkeys(("trr", "knob", "fps", "n_visual", "n_audio"), float)
+_NUMBERS |= dict.fromkeys(("max_frames", "least_tokens", "most_tokens"), int)
 
 
 def _number(name, value):
-    "A number from the command line, perhaps already a float; None where it is not given."
+    "A number from the command line, perhaps as text; None where it is not given."
     if value in (None, ""):
         return None
     try:
@@ -267,13 +190,9 @@ def _number(name, value):
         n = np.nan
     if not np.isfinite(n):
         raise ValueError(f"model_args: {name}={value} must be a number")
-    if name not in _WHOLE:
-        return n
-    if not n.is_integer():
-        raise ValueError(
-            f"model_args: {name}={value} must be a whole number"
-        )  # never cut: 8.9 frames are not 8
-    return int(n)
+    if _NUMBERS[name] is int and not n.is_integer():  # never cut: 8.9 frames are not 8
+        raise ValueError(f"model_args: {name}={value} must be a whole number")
+    return _NUMBERS[name](n)
 
 
 @dataclass(frozen=True)
@@ -295,28 +214,26 @@ class ModelArgs:
     kv: str = "evict"
     device: str = ""
 
+    def __post_init__(self):
+        for name in _NUMBERS:
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        if self.preset is not None and str(self.preset) not in PRESETS:
+            raise ValueError(f"preset {self.preset!r}, expected one of {', '.join(PRESETS)}")
 
-_NUMBERS = "trr knob fps max_frames n_visual n_audio least_tokens most_tokens".split()
-
-
-def make_answerer(
-    **options,  # of `ModelArgs`
-) -> Answerer:
-    "An `Answerer` from the values of a command line. Raises ValueError for a wrong one."
-    args = ModelArgs(**options)
-    n = {k: _number(k, getattr(args, k)) for k in _NUMBERS}
-    if args.preset is not None and str(args.preset) not in PRESETS:
-        raise ValueError(f"preset {args.preset!r}, expected one of {', '.join(PRESETS)}")
-    counts = n["n_visual"], n["n_audio"]
-    chosen = method_for(args.pretrained, args.method, n["trr"], args.schedule, n["knob"], counts)
-    model, processor = load_model(args.pretrained, args.device)
-    limits = PRESETS[str(args.preset)] if args.preset is not None else None
-    tokens = limits.grid_tokens if limits else (n["least_tokens"], n["most_tokens"])
-    if None not in tokens:
-        limit_pixels(processor, *tokens)
-    fps = limits.fps if limits else n["fps"]
-    max_frames = limits.max_frames if limits else n["max_frames"]
-    return Answerer(model, processor, chosen, fps, max_frames, args.kv)
+    def answerer(self) -> Answerer:
+        "The model with its method. Raises ValueError for values that do not go together."
+        counts = self.n_visual, self.n_audio
+        chosen = method_for(
+            self.pretrained, self.method, self.trr, self.schedule, self.knob, counts
+        )
+        model, processor = load_model(self.pretrained, self.device)
+        fps, max_frames, tokens = self.fps, self.max_frames, (self.least_tokens, self.most_tokens)
+        if self.preset is not None:
+            limits = PRESETS[str(self.preset)]
+            fps, max_frames, tokens = limits.fps, limits.max_frames, limits.grid_tokens
+        if None not in tokens:
+            limit_pixels(processor, *tokens)
+        return Answerer(model, processor, chosen, fps, max_frames, self.kv)
 
 # %% ../../nbs/evaluation/03_lmms.ipynb #c6086240
 @cache
@@ -330,32 +247,16 @@ def omni_class():
         is_simple = False  # it reads whole conversations
 
         def __init__(self, batch_size=1, device="", max_batch_size=None, **options):
-            super().__init__()
-            self.batch_size = int(batch_size)
-            self._join(device, options)
-
-        def _join(self, device, options):
-            "Take a GPU of one's own among several processes."
             from accelerate import Accelerator
 
-            self.accelerator = Accelerator()
-            self._rank, self._world_size = (
-                self.accelerator.process_index,
-                self.accelerator.num_processes,
-            )
-            own = (
-                f"cuda:{self.accelerator.local_process_index}"
-                if self._world_size > 1 and torch.cuda.is_available()
-                else device
-            )
-            self.answerer = make_answerer(
-                device=""
-                if own in (None, "auto")
-                or str(own).startswith("cuda")
-                and not torch.cuda.is_available()
-                else own,
-                **options,
-            )
+            super().__init__()
+            self.batch_size, self.accelerator = int(batch_size), Accelerator()
+            self._rank = self.accelerator.process_index
+            self._world_size = self.accelerator.num_processes
+            no_gpu = str(device).startswith("cuda") and not torch.cuda.is_available()
+            if device in (None, "auto") or no_gpu or self._world_size > 1:
+                device = ""  # of several processes each takes a GPU of its own
+            self.answerer = ModelArgs(device=device, **options).answerer()
 
         def generate_until(self, requests):
             from tqdm.auto import tqdm
@@ -385,58 +286,37 @@ def manifests():
     )
 
 # %% ../../nbs/evaluation/03_lmms.ipynb #9030aa59
+LETTER_ONLY = "Answer with the letter of the right choice."
+
+
 def task_docs(
     name: str,  # `testbed`, a benchmark, or `jsonl` for the file named by SEATS_JSONL
     limit: int | None = None,
 ) -> list:  # of dict, all with the same keys and types
     "Questions of a data set as plain rows. Raises ValueError where they are not there."
-    import os
-
-    if name == "testbed":
-        from seats_analysis.testbed.load import testbed_samples
-
-        samples = testbed_samples("test", limit)
-    elif name == "jsonl":
-        if not os.environ.get("SEATS_JSONL"):
-            raise ValueError(
-                "set SEATS_JSONL to a file with video, question, choices and answer in each line"
-            )
-        samples = load_questions(os.environ["SEATS_JSONL"], limit=limit)
-    else:
-        samples = load_questions(name, limit=limit)
+    source = os.environ.get("SEATS_JSONL") if name == "jsonl" else name
+    if not source:
+        raise ValueError(
+            "set SEATS_JSONL to a file with video, question, choices and answer in each line"
+        )
     return [
         dict(
             id=s.id,
             video=str(s.video or ""),
             sound=str(s.audio or ""),
-            question=s.question,
+            text=s.prompt_text + (f"\n{LETTER_ONLY}" if s.lettered else ""),
             choices=list(s.choices),
             answer=s.answer,
             family=s.family,
             lettered=s.lettered,
         )
-        for s in samples
+        for s in load_samples(source, "test" if name == "testbed" else None, limit)
     ]
-
-
-def _doc_sample(doc):
-    return Sample(
-        doc["id"],
-        doc["video"] or None,
-        doc["question"],
-        tuple(doc["choices"]),
-        doc["answer"],
-        family=doc["family"],
-        lettered=doc["lettered"],
-    )
-
-
-LETTER_ONLY = "Answer with the letter of the right choice."
 
 
 def doc_to_text(doc):  # -> str
     "The question with its choices, as our own evaluation asks it, by letter where they have one."
-    return _doc_sample(doc).prompt_text + (f"\n{LETTER_ONLY}" if doc["lettered"] else "")
+    return doc["text"]
 
 # %% ../../nbs/evaluation/03_lmms.ipynb #80b5d934
 def doc_to_visual(doc):
@@ -445,24 +325,18 @@ def doc_to_visual(doc):
 
 
 def doc_to_messages(doc):  # -> list with one turn
-    "The clip, with its separate sound where it has one, and the text."
-    seen = (
-        [dict(type="video", url=doc["video"], sound=doc["sound"])]
-        if doc["video"]
-        else [dict(type="audio", url=doc["sound"])]
-        if doc["sound"]
-        else []
-    )
-    return [dict(role="user", content=[*seen, dict(type="text", text=doc_to_text(doc))])]
+    "The clip, with its separate audio where it has one, and the text."
+    content = [dict(type="text", text=doc["text"])]
+    if doc["video"]:
+        content.insert(0, dict(type="video", url=doc["video"], sound=doc["sound"]))
+    elif doc["sound"]:
+        content.insert(0, dict(type="audio", url=doc["sound"]))
+    return [dict(role="user", content=content)]
 
 
 def doc_to_target(doc):
     "The right answer as the prompt asks for it: a letter, or the text."
-    return (
-        "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[doc["answer"]]
-        if doc["lettered"]
-        else doc["choices"][doc["answer"]]
-    )
+    return chr(ord("A") + doc["answer"]) if doc["lettered"] else doc["choices"][doc["answer"]]
 
 # %% ../../nbs/evaluation/03_lmms.ipynb #27003e58
 def process_results(doc, results):  # -> metric -> what is averaged
@@ -482,10 +356,9 @@ def mean(values):
 
 def by_family(pairs):  # of (family, right) -> mean over families
     "Every family counts the same."
-    found = {}
-    for family, right in pairs:
-        found.setdefault(family, []).append(right)
-    return mean(map(mean, found.values()))
+    import pandas as pd
+
+    return mean(pd.DataFrame(pairs).groupby(0)[1].mean())
 
 # %% ../../nbs/evaluation/03_lmms.ipynb #cfd0c5ae
 @cache

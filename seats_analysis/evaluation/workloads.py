@@ -6,13 +6,11 @@
 __all__ = ['Request']
 
 # %% ../../nbs/evaluation/08_workloads.ipynb #7319a8d9
-import inspect
 import numpy as np
 import torch
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from types import SimpleNamespace
 from ..storage.files import shipped_folder
 from ..inputs.media import Clip
 from ..inputs.samples import Sample
@@ -21,59 +19,12 @@ from ..models.families import FAMILIES, limit_pixels
 from ..models.encode import encode
 from ..boundaries.find import Boundaries
 from ..schedules.schedule import PUBLISHED, Schedule
-from ..baselines.registry import METHODS, make_method
 
 # %% ../../nbs/evaluation/08_workloads.ipynb #f66db745
-_AUDIO = dict(
-    num_mel_bins=128,
-    encoder_layers=32,
-    encoder_attention_heads=20,
-    encoder_ffn_dim=5120,
-    d_model=1280,
-)
-_VISION = dict(spatial_merge_size=2, temporal_patch_size=2, num_heads=16)
-
-
-def _qwen25(hidden, **text):
-    "Settings of a Qwen2.5-Omni thinker."
-    return dict(
-        family="qwen2.5-omni",
-        positions_per_second=25,
-        mel_per_second=100,
-        text=dict(
-            hidden_size=hidden,
-            head_dim=128,
-            max_position_embeddings=32768,
-            rms_norm_eps=1e-6,
-            mrope_section=[16, 24, 24],
-            **text,
-        ),
-        vision=dict(
-            _VISION,
-            depth=32,
-            hidden_size=1280,
-            intermediate_size=3420,
-            patch_size=14,
-            window_size=112,
-            fullatt_block_indexes=[7, 15, 23, 31],
-            tokens_per_second=25,
-            out_hidden_size=hidden,
-        ),
-        audio=dict(_AUDIO, n_window=100, max_source_positions=1500, output_dim=hidden),
-    )
-
-
-SIZES = {  # thinkers of the released config.json files
-    "qwen2.5-omni-7b": _qwen25(
-        3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        vocab_size=152064,
-    ),
-    "qwen2.5-omni-3b": _qwen25(
-        2048,
+SIZES = {  # of released language models, where they differ from the defaults of transformers
+    "qwen2.5-omni-7b": {},
+    "qwen2.5-omni-3b": dict(
+        hidden_size=2048,
         intermediate_size=11008,
         num_hidden_layers=36,
         num_attention_heads=16,
@@ -81,156 +32,122 @@ SIZES = {  # thinkers of the released config.json files
         vocab_size=151936,
     ),
     "qwen3-omni-30b-a3b": dict(
-        family="qwen3-omni",
-        positions_per_second=13,
-        mel_per_second=100,
-        text=dict(
-            hidden_size=2048,
-            head_dim=128,
-            intermediate_size=768,
-            moe_intermediate_size=768,
-            num_experts=128,
-            num_experts_per_tok=8,
-            norm_topk_prob=True,
-            num_hidden_layers=48,
-            num_attention_heads=32,
-            num_key_value_heads=4,
-            vocab_size=152064,
-            max_position_embeddings=65536,
-            rms_norm_eps=1e-6,
-            mrope_section=[24, 20, 20],
-            mrope_interleaved=True,
-        ),
-        vision=dict(
-            _VISION,
-            depth=27,
-            hidden_size=1152,
-            intermediate_size=4304,
-            patch_size=16,
-            num_position_embeddings=2304,
-            deepstack_visual_indexes=[8, 16, 24],
-            out_hidden_size=2048,
-        ),
-        audio=dict(
-            _AUDIO, n_window=50, n_window_infer=800, downsample_hidden_size=480, output_dim=2048
-        ),
+        intermediate_size=768,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        vocab_size=152064,
+        max_position_embeddings=65536,
     ),
 }
-
-# %% ../../nbs/evaluation/08_workloads.ipynb #ee2ca19a
-@cache
-def settings_of(
-    config: str,  # key of SIZES, or 'testbed'
-) -> dict:  # of the testbed only what decides token counts
-    "Sizes of a configuration. Raises ValueError for one that is not known."
-    if config in SIZES:
-        return SIZES[config]
-    if config != "testbed":
-        known = ", ".join([*SIZES, "testbed"])
-        raise ValueError(f"unknown configuration {config!r}; known: {known}")
-    from seats_analysis.testbed.load import build_config, build_processor
-
-    mel = build_processor().feature_extractor
-    return dict(
-        family="qwen2.5-omni",
-        mel_per_second=mel.sampling_rate // mel.hop_length,
-        audio=build_config().audio_config.to_dict(),
-    )
-
-# %% ../../nbs/evaluation/08_workloads.ipynb #326b0276
-def _multiple(x, of=8, least=None):
-    "The multiple that is nearest to x."
-    return max(least or of, of * round(x / of))
-
-
-def _narrow_text(text, scale):
-    "Fewer heads of about the same grouping and size."
-    kv = max(1, round(text["num_key_value_heads"] * scale))
-    heads = kv * (text["num_attention_heads"] // text["num_key_value_heads"])
-    size = _multiple(text["num_attention_heads"] * text["head_dim"] * scale / heads, least=16)
-    side = size // 2 * text["mrope_section"][2] // (text["head_dim"] // 2)
-    widths = "intermediate_size", "moe_intermediate_size", "hidden_size"
-    return text | dict(
-        {k: _multiple(text[k] * scale) for k in widths if k in text},
-        num_attention_heads=heads,
-        num_key_value_heads=kv,
-        head_dim=size,
-        mrope_section=[size // 2 - 2 * side, side, side],
-    )
-
-
-def _narrow_tower(tower, scale, width, heads, mlp):
-    "Fewer heads; the names of the three fields differ between towers."
-    n = max(1, round(tower[heads] * scale))
-    size = _multiple(tower[width] * scale / n, least=16)
-    return tower | {heads: n, width: n * size, mlp: _multiple(tower[mlp] * scale)}
-
-
-def narrow(
-    settings: Mapping,  # an entry of SIZES
-    width: int | None,  # of the residual stream; None = as it is
-) -> dict:
-    "The same depth and proportions at another width. ValueError below 32 or above the real one."
-    full = settings["text"]["hidden_size"]
-    if width is None or width == full:
-        return dict(settings)
-    if not 32 <= width < full:
-        raise ValueError(f"--width {width}: from 32 to {full}")
-    scale, out = width / full, _multiple(width)
-    vision = _narrow_tower(
-        settings["vision"], scale, "hidden_size", "num_heads", "intermediate_size"
-    ) | dict(out_hidden_size=out)
-    audio = _narrow_tower(
-        settings["audio"], scale, "d_model", "encoder_attention_heads", "encoder_ffn_dim"
-    ) | dict(output_dim=out)
-    if "downsample_hidden_size" in audio:
-        audio["downsample_hidden_size"] = _multiple(audio["downsample_hidden_size"] * scale)
-    return settings | dict(text=_narrow_text(settings["text"], scale), vision=vision, audio=audio)
-
-# %% ../../nbs/evaluation/08_workloads.ipynb #71d5cd5c
 _CLASSES = {"qwen2.5-omni": "Qwen2_5Omni", "qwen3-omni": "Qwen3OmniMoe"}
 
 
-def _real_config(name, width):
-    "A real configuration, or one of its depth, with the testbed's vocabulary for media."
+def _family(config):
+    return "qwen3-omni" if config.startswith("qwen3-omni") else "qwen2.5-omni"
+
+
+def _class(config, name):
+    "A class of transformers, of the family of a configuration."
     import transformers
+
+    return getattr(transformers, _CLASSES[_family(config)] + name)
+
+
+def _released(config):
+    "A thinker's configuration, with the testbed's vocabulary for media."
     from seats_analysis.testbed.load import build_config
 
-    own = build_config()
-    fields = [f"{m}_token_{end}" for m in ("image", "video", "audio") for end in ("id", "index")]
-    fields += [f"{m}_{end}_token_id" for m in ("vision", "audio") for end in ("start", "end")]
-    tokens = {name: getattr(own, name) for name in [*fields, "user_token_id"]}
-    s = narrow(SIZES[name], width)
-    rope = {k: v for k, v in s["text"].items() if k.startswith("mrope")}
-    text = {k: v for k, v in s["text"].items() if k not in rope} | dict(
+    own, qwen3 = build_config().to_dict(), _family(config) == "qwen3-omni"
+    tokens = {k: v for k, v in own.items() if "_token_i" in k}
+    tokens |= {f"{m}_token_id": own[f"{m}_token_index"] for m in ("image", "video", "audio")}
+    rope = dict(mrope_section=[16, 24, 24])
+    if qwen3:
+        rope = dict(mrope_section=[24, 20, 20], mrope_interleaved=True)
+    text = dict(
+        SIZES[config],
+        head_dim=128,
         rope_parameters=dict(rope_type="default", rope_theta=1e6, **rope),
         pad_token_id=0,
         eos_token_id=1,
         tie_word_embeddings=False,
     )
-    return getattr(transformers, _CLASSES[s["family"]] + "ThinkerConfig")(
+    made = _class(config, "ThinkerConfig")(
         text_config=text,
-        vision_config=s["vision"],
-        audio_config=s["audio"],
-        position_id_per_seconds=s["positions_per_second"],
+        vision_config={} if qwen3 else dict(hidden_size=1280, tokens_per_second=25),
+        position_id_per_seconds=13 if qwen3 else 25,
         seconds_per_chunk=2,
         tie_word_embeddings=False,
-        pad_token_id=0,
         **tokens,
     )
+    hidden = made.text_config.hidden_size
+    made.vision_config.out_hidden_size = made.audio_config.output_dim = hidden
+    return made
+
+# %% ../../nbs/evaluation/08_workloads.ipynb #326b0276
+def _multiple(x, of=8, least=8):
+    "The multiple that is nearest to x."
+    return max(least, of * round(x / of))
 
 
-def _testbed_config(width):
-    "The testbed's structure at another width, which its heads and rotary sections must divide."
+def _narrow(config, width):
+    "Shrink a configuration in place. ValueError below 32 or above the real width."
+    text, vision, audio = config.text_config, config.vision_config, config.audio_config
+    if width == text.hidden_size:
+        return
+    if not 32 <= width < text.hidden_size:
+        raise ValueError(f"--width {width}: from 32 to {text.hidden_size}")
+    scale, grouping = (
+        width / text.hidden_size,
+        text.num_attention_heads // text.num_key_value_heads,
+    )
+    kv = max(1, round(text.num_key_value_heads * scale))
+    size = text.num_attention_heads * text.head_dim * scale / (kv * grouping)
+    half = _multiple(size, least=16) // 2
+    side = half * text.rope_parameters["mrope_section"][2] // (text.head_dim // 2)
+    text.rope_parameters["mrope_section"] = [half - 2 * side, side, side]
+    text.num_key_value_heads, text.num_attention_heads = kv, kv * grouping
+    text.head_dim = 2 * half
+    widths = "hidden_size", "intermediate_size", "moe_intermediate_size"
+    plain = [(text, w) for w in widths] + [(audio, "downsample_hidden_size")]
+    towers = (
+        (vision, "num_heads", "hidden_size", "intermediate_size"),
+        (audio, "encoder_attention_heads", "d_model", "encoder_ffn_dim"),
+    )
+    for tower, heads, hidden, mlp in towers:
+        n = max(1, round(getattr(tower, heads) * scale))
+        setattr(tower, heads, n)
+        setattr(tower, hidden, n * _multiple(getattr(tower, hidden) * scale / n, least=16))
+        plain.append((tower, mlp))
+    for part, name in plain:
+        if hasattr(part, name):
+            setattr(part, name, _multiple(getattr(part, name) * scale))
+    vision.out_hidden_size = audio.output_dim = text.hidden_size
+
+
+def config_of(
+    config: str,  # key of SIZES, or 'testbed'
+    width: int | None = None,  # of the residual stream; None = as it is
+):  # configuration of a thinker
+    "As released, or with the same depth and proportions at another width. ValueError if unknown."
+    if config in SIZES:
+        made = _released(config)
+        if width is not None:
+            _narrow(made, width)
+        return made
+    if config != "testbed":
+        known = ", ".join([*SIZES, "testbed"])
+        raise ValueError(f"unknown configuration {config!r}; known: {known}")
     from seats_analysis.testbed.load import build_config
 
+    if width is None:
+        return build_config()
     if width % 128:
         raise ValueError(f"--width {width}: the testbed takes multiples of 128")
-    config = build_config(width=width)
-    config.text_config.rope_parameters["mrope_section"] = [width // 16, width // 32, width // 32]
-    return config
+    made = build_config(width=width)
+    made.text_config.rope_parameters["mrope_section"] = [width // 16, width // 32, width // 32]
+    return made
 
-
+# %% ../../nbs/evaluation/08_workloads.ipynb #71d5cd5c
 @torch.no_grad()
 def _randomise(model, seed):
     "Draw all weights on the device that holds them; a model on `meta` is left alone."
@@ -248,28 +165,56 @@ def _randomise(model, seed):
 
 def build_model(
     config: str,  # key of SIZES, or 'testbed'
-    width: int | None = None,  # see `narrow`; None for the testbed: with its trained weights
+    width: int | None = None,  # see `config_of`; the testbed as it is has its trained weights
     device="cpu",  # where weights are made and used; 'meta' for shapes alone
     dtype=None,  # default: bfloat16 on a GPU, float32 elsewhere
     attention: str = "sdpa",  # of transformers, for the full model and every method alike
     seed: int = 0,
 ):  # thinker in eval mode
     "A model of a real size, built on its device."
-    import transformers
     from seats_analysis.testbed.load import load_testbed
 
-    family = settings_of(config)["family"]
+    made = config_of(config, width)
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     if config == "testbed" and width is None:
         model = load_testbed()[0].to(device=device, dtype=dtype)
         model.set_attn_implementation(attention)
         return model
-    settings = _testbed_config(width) if config == "testbed" else _real_config(config, width)
-    thinker = getattr(transformers, _CLASSES[family] + "ThinkerForConditionalGeneration")
     with torch.device(device):
-        model = thinker._from_config(settings, dtype=dtype, attn_implementation=attention)
+        model = _class(config, "ThinkerForConditionalGeneration")._from_config(
+            made, dtype=dtype, attn_implementation=attention
+        )
     _randomise(model, seed)
     return model.eval()
+
+# %% ../../nbs/evaluation/08_workloads.ipynb #e317803e
+@cache
+def bench_processor(config: str):
+    "A processor for the configuration's patches and mel bins, limited as the benchmarks are."
+    import transformers
+    from seats_analysis.testbed.load import build_processor
+
+    made, processor = config_of(config), build_processor()
+    if config != "testbed":
+        vision = made.vision_config
+        names = "patch_size", "temporal_patch_size"
+        pixels = {k: getattr(vision, k) for k in names} | dict(merge_size=vision.spatial_merge_size)
+        processor = _class(config, "Processor")(
+            image_processor=transformers.Qwen2VLImageProcessor(**pixels),
+            tokenizer=processor.tokenizer,
+            chat_template=processor.chat_template,
+            video_processor=transformers.Qwen2VLVideoProcessor(**pixels, do_sample_frames=False),
+            feature_extractor=transformers.WhisperFeatureExtractor(
+                feature_size=made.audio_config.num_mel_bins,
+                sampling_rate=16000,
+                hop_length=160,
+                n_fft=400,
+                chunk_length=300,
+                return_attention_mask=True,
+            ),
+        )
+    limit_pixels(processor, *preset_for("128").grid_tokens)
+    return processor
 
 # %% ../../nbs/evaluation/08_workloads.ipynb #fe24faa3
 _CELLS = 9, 16  # merged visual tokens of a grid, rows and columns
@@ -317,9 +262,10 @@ class Request:
 
     def tokens(self, config: str) -> dict:  # 'visual', 'audio', 'text'
         "What it is to a model, without making it."
-        settings = settings_of(config)
-        family, mel = FAMILIES[settings["family"]], round(self.seconds * settings["mel_per_second"])
-        rows = int(family.audio_rows(mel, SimpleNamespace(**settings["audio"])))
+        family, audio = FAMILIES[_family(config)], config_of(config).audio_config
+        mel = bench_processor(config).feature_extractor
+        frames = round(self.seconds * (mel.sampling_rate // mel.hop_length))
+        rows = int(family.audio_rows(frames, audio))
         return dict(
             visual=self.frames // 2 * _CELLS[0] * _CELLS[1],
             audio=rows // family.rows_per_token,
@@ -350,37 +296,6 @@ _REQUESTS = {n: Request(preset_for(n).max_frames, s) for n, s in _SECONDS.items(
 _REQUESTS["hour"] = Request(768, 3600)
 
 # %% ../../nbs/evaluation/08_workloads.ipynb #6cd2fc92
-def bench_processor(config: str):
-    "A processor for the configuration's patches and mel bins, limited as the benchmarks are."
-    import transformers
-    from seats_analysis.testbed.load import build_processor
-
-    settings, processor = settings_of(config), build_processor()
-    if config != "testbed":
-        vision = settings["vision"]
-        pixels = dict(
-            patch_size=vision["patch_size"],
-            temporal_patch_size=vision["temporal_patch_size"],
-            merge_size=vision["spatial_merge_size"],
-        )
-        processor = getattr(transformers, _CLASSES[settings["family"]] + "Processor")(
-            image_processor=transformers.Qwen2VLImageProcessor(**pixels),
-            tokenizer=processor.tokenizer,
-            chat_template=processor.chat_template,
-            video_processor=transformers.Qwen2VLVideoProcessor(**pixels, do_sample_frames=False),
-            feature_extractor=transformers.WhisperFeatureExtractor(
-                feature_size=settings["audio"]["num_mel_bins"],
-                sampling_rate=16000,
-                hop_length=16000 // settings["mel_per_second"],
-                n_fft=400,
-                chunk_length=300,
-                return_attention_mask=True,
-            ),
-        )
-    limit_pixels(processor, *preset_for("128").grid_tokens)
-    return processor
-
-
 def bench_inputs(
     model,
     processor,  # of `bench_processor`
@@ -393,45 +308,24 @@ def bench_inputs(
     return {k: torch.cat([x] * batch, rows_at.get(k, 0)) for k, x in inputs.items()}
 
 # %% ../../nbs/evaluation/08_workloads.ipynb #8c52842b
-def _bench_bounds(config):
-    "Where the blocks of a configuration lie, for timing."
-    if config in PUBLISHED:
-        return Boundaries(*PUBLISHED[config]["boundaries"])
-    if config in SIZES:
-        plan = Schedule.at_published_depth(SIZES[config]["text"]["num_hidden_layers"])
-    else:
-        plan = Schedule.load(shipped_folder("schedules") / "testbed_trr10.json")
-    late = max(plan.late(m) for m in ("visual", "audio"))
-    return Boundaries(plan.num_layers, plan.shallow_end, late)
-
-
 def bench_schedule(
     config: str,  # key of SIZES, or 'testbed'
     trr: float,  # headline, percent
     tokens: Mapping,  # of `Request.tokens`
 ) -> Schedule:
     "The plan to time. Raises ValueError for a TRR that cannot be met."
-    counts, published = (tokens["visual"], tokens["audio"]), config in PUBLISHED
-    if published and trr in PUBLISHED[config]["pairs"]:
-        plan = Schedule.published(config, int(trr))
-        if abs(plan.token_trr(*counts) - trr / 100) < 0.005:
-            return plan
-    like = config if published else "qwen2.5-omni-7b"
-    return Schedule.from_trr(_bench_bounds(config), trr, *counts, like=like)
-
-
-def bench_method(
-    config: str,  # key of SIZES, or 'testbed'
-    name: str,  # key of METHODS, or 'full'
-    trr: float,  # headline, percent
-    tokens: Mapping,  # of `Request.tokens`
-):  # Pruner; None for the full model
-    "A method at a TRR: SEATS with its plan, the others asked for the same share of each modality."
-    if name == "full":
-        return None
-    plan, own = bench_schedule(config, trr, tokens), getattr(METHODS[name], "for_trr", None)
-    if name == "seats" or own is None:
-        return make_method(name, plan)
-    like = dict(like=plan) if "like" in inspect.signature(own).parameters else {}
-    shares = plan.trr["visual"], plan.trr["audio"]
-    return own(plan.num_layers, *shares, tokens["visual"], tokens["audio"], **like)
+    counts = tokens["visual"], tokens["audio"]
+    if config in PUBLISHED:
+        if trr in PUBLISHED[config]["pairs"]:
+            plan = Schedule.published(config, int(trr))
+            if abs(plan.token_trr(*counts) - trr / 100) < 0.005:
+                return plan
+        bounds = Boundaries(*PUBLISHED[config]["boundaries"])
+        return Schedule.from_trr(bounds, trr, *counts, like=config)
+    if config == "testbed":
+        plan = Schedule.load(shipped_folder("schedules") / "testbed_trr10.json")
+    else:
+        plan = Schedule.at_published_depth(config_of(config).text_config.num_hidden_layers)
+    late = max(plan.late(m) for m in ("visual", "audio"))
+    bounds = Boundaries(plan.num_layers, plan.shallow_end, late)
+    return Schedule.from_trr(bounds, trr, *counts, like="qwen2.5-omni-7b")
