@@ -76,11 +76,7 @@ def samples():
 
 
 def prepared(model, processor, samples, methods=()):
-    found = {}
-    for s in samples:
-        found.setdefault(s.clip, []).append(s)
-    some = [prepare_questions(model, processor, group, methods) for group in found.values()]
-    return PreparedBatch.of(model, processor, sum(some, []))
+    return PreparedBatch.of(model, processor, prepare_questions(model, processor, samples, methods))
 
 
 def method_of(name):
@@ -383,13 +379,13 @@ def test_processes_share(small, samples, tmp_path):
 def test_units_keep_clips_together(samples):
     order = samples[::-1] + [replace(samples[0], id="late")]
     units = Answering(None, None, order, (), batch_size=3).units()
-    assert sorted(i for unit in units for clip in unit for i in clip) == list(range(len(order)))
+    assert sorted(sum(units, [])) == list(range(len(order)))
     where = {}
     for k, unit in enumerate(units):
-        for i in sum(unit, []):
+        for i in unit:
             where.setdefault(order[i].clip, set()).add(k)
     assert all(len(k) == 1 for k in where.values())
-    assert max(len(sum(unit, [])) for unit in units) <= 3
+    assert max(map(len, units)) <= 3
 
 
 # ---------------------------------------------------------------- statistics and answers

@@ -8,6 +8,7 @@ __all__ = ['agreement']
 # %% ../../nbs/evaluation/04_agreement.ipynb #9fcc0b50
 import numpy as np
 from pathlib import Path
+from ..inputs.layout import CODES
 
 # %% ../../nbs/evaluation/04_agreement.ipynb #7b608b81
 TOLERANCE = 2e-4  # nats, on `nll`, `margin` and `kl`
@@ -23,62 +24,11 @@ def _named(items):
 
 def _place(profile, at):
     "A cell of a profile in words, layers from 1."
-    sample, removed, layer = (
-        profile[d].values[i] for d, i in zip(("sample", "removed", "layer"), at)
-    )
-    when = (
-        "nothing removed"
-        if layer == profile["layer"].values.max()
-        else f"{removed} removed before layer {layer + 1}"
-    )
-    return f"{sample} ({when})"
-
-
-def _same_cells(ours, theirs):
-    "Both profiles on the cells of the first; None where they have no question in common."
-    known = set(theirs["sample"].values)
-    common = [i for i in ours["sample"].values if i in known]
-    dims = ("sample", "removed", "layer")
-    if not common:
-        return None
-    return ours.sel(sample=common).transpose(*dims, ...), theirs.sel(
-        sample=common, removed=ours["removed"], layer=ours["layer"]
-    ).transpose(*dims, ...)
-
-# %% ../../nbs/evaluation/04_agreement.ipynb #9eb98919
-def _compare_decisions(ours, theirs):
-    "Every right or wrong answer, exactly."
-    turned = {}
-    for name in ("correct", "correct_letter"):
-        if name not in ours or name not in theirs:
-            continue
-        a, b = (
-            p[name].values.astype(float) for p in (ours, theirs)
-        )  # nan where a prompt has no letters
-        for at in np.argwhere((a != b) & ~(np.isnan(a) & np.isnan(b))):
-            turned.setdefault(_place(ours, at))
-    if turned:
-        return "decisions", False, f"turned: {_named(turned)}"
-    n = [ours.sizes[d] for d in ("sample", "removed", "layer")]
-    same = "all of {} questions, {} conditions and {} layers the same".format(*n)
-    return "decisions", True, same
-
-
-def _compare_numbers(ours, theirs, tolerance):
-    "Floats within a tolerance; beyond it, a remark with the worst place."
-    worst, where = 0.0, ""
-    for name in ("nll", "margin", "kl"):
-        if name not in ours or name not in theirs:
-            continue
-        a, b = (p[name].values.astype(float) for p in (ours, theirs))
-        apart = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
-        apart = np.where(np.isnan(apart), np.inf, apart)
-        if (largest := apart.max(initial=0.0)) > worst:
-            place = _place(ours, np.unravel_index(apart.argmax(), apart.shape))
-            worst, where = float(largest), f"{name} of {place}"
-    if worst <= tolerance:
-        return "numbers", True, f"within {tolerance:g} nats (largest difference {worst:.1e})"
-    return "numbers", None, f"up to {worst:.2g} nats apart ({where}), more than {tolerance:g}"
+    dims = "sample", "removed", "layer"
+    sample, removed, layer = (profile[d].values[i] for d, i in zip(dims, at))
+    if layer == profile["layer"].values.max():
+        return f"{sample} (nothing removed)"
+    return f"{sample} ({removed} removed before layer {layer + 1})"
 
 
 def compare_profiles(
@@ -86,15 +36,34 @@ def compare_profiles(
     theirs,  # the committed one, with at least its layers and conditions
     tolerance=TOLERANCE,  # nats
 ):  # list of (claim, holds, detail)
-    "Whether two profiles of the same weights say the same about the questions that both have."
-    cells = (
-        _same_cells(ours, theirs)
-        if ours.attrs.get("weights_sha256") == theirs.attrs.get("weights_sha256")
-        else None
-    )
-    if cells is None:
+    """Whether two profiles of the same weights say the same about the questions that both have.
+
+    Every right or wrong answer is compared exactly, floats within a tolerance."""
+    known = set(theirs["sample"].values)
+    common = [s for s in ours["sample"].values if s in known]
+    if not common or ours.attrs.get("weights_sha256") != theirs.attrs.get("weights_sha256"):
         return [("profile", False, "of other weights or other questions")]
-    return [_compare_decisions(*cells), _compare_numbers(*cells, tolerance)]
+    cells = dict(sample=common, removed=ours["removed"], layer=ours["layer"])
+    ours, theirs = (p.sel(cells).transpose(*cells, ...) for p in (ours, theirs))
+    turned, worst, where = {}, 0.0, ""
+    for name in ("correct", "correct_letter", "nll", "margin", "kl"):
+        if name not in ours or name not in theirs:
+            continue
+        a, b = (p[name].values.astype(float) for p in (ours, theirs))
+        apart = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
+        apart = np.where(np.isnan(apart), np.inf, apart)  # nan: a prompt without letters
+        if name.startswith("correct"):
+            turned |= dict.fromkeys(_place(ours, at) for at in np.argwhere(apart))
+        elif (largest := apart.max(initial=0.0)) > worst:
+            place = _place(ours, np.unravel_index(apart.argmax(), apart.shape))
+            worst, where = float(largest), f"{name} of {place}"
+    n = [ours.sizes[d] for d in cells]
+    same = "all of {} questions, {} conditions and {} layers the same".format(*n)
+    decisions = "decisions", not turned, f"turned: {_named(turned)}" if turned else same
+    said = f"within {tolerance:g} nats (largest difference {worst:.1e})"
+    if worst > tolerance:  # a remark
+        said = f"up to {worst:.2g} nats apart ({where}), more than {tolerance:g}"
+    return [decisions, ("numbers", True if worst <= tolerance else None, said)]
 
 # %% ../../nbs/evaluation/04_agreement.ipynb #3a4ffa09
 def compare_boundaries(
@@ -102,22 +71,20 @@ def compare_boundaries(
     theirs,
 ):  # list of (claim, holds, detail)
     "Whether the blocks begin at the same layers. Layers from 1 in the detail."
-    blocks = lambda b: (b.shallow_end, b.late_start, b.late_start_certified)
-    none = lambda b: (None, b.num_layers)
-    say = lambda b: (
-        f"middle from layer {b.shallow_end + 1}, late from {b.late_start + 1}, certified "
-        f"{b.late_start_certified + 1 if b.late_start_certified not in none(b) else 'none'}"
-    )
-    checks = []
+
+    def say(b):
+        certified = b.late_start_certified
+        layer = "none" if certified in (None, b.num_layers) else certified + 1
+        return (
+            f"middle from layer {b.shallow_end + 1}, late from {b.late_start + 1}, "
+            f"certified {layer}"
+        )
+
+    blocks, checks = lambda b: (b.shallow_end, b.late_start, b.late_start_certified), []
     for name, b in ours.items():
         same = blocks(b) == blocks(theirs[name])
-        checks.append(
-            (
-                f"boundaries, {name} removed",
-                same,
-                say(b) + ("" if same else f"; committed: {say(theirs[name])}"),
-            )
-        )
+        detail = say(b) + ("" if same else f"; committed: {say(theirs[name])}")
+        checks.append((f"boundaries, {name} removed", same, detail))
     return checks
 
 
@@ -126,13 +93,12 @@ def same_plan(
     theirs,
 ):  # bool
     "Whether two schedules do the same: equal layers and settings, ratios up to the last digits."
-    from seats_analysis.inputs.layout import MODALITIES
-
-    names = "num_layers", "shallow_end", "drop_layers", "late_start", "temperature", "windows"
-    ratios = lambda p: [x for m in MODALITIES for x in (p.trr[m], p.entering[m], *p.keep_ratios[m])]
-    return all(
-        getattr(ours, f) == getattr(theirs, f) for f in (*names, "model", "revision")
-    ) and np.allclose(ratios(ours), ratios(theirs), rtol=0, atol=1e-9)
+    names = "num_layers shallow_end drop_layers late_start temperature windows model revision"
+    settings = lambda p: [getattr(p, name) for name in names.split()]
+    ratios = lambda p: [x for m in CODES for x in (p.trr[m], p.entering[m], *p.keep_ratios[m])]
+    return settings(ours) == settings(theirs) and np.allclose(
+        ratios(ours), ratios(theirs), rtol=0, atol=1e-9
+    )
 
 
 def compare_plans(
@@ -140,24 +106,20 @@ def compare_plans(
     folder,  # of the committed schedules
 ):  # list of (claim, holds, detail)
     "Whether schedules have the committed layers and ratios. Layers from 1 in the detail."
-    from seats_analysis.inputs.layout import MODALITIES
     from seats_analysis.schedules.schedule import Schedule
 
     def say(plan):
         drops = ", ".join(str(d + 1) for d in plan.drop_layers) or "none"
-        late = sorted({plan.late(m) + 1 for m in MODALITIES})
+        late = sorted({plan.late(m) + 1 for m in CODES})
         return f"drops before layers {drops}, late from {' and '.join(map(str, late))}"
 
     checks = []
     for trr, plan in plans.items():
         stored = Schedule.load(Path(folder) / f"testbed_trr{trr}.json")
-        same = same_plan(plan, stored)
-        ratios = (
-            ""
-            if same
-            else f", TRR {dict(plan.trr)}; committed: {say(stored)}, TRR {dict(stored.trr)}"
-        )
-        checks.append((f"schedule {trr} %", same, say(plan) + ratios))
+        same, detail = same_plan(plan, stored), say(plan)
+        if not same:
+            detail += f", TRR {dict(plan.trr)}; committed: {say(stored)}, TRR {dict(stored.trr)}"
+        checks.append((f"schedule {trr} %", same, detail))
     return checks
 
 # %% ../../nbs/evaluation/04_agreement.ipynb #c251fdf9
@@ -170,17 +132,13 @@ def compare_answers(
     checks = []
     for r in rows:
         wrong, other = set(r["wrong"]), stored.get((r["method"], r["trr"]))
-        turned = [] if other is None else sorted(wrong ^ other)
-        detail = (
-            "not committed"
-            if other is None
-            else f"turned: {_named(turned)}"
-            if turned
-            else f"the same answers, {len(wrong)} wrong"
-        )
-        checks.append(
-            (f"{r['method']} {r['trr']:g} %", not turned if other is not None else False, detail)
-        )
+        if other is None:
+            same, detail = False, "not committed"
+        elif same := wrong == other:
+            detail = f"the same answers, {len(wrong)} wrong"
+        else:
+            detail = f"turned: {_named(sorted(wrong ^ other))}"
+        checks.append((f"{r['method']} {r['trr']:g} %", same, detail))
     return checks
 
 # %% ../../nbs/evaluation/04_agreement.ipynb #8459f36f
@@ -192,10 +150,8 @@ def verdict(
     if all(holds is None for _, holds, _ in checks):
         return True, "Nothing was compared."
     agrees = all(holds is not False for _, holds, _ in checks)
-    return (
-        agrees,
-        f"The result {'agrees' if agrees else 'does NOT agree'} with what is committed in {data}/.",
-    )
+    said = "agrees" if agrees else "does NOT agree"
+    return agrees, f"The result {said} with what is committed in {data}/."
 
 # %% ../../nbs/evaluation/04_agreement.ipynb #0933c1a5
 def agreement(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from ..storage.files import atomic_write
 from ..storage.schemas import SCHEMAS, save_json
@@ -23,8 +23,7 @@ from ..models.scoring import score_choices
 from ..statistics.intervals import holm
 from ..probing.run import provenance
 from ..schedules.cost import text_dims
-from ..pruning.seats import Seats
-from ..baselines.registry import ABLATIONS, METHODS
+from ..baselines.registry import ABLATIONS, METHODS, method_at
 from seats_analysis.evaluation.evaluate import (
     accuracy_interval,
     paired_difference,
@@ -35,6 +34,7 @@ from seats_analysis.evaluation.evaluate import (
 from seats_analysis.evaluation.prepared import (
     DataShape,
     PreparedBatch,
+    asks,
     cached_flops,
     clips_of,
     prepare_questions,
@@ -108,19 +108,6 @@ def method_names(
         raise ValueError(f"unknown method {bad[0]!r}; known: {', '.join([*_GROUPS, *known])}")
     return tuple(dict.fromkeys(["seats", *names]))
 
-
-def _match_method(name, plan, shape, target):  # -> fields of a `MethodRun`
-    "A method at a given cost, asked for the pair of TRRs of a SEATS schedule, scaled."
-    cls, counts = (METHODS | ABLATIONS)[name], [shape.mean(m) for m in ("visual", "audio")]
-    pair = [plan.trr[m] for m in ("visual", "audio")]
-    like = dict(like=plan) if issubclass(cls, Seats) else {}  # ablations keep the layers
-
-    def build(knob):
-        asked = [min(1.0, knob * t) for t in pair]
-        return cls.for_trr(plan.num_layers, *asked, *counts, **like)
-
-    return match_cost(build, shape.cost, target, 1 / min((t for t in pair if t), default=1.0))
-
 # %% ../../nbs/evaluation/02_compare.ipynb #fef45c9c
 def method_runs(
     names: Sequence[str],  # from `method_names`
@@ -133,12 +120,15 @@ def method_runs(
     for label, method in rules.items():
         trr = round(100 * shape.retention(method)["layers"], 1)
         out.append(MethodRun(label, method.name, trr, (method,), setting="rule"))
+    counts = shape.mean("visual"), shape.mean("audio")
     for trr, plan in plans.items():
-        seats = Seats(plan)
+        seats = method_at("seats", plan, counts)
         out.append(MethodRun("seats", "seats", trr, (seats,), knob=(1.0,)))
+        highest = 1 / min((t for t in plan.trr.values() if t), default=1.0)
         for name in names:
             if name != "seats":
-                found = _match_method(name, plan, shape, shape.cost(seats))
+                build = partial(method_at, name, plan, counts)
+                found = match_cost(build, shape.cost, shape.cost(seats), highest)
                 out.append(MethodRun(name, name, trr, **found))
     return out
 
@@ -172,14 +162,14 @@ class Answering:
         if self.answers not in ANSWERS:
             raise ValueError(f"answers must be one of {', '.join(ANSWERS)}; not {self.answers!r}")
 
-    def units(self):  # -> list of lists of clips, each a list of indices
+    def units(self):  # -> list of lists of indices
         "A few clips at a time, with all their questions."
         units = []
         for clip in clips_of(self.samples):
-            if units and sum(map(len, units[-1])) + len(clip) <= self.batch_size:
-                units[-1].append(clip)
+            if units and len(units[-1]) + len(clip) <= self.batch_size:
+                units[-1] += clip
             else:
-                units.append([clip])
+                units.append(clip)
         return units
 
     def _choose(self, batch):  # `Encoded` -> per question: what is known of its answer
@@ -206,10 +196,8 @@ class Answering:
     ) -> list:  # per question: list of outcomes, one per run
         "All runs answer the same questions; FLOPs and milliseconds of each beside the answer."
         dims = text_dims(adapter_for(self.model).config(self.model))
-        batch, out = (
-            PreparedBatch.of(self.model, self.processor, questions),
-            [[] for _ in questions],
-        )
+        batch = PreparedBatch.of(self.model, self.processor, questions)
+        out = [[] for _ in questions]
         for r in runs:
             with batch.prune(r.plan_for(number)) as (run, given):
                 run.samples = first
@@ -218,7 +206,9 @@ class Answering:
             shares = [ms[section] / len(questions) for section in ("selection", "prefill")]
             for row, q, answer, tokens in zip(out, questions, chosen, layers):
                 flops = {c: cached_flops(tokens, dims, c) for c in ("counter", "causal")}
-                row.append(answer | flops | dict(ms=[q.statistic_ms(run.method), *shares]))
+                row.append(
+                    answer | flops | dict(ms=[q.clip.ms.get(asks(run.method), 0.0), *shares])
+                )
         return out
 
     @torch.no_grad()
@@ -236,38 +226,33 @@ class Answering:
         if of > 1 and checkpoint is None:
             raise ValueError("shard: several processes need a checkpoint to share")
         units = self.units()
-        first = np.cumsum([0, *(sum(map(len, unit)) for unit in units)]).tolist()
+        first = np.cumsum([0, *map(len, units)]).tolist()
         mine = list(enumerate(units))[number::of]
         if not mine:
             return None  # more processes than units; the first process always has one
         checkpoint = Checkpoint(checkpoint, self._identity(about))
         checkpoint.open()
-        done = lambda unit: all(checkpoint.read(i) is not None for clip in unit for i in clip)
-        left = [(k, unit) for k, unit in mine if not done(unit)]
-        total, missing = (sum(first[k + 1] - first[k] for k, _ in some) for some in (mine, left))
-        with tqdm(
+        left = [(k, unit) for k, unit in mine if any(checkpoint.read(i) is None for i in unit)]
+        methods = [p for r in self.runs for p in r.plans]
+        prepare = partial(prepare_questions, self.model, self.processor, methods=methods)
+        total, missing = (sum(len(unit) for _, unit in some) for some in (mine, left))
+        bar = tqdm(
             total=total,
             initial=total - missing,
             unit="question",
             desc="eval" if of == 1 else f"eval ({number + 1} of {of})",
             disable=not progress,
-        ) as bar:
+        )
+        with bar:
             for k, unit in left:
-                questions = self._prepare(unit)
+                questions = prepare([self.samples[i] for i in unit], **self.limits)
                 if k == left[0][0]:  # warm-up, or the first run would pay for it
                     self.answer_unit(questions, k, first[k], self.runs[:2])
                 outcomes = self.answer_unit(questions, k, first[k], self.runs)
-                for i, row in zip(sum(unit, []), outcomes):
+                for i, row in zip(unit, outcomes):
                     checkpoint.write(i, row)
-                bar.update(len(questions))
+                bar.update(len(unit))
         return None if number else checkpoint.gather(wait=of > 1)
-
-    def _prepare(self, unit):
-        plans, out = [p for r in self.runs for p in r.plans], []
-        for clip in unit:
-            on_clip = [self.samples[i] for i in clip]
-            out += prepare_questions(self.model, self.processor, on_clip, plans, **self.limits)
-        return out
 
     def _identity(self, about):
         "What the answers depend on."
@@ -294,113 +279,96 @@ class Outcomes:
     apart: Sequence[str] = ("control",)  # families that do not count in the whole
     n_boot: int = 2000
 
-    def __post_init__(self):
-        if {s.family for s in self.samples} <= set(self.apart):
+    def rows(self) -> list:  # of dict, the full model first
+        "Accuracy, cost and differences of every run."
+        families = np.array([s.family for s in self.samples])
+        counts = ~np.isin(families, self.apart)
+        if not counts.any():
             raise ValueError("no question counts: all families are set apart")
+        parts, rows = {f: families == f for f in sorted(set(families.tolist()))}, []
+        for k, run in enumerate(self.runs):
+            same = [i for i, r in enumerate(self.runs) if (r.label, r.trr) == ("seats", run.trr)]
+            seats = same[0] if same else None
+            against = {"full": (0, "mcnemar_p_full"), "seats": (seats, "mcnemar_p")}
+            differences = {}
+            for name, (other, p) in against.items():
+                keys = [f"diff_{name}{end}" for end in ("", "_low", "_high")]
+                differences |= zip([*keys, p], self._difference(k, other, counts))
+            by_family = {
+                f: self._accuracy(k, at)
+                | {f"diff_{name}": self._gain(k, other, at) for name, (other, _) in against.items()}
+                for f, at in parts.items()
+            }
+            rows.append(
+                dict(
+                    method=run.method,
+                    label=run.label,
+                    trr=run.trr,
+                    setting=run.setting,
+                    **self._cost(k, seats),
+                    **self._accuracy(k, counts),
+                    **differences,
+                    unparsable=sum(row[k]["pick"] is None for row in self.answers),
+                    families=by_family,
+                )
+            )
+        return rows
 
-    @cached_property
-    def families(self):  # (N,) text
-        return np.array([s.family for s in self.samples])
+    def _of(self, k, name):  # -> (N, ...) float, what a run did with every question
+        return np.array([row[k][name] for row in self.answers], float)
 
-    @cached_property
-    def clips(self):  # (N,) text
-        return np.array([s.clip for s in self.samples])
+    def _accuracy(self, k, at):
+        "Accuracy on some of the questions."
+        right, full = (self._of(i, "correct")[at] for i in (k, 0))
+        clips = [s.clip for s, here in zip(self.samples, at) if here]
+        low, high = accuracy_interval(right, clips, self.n_boot)
+        return dict(
+            n=len(clips),
+            clips=len(set(clips)),
+            accuracy=right.mean().item(),
+            low=low,
+            high=high,
+            full_accuracy=full.mean().item(),
+        )
 
-    def correct(self, k):  # (N,) float
-        return np.array([row[k]["correct"] for row in self.answers], float)
-
-    def flops(self, k, convention="counter"):
-        return float(sum(row[k][convention] for row in self.answers))
-
-    def ms(self, k):
-        "Milliseconds per question: median over questions, in batches."
-        parts = np.median([row[k]["ms"] for row in self.answers], 0).tolist()
-        names = "ms_statistic", "ms_selection", "ms_prefill"
-        return dict(ms=sum(parts), **dict(zip(names, parts)))
+    def _gain(self, k, other, at):
+        if other is None:
+            return None
+        ours, theirs = (self._of(i, "correct")[at].mean() for i in (k, other))
+        return (ours - theirs).item()
 
     def _difference(self, k, other, at):
         "Difference to another run, its interval and p; of a run to itself it is 0, to none None."
         if other is None or other == k:
             return [None] * 4 if other is None else [0.0, 0.0, 0.0, 1.0]
-        found = paired_difference(
-            self.correct(k)[at], self.correct(other)[at], self.clips[at], self.n_boot
-        )
-        return list(found.values())
-
-    def _accuracy(self, k, at):
-        "Accuracy on some of the questions."
-        right, clips = self.correct(k)[at], self.clips[at]
-        low, high = accuracy_interval(right, clips, self.n_boot)
-        return dict(
-            n=int(at.sum()),
-            clips=len(set(clips)),
-            accuracy=right.mean().item(),
-            low=low,
-            high=high,
-            full_accuracy=self.correct(0)[at].mean().item(),
-        )
+        ours, theirs = (self._of(i, "correct")[at] for i in (k, other))
+        clips = [s.clip for s, here in zip(self.samples, at) if here]
+        return paired_difference(ours, theirs, clips, self.n_boot).values()
 
     def _cost(self, k, seats):
         "FLOPs, retention, knob and time of a run; of what SEATS costs, whether they are the same."
-        run, full = self.runs[k], self.flops(0)
-        cost, target = self.flops(k) / full, None if seats is None else self.flops(seats) / full
-        mixed, kept = None, [self.shape.retention(p) for p in run.plans]
+        run, kept = self.runs[k], [self.shape.retention(p) for p in self.runs[k].plans]
+        flops = lambda i, by="counter": (self._of(i, by).sum() / self._of(0, by).sum()).item()
+        ms, full_ms = (np.median(self._of(i, "ms"), 0) for i in (k, 0))
+        cost, target = flops(k), None if seats is None else flops(seats)
+        near = target is not None and abs(cost / target - 1) <= TOLERANCE
+        mixed = None
         if len(run.plans) > 1:
             costs = [self.shape.cost(p) for p in run.plans]
             mixed = dict(share=run.share, knobs=list(run.knob), costs=costs)
-        near = target is not None and abs(cost / target - 1) <= TOLERANCE
         return dict(
             flops_fraction=cost,
             flops_target=target,
-            causal_fraction=self.flops(k, "causal") / self.flops(0, "causal"),
+            causal_fraction=flops(k, "causal"),
             **{f"retention_{m}": run.mean([x[m] for x in kept]) for m in kept[0]},
             knob=run.mean(run.knob) if run.knob else None,
             mixed=mixed,
             own_minimum=run.setting == "own minimum",
             ranked=run.setting == "matched" and near,
-            **self.ms(k),
-            ms_full=self.ms(0)["ms"],
+            ms=sum(ms.tolist()),
+            **dict(zip(("ms_statistic", "ms_selection", "ms_prefill"), ms.tolist())),
+            ms_full=sum(full_ms.tolist()),
         )
-
-    def row(self, k):  # of a run
-        "Accuracy, cost and differences of one run."
-        run, counts = self.runs[k], ~np.isin(self.families, self.apart)
-        same_trr = [i for i, r in enumerate(self.runs) if r.label == "seats" and r.trr == run.trr]
-        seats = same_trr[0] if same_trr else None
-        ends, families = ("", "_low", "_high"), {}
-        for family in sorted(set(self.families)):
-            at = self.families == family
-            families[family] = self._accuracy(k, at) | dict(
-                diff_full=(self.correct(k)[at].mean() - self.correct(0)[at].mean()).item(),
-                diff_seats=None
-                if seats is None
-                else (self.correct(k)[at].mean() - self.correct(seats)[at].mean()).item(),
-            )
-        return dict(
-            method=run.method,
-            label=run.label,
-            trr=run.trr,
-            setting=run.setting,
-            **self._cost(k, seats),
-            **self._accuracy(k, counts),
-            **dict(
-                zip(
-                    [*(f"diff_full{end}" for end in ends), "mcnemar_p_full"],
-                    self._difference(k, 0, counts),
-                )
-            ),
-            **dict(
-                zip(
-                    [*(f"diff_seats{end}" for end in ends), "mcnemar_p"],
-                    self._difference(k, seats, counts),
-                )
-            ),
-            unparsable=sum(row[k]["pick"] is None for row in self.answers),
-            families=families,
-        )
-
-    def rows(self):  # -> list of dict, the full model first
-        return [self.row(k) for k in range(len(self.runs))]
 
 # %% ../../nbs/evaluation/02_compare.ipynb #1ba0fd3c
 def significantly_better(
@@ -411,12 +379,8 @@ def significantly_better(
 
     The paired interval excludes 0, and the exact test holds after Holm's correction for all ranked
     rows."""
-    tested = [
-        r for r in rows if r["ranked"] and r["label"] != "seats" and r["mcnemar_p"] is not None
-    ]
-    if not tested:
-        return []
-    adjusted = holm([r["mcnemar_p"] for r in tested])
+    tested = [r for r in rows if r["ranked"] and r["label"] != "seats"]
+    adjusted = holm([r["mcnemar_p"] for r in tested]) if tested else ()
     return [r for r, p in zip(tested, adjusted) if r["diff_seats_low"] > 0 and p < level]
 
 # %% ../../nbs/evaluation/02_compare.ipynb #30a60f57

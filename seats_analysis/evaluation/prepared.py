@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/evaluation/01_prepared.ipynb #1537fb9f
 import numpy as np
 import torch
+import torch.nn.functional as F
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ class EncodedClip:
 
     embeds: torch.Tensor  # (T, D) `inputs_embeds` at visual, audio and image tokens, in sequence
     deepstack: tuple  # of (T_visual, D), added after the first layers; () in families without it
-    calls: Mapping  # what a method asks (`_asks`) -> modality -> `EncoderCall` of this clip alone
+    calls: Mapping  # what a method asks (`asks`) -> modality -> `EncoderCall` of this clip alone
     ms: Mapping  # likewise -> milliseconds that this took, the towers apart
 
 
@@ -45,15 +46,11 @@ class Question:
     shapes: Mapping  # those of `_SHAPES` that the clip has
     clip: EncodedClip | None  # None while only counts matter
 
-    def statistic_ms(self, method):  # `Pruner` or None -> milliseconds
-        "What it cost to note what a method asks about the clip."
-        return self.clip.ms.get(_asks(method), 0.0)
-
 
 _SHAPES = "video_grid_thw", "feature_attention_mask"  # inputs that say how large the media are
 
 
-def _asks(method):
+def asks(method):
     "What a method wants noted in the encoders: windows, and whether keys; None = nothing."
     if method is None or not method.uses_attention:
         return None
@@ -72,7 +69,7 @@ def encode_clip(
 ) -> EncodedClip:
     "Run the towers once on the clip of a sample, and note what stage I of every method will ask."
     device = str(encoded.inputs["input_ids"].device)
-    asked = {_asks(m): (Timings(device), m) for m in methods if _asks(m)}
+    asked = {asks(m): (Timings(device), m) for m in methods if asks(m)}
     with ExitStack() as stack:
         watches = {
             ask: stack.enter_context(watch_encoders(model, *given)) for ask, given in asked.items()
@@ -91,13 +88,13 @@ def encode_clip(
 def prepare_questions(
     model,
     processor,
-    samples: Sequence[Sample],  # on the same clip
+    samples: Sequence[Sample],  # those on the same clip behind one another
     methods: Sequence | None = (),  # see `encode_clip`; None: no tower runs, counting only
     **limits,  # fps and max_frames, see `encode`
 ) -> list:  # of `Question`, in order
-    "Questions on one clip, which is encoded once."
-    out = []
-    for group in encode_questions(model, processor, samples, **limits):
+    "Questions on clips, each of which is encoded once."
+    out, clips = [], ([samples[i] for i in clip] for clip in clips_of(samples))
+    for group in (g for c in clips for g in encode_questions(model, processor, c, **limits)):
         encoded, shared = group.encoded, group.shared
         clip = None if methods is None else encode_clip(model, encoded, methods)
         shapes = {k: encoded.inputs[k] for k in _SHAPES if k in encoded.inputs}
@@ -105,25 +102,12 @@ def prepare_questions(
         for sample, tail, choices in zip(group.samples, group.tails, group.choice_ids):
             n, new = len(tail), torch.tensor(tail).to(ids)
             after = group.positions(torch.arange(n, device=ids.device))[:, 0]
-            layout = TokenLayout(
-                **{
-                    k: torch.nn.functional.pad(
-                        getattr(encoded.layout, k)[:, :shared], (0, n), value=v
-                    )
-                    for k, v in dict(modality=TEXT, window=-1, run=-1).items()
-                }
-            )
-            out.append(
-                Question(
-                    sample,
-                    torch.cat([ids[:shared], new]),
-                    torch.cat([positions[:, :shared], after], -1),
-                    layout,
-                    choices,
-                    shapes,
-                    clip,
-                )
-            )
+            fill = dict(modality=TEXT, window=-1, run=-1)
+            before = {k: getattr(encoded.layout, k)[:, :shared] for k in fill}
+            padded = {k: F.pad(before[k], (0, n), value=v) for k, v in fill.items()}
+            all_ids = torch.cat([ids[:shared], new])
+            at = torch.cat([positions[:, :shared], after], -1)
+            out.append(Question(sample, all_ids, at, TokenLayout(**padded), choices, shapes, clip))
     return out
 
 
@@ -149,10 +133,8 @@ class PreparedBatch:
         layout, device = TokenLayout.stack([q.layout for q in questions]), questions[0].ids.device
         ids = pad_left([q.ids for q in questions], processor.tokenizer.pad_token_id)
         positions = pad_left([q.positions for q in questions], 1).transpose(0, 1).contiguous()
-        embeds, media = (
-            adapter_for(model).thinker(model).get_input_embeddings()(ids),
-            _is_media(layout),
-        )
+        embeds = adapter_for(model).thinker(model).get_input_embeddings()(ids)
+        media = _is_media(layout)
         if media.any():
             rows = torch.cat([q.clip.embeds for q in questions])
             embeds[media.to(device)] = rows.to(embeds)
@@ -165,20 +147,16 @@ class PreparedBatch:
         for name in _SHAPES:
             if found := [q.shapes[name] for q in questions if name in q.shapes]:
                 longest = max(x.shape[-1] for x in found)
-                pad = torch.nn.functional.pad
-                inputs[name] = torch.cat([pad(x, (0, longest - x.shape[-1])) for x in found])
+                inputs[name] = torch.cat([F.pad(x, (0, longest - x.shape[-1])) for x in found])
         lengths = torch.tensor([[len(q.ids)] for q in questions], device=device)
         deltas = positions.amax((0, 2))[:, None] + 1 - lengths
         choices = tuple(q.choices for q in questions)
-        return cls(
-            model,
-            questions,
-            Encoded(inputs, layout, deltas, tuple(q.sample for q in questions), choices),
-        )
+        samples = tuple(q.sample for q in questions)
+        return cls(model, questions, Encoded(inputs, layout, deltas, samples, choices))
 
     def _calls(self, method):  # -> modality -> list of one `EncoderCall`, or none
         "What the towers would have noted about the media of all questions together."
-        ask, out = _asks(method), dict(visual=[], audio=[])
+        ask, out = asks(method), dict(visual=[], audio=[])
         for m in out if ask else ():
             calls = [q.clip.calls[ask][m] for q in self.questions if m in q.clip.calls[ask]]
             out[m] = [join_calls(calls)] if calls else []
@@ -236,12 +214,10 @@ class DataShape:
     @classmethod
     def of(cls, model, processor, samples, **limits):  # limits: see `prepare_questions`
         "From the questions on the first 32 clips; no tower runs."
-        found = {}
-        for clip in clips_of(samples)[:32]:
-            on_clip = [samples[i] for i in clip]
-            for q in prepare_questions(model, processor, on_clip, None, **limits):
-                parts = q.layout.modality, q.layout.window, q.layout.run
-                found.setdefault(tuple(x.numpy().tobytes() for x in parts), []).append(q)
+        found, some = {}, [samples[i] for clip in clips_of(samples)[:32] for i in clip]
+        for q in prepare_questions(model, processor, some, None, **limits):
+            parts = q.layout.modality, q.layout.window, q.layout.run
+            found.setdefault(tuple(x.numpy().tobytes() for x in parts), []).append(q)
         alike = list(found.values())
         return cls(model, tuple(q[0] for q in alike), np.array([len(q) for q in alike], float))
 
@@ -250,13 +226,10 @@ class DataShape:
         return text_dims(adapter_for(self.model).config(self.model))
 
     def _layouts(self, method):  # a method may have time windows of its own
-        usual = adapter_for(self.model).rates(self.model)
-        own = None if method is None else (method.grids, method.seconds)
-        if (
-            own is None
-            or own[0] == usual.grids_per_window
-            and own[1] in (None, usual.seconds_per_chunk)
-        ):
+        r = adapter_for(self.model).rates(self.model)
+        usual = r.grids_per_window, r.seconds_per_chunk
+        own = usual if method is None else (method.grids, method.seconds or usual[1])
+        if own == usual:
             return [q.layout for q in self.questions]
         return [
             layout_of(self.model, dict(q.shapes, input_ids=q.ids[None]), "keep", *own)

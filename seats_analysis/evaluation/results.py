@@ -12,26 +12,20 @@ def per_block(
 ) -> dict:  # 'shallow', 'middle', 'late': mean over the block's layers, None for an empty block
     "Tokens that a layer of each block processes."
     edges = [0, bounds.shallow_end, bounds.late_start, bounds.num_layers]
-    return {
-        name: sum(tokens[a:b]) / (b - a) if b > a else None
-        for name, a, b in zip(("shallow", "middle", "late"), edges, edges[1:])
-    }
+    blocks = [tokens[a:b] for a, b in zip(edges, edges[1:])]
+    means = [sum(block) / len(block) if block else None for block in blocks]
+    return dict(zip(("shallow", "middle", "late"), means))
 
 
 def _cost(frame, full, config):
     "FLOPs and time of a run relative to the full model, from what `evaluate` measured."
     from seats_analysis.schedules.cost import prefill_flops
 
-    def share(convention):
-        flops = [
-            prefill_flops(f.attrs["tokens_per_layer"], config, convention) for f in (frame, full)
-        ]
-        return flops[0] / flops[1]
-
+    flops = lambda f, convention: prefill_flops(f.attrs["tokens_per_layer"], config, convention)
     spent = lambda f: f.attrs["timings"]["selection"] + f.attrs["timings"]["prefill"]
     return dict(
-        flops_fraction=share("counter"),
-        causal_fraction=share("causal"),
+        flops_fraction=flops(frame, "counter") / flops(full, "counter"),
+        causal_fraction=flops(frame, "causal") / flops(full, "causal"),
         time_ratio=spent(frame) / spent(full),
         ms={k: round(v, 1) for k, v in frame.attrs["timings"].items()},
     )
