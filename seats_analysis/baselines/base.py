@@ -177,8 +177,13 @@ class Baseline(Pruner):
         **options,  # of the method
     ):  # -> the method
         "The method with these TRRs, or the nearest that it can have; never an error."
-        entering = cls.fair_pair(visual, audio, n_visual, n_audio)
-        return cls(Schedule(num_layers, entering=entering), **options)
+        pair = cls.fair_pair(visual, audio, n_visual, n_audio)
+        return cls(Schedule(num_layers, entering=cls.nearest_pair(pair, **options)), **options)
+
+    @classmethod
+    def nearest_pair(cls, pair, **options):  # modality -> fraction, likewise
+        "The nearest pair that its rule can have."
+        return pair
 
     def budget(self, modality, sizes):  # -> sizes of the windows it chooses in, kept of each
         "What to keep, from the sizes of the time windows."

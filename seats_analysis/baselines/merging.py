@@ -18,7 +18,6 @@ from typing import ClassVar
 from .base import Baseline, best_in_windows, on_device
 from ..pruning.base import stage1_counts
 from ..pruning.select import topk_in_groups
-from ..schedules.schedule import Schedule
 
 # %% ../../nbs/baselines/04_merging.ipynb #813c1aa9
 def to_rows(
@@ -114,12 +113,9 @@ class VisionZipOm(Baseline):
             )
 
     @classmethod
-    def for_trr(cls, num_layers, visual, audio, n_visual, n_audio, **options):
+    def nearest_pair(cls, pair, contextual=0.05, **options):
         "At least the contextual share, and one dominant token in each window."
-        least = options.get("contextual", cls.contextual)
-        pair = cls.fair_pair(visual, audio, n_visual, n_audio)
-        entering = {m: max(r, least) if m in cls.prunes else r for m, r in pair.items()}
-        return cls(Schedule(num_layers, entering=entering), **options)
+        return {m: max(r, contextual) if m in cls.prunes else r for m, r in pair.items()}
 
     def counts(self, modality, sizes):  # -> per window (dominant, contextual)
         ratio = self.schedule.entering[modality]
@@ -181,11 +177,9 @@ class DyCoke(Baseline):
     min_visual: ClassVar[float] = 0.25  # the first of four frames
 
     @classmethod
-    def for_trr(cls, num_layers, visual, audio, n_visual, n_audio, **options):
+    def nearest_pair(cls, pair, **options):
         "At least a quarter of the visual tokens."
-        pair = cls.fair_pair(visual, audio, n_visual, n_audio)
-        entering = dict(pair, visual=max(pair["visual"], cls.min_visual))
-        return cls(Schedule(num_layers, entering=entering), **options)
+        return dict(pair, visual=max(pair["visual"], cls.min_visual))
 
     def budget(self, modality, sizes):
         later = max((4 * self.schedule.entering[modality] - 1) / 3, 0.0)
@@ -297,14 +291,12 @@ class OmniZip(Baseline):
     uses_attention: ClassVar[bool] = True
 
     @classmethod
-    def for_trr(cls, num_layers, visual, audio, n_visual, n_audio, **options):
+    def nearest_pair(cls, pair, bounds=(0.35, 0.75), contextual=0.05, **options):
         "Visual tokens within the bounds of a group, audio above the anchors' share; all is all."
-        low, high = options.get("bounds", cls.bounds)
-        pair = cls.fair_pair(visual, audio, n_visual, n_audio)
+        (low, high), visual = bounds, pair["visual"]
         if visual != 1:
-            pair["visual"] = min(max(pair["visual"], 1 - high), 1 - low)
-        pair["audio"] = max(pair["audio"], options.get("contextual", cls.contextual))
-        return cls(Schedule(num_layers, entering=pair), **options)
+            visual = min(max(visual, 1 - high), 1 - low)
+        return dict(visual=visual, audio=max(pair["audio"], contextual))
 
     def budget(self, modality, sizes):
         "One count for all, in proportion to the windows."

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import islice, takewhile
 from ..inputs.media import Clip, decode_clip
 from ..inputs.samples import Sample
@@ -44,22 +44,19 @@ def load_samples(
     return [s for s in samples if split in (None, s.split)][:limit]
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #b7f3f5c5
-class ClipCache:
+def clip_cache(
+    sample_rate,  # of the audio, Hz
+    size=16,  # clips that are held
+):  # function: Sample -> the sample with its video decoded
     "Decodes each media file once as long as questions about it follow one another."
+    decode = lru_cache(size)(lambda path: decode_clip(path, sample_rate=sample_rate))
 
-    def __init__(
-        self,
-        sample_rate,  # of the sound, Hz
-        fps=2.0,  # frames per second
-        size=16,  # clips that are held
-    ):
-        decode = partial(decode_clip, fps=fps, sample_rate=sample_rate)
-        self._decode = lru_cache(size)(decode)
-
-    def __call__(self, sample):  # -> the sample with its video decoded
+    def cached(sample):
         if sample.video is None or isinstance(sample.video, Clip):
             return sample
-        return replace(sample, video=self._decode(str(sample.video)))
+        return replace(sample, video=decode(str(sample.video)))
+
+    return cached
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #8fdefca9
 def score_rows(
@@ -107,7 +104,7 @@ def evaluate(
 
     if len({s.id for s in samples}) < len(samples):
         raise ValueError("sample ids repeat; rows could not be paired")
-    cached, rows, tokens = ClipCache(processor.feature_extractor.sampling_rate), [], []
+    cached, rows, tokens = clip_cache(processor.feature_extractor.sampling_rate), [], []
     starts = range(0, len(samples), batch_size)
     with prune(model, plan, kv=kv) as run:
         for i in tqdm(starts, desc="questions", unit="batch", disable=not progress):
