@@ -476,15 +476,14 @@ def test_what_does_not_fit_is_said(clock, tmp_path):
     } == {None}
 
 
-@pytest.mark.parametrize("where", ["build", "workload", "time"])
 @pytest.mark.parametrize(
-    "error",
+    "where, error",
     [
-        torch.OutOfMemoryError(),
-        MemoryError(),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        ("build", torch.OutOfMemoryError()),
+        ("workload", MemoryError()),
+        ("time", RuntimeError("DefaultCPUAllocator: can't allocate memory")),
     ],
-    ids=lambda e: type(e).__name__,
+    ids=("build", "workload", "time"),
 )
 def test_no_step_out_of_memory_ends_the_run(clock, tmp_path, monkeypatch, where, error):
     "Rows that do not fit are named, all others are there, and the next call tries again."

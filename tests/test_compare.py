@@ -141,7 +141,7 @@ def test_towers_run_once_per_clip(model, processor, samples):
         part(model).register_forward_hook(lambda m, a, out, n=name: calls.append(n))
         for name, part in parts.items()
     ]
-    runs = [run_of("full"), run_of("seats"), run_of("random")]
+    runs = [run_of("full"), run_of("seats")]
     try:
         Answering(model, processor, samples, runs, batch_size=2).answer_all()
     finally:
@@ -170,9 +170,10 @@ def test_frame_limit_holds_for_files(small):
 def test_outcomes_are_those_of_evaluate(model, processor, samples):
     drawn = METHODS["random"].for_trr(L, 0.4, 0.5, 24, 40, seed=3)
     runs = [run_of("full"), run_of("seats"), MethodRun("random", "random", 30, (drawn,))]
-    found = Answering(model, processor, samples, runs, batch_size=3).answer_all()
+    some = samples[:1] + samples[3:6] + samples[-1:]
+    found = Answering(model, processor, some, runs, batch_size=3).answer_all()
     for k, r in enumerate(runs):
-        frame = evaluate(model, processor, samples, r.plans[0], batch_size=len(samples))
+        frame = evaluate(model, processor, some, r.plans[0], batch_size=len(some))
         assert [row[k]["correct"] for row in found] == frame.correct.tolist()
         np.testing.assert_allclose([row[k]["nll"] for row in found], frame.nll, atol=2e-5)
         np.testing.assert_allclose([row[k]["margin"] for row in found], frame.margin, atol=2e-5)
@@ -316,8 +317,9 @@ def without_times(result):
 
 
 def test_interrupted_runs_go_on(small, samples, tmp_path, monkeypatch):
+    some = samples[:6]
     compared = lambda name: compare_methods(
-        *small, samples, {30: PLAN}, NAMED, tmp_path / name, n_boot=50, batch_size=2
+        *small, some, {30: PLAN}, NAMED, tmp_path / name, n_boot=50, batch_size=2
     )
     asked, real = [], Answering.answer_unit
 
@@ -337,7 +339,7 @@ def test_interrupted_runs_go_on(small, samples, tmp_path, monkeypatch):
     finished = list(Path(f"{path}.checkpoint").glob("[0-9]*.json"))
     assert len(finished) == sum(map(len, asked))
     again = compared("cut.json")
-    assert len({i for ids in asked for i in ids}) == sum(map(len, asked)) == len(samples)
+    assert len({i for ids in asked for i in ids}) == sum(map(len, asked)) == len(some)
     assert without_times(again) == without_times(compared("whole.json"))
     assert not Path(f"{path}.checkpoint").exists()
 

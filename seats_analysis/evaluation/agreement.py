@@ -141,18 +141,6 @@ def compare_answers(
         checks.append((f"{r['method']} {r['trr']:g} %", same, detail))
     return checks
 
-# %% ../../nbs/evaluation/04_agreement.ipynb #8459f36f
-def verdict(
-    checks,  # of (claim, holds, detail)
-    data,  # folder they were compared with
-):  # (False where something differs, one sentence)
-    "What the checks come to."
-    if all(holds is None for _, holds, _ in checks):
-        return True, "Nothing was compared."
-    agrees = all(holds is not False for _, holds, _ in checks)
-    said = "agrees" if agrees else "does NOT agree"
-    return agrees, f"The result {said} with what is committed in {data}/."
-
 # %% ../../nbs/evaluation/04_agreement.ipynb #0933c1a5
 def agreement(
     data,  # folder with committed results
@@ -169,9 +157,7 @@ def agreement(
     from seats_analysis.storage.schemas import load_json, load_profile
 
     data = Path(data)
-    stored, schedules, answers = (
-        data / name for name in ("profiles/testbed.nc", "schedules", "results/testbed.json")
-    )
+    stored = data / "profiles" / "testbed.nc"
     if not stored.is_file():
         said = f"none in {data}, so there is nothing to compare with"
         checks = [("committed results", None, said)]
@@ -180,6 +166,12 @@ def agreement(
         checks = compare_profiles(profile, committed)
         if whole and checks[0][0] != "profile":
             theirs = {name: find_boundaries(committed, name) for name in bounds}
-            checks += compare_boundaries(bounds, theirs) + compare_plans(plans, schedules)
-            checks += compare_answers(rows, load_json(answers, "results")["rows"])
-    return checks, *verdict(checks, data)
+            checks += compare_boundaries(bounds, theirs) + compare_plans(plans, data / "schedules")
+            checks += compare_answers(
+                rows, load_json(data / "results" / "testbed.json", "results")["rows"]
+            )
+    if all(holds is None for _, holds, _ in checks):
+        return checks, True, "Nothing was compared."
+    agrees = all(holds is not False for _, holds, _ in checks)
+    said = "agrees" if agrees else "does NOT agree"
+    return checks, agrees, f"The result {said} with what is committed in {data}/."

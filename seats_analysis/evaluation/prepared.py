@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from ..inputs.samples import Sample
-from ..inputs.layout import AUDIO, IMAGE, TEXT, TokenLayout, VISUAL, pad_left
+from ..inputs.layout import TEXT, TokenLayout, pad_left
 from ..models.families import adapter_for
 from ..models.encode import Encoded, encode_questions, layout_of
 from ..models.decoder import Decoder
@@ -56,10 +56,6 @@ def asks(method):
         return None
     return method.grids, method.seconds, method.uses_keys
 
-
-def _is_media(layout):
-    return torch.isin(layout.modality, torch.tensor([VISUAL, AUDIO, IMAGE]))
-
 # %% ../../nbs/evaluation/01_prepared.ipynb #7bbc7cda
 @torch.no_grad()
 def encode_clip(
@@ -79,7 +75,7 @@ def encode_clip(
             ask: {m: replace(c[-1], output=None) for m, c in watch.calls.items() if c}
             for ask, watch in watches.items()
         }
-    embeds = seen["inputs_embeds"][0, _is_media(encoded.layout)[0].to(device)]
+    embeds = seen["inputs_embeds"][0, (encoded.layout.modality[0] > TEXT).to(device)]
     deepstack = tuple(seen.get("deepstack_visual_embeds") or ())
     spent = {ask: timings.ms["selection"] for ask, (timings, _) in asked.items()}
     return EncodedClip(embeds, deepstack, calls, spent)
@@ -134,7 +130,7 @@ class PreparedBatch:
         ids = pad_left([q.ids for q in questions], processor.tokenizer.pad_token_id)
         positions = pad_left([q.positions for q in questions], 1).transpose(0, 1).contiguous()
         embeds = adapter_for(model).thinker(model).get_input_embeddings()(ids)
-        media = _is_media(layout)
+        media = layout.modality > TEXT
         if media.any():
             rows = torch.cat([q.clip.embeds for q in questions])
             embeds[media.to(device)] = rows.to(embeds)

@@ -30,20 +30,31 @@ def _cost(frame, full, config):
         ms={k: round(v, 1) for k, v in frame.attrs["timings"].items()},
     )
 
-# %% ../../nbs/evaluation/07_results.ipynb #530b2271
-def result_rows(
-    runs: dict,  # (method, TRR in percent) -> frame of `evaluate`; the first is the full model
-    config,  # of the model, for FLOPs
+# %% ../../nbs/evaluation/07_results.ipynb #4b2d263b
+def answer_rows(
+    model,
+    processor,
+    samples,  # of Sample
+    plans: dict,  # TRR in percent -> Schedule
     bounds,  # Boundaries, for tokens per block
-) -> list:  # of dict
-    "What was right, and what it cost."
-    from seats_analysis.evaluation.evaluate import accuracy_table
+    batch_size: int = 16,
+) -> list:  # of dict: what was right, and what it cost; the full model first
+    "Answer in full, under each schedule, and with random tokens under the leanest one."
+    from seats_analysis.baselines.simple import Random
+    from seats_analysis.evaluation.evaluate import accuracy_table, evaluate
+    from seats_analysis.models.families import adapter_for
 
-    name = "{0[0]} {0[1]}".format
-    frames, (first, full) = {name(k): f for k, f in runs.items()}, next(iter(runs.items()))
-    scores, rows = accuracy_table(frames, reference=name(first)) / 100, []
+    evaluate(model, processor, samples[:batch_size])  # or the first timing would be the worst
+    least, methods = min(plans), {("full", 100): None}
+    methods |= {("seats", trr): plan for trr, plan in plans.items()}
+    methods[("random", least)] = Random(plans[least])
+    options = dict(batch_size=batch_size, progress=True)
+    runs = {k: evaluate(model, processor, samples, m, **options) for k, m in methods.items()}
+    config, full = adapter_for(model).config(model), runs["full", 100]
+    named = {f"{method} {trr}": frame for (method, trr), frame in runs.items()}
+    scores, rows = accuracy_table(named, reference="full 100") / 100, []
     for (method, trr), frame in runs.items():
-        mine = scores.loc[name((method, trr))]
+        mine = scores.loc[f"{method} {trr}"]
         whole = mine.loc["all"]
         rows.append(
             dict(
@@ -61,25 +72,3 @@ def result_rows(
             )
         )
     return rows
-
-# %% ../../nbs/evaluation/07_results.ipynb #4b2d263b
-def answer_rows(
-    model,
-    processor,
-    samples,  # of Sample
-    plans: dict,  # TRR in percent -> Schedule
-    bounds,  # Boundaries
-    batch_size: int = 16,
-) -> list:  # of `result_rows`
-    "Answer in full, under each schedule, and with random tokens under the leanest one."
-    from seats_analysis.baselines.simple import Random
-    from seats_analysis.evaluation.evaluate import evaluate
-    from seats_analysis.models.families import adapter_for
-
-    evaluate(model, processor, samples[:batch_size])  # or the first timing would be the worst
-    least, methods = min(plans), {("full", 100): None}
-    methods |= {("seats", trr): plan for trr, plan in plans.items()}
-    methods[("random", least)] = Random(plans[least])
-    options = dict(batch_size=batch_size, progress=True)
-    runs = {k: evaluate(model, processor, samples, m, **options) for k, m in methods.items()}
-    return result_rows(runs, adapter_for(model).config(model), bounds)
