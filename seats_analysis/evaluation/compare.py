@@ -282,7 +282,7 @@ class Outcomes:
     def rows(self) -> list:  # of dict, the full model first
         "Accuracy, cost and differences of every run."
         families = np.array([s.family for s in self.samples])
-        counts = ~np.isin(families, self.apart)
+        counts = ~np.isin(families, list(self.apart))
         if not counts.any():
             raise ValueError("no question counts: all families are set apart")
         parts, rows = {f: families == f for f in sorted(set(families.tolist()))}, []
