@@ -239,7 +239,7 @@ def prefill(model, encoded, plan, layout=None):
     kept, sets, layers = {}, [], ad.layers(model)
     if min(plan.entering.values()) < 1:
         kept["stage1"] = here
-    h, (cos, sin) = h[:, here], ad.rotary(model)(h, encoded.position_ids)
+    h, (cos, sin) = h[:, here], ad.decoder(model).rotary_emb(h, encoded.position_ids)
     for l, layer in enumerate(layers):
         if l in plan.drop_layers:
             aim = {m: kept_of(aim[m], plan.keep_ratios[m][plan.drop_layers.index(l)]) for m in aim}
@@ -263,7 +263,7 @@ def prefill(model, encoded, plan, layout=None):
             kept[f"late{l}"] = here
         sets.append(here)
         h = deep.add(l, run_layer(layer, h, cos[:, here], sin[:, here]), here)
-    return kept, sets, ad.lm_head(model)(ad.norm(model)(h))[:, -1]
+    return kept, sets, ad.lm_head(model)(ad.decoder(model).norm(h))[:, -1]
 
 
 def removed(model, encoded, layer, kinds):
@@ -274,10 +274,10 @@ def removed(model, encoded, layer, kinds):
         encoded.layout.modality[0],
     )
     h, deep, here = inputs["inputs_embeds"], DeepStack(inputs), list(range(len(kind)))
-    cos, sin = ad.rotary(model)(h, encoded.position_ids)
+    cos, sin = ad.decoder(model).rotary_emb(h, encoded.position_ids)
     for l, block in enumerate(ad.layers(model)):
         if l == layer:
             keep = [kind[p] not in kinds for p in here]
             h, here = h[:, keep], [p for p, k in zip(here, keep) if k]
         h = deep.add(l, run_layer(block, h, cos[:, here], sin[:, here]), here)
-    return ad.lm_head(model)(ad.norm(model)(h))[:, -1]
+    return ad.lm_head(model)(ad.decoder(model).norm(h))[:, -1]

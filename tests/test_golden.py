@@ -218,7 +218,7 @@ def test_diverse_batch(case):
     features, attention = t["features"], t.get("attention")
     B, N = features.shape[:2]
     flat = features.flatten(0, 1), None if attention is None else attention.flatten(), [N] * B
-    keep = [select_in_clip(*flat, count).view(B, N) for count in range(n + 1)]
+    keep = [select_in_clip(*flat, [count] * B).view(B, N) for count in range(n + 1)]
     assert all(k.sum(1).tolist() == [count] * B for count, k in enumerate(keep))
     gaps = case["min_rel_gap_per_row"] or [None] * B
     for row in range(B):
@@ -269,7 +269,7 @@ def test_diverse_modality(case):
 @pytest.mark.parametrize("case", cases("windivprune_ties.json"))
 def test_diverse_ties(case):
     t, n = tensors(case), case["num_retained"]
-    keep = select_in_clip(t["features"], t.get("attention"), [len(t["features"])], n)
+    keep = select_in_clip(t["features"], t.get("attention"), [len(t["features"])], [n])
     assert int(keep.sum()) == n  # ours: exactly n distinct tokens, whatever the reference did
     if case["exact_arithmetic"]:
         assert keep.nonzero()[:, 0].tolist() == t["keep_indices"].tolist()

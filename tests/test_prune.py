@@ -224,7 +224,7 @@ def naive_prefill(model, encoded, plan):
     if plan.entering != dict(visual=1, audio=1):
         here = kept["stage1"] = sorted(chosen)
     h, layers = h[:, here], ad.layers(model)
-    cos, sin = ad.rotary(model)(h, positions)
+    cos, sin = ad.decoder(model).rotary_emb(h, positions)
     for l, layer in enumerate(layers):
         at = lambda t: t[:, here]
         if l in plan.drop_layers:
@@ -259,7 +259,7 @@ def naive_prefill(model, encoded, plan):
         h = run_layer(
             layer, h, cos[:, here], sin[:, here], torch.ones(len(here), len(here)).tril().bool()
         )
-    return kept, sets, ad.lm_head(model)(ad.norm(model)(h))[:, -1]
+    return kept, sets, ad.lm_head(model)(ad.decoder(model).norm(h))[:, -1]
 
 
 def run_layer(layer, h, cos, sin, mask):
@@ -293,7 +293,7 @@ def naive_continue(model, encoded, sets, tokens, kv):
     positions = torch.cat(
         [encoded.position_ids, encoded.position_ids[..., -1:] + torch.arange(1, n + 1)], -1
     )
-    cos, sin = ad.rotary(model)(h, positions)
+    cos, sin = ad.decoder(model).rotary_emb(h, positions)
     before = list(range(S + n))
     for layer, here in zip(ad.layers(model), sets):
         here = list(here) + list(range(S, S + n))
@@ -303,7 +303,7 @@ def naive_continue(model, encoded, sets, tokens, kv):
             lost = torch.tensor([p < S and p not in sets[-1] for p in here])
             mask[-n:, lost] = False
         h, before = run_layer(layer, h, cos[:, here], sin[:, here], mask), here
-    return ad.lm_head(model)(ad.norm(model)(h))[0, -n - 1 :]
+    return ad.lm_head(model)(ad.decoder(model).norm(h))[0, -n - 1 :]
 
 
 # ---------------------------------------------------------------- what is computed

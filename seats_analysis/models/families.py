@@ -68,12 +68,6 @@ class OmniAdapter:
     def layers(self, model):
         return self.decoder(model).layers
 
-    def norm(self, model):
-        return self.decoder(model).norm
-
-    def rotary(self, model):
-        return self.decoder(model).rotary_emb
-
     def config(self, model):
         return self.thinker(model).config
 

@@ -8,7 +8,6 @@ __all__ = ['score_choices']
 # %% ../../nbs/models/04_scoring.ipynb #867a6936
 import copy
 import torch
-from collections.abc import Sequence
 from dataclasses import dataclass
 from .families import adapter_for
 from .encode import Encoded
@@ -63,12 +62,11 @@ def _continue(thinker, encoded, out, texts):
 def score_choices(
     model,
     encoded: Encoded,  # prompts without appended answers
-    choice_ids: Sequence | None = None,  # per sample, per choice: token ids; None: of `encoded`
 ) -> ChoiceScores:
     "Score every choice by teacher forcing. Raises ValueError for batches with appended answers."
     if encoded.answer_length is not None and encoded.answer_length.any():
         raise ValueError("score_choices needs prompts; these have answers appended")
-    ids = encoded.choice_ids if choice_ids is None else choice_ids
+    ids = encoded.choice_ids
     if empty := [s.id for s, row in zip(encoded.samples, ids) if not row or not all(row)]:
         raise ValueError(f"samples without choices, or with an empty one: {', '.join(empty[:5])}")
     thinker, device = adapter_for(model).thinker(model), encoded.inputs["input_ids"].device

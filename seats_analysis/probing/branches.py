@@ -175,7 +175,6 @@ def removal_scores(
     encoded: Encoded,  # prompts
     removed,  # conditions: names, or a mapping name -> selector
     layers: Sequence[int],  # to remove before, ascending, the last one is the number of layers
-    share: bool = False,  # run the full stream once for all layers
 ) -> dict:  # (condition, layer) -> Scores; (None, number of layers) -> Scores of the full run
     "Remove each condition's tokens before each layer and score the answers: the plain method."
     device, n = encoded.inputs["input_ids"].device, len(encoded.samples)
@@ -203,15 +202,11 @@ def removal_scores(
     marks = marks_of(whole, encoded, check_removed(removed))
     cuts = {name: cut(valid & ~gone.to(device)) for name, gone in marks.items()}
     (_, full), out = cut(valid), {}
-    now, at = full, 0
     for layer in layers[:-1]:
-        if share:
-            now, at = now.through(at, layer), layer
         for name, (keep, part) in cuts.items():
-            before = now if share else full.through(0, layer)
-            part = replace(part, hidden=pick(before.hidden, keep))
+            part = replace(part, hidden=pick(full.through(0, layer).hidden, keep))
             out[name, layer] = scores(part.through(layer, layers[-1]))
-    return out | {(None, layers[-1]): scores(now.through(at, layers[-1]))}
+    return out | {(None, layers[-1]): scores(full.through(0, layers[-1]))}
 
 # %% ../../nbs/probing/01_branches.ipynb #d89f79a6
 SHARE = 0.05  # least part of a shortened context that is worth an explicit mask

@@ -165,8 +165,9 @@ class SideStream:
         with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
             yield
 
-    def hold(self, encoded):
-        "An output of a tower that was made there and is used here: `join` tells the allocator."
+    def hold(self, encoded, calls=()):  # what a tower returned; `EncoderCall`s
+        "What was made there and is used here: `join` tells the allocator."
+        self.out += [x for c in calls for x in (c.received, c.keys) if x is not None]
         self.out += encoded.pooler_output
         self.out += [
             x for level in getattr(encoded, "deepstack_features", None) or () for x in level
@@ -256,7 +257,7 @@ class EncoderWatch:
             out = thinker.get_video_features(
                 given["pixel_values_videos"], given["video_grid_thw"], return_dict=True
             )
-        self.hold(out)
+        self.side.hold(out, self.calls["visual"])
         return dict(pixel_values_videos=None, mm_encoder_outputs=dict(video=out))
 
     def encode_for_generate(self, stock, given):  # stock: how `generate` encodes images and videos
@@ -267,13 +268,8 @@ class EncoderWatch:
         with self.timings.time("encoders"), self.side.run():
             out = stock(given)
         for encoded in (out.get("mm_encoder_outputs") or {}).values():
-            self.hold(encoded)
+            self.side.hold(encoded, self.calls["visual"])
         return out
-
-    def hold(self, encoded):
-        self.side.hold(encoded)
-        noted = [x for c in self.calls["visual"] for x in (c.received, c.keys) if x is not None]
-        self.side.out += noted
 
     def join(self):
         "The audio is done, or the pass is over: what comes next may use the video."

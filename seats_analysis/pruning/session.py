@@ -17,7 +17,7 @@ from unittest.mock import patch
 from weakref import WeakSet
 from ..inputs.layout import CODES, IMAGE, TokenLayout, VISUAL
 from ..models.decoder import Decoder
-from ..models.encode import IMAGES, layout_of
+from ..models.encode import layout_of
 from ..models.families import adapter_for
 from ..schedules.schedule import Schedule
 from .base import Pruner, Tokens
@@ -352,7 +352,7 @@ class Session:
         self.reset()
 
 # %% ../../nbs/pruning/10_session.ipynb #c38f3cbd
-_KV = "evict", "retain"
+_KV, _IMAGES = ("evict", "retain"), ("keep", "prune")
 _ACTIVE, _ENTERING = WeakSet(), Lock()  # thinkers in a block; one thread at a time enters
 
 
@@ -378,7 +378,7 @@ def prune(
     encoders = (encoders,) if isinstance(encoders, str) else tuple(encoders)
     given = (
         ("kv", kv, _KV),
-        ("images", images, IMAGES),
+        ("images", images, _IMAGES),
         *(("encoders", e, ENCODERS) for e in encoders),
     )
     for name, value, choices in given:

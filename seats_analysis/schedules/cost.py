@@ -134,12 +134,12 @@ def probe_flops(
     context: int,  # positions that all questions on a clip begin with, media among them
     tail: int,  # positions that follow, of all questions together
     removals: Sequence,  # per condition (front, own): positions of the context that stay
-    method: str = "branch",  # branch, shared or plain; the last two take one question at a time
+    method: str = "branch",  # or plain, which takes one question at a time
     logits: int = 1,  # positions of the tail that are given to the output head
 ) -> float:  # FLOPs of the language model, as `counter`
     "FLOPs of probing all layers with the questions on one clip; ValueError for an unknown method."
-    if method not in ("branch", "shared", "plain"):
-        raise ValueError(f"method must be one of branch, shared, plain; not {method!r}")
+    if method not in ("branch", "plain"):
+        raise ValueError(f"method must be branch or plain, not {method!r}")
     d, removals = text_dims(config), list(removals)
     layers = range(d.layers)
     run = lambda s, start, end: sum(_layer_flops(s, i, d, "counter") for i in range(start, end))
@@ -151,8 +151,7 @@ def probe_flops(
         total += run(context + tail, 0, d.layers)
         for start in layers:
             total += sum(run(front + own + tail, start, d.layers) for front, own in removals)
-            if method == "plain":
-                total += run(context + tail, 0, start) * len(removals)
+            total += run(context + tail, 0, start) * len(removals)
     return float(total + 2 * logits * d.hidden * d.vocab * (1 + len(removals) * d.layers))
 
 

@@ -11,19 +11,15 @@ import operator
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 import numpy as np
 
 from ..boundaries.find import Boundaries
 from ..inputs.layout import MODALITIES
 from .solve import ROUND_OFF, Segments, drop_positions
-from ..storage.files import atomic_write
+from ..storage.schemas import SCHEMAS, load_json, save_json
 
 # %% ../../nbs/schedules/01_schedule.ipynb #b061beaf
-SCHEMA = "seats_analysis/schedule/1"
-
-
 class FrozenDict(dict):
     "A mapping that refuses changes and can be hashed; equal to a plain dict with the same items."
 
@@ -576,22 +572,18 @@ class Schedule:
 
     def save(self, path):
         "Write the plan as JSON; an older file survives a failed write."
-        data = {"schema": SCHEMA} | {f.name: getattr(self, f.name) for f in fields(self)}
-        text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-        with atomic_write(path) as tmp:
-            tmp.write_text(text)
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        save_json(path, {"schema": SCHEMAS["schedule"].id} | given)
 
     @classmethod
     def load(cls, path):
-        "Read a plan. Raises FileNotFoundError, or ValueError that names the file and its fault."
+        "Read a plan. Raises ValueError that names the file and its fault."
+        data = load_json(path, "schedule")
+        known, given = {f.name for f in fields(cls)}, set(data) - {"schema"}
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
-                raise ValueError(f"no schedule file: `schema` must be {SCHEMA!r}")
-            known, given = {f.name for f in fields(cls)}, set(data)
             if known != given:
                 missing, unknown = sorted(known - given), sorted(given - known)
                 raise ValueError(f"fields missing {missing}, unknown {unknown}")
-            return cls(**data)
+            return cls(**{name: data[name] for name in known})
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is not a usable schedule: {error}") from error
