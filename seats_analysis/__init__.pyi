@@ -1,7 +1,6 @@
 # The face of the package. `import seats_analysis as sa` offers these names, each loaded when it is
 # first used: one list for the interpreter, for tab completion and for editors.
 from .storage.schemas import load_profile as load_profile
-from .storage.schemas import save_profile as save_profile
 from .inputs.media import Clip as Clip
 from .inputs.media import decode_clip as decode_clip
 from .inputs.samples import Sample as Sample
@@ -9,11 +8,9 @@ from .inputs.samples import read_samples as read_samples
 from .inputs.benchmarks import load_benchmark as load_benchmark
 from .models.encode import encode as encode
 from .models.families import adapter_for as adapter_for
-from .models.scoring import score_choices as score_choices
 from .testbed.load import load_testbed as load_testbed
 from .testbed.load import testbed_samples as testbed_samples
 from .probing.selectors import all_but_sinks as all_but_sinks
-from .probing.selectors import every_token as every_token
 from .probing.selectors import random_fraction as random_fraction
 from .probing.selectors import time_window as time_window
 from .probing.run import family_curves as family_curves
@@ -25,7 +22,6 @@ from .boundaries.report import boundary_table as boundary_table
 from .boundaries.report import explain as explain
 from .boundaries.simulate import questions_needed as questions_needed
 from .schedules.schedule import Schedule as Schedule
-from .schedules.cost import kv_bytes as kv_bytes
 from .schedules.cost import prefill_flops as prefill_flops
 from .schedules.cost import probe_flops as probe_flops
 from .pruning.select import topk_in_groups as topk_in_groups
@@ -33,7 +29,6 @@ from .pruning.base import Pruner as Pruner
 from .pruning.cache import follow_up as follow_up
 from .pruning.session import prune as prune
 from .baselines.base import Baseline as Baseline
-from .baselines.registry import ABLATIONS as ABLATIONS
 from .baselines.registry import METHODS as METHODS
 from .evaluation.load import load_model as load_model
 from .evaluation.evaluate import accuracy_table as accuracy_table
