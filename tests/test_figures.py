@@ -16,7 +16,7 @@ from seats_analysis.inputs.media import Clip, encode_clip
 from seats_analysis.plots import style
 from seats_analysis.plots.dependency import plot_dependency, family_figure, plot_retention
 from seats_analysis.plots.kept import plot_kept
-from seats_analysis.plots.methods import learning_curves_figure, read_log, tradeoff_figure
+from seats_analysis.plots.methods import learning_curves_figure, read_log
 from seats_analysis.plots.paper import figure_jobs
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.schemas import SCHEMAS, load_json, load_profile
@@ -86,18 +86,6 @@ def made_up_log(families=FAMILIES):
     ]
 
 
-def rows():
-    seats = [
-        dict(method="seats", trr=t, accuracy=a, flops_fraction=f, ci=(a - 0.02, a + 0.01))
-        for t, a, f in ((35, 0.97, 0.42), (25, 0.965, 0.34), (15, 0.96, 0.25), (10, 0.95, 0.21))
-    ]
-    return [
-        dict(method="full", trr=100, accuracy=0.97, flops_fraction=1.0, ci=(0.95, 0.99)),
-        *seats,
-        dict(method="random", trr=10, accuracy=0.62, flops_fraction=0.21, ci=(0.56, 0.68)),
-    ]
-
-
 def deep_profile(layers):
     "A profile for a model of the size of the real ones."
     s, l = layers // 2, layers - layers // 6
@@ -125,7 +113,6 @@ def every_figure(profile, clip):
     )
     yield "kept", plot_kept(clip, kept_of())
     yield "learning", learning_curves_figure(made_up_log())
-    yield "tradeoff", tradeoff_figure(rows())
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +216,8 @@ def test_same_data_same_bytes_without_dates_in_any_style(clip, tmp_path):
     "The second time in a caller's own style, which comes back afterwards."
     import matplotlib
 
-    draw = dict(kept=lambda: plot_kept(clip, kept_of()), tradeoff=lambda: tradeoff_figure(rows()))
+    learning = lambda: learning_curves_figure(made_up_log())
+    draw = dict(kept=lambda: plot_kept(clip, kept_of()), learning=learning)
     for name, make in draw.items():
         first = style.save_figure(make(), tmp_path / name)
         with matplotlib.rc_context({"font.size": 20, "savefig.dpi": 40, "axes.facecolor": "red"}):
@@ -243,7 +231,7 @@ def test_same_data_same_bytes_without_dates_in_any_style(clip, tmp_path):
 
 
 def test_old_figure_survives_a_full_disk(tmp_path, monkeypatch):
-    old = style.save_figure(tradeoff_figure(rows()), tmp_path / "a")
+    old = style.save_figure(learning_curves_figure(made_up_log()), tmp_path / "a")
     before = [p.read_bytes() for p in old]
 
     def full(self, data):
@@ -253,7 +241,7 @@ def test_old_figure_survives_a_full_disk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError):
-        style.save_figure(tradeoff_figure(rows()[:2]), tmp_path / "a")
+        style.save_figure(learning_curves_figure(made_up_log()[:2]), tmp_path / "a")
     assert [p.read_bytes() for p in old] == before and len(list(tmp_path.iterdir())) == 2
 
 
@@ -320,9 +308,6 @@ def test_figures_from_a_data_folder(profile, clip, tmp_path):
         Schedule.published("qwen2.5-omni-7b", trr).save(data / "schedules" / f"m_trr{trr}.json")
     encode_clip(clip, data / "results" / "noise.mp4")
     (data / "results" / "kept_example.json").write_text(json.dumps(kept_of()))
-    (data / "results" / "m.json").write_text(
-        json.dumps(dict(schema=SCHEMAS["results"].id, rows=rows()))
-    )
     (data / "testbed" / "train_log.jsonl").write_text("\n".join(map(json.dumps, made_up_log())))
     code = (
         "import sys; from seats_analysis.plots.paper import make_figures; "
@@ -343,7 +328,6 @@ def test_figures_from_a_data_folder(profile, clip, tmp_path):
         "m_dependency_test",
         "m_families",
         "m_retention",
-        "m_tradeoff",
         "testbed_learning",
     ]
     assert done.stdout.strip() == str(2 * len(names))

@@ -15,6 +15,7 @@ from test_figures import visible_texts
 from seats_analysis.plots import methods as M
 from seats_analysis.plots import paper as P
 from seats_analysis.plots import style
+from seats_analysis.plots.dependency import needed_figure
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.schemas import SCHEMAS, load_json
 
@@ -217,15 +218,10 @@ def test_every_stored_figure_says_where_its_numbers_come_from(drawn):
 
 def test_stored_figures_keep_their_source_inside(data):
     "The line of a source is neither cut off nor on top of a legend."
-    fig = style.say_source(
-        M.tradeoff_figure(
-            [
-                dict(method="full", trr=100, accuracy=0.97, flops_fraction=1.0),
-                dict(method="seats", trr=10, accuracy=0.9, flops_fraction=0.1),
-            ]
-        ),
-        "Measured here on nothing, " + "95 % of it, " * 12,
-    )
+    study = load_json(ROOT / "data" / "results" / "questions_needed.json", "needed")
+    long = "Measured here on nothing, " + "95 % of it, " * 24
+    fig = style.say_source(needed_figure(study), long)
+    assert len(fig.legends[0].get_title().get_text().splitlines()) > 1
     found = visible_texts(fig)
     box = next(b for t, b in found if t.startswith("Measured"))
     assert box.x0 >= 0 and box.x1 <= fig.bbox.x1 and box.y1 <= fig.bbox.y1
@@ -451,7 +447,6 @@ def test_without_a_comparison_the_published_part_stands_alone(tmp_path):
     jobs = P.figure_jobs(tmp_path)
     assert set(jobs) == {"accuracy_against_time", "percent_of_full"}
     assert [len(draw().axes) for draw in jobs.values()] == [1, 1]
-    assert "seats eval" in P.missing(tmp_path)[0]
     assert set(P.tables(tmp_path)) == {"reported", "reported_unverified"}
 
 

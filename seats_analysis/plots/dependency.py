@@ -22,6 +22,7 @@ from seats_analysis.plots.style import (
     legend_outside,
     log_axis,
     new_figure,
+    row_axis,
     shade_blocks,
 )
 
@@ -113,9 +114,7 @@ def _boundary_strip(ax, bounds):
             look = dict(color=LOOKS[removed]["color"], linestyle="", marker="|", markersize=9)
             at = b.late_start_certified + 1
             ax.plot(at, row, markeredgewidth=1.6, label=key("late, certified"), **look)
-    ax.set(ylim=(len(bounds) - 0.4, -0.6), yticks=range(len(bounds)), yticklabels=bounds)
-    ax.tick_params(axis="y", length=0)
-    ax.grid(axis="x")
+    row_axis(ax, bounds)
     legend_outside(ax.figure, [ax], 3, "lower", fontsize=6, handlelength=1.6, columnspacing=1.1)
 
 # %% ../../nbs/plots/01_dependency.ipynb #47ca2fe3
@@ -195,11 +194,9 @@ def boundaries_figure(
         ax.text(num_layers + 1.8, y, said, fontsize=5.5, va="center")
     all_families = rows["family"] == "all"
     names = rows["removed"].where(all_families, rows["family"].str.replace("_", " "))
-    ax.set(ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)), yticklabels=names)
+    row_axis(ax, names)
     for label, bold in zip(ax.get_yticklabels(), all_families):
         label.set_fontweight("bold" if bold else "normal")
-    ax.tick_params(axis="y", length=0)
-    ax.grid(axis="x")
     layer_axis(ax, num_layers, "Block begins at layer")
     return fig
 

@@ -22,7 +22,7 @@ from .style import LOOKS, PAGE, RED, house_style, new_figure
 from ..schedules.cost import flops_fraction
 from ..schedules.schedule import DEFAULT_LATE, LATE_RULES, Schedule, ScheduleWarning
 from ..storage.files import shipped_folder
-from ..storage.schemas import load_json, load_profile
+from ..storage.schemas import load_profile
 
 # %% ../../nbs/plots/06_explorer.ipynb #77c95d82
 def model_config(name):
@@ -38,19 +38,6 @@ def model_config(name):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     return None
 
-
-def measured_fractions(folder, model):
-    "[(TRR in percent, realised fraction, where)] of a model's requests in `bench_*.json`."
-    name, found = model.lower().rpartition("/")[2], []
-    for path in sorted(Path(folder).glob("bench_*.json")):
-        for row in load_json(path, "bench")["rows"]:
-            mine = row["config"] and name.startswith(row["config"].lower())
-            plain = row["batch"] == 1 and not (row.get("width") or row.get("encoders"))
-            if mine and plain and row["method"] == "seats" and row.get("realised_fraction"):
-                where = f"{path.name}, TRR {row['trr']:g} %, {row['tokens']:,} tokens"
-                found.append((row["trr"], row["realised_fraction"], where))
-    return found
-
 # %% ../../nbs/plots/06_explorer.ipynb #cefb01f0
 ALL = "all"  # every family that needs what was removed
 
@@ -65,7 +52,6 @@ class Source:
         model = str(profile.attrs.get("model", ""))
         self.tokens = json.loads(profile.attrs.get("tokens", "null"))  # means of a prompt
         self.config = model_config(model)
-        self.measured = measured_fractions(path.parent.parent / "results", model)
         removed = profile["removed"].values.astype(str)
         self.conditions = tuple(name for name in LOOKS if name in removed)
         needed = [needed_families(profile, name) for name in self.conditions]
@@ -140,11 +126,6 @@ class View:
     flops: dict = field(default_factory=dict)  # convention -> share of the full prefill's FLOPs
     trouble: str = ""  # why something is missing
 
-    @property
-    def limit(self):
-        "Times as fast as the full prefill, at most."
-        return 1 / self.flops["causal"]
-
     def text(self):
         "Blocks, schedule and price for people. Layers are printed from 1."
         lines = [
@@ -159,14 +140,7 @@ class View:
         if self.flops:
             price = f"FLOPs: {100 * self.flops['counter']:.3g} % of the prefill "
             price += f"(causal {100 * self.flops['causal']:.3g} %), so at most "
-            lines.append(f"{price}{self.limit:.3g} times as fast.")
-            if self.source.measured:
-                nearest = min(
-                    self.source.measured, key=lambda row: (abs(row[0] - self.trr), row[1])
-                )
-                _, share, where = nearest
-                lines[-1] += f" Expected: {share * self.limit:.3g} times, as {share:.2f} of the"
-                lines[-1] += f" limit was reached in {where}."
+            lines.append(f"{price}{1 / self.flops['causal']:.3g} times as fast.")
         return "\n".join([*lines, self.trouble]).strip()
 
     @house_style()
@@ -263,7 +237,7 @@ def _png(fig):
 
 # %% ../../nbs/plots/06_explorer.ipynb #a232f137
 def explore(
-    data="data",  # folder with profiles/*.nc, and results/bench_*.json if there are any
+    data="data",  # folder with profiles/*.nc
     out="schedules",  # folder where the button saves
     n_boot=2000,  # resamples of each interval
 ):  # Explorer, or the figure where ipywidgets is not installed

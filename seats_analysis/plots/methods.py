@@ -25,8 +25,9 @@ from seats_analysis.plots.style import (
     chance_line,
     house_style,
     legend_outside,
+    log_axis,
     new_figure,
-    percent_axis,
+    row_axis,
     say_source,
 )
 
@@ -168,26 +169,6 @@ def source_of(found, more=""):
     )
 
 # %% ../../nbs/plots/03_methods.ipynb #c95a1ec3
-def _draw_accuracy(ax, rows, cost):
-    "A line per method against a cost in percent of the full model's, the first row; 95 % bars."
-    curves = {}
-    for r in rows:
-        curves.setdefault(name_of(r), []).append(r)
-    for name, own in curves.items():
-        own = sorted(own, key=cost)
-        accuracy, low, high = np.transpose([interval(r) for r in own])
-        look = dict(method_look(own[0]["method"]), elinewidth=0.5, label=name)
-        if by_rule(own[0]):
-            look["markerfacecolor"] = "white"
-        bars = np.clip([accuracy - low, high - accuracy], 0, None)
-        ax.errorbar([cost(r) for r in own], accuracy, bars, **look)
-    chance_line(ax, CHANCE)
-    ax.axhline(100 * rows[0]["accuracy"], **DASHED)
-    percent_axis(ax, np.nanmin([100, *map(cost, rows)]))
-    ax.set_ylabel("Accuracy (%)")
-    ax.grid(axis="y")
-
-
 def _published_times(ax, rows):
     "Points of the authors' figure, and TRR where it is stated."
     for method in dict.fromkeys(r["method"] for r in rows):
@@ -207,12 +188,30 @@ def _published_times(ax, rows):
 
 
 def _measured_times(ax, found):
-    "All methods of a comparison and the full model; rings around what runs at its own minimum."
-    _draw_accuracy(ax, [full_model(found), *pick(found)], time_share)
-    own = [(time_share(r), 100 * r["accuracy"]) for r in pick(found) if r["own_minimum"]]
+    """All methods of a comparison and the full model, a line with 95 % bars each; rings around what
+    runs at its own minimum."""
+    full, shown = full_model(found), pick(found)
+    curves = {}
+    for r in [full, *shown]:
+        curves.setdefault(name_of(r), []).append(r)
+    for name, own in curves.items():
+        own = sorted(own, key=time_share)
+        accuracy, low, high = np.transpose([interval(r) for r in own])
+        look = dict(method_look(own[0]["method"]), elinewidth=0.5, label=name)
+        if by_rule(own[0]):
+            look["markerfacecolor"] = "white"
+        bars = np.clip([accuracy - low, high - accuracy], 0, None)
+        ax.errorbar(list(map(time_share, own)), accuracy, bars, **look)
+    minimal = [(time_share(r), 100 * r["accuracy"]) for r in shown if r["own_minimum"]]
     ring = dict(marker="o", s=49, facecolor="none", edgecolor="#555555", linewidth=0.6, zorder=6)
-    ax.scatter(*np.reshape(own, (-1, 2)).T, **ring)
-    ax.set_xlabel("Selection + prefill (% of full)")
+    ax.scatter(*np.reshape(minimal, (-1, 2)).T, **ring)
+    chance_line(ax, CHANCE)
+    ax.axhline(100 * full["accuracy"], **DASHED)
+    least = 0.7 * np.nanmin([100, *map(time_share, shown)])
+    ax.set_xlim(least, 118)
+    log_axis(ax, [t for t in (1, 2, 5, 10, 20, 50, 100) if t >= least])
+    ax.set(xlabel="Selection + prefill (% of full)", ylabel="Accuracy (%)")
+    ax.grid(axis="y")
 
 
 def _side_by_side(panels, height, pad=3, **options):
@@ -336,10 +335,7 @@ def _forest(rows, value):
             span = [[max(at - low, 0)], [max(high - at, 0)]]
             ax.errorbar(at, names.index(name_of(r)), xerr=span, **look)
         ax.set_title(f"TRR {trr:g} %")
-        ax.tick_params(axis="y", length=0)
-        ax.grid(axis="x")
-    shown = [name.removeprefix("SEATS, ") for name in names]
-    ax.set(ylim=(len(names) - 0.4, -0.6), yticks=range(len(names)), yticklabels=shown)
+        row_axis(ax, [name.removeprefix("SEATS, ") for name in names])
     return fig
 
 
@@ -376,24 +372,6 @@ def ablation_figure(
     fig.supxlabel(title, fontsize=7)
     more = "; at equal FLOPs; lines: 95 % paired intervals; open: the interval holds zero"
     return say_source(fig, source_of(found, more))
-
-# %% ../../nbs/plots/03_methods.ipynb #739c3f14
-@house_style()
-def tradeoff_figure(
-    rows,  # dicts: method, trr (percent), accuracy, flops_fraction (of full), maybe ci (low, high)
-):  # matplotlib Figure, one column wide
-    "Accuracy against FLOPs left, one curve per method, with 95 % intervals where there are any."
-    named = []
-    for r in rows:
-        low, high = r.get("ci") or [r["accuracy"]] * 2
-        named.append(r | dict(low=low, high=high, label=r["method"], setting="matched"))
-    named.sort(key=lambda r: r["method"] != "full")
-    fig = new_figure(COLUMN, 2.3)
-    ax = fig.subplots()
-    _draw_accuracy(ax, named, lambda r: 100 * r["flops_fraction"])
-    ax.set(ylim=(0, 110), xlabel="FLOPs of the prefill (% of full)")
-    legend_outside(fig, [ax], 4)
-    return fig
 
 # %% ../../nbs/plots/03_methods.ipynb #7c3fac49
 @house_style()

@@ -41,7 +41,6 @@ from seats_analysis.plots.methods import (
     source_of,
     time_figure,
     time_share,
-    tradeoff_figure,
 )
 from seats_analysis.plots.style import (
     BLUE,
@@ -129,27 +128,20 @@ def overview_figure(
 _ORIGINS = {"published": "the published schedule", "derived": "the schedule derived here"}
 
 # %% ../../nbs/plots/05_paper.ipynb #04ff85f4
-def _markdown(title, rows, name):
-    "A table as Markdown, its title below."
-    lines = [rows[0], ["---"] * len(rows[0])]
-    lines += [[str(v).replace("|", "/") for v in row.values()] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{title}\n"
-
-
-def _latex(title, rows, name):
-    "A table as LaTeX, for the package booktabs."
+def table_texts(title, rows, name):
+    "A table by suffix: CSV with its title in a column, Markdown, and LaTeX for booktabs."
     import pandas as pd
 
+    table = pd.DataFrame(rows)
+    lines = [list(table), ["---"] * len(table.columns)]
+    lines += table.astype(str).replace(r"\|", "/", regex=True).values.tolist()
     caption = re.sub("([%_&#$])", r"\\\1", title)
     options = dict(caption=caption, label=f"tab:{name}", index=False, escape=True)
-    return pd.DataFrame(rows).to_latex(**options)
-
-
-def _csv(title, rows, name):
-    "A table as CSV with its title in the last column."
-    import pandas as pd
-
-    return pd.DataFrame(rows).assign(origin=title).to_csv(index=False, lineterminator="\n")
+    return {
+        ".csv": table.assign(origin=title).to_csv(index=False, lineterminator="\n"),
+        ".md": "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{title}\n",
+        ".tex": table.to_latex(**options),
+    }
 
 # %% ../../nbs/plots/05_paper.ipynb #4d62d3f9
 def _percent(row, name):
@@ -261,10 +253,10 @@ def write_tables(
     "Write every table as CSV, Markdown and LaTeX; the same data give the same bytes."
     written = []
     for name, (title, rows) in tables(data).items():
-        for suffix, form in ((".csv", _csv), (".md", _markdown), (".tex", _latex)):
+        for suffix, text in table_texts(title, rows, name).items():
             written.append(Path(out) / f"{name}{suffix}")
             with atomic_write(written[-1]) as part:
-                Path(part).write_text(form(title, rows, name), encoding="utf-8")
+                Path(part).write_text(text, encoding="utf-8")
     return written
 
 # %% ../../nbs/plots/05_paper.ipynb #0b25e95a
@@ -359,11 +351,8 @@ def _result_jobs(data, results):
     for name, kept in results["kept"].items():
         yield name, partial(_draw_kept, kept, data)
     for name, found in results["sensitivity"].items():
-        said = _measured(found) + "; cells: % of the full accuracy"
+        said = f"Measured here on {found.get('model', 'a model')}; cells: % of the full accuracy"
         yield name, _with_source(said, sensitivity_figure, found["rows"])
-    for name, found in results["results"].items():
-        said = _measured(found) + "; 95 % bars"
-        yield f"{name}_tradeoff", _with_source(said, tradeoff_figure, found["rows"])
     for name, found in results["bench"].items():
         rows, said = found["rows"], f"Measured here on {found['device']}"
         said += "; random weights, except the testbed at its own width"
@@ -375,13 +364,6 @@ def _result_jobs(data, results):
         ):
             if requests:
                 yield f"{name}_{kind}", _with_source(said, draw, requests)
-
-
-def _measured(found):
-    "The model of stored rows, and the number of questions if it is one."
-    n = {r["n"] for r in found["rows"] if r.get("n")}
-    questions = f", {n.pop()} questions" if len(n) == 1 else ""
-    return f"Measured here on {found.get('model', 'a model')}{questions}"
 
 
 def _draw_kept(kept, data):
@@ -418,31 +400,12 @@ def figure_jobs(
         )
     return jobs
 
-
-def missing(
-    data,  # folder such as the project's data/
-) -> list:  # of sentences
-    "What the paper has and the data folder has no numbers for."
-    evals, out = stored_results(data)["eval"].values(), []
-    if not evals:
-        out.append(
-            "no results/eval_*.json (`seats eval` makes it): accuracy against time and percent of "
-            "full show published numbers only, and there is no comparison, no ablation and no "
-            "table of results"
-        )
-    elif not any(pick(e, ablations=True) for e in evals):
-        out.append("no ablations: no method named seats-... in results/eval_*.json")
-    if not (Path(data) / "reported").is_dir():
-        out.append("no reported/: no published numbers")
-    return out
-
 # %% ../../nbs/plots/05_paper.ipynb #476a1917
 def make_figures(
     data="data",  # folder with profiles/, schedules/, results/, reported/, testbed/
     out="figures",  # where the .png and .pdf files go
     with_tables=False,  # write the tables too, into out/tables
     progress=False,  # show a bar
-    tell=lambda lack: None,  # told, in a sentence, of everything that there are no numbers for
 ) -> list:  # paths written
     "Draw everything that the data folder has the data for. Raises ValueError if nothing."
     from tqdm import tqdm
@@ -454,6 +417,4 @@ def make_figures(
         written += save_figure(draw(), Path(out) / name)
     if with_tables:
         written += write_tables(data, Path(out) / "tables")
-    for lack in missing(data):
-        tell(lack)
     return written

@@ -173,10 +173,11 @@ def log_axis(ax, ticks, axis="x"):
     ax.minorticks_off()
 
 
-def percent_axis(ax, least):
-    "Percent on a logarithmic axis up to 100 %: small budgets lie close together otherwise."
-    ax.set_xlim(0.7 * least, 118)
-    log_axis(ax, [t for t in (1, 2, 5, 10, 20, 50, 100) if t >= 0.7 * least])
+def row_axis(ax, names):
+    "A row per name, the first on top."
+    ax.set(ylim=(len(names) - 0.4, -0.6), yticks=range(len(names)), yticklabels=names)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x")
 
 
 def chance_line(ax, chance):
