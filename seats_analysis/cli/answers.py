@@ -86,26 +86,22 @@ def _clip_sample(clip, question, choices, letters):
     return Sample(id="run", video=decode_clip(clip), **about)
 
 
-def _answer(model, processor, encoded, plan, max_new_tokens):
-    "Generate under a plan: (answer text, Run)."
-    import torch
-    from seats_analysis.pruning.session import prune
-
-    with prune(model, plan) as ran, torch.no_grad():
-        out = model.generate(**encoded.inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    new = out[0, encoded.shape[1] :]
-    return processor.tokenizer.decode(new, skip_special_tokens=True).strip(), ran
-
-
-def _choice_scores(model, encoded, plan, choices):
-    "Probability of each choice, normalised over the choices."
+def _answer(loaded, encoded, plan, choices, max_new_tokens):
+    "Generate under a plan: (answer text, Run, probability of each choice among the choices)."
     import torch
     from seats_analysis.models.scoring import score_choices
     from seats_analysis.pruning.session import prune
 
-    with prune(model, plan):
-        mean = score_choices(model, encoded).mean[0]
-    return dict(zip(choices, torch.softmax(mean, 0).tolist()))
+    model, processor = loaded
+    with prune(model, plan) as ran, torch.no_grad():
+        out = model.generate(**encoded.inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    answer = processor.tokenizer.decode(out[0, encoded.shape[1] :], skip_special_tokens=True)
+    scores = None
+    if choices:
+        with prune(model, plan):
+            mean = score_choices(model, encoded).mean[0]
+        scores = dict(zip(choices, torch.softmax(mean, 0).tolist()))
+    return answer.strip(), ran, scores
 
 
 def _report(model, encoded, ran, plan):
@@ -184,12 +180,13 @@ def run(
     plan = Schedule.load(schedule) if schedule is not None else None
     sample = _clip_sample(clip, question, choice, letters)
     prepare(threads)
-    thinker, processor = load_model(model, device)
-    encoded = encode(thinker, processor, [sample])
+    loaded = load_model(model, device)
+    thinker = loaded[0]
+    encoded = encode(*loaded, [sample])
     if trr is not None:
         counts = [encoded.layout.counts()[m].item() for m in ("visual", "audio")]
         plan = solve(model, (trr,), counts, profile, late)[trr]
-    answer, ran = _answer(thinker, processor, encoded, plan, max_tokens)
+    answer, ran, scores = _answer(loaded, encoded, plan, choice, max_tokens)
     report = _report(thinker, encoded, ran, plan)
     if kept is not None:
         place = os.path.relpath(clip, kept.absolute().parent)
@@ -197,7 +194,6 @@ def run(
         save_json(
             kept, kept_data(ran, encoded, adapter_for(thinker).rates(thinker), place, **asked)
         )
-    scores = _choice_scores(thinker, encoded, plan, choice) if choice else None
     emit(as_json, dict(answer=answer, choices=scores, **report), _run_text(answer, scores, report))
 
 # %% ../../nbs/cli/02_answers.ipynb #658b7f66

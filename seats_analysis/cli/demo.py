@@ -32,7 +32,7 @@ def figures(
     """
     from seats_analysis.plots.paper import make_figures
 
-    written = [str(path) for path in make_figures(data, out, True, progress=True)]
+    written = [str(path) for path in make_figures(data, out, progress=True)]
     emit(as_json, dict(figures=written), "\n".join(written))
 
 # %% ../../nbs/cli/04_demo.ipynb #0b095b7b

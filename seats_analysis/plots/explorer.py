@@ -9,11 +9,11 @@ __all__ = ['explore']
 import io
 import json
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from html import escape
 from pathlib import Path
-from ..boundaries.find import Boundaries, Resampled
+from ..boundaries.find import Resampled
 from ..boundaries.report import explain
 from ..boundaries.retention import needed_families
 from ..inputs.layout import MODALITIES
@@ -67,64 +67,56 @@ class Source:
         curves = curves_of(self.profile, [removed], **options)
         return Resampled.of(self.profile, removed, **options), curves
 
-    def view(
-        self,
-        removed="both",  # "visual", "audio" or "both"
-        family=ALL,  # question family, or all that need what was removed
-        tolerance=0.01,  # loss that counts as none, share of R
-        trr=10.0,  # percent of all tokens to keep, in (0, 100]
-        late=DEFAULT_LATE,  # or "certified"
-    ):  # View
-        "Blocks, schedule and price; `trouble` says what keeps the view from having them."
-        view = View(self, removed, family, tolerance, trr, late)
-        try:
-            resampled, view.curves = self.drawn(removed, family)
-            view.bounds = resampled.decide(tolerance)
-            view.plan = self._plan(view)
-            if self.config is None:
-                raise ValueError("FLOPs unknown: the model's configuration is not on this machine")
-        except ValueError as error:
-            view.trouble = str(error)
-            return view
-        counts = [round(self.tokens[m]) for m in (*MODALITIES, "text")]
-        for name in ("counter", "causal"):
-            view.flops[name] = flops_fraction(view.plan, *counts, self.config, name)
-        return view
-
-    def _plan(self, view):
-        "The schedule; with one modality removed, each gets the late start of its own curve."
-        if self.tokens is None:
-            raise ValueError(
-                "no schedule: the profile does not say how many tokens its prompts have"
-            )
-        bounds = view.bounds
-        if view.removed != "both":
-            if lacks := [m for m in MODALITIES if m not in self.conditions]:
-                raise ValueError(f"no schedule: the profile has no curve for {lacks[0]}")
-            needed = {m: needed_families(self.profile, m) for m in MODALITIES}
-            family = {m: view.family if view.family in needed[m] else ALL for m in MODALITIES}
-            bounds = {m: self.drawn(m, family[m])[0].decide(view.tolerance) for m in MODALITIES}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ScheduleWarning)  # both late starts are on the panel
-            tokens = [self.tokens[m] for m in MODALITIES]
-            return Schedule.from_trr(bounds, view.trr, *tokens, late=view.late)
+    def view(self, *settings, **named):
+        "A `View` of these settings."
+        return View(self, *settings, **named)
 
 
 @dataclass
 class View:
-    "What one setting of the controls means."
+    "What one setting of the controls means; `trouble` says why something is missing."
 
     source: Source
-    removed: str  # condition
-    family: str  # or ALL
-    tolerance: float  # loss that counts as none, share
-    trr: float  # percent
-    late: str  # rule: estimate or certified
-    bounds: Boundaries | None = None  # of that condition and family
-    curves: dict | None = None  # of `curves_of`
-    plan: Schedule | None = None
-    flops: dict = field(default_factory=dict)  # convention -> share of the full prefill's FLOPs
-    trouble: str = ""  # why something is missing
+    removed: str = "both"  # or "visual", "audio"
+    family: str = ALL  # question family, or all that need what was removed
+    tolerance: float = 0.01  # loss that counts as none, share of R
+    trr: float = 10.0  # percent of all tokens to keep, in (0, 100]
+    late: str = DEFAULT_LATE  # or "certified"
+
+    bounds = plan = None  # Boundaries of that condition and family, Schedule
+    curves = flops = None  # of `curves_of`; convention -> share of the full prefill's FLOPs
+    trouble = ""
+
+    def __post_init__(self):
+        try:
+            resampled, self.curves = self.source.drawn(self.removed, self.family)
+            self.bounds = resampled.decide(self.tolerance)
+            self.plan = self._solve()
+            if (config := self.source.config) is None:
+                raise ValueError("FLOPs unknown: the model's configuration is not on this machine")
+            counts = [round(self.source.tokens[m]) for m in (*MODALITIES, "text")]
+            price = lambda name: flops_fraction(self.plan, *counts, config, name)
+            self.flops = {name: price(name) for name in ("counter", "causal")}
+        except ValueError as error:
+            self.trouble = str(error)
+
+    def _solve(self):
+        "The schedule; with one modality removed, each gets the late start of its own curve."
+        source, bounds = self.source, self.bounds
+        if source.tokens is None:
+            raise ValueError(
+                "no schedule: the profile does not say how many tokens its prompts have"
+            )
+        if self.removed != "both":
+            if lacks := [m for m in MODALITIES if m not in source.conditions]:
+                raise ValueError(f"no schedule: the profile has no curve for {lacks[0]}")
+            needed = {m: needed_families(source.profile, m) for m in MODALITIES}
+            family = {m: self.family if self.family in needed[m] else ALL for m in MODALITIES}
+            bounds = {m: source.drawn(m, family[m])[0].decide(self.tolerance) for m in MODALITIES}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ScheduleWarning)  # both late starts are on the panel
+            tokens = [source.tokens[m] for m in MODALITIES]
+            return Schedule.from_trr(bounds, self.trr, *tokens, late=self.late)
 
     def text(self):
         "Blocks, schedule and price for people. Layers are printed from 1."

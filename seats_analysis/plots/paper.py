@@ -323,9 +323,8 @@ def _schedule_jobs(data):
     "The schedules `name_trrN.json` of each model over depth, and the method at the smallest TRR."
     found = defaultdict(dict)
     for path in sorted((data / "schedules").glob("*_trr*.json")):
-        name, _, percent = path.stem.rpartition("_trr")
-        if percent.replace(".", "", 1).isdigit():
-            found[name][float(percent)] = Schedule.load(path)
+        if named := re.fullmatch(r"(.+)_trr(\d+\.?\d*)", path.stem):
+            found[named[1]][float(named[2])] = Schedule.load(path)
     for name, plans in found.items():
         least = plans[min(plans)]
         whose = _ORIGINS.get(least.evidence.get("kind"), "a stated schedule")
@@ -403,11 +402,10 @@ def figure_jobs(
 # %% ../../nbs/plots/05_paper.ipynb #476a1917
 def make_figures(
     data="data",  # folder with profiles/, schedules/, results/, reported/, testbed/
-    out="figures",  # where the .png and .pdf files go
-    with_tables=False,  # write the tables too, into out/tables
+    out="figures",  # where the .png and .pdf files go; tables go to out/tables
     progress=False,  # show a bar
 ) -> list:  # paths written
-    "Draw everything that the data folder has the data for. Raises ValueError if nothing."
+    "Draw and tabulate what the data folder has the data for. Raises ValueError if nothing."
     from tqdm import tqdm
 
     jobs, written = figure_jobs(data), []
@@ -415,6 +413,4 @@ def make_figures(
     for name, draw in bar:
         bar.set_postfix_str(name)
         written += save_figure(draw(), Path(out) / name)
-    if with_tables:
-        written += write_tables(data, Path(out) / "tables")
-    return written
+    return written + write_tables(data, Path(out) / "tables")
