@@ -276,7 +276,7 @@ def test_windows_of_a_method_s_own(model, processor, samples, options):
         with prune(model, method) as plain:
             model(**encode(model, processor, some).inputs)
         assert run.kept["stage1"][0].tolist() == plain.kept["stage1"][0].tolist()
-        planned = sum(DataShape.of(model, processor, some).plans(method)[0].values())
+        (planned,) = sum(DataShape.of(model, processor, some).plans(method).values())
         assert planned.tolist() == plain.tokens_per_layer[0].tolist()
 
 
@@ -295,8 +295,8 @@ def test_plans_are_what_runs(model, processor, samples, batches):
     for name in METHODS:
         with batches[0].prune(method_of(name)) as (run, given), torch.no_grad():
             model(**given.inputs)
-        planned = sum(shape.plans(method_of(name))[0].values())
-        assert planned.tolist() == run.tokens_per_layer[0].tolist(), name
+        planned = sum(shape.plans(method_of(name)).values())
+        assert planned[0].tolist() == run.tokens_per_layer[0].tolist(), name
 
 
 # ---------------------------------------------------------------- interrupted, shared

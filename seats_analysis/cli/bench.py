@@ -121,7 +121,7 @@ def bench(
     if kv not in ("evict", "retain"):
         raise ValueError(f"--kv {kv!r}: evict or retain")
     names = names_of(config, "--config") if config else ()
-    from seats_analysis.evaluation.bench import BenchSetup, Job
+    from seats_analysis.evaluation.bench import BenchFile, BenchSetup, Job
     from seats_analysis.evaluation.workloads import Request
     from seats_analysis.pruning.encoders import ENCODERS
 
@@ -152,7 +152,7 @@ def bench(
         jobs = only_full + [replace(j, encoders=towers) for j in jobs]
     ours = sys.argv[1:2] == ["bench"]
     command = shlex.join(["seats", *sys.argv[1:]]) if ours else "seats bench"
-    file = setup.open(writable(out or setup.default_path), command, again)
+    file = BenchFile(writable(out or setup.default_path), setup, command, again)
     _measure(file, jobs, repeats=repeats, max_seconds=most_seconds)
     results = file.results(jobs)
     data = dict(device=file.about["device"], rows=results.report())

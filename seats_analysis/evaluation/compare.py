@@ -76,19 +76,16 @@ def match_cost(
     low, high = 1e-4, highest
     tried = {k: cost(build(k)) for k in (low, high)}
     away = lambda k: abs(tried[k] / target - 1)
-    for _ in range(40):
-        inside = tried[low] <= target <= tried[high]
-        if not inside or high / low < 1.001 or min(map(away, tried)) < TOLERANCE / 4:
-            break
-        middle = (low * high) ** 0.5
-        tried[middle] = cost(build(middle))
-        low, high = (middle, high) if tried[middle] <= target else (low, middle)
     if tried[low] > target * (1 + TOLERANCE):
         return dict(plans=(build(low),), setting="own minimum", knob=(low,))
     if tried[high] < target * (1 - TOLERANCE):
         return dict(plans=(build(high),), setting="own maximum", knob=(high,))
+    while high / low > 1.001 and min(map(away, tried)) > TOLERANCE / 4:
+        middle = (low * high) ** 0.5
+        tried[middle] = cost(build(middle))
+        low, high = (middle, high) if tried[middle] <= target else (low, middle)
     near = min(tried, key=away)
-    if away(near) <= TOLERANCE / 2 or not inside:
+    if away(near) <= TOLERANCE / 2 or not tried[low] <= target <= tried[high]:
         return dict(plans=(build(near),), knob=(near,))
     share = (target - tried[low]) / (tried[high] - tried[low])
     return dict(plans=(build(low), build(high)), share=share, knob=(low, high))
@@ -288,17 +285,10 @@ class Outcomes:
         parts, rows = {f: families == f for f in sorted(set(families.tolist()))}, []
         for k, run in enumerate(self.runs):
             same = [i for i, r in enumerate(self.runs) if (r.label, r.trr) == ("seats", run.trr)]
-            seats = same[0] if same else None
-            against = {"full": (0, "mcnemar_p_full"), "seats": (seats, "mcnemar_p")}
-            differences = {}
-            for name, (other, p) in against.items():
-                keys = [f"diff_{name}{end}" for end in ("", "_low", "_high")]
-                differences |= zip([*keys, p], self._difference(k, other, counts))
-            by_family = {
-                f: self._accuracy(k, at)
-                | {f"diff_{name}": self._gain(k, other, at) for name, (other, _) in against.items()}
-                for f, at in parts.items()
-            }
+            seats, differences = same[0] if same else None, {}
+            for name, other, p in (("full", 0, "mcnemar_p_full"), ("seats", seats, "mcnemar_p")):
+                keys = f"diff_{name}", f"diff_{name}_low", f"diff_{name}_high", p
+                differences |= zip(keys, self._difference(k, other, counts))
             rows.append(
                 dict(
                     method=run.method,
@@ -309,7 +299,7 @@ class Outcomes:
                     **self._accuracy(k, counts),
                     **differences,
                     unparsable=sum(row[k]["pick"] is None for row in self.answers),
-                    families=by_family,
+                    families={f: self._family(k, seats, at) for f, at in parts.items()},
                 )
             )
         return rows
@@ -317,10 +307,13 @@ class Outcomes:
     def _of(self, k, name):  # -> (N, ...) float, what a run did with every question
         return np.array([row[k][name] for row in self.answers], float)
 
+    def _clips(self, at):
+        return [s.clip for s, here in zip(self.samples, at) if here]
+
     def _accuracy(self, k, at):
         "Accuracy on some of the questions."
         right, full = (self._of(i, "correct")[at] for i in (k, 0))
-        clips = [s.clip for s, here in zip(self.samples, at) if here]
+        clips = self._clips(at)
         low, high = accuracy_interval(right, clips, self.n_boot)
         return dict(
             n=len(clips),
@@ -331,19 +324,19 @@ class Outcomes:
             full_accuracy=full.mean().item(),
         )
 
-    def _gain(self, k, other, at):
-        if other is None:
-            return None
-        ours, theirs = (self._of(i, "correct")[at].mean() for i in (k, other))
-        return (ours - theirs).item()
+    def _family(self, k, seats, at):
+        "Accuracy on a family, and plain differences: there are too few questions for more."
+        found, gain = self._accuracy(k, at), None
+        if seats is not None:
+            gain = found["accuracy"] - self._of(seats, "correct")[at].mean().item()
+        return found | dict(diff_full=found["accuracy"] - found["full_accuracy"], diff_seats=gain)
 
     def _difference(self, k, other, at):
         "Difference to another run, its interval and p; of a run to itself it is 0, to none None."
         if other is None or other == k:
             return [None] * 4 if other is None else [0.0, 0.0, 0.0, 1.0]
         ours, theirs = (self._of(i, "correct")[at] for i in (k, other))
-        clips = [s.clip for s, here in zip(self.samples, at) if here]
-        return paired_difference(ours, theirs, clips, self.n_boot).values()
+        return paired_difference(ours, theirs, self._clips(at), self.n_boot).values()
 
     def _cost(self, k, seats):
         "FLOPs, retention, knob and time of a run; of what SEATS costs, whether they are the same."

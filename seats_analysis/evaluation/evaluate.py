@@ -203,9 +203,11 @@ def clip_weights(
     return drawn[:, index].astype(float)
 
 
-def _ends(values):  # (n_boot,)
-    "The middle 95 % of bootstrap replicates: (low, high)."
-    return tuple(np.quantile(values, [0.025, 0.975]).tolist())
+def _interval(part, whole, clips, n_boot):  # (N,) each
+    "The middle 95 % of sum(part) / sum(whole) over resampled clips: (low, high)."
+    w = clip_weights(clips, n_boot)
+    w = w[w @ whole > 0]
+    return tuple(np.quantile((w @ part) / (w @ whole), [0.025, 0.975]).tolist())
 
 
 def accuracy_interval(
@@ -217,8 +219,7 @@ def accuracy_interval(
     correct = np.asarray(correct, dtype=float)
     if correct.min() == correct.max():
         return wilson(correct.mean(), len(set(clips)))
-    w = clip_weights(clips, n_boot)
-    return _ends(w @ correct / w.sum(1))
+    return _interval(correct, np.ones_like(correct), clips, n_boot)
 
 
 def share_interval(
@@ -235,9 +236,7 @@ def share_interval(
         raise ValueError("the reference has no right answer to take a share of")
     if (got == full).all():
         return 1.0, *wilson(1.0, len(set(clips[full > 0])))
-    w = clip_weights(clips, n_boot)
-    w = w[w @ full > 0]
-    return float(got.sum() / full.sum()), *_ends((w @ got) / (w @ full))
+    return float(got.sum() / full.sum()), *_interval(got, full, clips, n_boot)
 
 
 def paired_difference(
@@ -249,8 +248,7 @@ def paired_difference(
     "How much better one method answers than another one, on the same questions."
     diff = np.asarray(a, float) - np.asarray(b, float)
     if diff.any():
-        w = clip_weights(clips, n_boot)
-        low, high = _ends(w @ diff / w.sum(1))
+        low, high = _interval(diff, np.ones_like(diff), clips, n_boot)
     else:
         low, high = (sign * wilson(0.0, len(set(clips)))[1] for sign in (-1, 1))
     return dict(diff=float(diff.mean()), low=float(low), high=float(high), p=float(mcnemar(a, b)))

@@ -10,7 +10,7 @@ import numpy as np
 import os
 import torch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from ..storage.files import shipped_folder
@@ -176,11 +176,7 @@ def answer_requests(
     return [out[i] for i in range(len(requests))]
 
 # %% ../../nbs/evaluation/03_lmms.ipynb #a2ccb53b
-_NUMBERS = dict.fromkeys(("trr", "knob", "fps", "n_visual", "n_audio"), float)
-_NUMBERS |= dict.fromkeys(("max_frames", "least_tokens", "most_tokens"), int)
-
-
-def _number(name, value):
+def _number(name, value, kind):
     "A number from the command line, perhaps as text; None where it is not given."
     if value in (None, ""):
         return None
@@ -190,9 +186,9 @@ def _number(name, value):
         n = np.nan
     if not np.isfinite(n):
         raise ValueError(f"model_args: {name}={value} must be a number")
-    if _NUMBERS[name] is int and not n.is_integer():  # never cut: 8.9 frames are not 8
+    if kind is int and not n.is_integer():  # never cut: 8.9 frames are not 8
         raise ValueError(f"model_args: {name}={value} must be a whole number")
-    return _NUMBERS[name](n)
+    return kind(n)
 
 
 @dataclass(frozen=True)
@@ -201,22 +197,24 @@ class ModelArgs:
 
     pretrained: str = "testbed"  # a folder or a hub id
     method: str = "seats"
-    trr: object = None
-    schedule: object = None
-    knob: object = 1.0
-    n_visual: object = 9216
-    n_audio: object = 1500  # see `method_for`
-    preset: object = None  # limits of a published benchmark: 128, 256 or 768 (frames)
-    fps: object = 2.0
-    max_frames: object = None
-    least_tokens: object = None
-    most_tokens: object = None  # or limits of one's own; tokens of a temporal grid
+    trr: float = None
+    schedule: str = None
+    knob: float = 1.0
+    n_visual: float = 9216
+    n_audio: float = 1500  # see `method_for`
+    preset: str = None  # limits of a published benchmark: 128, 256 or 768 (frames)
+    fps: float = 2.0
+    max_frames: int = None
+    least_tokens: int = None
+    most_tokens: int = None  # or limits of one's own; tokens of a temporal grid
     kv: str = "evict"
     device: str = ""
 
     def __post_init__(self):
-        for name in _NUMBERS:
-            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        for f in fields(self):
+            if f.type in (int, float):
+                number = _number(f.name, getattr(self, f.name), f.type)
+                object.__setattr__(self, f.name, number)
         if self.preset is not None and str(self.preset) not in PRESETS:
             raise ValueError(f"preset {self.preset!r}, expected one of {', '.join(PRESETS)}")
 

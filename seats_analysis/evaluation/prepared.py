@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from ..inputs.samples import Sample
 from ..inputs.layout import TEXT, TokenLayout, pad_left
 from ..models.families import adapter_for
@@ -194,9 +194,7 @@ class PreparedBatch:
             yield run, replace(self.encoded, inputs=inputs)
 
 # %% ../../nbs/evaluation/01_prepared.ipynb #40724a53
-@lru_cache(1 << 16)
-def cached_flops(tokens, dims, convention="counter"):
-    return prefill_flops(tokens, dims, convention)
+cached_flops = lru_cache(1 << 16)(prefill_flops)  # tokens as a tuple
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,31 +219,25 @@ class DataShape:
     def dims(self):
         return text_dims(adapter_for(self.model).config(self.model))
 
-    def _layouts(self, method):  # a method may have time windows of its own
-        r = adapter_for(self.model).rates(self.model)
-        usual = r.grids_per_window, r.seconds_per_chunk
-        own = usual if method is None else (method.grids, method.seconds or usual[1])
-        if own == usual:
-            return [q.layout for q in self.questions]
-        return [
-            layout_of(self.model, dict(q.shapes, input_ids=q.ids[None]), "keep", *own)
-            for q in self.questions
-        ]
+    @cached_property
+    def _layouts(self):  # function: time windows of a method -> layout of every question
+        media = [dict(q.shapes, input_ids=q.ids[None]) for q in self.questions]
+        return cache(lambda *own: [layout_of(self.model, m, "keep", *own) for m in media])
 
     def plans(
         self,
         method,  # a schedule is SEATS; None = the full model
-    ):  # -> per layout: 'visual', 'audio', 'text' -> (L,) int64; images count as text, they stay
+    ):  # -> 'visual', 'audio', 'text' -> (N, L) int64; images count as text, they stay
         "Tokens of each kind that every layer is planned to process."
-        method, out = as_pruner(method), []
-        for layout in self._layouts(method):
-            n = {m: x.item() for m, x in layout.counts().items()}
-            n["text"] += n.pop("image")
-            counts = {m: np.full(self.dims.layers, x) for m, x in n.items()}
+        method, size = as_pruner(method), (len(self.questions), self.dims.layers)
+        out = {m: np.zeros(size, int) for m in ("visual", "audio", "text")}
+        windows = (method.grids, method.seconds) if method else ()
+        for row, layout in enumerate(self._layouts(*windows)):
+            for m, n in layout.counts().items():
+                out["text" if m == "image" else m][row] += n.item()
             for step in method.plan(layout, method.window_budgets(layout, 0)) if method else ():
                 for m in ("visual", "audio"):
-                    counts[m][step.layer :] = step.n_keep[0][m]
-            out.append(counts)
+                    out[m][row, step.layer :] = step.n_keep[0][m]
         return out
 
     @cached_property
@@ -254,30 +246,24 @@ class DataShape:
 
     def mean(self, modality):
         "Tokens of a modality in a prompt."
-        return float(self.weights @ [p[modality][0] for p in self.full] / sum(self.weights))
+        return float(np.average(self.full[modality][:, 0], weights=self.weights))
 
     def cost(self, method):
         "FLOPs of all questions under a method over those of the full model."
         pruned, full = (
-            self.weights @ [cached_flops(tuple(sum(p.values()).tolist()), self.dims) for p in plans]
-            for plans in (self.plans(method), self.full)
+            self.weights @ [cached_flops(tuple(n), self.dims) for n in sum(p.values()).tolist()]
+            for p in (self.plans(method), self.full)
         )
         return float(pruned / full)
 
     def retention(self, method):  # -> layers, visual, audio: mean over layers; entry: what enters
         "Fractions of the visual and audio tokens that are kept, by both definitions."
-        plans = self.plans(method)
-
-        def share(tokens, *modalities):
-            kept, there = (
-                self.weights @ [sum(tokens(p[m]) for m in modalities) for p in counts]
-                for counts in (plans, self.full)
-            )
-            return float(kept / max(there, 1e-12))
-
-        return dict(
-            layers=share(np.mean, "visual", "audio"),
-            entry=share(lambda x: x[0], "visual", "audio"),
-            visual=share(np.mean, "visual"),
-            audio=share(np.mean, "audio"),
+        kept, there = (
+            {m: self.weights @ p[m] for m in ("visual", "audio")}  # (L,)
+            for p in (self.plans(method), self.full)
         )
+        for tokens in (kept, there):
+            tokens["layers"] = tokens["visual"] + tokens["audio"]
+            tokens["entry"] = tokens["layers"][:1]
+        share = lambda m: float(kept[m].sum() / max(there[m].sum(), 1e-12))
+        return {m: share(m) for m in ("layers", "entry", "visual", "audio")}

@@ -6,14 +6,16 @@
 __all__ = ['answer_rows']
 
 # %% ../../nbs/evaluation/07_results.ipynb #7cd25316
+import numpy as np
+
+
 def per_block(
     tokens,  # (L,) tokens per layer
     bounds,  # Boundaries
 ) -> dict:  # 'shallow', 'middle', 'late': mean over the block's layers, None for an empty block
     "Tokens that a layer of each block processes."
-    edges = [0, bounds.shallow_end, bounds.late_start, bounds.num_layers]
-    blocks = [tokens[a:b] for a, b in zip(edges, edges[1:])]
-    means = [sum(block) / len(block) if block else None for block in blocks]
+    blocks = np.split(np.asarray(tokens), [bounds.shallow_end, bounds.late_start])
+    means = [block.mean().item() if block.size else None for block in blocks]
     return dict(zip(("shallow", "middle", "late"), means))
 
 
