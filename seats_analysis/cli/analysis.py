@@ -26,7 +26,6 @@ from seats_analysis.cli.app import (
     app,
     check_trr,
     emit,
-    late_rule,
     limits_of,
     prepare,
     mean_tokens,
@@ -315,12 +314,12 @@ def schedule(
     _check_targets(trr, visual, audio)
     target = f"trr{trr:g}" if trr is not None else f"v{visual:g}_a{audio:g}"
     out = writable(out or profile.with_name(f"{profile.stem}_{target}.json"))
-    from seats_analysis.schedules.schedule import Schedule
+    from seats_analysis.schedules.schedule import DEFAULT_LATE, Schedule
 
     stored = load_profile(profile)
     find = lambda r: find_blocks(stored, r, split, tolerance=tolerance, margin=margin)
     bounds = {m: find(m) for m in ("visual", "audio")} if apart else find("both")
-    options = dict(scale=scale, **late_rule(late))
+    options = dict(scale=scale, late=late or DEFAULT_LATE)
     if trr is not None:
         plan = Schedule.from_trr(bounds, trr, *stored_tokens(stored, tokens), **options)
     else:

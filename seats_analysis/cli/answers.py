@@ -27,7 +27,6 @@ from seats_analysis.cli.app import (
     app,
     check_trr,
     emit,
-    late_rule,
     limits_of,
     prepare,
     mean_tokens,
@@ -52,7 +51,7 @@ from ..storage.schemas import SCHEMAS, load_profile, save_json
 def solve(model, trrs, counts, profile=None, late=None) -> dict:  # percentage -> Schedule
     "Published schedules, or ones for these mean counts of visual and audio tokens."
     from seats_analysis.boundaries.find import Boundaries
-    from seats_analysis.schedules.schedule import PUBLISHED, Schedule
+    from seats_analysis.schedules.schedule import DEFAULT_LATE, PUBLISHED, Schedule
 
     known = next((k for k in PUBLISHED if k in model.lower()), None)
     source, pairs = profile or (shipped_profile() if model == "testbed" else None), ()
@@ -68,7 +67,7 @@ def solve(model, trrs, counts, profile=None, late=None) -> dict:  # percentage -
     return {
         t: Schedule.published(known, int(t))
         if t in pairs
-        else Schedule.from_trr(blocks, t, *counts, **late_rule(late))
+        else Schedule.from_trr(blocks, t, *counts, late=late or DEFAULT_LATE)
         for t in trrs
     }
 

@@ -245,8 +245,3 @@ Late = Annotated[
         "without it as `Schedule` has it."
     ),
 ]
-
-
-def late_rule(late) -> dict:
-    "The rule for the late start where one was given; else `Schedule` has the default."
-    return {} if late is None else dict(late=late)

@@ -119,13 +119,14 @@ def overview_figure(
             ax.text(layer - 0.4, 1.22 * total.max(), stage, va="top", fontsize=6.5, zorder=4)
     ax.set_title("\n".join(f"Stage {line}" for line in said), pad=11, fontsize=6.5, linespacing=1.3)
     legend_outside(fig, [ax], 3, "lower")
-    whose = _ORIGINS.get(plan.evidence.get("kind"), "a stated schedule")
     model = f" for {MODELS.get(name, name)}" if name else ""
-    said = f"Token counts computed from {whose}{model}"
+    said = f"Token counts computed from {_origin(plan)}{model}"
     return say_source(fig, f"{said}; without pruning each layer has {sum(n.values()):,} tokens")
 
 
-_ORIGINS = {"published": "the published schedule", "derived": "the schedule derived here"}
+def _origin(plan):
+    said = {"published": "the published schedule", "derived": "the schedule derived here"}
+    return said.get(plan.evidence.get("kind"), "a stated schedule")
 
 # %% ../../nbs/plots/05_paper.ipynb #04ff85f4
 def table_texts(title, rows, name):
@@ -327,8 +328,9 @@ def _schedule_jobs(data):
             found[named[1]][float(named[2])] = Schedule.load(path)
     for name, plans in found.items():
         least = plans[min(plans)]
-        whose = _ORIGINS.get(least.evidence.get("kind"), "a stated schedule")
-        said = f"Computed from {whose} of {least.model or 'a model'}; layers printed from 1"
+        said = (
+            f"Computed from {_origin(least)} of {least.model or 'a model'}; layers printed from 1"
+        )
         named = {f"TRR {percent:g} %": plans[percent] for percent in sorted(plans, reverse=True)}
         yield f"{name}_retention", _with_source(said, plot_retention, named)
         profile, tokens = data / "profiles" / f"{name}.nc", None

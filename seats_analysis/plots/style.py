@@ -104,7 +104,7 @@ def save_figure(
         for suffix, metadata in _NO_DATES.items():
             buffer = io.BytesIO()
             fig.savefig(buffer, format=suffix[1:], metadata=metadata)
-            files[stem.with_name(stem.name + suffix)] = buffer.getvalue()
+            files[Path(f"{stem}{suffix}")] = buffer.getvalue()
     for file, data in files.items():
         with atomic_write(file) as part:
             Path(part).write_bytes(data)
