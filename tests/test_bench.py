@@ -691,7 +691,7 @@ def test_on_a_gpu(name, tmp_path):
         )
 
 
-def test_width_and_other_input_is_checked():
+def test_width_and_other_input_is_checked(tmp_path):
     for args, says in (
         (("--config", "testbed", "--width", 100), "multiples of 128"),
         (("--config", "qwen2.5-omni-7b", "--width", 4000), "from 32 to 3584"),
@@ -703,9 +703,10 @@ def test_width_and_other_input_is_checked():
         if says == "no GPU" and torch.cuda.is_available():
             continue
         result = seats(
-            *args, "--out", "/nowhere/at/all.json" if says == "--kv" else "build/never.json"
+            *args, "--out", "/nowhere/at/all.json" if says == "--kv" else tmp_path / "never.json"
         )
         assert result.exit_code == 2 and says in result.stderr and result.stdout == "", (
             args,
             result.stderr,
         )
+    assert not list(tmp_path.iterdir())

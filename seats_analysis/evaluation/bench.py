@@ -453,14 +453,13 @@ class BenchFile:
                 if not due:
                     continue
                 rows = due.values()
-                try:
-                    if model is None:
-                        progress(f"building {config}")
-                        model = _tried(rows, lambda: self.setup.build(config, width))
-                    workload = model and _tried(rows, lambda: self.setup.workload(job, model))
-                    if workload:
-                        self._run_job(job, workload, due, repeats, progress)
-                finally:
+                if model is None:
+                    progress(f"building {config}")
+                    model = _tried(rows, lambda: self.setup.build(config, width))
+                workload = model and _tried(rows, lambda: self.setup.workload(job, model))
+                if workload:
+                    self._run_job(job, workload, due, repeats, progress)
+                else:
                     self.save()
                 workload = None  # frees its inputs before the next ones are made
 
@@ -506,13 +505,16 @@ class BenchFile:
                 _tried([row], lambda: workload.time(methods[plan]))
             elif facts := _tried([row], lambda: workload.facts(methods[plan])):
                 row.update(facts, error=None, samples=[])
-        for turn in range(repeats):
-            for plan, row in due.items():
-                if row.get("error") or len(row["samples"]) > turn:
-                    continue
-                progress(f"{said[plan]}: {turn + 1} of {repeats}")
-                if times := _tried([row], lambda: workload.time(methods[plan])):
-                    row["samples"].append(times)
+        try:
+            for turn in range(repeats):
+                for plan, row in due.items():
+                    if row.get("error") or len(row["samples"]) > turn:
+                        continue
+                    progress(f"{said[plan]}: {turn + 1} of {repeats}")
+                    if times := _tried([row], lambda: workload.time(methods[plan])):
+                        row["samples"].append(times)
+                self.save()
+        finally:
             self.save()
 
 
