@@ -296,7 +296,8 @@ def run_oldest(args):
         for name in ("golden", "adapter", "families", "any_media")
         for p in ROOT.glob(f"tests/test_{name}*.py")
     )
-    counts = [pytest("oldest", *tests, env=env)] if tests else []
+    workers = ("-n", WORKERS, "--dist", "worksteal")
+    counts = [pytest("oldest", *tests, *workers, env=env)] if tests else []
     counts.append(run_notebooks([p for p in notebooks(ROOT) if p.parent.name == "models"], env=env))
     return tuple(map(sum, zip(*counts)))
 

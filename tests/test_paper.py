@@ -391,10 +391,9 @@ def test_overview_of_odd_schedules():
 
 def test_same_data_same_bytes(data, tmp_path):
     jobs = P.figure_jobs(data)
-    for name in ("eval_testbed_ablations", "testbed_overview"):
-        draw = jobs[name]
-        first, second = (style.save_figure(draw(), tmp_path / f"{name}{i}") for i in range(2))
-        assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second], name
+    draw = jobs["eval_testbed_ablations"]
+    first, second = (style.save_figure(draw(), tmp_path / f"{i}") for i in range(2))
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
     first, second = (P.write_tables(data, tmp_path / i) for i in "ab")
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
 

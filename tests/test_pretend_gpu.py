@@ -228,7 +228,7 @@ def test_spread_over_devices(model, gpu, moved, devices):
 @pytest.mark.parametrize(
     "config, width",
     [
-        ("qwen2.5-omni-7b", 64),
+        pytest.param("qwen2.5-omni-7b", 64, marks=pytest.mark.nightly),
         ("testbed", None),
         pytest.param("qwen3-omni-30b-a3b", 64, marks=pytest.mark.nightly),
     ],
