@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from seats_analysis.models.families import adapter_for
@@ -219,49 +220,10 @@ def test_decoder_queries_and_keys(model, batch):
 
 def test_encoder_queries_and_keys_give_its_attention(model, processor, samples):
     "Attention recomputed from our q and k must be what the towers compute."
-    seen = {}
-
-    def before(name):
-        return lambda m, args, kwargs: seen.update(
-            {
-                name: (
-                    args[0] if args else kwargs["hidden_states"],
-                    kwargs.get("position_embeddings"),
-                    kwargs["cu_seqlens"],
-                )
-            }
-        )
-
-    def after(name):
-        return lambda m, args, out: seen.update({name + " out": out})
-
-    parts = {m: TowerAttention(model, m) for m in ("visual", "audio")}
-    hooks = [
-        h
-        for n, part in parts.items()
-        for h in (
-            part.module.register_forward_pre_hook(before(n), with_kwargs=True),
-            part.module.register_forward_hook(after(n)),
-        )
-    ]
-    try:
-        with torch.no_grad():
-            Decoder(model).inputs(encode(model, processor, samples[:1]).inputs)
-    finally:
-        for h in hooks:
-            h.remove()
-    for name, part in parts.items():
-        (hidden, rotary, cuts), m = seen[name], part.module
-        with torch.no_grad():
-            q, k = part.heads([project(hidden) for project in part.projections], rotary)
-            v, out = (m.v, m.proj) if name == "visual" else (m.v_proj, m.out_proj)
-            values, got = v(hidden).unflatten(-1, (m.num_heads, -1)), []
-            for a, b in zip(cuts[:-1].tolist(), cuts[1:].tolist()):
-                weight = torch.einsum("ihd,jhd->hij", q[a:b], k[a:b]).mul(m.scaling).softmax(-1)
-                got.append(torch.einsum("hij,jhd->ihd", weight, values[a:b]))
-            torch.testing.assert_close(
-                out(torch.cat(got).flatten(1)), seen[name + " out"], atol=1e-5, rtol=0
-            )
+    inputs = encode(model, processor, samples[:1]).inputs
+    found = tiny.tower_attention(model, inputs)
+    for name in ("visual", "audio"):
+        torch.testing.assert_close(*found[name], atol=1e-5, rtol=0)
 
 
 def test_window_index_is_a_permutation_within_grids(model):

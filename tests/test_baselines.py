@@ -460,21 +460,6 @@ def test_classes_are_small():
 
 
 @pytest.fixture(scope="module")
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def model(family):
-    return tiny.thinker(family)
-
-
-@pytest.fixture(scope="module")
-def processor(family):
-    return tiny.processor(family)
-
-
-@pytest.fixture(scope="module")
 def samples():
     return [
         tiny.ask("both", tiny.clip(0)),

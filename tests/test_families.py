@@ -5,7 +5,6 @@ import naive, pytest, tiny, torch
 
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode
-from seats_analysis.models.attention import TowerAttention
 from seats_analysis.models.decoder import Decoder
 from seats_analysis.models.scoring import score_choices
 from seats_analysis.inputs.layout import AUDIO, VISUAL
@@ -140,55 +139,9 @@ def test_keys_of_every_layer_equal_the_cache(model, batch):
 
 
 def test_encoder_queries_and_keys_give_its_attention(model, singles):
-    seen, parts = {}, {m: TowerAttention(model, m) for m in ("visual", "audio")}
-
-    def before(name):
-        return lambda m, args, kwargs: seen.update(
-            {
-                name: (
-                    args[0] if args else kwargs["hidden_states"],
-                    kwargs.get("position_embeddings"),
-                    kwargs["cu_seqlens"],
-                )
-            }
-        )
-
-    def after(name):
-        return lambda m, args, out: seen.update({name + " out": out})
-
-    hooks = [
-        h
-        for n, part in parts.items()
-        for h in (
-            part.module.register_forward_pre_hook(before(n), with_kwargs=True),
-            part.module.register_forward_hook(after(n)),
-        )
-    ]
-    try:
-        Decoder(model).inputs(singles[0].inputs)
-    finally:
-        for h in hooks:
-            h.remove()
-    for name, part in parts.items():
-        (hidden, rotary, cuts), m = seen[name], part.module
-        q, k = part.heads([project(hidden) for project in part.projections], rotary)
-        values = (
-            m.v_proj(hidden)
-            if name == "audio"
-            else m.v(hidden)
-            if hasattr(m, "v")
-            else m.qkv(hidden).chunk(3, -1)[2]
-        )
-        values, got = values.unflatten(-1, (m.num_heads, -1)), []
-        for a, b in zip(cuts[:-1].tolist(), cuts[1:].tolist()):
-            weight = (
-                torch.einsum("ihd,jhd->hij", q[a:b], k[a:b]).mul(q.shape[-1] ** -0.5).softmax(-1)
-            )
-            got.append(torch.einsum("hij,jhd->ihd", weight, values[a:b]))
-        close(
-            (m.out_proj if name == "audio" else m.proj)(torch.cat(got).flatten(1)),
-            seen[name + " out"],
-        )
+    found = tiny.tower_attention(model, singles[0].inputs)
+    close(*found["visual"])
+    close(*found["audio"])
 
 
 def test_positions_equal_the_model_s_own(processor, singles, family):

@@ -25,23 +25,7 @@ from seats_analysis.pruning.prefill import Check, Prefill
 from seats_analysis.pruning.received import attention_received
 from seats_analysis.pruning.select import select_in_clip
 
-LAYERS = tiny.LAYERS
-
-
-def schedule(**changes):
-    ratios = dict(visual=(0.8, 0.5), audio=(0.9, 0.6))
-    return Schedule(
-        **(
-            dict(
-                num_layers=LAYERS,
-                drop_layers=(2, 3),
-                late_start=5,
-                keep_ratios=ratios,
-                entering=dict(visual=0.3, audio=0.5),
-            )
-            | changes
-        )
-    )
+LAYERS, schedule = tiny.LAYERS, tiny.schedule
 
 
 PLANS = dict(

@@ -2,7 +2,7 @@
 left behind is in test_undo.py."""
 
 from dataclasses import dataclass
-import numpy as np, pytest, torch
+import numpy as np, pytest, tiny, torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode, layout_of
@@ -19,24 +19,8 @@ from seats_analysis.schedules.schedule import Schedule
 from plain import stage2
 from seats_analysis.testbed.load import build_config, build_processor, init_weights
 
-LAYERS = 6
+LAYERS, schedule = tiny.LAYERS, tiny.schedule
 CODE = dict(visual=VISUAL, audio=AUDIO)
-
-
-def schedule(**changes):
-    ratios = dict(visual=(0.8, 0.5), audio=(0.9, 0.6))
-    return Schedule(
-        **(
-            dict(
-                num_layers=LAYERS,
-                drop_layers=(2, 3),
-                late_start=5,
-                keep_ratios=ratios,
-                entering=dict(visual=0.3, audio=0.5),
-            )
-            | changes
-        )
-    )
 
 
 def none_kept(**changes):  # no drops, no stage I

@@ -210,6 +210,83 @@ def thinker(family, layers=LAYERS, attention="sdpa", seed=0):
     )
 
 
+def schedule(**changes):
+    "A plan with all three stages for the tiny models."
+    from seats_analysis.schedules.schedule import Schedule
+
+    ratios = dict(visual=(0.8, 0.5), audio=(0.9, 0.6))
+    return Schedule(
+        **(
+            dict(
+                num_layers=LAYERS,
+                drop_layers=(2, 3),
+                late_start=5,
+                keep_ratios=ratios,
+                entering=dict(visual=0.3, audio=0.5),
+            )
+            | changes
+        )
+    )
+
+
+@torch.no_grad()
+def tower_attention(model, inputs):
+    """name -> (output recomputed from our q and k, output of the tower) of each tower's last
+    attention, from a forward pass over `inputs`."""
+    from seats_analysis.models.attention import TowerAttention
+    from seats_analysis.models.decoder import Decoder
+
+    seen, parts = {}, {m: TowerAttention(model, m) for m in ("visual", "audio")}
+
+    def before(name):
+        return lambda m, args, kwargs: seen.update(
+            {
+                name: (
+                    args[0] if args else kwargs["hidden_states"],
+                    kwargs.get("position_embeddings"),
+                    kwargs["cu_seqlens"],
+                )
+            }
+        )
+
+    def after(name):
+        return lambda m, args, out: seen.update({name + " out": out})
+
+    hooks = [
+        h
+        for n, part in parts.items()
+        for h in (
+            part.module.register_forward_pre_hook(before(n), with_kwargs=True),
+            part.module.register_forward_hook(after(n)),
+        )
+    ]
+    try:
+        Decoder(model).inputs(inputs)
+    finally:
+        for h in hooks:
+            h.remove()
+    found = {}
+    for name, part in parts.items():
+        (hidden, rotary, cuts), m = seen[name], part.module
+        q, k = part.heads([project(hidden) for project in part.projections], rotary)
+        values = (
+            m.v_proj(hidden)
+            if name == "audio"
+            else m.v(hidden)
+            if hasattr(m, "v")
+            else m.qkv(hidden).chunk(3, -1)[2]
+        )
+        values, got = values.unflatten(-1, (m.num_heads, -1)), []
+        for a, b in zip(cuts[:-1].tolist(), cuts[1:].tolist()):
+            weight = (
+                torch.einsum("ihd,jhd->hij", q[a:b], k[a:b]).mul(q.shape[-1] ** -0.5).softmax(-1)
+            )
+            got.append(torch.einsum("hij,jhd->ihd", weight, values[a:b]))
+        out = m.out_proj if name == "audio" else m.proj
+        found[name] = out(torch.cat(got).flatten(1)), seen[name + " out"]
+    return found
+
+
 def _speech25():
     small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16)
     talker = dict(
