@@ -44,11 +44,11 @@ def _fail(message, code=2):
 
 # %% ../../nbs/cli/00_app.ipynb #6c3c4489
 def _notes(show):
-    "What a schedule warns of becomes a note, said once; other warnings are shown as ever."
+    "What a schedule or a checkpoint warns of becomes a note; other warnings are shown as ever."
     said = set()
 
     def showwarning(message, category, *rest, **options):
-        if category.__name__ != "ScheduleWarning":
+        if category.__name__ not in ("ScheduleWarning", "CheckpointWarning"):
             return show(message, category, *rest, **options)
         if str(message) not in said:
             note(f"note: {message}")

@@ -217,39 +217,21 @@ class Answering:
         progress: bool = False,  # show a bar
     ) -> list | None:  # per question: outcomes of all runs; None in all processes but the first
         "Every run's answers to every question. ValueError for a checkpoint of another comparison."
-        from tqdm.auto import tqdm
-
-        number, of = shard
-        if of > 1 and checkpoint is None:
+        if shard[1] > 1 and checkpoint is None:
             raise ValueError("shard: several processes need a checkpoint to share")
-        units = self.units()
+        units, warm = self.units(), []
         first = np.cumsum([0, *map(len, units)]).tolist()
-        mine = list(enumerate(units))[number::of]
-        if not mine:
-            return None  # more processes than units; the first process always has one
-        checkpoint = Checkpoint(checkpoint, self._identity(about))
-        checkpoint.open()
-        left = [(k, unit) for k, unit in mine if any(checkpoint.read(i) is None for i in unit)]
         methods = [p for r in self.runs for p in r.plans]
         prepare = partial(prepare_questions, self.model, self.processor, methods=methods)
-        total, missing = (sum(len(unit) for _, unit in some) for some in (mine, left))
-        bar = tqdm(
-            total=total,
-            initial=total - missing,
-            unit="question",
-            desc="eval" if of == 1 else f"eval ({number + 1} of {of})",
-            disable=not progress,
-        )
-        with bar:
-            for k, unit in left:
-                questions = prepare([self.samples[i] for i in unit], **self.limits)
-                if k == left[0][0]:  # warm-up, or the first run would pay for it
-                    self.answer_unit(questions, k, first[k], self.runs[:2])
-                outcomes = self.answer_unit(questions, k, first[k], self.runs)
-                for i, row in zip(unit, outcomes):
-                    checkpoint.write(i, row)
-                bar.update(len(unit))
-        return None if number else checkpoint.gather(wait=of > 1)
+
+        def work(k, unit):
+            questions = prepare([self.samples[i] for i in unit], **self.limits)
+            if not warm:  # or the first run would pay for it
+                warm.append(self.answer_unit(questions, k, first[k], self.runs[:2]))
+            return self.answer_unit(questions, k, first[k], self.runs)
+
+        kept = Checkpoint(checkpoint, self._identity(about), shard)
+        return kept.run(units, work, unit="question", desc="eval", disable=not progress)
 
     def _identity(self, about):
         "What the answers depend on."
@@ -417,6 +399,19 @@ def comparison_table(
     return frame
 
 # %% ../../nbs/evaluation/02_compare.ipynb #8d9fffe5
+def _csv_of(path):
+    "The CSV that goes beside a result. Raises ValueError if that would cost another file."
+    table = Path(path).with_suffix(".csv")
+    if table.resolve() == Path(path).resolve():
+        raise ValueError(f"{path}: a CSV is written beside it; choose a name that ends in .json")
+    if table.is_file() and not table.read_bytes().startswith(b"method,label,trr,setting,"):
+        raise ValueError(
+            f"{table} would be replaced, and it is not the table of a comparison; "
+            f"choose another name than {path}"
+        )
+    return table
+
+
 def _save(result, path):
     "Write a result as JSON, and as CSV without the families beside it."
     import pandas as pd
@@ -424,7 +419,7 @@ def _save(result, path):
     save_json(path, result)
     table = pd.DataFrame(result["rows"]).drop(columns="families")
     table["mixed"] = [json.dumps(m) if m else None for m in table["mixed"]]
-    with atomic_write(Path(path).with_suffix(".csv")) as part:
+    with atomic_write(_csv_of(path)) as part:
         table.to_csv(part, index=False)
 
 
@@ -448,27 +443,29 @@ def compare_methods(
     """Compare methods at the cost of SEATS, and store the result.
 
     The same call goes on after an interruption."""
+    if path is not None:
+        _csv_of(path)
     names, shape = method_names(names), DataShape.of(model, processor, samples, **limits)
     runs = method_runs(names, plans, shape, rules)
     asked = Answering(model, processor, samples, runs, batch_size, answers, max_new_tokens, limits)
     origin = provenance(
         model, processor, samples, seed=0, answers=answers, batch_size=batch_size
     ) | dict(schema=SCHEMAS["eval"].id, code_sha256=hash_code())
-    folder = path and checkpoint_of(path)
-    answered = asked.answer_all(folder, origin, processes(), progress)
-    if answered is None:
-        return None
-    result = dict(
-        origin,
-        **about,
-        questions=len(samples),
-        clips=len({s.clip for s in samples}),
-        apart=list(apart),
-        trr=list(plans),
-        methods=list(names),
-        rows=Outcomes(answered, samples, runs, shape, apart, n_boot).rows(),
-    )
-    if path is not None:
-        _save(result, path)
-        Checkpoint(folder, {}).close()
+    with Checkpoint.hold(path and checkpoint_of(path)) as folder:
+        answered = asked.answer_all(folder, origin, processes(), progress)
+        if answered is None:
+            return None
+        result = dict(
+            origin,
+            **about,
+            questions=len(samples),
+            clips=len({s.clip for s in samples}),
+            apart=list(apart),
+            trr=list(plans),
+            methods=list(names),
+            rows=Outcomes(answered, samples, runs, shape, apart, n_boot).rows(),
+        )
+        if path is not None:
+            _save(result, path)
+            Checkpoint.remove(folder)
     return result

@@ -181,36 +181,21 @@ class ProbeRun:
 
     def scan(self, layers, part="", wait=False):  # part: subfolder of the checkpoint
         "One pass over all samples; None for a process that need not know the result."
-        rank, of = self.shard
-        if not self.units[rank::of]:
-            return None  # the others may be done by now: opened again, the checkpoint would stay
         identity = self.about | dict(removed=list(self.removed), layers=layers)
-        checkpoint = Checkpoint(self.checkpoint and self.checkpoint / part, identity)
-        checkpoint.open()
-        self.work(layers, checkpoint)
-        if rank and not wait:
-            return None
-        rows = checkpoint.gather(wait=of > 1)
+        folder = self.checkpoint and self.checkpoint / part
+        checkpoint = Checkpoint(folder, identity, self.shard)
+
+        def work(number, unit):
+            before = self.limit.tokens
+            rows = self.rows_of([self.samples[i] for i in unit], layers)
+            if self.limit.tokens < before:
+                said = f"out of memory, now {self.limit.tokens} tokens a batch"
+                checkpoint.bar.set_postfix_str(said)
+            return rows
+
+        bar = dict(unit="sample", desc="probe", disable=not self.progress, smoothing=0.1)
+        rows = checkpoint.run(self.units, work, everyone=wait, **bar)
         return rows and self.dataset(rows, layers)
-
-    def work(self, layers, checkpoint):
-        "Run what is not yet in the checkpoint of this process's units."
-        from tqdm.auto import tqdm
-
-        rank, of = self.shard
-        mine = self.units[rank::of]
-        todo = [unit for unit in mine if any(checkpoint.read(i) is None for i in unit)]
-        total, left = sum(map(len, mine)), sum(map(len, todo))
-        say = "probe" if of == 1 else f"probe ({rank + 1} of {of})"
-        show = dict(unit="sample", desc=say, disable=not self.progress, smoothing=0.1)
-        with tqdm(total=total, initial=total - left, **show) as bar:
-            for unit in todo:
-                before = self.limit.tokens
-                for i, row in zip(unit, self.rows_of([self.samples[i] for i in unit], layers)):
-                    checkpoint.write(i, row)
-                if self.limit.tokens < before:
-                    bar.set_postfix_str(f"out of memory, now {self.limit.tokens} tokens a batch")
-                bar.update(len(unit))
 
     def rows_of(self, samples, layers):  # of one unit
         "Per sample: metric -> (conditions, layers) nested lists."
@@ -383,14 +368,14 @@ def probe_to_file(
     **options,  # of `probe_dependency`
 ):  # xr.Dataset, or None in all processes but the first
     "Probe and store the profile; the same call goes on after an interruption."
-    checkpoint = checkpoint_of(path)
-    profile = probe_dependency(
-        model, processor, samples, checkpoint=checkpoint, shard=processes(), **options
-    )
-    if profile is not None:
-        profile.attrs |= more()
-        save_profile(profile, path)
-        Checkpoint(checkpoint, {}).close()
+    with Checkpoint.hold(checkpoint_of(path)) as folder:
+        profile = probe_dependency(
+            model, processor, samples, checkpoint=folder, shard=processes(), **options
+        )
+        if profile is not None:
+            profile.attrs |= more()
+            save_profile(profile, path)
+            Checkpoint.remove(folder)
     return profile
 
 # %% ../../nbs/probing/03_run.ipynb #7552a564

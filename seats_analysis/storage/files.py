@@ -6,43 +6,125 @@
 __all__ = ['atomic_write', 'shipped_folder', 'one_line']
 
 # %% ../../nbs/storage/00_files.ipynb #86a9bc46
+import fcntl
 import os
-import secrets
+import stat
+import time
 from contextlib import contextmanager
-from glob import escape
 from pathlib import Path
 
-# %% ../../nbs/storage/00_files.ipynb #3a423af5
+# %% ../../nbs/storage/00_files.ipynb #3fdb875f
+def _here(fd, path):
+    "Whether a name still stands for an open file."
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(path, flags=0):
+    "A locked descriptor; None where another one has the lock."
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | flags, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except OSError:
+        pass  # a file system without locks
+    return fd
+
+
+def is_held(path) -> bool:
+    "Whether a living process has the file in `hold_file`."
+    try:
+        fd = _lock(path)
+    except FileNotFoundError:
+        return False
+    if fd is not None:
+        os.close(fd)
+    return fd is None
+
+
+def _new_locked(path):
+    "A new, locked file; None where a living process has it, or where another attempt may succeed."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        fd, new = _lock(path, os.O_CREAT | os.O_EXCL), True
+    except FileExistsError:
+        fd, new = _lock(path), False
+    if fd is None or new and _here(fd, path):
+        return fd
+    if _here(fd, path):
+        path.unlink()  # of a killed process
+    os.close(fd)
+    return None
+
+
 @contextmanager
-def atomic_write(
-    path,  # file to create or replace; missing parent folders are made
-):  # yields the Path of a temporary neighbour to write to
-    "Replace `path` only if the body succeeds; on any failure, Ctrl-C included, the old file stays."
+def hold_file(
+    path: Path,  # a name that only this program gives
+    busy: str,  # what to say while another process has it
+    seconds: float = 1.0,  # to wait for that process
+):  # yields a descriptor
+    "A new file that is there as long as the body runs. Raises ValueError if it cannot be had."
+    until, fd = time.monotonic() + seconds, None
+    while fd is None:
+        try:
+            fd = _new_locked(path)
+        except FileNotFoundError:
+            pass  # removed in between
+        if fd is None and time.monotonic() > until:
+            raise ValueError(busy)
+        if fd is None:
+            time.sleep(0.02)
+    try:
+        yield fd
+    finally:
+        if _here(fd, path):
+            path.unlink()
+        os.close(fd)
+
+# %% ../../nbs/storage/00_files.ipynb #3a423af5
+def _target(path):
+    "The file to replace: of a link the one behind it, unless others may have put the link there."
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path}: is a folder, expected a file name")
     if not path.name:
         raise ValueError(f"{str(path)!r}: expected a file name")
-    path = path.resolve()  # of a link, the file behind it is replaced
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
-    try:
-        yield part
-        with open(part, "rb+") as f:
-            os.fsync(f.fileno())  # a full disk may only show itself here
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    if path.is_symlink() and path.parent.stat().st_mode & stat.S_IWOTH:
+        raise ValueError(f"{path}: is a link in a folder that everybody can write to")
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is a device, expected a file name")
+    return path
 
-# %% ../../nbs/storage/00_files.ipynb #f739f6cc
-def remove_partial(
-    path,  # file that `atomic_write` was writing
-):
-    "Remove the temporary neighbours that killed processes left beside a file."
-    path = Path(path).resolve()
-    for part in path.parent.glob(f".{escape(path.stem)}.*-????????{escape(path.suffix)}"):
-        part.unlink(missing_ok=True)
+
+@contextmanager
+def atomic_write(
+    path,  # file to create or replace; missing parent folders are made
+):  # yields the Path of a temporary neighbour to write to
+    """Replace `path` only if the body succeeds; on any failure, Ctrl-C included, the old file stays.
+
+    Its mode stays in any case. Raises ValueError for a name that cannot be a file's."""
+    path = _target(path)
+    part = path.with_name(f".{path.stem}.seats-part{path.suffix}")
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
+    with hold_file(part, f"{path}: another process is writing it", 10) as fd:
+        try:
+            if mode is not None:
+                os.fchmod(fd, 0o600)  # nobody else reads it before it has its mode
+            yield part
+            with open(part, "rb+") as f:
+                os.fsync(f.fileno())  # a full disk may only show itself here
+            if mode is not None:
+                part.chmod(mode)
+            os.replace(part, path)
+        except OSError as error:
+            if error.errno and error.filename in (None, str(part)):
+                error.filename = str(path)
+            raise
 
 # %% ../../nbs/storage/00_files.ipynb #0ca92ad1
 def shipped_folder(

@@ -8,8 +8,10 @@ __all__ = ['SCHEMAS', 'save_json', 'schema_of', 'load_json', 'save_profile', 'lo
 # %% ../../nbs/storage/03_schemas.ipynb #70153063
 import json
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from .files import atomic_write
+from .provenance import digest
 
 # %% ../../nbs/storage/03_schemas.ipynb #cd7a781d
 @dataclass(frozen=True)
@@ -105,6 +107,21 @@ def load_json(
     return data
 
 # %% ../../nbs/storage/03_schemas.ipynb #f41124f8
+_CHECKSUM = b"seats_analysis sha256 "
+_HDF5_END = slice(40, 48)  # where version 0 of its first block says how long a file is
+
+
+def _without_checksum(data):
+    "The bytes of the NetCDF file. Raises ValueError if the checksum behind them is not theirs."
+    body, mark, said = data.rpartition(_CHECKSUM)
+    if not mark:
+        body = data
+        said = data[8:9] == b"\0" and len(data) > int.from_bytes(data[_HDF5_END], "little")
+    if said and said != digest(body).encode():
+        raise ValueError("its checksum is wrong, so it was damaged or changed")
+    return body
+
+
 def _check_profile(profile, where):
     schema = SCHEMAS["profile"]
     if (said := profile.attrs.get("schema", schema.id)) != schema.id:
@@ -121,8 +138,9 @@ def save_profile(
 ) -> Path:
     "Write a profile, whole or not at all. Raises ValueError for a dataset that is none."
     _check_profile(profile, "the dataset")
+    data = bytes(profile.to_netcdf(engine="h5netcdf"))
     with atomic_write(path) as part:
-        profile.to_netcdf(part, engine="h5netcdf")
+        part.write_bytes(data + _CHECKSUM + digest(data).encode())
     return Path(path)
 
 
@@ -135,7 +153,11 @@ def load_profile(
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; `seats probe` makes a profile")
     try:
-        profile = xr.load_dataset(path, engine="h5netcdf")
+        data = _without_checksum(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not {SCHEMAS['profile'].what}: {error}") from None
+    try:
+        profile = xr.load_dataset(BytesIO(data), engine="h5netcdf")
     except Exception as error:
         raise ValueError(f"{path}: not a readable NetCDF file ({type(error).__name__})") from None
     _check_profile(profile, path)
