@@ -73,7 +73,7 @@ def solve(model, trrs, counts, profile=None, late=None) -> dict:  # percentage -
 
 # %% ../../nbs/cli/02_answers.ipynb #d1de3283
 def _clip_sample(clip, question, choices, letters):
-    "The question about a clip, which is decoded here so that a broken file costs no model."
+    "The question about a clip, which is looked into here so that a broken file costs no model."
     from seats_analysis.inputs.media import decode_clip
     from seats_analysis.inputs.samples import Sample
 
@@ -81,8 +81,9 @@ def _clip_sample(clip, question, choices, letters):
         raise ValueError("--choice: give at least two choices, or none for a free answer")
     if letters and not choices:
         raise ValueError("--letters needs --choice")
+    decode_clip(clip, max_frames=1)
     about = dict(question=question, choices=tuple(choices or ("",)), answer=0, lettered=letters)
-    return Sample(id="run", video=decode_clip(clip), **about)
+    return Sample(id="run", video=str(clip), **about)
 
 
 def _answer(loaded, encoded, plan, choices, max_new_tokens):

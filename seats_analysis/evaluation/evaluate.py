@@ -16,7 +16,7 @@ from itertools import islice, takewhile
 from ..inputs.media import Clip, decode_clip
 from ..inputs.samples import Sample
 from ..models.decoder import last_logits_only
-from ..models.encode import Encoded, encode
+from ..models.encode import Encoded, encode, frame_resizer
 from ..models.families import adapter_for
 from ..models.scoring import score_choices
 from ..statistics.intervals import mcnemar, wilson
@@ -45,11 +45,12 @@ def load_samples(
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #b7f3f5c5
 def clip_cache(
-    sample_rate,  # of the audio, Hz
+    processor,
     size=16,  # clips that are held
 ):  # function: Sample -> the sample with its video decoded
     "Decodes each media file once as long as questions about it follow one another."
-    decode = lru_cache(size)(lambda path: decode_clip(path, sample_rate=sample_rate))
+    rate, resize = processor.feature_extractor.sampling_rate, frame_resizer(processor)
+    decode = lru_cache(size)(lambda path: decode_clip(path, sample_rate=rate, resize=resize))
 
     def cached(sample):
         if sample.video is None or isinstance(sample.video, Clip):
@@ -104,7 +105,7 @@ def evaluate(
 
     if len({s.id for s in samples}) < len(samples):
         raise ValueError("sample ids repeat; rows could not be paired")
-    cached, rows, tokens = clip_cache(processor.feature_extractor.sampling_rate), [], []
+    cached, rows, tokens = clip_cache(processor), [], []
     starts = range(0, len(samples), batch_size)
     with prune(model, plan, kv=kv) as run:
         for i in tqdm(starts, desc="questions", unit="batch", disable=not progress):

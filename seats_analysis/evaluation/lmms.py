@@ -18,7 +18,7 @@ from ..inputs.media import Clip, decode_clip
 from ..inputs.samples import Sample
 from ..inputs.benchmarks import PRESETS
 from ..models.families import limit_pixels
-from ..models.encode import Prompt, encode
+from ..models.encode import Prompt, encode, frame_resizer
 from ..schedules.schedule import PUBLISHED, Schedule
 from ..pruning.session import prune
 from ..baselines.registry import method_at
@@ -29,7 +29,7 @@ from .load import load_model
 def _audio(source, rate):
     "An audio file, or decoded samples with their rate, as a `Clip`."
     if not isinstance(source, Mapping):
-        return replace(decode_clip(source, sample_rate=rate), frames=None)
+        return replace(decode_clip(source, sample_rate=rate, max_frames=1), frames=None)
     wave = np.asarray(source["array"], "float32")
     return Clip("audio", None, 1.0, wave, source["sampling_rate"])
 
@@ -48,6 +48,7 @@ def prompt_of(
     sample_rate: int,  # of the model's audio, Hz
     fps: float = 2.0,
     max_frames: int | None = None,  # how videos are decoded
+    resize=None,  # as for `decode_clip`
 ) -> Prompt:
     "A conversation of one user's turn. Raises ValueError for anything else."
     if [m["role"] for m in messages] != ["user"]:
@@ -60,7 +61,7 @@ def prompt_of(
             parts.append(part["text"])
         elif kind == "video":  # with its audio, or with that of a separate file
             video = Sample("video", str(source), "", (), -1, audio=part.get("sound") or None)
-            parts.append(video.load_media(fps, sample_rate, max_frames))
+            parts.append(video.load_media(fps, sample_rate, max_frames, resize))
         elif kind == "audio":
             parts.append(_audio(source, sample_rate))
         elif kind == "image":
@@ -122,7 +123,8 @@ class Answerer:
 
     def prompt(self, messages, id):
         rate = self.processor.feature_extractor.sampling_rate
-        return prompt_of(messages, id, rate, self.fps, self.max_frames)
+        resize = frame_resizer(self.processor)
+        return prompt_of(messages, id, rate, self.fps, self.max_frames, resize)
 
     @torch.no_grad()
     def __call__(self, prompts, max_new_tokens=16, until=(), **sampling):  # -> list of str

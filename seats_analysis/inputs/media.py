@@ -12,6 +12,7 @@ import numpy as np
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import repeat
 from pathlib import Path
 from ..storage.files import atomic_write
 
@@ -30,6 +31,7 @@ class Clip:
     fps: float = 2.0  # true rate of `frames`, frames per second
     waveform: np.ndarray | None = None  # (N,) float32 mono, full scale is 1
     sample_rate: int = 16000  # samples per second of `waveform`
+    resized: bool = False  # the frames have their final size, the processor leaves it as it is
 
     def __post_init__(self):
         if self.frames is None and self.waveform is None:
@@ -177,6 +179,11 @@ class _Spans:
     audio: tuple | None  # (begin, end) of the first audio stream
 
 
+_MAX_GAP = 3600.0  # seconds from one packet to the next
+_MAX_PIXELS = 2**26  # of a stored frame, twice those of 8K
+_MAX_BYTES = 2**32  # of a clip's frames at their final size, and of its waveform
+
+
 def _span(times):
     "(begin, end) of [(time stamp, duration), ...] in seconds."
     first, (last, lasts) = min(times)[0], max(times)
@@ -184,15 +191,39 @@ def _span(times):
     return first, max(last + (lasts or gap), max(at + length for at, length in times))
 
 
-def _check_whole(path, file, end):
-    "Refuse a file that promises more seconds than its packets hold."
+def _check_gaps(path, kind, times):
+    "Refuse time stamps that jump: a clip would be hours of one frame, or of silence."
+    times = np.sort(times)
+    at = int(np.argmax(np.diff(times)))
+    if (gap := times[at + 1] - times[at]) > _MAX_GAP:
+        raise ValueError(
+            f"{path}: a corrupt time stamp, its {kind} jumps from {times[at]:.2f} s by {gap:.0f} s"
+        )
+
+
+def _check_end(path, file, end, whole):
+    "Refuse a file whose packets end far from where the container says; before it only if `whole`."
     if not file.format.name.startswith(("mov", "matroska")):
         return  # others do not say it, or FFmpeg estimates
     start, promised = (file.start_time or 0) / 1e6, (file.duration or 0) / 1e6
     if file.format.name.startswith("mov"):
         promised += start  # a length there; Matroska as libavformat writes it says when the end is
-    if promised - end > max(0.5, 0.02 * (promised - start)):
+    if whole and promised - end > max(0.5, 0.02 * (promised - start)):
         raise ValueError(f"{path}: cut off, its packets end at {end:.2f} s of {promised:.2f} s")
+    if file.duration and end - promised > promised - start + 60:
+        raise ValueError(
+            f"{path}: corrupt time stamps, its packets end at {end:.2f} s, its container says "
+            f"{promised:.2f} s"
+        )
+
+
+def _check_bytes(path, shape, what):
+    "Refuse a clip that is too large to hold."
+    if (size := math.prod(shape)) > _MAX_BYTES:
+        raise ValueError(
+            f"{path}: {what} would take {size / 2**30:.1f} GiB, the limit is "
+            f"{_MAX_BYTES >> 30} GiB; ask for fewer frames (fps, max_frames)"
+        )
 
 
 def _scan(path):
@@ -201,16 +232,20 @@ def _scan(path):
         streams, times = [s for s in _media_streams(file) if s], {}
         if not streams:
             raise ValueError(f"{path}: holds neither video nor audio")
+        if unknown := [s.type for s in streams if s.codec_context is None]:
+            raise ValueError(f"{path}: FFmpeg has no decoder for its {unknown[0]}")
         for p in file.demux(*streams):
             if p.pts is not None:
                 span = float(p.pts * p.time_base), float((p.duration or 0) * p.time_base)
                 times.setdefault(p.stream.type, []).append(span)
-        spans = {kind: _span(t) for kind, t in times.items()}
+        start, spans = (file.start_time or 0) / 1e6, {kind: _span(t) for kind, t in times.items()}
         if not spans:
             raise ValueError(f"{path}: holds no packet with a time stamp")
-        if len(streams) == len(file.streams):
-            _check_whole(path, file, max(end for _, end in spans.values()))
-        return _Spans((file.start_time or 0) / 1e6, spans.get("video"), spans.get("audio"))
+        end, whole = max(end for _, end in spans.values()), len(streams) == len(file.streams)
+        _check_end(path, file, end, whole)
+        for kind, t in times.items():
+            _check_gaps(path, kind, [start, *(at for at, _ in t), spans[kind][1]])
+        return _Spans(start, spans.get("video"), spans.get("audio"))
 
 # %% ../../nbs/inputs/00_media.ipynb #051f3306
 def _grid(
@@ -227,19 +262,20 @@ def _grid(
 
 def _on_screen(
     frames,  # iterable of (seconds, frame), in order
-    times,  # seconds, ascending
-):  # yields one frame per time
-    "For every time the frame that is on screen then; before the first one, the first."
+    n,  # number of times
+    fps,  # of them
+):  # yields n frames, or none
+    "For every time k / fps the frame that is on screen then; before the first one, the first."
     shown, k = None, 0
     for at, frame in frames:
-        while shown is not None and k < len(times) and times[k] < at - 1e-3:
+        while shown is not None and k < n and k / fps < at - 1e-3:
             yield shown
             k += 1
-        if k == len(times):
+        if k == n:
             return
         shown = frame
     if shown is not None:
-        yield from [shown] * (len(times) - k)
+        yield from repeat(shown, n - k)
 
 # %% ../../nbs/inputs/00_media.ipynb #587dc957
 def _turn(
@@ -260,36 +296,50 @@ def _decode_frames(
     spans,  # its _Spans
     fps,  # frames per second asked for
     max_frames,  # upper limit, or None
+    resize=None,  # as in `decode_clip`
 ):  # ((T, H, W, 3) uint8, true frames per second)
     "Frames that are on screen on a regular grid of times. ValueError if none can be decoded."
     from av.sidedata.sidedata import Type
 
     n, fps = _grid(spans.video[1] - spans.start, fps, max_frames)
+    _check_bytes(path, (n, 4096), f"{n} frames")  # of 37 x 37 pixels; hours at any usual rate
     with _open_media(path) as file:
-        stream, frames, size = _media_streams(file)[0], [], None
-        stream.thread_type = "AUTO"
+        stream, out, last = _media_streams(file)[0], None, None
+        stream.thread_type, stream.codec_context.options = "AUTO", dict(max_pixels=str(_MAX_PIXELS))
         timed = ((f.time - spans.start, f) for f in file.decode(stream) if f.time is not None)
-        for frame in _on_screen(timed, [k / fps for k in range(n)]):
-            size = size or dict(width=frame.width, height=frame.height)  # of the first frame
-            matrix = frame.side_data.get(Type.DISPLAYMATRIX)
-            matrix = None if matrix is None else np.frombuffer(bytes(matrix), "<i4")
-            frames.append(_turn(frame.to_ndarray(format="rgb24", **size), matrix))
-    if not frames:
+        for k, frame in enumerate(_on_screen(timed, n, fps)):
+            if frame is last:
+                out[k] = out[k - 1]
+                continue
+            if out is None:  # size and turn of the first frame are those of the clip
+                size = dict(width=frame.width, height=frame.height)
+                matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+                matrix = None if matrix is None else np.frombuffer(bytes(matrix), "<i4")
+            pixels = _turn(frame.to_ndarray(format="rgb24", **size), matrix)
+            pixels = pixels if resize is None else resize(pixels, n)
+            if out is None:
+                h, w = pixels.shape[:2]
+                _check_bytes(path, (n, h, w, 3), f"{n} frames of {w}x{h}")
+                out = np.empty((n, h, w, 3), np.uint8)
+            out[k], last = pixels, frame
+    if out is None:
         raise ValueError(f"{path}: none of its video frames can be decoded")
-    return np.stack(frames), fps
+    return out, fps
 
 # %% ../../nbs/inputs/00_media.ipynb #999efa89
-def _lay_out(
-    stretches,  # of (first sample's position, (n,) float32)
-    limit,  # positions at which the stream ends
-):  # (N,) float32
-    "Lay stretches of audio at their positions, silence between; cut before 0 and at `limit`."
-    stretches = [(max(at, 0), part[max(-at, 0) :]) for at, part in stretches]
-    end = max((at + len(part) for at, part in stretches), default=0)
-    out = np.zeros(min(limit, end), np.float32)
-    for at, part in stretches:
-        out[at : at + len(part)] = part[: max(len(out) - at, 0)]
-    return out
+class _Track:
+    "A waveform in the making: what is laid later wins, silence between; cut at 0 and at the end."
+
+    def __init__(self, n):  # samples at which the stream ends
+        self.out, self.at, self.end = np.zeros(n, np.float32), 0, 0
+
+    def lay(self, parts):  # (n,) float32 each, from position `at` on
+        for part in parts:
+            begin, end = max(self.at, 0), min(self.at + len(part), len(self.out))
+            if begin < end:
+                self.out[begin:end] = part[begin - self.at : end - self.at]
+                self.end = max(self.end, end)
+            self.at += len(part)
 
 
 def _decode_waveform(
@@ -301,22 +351,25 @@ def _decode_waveform(
     import av
 
     # channels are averaged here: FFmpeg's own mix of floats is louder and can clip
-    mono = lambda frames: [f.to_ndarray().mean(0) for f in frames]
-    stretches, kind, expected = [], None, spans.start
+    mono = lambda frames: (f.to_ndarray().mean(0) for f in frames)
+    n = round((spans.audio[1] - spans.start) * sample_rate)
+    _check_bytes(path, (n, 4), f"{n / sample_rate:.0f} s of audio")
+    track, resampler, kind, expected = _Track(max(n, 0)), None, None, spans.start
     with _open_media(path) as file:
         for frame in file.decode(_media_streams(file)[1]):
             this = frame.format.name, frame.layout.name, frame.sample_rate
             at = expected if frame.time is None else frame.time
             if this != kind or abs(at - expected) > 0.05:
+                if resampler:
+                    track.lay(mono(resampler.resample(None)))
                 kind, expected = this, at
                 resampler = av.AudioResampler("fltp", rate=sample_rate)
-                stretches.append((round((at - spans.start) * sample_rate), resampler, []))
-            stretches[-1][2].extend(mono(resampler.resample(frame)))
+                track.at = round((at - spans.start) * sample_rate)
+            track.lay(mono(resampler.resample(frame)))
             expected += frame.samples / frame.sample_rate
-        none = [np.zeros(0, np.float32)]
-        ends = [(at, parts + mono(r.resample(None))) for at, r, parts in stretches]
-    limit = round((spans.audio[1] - spans.start) * sample_rate)
-    return _lay_out([(at, np.concatenate(parts or none)) for at, parts in ends], limit)
+        if resampler:
+            track.lay(mono(resampler.resample(None)))
+    return track.out[: track.end]
 
 # %% ../../nbs/inputs/00_media.ipynb #3d7c8591
 def decode_clip(
@@ -324,9 +377,13 @@ def decode_clip(
     fps=2.0,  # frames per second to sample
     sample_rate=16000,  # samples per second of the waveform, what the audio encoder wants
     max_frames=None,  # upper limit; a longer clip is sampled more sparsely, and its `fps` says so
+    resize=None,  # ((H, W, 3) uint8, number of frames) -> final frame, as `frame_resizer` makes it
 ):  # Clip; `frames` or `waveform` is None where the file has none
-    """Decode a file into frames and waveform on one clock. Raises ValueError that names the file if
-    it is missing, broken, cut off or not media."""
+    """Decode a file into frames and waveform on one clock, holding no more than is kept.
+
+    Raises ValueError that names the file if it is missing, broken, cut off or not media, if its
+    time stamps are corrupt, or if what is asked for would take more than 4 GiB.
+    """
     _check_fps(fps)
     if not (isinstance(sample_rate, int) and sample_rate > 0):
         raise ValueError(f"sample_rate: {sample_rate!r}, expected a positive whole number")
@@ -335,10 +392,10 @@ def decode_clip(
     path, frames, waveform = Path(path), None, None
     spans, fps = _scan(path), float(fps)
     if spans.video:
-        frames, fps = _decode_frames(path, spans, fps, max_frames)
+        frames, fps = _decode_frames(path, spans, fps, max_frames, resize)
     if spans.audio:
         waveform = _decode_waveform(path, spans, sample_rate)
         waveform = waveform if len(waveform) else None
     if frames is None and waveform is None:
         raise ValueError(f"{path}: nothing in it can be decoded")
-    return Clip(path.stem, frames, fps, waveform, sample_rate)
+    return Clip(path.stem, frames, fps, waveform, sample_rate, resize is not None)

@@ -79,20 +79,25 @@ class Sample:
         fps=2.0,  # as for decode_clip
         sample_rate=16000,  # as for decode_clip
         max_frames=None,  # as for decode_clip
+        resize=None,  # as for decode_clip
     ):  # Clip, or None for a question without media
         "The clip, or its file decoded; a separate file replaces the audio."
-        decode = lambda path: replace(decode_clip(path, fps, sample_rate, max_frames), id=self.clip)
+
+        def decode(path, max_frames):
+            clip = decode_clip(path, fps, sample_rate, max_frames, resize)
+            return replace(clip, id=self.clip)
+
         video = self.video
         if video is not None and not isinstance(video, Clip):
-            video = decode(video)
+            video = decode(video, max_frames)
         if self.audio is None:
             return video
-        audio = decode(self.audio)
+        audio = decode(self.audio, 1)  # whatever it shows is not looked at
         if audio.waveform is None:
             raise ValueError(f"{self.audio}: holds no audio (audio of sample {self.id!r})")
         if video is None:
             return replace(audio, frames=None)
-        return replace(audio, frames=video.frames, fps=video.fps)
+        return replace(audio, frames=video.frames, fps=video.fps, resized=video.resized)
 
 # %% ../../nbs/inputs/01_samples.ipynb #972bb5e6
 LABEL = re.compile(r"\s*\(?([A-Z])\s*[.):]\s*")  # a choice's letter in front of its text
