@@ -134,9 +134,17 @@ class Stream:
         hidden = self.hidden
         for layer in range(start, stop):
             hidden = self.decoder.run_layers(hidden, self.rotary, self.mask, layer, layer + 1)
-            if layer < len(self.extra):
-                hidden = hidden + self.extra[layer]
+            hidden = self.inject(hidden, layer)
         return replace(self, hidden=hidden)
+
+    def inject(self, hidden, layer):
+        "What DeepStack adds behind a layer."
+        return hidden + self.extra[layer] if layer < len(self.extra) else hidden
+
+    def bypass(self, layer):
+        "Up to behind `layer`, which is left out."
+        before = self.through(0, layer).hidden
+        return replace(self, hidden=self.inject(before, layer))
 
 
 def marks_of(stream, encoded, selectors) -> dict:  # name -> (B, N) bool
@@ -175,7 +183,7 @@ def removal_scores(
     encoded: Encoded,  # prompts
     removed,  # conditions: names, or a mapping name -> selector
     layers: Sequence[int],  # to remove before, ascending, the last one is the number of layers
-) -> dict:  # (condition, layer) -> Scores; (None, number of layers) -> Scores of the full run
+) -> dict:  # (condition, layer) -> Scores; (None, layer): full run without that layer
     "Remove each condition's tokens before each layer and score the answers: the plain method."
     device, n = encoded.inputs["input_ids"].device, len(encoded.samples)
     tail = Tail.pack([()] * n, encoded.choice_ids, device)
@@ -206,6 +214,7 @@ def removal_scores(
         for name, (keep, part) in cuts.items():
             part = replace(part, hidden=pick(full.through(0, layer).hidden, keep))
             out[name, layer] = scores(part.through(layer, layers[-1]))
+        out[None, layer] = scores(full.bypass(layer).through(layer + 1, layers[-1]))
     return out | {(None, layers[-1]): scores(full.through(0, layers[-1]))}
 
 # %% ../../nbs/probing/01_branches.ipynb #d89f79a6
@@ -232,8 +241,7 @@ class Condition:
         self.walk, self.names, self.batches = walk, names, []
         self.front = front if front >= SHARE * len(keep) else 0  # positions of the full stream's
         self.own = keep[self.front :]  # (n,) int64 positions that are run apart
-        tables = context.map(lambda x: x[:, self.own])
-        self.rotary, self.extra = tables.rotary, tables.extra
+        self.tables = context.map(lambda x: x[:, self.own])
         ones = lambda *shape: torch.ones(*shape, dtype=torch.bool, device=device)
         mask = lambda allowed: decoder.mask(allowed[None, None], context.hidden.dtype)
         causal = ones(len(keep), len(keep)).tril()[self.front :]
@@ -242,11 +250,19 @@ class Condition:
 
     def branch_off(self, layer, full, max_tokens):
         "Cut one more stream from the full one, into a batch of at most so many tokens."
-        new = Batch([layer], full.context[:, self.own], full.tail)
+        self.join(Batch([layer], full.context[:, self.own], full.tail), max_tokens)
+
+    def bypass(self, layer, before, max_tokens):
+        "One more stream that has missed a layer, from the full one before that layer."
+        missed = self.tables.inject(before.context, layer)
+        self.join(Batch([layer], missed, before.tail), max_tokens)
+
+    def join(self, new, max_tokens):
+        "Into the last batch if that stays below so many tokens."
         length, last = new.context.shape[1] + new.tail.shape[1], self.batches and self.batches[-1]
         if not last or (len(last.layers) + 1) * length > max_tokens:
             return self.batches.append(new)
-        last.layers = last.layers + [layer]
+        last.layers = last.layers + new.layers
         last.context = torch.cat([last.context, new.context])
         last.tail = torch.cat([last.tail, new.tail])
 
@@ -255,13 +271,12 @@ class Condition:
         decoder, kv = self.walk.decoder, front
         for batch in self.batches:
             if len(self.own) and layer == len(decoder.layers) - 1:
-                kv = decoder.layer_keys(batch.context, self.rotary, layer, front)
+                kv = decoder.layer_keys(batch.context, self.tables.rotary, layer, front)
             elif len(self.own):
                 batch.context, kv = decoder.run_layer(
-                    batch.context, self.rotary, self.mask, layer, front
+                    batch.context, self.tables.rotary, self.mask, layer, front
                 )
-                if layer < len(self.extra):
-                    batch.context = batch.context + self.extra[layer]
+                batch.context = self.tables.inject(batch.context, layer)
             after = self.walk.after.rotary
             batch.tail, _ = decoder.run_layer(batch.tail, after, self.tail_mask, layer, kv)
         return kv
@@ -281,6 +296,7 @@ class Traversal:
         self.conditions = [Condition(self, marks[names[0]][:c], names) for names in groups.values()]
         self.full = Condition(self, torch.zeros(c, dtype=torch.bool))
         self.full.batches = [Batch([], self.context.hidden, self.after.hidden)]
+        self.bypassed = Condition(self, torch.zeros(c, dtype=torch.bool), [None])
 
     @classmethod
     def of(cls, model, questions, selectors):
@@ -297,17 +313,21 @@ class Traversal:
     def run(self, layers, max_tokens):  # layers to remove before
         "All layers once, with every shortened stream beside the full one."
         for layer in range(len(self.decoder.layers)):
+            before = replace(self.full.batches[0])
             for condition in self.conditions if layer in layers else ():
-                condition.branch_off(layer, self.full.batches[0], max_tokens)
+                condition.branch_off(layer, before, max_tokens)
             kv = self.full.advance(layer)
             for condition in self.conditions:
                 front = tuple(t[:, :, : condition.front] for t in kv) if condition.front else None
                 condition.advance(layer, front)
+            self.bypassed.advance(layer)
+            if layer in layers:
+                self.bypassed.bypass(layer, before, max_tokens)
 
     def scores(self):  # (condition, layer) -> Scores over the questions
         score = lambda batch: self.tail.score(self.decoder, batch.tail[:, self.tail.wanted])
         out = {(None, len(self.decoder.layers)): score(self.full.batches[0])[0]}
-        for condition in self.conditions:
+        for condition in [*self.conditions, self.bypassed]:
             for batch in condition.batches:
                 for layer, scores in zip(batch.layers, score(batch)):
                     out |= {(name, layer): scores for name in condition.names}
@@ -321,7 +341,8 @@ def branch_scores(
     removed,  # conditions: names, or a mapping name -> selector
     layers: Sequence[int],  # to remove before, ascending, the last one is the number of layers
     max_branch_tokens: int = 65_536,  # that run as one batch; a single stream is never split
-) -> dict:  # (condition, layer) -> Scores over the questions; (None, number of layers): full run
+) -> dict:  # (condition, layer) -> Scores over the questions; (None, layer): full run without
+    # that layer; (None, number of layers): full run
     "All layers and conditions in one traversal. Conditions that change nothing are left out."
     walk = Traversal.of(model, questions, check_removed(removed))
     walk.run(set(layers[:-1]), max_branch_tokens)
