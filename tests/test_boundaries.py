@@ -348,6 +348,18 @@ def test_five_clips_are_resampled():
     )
 
 
+def test_a_late_block_says_which_layer_does_least():
+    profile = synthetic_profile(clips=40, full=1.0)
+    assert "does least" not in explain(find_boundaries(profile, n_boot=50))
+    kl = np.full((profile.sizes["sample"], 13), 0.3)  # nothing is bypassed at the last, 12
+    kl[:, [2, 10, 12]] = 0.001, 0.02, 0.0
+    kl[1:, 4] = np.nan  # not asked
+    found = find_boundaries(profile.assign(bypass_kl=(("sample", "layer"), kl)), n_boot=50)
+    assert found.late_start == 8 and found.parameters["bypass_kl"]["2"] == 0.001
+    assert found.parameters["bypass_kl"]["4"] == 0.3 and "12" not in found.parameters["bypass_kl"]
+    assert "layers 11 does least" in explain(found) and "0.02 nats" in explain(found)
+
+
 def test_clips_that_are_needed_are_effective_ones(measured):
     found = find_boundaries(measured, "both", n_boot=200)
     told = explain(found)

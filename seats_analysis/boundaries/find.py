@@ -261,7 +261,14 @@ def find_boundaries(
 ) -> Boundaries:
     "Shallow, middle and late blocks. Raises ValueError for what the profile does not hold."
     drawn = Resampled.of(profile, removed, split, families, n_boot, seed)
-    return drawn.decide(tolerance, rise, margin, confidence, reach)
+    found = drawn.decide(tolerance, rise, margin, confidence, reach)
+    if "bypass_kl" in profile:
+        live = profile["bypass_kl"].mean("sample")[:-1]
+        found.parameters["bypass_kl"] = {
+            str(layer): round(kl, 4)
+            for layer, kl in zip(live["layer"].values, live.values.tolist())
+        }
+    return found
 
 # %% ../../nbs/boundaries/01_find.ipynb #73f83688
 def kl_threshold(

@@ -26,6 +26,13 @@ def explain(
         if b.late_start < b.num_layers
         else "There is no late block: the last layer still needs the tokens.",
     ]
+    live = {int(i): kl for i, kl in known.get("bypass_kl", {}).items() if int(i) >= b.late_start}
+    if live:
+        least = min(live, key=live.get)
+        lines.append(
+            f"Of its layers {least + 1} does least: with it left out the answers move by "
+            f"{live[least]:.2g} nats (mean KL)."
+        )
     if known.get("effective_clips", MIN_CLIPS) < MIN_CLIPS:
         lines.append(
             f"The intervals are open: it takes {MIN_CLIPS} effective clips, "

@@ -183,7 +183,9 @@ def removal_scores(
     encoded: Encoded,  # prompts
     removed,  # conditions: names, or a mapping name -> selector
     layers: Sequence[int],  # to remove before, ascending, the last one is the number of layers
-) -> dict:  # (condition, layer) -> Scores; (None, layer): full run without that layer
+    bypass: bool = False,  # also leave out each of these layers, with nothing removed
+) -> dict:  # (condition, layer) -> Scores; (None, layer): full run without that layer;
+    # (None, number of layers): full run
     "Remove each condition's tokens before each layer and score the answers: the plain method."
     device, n = encoded.inputs["input_ids"].device, len(encoded.samples)
     tail = Tail.pack([()] * n, encoded.choice_ids, device)
@@ -214,7 +216,8 @@ def removal_scores(
         for name, (keep, part) in cuts.items():
             part = replace(part, hidden=pick(full.through(0, layer).hidden, keep))
             out[name, layer] = scores(part.through(layer, layers[-1]))
-        out[None, layer] = scores(full.bypass(layer).through(layer + 1, layers[-1]))
+        if bypass:
+            out[None, layer] = scores(full.bypass(layer).through(layer + 1, layers[-1]))
     return out | {(None, layers[-1]): scores(full.through(0, layers[-1]))}
 
 # %% ../../nbs/probing/01_branches.ipynb #d89f79a6
@@ -310,7 +313,7 @@ class Traversal:
         marks = marks_of(context, encoded, selectors)
         return cls(stream, tail, {name: removed[0] for name, removed in marks.items()})
 
-    def run(self, layers, max_tokens):  # layers to remove before
+    def run(self, layers, max_tokens, bypass=False):  # layers to remove before
         "All layers once, with every shortened stream beside the full one."
         for layer in range(len(self.decoder.layers)):
             before = replace(self.full.batches[0])
@@ -321,7 +324,7 @@ class Traversal:
                 front = tuple(t[:, :, : condition.front] for t in kv) if condition.front else None
                 condition.advance(layer, front)
             self.bypassed.advance(layer)
-            if layer in layers:
+            if bypass and layer in layers:
                 self.bypassed.bypass(layer, before, max_tokens)
 
     def scores(self):  # (condition, layer) -> Scores over the questions
@@ -341,9 +344,9 @@ def branch_scores(
     removed,  # conditions: names, or a mapping name -> selector
     layers: Sequence[int],  # to remove before, ascending, the last one is the number of layers
     max_branch_tokens: int = 65_536,  # that run as one batch; a single stream is never split
-) -> dict:  # (condition, layer) -> Scores over the questions; (None, layer): full run without
-    # that layer; (None, number of layers): full run
+    bypass: bool = False,  # see `removal_scores`
+) -> dict:  # (condition, layer) -> Scores over the questions, as from `removal_scores`
     "All layers and conditions in one traversal. Conditions that change nothing are left out."
     walk = Traversal.of(model, questions, check_removed(removed))
-    walk.run(set(layers[:-1]), max_branch_tokens)
+    walk.run(set(layers[:-1]), max_branch_tokens, bypass)
     return walk.scores()

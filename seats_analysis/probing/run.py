@@ -89,6 +89,7 @@ PROBE_METHODS = ("branch", "plain")
 # efficient, where the MLP of a 7B then takes some 10 GB
 CPU_TOKENS, MAX_TOKENS = 4_096, 65_536
 MAX_QUESTIONS = 32  # of one clip in one traversal
+BYPASS_CLIPS = 32  # over which each layer is bypassed as well, spread over all
 
 
 def units_of(samples, method, batch_size):
@@ -185,9 +186,12 @@ class ProbeRun:
         folder = self.checkpoint and self.checkpoint / part
         checkpoint = Checkpoint(folder, identity, self.shard)
 
+        spread = np.linspace(0, len(self.units) - 1, min(BYPASS_CLIPS, len(self.units)))
+        bypassed = set(spread.round().astype(int))
+
         def work(number, unit):
             before = self.limit.tokens
-            rows = self.rows_of([self.samples[i] for i in unit], layers)
+            rows = self.rows_of([self.samples[i] for i in unit], layers, number in bypassed)
             if self.limit.tokens < before:
                 said = f"out of memory, now {self.limit.tokens} tokens a batch"
                 checkpoint.bar.set_postfix_str(said)
@@ -197,15 +201,15 @@ class ProbeRun:
         rows = checkpoint.run(self.units, work, everyone=wait, **bar)
         return rows and self.dataset(rows, layers)
 
-    def rows_of(self, samples, layers):  # of one unit
+    def rows_of(self, samples, layers, bypass):  # of one unit
         "Per sample: metric -> (conditions, layers) nested lists."
         if self.method == "plain":
             encoded = encode(self.model, self.processor, samples, **self.media)
-            scores = removal_scores(self.model, encoded, self.removed, layers)
+            scores = removal_scores(self.model, encoded, self.removed, layers, bypass)
             return self.table(samples, scores, layers)
         rows = []
         for q in encode_questions(self.model, self.processor, samples, **self.media):
-            run = partial(branch_scores, self.model, q, self.removed, layers)
+            run = partial(branch_scores, self.model, q, self.removed, layers, bypass=bypass)
             scores = self.limit.run(run, q.shared + sum(map(len, q.tails)))
             rows += self.table(q.samples, scores, layers)
         return rows
@@ -213,6 +217,10 @@ class ProbeRun:
     def table(self, samples, scores, layers):
         "What a condition does not change is as in the full run."
         full, out = scores[None, layers[-1]], [{k: [] for k in METRICS} for _ in samples]
+        if (None, layers[0]) in scores:
+            bypassed = [answer_metrics(samples, scores[None, i], full)["kl"] for i in layers]
+            for i, row in enumerate(out):
+                row["bypass_kl"] = [kl[i].item() for kl in bypassed]
         for name in self.removed:
             grid = [answer_metrics(samples, scores.get((name, i), full), full) for i in layers]
             for i, row in enumerate(out):
@@ -230,6 +238,11 @@ class ProbeRun:
         for k, (units, description) in METRICS.items():
             values = np.array([r[k] for r in rows], dtype=bool if k == "correct" else "float32")
             variables[k] = dims, values, dict(units=units, description=description)
+        unasked = [np.nan] * len(layers)
+        values = np.array([r.get("bypass_kl", unasked) for r in rows], "float32")
+        said = "KL(full || this layer bypassed, nothing removed) at the answer position"
+        said += f"; NaN where it was not asked ({BYPASS_CLIPS} clips are)"
+        variables["bypass_kl"] = ("sample", "layer"), values, dict(units="nats", description=said)
         before = f"removed before this layer, 0-based; {layers[-1]} = nothing removed"
         number = "choices of the question; with fewer than two, `correct` and `margin` say nothing"
         about = lambda description: dict(description=description, units="1")
