@@ -98,6 +98,7 @@ class VisionZipOm(Baseline):
     name: ClassVar[str] = "visionzip-om"
     paper: ClassVar[str] = "arXiv 2412.04467"
     uses_attention: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
     uses_keys: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -289,6 +290,7 @@ class OmniZip(Baseline):
     name: ClassVar[str] = "omnizip"
     paper: ClassVar[str] = "arXiv 2511.14582"
     uses_attention: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
 
     @classmethod
     def nearest_pair(cls, pair, bounds=(0.35, 0.75), contextual=0.05, **options):

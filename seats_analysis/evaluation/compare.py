@@ -158,6 +158,8 @@ class Answering:
             )
         if self.answers not in ANSWERS:
             raise ValueError(f"answers must be one of {', '.join(ANSWERS)}; not {self.answers!r}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens!r}")
 
     def units(self):  # -> list of lists of indices
         "A few clips at a time, with all their questions."

@@ -18,7 +18,7 @@ from ..inputs.samples import Sample
 from ..models.decoder import last_logits_only
 from ..models.encode import Encoded, encode, frame_resizer
 from ..models.families import adapter_for
-from ..models.scoring import score_choices
+from ..models.scoring import LogitsWatch, score_choices
 from ..statistics.intervals import mcnemar, wilson
 from ..pruning.session import as_pruner, prune
 
@@ -99,7 +99,8 @@ def evaluate(
     kv: str = "evict",  # see `prune`
     progress: bool = False,  # show a bar
 ):  # -> DataFrame, a row per question; attrs: method, kv, timings (ms), tokens_per_layer (mean)
-    "Score the choices of every question. ValueError for repeated ids or questions without choices."
+    """Score the choices of every question. ValueError for repeated ids, questions without choices,
+    and logits that are not finite."""
     import pandas as pd
     from tqdm.auto import tqdm
 
@@ -156,12 +157,15 @@ def parse_answer(
 def greedy(
     model,
     inputs: Mapping,  # of `encode`
+    watch: LogitsWatch | None = None,  # gets the logits of every step
 ):  # yields (B,) int64, the next token of every row
     "Tokens that the model writes, without end. The first takes the prefill, each other a step."
     thinker = adapter_for(model).thinker(model)
     mask, at = inputs["attention_mask"], inputs["position_ids"][..., -1:]
     while True:
         out = thinker(**inputs, use_cache=True)
+        if watch is not None:
+            watch(None, out.logits[:, -1])
         yield (token := out.logits[:, -1].argmax(-1))
         mask, at = torch.nn.functional.pad(mask, (0, 1), value=1), at + 1
         inputs = dict(
@@ -178,17 +182,18 @@ def write_answers(
     batch: Encoded,  # of `encode`
     max_new_tokens: int = 16,
 ) -> list:  # of str
-    "Greedy answers of a batch."
+    "Greedy answers of a batch. Raises ValueError for logits that are not finite."
     thinker, tokenizer = adapter_for(model).thinker(model), processor.tokenizer
     ends = getattr(getattr(thinker, "generation_config", None), "eos_token_id", None)
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    texts = [[] for _ in batch.samples]
+    texts, watch = [[] for _ in batch.samples], LogitsWatch()
     with last_logits_only(model):
-        for token in islice(greedy(model, batch.inputs), max_new_tokens):
+        for token in islice(greedy(model, batch.inputs, watch), max_new_tokens):
             for text, t in zip(texts, token.tolist()):
                 text.append(t)
             if all(ends & set(text) for text in texts):
                 break
+    watch.check(model, batch)
     texts = [list(takewhile(lambda t: t not in ends, text)) for text in texts]
     return [tokenizer.decode(text, skip_special_tokens=True).strip() for text in texts]
 

@@ -19,6 +19,7 @@ from ..inputs.samples import Sample
 from ..inputs.benchmarks import PRESETS
 from ..models.families import limit_pixels
 from ..models.encode import Prompt, encode, frame_resizer
+from ..models.scoring import LogitsWatch
 from ..schedules.schedule import PUBLISHED, Schedule
 from ..pruning.session import prune
 from ..baselines.registry import method_at
@@ -130,9 +131,11 @@ class Answerer:
     def __call__(self, prompts, max_new_tokens=16, until=(), **sampling):  # -> list of str
         "Greedy answers up to the first stop text, unless `sampling` says otherwise."
         batch = encode(self.model, self.processor, prompts)
-        options = dict(max_new_tokens=max_new_tokens, do_sample=False) | sampling
+        options, watch = dict(max_new_tokens=max_new_tokens, do_sample=False), LogitsWatch()
+        options |= dict(sampling, logits_processor=[watch])
         with prune(self.model, self.method, kv=self.kv):
             out = self.model.generate(**batch.inputs, **options)
+            watch.check(self.model, batch)
         new, answers = out[:, batch.shape[1] :], []
         for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True):
             for stop in filter(None, until):
@@ -147,7 +150,8 @@ def generation_options(
     "How a task wants answers written; sampling only where it asks for a temperature."
     until = given.get("until") or []
     until = [until] if isinstance(until, str) else list(until)
-    options = dict(max_new_tokens=given.get("max_new_tokens") or 16, until=until)
+    tokens = given.get("max_new_tokens")
+    options = dict(max_new_tokens=16 if tokens is None else tokens, until=until)
     if given.get("do_sample", True) and (given.get("temperature") or 0) > 0:
         options |= dict(do_sample=True, temperature=given["temperature"], top_p=given.get("top_p"))
     if (given.get("num_beams") or 1) > 1:

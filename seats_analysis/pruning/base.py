@@ -227,6 +227,7 @@ class Pruner(ABC):
     uses_attention: ClassVar[bool] = False  # stage I wants the attention received in the encoders
     uses_scores: ClassVar[bool] = False  # stage II wants the scores of the last text token
     uses_keys: ClassVar[bool] = False  # stage I wants the keys of the encoders' last layers
+    merges: ClassVar[bool] = False  # stage I gives new features, which hand gradients on
 
     def __post_init__(self):
         if wrong := sorted(self.schedule.stages - set(self.stages)):

@@ -13,7 +13,9 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, fields
 from functools import cache, partial
-from weakref import ref
+from threading import Lock, current_thread, enumerate as running_threads
+from unittest.mock import patch
+from weakref import WeakSet, ref
 from ..models.attention import TowerAttention
 from ..inputs.layout import CODES, TokenLayout
 from ..models.families import adapter_for
@@ -182,6 +184,69 @@ class SideStream:
                 x.record_stream(here)
         self.out = []
 
+# %% ../../nbs/pruning/05_encoders.ipynb #56755d4e
+COMPILED = (
+    "prune works by hooks on the layers, and what torch.compile made of a whole model, decoder or "
+    "encoder runs without them: compile the decoder's layers one by one (`layer.compile()`)"
+)
+
+
+def refuse_compiled():
+    "Raise ValueError within what torch.compile made."
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+    if get_eval_frame_callback() is not None:
+        raise ValueError(COMPILED)
+
+
+class Hooks:
+    "Registers the hooks of a block: for one thread at a time, on a model that nobody copies."
+
+    def __init__(self):
+        self.owner, self.lock, here = None, Lock(), current_thread()
+        self.others = WeakSet(t for t in running_threads() if t is not here)
+
+    def before(self, stack, module, hook):
+        hook = partial(self.call, hook)
+        stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def after(self, stack, module, hook):
+        stack.callback(module.register_forward_hook(partial(self.call, hook)).remove)
+
+    def call(self, hook, *args):
+        self.check()
+        return hook(*args)
+
+    def check(self):
+        "Raise ValueError in a thread that has to wait, or is none of the block's."
+        if (here := current_thread()) is self.owner:
+            return
+        if here in self.others:
+            raise ValueError(
+                "another thread is pruning this model: leave its `prune` block first, or take "
+                "another model"
+            )
+        if self.owner is not None and self.owner.is_alive():
+            raise ValueError(
+                "another thread is in a forward pass of this model: in a `prune` block there is "
+                "one at a time"
+            )
+
+    def claim(self):
+        "A forward pass begins; `release` ends it."
+        with self.lock:
+            self.check()
+            self.owner = current_thread()
+
+    def release(self):
+        self.owner = None
+
+    def __reduce_ex__(self, protocol):
+        raise ValueError(
+            "this model is being pruned and cannot be copied or saved with its hooks: leave the "
+            "`prune` block first"
+        )
+
 # %% ../../nbs/pruning/05_encoders.ipynb #25f885bb
 def visual_order(
     input_ids: torch.Tensor,  # (B, S)
@@ -211,8 +276,9 @@ class EncoderCall:
 class EncoderWatch:
     "Notes every call of the two towers, and the attention that their tokens receive."
 
-    def __init__(self, model, timings, method, options=()):  # options: of `ENCODERS`
+    def __init__(self, model, timings, method, hooks, options=()):  # options: of `ENCODERS`
         self.model, self.timings, self.options, self.side = model, timings, options, None
+        self.hooks = hooks
         self.wanted = (
             method is not None
         )  # whether stage I needs the attention, and in which windows
@@ -231,10 +297,13 @@ class EncoderWatch:
             before = self.before_visual if modality == "visual" else self.before_audio
             hooked = (attention.tower, before), (attention.module, self.before_attention)
             for module, hook in hooked:
-                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                self.hooks.before(stack, module, hook)
             after = [(m, self.on_projection) for m in attention.projections]
             for module, hook in [*after, (attention.tower, self.after_tower)]:
-                stack.callback(module.register_forward_hook(partial(hook, modality)).remove)
+                self.hooks.after(stack, module, partial(hook, modality))
+            if self.wanted:  # see `Hooks`
+                module = attention.module
+                stack.enter_context(patch.object(module, "forward", module.forward))
 
     # ---- before the thinker: the video beside the audio
 
@@ -281,6 +350,7 @@ class EncoderWatch:
 
     def before_visual(self, module, args, kwargs):
         "Note the call; with `repeats` the tower gets only the first of grids that are equal."
+        self.hooks.claim()
         pixels = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
         grids, merged = grid.tolist(), self.rates.merge_size**2  # before the first layer
@@ -298,6 +368,7 @@ class EncoderWatch:
                 return (), {**kwargs, "hidden_states": pixels[found.first], "grid_thw": grid}
 
     def before_audio(self, module, args, kwargs):
+        self.hooks.claim()
         frames = (kwargs["feature_lens"] if "feature_lens" in kwargs else args[1]).tolist()
         tokens = sum(self.adapter.audio_tokens(self.model, frames))
         self.calls["audio"].append(EncoderCall(frames, tokens))
@@ -306,23 +377,28 @@ class EncoderWatch:
     def before_attention(self, module, args, kwargs):
         "The last attention module is about to project; its rotary goes onto queries and keys."
         if self.wanted:
+            refuse_compiled()
             self.projecting = [], kwargs.get("position_embeddings")
 
     def on_projection(self, modality, module, args, output):
         "One of its projections is made; with the last of them the attention can be taken."
         if self.projecting is None:
             return
-        (made, rotary), call = self.projecting, self.calls[modality][-1]
-        attention = self.attention[modality]
-        made.append(output)
-        if len(made) < len(attention.projections):
+        running = [c for c in self.calls[modality][-1:] if c.output is None]
+        if not running:  # a checkpoint runs the tower's last layer again, for gradients
+            self.projecting = None
             return
-        self.projecting, (q, k) = None, attention.heads(made, rotary)
-        if call.repeats is not None:
-            q, k = (x[call.repeats.rows] for x in (q, k))
+        (made, rotary), (call,) = self.projecting, running
+        made.append(output)
+        if len(made) < len(self.attention[modality].projections):
+            return
+        self.projecting = None
         # on the side stream it cannot be told apart from encoding: marks lie in the main one
         aside = self.side is not None and modality == "visual"
         with nullcontext() if aside else self.timings.time("selection"), torch.no_grad():
+            q, k = self.attention[modality].heads(made, rotary)
+            if call.repeats is not None:
+                q, k = (x[call.repeats.rows] for x in (q, k))
             self.aggregate(modality, call, q, k)
 
     def aggregate(self, modality, call, q, k):  # q, k (rows, heads, head size)
@@ -396,7 +472,7 @@ def watch_encoders(
     method: Pruner,  # what stage I of this method asks is noted
 ):  # yields an `EncoderWatch`; its `calls` are those of the block
     "Note every call of the towers, with the attention that their tokens receive."
-    watch = EncoderWatch(model, timings, method)
+    watch = EncoderWatch(model, timings, method, Hooks())
     with ExitStack() as stack:
         watch.install(stack)
         yield watch

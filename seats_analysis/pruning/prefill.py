@@ -143,7 +143,7 @@ class Prefill:
         step = self.steps[0]
         if step.stage != 1:
             return kwargs
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.method.merges and torch.is_grad_enabled()):
             keep, embeds = self.select(embeds, encoders)
         index = self.cut(step, keep)
         return {
@@ -166,9 +166,15 @@ class Prefill:
         features = embeds.flatten(0, 1)[self.media]
         inputs = Stage1Inputs(features, attention, self.budgets, keys)
         self.checks.append(Check.of_inputs(inputs))
-        keep = method.select(inputs)
+        with torch.autocast(features.device.type, enabled=False):
+            keep = method.select(inputs)
         if isinstance(keep, tuple):
             keep, features = keep
+            if embeds.requires_grad and not features.requires_grad:
+                raise ValueError(
+                    f"method {method.name!r} gives new features that hand no gradient on to the "
+                    "encoders: set `merges = True` in its class, or run under `torch.no_grad()`"
+                )
             flat = embeds.flatten(0, 1).index_copy(0, self.media, features.to(embeds.dtype))
             embeds = flat.view(embeds.shape)
         everything = self.tokens.valid

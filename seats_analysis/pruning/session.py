@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from threading import Lock
+from threading import Lock, current_thread
 from unittest.mock import patch
 from weakref import WeakSet
 from ..inputs.layout import CODES, IMAGE, TokenLayout, VISUAL
@@ -33,8 +33,11 @@ from seats_analysis.pruning.cache import (
 from seats_analysis.pruning.encoders import (
     ENCODED,
     ENCODERS,
+    COMPILED,
     EncoderWatch,
+    Hooks,
     batched_windows,
+    refuse_compiled,
     visual_order,
 )
 from .generate import COPIES, MEDIA, repeat_media
@@ -96,7 +99,8 @@ class Session:
         self.timings = Timings(str(next(model.parameters()).device))
         self.run = Run(method, kv, self.timings)
         asks = method and method.uses_attention and min(method.schedule.entering.values()) < 1
-        self.encoders = EncoderWatch(model, self.timings, method if asks else None, encoders)
+        self.hooks, noting = Hooks(), method if asks else None
+        self.encoders = EncoderWatch(model, self.timings, noting, self.hooks, encoders)
         self.slots = None
         self.reset()
 
@@ -139,15 +143,20 @@ class Session:
         levels = len(getattr(tower, "deepstack_visual_indexes", ()))
         after = [(m, partial(self.after_layer, i)) for i, m in enumerate(self.layers[:levels])]
         for module, hook in before:
-            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            self.hooks.before(stack, module, hook)
         for module, hook in [*after, (self.decoder.module, self.after_decoder)]:
-            stack.callback(module.register_forward_hook(hook).remove)
+            self.hooks.after(stack, module, hook)
+        last = self.thinker.register_forward_hook(self.after_thinker, always_call=True)
+        stack.callback(last.remove)
+        decoder = self.decoder.module  # see `Hooks`
+        stack.enter_context(patch.object(decoder, "forward", decoder.forward))
 
     def reset(self):
         "Forget the forward pass in hand, finished or not."
         if self.slots is not None:
             self.slots.open = False
         self.prefill = self.masks = self.slots = None
+        self.entered = 0  # layers
         self.timings.stop()
 
     # ---- in `generate`, before anything else
@@ -171,7 +180,9 @@ class Session:
     # ---- before the thinker: a prefill is planned, or a decode step goes on
 
     def before_thinker(self, module, args, kwargs):
+        self.hooks.claim()
         self.reset()
+        refuse_compiled()
         kwargs = dict(kwargs)
         copies, noted = kwargs.pop(COPIES, 1), kwargs.pop(ENCODED, None)
         given = self.signature.bind_partial(*args, **kwargs).arguments
@@ -218,6 +229,17 @@ class Session:
                 "`output_hidden_states` nor speech output can go on: generate text only "
                 '(`generation_mode="text"`; Qwen3-Omni: `return_audio=False`), or leave the '
                 "`prune` block"
+            )
+        layer = self.layers[0]
+        again = getattr(layer, "gradient_checkpointing", False) and layer.training
+        if (
+            again
+            and torch.is_grad_enabled()
+            and type(layer).__call__ is not torch.nn.Module.__call__
+        ):
+            raise ValueError(
+                "this version of transformers calls the hooks of a layer again in the backward "
+                "pass: prune without gradient checkpointing, or update transformers"
             )
         if given.get("labels") is not None:
             raise ValueError(
@@ -297,6 +319,8 @@ class Session:
     # ---- before the decoder: stage I, or the masks of a decode step
 
     def before_decoder(self, module, args, kwargs):
+        self.hooks.claim()
+        refuse_compiled()
         cache = kwargs.get("past_key_values")
         self.timings.start("decode" if cache is not None and cache.get_seq_length() else "prefill")
         if self.prefill is not None:
@@ -314,6 +338,7 @@ class Session:
     # ---- around every decoder layer: stages II and III, DeepStack
 
     def before_layer(self, layer, module, args, kwargs):
+        self.entered += 1
         if self.masks is not None:
             return args, {**kwargs, "attention_mask": self.masks[layer]}
         if (p := self.prefill) is None:
@@ -340,6 +365,8 @@ class Session:
 
     def after_decoder(self, module, args, output):
         "Evict, check, label the cache, fill in the run. Raises ValueError for a wrong choice."
+        if (self.prefill or self.masks) and self.entered != len(self.layers):
+            raise ValueError(COMPILED)
         if (p := self.prefill) is not None:
             cache = getattr(output, "past_key_values", None)
             if cache is not None:
@@ -350,6 +377,15 @@ class Session:
                 label_cache(cache, Slots.after_prefill(p))
             self.run._stages, self.run._layers = p.stages, p.layers
         self.reset()
+
+    def after_thinker(self, module, args, output):  # after an exception, too; then there is none
+        if self.hooks.owner is not current_thread():
+            return
+        passed_by = output is not None and self.prefill is not None
+        self.reset()
+        self.hooks.release()
+        if passed_by:
+            raise ValueError(COMPILED)
 
 # %% ../../nbs/pruning/10_session.ipynb #c38f3cbd
 _KV, _IMAGES = ("evict", "retain"), ("keep", "prune")
