@@ -191,11 +191,12 @@ COMPILED = (
 )
 
 
-def refuse_compiled():
-    "Raise ValueError within what torch.compile made."
+def refuse_compiled(module):
+    "Raise ValueError before a module whose forward is compiled, alone or within another one."
     from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
-    if get_eval_frame_callback() is not None:
+    alone = module._compiled_call_impl or hasattr(module.forward, "_torchdynamo_orig_callable")
+    if alone or get_eval_frame_callback() is not None:
         raise ValueError(COMPILED)
 
 
@@ -207,11 +208,16 @@ class Hooks:
         self.others = WeakSet(t for t in running_threads() if t is not here)
 
     def before(self, stack, module, hook):
-        hook = partial(self.call, hook)
+        hook = self.checked(module, hook)
         stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     def after(self, stack, module, hook):
-        stack.callback(module.register_forward_hook(partial(self.call, hook)).remove)
+        stack.callback(module.register_forward_hook(self.checked(module, hook)).remove)
+
+    def checked(self, module, hook):
+        hook = partial(self.call, hook)
+        # those of a compiled layer would be compiled, too, one by one and in every block again
+        return torch.compiler.disable(hook) if module._compiled_call_impl else hook
 
     def call(self, hook, *args):
         self.check()
@@ -377,7 +383,7 @@ class EncoderWatch:
     def before_attention(self, module, args, kwargs):
         "The last attention module is about to project; its rotary goes onto queries and keys."
         if self.wanted:
-            refuse_compiled()
+            refuse_compiled(module)
             self.projecting = [], kwargs.get("position_embeddings")
 
     def on_projection(self, modality, module, args, output):

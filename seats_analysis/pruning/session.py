@@ -182,7 +182,7 @@ class Session:
     def before_thinker(self, module, args, kwargs):
         self.hooks.claim()
         self.reset()
-        refuse_compiled()
+        refuse_compiled(module)
         kwargs = dict(kwargs)
         copies, noted = kwargs.pop(COPIES, 1), kwargs.pop(ENCODED, None)
         given = self.signature.bind_partial(*args, **kwargs).arguments
@@ -320,7 +320,7 @@ class Session:
 
     def before_decoder(self, module, args, kwargs):
         self.hooks.claim()
-        refuse_compiled()
+        refuse_compiled(module)
         cache = kwargs.get("past_key_values")
         self.timings.start("decode" if cache is not None and cache.get_seq_length() else "prefill")
         if self.prefill is not None:

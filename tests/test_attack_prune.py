@@ -1,0 +1,548 @@
+"""What an attack on `prune` and on the answers found: each case works or ends with one line, and
+the model is always the stock model again, bit for bit."""
+
+import copy
+import pickle
+import random
+import threading
+import time
+import warnings
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
+import pytest
+import tiny
+import torch
+from test_undo import state
+
+from seats_analysis.baselines.merging import OmniZip
+from seats_analysis.baselines.registry import METHODS, method_at
+from seats_analysis.evaluation.compare import compare_methods
+from seats_analysis.evaluation.evaluate import evaluate
+from seats_analysis.evaluation.lmms import Answerer, generation_options
+from seats_analysis.models.decoder import Decoder
+from seats_analysis.models.encode import Prompt, encode
+from seats_analysis.models.families import adapter_for
+from seats_analysis.models.scoring import score_choices
+from seats_analysis.pruning.encoders import Hooks, refuse_compiled
+from seats_analysis.pruning.seats import Seats
+from seats_analysis.pruning.session import prune
+from seats_analysis.schedules.schedule import Schedule
+
+FAMILY = "qwen2.5-omni"
+LATE = 5  # no choice is made from what comes out of this layer
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny.processor(FAMILY)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.thinker(FAMILY)
+
+
+@pytest.fixture(scope="module")
+def batch(model, processor):
+    return encode(model, processor, tiny.three())
+
+
+@pytest.fixture
+def unchanged(model):
+    "The model of a test is as it was when the test is over."
+    before = state(model)
+    yield
+    assert state(model) == before
+
+
+@contextmanager
+def spoilt(module, value, rows=slice(None)):
+    "Inside, some rows of what a module returns hold a bad value."
+
+    def spoil(module, args, output):
+        output = output.clone()
+        output[rows, ..., 0] = value
+        return output
+
+    handle = module.register_forward_hook(spoil)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def last(model, batch):
+    return model(**batch.inputs, use_cache=False).logits[:, -1]
+
+
+# ---------------------------------------------------------------- logits that are not finite
+
+
+def written(model, processor, samples):
+    return compare_methods(
+        model, processor, samples, {20: tiny.schedule()}, "vtw", answers="generate"
+    )
+
+
+ANSWERS = dict(
+    evaluate=lambda *a: evaluate(*a, tiny.schedule()),
+    full=lambda *a: evaluate(*a),
+    compare=lambda *a: compare_methods(*a, {20: tiny.schedule()}, "vtw"),
+    written=written,
+)
+
+
+@pytest.mark.parametrize("how", ANSWERS)
+def test_logits_that_are_not_finite(model, processor, how, unchanged):
+    "They are no wrong answers: clip, layer and precision are named."
+    value = torch.inf if how == "full" else torch.nan
+    line = r"clip c0, c1, c2: .* not finite, from decoder layer 5 on \(float32\)"
+    with spoilt(adapter_for(model).layers(model)[LATE].mlp, value):
+        with pytest.raises(ValueError, match=line) as error:
+            ANSWERS[how](model, processor, tiny.three())
+    assert "\n" not in str(error.value)
+
+
+def test_only_the_broken_clip_is_named(model, processor, batch, unchanged):
+    ad = adapter_for(model)
+    for module, place in (
+        (ad.layers(model)[3].mlp, "decoder layer 3"),
+        (ad.lm_head(model), "the output head"),
+    ):
+        with spoilt(module, torch.nan, rows=1):
+            with pytest.raises(ValueError, match=f"^clip c1: .* from {place} on"):
+                score_choices(model, batch)
+    with spoilt(ad.audio_tower(model).proj, torch.nan):
+        with pytest.raises(ValueError, match="^clip c0, c1: .* from the audio encoder on"):
+            score_choices(model, batch)
+
+
+def test_a_later_step_is_watched_too(model, processor, unchanged):
+    "The prompt passes, the next token does not; the answers of the lmms-eval plug-in likewise."
+
+    def spoil(module, args, output):
+        return output * torch.nan if output.shape[1] == 1 else output
+
+    clip = tiny.clip(0)
+    handle = adapter_for(model).layers(model)[LATE].mlp.register_forward_hook(spoil)
+    try:
+        with pytest.raises(ValueError, match="not finite, from a step after the prompt on"):
+            Answerer(model, processor, Seats(tiny.schedule()))([Prompt("p", (clip, "where ?"))], 3)
+    finally:
+        handle.remove()
+
+
+def test_seats_run_prints_no_nan(model, processor, monkeypatch, unchanged):
+    from typer.testing import CliRunner
+    from seats_analysis.cli import answers
+    from seats_analysis.cli.main import app
+    from seats_analysis.storage.files import shipped_folder
+
+    clip = sorted((shipped_folder("testbed") / "clips").glob("*.mp4"))[0]
+    monkeypatch.setattr(answers, "load_model", lambda *a, **k: (model, processor))
+    for more in ([], ["--choice", "red", "--choice", "blue"]):
+        with spoilt(adapter_for(model).layers(model)[LATE].mlp, torch.nan):
+            asked = ["run", str(clip), "--question", "where ?", "--max-tokens", "2", *more]
+            result = CliRunner().invoke(app, asked)
+        assert result.exit_code == 2 and result.stdout == ""
+        assert result.stderr.startswith(f"seats: clip {clip.stem}: ")
+        assert "not finite" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_an_answer_has_a_token(model, processor):
+    given = dict(answers="generate", max_new_tokens=0)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, not 0"):
+        compare_methods(model, processor, tiny.three(), {20: tiny.schedule()}, "vtw", **given)
+    assert generation_options(dict(max_new_tokens=0))["max_new_tokens"] == 0  # not 16
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        Answerer(model, processor)([Prompt("p", ("where ?",))], 0)
+
+
+# ---------------------------------------------------------------- torch.compile
+
+
+def whole(model):
+    model.compile(backend="eager")
+    return model
+
+
+def forward(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+def decoder(model):
+    adapter_for(model).decoder(model).compile(backend="eager")
+    return model
+
+
+def decoder_forward(model):
+    module = adapter_for(model).decoder(model)
+    module.forward = torch.compile(module.forward, backend="eager")
+    return model
+
+
+def inner(model):
+    model.model.compile(backend="eager")
+    return model
+
+
+COMPILED = dict(
+    whole=whole,
+    wrapped=lambda model: torch.compile(model, backend="eager"),
+    function=lambda model: torch.compile(lambda **given: model(**given), backend="eager"),
+    forward=forward,
+    inner=inner,
+    decoder=decoder,
+    decoder_forward=decoder_forward,
+)
+
+
+@pytest.fixture
+def fresh():
+    torch._dynamo.reset()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of dynamo, about what it does not trace
+        yield tiny.thinker(FAMILY, layers=3)
+    torch._dynamo.reset()
+
+
+SHORT = dict(num_layers=3, drop_layers=(1,), late_start=2)
+SHORT |= dict(keep_ratios=dict(visual=(0.5,), audio=(0.5,)), entering=dict(visual=0.3, audio=0.5))
+
+
+def refused_when_compiled(model, batch, how, when):
+    plan, full = Schedule(**SHORT), last(model, batch)
+    call = COMPILED[how](model) if when != "inside" else None
+    if when == "warm":
+        assert torch.allclose(last(call, batch), full, atol=1e-4)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="compiled? .*one by one"), prune(model, plan):
+            last(call or COMPILED[how](model), batch)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    if call:
+        assert torch.allclose(last(call, batch), full, atol=1e-4)  # no hook was traced
+
+
+def test_compiled_as_a_whole(fresh, batch):
+    refused_when_compiled(fresh, batch, "wrapped", "inside")
+
+
+def test_what_was_compiled_before_is_noticed():
+    "Its graph knows no hooks; a `forward` of their own makes the modules traced again."
+    torch._dynamo.reset()
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    call, x, hooks = torch.compile(module, backend="eager"), torch.ones(1, 2), Hooks()
+    want = call(x)
+    with ExitStack() as stack:
+        hooks.before(stack, module[0], lambda m, args, kwargs: refuse_compiled(m))
+        assert torch.equal(call(x), want)  # the hook is left out
+        stack.enter_context(patch.object(module[0], "forward", module[0].forward))
+        with pytest.raises(ValueError, match="one by one"):
+            call(x)
+        module(x)
+    assert torch.equal(call(x), want) and not module[0]._forward_pre_hooks
+    torch._dynamo.reset()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("when", ["warm", "cold", "inside"])
+@pytest.mark.parametrize("how", COMPILED)
+def test_compiled_in_every_way(fresh, batch, how, when):
+    refused_when_compiled(fresh, batch, how, when)
+
+
+def test_a_compiled_layer_is_pruned(fresh, batch):
+    compiled_layers(fresh, batch, [Schedule(**SHORT)], slice(1, 2))
+
+
+@pytest.mark.nightly
+def test_compiled_layers_are_pruned(fresh, batch):
+    plans = [Schedule(**SHORT), Schedule(**SHORT | dict(late_start=None))]
+    compiled_layers(fresh, batch, plans, slice(None))
+
+
+def compiled_layers(fresh, batch, plans, which):
+    "Called before, in and between blocks; every block has its own counts."
+    full, want = last(fresh, batch), []
+    for plan in plans:
+        with prune(fresh, plan) as run:
+            want.append((last(fresh, batch), run.tokens_per_layer.tolist()))
+    for layer in adapter_for(fresh).layers(fresh)[which]:
+        layer.compile(backend="eager")
+    for plan, (logits, tokens) in [*zip(plans, want), *zip(plans, want)]:
+        assert torch.allclose(last(fresh, batch), full, atol=1e-4)
+        with prune(fresh, plan) as run:
+            assert torch.allclose(last(fresh, batch), logits, atol=1e-4)
+        assert run.tokens_per_layer.tolist() == tokens
+
+
+def test_a_decoder_that_is_passed_by(model, batch, unchanged):
+    "Whatever keeps the hooks from being called: there is no output."
+    module = adapter_for(model).decoder(model)
+    layers = [copy.copy(layer) for layer in module.layers]  # their hooks are not called
+    for layer in layers:
+        vars(layer).update({k: type(v)() for k, v in vars(layer).items() if "hooks" in k})
+    with torch.no_grad(), prune(model, tiny.schedule()):
+        hooked, module.layers = module.layers, torch.nn.ModuleList(layers)
+        with pytest.raises(ValueError, match="compile"):
+            last(model, batch)
+        module.layers = hooked
+        with patch.object(model, "forward", lambda **given: torch.zeros(1)):
+            with pytest.raises(ValueError, match="compile"):
+                model(**batch.inputs)
+        assert last(model, batch).isfinite().all()
+
+
+# ---------------------------------------------------------------- copies and threads
+
+
+def test_no_copy_takes_hooks_along(model, batch, unchanged):
+    with torch.no_grad(), prune(model, tiny.schedule()) as run:
+        want = last(model, batch)
+        for part in (model, adapter_for(model).visual(model), adapter_for(model).layers(model)):
+            for take in (copy.deepcopy, pickle.dumps):
+                with pytest.raises(ValueError, match="being pruned and cannot be copied"):
+                    take(part)
+        assert torch.equal(last(model, batch), want) and run.samples == 6
+    with torch.no_grad():
+        assert torch.equal(last(copy.deepcopy(model), batch), last(model, batch))
+
+
+def in_thread(job, started=None):
+    "Run a function in a thread; what it returned or raised is in the list."
+    out = []
+
+    def work():
+        if started is not None:
+            started.wait()
+        try:
+            with torch.no_grad():
+                out.append(job())
+        except Exception as error:
+            out.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread, out
+
+
+def test_threads_from_before_the_block_are_refused(model, batch, unchanged):
+    "Also in the middle of a pass that began without the block."
+    layer, middle, go_on = adapter_for(model).layers(model)[1], threading.Event(), threading.Event()
+    started = threading.Event()
+    late, said = in_thread(lambda: last(model, batch), started)
+
+    def wait(module, args):
+        if threading.current_thread() is early:
+            middle.set()
+            go_on.wait(60)
+
+    handle = layer.register_forward_pre_hook(wait)
+    early, stopped = in_thread(lambda: last(model, batch))
+    middle.wait(60)
+    with torch.no_grad(), prune(model, tiny.schedule()) as run:
+        want = last(model, batch)
+        for event, thread in ((started, late), (go_on, early)):
+            event.set()
+            thread.join()
+        assert torch.equal(last(model, batch), want) and run.samples == 6
+    handle.remove()
+    for (error,) in (said, stopped):
+        assert isinstance(error, ValueError) and "another thread is pruning" in str(error)
+
+
+def test_a_thread_of_the_block_waits_its_turn(model, batch, unchanged):
+    "It is pruned, as the thread of a streamer is, but not while another pass is on its way."
+    seen = []
+
+    def meanwhile(module, args):
+        handle.remove()
+        thread, out = in_thread(lambda: last(model, batch))
+        thread.join()
+        seen.extend(out)
+
+    with torch.no_grad(), prune(model, tiny.schedule()):
+        want = last(model, batch)
+        handle = adapter_for(model).layers(model)[3].register_forward_pre_hook(meanwhile)
+        assert torch.equal(last(model, batch), want)
+        assert isinstance(seen[0], ValueError) and "one at a time" in str(seen[0])
+        with spoilt(adapter_for(model).layers(model)[1], torch.nan), pytest.raises(ValueError):
+            last(model, batch)  # a pass that breaks leaves the block to others, too
+        thread, out = in_thread(lambda: last(model, batch))
+        thread.join()
+        assert torch.equal(out[0], want)
+
+
+# ---------------------------------------------------------------- autocast and gradients
+
+
+@pytest.mark.parametrize("name", ["seats", "omnizip"])
+def test_autocast(model, batch, name, unchanged):
+    method = method_at(name, tiny.schedule(), (40.0, 40.0))
+    with torch.no_grad(), prune(model, method) as run:
+        want, exact = last(model, batch), run.tokens_per_layer.tolist()
+        with torch.autocast("cpu", torch.bfloat16):
+            got = last(model, batch)
+    assert run.tokens_per_layer.tolist() == exact
+    assert torch.allclose(got.float(), want, atol=0.1 * float(want.abs().max()))
+
+
+def gradients(model, batch, method, inside=True):
+    with torch.enable_grad(), prune(model, method):
+        loss = last(model, batch).logsumexp(-1).sum()
+        if inside:
+            loss.backward()
+    if not inside:
+        loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("name", ["seats", "omnizip"])
+def test_gradients_with_checkpoints(model, batch, name):
+    "The same with and without, and whether the block is left before the backward pass or not."
+    method = method_at(name, tiny.schedule(), (40.0, 40.0))
+    want = gradients(model, batch, method)
+    model.train()
+    model.gradient_checkpointing_enable()
+    try:
+        for inside in (True, False):
+            got = gradients(model, batch, method, inside)
+            assert got.keys() == want.keys()
+            assert all(torch.allclose(got[n], want[n], atol=1e-4) for n in want)
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval()
+
+
+@pytest.mark.parametrize("name", ["omnizip", "visionzip-om"])
+def test_merged_tokens_hand_gradients_on(model, batch, name):
+    "To both encoders, as finite differences say."
+    method = method_at(name, tiny.schedule(), (40.0, 40.0))
+    got = gradients(model, batch, method)
+    for tower in ("visual", "audio_tower"):
+        part = getattr(adapter_for(model), tower)(model)
+        module = [m for m in part.modules() if isinstance(m, torch.nn.Linear)][-1]
+        (key,) = [n for n, p in model.named_parameters() if p is module.bias]
+        ends, step = [], 1e-3 * got[key] / got[key].norm()
+        for sign in (1, -1):
+            with torch.no_grad(), prune(model, method):
+                module.bias += sign * step
+                ends.append(last(model, batch).double().logsumexp(-1).sum().item())
+                module.bias -= sign * step
+        slope = (ends[0] - ends[1]) / 2e-3
+        assert slope == pytest.approx(float(got[key].norm()), rel=0.1)
+
+
+def test_a_method_that_merges_without_gradients_says_so(model, batch):
+    class Silent(OmniZip):
+        merges = False
+
+    method = Silent.for_trr(tiny.LAYERS, 0.5, 0.5, 40, 40)
+    with prune(model, method), pytest.raises(ValueError, match="set `merges = True`"):
+        model(**batch.inputs)
+    with torch.no_grad(), prune(model, method):
+        assert model(**batch.inputs).logits.isfinite().all()
+
+
+# ---------------------------------------------------------------- at random
+
+
+class Broken(Exception):
+    pass
+
+
+def some_plan(draw):
+    "A schedule at random; now and then one that does not fit."
+    layers = tiny.LAYERS + draw.choice([0] * 20 + [1])
+    drops = tuple(sorted(draw.sample(range(1, layers), draw.randint(0, 3))))
+    ratios = lambda: tuple(round(draw.uniform(0.02, 1), 3) for _ in drops)
+    start = drops[-1] + 1 if drops else 1
+    late = draw.choice([None, *range(start, layers + 1)])
+    enter = lambda: draw.choice([1.0, round(draw.uniform(0.02, 1), 3)])
+    return Schedule(
+        layers,
+        drop_layers=drops,
+        keep_ratios=dict(visual=ratios(), audio=ratios()) if drops else {},
+        late_start=late,
+        entering=dict(visual=enter(), audio=enter()),
+    )
+
+
+def some_method(draw):
+    plan = some_plan(draw)
+    name = draw.choice([None, "seats", "seats", *METHODS])
+    return plan if name is None else method_at(name, plan, (40.0, 40.0), draw.uniform(0.3, 1.5))
+
+
+def raising(model, draw):
+    "A hook that raises at one of the modules, in its first or second call."
+    module, calls = draw.choice(list(model.modules())), [0]
+
+    def hook(module, args):
+        calls[0] += 1
+        if calls[0] == draw.randint(1, 2):
+            raise draw.choice([Broken, KeyboardInterrupt, RuntimeError])
+
+    return module.register_forward_pre_hook(hook)
+
+
+CALLS = (
+    lambda m, b, d: m(**b.inputs),
+    lambda m, b, d: m(**b.inputs, use_cache=False),
+    lambda m, b, d: m.generate(**b.inputs, max_new_tokens=d.randint(0, 3)),
+    lambda m, b, d: m.generate(**b.inputs, max_new_tokens=2, num_beams=2, do_sample=False),
+    lambda m, b, d: m(**b.inputs, labels=b.inputs["input_ids"]),
+    lambda m, b, d: m(**b.inputs, output_hidden_states=True),
+    lambda m, b, d: m(**{k: v for k, v in b.inputs.items() if k != d.choice(list(b.inputs))}),
+    lambda m, b, d: score_choices(m, b),
+    lambda m, b, d: copy.deepcopy(m),
+    lambda m, b, d: copy.deepcopy(adapter_for(m).decoder(m)),
+    lambda m, b, d: prune(m, None).__enter__(),
+    lambda m, b, d: Decoder(m).inputs(b.inputs),
+    lambda m, b, d: Decoder(m).module(inputs_embeds=torch.zeros(1, 3, 64)),
+    lambda m, b, d: in_thread(lambda: last(m, b))[0].join(),
+    lambda m, b, d: d.choice(list(m.modules())).eval(),
+)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("seed", range(6))
+def test_prunes_at_random(family, seed, no_grad):
+    """Fifty blocks with one or two calls each: after every one the model is the stock model, and
+    what went wrong is of a kind that a caller expects."""
+    draw, processor, model = random.Random(seed), tiny.processor(family), tiny.thinker(family)
+    questions = [
+        *tiny.three(),
+        tiny.ask("heard", tiny.clip(3, 2.0, sight=False)),
+        tiny.ask("text", None),
+    ]
+    batches = [encode(model, processor, draw.sample(questions, n)) for n in (1, 1, 2, 3)]
+    before, full = state(model), [last(model, b) for b in batches]
+    expected = ValueError, TypeError, Broken, KeyboardInterrupt, RuntimeError
+    for _ in range(50):
+        start, handle = time.perf_counter(), None
+        options = dict(kv=draw.choice(["evict", "retain"]), images=draw.choice(["keep", "prune"]))
+        options |= dict(encoders=draw.sample(["batch", "repeats", "overlap"], draw.randint(0, 3)))
+        try:
+            with prune(model, some_method(draw), **options):
+                for _ in range(draw.randint(1, 2)):
+                    handle = raising(model, draw) if draw.random() < 0.3 else None
+                    try:
+                        draw.choice(CALLS)(model, draw.choice(batches), draw)
+                    except expected:
+                        if draw.random() < 0.5:
+                            raise
+                    finally:
+                        if handle is not None:
+                            handle.remove()
+        except expected as error:
+            assert str(error).count("\n") < 3, error
+        assert state(model) == before
+        which = draw.randrange(len(batches))
+        assert torch.equal(last(model, batches[which]), full[which])
+        assert time.perf_counter() - start < 20
