@@ -89,14 +89,13 @@ def _clip_sample(clip, question, choices, letters):
 def _answer(loaded, encoded, plan, choices, max_new_tokens):
     "Generate under a plan: (answer text, Run, probability of each choice among the choices)."
     import torch
-    from seats_analysis.models.scoring import LogitsWatch, score_choices
+    from seats_analysis.models.decoder import last_logits_only
+    from seats_analysis.models.scoring import score_choices
     from seats_analysis.pruning.session import prune
 
-    (model, processor), watch = loaded, LogitsWatch()
-    options = dict(max_new_tokens=max_new_tokens, do_sample=False, logits_processor=[watch])
-    with prune(model, plan) as ran, torch.no_grad():
-        out = model.generate(**encoded.inputs, **options)
-        watch.check(model, encoded)
+    model, processor = loaded
+    with prune(model, plan) as ran, torch.no_grad(), last_logits_only(model, encoded):
+        out = model.generate(**encoded.inputs, max_new_tokens=max_new_tokens, do_sample=False)
     answer = processor.tokenizer.decode(out[0, encoded.shape[1] :], skip_special_tokens=True)
     scores = None
     if choices:

@@ -18,7 +18,7 @@ from ..inputs.samples import Sample
 from ..models.decoder import last_logits_only
 from ..models.encode import Encoded, encode, frame_resizer
 from ..models.families import adapter_for
-from ..models.scoring import LogitsWatch, score_choices
+from ..models.scoring import score_choices
 from ..statistics.intervals import mcnemar, wilson
 from ..pruning.session import as_pruner, prune
 
@@ -157,15 +157,12 @@ def parse_answer(
 def greedy(
     model,
     inputs: Mapping,  # of `encode`
-    watch: LogitsWatch | None = None,  # gets the logits of every step
 ):  # yields (B,) int64, the next token of every row
     "Tokens that the model writes, without end. The first takes the prefill, each other a step."
     thinker = adapter_for(model).thinker(model)
     mask, at = inputs["attention_mask"], inputs["position_ids"][..., -1:]
     while True:
         out = thinker(**inputs, use_cache=True)
-        if watch is not None:
-            watch(None, out.logits[:, -1])
         yield (token := out.logits[:, -1].argmax(-1))
         mask, at = torch.nn.functional.pad(mask, (0, 1), value=1), at + 1
         inputs = dict(
@@ -186,14 +183,13 @@ def write_answers(
     thinker, tokenizer = adapter_for(model).thinker(model), processor.tokenizer
     ends = getattr(getattr(thinker, "generation_config", None), "eos_token_id", None)
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    texts, watch = [[] for _ in batch.samples], LogitsWatch()
-    with last_logits_only(model):
-        for token in islice(greedy(model, batch.inputs, watch), max_new_tokens):
+    texts = [[] for _ in batch.samples]
+    with last_logits_only(model, batch):
+        for token in islice(greedy(model, batch.inputs), max_new_tokens):
             for text, t in zip(texts, token.tolist()):
                 text.append(t)
             if all(ends & set(text) for text in texts):
                 break
-    watch.check(model, batch)
     texts = [list(takewhile(lambda t: t not in ends, text)) for text in texts]
     return [tokenizer.decode(text, skip_special_tokens=True).strip() for text in texts]
 

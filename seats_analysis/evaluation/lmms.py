@@ -19,7 +19,7 @@ from ..inputs.samples import Sample
 from ..inputs.benchmarks import PRESETS
 from ..models.families import limit_pixels
 from ..models.encode import Prompt, encode, frame_resizer
-from ..models.scoring import LogitsWatch
+from ..models.decoder import last_logits_only
 from ..schedules.schedule import PUBLISHED, Schedule
 from ..pruning.session import prune
 from ..baselines.registry import method_at
@@ -131,11 +131,9 @@ class Answerer:
     def __call__(self, prompts, max_new_tokens=16, until=(), **sampling):  # -> list of str
         "Greedy answers up to the first stop text, unless `sampling` says otherwise."
         batch = encode(self.model, self.processor, prompts)
-        options, watch = dict(max_new_tokens=max_new_tokens, do_sample=False), LogitsWatch()
-        options |= dict(sampling, logits_processor=[watch])
-        with prune(self.model, self.method, kv=self.kv):
+        options = dict(max_new_tokens=max_new_tokens, do_sample=False) | sampling
+        with prune(self.model, self.method, kv=self.kv), last_logits_only(self.model, batch):
             out = self.model.generate(**batch.inputs, **options)
-            watch.check(self.model, batch)
         new, answers = out[:, batch.shape[1] :], []
         for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True):
             for stop in filter(None, until):

@@ -8,7 +8,7 @@ __all__ = ['DeepStack', 'Decoder', 'last_logits_only']
 # %% ../../nbs/models/03_decoder.ipynb #3b5ed9db
 import torch
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from .attention import rotate
 from .families import adapter_for
@@ -227,12 +227,66 @@ class Decoder:
         return self.head(self.module.norm(hidden))
 
 # %% ../../nbs/models/03_decoder.ipynb #84126df6
+@torch.no_grad()
+def _first_nonfinite(model, inputs):
+    "Where NaN or infinity begins in a pass over these inputs; one more pass."
+    decoder, adapter, found = Decoder(model), adapter_for(model), []
+
+    def look(place, values):
+        values = [values] if isinstance(values, torch.Tensor) else values
+        values = values.values() if hasattr(values, "values") else values
+        if not all(x.isfinite().all() for x in values if isinstance(x, torch.Tensor)):
+            found.append(place)
+
+    def entering(module, args, kwargs):
+        look("the input of the decoder", kwargs["inputs_embeds"])
+
+    places = {adapter.visual(model): "the vision encoder", decoder.head: "the output head"}
+    places |= {adapter.audio_tower(model): "the audio encoder"}
+    places |= {layer: f"decoder layer {i}" for i, layer in enumerate(decoder.layers)}
+    with ExitStack() as stack:
+        hook = decoder.module.register_forward_pre_hook(entering, with_kwargs=True)
+        stack.callback(hook.remove)
+        for module, place in places.items():
+            hook = module.register_forward_hook(lambda m, a, out, place=place: look(place, out))
+            stack.callback(hook.remove)
+        decoder.thinker(**inputs, use_cache=False)
+    return found[0] if found else "a step after the prompt"
+
+
+def _check_finite(model, encoded, finite):  # finite (rows,) bool, the same number for each sample
+    good = finite.view(len(encoded.samples), -1).all(1).tolist()
+    clips = dict.fromkeys(
+        getattr(s, "clip", "") or s.id for s, ok in zip(encoded.samples, good) if not ok
+    )
+    if clips:
+        place = _first_nonfinite(model, encoded.inputs)
+        dtype = str(adapter_for(model).decoder(model).dtype).removeprefix("torch.")
+        raise ValueError(
+            f"clip {', '.join(clips)}: the model gives logits that are not finite, from {place} on "
+            f"({dtype}). Check the inputs and the weights; float16 overflows where bfloat16 and "
+            "float32 do not"
+        )
+
+
 @contextmanager
-def last_logits_only(model):
-    "Within the context, `model(...)` returns logits of the last position: (B, 1, vocabulary)."
-    keep = lambda module, args: (args[0][:, -1:], *args[1:])
-    handle = adapter_for(model).lm_head(model).register_forward_pre_hook(keep)
-    try:
+def last_logits_only(
+    model,
+    encoded=None,  # the prompts, whose logits must be finite then
+):
+    """Within the context, `model(...)` returns logits of the last position: (B, 1, vocabulary).
+
+    Raises ValueError at its end where some were not finite."""
+    head, finite = adapter_for(model).lm_head(model), []
+
+    def note(module, args, out):
+        finite.append(out[:, -1].isfinite().all(-1))
+
+    with ExitStack() as stack:
+        keep = lambda module, args: (args[0][:, -1:], *args[1:])
+        stack.callback(head.register_forward_pre_hook(keep).remove)
+        if encoded is not None:
+            stack.callback(head.register_forward_hook(note).remove)
         yield model
-    finally:
-        handle.remove()
+    if finite:
+        _check_finite(model, encoded, torch.stack(finite).all(0))
