@@ -423,17 +423,15 @@ def test_old_schedule_survives_a_full_disk(profile, tmp_path):
     }
 
 
-def test_old_profile_survives_a_full_disk(questions, tmp_path, stubbed, monkeypatch):
-    import xarray as xr
+def test_old_profile_survives_a_full_disk(questions, profile, tmp_path, stubbed, monkeypatch):
+    out, write = profile.rename(tmp_path / "p.nc"), Path.write_bytes
+    before = out.read_bytes()
 
-    out = tmp_path / "p.nc"
-    out.write_bytes(b"old")
+    def full(self, data):
+        write(self, data[:4])
+        raise OSError(28, "No space left on device")
 
-    def full(self, path, **kw):
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(xr.Dataset, "to_netcdf", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     result = seats(
         "probe",
         "--model",
@@ -447,10 +445,9 @@ def test_old_profile_survives_a_full_disk(questions, tmp_path, stubbed, monkeypa
         "--out",
         out,
     )
-    assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith(
-        "seats: No space left on device"
-    )
-    assert out.read_bytes() == b"old" and sorted(p.name for p in tmp_path.iterdir()) == [
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == f"seats: No space left on device: {out}"
+    assert out.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == [
         "p.nc",
         "p.nc.checkpoint",
     ]  # what was measured is kept

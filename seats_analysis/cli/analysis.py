@@ -117,7 +117,7 @@ def probe(
     `accelerate launch --no_python seats probe ...` shares the work among processes.
     """
     check_model(model)
-    out = writable(out or f"{Path(model).name}-profile.nc")
+    out = writable(out or f"{Path(model).name}-profile.nc", "profile")
     from seats_analysis.evaluation.evaluate import load_samples
 
     chosen = dict(removed=names_of(removed, "--removed"), layers=_layer_list(layers))
@@ -202,6 +202,17 @@ Margin = Annotated[
 ]
 
 
+def _figure_name(path):
+    "The name of a figure, once it is clear that its PNG or PDF would not replace another file."
+    stem = path.with_suffix("") if path.suffix in (".png", ".pdf") else path
+    there = [f for f in (Path(f"{stem}.png"), Path(f"{stem}.pdf")) if f.exists()]
+    if len(there) == 1:
+        raise ValueError(
+            f"--figure {path}: {there[0]} exists and would be replaced; choose another"
+        )
+    return writable(path)
+
+
 @app.command()
 def boundaries(
     profile: Profile,
@@ -221,6 +232,7 @@ def boundaries(
 
     For each condition, with 95 % intervals; printed layers start at 1.
     """
+    figure = figure and _figure_name(figure)
     from seats_analysis.boundaries.report import boundary_table
     from seats_analysis.plots.dependency import boundaries_figure
     from seats_analysis.plots.style import save_figure
@@ -241,7 +253,7 @@ def boundaries(
         else:
             note("note: the questions are of one family, so there is nothing to tell apart")
     if figure:
-        drawn = save_figure(boundaries_figure(rows, layers), writable(figure))
+        drawn = save_figure(boundaries_figure(rows, layers), figure)
         note(", ".join(map(str, drawn)))
     emit(as_json, data, text)
 
@@ -313,7 +325,7 @@ def schedule(
     """
     _check_targets(trr, visual, audio)
     target = f"trr{trr:g}" if trr is not None else f"v{visual:g}_a{audio:g}"
-    out = writable(out or profile.with_name(f"{profile.stem}_{target}.json"))
+    out = writable(out or profile.with_name(f"{profile.stem}_{target}.json"), "schedule")
     from seats_analysis.schedules.schedule import DEFAULT_LATE, Schedule
 
     stored = load_profile(profile)
@@ -374,7 +386,7 @@ def simulate(
 
     Coverage, width and bias, where the boundaries are known.
     """
-    out, sizes = writable(out), _sizes(sizes)
+    out, sizes = writable(out, "coverage"), _sizes(sizes)
     from seats_analysis.boundaries.simulate import choose_reach, coverage_study, coverage_table
 
     stored = named_or_shipped(profile)
@@ -400,7 +412,7 @@ def questions(
 
     For the curve of a pilot and for planted shapes.
     """
-    out, sizes = writable(out), _sizes(sizes)
+    out, sizes = writable(out, "needed"), _sizes(sizes)
     from seats_analysis.boundaries.simulate import needed_study
 
     stored = named_or_shipped(profile)

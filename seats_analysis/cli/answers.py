@@ -7,7 +7,8 @@ __all__ = []
 
 # %% ../../nbs/cli/02_answers.ipynb #e670a3d1
 import os
-import tempfile
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +45,7 @@ from seats_analysis.cli.analysis import (
     shipped_profile,
     stored_tokens,
 )
-from ..storage.checkpoint import checkpoint_of
+from ..storage.checkpoint import Checkpoint, checkpoint_of, processes
 from ..storage.schemas import SCHEMAS, load_profile, save_json
 
 # %% ../../nbs/cli/02_answers.ipynb #c8f331c2
@@ -172,7 +173,7 @@ def run(
     check_trr(trr)
     check_model(model)
     if kept is not None:
-        writable(kept)
+        writable(kept, "kept")
     from seats_analysis.models.encode import encode
     from seats_analysis.models.families import adapter_for
     from seats_analysis.plots.kept import kept_data
@@ -211,6 +212,17 @@ def _trr_list(text):
             "the full model takes part anyway"
         )
     return tuple(int(t) if t == int(t) else t for t in found)
+
+
+@contextmanager
+def _scratch(folder):
+    "A subfolder of a checkpoint, for as long as the body runs; a killed run's is made anew."
+    place = folder / f"scratch-{processes()[0]}"
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _held_out(limit, split, folder, seed):
@@ -289,16 +301,16 @@ def eval_(
     the work among processes.
     """
     check_model(model)
-    trrs, out = _trr_list(trr), writable(out or f"{Path(model).name}-eval.json")
+    trrs, out = _trr_list(trr), writable(out or f"{Path(model).name}-eval.json", "eval")
     from seats_analysis.evaluation.compare import compare_methods, method_names
     from seats_analysis.evaluation.evaluate import load_samples
 
     if answers not in ("likelihood", "generate"):
         raise ValueError(f"--answers {answers!r}: likelihood or generate")
     names, device = method_names(names_of(methods, "--methods")), check_device(device)
-    with tempfile.TemporaryDirectory() as folder:
+    with Checkpoint.hold(checkpoint_of(out)) as folder, _scratch(folder) as clips:
         if data == "testbed":
-            samples = _held_out(limit, split, folder, seed)
+            samples = _held_out(limit, split, clips, seed)
         else:
             samples = load_samples(data, split, limit, root)
         prepare(threads)
@@ -362,7 +374,7 @@ def sensitivity(
     Kind by kind, on the testbed's test split.
     """
     check_trr(trr)
-    out = writable(out)
+    out = writable(out, "sensitivity")
     if by not in ("needs", "family"):
         raise ValueError(f"--by {by!r}: expected needs or family")
     from seats_analysis.evaluation.evaluate import load_samples

@@ -17,7 +17,9 @@ from typing import Annotated
 import typer
 from typer import Option
 from typer.core import TyperGroup
+from ..storage.checkpoint import checkpoint_of
 from ..storage.files import one_line
+from ..storage.schemas import SCHEMAS, load_profile, schema_of
 
 # %% ../../nbs/cli/00_app.ipynb #d18f5656
 _BAD_INPUT = (ValueError, TypeError, OSError, OverflowError, RecursionError)
@@ -156,8 +158,10 @@ def mean_tokens(model, processor, samples, **limits) -> dict:  # 'visual', 'audi
     return {k: float(sum(c[k].item() for c in counts)) / len(counts) for k in kinds}
 
 # %% ../../nbs/cli/00_app.ipynb #ea397fbf
-def writable(path) -> Path:
-    "The path, once it is clear that a file can be put there; makes no file. Raises ValueError."
+def writable(path, name=None) -> Path:  # name: key of SCHEMAS, of what will be written
+    """The path, once it is clear that a file can be put there; makes no file.
+
+    Raises ValueError, also where it would replace a file of another kind, such as an input."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"--out {path} is a folder; give a file name")
@@ -166,6 +170,17 @@ def writable(path) -> Path:
         raise ValueError(f"--out {path}: {home} is not a folder")
     if not os.access(home, os.W_OK):
         raise ValueError(f"--out {path}: no permission to write in {home}")
+    longest = os.pathconf(home, "PC_NAME_MAX") - len(checkpoint_of("").name)
+    if len(os.fsencode(path.name)) > longest:
+        raise ValueError(f"--out {path}: a name of more than {longest} bytes; choose a shorter one")
+    if name and path.exists() and (not path.is_file() or path.stat().st_size):
+        try:
+            same = load_profile(path) if name == "profile" else schema_of(path) == name
+        except ValueError:
+            same = False
+        if same is False:
+            what = SCHEMAS[name].what
+            raise ValueError(f"--out {path} exists and is not {what}; choose another name")
     return path
 
 

@@ -152,7 +152,7 @@ def bench(
         jobs = only_full + [replace(j, encoders=towers) for j in jobs]
     ours = sys.argv[1:2] == ["bench"]
     command = shlex.join(["seats", *sys.argv[1:]]) if ours else "seats bench"
-    file = BenchFile(writable(out or setup.default_path), setup, command, again)
+    file = BenchFile(writable(out or setup.default_path, "bench"), setup, command, again)
     _measure(file, jobs, repeats=repeats, max_seconds=most_seconds)
     results = file.results(jobs)
     data = dict(device=file.about["device"], rows=results.report())

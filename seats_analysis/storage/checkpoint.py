@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import get_ident
 from .files import atomic_write, hold_file, is_held
@@ -50,6 +50,11 @@ def _differences(theirs, ours):
             f"other data ({len(a)} samples there, {len(b)} now; the first that differs is {name!r})"
         )
     return out
+
+
+def _done(folder):
+    "What a checkpoint is renamed to before it is removed."
+    return Path(folder).with_suffix(".seats-done")
 
 
 def _lock_of(folder, number):
@@ -101,25 +106,22 @@ class Checkpoint:
         busy = (
             f"{folder} is in use: another run writes to this output; wait for it or choose another"
         )
-        with hold_file(_lock_of(folder, number), busy):
-            _HELD.add(key)
-            shutil.rmtree(f"{folder}.done", ignore_errors=True)  # of a run killed in `remove`
-            try:
-                yield folder
-            finally:
-                _HELD.discard(key)
         try:
-            folder.rmdir()  # nothing was begun
-        except OSError:
-            pass
+            with hold_file(_lock_of(folder, number), busy):
+                _HELD.add(key)
+                shutil.rmtree(_done(folder), ignore_errors=True)  # of a run killed in `remove`
+                yield folder
+        finally:
+            _HELD.discard(key)
+            with suppress(OSError):
+                folder.rmdir()  # nothing was begun
 
     @staticmethod
     def remove(folder):
         "Remove the folder of a run whose result is stored."
         # renamed first: after an interruption in here it is still complete, or gone
-        done = f"{folder}.done"
-        os.replace(folder, done)
-        shutil.rmtree(done, ignore_errors=True)
+        os.replace(folder, _done(folder))
+        shutil.rmtree(_done(folder), ignore_errors=True)
 
     def open(self):
         "Make the folder. Raises ValueError naming what differs if it belongs to another run."

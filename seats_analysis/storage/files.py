@@ -105,11 +105,11 @@ def _target(path):
 def atomic_write(
     path,  # file to create or replace; missing parent folders are made
 ):  # yields the Path of a temporary neighbour to write to
-    """Replace `path` only if the body succeeds; on any failure, Ctrl-C included, the old file stays.
+    """Replace a file only if the body succeeds; on any failure, Ctrl-C included, the old one stays.
 
     Its mode stays in any case. Raises ValueError for a name that cannot be a file's."""
     path = _target(path)
-    part = path.with_name(f".{path.stem}.seats-part{path.suffix}")
+    part = path.with_name(f".{path.stem}.seats-tmp{path.suffix}")
     mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
     with hold_file(part, f"{path}: another process is writing it", 10) as fd:
         try:

@@ -32,7 +32,7 @@ SCHEMAS = dict(
     profile=Schema(
         "seats_analysis.profile/1",
         "a dependency profile",
-        ("correct", "removed", "layer", "family", "clip"),
+        ("correct", "removed", "layer", "family", "clip", "split"),
     ),
     schedule=_json("schedule", "a usable schedule"),
     boundaries=_json("boundaries", "a boundaries file"),
@@ -122,14 +122,51 @@ def _without_checksum(data):
     return body
 
 
+_DIMS = ("sample", "removed", "layer")
+_TEXT, _WHOLE = "OUT", "iu"  # kinds of numpy types
+_LABELS = dict(
+    removed=("removed", _TEXT),
+    layer=("layer", _WHOLE),
+    family=("sample", _TEXT),
+    clip=("sample", _TEXT),
+    split=("sample", _TEXT),
+    n_choices=("sample", _WHOLE),
+)
+_METRICS = dict.fromkeys(("correct_letter", "nll", "margin", "kl"), "bf") | dict(correct="biu")
+
+
+def _wrong_with(profile):
+    "What keeps a dataset from being a profile, in words; nothing for a profile."
+    schema, variables = SCHEMAS["profile"], profile.variables
+    if str(said := profile.attrs.get("schema", schema.id)) != schema.id:
+        return f"its `schema` is {said!r}, expected {schema.id!r}"
+    if missing := [k for k in schema.keys if k not in variables]:
+        return f"it has no {', '.join(missing)}"
+    kinds = {k: (set(_DIMS), kind) for k, kind in _METRICS.items()}
+    kinds |= {k: ({dim}, kind) for k, (dim, kind) in _LABELS.items()}
+    for name in kinds.keys() & variables.keys():
+        dims, kind = kinds[name]
+        if set(variables[name].dims) != dims or variables[name].dtype.kind not in kind:
+            return f"its `{name}` has the wrong shape or type"
+    if empty := [dim for dim in _DIMS if not profile.sizes[dim]]:
+        return f"it has no {empty[0]}"
+    layers, removed = (variables[k].values.tolist() for k in ("layer", "removed"))
+    if layers != sorted(set(layers)) or layers[0] < 0 or len(set(removed)) < len(removed):
+        return "its layers do not ascend from 0 on, or a condition stands twice"
+    try:
+        tokens = json.loads(profile.attrs.get("tokens", '{"visual": 0, "audio": 0}'))
+        needs = json.loads(profile.attrs.get("needs") or "{}")
+        counted = all(tokens[m] >= 0 for m in ("visual", "audio"))
+        if counted and all(isinstance(m, list) for m in needs.values()):
+            return ""
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        pass
+    return "its attributes `tokens` and `needs` must be JSON: counts, and modalities by family"
+
+
 def _check_profile(profile, where):
-    schema = SCHEMAS["profile"]
-    if (said := profile.attrs.get("schema", schema.id)) != schema.id:
-        raise ValueError(
-            f"{where} is not {schema.what}: its `schema` is {said!r}, expected {schema.id!r}"
-        )
-    if missing := [k for k in schema.keys if k not in profile.variables]:
-        raise ValueError(f"{where} is not {schema.what}: it has no {', '.join(missing)}")
+    if wrong := _wrong_with(profile):
+        raise ValueError(f"{where} is not {SCHEMAS['profile'].what}: {wrong}")
 
 
 def save_profile(

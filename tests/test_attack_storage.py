@@ -1,0 +1,509 @@
+"""Files under attack: rows of other runs, kills, full disks, damaged profiles, outputs in the way.
+
+Nothing that was there is lost, nothing is silently wrong, and every refusal is one line."""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from seats_analysis.boundaries.retention import synthetic_profile
+from seats_analysis.cli import answers
+from seats_analysis.cli.main import app
+from seats_analysis.storage import checkpoint as checkpoints
+from seats_analysis.storage.checkpoint import Checkpoint, CheckpointWarning, checkpoint_of
+from seats_analysis.storage.files import atomic_write
+from seats_analysis.storage.schemas import SCHEMAS, load_profile, save_json, save_profile
+
+FORK = multiprocessing.get_context("fork")
+UNITS = [[0, 1], [2], [3]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    "A forked process must not inherit a pool of threads."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def about(**changed):
+    samples = [[f"q{i}", i] for i in range(4)]
+    return dict(weights_sha256="a" * 64, seed=0, samples=samples) | changed
+
+
+def run(folder, identity, shard=(0, 1), say="row", units=UNITS):
+    work = lambda k, unit: [dict(nll=[0.25, i], text=say) for i in unit]
+    return Checkpoint(folder, identity, shard).run(units, work, desc="", disable=True)
+
+
+def forked(work, *args):
+    "A started child; an exception in it shows as exit code 1."
+    child = FORK.Process(target=work, args=args)
+    child.start()
+    return child
+
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.01)
+
+
+def names(folder):
+    return sorted(p.name for p in Path(folder).iterdir())
+
+
+def refused(*args):
+    "The one line of a command that must end with exit code 2."
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    assert result.stderr.startswith("seats: ") and result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+# rows and their run
+
+
+def test_rows_of_another_run_do_not_count(tmp_path):
+    "As two processes without a lock left them: rows of other weights under our header."
+    run(tmp_path / "theirs", about(weights_sha256="b" * 64), say="theirs")
+    ours = Checkpoint(tmp_path / "ours", about())
+    ours.open()
+    for i in (1, 2):
+        name = f"{i:06d}.json"
+        (tmp_path / "ours" / name).write_bytes((tmp_path / "theirs" / name).read_bytes())
+    with pytest.warns(CheckpointWarning, match="2 of its samples are damaged or of another run"):
+        rows = run(tmp_path / "ours", about())
+    assert [r["text"] for r in rows] == ["row"] * 4
+    (tmp_path / "theirs" / "run.json").unlink()
+    before = {p: p.read_bytes() for p in (tmp_path / "theirs").iterdir()}
+    with pytest.raises(ValueError, match="has 000000.json but no run.json; remove"):
+        run(tmp_path / "theirs", about())
+    assert {p: p.read_bytes() for p in (tmp_path / "theirs").iterdir()} == before
+
+
+def without(key):
+    def change(text):
+        data = json.loads(text)
+        del data[key]
+        return json.dumps(data)
+
+    return change
+
+
+DAMAGE = dict(
+    null=lambda text: "null",
+    list=lambda text: "[1]",
+    empty=lambda text: "",
+    half=lambda text: text[: len(text) // 2],
+    brackets=lambda text: "[" * 100_000,
+    unsigned=without("sha256"),
+)
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, "number", "row", "moved"])
+def test_a_damaged_row_is_run_again(tmp_path, damage):
+    whole = run(tmp_path, about())
+    file = tmp_path / "000002.json"
+    more = dict(
+        number=lambda text: text.replace("0.25", "0.26"),
+        row=without("row"),
+        moved=lambda text: (tmp_path / "000001.json").read_text(),
+    )
+    text = (DAMAGE | more)[damage](file.read_text())
+    assert text != file.read_text()
+    file.write_text(text)
+    with pytest.warns(CheckpointWarning, match="1 of its samples"):
+        assert run(tmp_path, about()) == whole
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, "number", "seed"])
+def test_a_damaged_header_is_refused(tmp_path, damage):
+    run(tmp_path, about())
+    header, more = tmp_path / "run.json", dict(number=lambda t: t.replace("3", "4"))
+    header.write_text((DAMAGE | more | dict(seed=without("seed")))[damage](header.read_text()))
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="run.json is damaged; remove"):
+        run(tmp_path, about())
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_is_no_checkpoint_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years")
+    with pytest.raises(ValueError, match="has thesis.txt but no run.json"):
+        run(tmp_path, about())
+    assert names(tmp_path) == ["thesis.txt"]
+
+
+# one run in a folder
+
+
+def hold(folder, held):
+    with Checkpoint.hold(folder):
+        held.set()
+        time.sleep(60)
+
+
+def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
+    out, held = tmp_path / "r.json", FORK.Event()
+    child = forked(hold, checkpoint_of(out), held)
+    assert held.wait(20)
+    with pytest.raises(ValueError, match="is in use: another run"):
+        run(checkpoint_of(out), about())
+    assert "is in use: another run writes to this output" in refused("eval", "--out", out)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert len(run(checkpoint_of(out), about())) == 4
+    Checkpoint.remove(checkpoint_of(out))
+    assert names(tmp_path) == []
+
+
+def test_processes_of_one_launch_share(tmp_path):
+    children = [forked(run, tmp_path / "j", about(), (rank, 3)) for rank in (1, 2)]
+    assert len(run(tmp_path / "j", about(), (0, 3))) == 4
+    for child in children:
+        child.join()
+    assert [c.exitcode for c in children] == [0, 0]
+
+
+def test_a_partner_that_is_not_there_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_PATIENCE", 0.3)
+    with pytest.raises(ValueError, match="process 2 of 2 is not running; the same command goes on"):
+        run(tmp_path, about(), (0, 2))
+
+
+def test_a_partner_that_works_is_waited_for(tmp_path, monkeypatch):
+    "Longer than the patience, for it is alive."
+    monkeypatch.setattr(checkpoints, "_PATIENCE", 0.3)
+
+    def slow():
+        with Checkpoint.hold(tmp_path / "j", 1):
+            held.set()
+            time.sleep(1.5)
+            run(tmp_path / "j", about(), (1, 2))
+
+    held = FORK.Event()
+    child = forked(slow)
+    assert held.wait(20)
+    assert len(run(tmp_path / "j", about(), (0, 2))) == 4
+    child.join()
+
+
+# temporaries
+
+
+def half_written(path, started):
+    with atomic_write(path) as part:
+        part.write_text("half of it")
+        started.set()
+        time.sleep(60)
+
+
+def test_only_a_dead_writers_temporary_is_removed(tmp_path, monkeypatch):
+    from seats_analysis.storage import files
+
+    path, foreign = tmp_path / "profile.nc", tmp_path / ".profile.backup-20240101.nc"
+    foreign.write_text("a backup")
+    started = FORK.Event()
+    child = forked(half_written, path, started)
+    assert started.wait(20)
+    (temporary,) = set(names(tmp_path)) - {foreign.name}
+    monkeypatch.setattr(files.time, "monotonic", iter(range(0, 1000, 5)).__next__)  # hurry
+    with pytest.raises(ValueError, match="another process is writing it"):
+        with atomic_write(path):
+            pass
+    assert names(tmp_path) == sorted([temporary, foreign.name])
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    with atomic_write(path) as part:
+        part.write_text("whole")
+    assert path.read_text() == "whole" and names(tmp_path) == sorted([path.name, foreign.name])
+
+
+def test_modes_stay_and_links_of_others_are_not_followed(tmp_path):
+    secret = tmp_path / "secret.json"
+    secret.write_text("old")
+    secret.chmod(0o600)
+    save_json(secret, {})
+    assert secret.stat().st_mode & 0o777 == 0o600
+    (tmp_path / "link.json").symlink_to(secret)
+    save_json(tmp_path / "link.json", dict(a=1))  # in a folder of one's own
+    assert json.loads(secret.read_text()) == dict(a=1) and (tmp_path / "link.json").is_symlink()
+    tmp_path.chmod(0o1777)
+    with pytest.raises(ValueError, match="is a link in a folder that everybody can write to"):
+        save_json(tmp_path / "link.json", {})
+    checkpoint_of(tmp_path / "p.nc").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(ValueError, match="is a link, expected a folder"):
+        run(checkpoint_of(tmp_path / "p.nc"), about())
+    assert json.loads(secret.read_text()) == dict(a=1)
+
+
+# full disks
+
+
+@pytest.fixture(scope="module")
+def profile():
+    made = synthetic_profile(clips=24)
+    rng, dims = np.random.default_rng(0), ("sample", "removed", "layer")
+    numbers = rng.standard_normal(made["correct"].shape).astype("float32")
+    made = made.assign(nll=(dims, numbers))
+    return made.assign_attrs(tokens='{"visual": 128, "audio": 80}')
+
+
+def full_disk(profile, path, size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    with pytest.raises(OSError, match="File too large") as found:
+        save_profile(profile, path)
+    assert found.value.filename == str(path)
+
+
+@pytest.mark.parametrize("size", [0, 4096, 30_000])
+def test_full_disk_costs_nothing(profile, tmp_path, size):
+    "HDF5 itself ends the process here."
+    before = save_profile(profile.isel(layer=[0, -1]), tmp_path / "p.nc").read_bytes()
+    child = forked(full_disk, profile, tmp_path / "p.nc", size)
+    child.join(60)
+    assert child.exitcode == 0
+    assert names(tmp_path) == ["p.nc"] and (tmp_path / "p.nc").read_bytes() == before
+
+
+# damaged profiles
+
+
+def mutate(data, draw):
+    "One of the ways in which files are damaged."
+    data, n = bytearray(data), len(data)
+    a, b = sorted(draw.randrange(n) for _ in range(2))
+    kind = draw.choice(["bits", "bits", "bits", "zeros", "cut", "more", "gap", "noise", "tail"])
+    if kind == "bits":
+        for _ in range(draw.choice([1, 1, 2, 8])):
+            data[draw.randrange(n)] ^= 1 << draw.randrange(8)
+    elif kind == "zeros":
+        data[a : b + 1] = bytes(b + 1 - a)
+    elif kind == "cut":
+        del data[a:]
+    elif kind == "more":
+        data += draw.randbytes(draw.randrange(1, 200))
+    elif kind == "gap":
+        del data[a : b + 1]
+    elif kind == "noise":
+        data[a : a + 64] = draw.randbytes(len(data[a : a + 64]))
+    else:  # the checksum, and perhaps what is before it
+        data[n - draw.randrange(1, 400) :] = b""
+    return bytes(data)
+
+
+def check_mutants(profile, path, mutants):
+    whole = save_profile(profile, path).read_bytes()
+    draw = random.Random(0)
+    for _ in range(mutants):
+        data, began = mutate(whole, draw), time.monotonic()
+        path.write_bytes(data)
+        try:
+            found = load_profile(path)
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+        else:
+            assert found.identical(profile)
+        assert time.monotonic() - began < 20
+
+
+def test_damaged_profiles_are_refused(profile, tmp_path):
+    check_mutants(profile, tmp_path / "p.nc", 25)
+
+
+@pytest.mark.nightly
+def test_many_damaged_profiles_are_refused(profile, tmp_path):
+    check_mutants(profile, tmp_path / "p.nc", 200)
+
+
+def test_profiles_without_a_checksum_load(profile, tmp_path):
+    "Older ones, and what other programs write; and they read ours."
+    import xarray as xr
+
+    profile.to_netcdf(tmp_path / "plain.nc", engine="h5netcdf")
+    assert load_profile(tmp_path / "plain.nc").identical(profile)
+    save_profile(profile, tmp_path / "ours.nc")
+    assert xr.load_dataset(tmp_path / "ours.nc").identical(profile)
+
+
+ODD = dict(
+    no_samples=lambda p: p.isel(sample=[]),
+    no_conditions=lambda p: p.isel(removed=[]),
+    no_layers=lambda p: p.isel(layer=[]),
+    layers_twice=lambda p: p.isel(layer=[0, 0, -1]),
+    layers_between=lambda p: p.assign_coords(layer=p.layer / 2),
+    no_split=lambda p: p.drop_vars("split"),
+    one_clip=lambda p: p.drop_vars("clip").assign_coords(clip="a"),
+    one_count=lambda p: p.assign_coords(n_choices=4),
+    flat=lambda p: p.assign(correct=p.correct.isel(layer=0, drop=True)),
+    scalar=lambda p: p.assign(correct=True),
+    text=lambda p: p.assign(correct=p.correct.astype(str)),
+    tokens=lambda p: p.assign_attrs(tokens='{"visual": 1}'),
+    needs=lambda p: p.assign_attrs(needs='{"colour": 3}'),
+    schema=lambda p: p.assign_attrs(schema=[1, 2]),
+)
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_profiles_are_refused_in_one_line(profile, tmp_path, odd):
+    ODD[odd](profile).to_netcdf(tmp_path / "odd.nc", engine="h5netcdf")
+    assert "odd.nc is not a dependency profile: its" in (
+        said := refused("boundaries", tmp_path / "odd.nc").replace("it has no", "its")
+    ), said
+
+
+# outputs in the way
+
+
+@pytest.fixture
+def stored(profile, tmp_path):
+    return save_profile(profile, tmp_path / "p.nc")
+
+
+def test_outputs_do_not_replace_inputs(stored, tmp_path):
+    "Nor anything else of another kind."
+    data, plan = tmp_path / "q.jsonl", tmp_path / "plan.json"
+    data.write_text('{"video": "a.mp4"}\n')
+    save_json(plan, dict(schema=SCHEMAS["schedule"].id))
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    for args in (
+        ("probe", "--data", data, "--out", data),
+        ("probe", "--out", plan),
+        ("schedule", stored, "--trr", 10, "--out", stored),
+        ("eval", "--profile", stored, "--out", stored),
+        ("eval", "--data", data, "--out", data),
+        ("simulate", "--profile", stored, "--out", stored),
+        ("questions", "--profile", stored, "--out", stored),
+        ("sensitivity", "--profile", stored, "--out", stored),
+        ("run", data, "--question", "?", "--kept", data),
+        ("run", data, "--question", "?", "--schedule", plan, "--kept", plan),
+    ):
+        assert "exists and is not a" in refused(*args), args
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert "exists and is not" in refused("simulate", "--out", "/dev/null")
+
+
+def test_names_that_are_too_long_are_refused_first(tmp_path):
+    for n in (245, 255, 300):
+        out = tmp_path / f"{'x' * (n - 5)}.json"
+        assert "name" in refused("eval", "--out", out) and names(tmp_path) == []
+    save_json(tmp_path / f"{'x' * 239}.json", {})
+
+
+def test_a_figure_does_not_replace_another_ones_pdf(stored, tmp_path):
+    (tmp_path / "paper.pdf").write_text("mine")
+    said = refused("boundaries", stored, "--figure", tmp_path / "paper.png")
+    assert "paper.pdf exists and would be replaced" in said and len(names(tmp_path)) == 2
+
+
+# seats eval
+
+
+@pytest.fixture(scope="module")
+def model():
+    from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
+    from seats_analysis.testbed.load import build_config, build_processor, init_weights
+
+    thinker = Thinker(build_config(layers=20, tower=32)).eval()
+    init_weights(thinker, 0)
+    return thinker, build_processor()
+
+
+@pytest.fixture
+def few(model, monkeypatch):
+    "`seats eval` with a random model; all of its questions are on fresh clips."
+    monkeypatch.setattr(answers, "load_model", lambda name, device: model)
+    monkeypatch.setattr("seats_analysis.testbed.load.testbed_samples", lambda split: [])
+
+
+def command(out, limit=4):
+    words = "eval --methods random --trr 35 --batch 2 --threads 1 --limit"
+    return CliRunner().invoke(app, [*words.split(), str(limit), "--out", str(out)])
+
+
+@pytest.mark.parametrize("name", ["r.csv", "a.json"])
+def test_eval_destroys_no_table(few, tmp_path, name):
+    "Its JSON has a CSV beside it, which may not be the JSON itself, nor anything of somebody else."
+    (tmp_path / "a.csv").write_text("amount,day\n")
+    done = command(tmp_path / name, 2)
+    assert done.exit_code == 2 and "choose" in done.stderr.splitlines()[-1], done.stderr
+    assert names(tmp_path) == ["a.csv"] and (tmp_path / "a.csv").read_text() == "amount,day\n"
+
+
+def test_what_a_killed_eval_left_is_swept(few, tmp_path):
+    out, kept = tmp_path / "r.json", checkpoint_of(tmp_path / "r.json")
+    for name in ("scratch-0/scene7.mp4", "process-0.lock", ".run.seats-tmp.json"):
+        (kept / name).parent.mkdir(parents=True, exist_ok=True)
+        (kept / name).write_bytes(bytes(100))
+    kept.with_suffix(".seats-done").mkdir()
+    (tmp_path / ".r.seats-tmp.json").write_text("half")
+    done = command(out)
+    assert done.exit_code == 0, done.stderr
+    assert names(tmp_path) == ["r.csv", "r.json"]
+
+
+def alone(out, size=None):
+    "`command` in a process of its own."
+    limit = lambda: size is None or resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    env = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[1]))
+    words = [sys.executable, __file__, str(out)]
+    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=limit)
+
+
+@pytest.mark.nightly
+def test_eval_killed_twenty_times(few, tmp_path):
+    draw, out, kills = random.Random(0), tmp_path / "new" / "r.json", 0
+    before = set(Path(tempfile.gettempdir()).glob("tmp*"))
+    while kills < 20:
+        child, rows = alone(out), draw.randrange(5)
+        count = lambda: len(list(checkpoint_of(out).glob("[0-9]*.json")))
+        until(lambda: count() >= rows or child.poll() is not None, 120)
+        time.sleep(draw.uniform(0, 5) if not rows else draw.uniform(0, 1))
+        kills += child.poll() is None
+        child.kill()
+        child.communicate()
+    assert command(out).exit_code == 0 and names(out.parent) == ["r.csv", "r.json"]
+    left = set(Path(tempfile.gettempdir()).glob("tmp*")) - before
+    assert not [p for p in left if p.is_dir() and list(p.glob("scene*.mp4"))]
+    assert command(tmp_path / "whole.json").exit_code == 0
+    rows = [json.loads(p.read_text())["rows"] for p in (out, tmp_path / "whole.json")]
+    assert [r["accuracy"] for r in rows[0]] == [r["accuracy"] for r in rows[1]]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("size", [0, 200, 1000, 2000, 3000, 5000, 8000, 12_000, 50_000])
+def test_eval_on_a_full_disk(few, tmp_path, size):
+    "One line and exit 2, and the same command goes on."
+    child = alone(tmp_path / "r.json", size)
+    said = child.communicate(timeout=300)[1]
+    lines = [line for line in said.splitlines() if line.startswith("seats: ")]
+    assert child.returncode == 0 or (child.returncode, len(lines)) == (2, 1), said
+    assert "Traceback" not in said and not list(tmp_path.rglob("*seats-tmp*"))
+    done = command(tmp_path / "r.json")
+    assert done.exit_code == 0 and "damaged" not in done.stderr, done.stderr
+    assert names(tmp_path) == ["r.csv", "r.json"]
+
+
+if __name__ == "__main__":
+    with pytest.MonkeyPatch.context() as patch:
+        few.__wrapped__(model.__wrapped__(), patch)
+        finished = command(sys.argv[1])
+    print(finished.stderr, file=sys.stderr)
+    raise SystemExit(finished.exit_code)
