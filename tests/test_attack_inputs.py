@@ -2,11 +2,16 @@
 
 The cases that an attack found stand as examples; `make nightly` draws seeded ones like them."""
 
+import copy
+import json
+import pickle
 import random
 import struct
+import sys
 import time
 import tracemalloc
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +19,21 @@ import pytest
 av = pytest.importorskip("av", reason="decoding needs PyAV")
 
 from seats_analysis.inputs import media
+from seats_analysis.inputs.benchmarks import load_benchmark, load_questions
 from seats_analysis.inputs.media import decode_clip
+from seats_analysis.inputs.samples import Sample, read_samples
+from seats_analysis.schedules.schedule import Schedule
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def refused(call, *parts):
+    "A ValueError of one line that holds all parts."
+    with pytest.raises(ValueError) as caught:
+        call()
+    text = str(caught.value)
+    assert all(part in text for part in parts) and "\n" not in text, text
+
 
 # ---------------------------------------------------------------- clips
 
@@ -180,3 +199,212 @@ def test_damaged_clips(tmp_path, n):
         except ValueError as error:
             assert path.name in str(error) and "\n" not in str(error)
         assert time.monotonic() - began < 20
+
+
+# ---------------------------------------------------------------- question files
+
+GOOD = dict(id="g", video="v.mp4", question="?", choices=["a", "b"], answer="b", lettered=True)
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.fixture
+def questions(tmp_path):
+    "Writes lines to a question file beside one clip; returns what reads it."
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "v.mp4").touch()
+    (tmp_path / "away.mp4").touch()
+    path = tmp_path / "data" / "q.jsonl"
+
+    def read(*rows, **options):
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        path.write_text("\n".join(lines))
+        return lambda: read_samples(path, **options)
+
+    return read
+
+
+def test_more_choices_than_letters(questions):
+    many = [f"choice {i}" for i in range(27)]
+    refused(questions(GOOD | dict(choices=many, answer=26)), "line 1", "27 choices", "at most 26")
+    refused(questions(GOOD | dict(choices=many, answer="?")), "a letter up to Z")
+    assert len(questions(GOOD | dict(choices=many[:26], answer=25))()[0].answer_texts) == 26
+    plain = Sample("s", None, "?", many, 26)  # without letters there is no limit
+    assert len(plain.answer_texts) == 27
+
+
+@pytest.mark.parametrize(
+    "change, part",
+    [
+        (dict(video="v" * 5000 + ".mp4"), "no such file"),
+        (dict(audio="v\0.wav"), "no such file"),
+        (dict(question="\ud800"), "question"),
+        (dict(choices=["a", "\udfff"]), "expected a list of texts"),
+    ],
+)
+def test_names_and_texts_that_cannot_be(questions, change, part):
+    refused(questions(GOOD | change), "q.jsonl, line 1", part)
+
+
+def test_questions_nested_too_deeply(questions):
+    refused(questions(GOOD, DEEP), "q.jsonl, line 2: nested too deeply")
+
+
+@pytest.mark.parametrize("field", ["video", "audio"])
+@pytest.mark.parametrize("name", ["../away.mp4", "x/../../away.mp4", "{tmp}/away.mp4"])
+def test_media_stay_below_the_folder(questions, tmp_path, field, name):
+    row = GOOD | {field: name.format(tmp=tmp_path)}
+    refused(questions(row), "q.jsonl, line 1", "lies outside of", "--allow-outside")
+    if "x/" not in name:
+        assert len(questions(row, allow_outside=True)()) == 1
+    inside = GOOD | dict(video=f"{tmp_path}/data/v.mp4", audio="x/../v.mp4")
+    assert questions(inside)()[0].audio == str(tmp_path / "data" / "v.mp4")
+
+
+def test_videos_of_a_benchmark_stay_below_its_folder(questions, tmp_path):
+    root = tmp_path / "data"
+    row = dict(question_id=0, question="?", options=["A. a", "B. b"], correct_option="B")
+    for video in ("../away.mp4", str(tmp_path / "away.mp4")):
+        (root / "data.json").write_text(json.dumps([row | dict(video_id=video)]))
+        refused(lambda: load_benchmark("lvomnibench", root), "question 0", "lies outside of")
+        assert load_questions("lvomnibench", root, allow_outside=True)[0].clip == "away"
+    for wrong in ({"a": 1}, ["v.mp4"], "v" * 5000):
+        (root / "data.json").write_text(json.dumps([row | dict(video_id=wrong)]))
+        refused(lambda: load_benchmark("lvomnibench", root), "v")
+    (root / "data.json").write_text(DEEP)
+    refused(lambda: load_benchmark("lvomnibench", root), "data.json: not readable JSON")
+
+
+ODD = [None, True, -1, 27, 10**400, 1e308, float("nan"), "", "\0", "\ud800", "a" * 5000, "../x"]
+ODD += ["B", "v.mp4", "/etc/passwd", [], {}, [[]], ["a"] * 3, [f"{i}" for i in range(40)], [None]]
+
+
+def mutated(r, data, values):
+    "A copy with one or two values of a tree replaced or removed."
+    data = copy.deepcopy(data)
+    for _ in range(r.choice([1, 1, 2])):
+        at = data
+        while True:
+            keys = list(at) if isinstance(at, dict) else list(range(len(at)))
+            key = r.choice(keys)
+            deeper = isinstance(at[key], dict | list) and at[key]
+            if not deeper or r.random() < 0.5:
+                break
+            at = at[key]
+        if r.random() < 0.1 and len(keys) > 1:
+            del at[key]
+        else:
+            at[key] = r.choice(values)
+    return data
+
+
+@pytest.mark.parametrize("n", [30, pytest.param(300, marks=pytest.mark.nightly)])
+def test_mutated_questions(questions, tmp_path, n):
+    "Read, and then usable, or refused in one line with its number; media never from outside."
+    r, read = random.Random(7), 0
+    for _ in range(n):
+        text = json.dumps(mutated(r, GOOD, ODD))
+        if r.random() < 0.2:
+            at = r.randrange(len(text))
+            text = text[:at] + r.choice('{}[]",:\\0\t') + text[at + 1 :]
+        began = time.monotonic()
+        try:
+            (sample,) = questions(text)()
+            assert len(sample.answer_texts) == len(sample.choices) > sample.answer
+            sample.prompt_text.encode()
+            for path in filter(None, (sample.video, sample.audio)):
+                assert Path(path).resolve().is_relative_to(tmp_path / "data")
+            read += 1
+        except ValueError as error:
+            assert "q.jsonl" in str(error) and "\n" not in str(error)
+        assert time.monotonic() - began < 20
+    assert 0 < read < n
+
+
+# ---------------------------------------------------------------- code of a checkpoint
+
+
+def test_python_of_a_checkpoint_is_not_run(tmp_path, monkeypatch):
+    "Neither asked for nor run, whatever waits on standard input; with the option it is."
+    import io
+    from seats_analysis.evaluation.load import load_model
+
+    config = dict(model_type="evil", auto_map=dict(AutoConfig="evil.Evil"))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(
+        "from pathlib import Path\nfrom transformers import PretrainedConfig\n"
+        f"Path({str(tmp_path / 'ran')!r}).touch()\n"
+        "class Evil(PretrainedConfig):\n    model_type = 'evil'\n"
+    )
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    refused(lambda: load_model(str(tmp_path), "cpu"), "--trust-remote-code")
+    assert not (tmp_path / "ran").exists()
+    refused(lambda: load_model(str(tmp_path), "cpu", trust_remote_code=True), "no architecture")
+    assert (tmp_path / "ran").exists()
+
+
+# ---------------------------------------------------------------- schedules
+
+
+def schedules():
+    return [json.loads(p.read_text()) for p in sorted((ROOT / "data" / "schedules").glob("*.json"))]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(temperature=10**400),
+        dict(entering=dict(visual=10**400, audio=1.0)),
+        dict(scale=float("nan")),
+        dict(scale=dict(visual=10**400, audio=1.0)),
+        dict(windows=dict(visual_grids=2, seconds=10**400)),
+        dict(model=0.5),
+        dict(model={"a": 1}),
+        dict(revision=["x"]),
+        dict(seed=float("inf")),
+        dict(seed="x"),
+        dict(evidence=[["a", 1]]),
+        dict(evidence=dict(scale_requested="x")),
+        dict(evidence=dict(kind=[])),
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_schedules_with_unusable_fields(tmp_path, change):
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps(schedules()[0] | change))
+    refused(lambda: Schedule.load(path), "s.json is not a usable schedule: ", "must be ")
+
+
+def test_schedule_nested_too_deeply(tmp_path):
+    path, plan = tmp_path / "s.json", schedules()[0]
+    path.write_text(json.dumps(plan | dict(evidence="@")).replace('"@"', DEEP))
+    refused(lambda: Schedule.load(path), "s.json is not a usable schedule", "nested too deeply")
+
+
+NUMBERS_AND_MORE = [None, True, 0, -1, 10**9, 10**400, 1e-320, 1e308, 0.5, float("nan"), "x", [1]]
+NUMBERS_AND_MORE += [[], {}, {"visual": 0.5, "audio": 10**400}, {"visual": "a", "audio": None}]
+NUMBERS_AND_MORE += [[["a", 1]], "a" * 5000, "\ud800", float("inf"), {"scale_requested": "x"}]
+
+
+@pytest.mark.parametrize("n", [60, pytest.param(500, marks=pytest.mark.nightly)])
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_schedules(tmp_path, n):
+    "Refused in one line, or a plan with which everything works and that comes back from its file."
+    r, path, whole, loaded = random.Random(8), tmp_path / "s.json", schedules(), 0
+    for _ in range(n):
+        path.write_text(json.dumps(mutated(r, r.choice(whole), NUMBERS_AND_MORE)))
+        began = time.monotonic()
+        try:
+            plan = Schedule.load(path)
+        except ValueError as error:
+            assert "s.json" in str(error) and "\n" not in str(error)
+            continue
+        finally:
+            assert time.monotonic() - began < 20
+        plan.tokens(100, 50, 10), plan.to_table(), plan.stages, plan.model.lower(), hash(plan)
+        plan.nearest(0.5, 0.5), plan.token_trr(10, 5), plan.check_model(plan.num_layers)
+        assert pickle.loads(pickle.dumps(plan)) == plan
+        plan.save(path)
+        assert Schedule.load(path) == plan
+        loaded += 1
+    assert 0 < loaded < n

@@ -14,6 +14,7 @@ import typer
 from typer import Option
 
 from seats_analysis.cli.app import (
+    AllowOutside,
     Data,
     Device,
     Json,
@@ -23,6 +24,7 @@ from seats_analysis.cli.app import (
     Root,
     Seed,
     Threads,
+    TrustRemoteCode,
     app,
     check_trr,
     emit,
@@ -89,6 +91,7 @@ def probe(
     data: Data = "testbed",
     limit: Limit = None,
     root: Root = None,
+    allow_outside: AllowOutside = False,
     out: Path | None = Option(None, help="NetCDF file to write; default: NAME-profile.nc here."),
     removed: str = Option("visual,audio,both", help="Conditions, separated by commas."),
     layers: str = Option(
@@ -107,6 +110,7 @@ def probe(
     ),
     batch: int = Option(16, min=1, help="Questions per batch of the plain method."),
     device: Device = "",
+    trust_remote_code: TrustRemoteCode = False,
     threads: Threads = None,
     as_json: Json = False,
 ):
@@ -121,9 +125,9 @@ def probe(
     from seats_analysis.evaluation.evaluate import load_samples
 
     chosen = dict(removed=names_of(removed, "--removed"), layers=_layer_list(layers))
-    samples = load_samples(data, None, limit, root)
+    samples = load_samples(data, None, limit, root, allow_outside)
     prepare(threads)
-    loaded = load_model(model, device)
+    loaded = load_model(model, device, trust_remote_code)
     chosen |= dict(method=method, batch_size=batch, max_branch_tokens=max_branch_tokens)
     chosen |= limits_of(data, loaded[1])
     profile = probe_file(*loaded, samples, out, testbed=data == "testbed", **chosen)

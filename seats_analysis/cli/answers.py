@@ -16,6 +16,7 @@ import typer
 from typer import Option
 
 from seats_analysis.cli.app import (
+    AllowOutside,
     Batch,
     Data,
     Device,
@@ -25,6 +26,7 @@ from seats_analysis.cli.app import (
     Model,
     Root,
     Threads,
+    TrustRemoteCode,
     app,
     check_trr,
     emit,
@@ -164,6 +166,7 @@ def run(
     max_tokens: int = Option(32, min=1, help="Most tokens of the answer."),
     kept: Path | None = Option(None, help="JSON file to write the kept positions to."),
     device: Device = "",
+    trust_remote_code: TrustRemoteCode = False,
     threads: Threads = None,
     as_json: Json = False,
 ):
@@ -182,7 +185,7 @@ def run(
     plan = Schedule.load(schedule) if schedule is not None else None
     sample = _clip_sample(clip, question, choice, letters)
     prepare(threads)
-    loaded = load_model(model, device)
+    loaded = load_model(model, device, trust_remote_code)
     thinker = loaded[0]
     encoded = encode(*loaded, [sample])
     if trr is not None:
@@ -281,6 +284,7 @@ def eval_(
     ),
     split: str | None = Option(None, help="Only this split of the data."),
     root: Root = None,
+    allow_outside: AllowOutside = False,
     answers: str = Option(
         "likelihood",
         help="`likelihood` ranks the choices; `generate` lets the model write and reads its "
@@ -291,6 +295,7 @@ def eval_(
     seed: int = Option(SEED, min=0, help="Seed of the fresh clips."),
     batch: Batch = 16,
     device: Device = "",
+    trust_remote_code: TrustRemoteCode = False,
     threads: Threads = None,
     as_json: Json = False,
 ):
@@ -312,9 +317,9 @@ def eval_(
         if data == "testbed":
             samples = _held_out(limit, split, clips, seed)
         else:
-            samples = load_samples(data, split, limit, root)
+            samples = load_samples(data, split, limit, root, allow_outside)
         prepare(threads)
-        loaded = load_model(model, device)
+        loaded = load_model(model, device, trust_remote_code)
         options = limits_of(data, loaded[1])
         counts = mean_tokens(*loaded, samples, **options)
         counts = counts["visual"], counts["audio"]

@@ -240,6 +240,16 @@ Root = Annotated[
         "cache."
     ),
 ]
+AllowOutside = Annotated[
+    bool,
+    Option(
+        "--allow-outside",
+        help="Let the data name media outside of their folder, or of the JSONL file's.",
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool, Option("--trust-remote-code", help="Run Python that the checkpoint brings along.")
+]
 Limit = Annotated[int | None, Option(min=1, help="Use only the first so many questions.")]
 Batch = Annotated[int, Option(min=1, help="Questions per batch.")]
 Seed = Annotated[int, Option(min=0, help="Seed of what is drawn at random.")]

@@ -28,6 +28,7 @@ def load_samples(
     split: str | None = None,  # only this split; None = all
     limit: int | None = None,  # at most so many
     root=None,  # folder of a benchmark, if it is not in SEATS_DATA or the hub cache
+    allow_outside=False,  # whether media may lie outside of that folder, or of the JSONL file's
 ) -> list:  # of `Sample`
     "Questions of a data set. ValueError for an unknown name, a broken line or a missing split."
     if str(name) == "testbed":
@@ -37,7 +38,7 @@ def load_samples(
     else:
         from seats_analysis.inputs.benchmarks import load_questions
 
-        samples = load_questions(name, root, None if split else limit)
+        samples = load_questions(name, root, None if split else limit, allow_outside=allow_outside)
     splits = sorted({s.split for s in samples})
     if split is not None and split not in splits:
         raise ValueError(f"--split {split!r}: the data have {', '.join(map(repr, splits))}")

@@ -20,6 +20,13 @@ def _unknown(name, reason):
     )
 
 
+def _untrusted(name):
+    return ValueError(
+        f"{name} brings Python of its own, which is not run unless --trust-remote-code "
+        "(trust_remote_code=True) is given"
+    )
+
+
 def check_model(name):
     "Raise ValueError for a name that cannot be a model, before anything heavy is imported."
     if name == "testbed":
@@ -45,13 +52,15 @@ def _check_reachable(name):
         raise _unknown(name, f"{type(error).__name__}: {one_line(error)[:90]}") from None
 
 
-def _architecture(name):
+def _architecture(name, trust):
     "The transformers class that serves a checkpoint."
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise _untrusted(name) from None
         raise _unknown(name, one_line(error).split(". ")[0][:120]) from None
     stated = config.architectures or []
     for architecture in stated:
@@ -91,6 +100,7 @@ def check_device(
 def load_model(
     name: str,  # `testbed`, a folder, or a hub id
     device: str = "",  # 'cpu', 'cuda'; '' takes a GPU where there is one
+    trust_remote_code: bool = False,  # whether to run Python that the checkpoint brings
 ) -> tuple:  # model in eval mode, processor
     "A model and its processor by name. Raises ValueError for an unknown one."
     check_model(name)
@@ -104,10 +114,14 @@ def load_model(
     from transformers import AutoProcessor
 
     _check_reachable(name)
+    trust = dict(trust_remote_code=trust_remote_code)
     try:
-        model = _architecture(name).from_pretrained(name, dtype="auto").eval()
+        model = _architecture(name, trust_remote_code).from_pretrained(name, dtype="auto", **trust)
+        processor = AutoProcessor.from_pretrained(name, **trust)
     except SafetensorError as error:
         raise ValueError(
             f"{name}: its weights cannot be read ({error}); load the checkpoint again"
         ) from None
-    return model.to(device), AutoProcessor.from_pretrained(name)
+    except ValueError as error:
+        raise _untrusted(name) if "trust_remote_code" in str(error) else error from None
+    return model.eval().to(device), processor

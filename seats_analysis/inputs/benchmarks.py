@@ -14,7 +14,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from .samples import LABEL, Sample, answer_index, read_samples, tell_apart
+from seats_analysis.inputs.samples import (
+    LABEL,
+    Sample,
+    answer_index,
+    path_below,
+    read_samples,
+    tell_apart,
+)
 
 # %% ../../nbs/inputs/02_benchmarks.ipynb #d826fb9a
 def _plain_choices(
@@ -24,7 +31,7 @@ def _plain_choices(
     if isinstance(raw, str):
         try:  # an array that was printed has no commas
             raw = ast.literal_eval(re.sub(r"(['\"])\s+(?=['\"])", r"\1, ", raw.strip()))
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raw = re.split(r"\s*\n\s*|\s+(?=[B-Z]\.\s)", raw.strip())
     if isinstance(raw, Mapping):
         raw = [raw[k] for k in sorted(raw)]
@@ -198,7 +205,7 @@ def _parsed(paths):
     if paths[0].suffix == ".json":
         try:
             return json.loads(paths[0].read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{paths[0]}: not readable JSON ({error})") from error
     from tempfile import TemporaryDirectory
     import datasets
@@ -222,23 +229,28 @@ def split_of(
     return "derive" if int(digest[:8], 16) < 2**31 else "test"
 
 # %% ../../nbs/inputs/02_benchmarks.ipynb #e9cfc274
-def _file(folder, patterns, video):
+def _file(folder, patterns, video, allow_outside):
     "The first file that exists, or None. A row's own path may begin with ./ or have its suffix."
     own = Path(video)
     known = own.suffix.lower() in (".mp4", ".mkv", ".webm", ".mov")
     name = own.stem if known else own.name
-    tried = [folder / video.removeprefix("./"), *(folder / p.format(id=name) for p in patterns)]
-    return name, next((str(p) for p in tried if p.is_file()), None)
+    tried = [video, *(p.format(id=name) for p in patterns)]
+    paths = (path_below(folder, p, allow_outside) for p in tried)
+    return name, next((p for p in paths if os.path.isfile(p)), None)
 
 
-def _sample(bench, folder, key, video, asked):
+def _sample(bench, folder, key, video, asked, allow_outside):
     "A question as a Sample; None where its video is not there."
+    if not isinstance(asked, Mapping):
+        raise ValueError(f"{asked!r}, expected its fields")
     answer = next((asked[a] for a in bench.answer if asked.get(a) not in (None, "")), None)
     fields = (bench.question, bench.choices)
     parts = {k: asked.get(k) for k in fields} | {bench.answer[0]: answer, "video": video}
     if missing := [k for k, v in parts.items() if v is None]:
         raise ValueError(f"no field {missing[0]!r}")
-    name, path = _file(folder, bench.videos, str(video))
+    if not isinstance(video, str | int):
+        raise ValueError(f"video {video!r}, expected its name")
+    name, path = _file(folder, bench.videos, str(video), allow_outside)
     if path is None:
         return None
     choices = _plain_choices(asked[bench.choices])
@@ -250,7 +262,7 @@ def _sample(bench, folder, key, video, asked):
         answer_index(answer, choices),
         family=str(asked.get(bench.family) or ""),
         split=split_of(name),
-        audio=_file(folder, bench.audio, str(video))[1] if bench.audio else None,
+        audio=_file(folder, bench.audio, str(video), allow_outside)[1] if bench.audio else None,
         lettered=True,
     )
 
@@ -260,6 +272,7 @@ def load_benchmark(
     root=None,  # its folder, if not in SEATS_DATA or the hub cache
     limit=None,  # only the first so many questions
     missing="error",  # "skip" leaves out questions whose video is not there
+    allow_outside=False,  # whether videos may lie outside of the folder
 ):  # list of Sample
     "Questions of a benchmark from its folder. Raises ValueError saying what is wrong, and where."
     if name not in BENCHMARKS:
@@ -275,7 +288,7 @@ def load_benchmark(
     samples, gone = [], []
     for key, video, asked in rows[: limit if missing == "error" else None]:
         try:
-            sample = _sample(bench, folder, key, video, asked)
+            sample = _sample(bench, folder, key, video, asked, allow_outside)
         except ValueError as error:
             raise ValueError(f"{files[0]}: question {key}: {error}") from error
         samples += [sample] if sample else []
@@ -296,12 +309,13 @@ def load_questions(
     root=None,  # folder of the benchmark, if not in SEATS_DATA or the hub cache
     limit=None,  # only the first so many
     missing="error",  # "skip" leaves out questions whose video is not there (benchmarks only)
+    allow_outside=False,  # whether media may lie outside of that folder, or of the file's
 ):  # list of Sample
     "Questions by name or path. Raises ValueError for what is neither."
     if str(data) in BENCHMARKS:
-        return load_benchmark(str(data), root, limit, missing)
+        return load_benchmark(str(data), root, limit, missing, allow_outside)
     if Path(data).suffix in (".jsonl", ".json"):
-        return read_samples(data)[:limit]
+        return read_samples(data, allow_outside)[:limit]
     raise ValueError(
         f"no data {str(data)!r}: expected testbed, {', '.join(BENCHMARKS)}, or the path of a "
         ".jsonl file"

@@ -8,6 +8,7 @@ __all__ = ['Clip', 'encode_clip', 'decode_clip']
 # %% ../../nbs/inputs/00_media.ipynb #a9ecdf97
 import io
 import math
+import os
 import numpy as np
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,8 +147,8 @@ def _open_media(
     "Open a media file for reading; FFmpeg's errors become one ValueError that names the file."
     import av
 
-    if not Path(path).is_file():
-        wrong = "is a folder" if Path(path).is_dir() else "no such file"
+    if not os.path.isfile(path):
+        wrong = "is a folder" if os.path.isdir(path) else "no such file"
         raise ValueError(f"{path}: {wrong}, expected a video or audio file")
     try:
         # The prefix keeps a colon in a name from being read as a protocol; titles in old

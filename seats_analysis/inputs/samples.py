@@ -49,6 +49,11 @@ class Sample:
                 f"sample {self.id!r}: answer {self.answer}, expected an index into its "
                 f"{len(self.choices)} choices"
             )
+        if self.lettered and len(self.choices) > len(_LETTERS):
+            raise ValueError(
+                f"sample {self.id!r}: {len(self.choices)} choices with letters, expected at most "
+                f"{len(_LETTERS)}"
+            )
 
     @property
     def medium(self):
@@ -130,8 +135,21 @@ def answer_index(
             return at
     raise ValueError(
         f"answer {answer!r}, expected one of the choices, an index below {len(choices)}, or a "
-        f"letter up to {chr(64 + len(choices))}"
+        f"letter up to {_LETTERS[: len(choices)][-1:]}"
     )
+
+# %% ../../nbs/inputs/01_samples.ipynb #c6ee6800
+def path_below(folder, name, allow_outside=False):
+    "Path of what is called `name` in a folder. ValueError if that lies elsewhere, unless allowed."
+    if allow_outside:
+        return str(folder / name)
+    inner = Path(os.path.normpath(name))
+    inside = inner.is_relative_to(os.path.abspath(folder)) if inner.is_absolute() else True
+    if not inside or ".." in inner.parts:
+        raise ValueError(
+            f"{name!r} lies outside of {folder}; --allow-outside (allow_outside=True) takes it"
+        )
+    return str(folder / inner)
 
 # %% ../../nbs/inputs/01_samples.ipynb #0690859f
 _NEEDED = "video", "question", "choices", "answer"
@@ -144,7 +162,7 @@ def _check_row(row, unlabelled):
         missing.remove("video")
     if missing:
         raise ValueError(f"missing field {missing[0]!r} (needed: {', '.join(_NEEDED)})")
-    text = lambda x: isinstance(x, str) and bool(x.strip())
+    text = lambda x: isinstance(x, str) and bool(x.strip()) and not re.search("[\ud800-\udfff]", x)
     choices = row.get("choices", [])
     if not isinstance(choices, list) or not (choices or unlabelled) or not all(map(text, choices)):
         raise ValueError(f"choices {choices!r}, expected a list of texts")
@@ -156,19 +174,20 @@ def _check_row(row, unlabelled):
         raise ValueError(f"lettered {row['lettered']!r}, expected true or false")
 
 
-def _media_path(row, field, folder):
+def _media_path(row, field, folder, allow_outside):
     "Path of a row's media file, or None. ValueError if there is no such file."
     name = row.get(field)
     if name is None:
         return None
     if not isinstance(name, str) or not name:
         raise ValueError(f"{field} {name!r}, expected a file name or null")
-    if not (folder / name).is_file():
+    path = path_below(folder, name, allow_outside)
+    if not os.path.isfile(path):
         raise ValueError(f"{field} {name!r}: no such file in {folder}")
-    return str(folder / name)
+    return path
 
 
-def _row_sample(row, folder, default_id):
+def _row_sample(row, folder, default_id, allow_outside):
     "A JSON object as a Sample."
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__}, expected a JSON object")
@@ -177,11 +196,11 @@ def _row_sample(row, folder, default_id):
     choices = row.get("choices", [])
     return Sample(
         str(row.get("id", default_id)),
-        _media_path(row, "video", folder),
+        _media_path(row, "video", folder, allow_outside),
         row["question"],
         choices,
         -1 if unlabelled else answer_index(row["answer"], choices),
-        audio=_media_path(row, "audio", folder),
+        audio=_media_path(row, "audio", folder, allow_outside),
         lettered=row.get("lettered", False),
         **{k: str(row[k]) for k in ("family", "split") if row.get(k) is not None},
     )
@@ -209,9 +228,10 @@ def tell_apart(
 # %% ../../nbs/inputs/01_samples.ipynb #a7ae5a8a
 def read_samples(
     path,  # JSONL file, one question per line; media paths are relative to its folder
+    allow_outside=False,  # whether media may lie outside of that folder
 ):  # list of Sample
-    """Read questions. Raises ValueError that names file and line for a missing field, a wrong value
-    or a media file that is not there."""
+    """Read questions. Raises ValueError that names file and line for a missing field, a wrong
+    value, or a media file that is not there or lies outside."""
     path, samples, ids = Path(path), [], set()
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -225,9 +245,12 @@ def read_samples(
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-            samples.append(_row_sample(row, path.parent, f"{path.stem}-{number:05d}"))
+            default_id = f"{path.stem}-{number:05d}"
+            samples.append(_row_sample(row, path.parent, default_id, allow_outside))
         except json.JSONDecodeError as e:
             raise ValueError(f"{where}: not JSON ({e.msg} at column {e.colno})") from e
+        except RecursionError:
+            raise ValueError(f"{where}: nested too deeply, expected a JSON object") from None
         except ValueError as e:
             raise ValueError(f"{where}: {e}") from e
         if samples[-1].id in ids:
@@ -242,8 +265,8 @@ def write_samples(
     samples,  # iterable of Sample whose media are files
     path,  # JSONL file to write; media paths are stored relative to its folder
 ):  # Path of the file
-    """Write questions so that `read_samples` gives them back. Raises ValueError for a clip that
-    exists only in memory."""
+    """Write questions so that `read_samples` gives them back; with `allow_outside` where media lie
+    outside of the file's folder. Raises ValueError for a clip that exists only in memory."""
     path, lines = Path(path), []
     name = lambda p: p and Path(os.path.relpath(p, path.parent)).as_posix()
     for s in samples:

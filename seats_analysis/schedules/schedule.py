@@ -7,6 +7,7 @@ __all__ = ['LATE_RULES', 'DEFAULT_LATE', 'PUBLISHED', 'ScheduleWarning', 'Schedu
 
 # %% ../../nbs/schedules/01_schedule.ipynb #e41303d8
 import json
+import math
 import operator
 import warnings
 from collections.abc import Mapping
@@ -49,23 +50,36 @@ def _whole(name, value, low, high):
     return number
 
 
+def _number(name, value):
+    "A finite number; text and truth values are none."
+    try:
+        number = math.nan if isinstance(value, str | bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a number, not {value!r}")
+    return number
+
+
 def _fraction(name, value):
     "A fraction kept, in (0, 1]."
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a number, not {value!r}") from None
-    if not 0 < number <= 1:
+    if not 0 < (number := _number(name, value)) <= 1:
         raise ValueError(f"{name} must lie in (0, 1] (fractions kept, not percent), not {value!r}")
     return number
 
 
 def _positive(name, value):
     "A positive finite number."
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < float("inf"):
+    if (number := _number(f"`{name}`", value)) <= 0:
         raise ValueError(f"`{name}` must be a positive number, not {value!r}")
-    return float(value)
+    return number
+
+
+def _text(name, value):
+    "A text."
+    if not isinstance(value, str):
+        raise ValueError(f"`{name}` must be a text, not {value!r}")
+    return value
 
 
 def _per_modality(name, value, check):
@@ -150,7 +164,7 @@ def _checked_scale(given, entering, trr):
     "The scale as given, if it is entering ratio / TRR; computed if not given."
     scale = {m: entering[m] / trr[m] if trr[m] else 1.0 for m in MODALITIES}
     if given is not None:
-        given = _per_modality("scale", _both(given), lambda _, v: float(v))
+        given = _per_modality("scale", _both(given), _number)
         if any(abs(given[m] - scale[m]) > 1e-6 for m in MODALITIES):
             raise ValueError(f"`scale` is entering / trr = {scale}, not {dict(given)}")
         scale = given
@@ -170,9 +184,15 @@ def _checked_windows(windows):
 def _checked_evidence(value):
     "A frozen copy of a mapping as a JSON file would give it back."
     try:
-        return FrozenDict(json.loads(json.dumps(value, allow_nan=False)))
-    except (TypeError, ValueError) as error:
+        copied = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"`evidence` must hold JSON values only: {error}") from None
+    if not isinstance(copied, dict):
+        raise ValueError(f"`evidence` must be a mapping, not {value!r}")
+    for name, check in (("kind", _text), ("scale_requested", _positive)):  # what is read again
+        if copied.get(name) is not None:
+            check(f"evidence.{name}", copied[name])
+    return FrozenDict(copied)
 
 
 def _checked(plan):
@@ -195,6 +215,9 @@ def _checked(plan):
         scale=_checked_scale(plan.scale, entering, trr),
         temperature=_positive("temperature", plan.temperature),
         windows=_checked_windows(plan.windows),
+        model=_text("model", plan.model),
+        revision=plan.revision if plan.revision is None else _text("revision", plan.revision),
+        seed=plan.seed if plan.seed is None else _whole("seed", plan.seed, -(2**63), 2**64),
         evidence=_checked_evidence(plan.evidence),
     )
 

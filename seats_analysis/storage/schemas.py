@@ -70,6 +70,8 @@ def _read(path):
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
     return data if isinstance(data, dict) else {}
 
 
