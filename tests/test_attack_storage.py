@@ -429,7 +429,7 @@ def model():
 @pytest.fixture
 def few(model, monkeypatch):
     "`seats eval` with a random model; all of its questions are on fresh clips."
-    monkeypatch.setattr(answers, "load_model", lambda name, device: model)
+    monkeypatch.setattr(answers, "load_model", lambda *args: model)
     monkeypatch.setattr("seats_analysis.testbed.load.testbed_samples", lambda split: [])
 
 

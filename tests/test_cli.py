@@ -109,7 +109,7 @@ def stubbed(monkeypatch, model):
     "`load_model` gives the random model under any name."
     for commands in (analysis, answers):
         monkeypatch.setattr(commands, "check_model", lambda name: None)
-        monkeypatch.setattr(commands, "load_model", lambda name, device="": model)
+        monkeypatch.setattr(commands, "load_model", lambda *args: model)
 
 
 # help and start-up
