@@ -349,7 +349,6 @@ ODD = dict(
     no_layers=lambda p: p.isel(layer=[]),
     layers_twice=lambda p: p.isel(layer=[0, 0, -1]),
     layers_between=lambda p: p.assign_coords(layer=p.layer / 2),
-    no_split=lambda p: p.drop_vars("split"),
     one_clip=lambda p: p.drop_vars("clip").assign_coords(clip="a"),
     one_count=lambda p: p.assign_coords(n_choices=4),
     flat=lambda p: p.assign(correct=p.correct.isel(layer=0, drop=True)),
@@ -488,7 +487,7 @@ def test_eval_killed_twenty_times(few, tmp_path):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("size", [0, 200, 1000, 2000, 3000, 5000, 8000, 12_000, 50_000])
+@pytest.mark.parametrize("size", [100, 200, 1000, 2000, 3000, 5000, 8000, 12_000, 50_000])
 def test_eval_on_a_full_disk(few, tmp_path, size):
     "One line and exit 2, and the same command goes on."
     child = alone(tmp_path / "r.json", size)

@@ -118,6 +118,8 @@ def atomic_write(
             yield part
             with open(part, "rb+") as f:
                 os.fsync(f.fileno())  # a full disk may only show itself here
+            if not part.stat().st_size:
+                raise FileNotFoundError(f"nothing was written to {path}")
             if mode is not None:
                 part.chmod(mode)
             os.replace(part, path)

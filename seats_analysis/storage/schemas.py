@@ -32,7 +32,7 @@ SCHEMAS = dict(
     profile=Schema(
         "seats_analysis.profile/1",
         "a dependency profile",
-        ("correct", "removed", "layer", "family", "clip", "split"),
+        ("correct", "removed", "layer", "family", "clip"),
     ),
     schedule=_json("schedule", "a usable schedule"),
     boundaries=_json("boundaries", "a boundaries file"),
@@ -130,7 +130,7 @@ _LABELS = dict(
     removed=("removed", _TEXT),
     layer=("layer", _WHOLE),
     family=("sample", _TEXT),
-    clip=("sample", _TEXT),
+    clip=("sample", _TEXT + _WHOLE),
     split=("sample", _TEXT),
     n_choices=("sample", _WHOLE),
 )
@@ -200,4 +200,6 @@ def load_profile(
     except Exception as error:
         raise ValueError(f"{path}: not a readable NetCDF file ({type(error).__name__})") from None
     _check_profile(profile, path)
+    if "split" not in profile.variables:
+        profile = profile.assign_coords(split=("sample", [""] * profile.sizes["sample"]))
     return profile
