@@ -89,7 +89,7 @@ PROBE_METHODS = ("branch", "plain")
 # efficient, where the MLP of a 7B then takes some 10 GB
 CPU_TOKENS, MAX_TOKENS = 4_096, 65_536
 MAX_QUESTIONS = 32  # of one clip in one traversal
-BYPASS_CLIPS = 32  # over which each layer is bypassed as well, spread over all
+BYPASS_CLIPS = 12  # over which each layer is bypassed as well, spread over all
 
 
 def units_of(samples, method, batch_size):
