@@ -96,3 +96,14 @@ def model(family):
     import tiny
 
     return tiny.thinker(family)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    "A forked process must not inherit a pool of threads."
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from seats_analysis.boundaries.retention import synthetic_profile
@@ -28,16 +27,8 @@ from seats_analysis.storage.files import atomic_write
 from seats_analysis.storage.schemas import SCHEMAS, load_profile, save_json, save_profile
 
 FORK = multiprocessing.get_context("fork")
+pytestmark = pytest.mark.usefixtures("one_thread")
 UNITS = [[0, 1], [2], [3]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "A forked process must not inherit a pool of threads."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def about(**changed):

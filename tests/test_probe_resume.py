@@ -28,16 +28,8 @@ from seats_analysis.probing.selectors import random_fraction
 
 ROOT = Path(__file__).resolve().parents[1]
 FORK = multiprocessing.get_context("fork")
+pytestmark = pytest.mark.usefixtures("one_thread")
 CLIPS, WORDS = 6, ("red", "green circle", "blue")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "A forked process must not inherit a pool of threads."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
