@@ -94,7 +94,10 @@ def test_reaching_further_only_raises_the_upper_end(seed, clips):
     counts = ClipCounts(np.arange(13), right, np.full(clips, 2.0), 0.25)
     r = B.Resampled(counts, counts.bootstrap(60, seed))
     (_, late), (_, lates) = r.blocks()
-    found = [r.late_interval(late, lates, 0.01, 0.95, reach) for reach in (0, 0.5, 0.8, 0.9, 0.95)]
+    found = [
+        r.late_interval(late, lates, 0.01, 0.95, late_confidence)
+        for late_confidence in (0, 0.5, 0.8, 0.9, 0.95)
+    ]
     assert len({low for low, _ in found}) == 1 and [high for _, high in found] == sorted(
         high for _, high in found
     )
@@ -105,20 +108,24 @@ def test_few_clips_cannot_close_the_interval():
     few, many = (find_boundaries(synthetic_profile(clips=n), "both", n_boot=200) for n in (20, 800))
     assert few.late_start_ci[1] == 12 and many.late_start_ci == (8, 8)
     assert (
-        find_boundaries(synthetic_profile(clips=20), "both", n_boot=200, reach=0).late_start_ci[1]
+        find_boundaries(
+            synthetic_profile(clips=20), "both", n_boot=200, late_confidence=0
+        ).late_start_ci[1]
         < 12
     )
 
 
 def test_the_default_covers_where_percentiles_do_not(noise):
     "The hard cell: a loss of 1.1 % that twenty-odd clips hardly ever show."
-    row = S.coverage_row("hair", 50, noise, trials=60, n_boot=100, seed=5)
+    row = S.coverage_row("shelf at 98.5 %", 50, noise, trials=60, n_boot=100, seed=5)
     assert (
-        row["late_interval"][str(B.REACH)]["coverage"]
+        row["late_interval"][str(B.LATE_CONFIDENCE)]["coverage"]
         >= 0.93
         > row["late_interval"]["0"]["coverage"] - 0.05
     )
-    assert row["late_interval"][str(B.REACH)]["width"] > row["late_interval"]["0"]["width"]
+    assert (
+        row["late_interval"][str(B.LATE_CONFIDENCE)]["width"] > row["late_interval"]["0"]["width"]
+    )
 
 
 def test_an_interval_leaves_out_as_much_on_both_sides():
@@ -129,9 +136,9 @@ def test_an_interval_leaves_out_as_much_on_both_sides():
     assert B.integer_interval(replicates, 10, 0.9) == (5, 10)  # the estimate lies inside
 
 
-def test_reach_is_checked():
-    with pytest.raises(ValueError, match="reach"):
-        find_boundaries(synthetic_profile(clips=20), reach=1.5)
+def test_late_confidence_is_checked():
+    with pytest.raises(ValueError, match="late_confidence"):
+        find_boundaries(synthetic_profile(clips=20), late_confidence=1.5)
 
 
 def test_stability_is_the_share_of_resamples(measured):
@@ -152,19 +159,22 @@ def test_stored_study_meets_the_goal():
     ) == sorted(S.SIZES)
     assert study["command"].startswith("seats simulate --trials") and study["trials"] >= 100
     shallow = [r["shallow_interval"]["coverage"] for r in study["rows"]]
-    late = [r["late_interval"][str(B.REACH)]["coverage"] for r in study["rows"]]
+    late = [r["late_interval"][str(B.LATE_CONFIDENCE)]["coverage"] for r in study["rows"]]
     assert np.mean(shallow) >= study["goal"] and np.mean(late) >= study["goal"]
     slack = 2 * np.sqrt(study["goal"] * (1 - study["goal"]) / study["trials"])  # of one cell
     assert min(shallow) >= study["goal"] - slack and min(late) >= study["goal"] - slack
 
 
-def test_the_default_reach_is_enough_and_not_more_than_tried():
+def test_the_default_late_confidence_is_enough_and_not_more_than_tried():
     study = load_json(STUDY, "coverage")
-    assert B.REACH in study["reaches"] and S.choose_reach(study, study["goal"]) <= B.REACH
+    assert (
+        B.LATE_CONFIDENCE in study["late_confidences"]
+        and S.choose_late_confidence(study, study["goal"]) <= B.LATE_CONFIDENCE
+    )
     worse = json.loads(json.dumps(study))
     for row in worse["rows"]:
-        row["late_interval"][str(B.REACH)]["coverage"] = 0.5
-    assert S.choose_reach(worse, study["goal"]) != B.REACH
+        row["late_interval"][str(B.LATE_CONFIDENCE)]["coverage"] = 0.5
+    assert S.choose_late_confidence(worse, study["goal"]) != B.LATE_CONFIDENCE
 
 
 @pytest.mark.nightly
@@ -173,7 +183,8 @@ def test_the_study_again(measured):
     study = S.coverage_study(measured, trials=60, seed=1)
     for row in study["rows"]:
         covered = min(
-            row["shallow_interval"]["coverage"], row["late_interval"][str(B.REACH)]["coverage"]
+            row["shallow_interval"]["coverage"],
+            row["late_interval"][str(B.LATE_CONFIDENCE)]["coverage"],
         )
         assert covered >= 0.93 - 0.07, (row["removed"], row["shape"], row["questions"], covered)
 
@@ -455,7 +466,7 @@ def test_sensitivity_answers_every_kind(tmp_path):
     made = {r["made_for"] for r in data["rows"]}
     assert (
         made | set(data["without_schedule"]) == {"full", *data["kinds"]}
-        and data["command"] == "seats sensitivity --trr 10 --by needs --limit 3"
+        and data["command"] == "seats transfer --trr 10 --by needs --limit 3"
     )
     assert all(r["kept"] in (1.0, None) for r in data["rows"] if r["made_for"] == "full")
 

@@ -208,10 +208,10 @@ def test_costs_match_or_are_floors(shape, runs):
         cost = cost_of(e)
         if e.setting == "matched":
             assert abs(cost / target[e.trr] - 1) <= TOLERANCE, (e.label, e.trr)
-        elif e.setting == "own minimum":
+        elif e.setting == "lowest setting":
             assert cost > target[e.trr] * (1 + TOLERANCE), (e.label, e.trr)
         else:
-            assert e.setting == "own maximum" and cost < target[e.trr] * (1 - TOLERANCE), (
+            assert e.setting == "highest setting" and cost < target[e.trr] * (1 - TOLERANCE), (
                 e.label,
                 e.trr,
             )
@@ -220,7 +220,7 @@ def test_costs_match_or_are_floors(shape, runs):
 def test_fastv_has_a_floor(runs):
     "Its first two layers see everything, which is more than SEATS spends at 10 %."
     settings = {e.trr: e.setting for e in runs if e.label == "fastv-om"}
-    assert settings[10] == "own minimum" and settings[35] == "matched"
+    assert settings[10] == "lowest setting" and settings[35] == "matched"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 1 / 3, 0.5, 0.77, 1.0])
@@ -252,9 +252,9 @@ def test_matching_against_a_plain_search():
         setting = found.get("setting", "matched")
         floor, top = stairs(1e-4), costs[8] if edges[-1] < 1 else costs[7]
         expected = (
-            "own minimum"
+            "lowest setting"
             if floor > target * (1 + TOLERANCE)
-            else "own maximum"
+            else "highest setting"
             if top < target * (1 - TOLERANCE)
             else "matched"
         )

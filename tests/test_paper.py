@@ -77,7 +77,7 @@ def row(method, trr, accuracy, label=None, setting="matched", cost=None, diff=No
         diff_seats_low=None if diff is None else diff - 0.02,
         diff_seats_high=None if diff is None else diff + 0.02,
         mcnemar_p=None if diff is None else 0.0001,
-        own_minimum=setting == "own minimum",
+        own_minimum=setting == "lowest setting",
         ranked=setting == "matched" and trr < 100,
         unparsable=0,
         families={f: part(accuracy - 0.3 * (i == 8)) for i, f in enumerate(FAMILIES)},
@@ -109,7 +109,7 @@ def made_up(
                 t,
                 0.98 - 0.05 * i * (35 / t) ** 0.5 / 2,
                 diff=-0.05 * i,
-                setting="own minimum" if m == "fastv" and t < 20 else "matched",
+                setting="lowest setting" if m == "fastv" and t < 20 else "matched",
             )
             for i, m in enumerate(methods)
         ]

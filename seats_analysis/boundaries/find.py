@@ -92,7 +92,9 @@ class Boundaries:
 
 # %% ../../nbs/boundaries/01_find.ipynb #e3738e1f
 TOLERANCE, RISE = 0.01, 0.10  # the rule's defaults, see `find_boundaries`
-REACH = 0.9  # one step above `choose_reach` of data/results/boundary_coverage.json
+LATE_CONFIDENCE = (
+    0.9  # one step above `choose_late_confidence` of data/results/boundary_coverage.json
+)
 
 
 def integer_interval(replicates, estimate, confidence):
@@ -180,11 +182,11 @@ class Resampled:
         of = lambda fit: crossings(fit, self.counts.layers, tolerance, rise)
         return tuple(map(int, of(self.fit))), of(self.fits)
 
-    def late_interval(self, late, lates, tolerance, confidence, reach):
-        "Percentiles; the upper end at least where the bound at `reach` stays above 1 - tolerance."
+    def late_interval(self, late, lates, tolerance, confidence, late_confidence):
+        "Percentiles; the upper end at least where the bound stays above 1 - tolerance."
         low, high = integer_interval(lates, late, confidence)
-        if reach:
-            band = self.lower_band(float(ndtri(reach)))
+        if late_confidence:
+            band = self.lower_band(float(ndtri(late_confidence)))
             high = max(high, int(first_staying(band, self.counts.layers, 1 - tolerance)))
         return low, high
 
@@ -194,15 +196,19 @@ class Resampled:
         rise: float = RISE,  # fraction of the way from collapse to 1 that ends the shallow block
         margin: float | None = None,  # loss that the certificate excludes; None: the tolerance
         confidence: float = 0.95,  # of intervals (two-sided) and of the certificate (one-sided)
-        reach: float = REACH,  # one-sided confidence for the upper end of late_start_ci
+        late_confidence: float = LATE_CONFIDENCE,  # one-sided, of the upper end of late_start_ci
     ) -> Boundaries:
-        "Blocks at a tolerance. Raises ValueError for shares outside (0, 1); `reach` may also be 0."
+        "Blocks at a tolerance. Raises ValueError for shares outside (0, 1)."
         margin, counts = tolerance if margin is None else margin, self.counts
         shares = dict(
-            tolerance=tolerance, rise=rise, margin=margin, confidence=confidence, reach=reach
+            tolerance=tolerance,
+            rise=rise,
+            margin=margin,
+            confidence=confidence,
+            late_confidence=late_confidence,
         )
         for name, value in shares.items():
-            if not 0 < value < 1 and (name, value) != ("reach", 0):
+            if not 0 < value < 1 and (name, value) != ("late_confidence", 0):
                 raise ValueError(f"`{name}` must lie between 0 and 1, not {value}")
         (shallow, late), (shallows, lates) = self.blocks(tolerance, rise)
         critical = self.critical_value(confidence)
@@ -218,7 +224,7 @@ class Resampled:
             chance=counts.chance,
             critical=round(critical, 6),
             effective_clips=round(counts.effective, 3),
-            reach=reach,
+            late_confidence=late_confidence,
         )
         if counts.too_few:  # resamples that are all alike prove nothing
             spans = [(int(counts.layers[0]), int(counts.layers[-1]))] * 2
@@ -229,7 +235,7 @@ class Resampled:
             )
             spans = [
                 integer_interval(shallows, shallow, confidence),
-                self.late_interval(late, lates, tolerance, confidence, reach),
+                self.late_interval(late, lates, tolerance, confidence, late_confidence),
             ]
         return Boundaries(
             int(counts.layers[-1]),
@@ -257,11 +263,11 @@ def find_boundaries(
     split: str | None = "derive",  # None takes all samples
     families=None,  # None: those that need what was removed
     margin: float | None = None,  # loss that the certificate excludes; None: the tolerance
-    reach: float = REACH,  # one-sided confidence for the upper end of the interval of late_start
+    late_confidence: float = LATE_CONFIDENCE,  # one-sided, of the upper end of late_start_ci
 ) -> Boundaries:
     "Shallow, middle and late blocks. Raises ValueError for what the profile does not hold."
     drawn = Resampled.of(profile, removed, split, families, n_boot, seed)
-    found = drawn.decide(tolerance, rise, margin, confidence, reach)
+    found = drawn.decide(tolerance, rise, margin, confidence, late_confidence)
     if "bypass_kl" in profile:
         live = profile["bypass_kl"].mean("sample")[:-1]
         found.parameters["bypass_kl"] = {

@@ -182,7 +182,7 @@ def boundary_row(
 def _family_row(r, num_layers):
     "The same for one family, from a row of `boundary_table`."
     ends = ("", "_low", "_high")
-    (middle, *span), (late, *reach) = (
+    (middle, *span), (late, *late_span) = (
         [r[n + e] for e in ends] for n in ("shallow_end", "late_start")
     )
     return {
@@ -190,7 +190,7 @@ def _family_row(r, num_layers):
         "family": r["family"],
         "questions": r["questions"] or "-",
         "middle starts (95 %)": _start(middle, span, num_layers),
-        "late starts (95 %)": _start(late, reach, num_layers),
+        "late starts (95 %)": _start(late, late_span, num_layers),
         "same": _share(r["late_start_same"]),
     }
 
@@ -294,7 +294,7 @@ def _describe(plan):
     drops = ", ".join(str(d + 1) for d in plan.drop_layers)
     drops = drops and f"before layers {drops} of {plan.num_layers}"
     return (
-        f"TRR       {pair(plan.trr)}\n"
+        f"kept      {pair(plan.trr)}, averaged over layers (TRR)\n"
         f"entering  {pair(plan.entering)}\n"
         f"drops     {drops or 'none: all that enters stays until it leaves as a whole'}\n"
         f"late      {', '.join(f'{m} {gone(l)}' for m, l in late.items())}"
@@ -305,7 +305,9 @@ def _describe(plan):
 def schedule(
     profile: Profile,
     trr: float | None = Option(
-        None, help="Percent of all tokens to keep, averaged over layers, in (0, 100]."
+        None,
+        help="Token retention ratio: percent of all visual and audio tokens to keep, averaged "
+        "over layers, in (0, 100].",
     ),
     out: Path | None = Option(
         None, help="JSON file to write; default: NAME_trrN.json beside the profile."
@@ -317,7 +319,9 @@ def schedule(
     ),
     apart: bool = Option(False, "--apart", help="Boundaries of each modality from its own curve."),
     late: Late = None,
-    scale: float = Option(1.4, help="Entering ratio over TRR that is aimed at."),
+    scale: float = Option(
+        1.4, help="Share of the tokens that enters the LLM, over the share kept on average."
+    ),
     split: Split = "derive",
     tolerance: Tolerance = 0.01,
     margin: Margin = None,
@@ -391,19 +395,27 @@ def simulate(
     Coverage, width and bias, where the boundaries are known.
     """
     out, sizes = writable(out, "coverage"), _sizes(sizes)
-    from seats_analysis.boundaries.simulate import choose_reach, coverage_study, coverage_table
+    from seats_analysis.boundaries.simulate import (
+        choose_late_confidence,
+        coverage_study,
+        coverage_table,
+    )
 
     stored = named_or_shipped(profile)
     study = coverage_study(stored, sizes, trials, replicates, seed, progress=True)
     save_json(out, study)
-    chosen = choose_reach(study, study["goal"])
-    reach = "no reach has" if chosen is None else f"{chosen:g} is the least reach with"
-    verdict = f"{out}: {reach} {study['goal']:.0%} coverage everywhere"
+    chosen = choose_late_confidence(study, study["goal"])
+    least = "no confidence has" if chosen is None else f"{chosen:g} is the least that has"
+    verdict = (
+        f"{out}; one-sided confidence for the upper end of late_start: {least} "
+        f"{study['goal']:.0%} coverage everywhere"
+    )
     emit(as_json, study, f"{coverage_table(study).round(2).to_string()}\n\n{verdict}")
 
 
-@app.command()
-def questions(
+@app.command("sample-size")
+@app.command("questions", hidden=True)  # its name until 0.2
+def sample_size(
     profile: Pilot = None,
     out: Path = Option("data/results/questions_needed.json", help="JSON file to write."),
     within: int = Option(1, min=0, help="Layers that an estimate may be off."),

@@ -154,7 +154,7 @@ def run(
     question: str = Option(..., help="What to ask."),
     schedule: Path | None = Option(None, help="Schedule file to prune with."),
     trr: float | None = Option(
-        None, help="Percent of all tokens to keep, in (0, 100]; solves a schedule."
+        None, help="Token retention ratio: percent of all visual and audio tokens to keep."
     ),
     model: Model = "testbed",
     profile: Path | None = Option(None, help="Profile of the model, for --trr."),
@@ -270,7 +270,10 @@ def _eval_text(result, out):
 @app.command("eval")
 def eval_(
     methods: str = Option("all", help="Names separated by commas, `all`, or `ablations`."),
-    trr: str = Option("35,25,15,10", help="Percentages of all tokens that SEATS keeps."),
+    trr: str = Option(
+        "35,25,15,10",
+        help="Token retention ratios: percent of all visual and audio tokens that SEATS keeps.",
+    ),
     model: Model = "testbed",
     data: Data = "testbed",
     limit: int | None = Option(
@@ -362,7 +365,8 @@ def _sensitivity_text(rows):
 
 
 @app.command()
-def sensitivity(
+@app.command("sensitivity", hidden=True)  # its name until 0.2
+def transfer(
     profile: Path | None = Option(
         None, help="NetCDF file of the testbed's profile; default: the shipped one."
     ),
@@ -398,12 +402,12 @@ def sensitivity(
     families = made.kinds["all"]
     samples = [s for s in load_samples("testbed", "test") if s.family in families][:limit]
     rows = made.compare(model, processor, samples, batch)
-    command = f"seats sensitivity --trr {trr:g} --by {by}" + (f" --limit {limit}" if limit else "")
+    command = f"seats transfer --trr {trr:g} --by {by}" + (f" --limit {limit}" if limit else "")
     about = dict(schema=SCHEMAS["sensitivity"].id, command=command, **origin(stored), split="test")
     about |= dict(trr=trr, by=by, **made.to_dict(), rows=rows)
     save_json(out, about)
     said = (
-        f"of the full accuracy, 95 % over clips, at a TRR of {trr:g} %; "
+        f"of the full accuracy, 95 % over clips, with {trr:g} % of the tokens kept; "
         f"late starts are estimates, certified or not; {out}"
     )
     emit(as_json, about, f"{_sensitivity_text(rows)}\n\n{said}")

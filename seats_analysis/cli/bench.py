@@ -85,7 +85,7 @@ def bench(
     frames: int | None = Option(None, help="Video frames; default: 128."),
     seconds: float | None = Option(None, help="Length of video and audio; default: 60."),
     methods: str = Option("seats,random", help="Methods, separated by commas."),
-    trr: str = Option("35,25,15,10", help="Headline TRRs in percent."),
+    trr: str = Option("35,25,15,10", help="Token retention ratios in percent."),
     batch: str = Option("", help="Batch sizes; default: 1,4,16 on a GPU, 1 on a CPU."),
     scaling: int | None = Option(
         None, help="Measure 1k, 2k, 4k .. tokens up to this many instead of one request."

@@ -137,7 +137,7 @@ def _demo_table(rows):
         [
             {
                 "method": r["method"],
-                "TRR": f"{r['trr']:g} %",
+                "kept (TRR)": f"{r['trr']:g} %",
                 "accuracy": f"{r['accuracy']:.1%}",
                 "95 %": "{:.1%} to {:.1%}".format(*r["ci"]),
                 "of full": f"{r['kept']:.1%}",

@@ -306,7 +306,7 @@ class BenchRows:
             "batch": str(r["batch"]),
             "tokens": f"{r['tokens']:,}",
             "method": r["method"] + (f" +{r['encoders']}" if r["encoders"] else ""),
-            "TRR": f"{r['trr']:g} %",
+            "kept (TRR)": f"{r['trr']:g} %",
             "FLOPs": text("flops_fraction", "{:.1%}"),
             "encoders": time("encoder_ms"),
             "selection": time("selection_ms"),
@@ -316,7 +316,7 @@ class BenchRows:
             "KV MB": text("kv_bytes", "{:.1f}", 1e6),
             "peak MB": text("peak_bytes", "{:.0f}", 1e6),
             "speed-up": text("speedup", "{:.2f}"),
-            "realised": text("realised_fraction", "{:.2f}"),
+            "of ideal": text("realised_fraction", "{:.2f}"),
             "first token x": text("ttft_speedup", "{:.2f}"),
         }
         note = r.get("error") or _does_not_pay(r, full)

@@ -50,7 +50,7 @@ class MethodRun:
     trr: float  # headline TRR in percent that it is compared at; 100 for the full model
     plans: tuple  # of `Pruner`s: one, or two that share the batches; (None,) is the full model
     share: float = 0.0  # of the batches that get the second
-    setting: str = "matched"  # 'full', 'matched', 'own minimum', 'own maximum' or 'rule'
+    setting: str = "matched"  # 'full', 'matched', 'lowest setting', 'highest setting' or 'rule'
     knob: tuple = ()  # settings of the knob, one for each plan
 
     def plan_for(self, number):  # of a batch
@@ -72,14 +72,14 @@ def match_cost(
     target: float,  # FLOPs fraction
     highest: float,  # knob at which everything is kept
 ) -> dict:  # plans, share, setting, knob: fields of a `MethodRun`
-    "Settings of a knob at which a method costs what another one does; its own minimum otherwise."
+    "Settings of a knob at which a method costs what another one does; the lowest one otherwise."
     low, high = 1e-4, highest
     tried = {k: cost(build(k)) for k in (low, high)}
     away = lambda k: abs(tried[k] / target - 1)
     if tried[low] > target * (1 + TOLERANCE):
-        return dict(plans=(build(low),), setting="own minimum", knob=(low,))
+        return dict(plans=(build(low),), setting="lowest setting", knob=(low,))
     if tried[high] < target * (1 - TOLERANCE):
-        return dict(plans=(build(high),), setting="own maximum", knob=(high,))
+        return dict(plans=(build(high),), setting="highest setting", knob=(high,))
     while high / low > 1.001 and min(map(away, tried)) > TOLERANCE / 4:
         middle = (low * high) ** 0.5
         tried[middle] = cost(build(middle))
@@ -340,7 +340,7 @@ class Outcomes:
             **{f"retention_{m}": run.mean([x[m] for x in kept]) for m in kept[0]},
             knob=run.mean(run.knob) if run.knob else None,
             mixed=mixed,
-            own_minimum=run.setting == "own minimum",
+            own_minimum=run.setting == "lowest setting",
             ranked=run.setting == "matched" and near,
             ms=sum(ms.tolist()),
             **dict(zip(("ms_statistic", "ms_selection", "ms_prefill"), ms.tolist())),
@@ -380,15 +380,15 @@ def comparison_table(
     note = r.setting.mask(r.setting == "matched", "not matched").mask(fine, "")
     frame = pd.DataFrame(
         {
-            "TRR": [f"{t:g}" for t in r.trr],
+            "kept (TRR)": [f"{t:g}" for t in r.trr],
             "method": r.label,
-            "FLOPs": 100 * r.flops_fraction,
-            "entering": 100 * r.retention_entry,
-            "over layers": 100 * r.retention_layers,
-            "time": 100 * r.ms / r.ms_full,
+            "FLOPs of full": 100 * r.flops_fraction,
+            "tokens entering": 100 * r.retention_entry,
+            "tokens over layers": 100 * r.retention_layers,
+            "time of full": 100 * r.ms / r.ms_full,
             "accuracy": 100 * r.accuracy,
             "95 %": text("{:.1f} to {:.1f}", "low", "high"),
-            "to SEATS": text(
+            "difference to SEATS": text(
                 "{:+.1f} ({:+.1f} to {:+.1f})", "diff_seats", "diff_seats_low", "diff_seats_high"
             ),
             "p": r.mcnemar_p.astype(float),

@@ -189,7 +189,7 @@ def _published_times(ax, rows):
 
 def _measured_times(ax, found):
     """All methods of a comparison and the full model, a line with 95 % bars each; rings around what
-    runs at its own minimum."""
+    runs at its lowest setting."""
     full, shown = full_model(found), pick(found)
     curves = {}
     for r in [full, *shown]:
@@ -246,7 +246,7 @@ def time_figure(
         )
         panels.append((f"published, {name}", lambda ax: _published_times(ax, rows), said))
     if found:
-        said = source_of(found, "; bars: 95 % intervals; rings: own minimum")
+        said = source_of(found, "; bars: 95 % intervals; rings: lowest setting")
         title = f"measured here, {found['model']}"
         panels.append((title, lambda ax: _measured_times(ax, found), said))
     return _side_by_side(panels, 2.9)

@@ -160,11 +160,11 @@ def eval_rows(found):
     return [
         {
             "method": name_of(r),
-            "TRR (%)": f"{r['trr']:g}",
+            "kept (TRR, %)": f"{r['trr']:g}",
             "setting": r["setting"],
             "accuracy (%)": _percent(r, "accuracy"),
-            "to full (points)": _percent(r, "diff_full"),
-            "to SEATS (points)": _percent(r, "diff_seats"),
+            "difference to full (points)": _percent(r, "diff_full"),
+            "difference to SEATS (points)": _percent(r, "diff_seats"),
             "p (McNemar)": p_value(r["mcnemar_p"]),
             "FLOPs (% of full)": f"{100 * r['flops_fraction']:.1f}",
             "time (% of full)": "" if np.isnan(time_share(r)) else f"{time_share(r):.0f}",

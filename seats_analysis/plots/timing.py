@@ -103,7 +103,7 @@ def speedup_figure(
             first = look | dict(linestyle=":", markerfacecolor="white")
             ax.plot(own["trr"], own["ttft_speedup"], label=f"{method}, first token", **first)
         ax.axhline(1, color="#dddddd", linewidth=0.6, zorder=0)
-        ax.set(xlabel="TRR (%)", xticks=promised.index)
+        ax.set(xlabel="Token retention ratio, TRR (%)", xticks=promised.index)
         limits = (1, 2, 3, 5, 10, 20, 30, 50, 100)
         log_axis(ax, [t for t in limits if t <= 1.1 * promised.max()], "y")
         ax.set_title(model, fontsize=6.5)

@@ -36,7 +36,7 @@ SCHEMAS = dict(
     ),
     schedule=_json("schedule", "a usable schedule"),
     boundaries=_json("boundaries", "a boundaries file"),
-    coverage=_json("coverage", "a coverage study", "rows reaches"),
+    coverage=_json("coverage", "a coverage study", "rows late_confidences"),
     needed=_json("questions_needed", "a study of questions needed", "rows sizes"),
     results=_json("results", "a results file", "rows", "method accuracy flops_fraction"),
     sensitivity=_json("sensitivity", "a task-sensitivity table", "rows", "made_for used_on kept"),
