@@ -38,7 +38,7 @@ $(OVERLAY)/.installed: | $(STAMP)
 	@touch $@
 
 demo: install
-	$(VENV)/bin/seats demo --out build/demo
+	$(VENV)/bin/seats demo --out build/demo --overwrite
 
 test: $(OVERLAY)/.installed
 	$(PY) tests/run_all.py --overlay $(OVERLAY)
@@ -53,13 +53,13 @@ docs: install
 	$(PY) docs/build.py
 
 figures: install
-	$(VENV)/bin/seats figures
+	$(VENV)/bin/seats figures --data data --out figures --overwrite
 
 bench: install
-	$(VENV)/bin/seats bench $(BENCH)
+	$(VENV)/bin/seats bench --out data/results $(BENCH)
 
 testbed: install
-	$(VENV)/bin/seats train-testbed
+	$(VENV)/bin/seats train-testbed --out build/testbed
 
 # setuptools builds in build/lib and ships whatever an earlier build left there.
 wheel: install

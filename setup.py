@@ -19,14 +19,10 @@ DATA = {
         "data/testbed",
         ["*.json", "*.jsonl", "*.jinja", "*.txt", "*.yaml", "*.toml", "*.safetensors", "**/*.mp4"],
     ),
+    "seats_analysis._profiles": ("data/profiles", ["*.nc"]),
     "seats_analysis._schedules": ("data/schedules", ["*.json"]),
     "seats_analysis._reported": ("data/reported", ["*.csv", "*.md"]),
     "seats_analysis._tasks": ("data/tasks", ["*.yaml", "_shared_yaml"]),
-}
-DATA = {
-    name: (folder, patterns)
-    for name, (folder, patterns) in DATA.items()
-    if (ROOT / folder).is_dir()
 }
 
 EXTRAS = {

@@ -400,7 +400,7 @@ def test_names_that_are_too_long_are_refused_first(tmp_path):
 def test_a_figure_does_not_replace_another_ones_pdf(stored, tmp_path):
     (tmp_path / "paper.pdf").write_text("mine")
     said = refused("boundaries", stored, "--figure", tmp_path / "paper.png")
-    assert "paper.pdf exists and would be replaced" in said and len(names(tmp_path)) == 2
+    assert "paper.pdf exists; --overwrite replaces it" in said and len(names(tmp_path)) == 2
 
 
 # seats eval

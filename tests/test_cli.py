@@ -66,8 +66,9 @@ def outside(*args, **kw):
 
 
 @pytest.fixture
-def profile(tmp_path):
-    "A stored profile of 12 layers with known blocks."
+def profile(tmp_path, monkeypatch):
+    "A stored profile of 12 layers with known blocks, in the current folder."
+    monkeypatch.chdir(tmp_path)
     data = synthetic_profile(clips=64)
     data.attrs["tokens"] = '{"visual": 128, "audio": 80, "text": 17}'
     data.to_netcdf(tmp_path / "made-up.nc", engine="h5netcdf")
@@ -215,7 +216,7 @@ def test_profile_without_token_counts(profile, tmp_path):
         seats("schedule", tmp_path / "bare.nc", "--trr", "10", "--tokens", "128,80").exit_code == 0
     )
     assert "--tokens" in refused(
-        "schedule", tmp_path / "bare.nc", "--trr", "10", "--tokens", "many"
+        "schedule", tmp_path / "bare.nc", "--trr", "10", "--tokens", "many", "--overwrite"
     )
 
 
@@ -411,7 +412,9 @@ def test_old_schedule_survives_a_full_disk(profile, tmp_path):
     small = lambda: resource.setrlimit(
         resource.RLIMIT_FSIZE, (200, 200)
     )  # the kernel refuses to let any file grow past 200 bytes
-    done = outside("schedule", profile, "--trr", "10", "--out", plan, preexec_fn=small)
+    done = outside(
+        "schedule", profile, "--trr", "10", "--out", plan, "--overwrite", preexec_fn=small
+    )
     assert (
         done.returncode == 2
         and done.stderr.splitlines()[-1].startswith("seats: File too large")
@@ -444,6 +447,7 @@ def test_old_profile_survives_a_full_disk(questions, profile, tmp_path, stubbed,
         "6",
         "--out",
         out,
+        "--overwrite",
     )
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == f"seats: No space left on device: {out}"
@@ -494,10 +498,9 @@ def test_boundaries_prints_layers_from_one(profile):
 
 
 def test_schedule_meets_its_target_and_prints_both_ratios(profile, tmp_path):
+    out = ("--out", tmp_path / "plan.json", "--overwrite")
     for trr in (35, 25, 15, 10, 100):
-        result = seats(
-            "schedule", profile, "--trr", trr, "--late", "estimate", "--out", tmp_path / "plan.json"
-        )
+        result = seats("schedule", profile, "--trr", trr, "--late", "estimate", *out)
         plan = Schedule.load(tmp_path / "plan.json")
         assert abs(plan.token_trr(128, 80) - trr / 100) < 1e-9
         assert (
@@ -509,28 +512,29 @@ def test_schedule_meets_its_target_and_prints_both_ratios(profile, tmp_path):
             if trr < 100
             else plan.keeps_all
         )
-    as_json = json.loads(
-        seats("schedule", profile, "--trr", "10", "--out", tmp_path / "plan.json", "--json").stdout
-    )
+    as_json = json.loads(seats("schedule", profile, "--trr", "10", *out, "--json").stdout)
     assert as_json == json.loads((tmp_path / "plan.json").read_text())
 
 
 def test_schedule_takes_the_estimate_and_says_so(profile):
     "Its default file, and one note wherever estimate and certificate differ."
     result = seats("schedule", profile, "--trr", "10")
-    assert Schedule.load(profile.parent / "made-up_trr10.json").late_start == 8
+    made = profile.parent / "seats_out" / "made-up" / "schedules" / "made-up_trr10.json"
+    assert Schedule.load(made).late_start == 8
     assert (
         result.stderr.startswith(
             "note: late block: layer 9 of 12, estimate; certified: none (64 clips"
         )
         and result.stderr.count("note: late block") == 1
     )
-    careful = seats("schedule", profile, "--trr", "10", "--late", "certified", "--json")
+    assert "made-up_trr10.json exists" in refused("schedule", profile, "--trr", "10")
+    args = ("schedule", profile, "--trr", "10", "--overwrite")
+    careful = seats(*args, "--late", "certified", "--json")
     assert (
         json.loads(careful.stdout)["late_start"] == 12
         and "certified; estimate: layer 9 of 12" in careful.stderr
     )
-    assert "'hope'" in refused("schedule", profile, "--trr", "10", "--late", "hope")
+    assert "'hope'" in refused(*args, "--late", "hope")
     sure = synthetic_profile(clips=800)
     sure.to_netcdf(profile.parent / "sure.nc", engine="h5netcdf")
     agreed = seats("schedule", profile.parent / "sure.nc", "--trr", "10", "--tokens", "128,80")

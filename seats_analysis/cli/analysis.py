@@ -21,6 +21,7 @@ from seats_analysis.cli.app import (
     Late,
     Limit,
     Model,
+    Overwrite,
     Root,
     Seed,
     Threads,
@@ -31,6 +32,7 @@ from seats_analysis.cli.app import (
     limits_of,
     prepare,
     mean_tokens,
+    name_of,
     names_of,
     note,
     numbers_of,
@@ -40,7 +42,7 @@ from seats_analysis.cli.app import (
 )
 from ..evaluation.load import check_model, load_model
 from ..storage.checkpoint import checkpoint_of
-from ..storage.files import shipped_folder
+from ..storage.files import output_folder
 from ..storage.schemas import load_profile, save_json
 
 # %% ../../nbs/cli/01_analysis.ipynb #5d1079fd
@@ -92,7 +94,10 @@ def probe(
     limit: Limit = None,
     root: Root = None,
     allow_outside: AllowOutside = False,
-    out: Path | None = Option(None, help="NetCDF file to write; default: NAME-profile.nc here."),
+    out: Path | None = Option(
+        None, help="NetCDF file to write; default: seats_out/DATA/profiles/MODEL.nc."
+    ),
+    overwrite: Overwrite = False,
     removed: str = Option("visual,audio,both", help="Conditions, separated by commas."),
     layers: str = Option(
         "",
@@ -121,7 +126,8 @@ def probe(
     `accelerate launch --no_python seats probe ...` shares the work among processes.
     """
     check_model(model)
-    out = writable(out or f"{Path(model).name}-profile.nc", "profile")
+    default = output_folder(data) / "profiles" / f"{name_of(model)}.nc"
+    out = writable(out or default, "profile", overwrite)
     from seats_analysis.evaluation.evaluate import load_samples
 
     chosen = dict(removed=names_of(removed, "--removed"), layers=_layer_list(layers))
@@ -196,7 +202,11 @@ def _family_row(r, num_layers):
 
 # %% ../../nbs/cli/01_analysis.ipynb #4b633739
 Profile = Annotated[
-    Path, typer.Argument(help="NetCDF file written by `seats probe`.", show_default=False)
+    Path,
+    typer.Argument(
+        help="NetCDF file written by `seats probe`, or `testbed` for the shipped one.",
+        show_default=False,
+    ),
 ]
 Split = Annotated[str, Option(help="Samples to derive from: a split of the data, or `all`.")]
 Tolerance = Annotated[float, Option(help="Loss of performance that counts as none, as a fraction.")]
@@ -206,15 +216,12 @@ Margin = Annotated[
 ]
 
 
-def _figure_name(path):
-    "The name of a figure, once it is clear that its PNG or PDF would not replace another file."
+def _figure_name(path, overwrite):
+    "The name of a figure without its suffix, once it is clear that PNG and PDF can be written."
     stem = path.with_suffix("") if path.suffix in (".png", ".pdf") else path
-    there = [f for f in (Path(f"{stem}.png"), Path(f"{stem}.pdf")) if f.exists()]
-    if len(there) == 1:
-        raise ValueError(
-            f"--figure {path}: {there[0]} exists and would be replaced; choose another"
-        )
-    return writable(path)
+    for suffix in (".png", ".pdf"):
+        writable(f"{stem}{suffix}", overwrite=overwrite)
+    return stem
 
 
 @app.command()
@@ -230,13 +237,14 @@ def boundaries(
     figure: Path | None = Option(
         None, help="Draw them, family by family, as NAME.png and NAME.pdf."
     ),
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ):
     """Find the shallow, middle and late blocks of a profile.
 
     For each condition, with 95 % intervals; printed layers start at 1.
     """
-    figure = figure and _figure_name(figure)
+    figure = figure and _figure_name(figure, overwrite)
     from seats_analysis.boundaries.report import boundary_table
     from seats_analysis.plots.dependency import boundaries_figure
     from seats_analysis.plots.style import save_figure
@@ -310,8 +318,9 @@ def schedule(
         "over layers, in (0, 100].",
     ),
     out: Path | None = Option(
-        None, help="JSON file to write; default: NAME_trrN.json beside the profile."
+        None, help="JSON file to write; default: seats_out/DATA/schedules/PROFILE_trrN.json."
     ),
+    overwrite: Overwrite = False,
     visual: float | None = Option(None, help="Percent of the visual tokens, instead of --trr."),
     audio: float | None = Option(None, help="Percent of the audio tokens, instead of --trr."),
     tokens: str = Option(
@@ -333,7 +342,8 @@ def schedule(
     """
     _check_targets(trr, visual, audio)
     target = f"trr{trr:g}" if trr is not None else f"v{visual:g}_a{audio:g}"
-    out = writable(out or profile.with_name(f"{profile.stem}_{target}.json"), "schedule")
+    default = output_folder(profile) / "schedules" / f"{profile.stem}_{target}.json"
+    out = writable(out or default, "schedule", overwrite)
     from seats_analysis.schedules.schedule import DEFAULT_LATE, Schedule
 
     stored = load_profile(profile)
@@ -349,21 +359,6 @@ def schedule(
     emit(as_json, json.loads(out.read_text()), f"{out}\n{_describe(plan)}")
 
 # %% ../../nbs/cli/01_analysis.ipynb #052aa73c
-def shipped_profile() -> Path | None:
-    "The testbed's own profile: beside its weights, or in the checkout's data folder."
-    home = shipped_folder("testbed")
-    places = (home / "profile.nc", home.parent / "profiles" / "testbed.nc")
-    return next((p for p in places if p.is_file()), None)
-
-
-def named_or_shipped(profile):
-    "The profile that was named, or the testbed's, opened."
-
-    if (source := profile or shipped_profile()) is None:
-        raise ValueError("no profile of the testbed is here; name one with --profile")
-    return load_profile(source)
-
-
 def _sizes(text):
     "Numbers of questions, ascending."
     sizes = sorted(set(numbers_of(text, "--sizes", "whole numbers, as 50,100,200", int)))
@@ -372,9 +367,13 @@ def _sizes(text):
     return sizes
 
 
+TESTBED = Path("testbed")  # as the name of a profile: the shipped one
 Pilot = Annotated[
-    Path | None,
-    Option(help="NetCDF file of a pilot, for the noise and its curve; default: the testbed's."),
+    Path,
+    Option(help="NetCDF file of a pilot, for the noise and its curve; `testbed`: the shipped one."),
+]
+StudyOut = Annotated[
+    Path | None, Option(help="JSON file to write; default: in seats_out/DATA/results.")
 ]
 Trials = Annotated[int, Option(min=1, help="Experiments for each curve and size.")]
 Sizes = Annotated[str, Option(help="Questions per experiment, separated by commas.")]
@@ -382,8 +381,9 @@ Sizes = Annotated[str, Option(help="Questions per experiment, separated by comma
 # %% ../../nbs/cli/01_analysis.ipynb #3f812e76
 @app.command()
 def simulate(
-    profile: Pilot = None,
-    out: Path = Option("data/results/boundary_coverage.json", help="JSON file to write."),
+    profile: Pilot = TESTBED,
+    out: StudyOut = None,
+    overwrite: Overwrite = False,
     trials: Trials = 100,
     replicates: int = Option(200, min=10, help="Bootstrap replicates in each."),
     sizes: Sizes = "50,100,200,500,1000",
@@ -394,14 +394,15 @@ def simulate(
 
     Coverage, width and bias, where the boundaries are known.
     """
-    out, sizes = writable(out, "coverage"), _sizes(sizes)
+    default = output_folder(profile) / "results" / "boundary_coverage.json"
+    out, sizes = writable(out or default, "coverage", overwrite), _sizes(sizes)
     from seats_analysis.boundaries.simulate import (
         choose_late_confidence,
         coverage_study,
         coverage_table,
     )
 
-    stored = named_or_shipped(profile)
+    stored = load_profile(profile)
     study = coverage_study(stored, sizes, trials, replicates, seed, progress=True)
     save_json(out, study)
     chosen = choose_late_confidence(study, study["goal"])
@@ -416,8 +417,9 @@ def simulate(
 @app.command("sample-size")
 @app.command("questions", hidden=True)  # its name until 0.2
 def sample_size(
-    profile: Pilot = None,
-    out: Path = Option("data/results/questions_needed.json", help="JSON file to write."),
+    profile: Pilot = TESTBED,
+    out: StudyOut = None,
+    overwrite: Overwrite = False,
     within: int = Option(1, min=0, help="Layers that an estimate may be off."),
     trials: Trials = 200,
     sizes: Sizes = "25,50,100,200,400,800,1600,3200,6400",
@@ -428,10 +430,11 @@ def sample_size(
 
     For the curve of a pilot and for planted shapes.
     """
-    out, sizes = writable(out, "needed"), _sizes(sizes)
+    default = output_folder(profile) / "results" / "questions_needed.json"
+    out, sizes = writable(out or default, "needed", overwrite), _sizes(sizes)
     from seats_analysis.boundaries.simulate import needed_study
 
-    stored = named_or_shipped(profile)
+    stored = load_profile(profile)
     study = needed_study(stored, sizes, trials, within, seed=seed, progress=True)
     save_json(out, study)
     columns = {"middle begins": "shallow_end", "late begins": "late_start"}

@@ -24,6 +24,7 @@ from seats_analysis.cli.app import (
     Late,
     Limit,
     Model,
+    Overwrite,
     Root,
     Threads,
     TrustRemoteCode,
@@ -33,6 +34,7 @@ from seats_analysis.cli.app import (
     limits_of,
     prepare,
     mean_tokens,
+    name_of,
     names_of,
     note,
     numbers_of,
@@ -41,13 +43,9 @@ from seats_analysis.cli.app import (
     writable,
 )
 from ..evaluation.load import check_device, check_model, load_model
-from seats_analysis.cli.analysis import (
-    find_blocks,
-    named_or_shipped,
-    shipped_profile,
-    stored_tokens,
-)
+from .analysis import TESTBED, StudyOut, find_blocks, stored_tokens
 from ..storage.checkpoint import Checkpoint, checkpoint_of, processes
+from ..storage.files import output_folder
 from ..storage.schemas import SCHEMAS, load_profile, save_json
 
 # %% ../../nbs/cli/02_answers.ipynb #c8f331c2
@@ -57,7 +55,7 @@ def solve(model, trrs, counts, profile=None, late=None) -> dict:  # percentage -
     from seats_analysis.schedules.schedule import DEFAULT_LATE, PUBLISHED, Schedule
 
     known = next((k for k in PUBLISHED if k in model.lower()), None)
-    source, pairs = profile or (shipped_profile() if model == "testbed" else None), ()
+    source, pairs = profile or (TESTBED if model == "testbed" else None), ()
     if source is not None:
         blocks = find_blocks(load_profile(source), "both")
     elif known:
@@ -152,7 +150,9 @@ def _run_text(answer, scores, report):
 def run(
     clip: Annotated[Path, typer.Argument(help="Video or audio file.", show_default=False)],
     question: str = Option(..., help="What to ask."),
-    schedule: Path | None = Option(None, help="Schedule file to prune with."),
+    schedule: Path | None = Option(
+        None, help="Schedule to prune with: a file, or a shipped one, as testbed/10."
+    ),
     trr: float | None = Option(
         None, help="Token retention ratio: percent of all visual and audio tokens to keep."
     ),
@@ -165,6 +165,7 @@ def run(
     ),
     max_tokens: int = Option(32, min=1, help="Most tokens of the answer."),
     kept: Path | None = Option(None, help="JSON file to write the kept positions to."),
+    overwrite: Overwrite = False,
     device: Device = "",
     trust_remote_code: TrustRemoteCode = False,
     threads: Threads = None,
@@ -176,7 +177,7 @@ def run(
     check_trr(trr)
     check_model(model)
     if kept is not None:
-        writable(kept, "kept")
+        writable(kept, "kept", overwrite)
     from seats_analysis.models.encode import encode
     from seats_analysis.models.families import adapter_for
     from seats_analysis.plots.kept import kept_data
@@ -241,7 +242,7 @@ def _held_out(limit, split, folder, seed):
 
 def _vtw_rule(names, model, profile):
     "VTW at the layer that its rule picks from a profile's `derive` split; nothing without one."
-    source = profile or (shipped_profile() if model == "testbed" else None)
+    source = profile or (TESTBED if model == "testbed" else None)
     if "vtw" not in names or source is None:
         return {}
     from seats_analysis.baselines.attention import VTW
@@ -283,8 +284,11 @@ def eval_(
         "has fewer.",
     ),
     out: Path | None = Option(
-        None, help="JSON file to write, with a CSV beside it; default: NAME-eval.json here."
+        None,
+        help="JSON file to write, with a CSV beside it; default: "
+        "seats_out/DATA/results/eval_MODEL.json.",
     ),
+    overwrite: Overwrite = False,
     split: str | None = Option(None, help="Only this split of the data."),
     root: Root = None,
     allow_outside: AllowOutside = False,
@@ -309,7 +313,8 @@ def eval_(
     the work among processes.
     """
     check_model(model)
-    trrs, out = _trr_list(trr), writable(out or f"{Path(model).name}-eval.json", "eval")
+    trrs, default = _trr_list(trr), output_folder(data) / "results" / f"eval_{name_of(model)}.json"
+    out = writable(out or default, "eval", overwrite)
     from seats_analysis.evaluation.compare import compare_methods, method_names
     from seats_analysis.evaluation.evaluate import load_samples
 
@@ -367,10 +372,11 @@ def _sensitivity_text(rows):
 @app.command()
 @app.command("sensitivity", hidden=True)  # its name until 0.2
 def transfer(
-    profile: Path | None = Option(
-        None, help="NetCDF file of the testbed's profile; default: the shipped one."
+    profile: Path = Option(
+        "testbed", help="NetCDF file of the testbed's profile; `testbed`: the shipped one."
     ),
-    out: Path = Option("data/results/task_sensitivity.json", help="JSON file to write."),
+    out: StudyOut = None,
+    overwrite: Overwrite = False,
     trr: float = Option(10, help="Percent of all tokens that every schedule keeps."),
     by: str = Option("needs", help="Kinds of questions: `needs` or `family`."),
     limit: Limit = None,
@@ -383,14 +389,15 @@ def transfer(
     Kind by kind, on the testbed's test split.
     """
     check_trr(trr)
-    out = writable(out, "sensitivity")
+    default = output_folder(profile) / "results" / "task_sensitivity.json"
+    out = writable(out or default, "sensitivity", overwrite)
     if by not in ("needs", "family"):
         raise ValueError(f"--by {by!r}: expected needs or family")
     from seats_analysis.evaluation.evaluate import load_samples
     from seats_analysis.evaluation.sensitivity import TaskSchedules
     from seats_analysis.models.families import hash_weights
 
-    stored = named_or_shipped(profile)
+    stored = load_profile(profile)
     made = TaskSchedules.of(stored, trr, by, stored_tokens(stored))
     prepare(threads)
     model, processor = load_model("testbed", "cpu")

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from typer import Option
 from typer.core import TyperGroup
-from ..storage.checkpoint import checkpoint_of
+from ..storage.checkpoint import checkpoint_of, processes
 from ..storage.files import one_line
 from ..storage.schemas import SCHEMAS, load_profile, schema_of
 
@@ -97,7 +97,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Know, layer by layer, when an om-LLM stops needing its video and audio, "
-    "and turn that into speed.",
+    "and turn that into speed. Without --out, results go to seats_out/NAME, named after the data.",
     epilog="Bad input ends with one line and exit code 2; "
     "SEATS_DEBUG=1 in the environment shows where it came from.",
 )
@@ -158,10 +158,15 @@ def mean_tokens(model, processor, samples, **limits) -> dict:  # 'visual', 'audi
     return {k: float(sum(c[k].item() for c in counts)) / len(counts) for k in kinds}
 
 # %% ../../nbs/cli/00_app.ipynb #ea397fbf
-def writable(path, name=None) -> Path:  # name: key of SCHEMAS, of what will be written
+def writable(
+    path,
+    name=None,  # key of SCHEMAS, of what will be written
+    overwrite=False,  # what --overwrite says
+) -> Path:
     """The path, once it is clear that a file can be put there; makes no file.
 
-    Raises ValueError, also where it would replace a file of another kind, such as an input."""
+    Raises ValueError, also where it would replace the output of another run, or, whatever
+    `overwrite` says, a file of another kind, such as an input."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"--out {path} is a folder; give a file name")
@@ -181,7 +186,20 @@ def writable(path, name=None) -> Path:  # name: key of SCHEMAS, of what will be 
         if same is False:
             what = SCHEMAS[name].what
             raise ValueError(f"--out {path} exists and is not {what}; choose another name")
+    check_new(path, overwrite)
     return path
+
+
+def check_new(path, overwrite):
+    "Raise ValueError where a file would be replaced that no --overwrite gives away."
+    there = path.is_file() and path.stat().st_size
+    if there and not overwrite and not processes()[0]:  # the others of a launch may be late
+        raise ValueError(f"{path} exists; --overwrite replaces it, or choose another --out")
+
+
+def name_of(model) -> str:
+    "What outputs of a model are called."
+    return os.path.basename(os.path.abspath(model))
 
 
 def check_trr(trr, name="--trr"):
@@ -254,6 +272,9 @@ Limit = Annotated[int | None, Option(min=1, help="Use only the first so many que
 Batch = Annotated[int, Option(min=1, help="Questions per batch.")]
 Seed = Annotated[int, Option(min=0, help="Seed of what is drawn at random.")]
 Device = Annotated[str, Option(help="cpu or cuda; by default a GPU where there is one.")]
+Overwrite = Annotated[
+    bool, Option("--overwrite", help="Replace what an earlier run has written there.")
+]
 Json = Annotated[bool, Option("--json", help="Print one JSON document instead of text.")]
 Threads = Annotated[
     int | None,

@@ -105,10 +105,13 @@ def bench(
     seed: Seed = 0,
     device: Device = "",
     threads: Threads = None,
-    out: Path | None = Option(None, help="JSON file; default: data/results/bench_<device>.json."),
+    out: Path | None = Option(
+        None, help="JSON file, or a folder for bench_DEVICE.json; default: seats_out/bench/results."
+    ),
     again: bool = Option(
         False,
         "--again",
+        "--overwrite",
         help="Begin the file anew; without it, rows that it holds are kept and an "
         "interrupted run goes on.",
     ),
@@ -152,7 +155,9 @@ def bench(
         jobs = only_full + [replace(j, encoders=towers) for j in jobs]
     ours = sys.argv[1:2] == ["bench"]
     command = shlex.join(["seats", *sys.argv[1:]]) if ours else "seats bench"
-    file = BenchFile(writable(out or setup.default_path, "bench"), setup, command, again)
+    name = out / setup.default_path.name if out and out.is_dir() else out or setup.default_path
+    out = writable(name, "bench", overwrite=True)  # its rows are kept
+    file = BenchFile(out, setup, command, again)
     _measure(file, jobs, repeats=repeats, max_seconds=most_seconds)
     results = file.results(jobs)
     data = dict(device=file.about["device"], rows=results.report())

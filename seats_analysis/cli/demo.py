@@ -13,26 +13,51 @@ from shutil import copy2
 import typer
 from typer import Option
 
-from .app import Batch, Json, Threads, app, emit, note, prepare, table
+from seats_analysis.cli.app import (
+    Batch,
+    Json,
+    Overwrite,
+    Threads,
+    app,
+    check_new,
+    emit,
+    note,
+    prepare,
+    table,
+)
 from ..evaluation.load import load_model
 from .analysis import boundary_row, find_blocks, probe_file, stored_tokens
 from .answers import origin
+from ..storage.files import output_folder, shipped_folder
 from ..storage.schemas import SCHEMAS, save_json
 
 # %% ../../nbs/cli/04_demo.ipynb #9daeda9f
 @app.command()
 def figures(
-    data: Path = Option("data", help="Folder with profiles/, schedules/, results/ and testbed/."),
-    out: Path = Option("figures", help="Folder for the .png and .pdf files, and for tables/."),
+    data: str = Option(
+        "testbed",
+        help="What --data was for the other commands, whose outputs are drawn; or a folder with "
+        "profiles/, schedules/ and results/; or one profile.",
+    ),
+    out: Path | None = Option(
+        None,
+        help="Folder for the .png and .pdf files, and for tables/; default: "
+        "seats_out/DATA/figures.",
+    ),
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ):
-    """Redraw every figure and table from stored data.
+    """Draw every figure and table that stored data allow.
 
-    No model is loaded.
+    Tables as CSV, Markdown and LaTeX (booktabs). No model is loaded.
     """
     from seats_analysis.plots.paper import make_figures
 
-    written = [str(path) for path in make_figures(data, out, progress=True)]
+    home, source = output_folder(data), Path(data)
+    if not source.is_dir() and source.suffix != ".nc" and (home.is_dir() or data != "testbed"):
+        source = home
+    written = make_figures(source, out or home / "figures", progress=True, overwrite=overwrite)
+    written = list(map(str, written))
     emit(as_json, dict(figures=written), "\n".join(written))
 
 # %% ../../nbs/cli/04_demo.ipynb #0b095b7b
@@ -54,8 +79,10 @@ def _train_config(path, **changes):
 @app.command("train-testbed")
 def train_testbed(
     out: Path = Option(
-        "build/testbed", help="Folder for checkpoints, log, figure and the finished model."
+        "seats_out/trained-testbed",
+        help="Folder for checkpoints, log, figure and the finished model.",
     ),
+    overwrite: Overwrite = False,
     config: Path | None = Option(None, help="JSON file with fields of TrainConfig."),
     seed: int | None = Option(None, help="Seed of weights and clips."),
     steps: int | None = Option(None, min=1, help="Steps to train."),
@@ -70,6 +97,8 @@ def train_testbed(
     from seats_analysis.testbed import train
 
     chosen = _train_config(config, seed=seed, steps=steps, threads=threads)
+    if not (out / "checkpoint.pt").exists():
+        check_new(out / "train.json", overwrite)
     prepare()
     train.train_testbed(chosen, out)
     save_figure(learning_curves_figure(out / "train_log.jsonl"), out / "learning")
@@ -152,16 +181,21 @@ def _demo_table(rows):
 # %% ../../nbs/cli/04_demo.ipynb #914eb1ff
 @app.command()
 def demo(
-    out: Path = Option("build/demo", help="Folder for profile, schedules, results and figures."),
+    out: Path = Option(
+        "seats_out/demo", help="Folder for profile, schedules, results and figures."
+    ),
+    overwrite: Overwrite = False,
     limit: int | None = Option(
         None, min=1, help="Use so many questions of each split; then only the profile is compared."
     ),
-    data: Path = Option("data", help="Folder with the committed results to compare with."),
+    data: Path | None = Option(
+        None, help="Folder with the committed results to compare with; default: a checkout's."
+    ),
     whole: bool = Option(False, "--whole", help="Probe the test split as well."),
     update: bool = Option(
         False,
         "--update",
-        help="Replace the committed results by these (with --whole, without --limit).",
+        help="Replace the committed results in --data by these (with --whole, without --limit).",
     ),
     batch: Batch = 16,
     threads: Threads = None,
@@ -180,6 +214,11 @@ def demo(
         raise ValueError(
             "--update and --limit exclude each other: what is committed covers all questions"
         )
+    if update and data is None:
+        raise ValueError("--update: name the folder of the committed results with --data")
+    data = data or shipped_folder("testbed").parent
+    for name in FILES:
+        check_new(out / name, overwrite)
     start = perf_counter()
     prepare(threads)
     from seats_analysis.evaluation.agreement import agreement

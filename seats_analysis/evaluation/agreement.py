@@ -157,12 +157,14 @@ def agreement(
     from seats_analysis.storage.schemas import load_json, load_profile
 
     data = Path(data)
-    stored = data / "profiles" / "testbed.nc"
-    if not stored.is_file():
-        said = f"none in {data}, so there is nothing to compare with"
+    names = ["profiles/testbed.nc"]
+    if whole:
+        names += ["results/testbed.json", *(f"schedules/testbed_trr{trr}.json" for trr in plans)]
+    if missing := [name for name in names if not (data / name).is_file()]:
+        said = f"no {missing[0]} in {data}, so there is nothing to compare with"
         checks = [("committed results", None, said)]
     else:
-        committed = load_profile(stored)
+        committed = load_profile(data / names[0])
         checks = compare_profiles(profile, committed)
         if whole and checks[0][0] != "profile":
             theirs = {name: find_boundaries(committed, name) for name in bounds}

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from ..storage.files import output_folder
 from ..storage.schemas import SCHEMAS, load_json, save_json
 from ..storage.provenance import hash_code, versions
 from ..models.families import adapter_for
@@ -362,7 +363,7 @@ class BenchSetup:
     @property
     def default_path(self):
         slug = re.sub(r"[^a-z0-9]+", "-", self.device_name.lower()).strip("-")
-        return Path("data/results") / f"bench_{slug}.json"
+        return output_folder("bench") / "results" / f"bench_{slug}.json"
 
     def build(self, config, width):
         return build_model(config, width, self.device, self.dtype, self.attention, self.seed)

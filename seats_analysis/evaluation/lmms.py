@@ -91,7 +91,7 @@ def schedule_for(
         )
     if known:
         return Schedule.published(known, int(trr))
-    return Schedule.load(shipped_folder("schedules") / f"testbed_trr{trr:g}.json")
+    return Schedule.load(f"testbed/{trr:g}")
 
 
 def method_for(

@@ -11,7 +11,6 @@ import torch
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from ..storage.files import shipped_folder
 from ..inputs.media import Clip
 from ..inputs.samples import Sample
 from ..inputs.benchmarks import preset_for
@@ -323,7 +322,7 @@ def bench_schedule(
         bounds = Boundaries(*PUBLISHED[config]["boundaries"])
         return Schedule.from_trr(bounds, trr, *counts, like=config)
     if config == "testbed":
-        plan = Schedule.load(shipped_folder("schedules") / "testbed_trr10.json")
+        plan = Schedule.load("testbed/10")
     else:
         plan = Schedule.at_published_depth(config_of(config).text_config.num_hidden_layers)
     late = max(plan.late(m) for m in ("visual", "audio"))

@@ -21,7 +21,7 @@ from .dependency import curves_of, derive_split, draw_dependency, draw_retention
 from .style import LOOKS, PAGE, RED, house_style, new_figure
 from ..schedules.cost import flops_fraction
 from ..schedules.schedule import DEFAULT_LATE, LATE_RULES, Schedule, ScheduleWarning
-from ..storage.files import shipped_folder
+from ..storage.files import output_folder, shipped_folder
 from ..storage.schemas import load_profile
 
 # %% ../../nbs/plots/06_explorer.ipynb #77c95d82
@@ -229,14 +229,13 @@ def _png(fig):
 
 # %% ../../nbs/plots/06_explorer.ipynb #a232f137
 def explore(
-    data="data",  # folder with profiles/*.nc
-    out="schedules",  # folder where the button saves
+    data="testbed",  # folder with profiles/*.nc, or one profile; default: the shipped one
+    out=None,  # folder where the button saves; default: schedules/ of the data in seats_out/
     n_boot=2000,  # resamples of each interval
 ):  # Explorer, or the figure where ipywidgets is not installed
-    "Explore every profile of a folder. Raises ValueError if there is none."
-    paths = {path.stem: path for path in sorted((Path(data) / "profiles").glob("*.nc"))}
-    if not paths:
-        raise ValueError(f"{data}/profiles: no *.nc; `seats probe` makes a profile")
+    "Explore every profile of a folder, or one profile. Raises ValueError if there is none."
+    paths = sorted(Path(data).glob("profiles/*.nc")) or [Path(data)]
+    paths, out = {path.stem: path for path in paths}, out or output_folder(data) / "schedules"
     try:
         import ipywidgets  # noqa: F401
     except ImportError:

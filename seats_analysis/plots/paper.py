@@ -381,13 +381,13 @@ def _draw_kept(kept, data):
 
 # %% ../../nbs/plots/05_paper.ipynb #b1595fec
 def figure_jobs(
-    data,  # folder such as the project's data/
+    data,  # folder such as the project's data/, or one profile
 ) -> dict:  # figure name -> function without arguments that draws it
     "What a data folder has the data for. Raises ValueError if nothing, or for a broken file."
     data = Path(data)
     results = stored_results(data)
     jobs = dict(_comparison_jobs(data, results["eval"]))
-    for path in sorted((data / "profiles").glob("*.nc")):
+    for path in sorted(data.glob("profiles/*.nc")) if data.is_dir() else [data]:
         jobs |= _profile_jobs(path)
     jobs |= _schedule_jobs(data)
     jobs |= _result_jobs(data, results)
@@ -403,16 +403,23 @@ def figure_jobs(
 
 # %% ../../nbs/plots/05_paper.ipynb #476a1917
 def make_figures(
-    data="data",  # folder with profiles/, schedules/, results/, reported/, testbed/
-    out="figures",  # where the .png and .pdf files go; tables go to out/tables
+    data,  # folder with profiles/, schedules/, results/, reported/, testbed/; or one profile
+    out,  # folder of the .png and .pdf files; tables go to out/tables
     progress=False,  # show a bar
+    overwrite=True,  # replace what is there
 ) -> list:  # paths written
-    "Draw and tabulate what the data folder has the data for. Raises ValueError if nothing."
+    """Draw and tabulate what the data folder has the data for.
+
+    Raises ValueError if that is nothing, or, before anything is drawn, where a file is there."""
     from tqdm import tqdm
 
-    jobs, written = figure_jobs(data), []
+    jobs, written, out = figure_jobs(data), [], Path(out)
+    names = [out / f"{name}{suffix}" for name in jobs for suffix in (".png", ".pdf")]
+    names += [out / "tables" / f"{name}.csv" for name in tables(data)]
+    if not overwrite and (there := [name for name in names if name.exists()]):
+        raise ValueError(f"{there[0]} exists; --overwrite replaces it, or choose another --out")
     bar = tqdm(jobs.items(), desc="figures", unit="figure", disable=not progress)
     for name, draw in bar:
         bar.set_postfix_str(name)
-        written += save_figure(draw(), Path(out) / name)
-    return written + write_tables(data, Path(out) / "tables")
+        written += save_figure(draw(), out / name)
+    return written + write_tables(data, out / "tables")

@@ -12,12 +12,14 @@ import operator
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import numpy as np
 
 from ..boundaries.find import Boundaries
 from ..inputs.layout import MODALITIES
 from .solve import ROUND_OFF, Segments, drop_positions
+from ..storage.files import shipped_folder
 from ..storage.schemas import SCHEMAS, load_json, save_json
 
 # %% ../../nbs/schedules/01_schedule.ipynb #b061beaf
@@ -335,6 +337,18 @@ def _split_trr(trr, n_visual, n_audio, caps, like):
     return {"visual": visual, "audio": audio}
 
 # %% ../../nbs/schedules/01_schedule.ipynb #44e3bef8
+def _shipped(path):
+    "The file of a shipped schedule by its name; what looks like a file's name stays as it is."
+    if Path(path).is_file() or Path(path).suffix == ".json":
+        return path
+    files = sorted(shipped_folder("schedules").glob("*_trr*.json"))
+    names = {file.stem.replace("_trr", "/"): file for file in files}
+    if str(path) not in names:
+        known = ", ".join(names)
+        raise ValueError(f"{path}: neither a file nor a shipped schedule; those are {known}")
+    return names[str(path)]
+
+
 @dataclass(frozen=True)
 class Schedule:
     "Plan of visual and audio tokens. Layers are 0-based and half-open, ratios fractions kept."
@@ -600,8 +614,10 @@ class Schedule:
 
     @classmethod
     def load(cls, path):
-        "Read a plan. Raises ValueError that names the file and its fault."
-        data = load_json(path, "schedule")
+        """Read a plan: a file, or a shipped one by its name, as `testbed/10` (model and TRR).
+
+        Raises ValueError that names the file and its fault, or the shipped ones."""
+        data = load_json(_shipped(path), "schedule")
         known, given = {f.name for f in fields(cls)}, set(data) - {"schema"}
         try:
             if known != given:

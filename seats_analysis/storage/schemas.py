@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from .files import atomic_write
+from .files import atomic_write, shipped_folder
 from .provenance import digest
 
 # %% ../../nbs/storage/03_schemas.ipynb #cd7a781d
@@ -184,11 +184,13 @@ def save_profile(
 
 
 def load_profile(
-    path,  # NetCDF file
+    path,  # NetCDF file, or 'testbed' for the shipped profile
 ):  # xr.Dataset in memory, dims (sample, removed, layer)
     "Read a profile. Raises ValueError naming the file if it is missing, broken or something else."
     import xarray as xr
 
+    if str(path) == "testbed":
+        path = shipped_folder("profiles") / "testbed.nc"
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; `seats probe` makes a profile")
     try:

@@ -496,6 +496,12 @@ class Trainer:
         self.checkpoint, self.log = self.folder / "checkpoint.pt", self.folder / "train_log.jsonl"
         resume = self.checkpoint.exists()
         saved = torch.load(self.checkpoint, weights_only=True) if resume else {}
+        ours, theirs = asdict(config), saved.get("config", {})
+        if bad := [k for k in theirs.keys() - {"steps", "threads"} if theirs[k] != ours.get(k)]:
+            raise ValueError(
+                f"{self.checkpoint} is of another run: {bad[0]} {theirs[bad[0]]} there, "
+                f"{ours.get(bad[0])} now; remove it to begin anew, or choose another folder"
+            )
         self.model = Thinker(build_config(saved.get("layers", config.first_layers)))
         init_weights(self.model, config.seed)
         fast_towers(self.model)
@@ -613,6 +619,7 @@ class Trainer:
         import torch
 
         state = dict(
+            config=asdict(self.config),
             model=self.model.state_dict(),
             heads=self.heads.state_dict(),
             optimizer=self.optimizer.state_dict(),
