@@ -121,7 +121,7 @@ def test_help():
     import typer
 
     commands = typer.main.get_command(app).commands
-    assert len(commands) == 12
+    assert len([c for c in commands.values() if not c.hidden]) == 12
     for name, command in {"": typer.main.get_command(app), **commands}.items():
         result = seats(*name.split(), "--help")
         assert result.exit_code == 0 and "Usage: " in result.stdout and result.stderr == ""
@@ -676,6 +676,38 @@ def test_run_answers_with_and_without_pruning(tmp_path, clip, stubbed):
         and sizes[0] + pruned["tokens"]["text"] == pruned["tokens_per_layer"][0]
     )
     assert len(plot_kept(decode_clip(clip), kept).axes) == 2 * len(sizes)
+
+
+def test_run_compares_full_and_pruned(tmp_path, clip, profile, stubbed):
+    ask = ["run", clip, "--question", "what ?", "--max-tokens", "2", "--model", "testbed"]
+    ask += ["--profile", profile, "--trr", "10", "--compare"]
+    data = json.loads(seats(*ask, "--choice", "low", "--choice", "high", "--json").stdout)
+    assert data["full"]["flops_fraction"] == 1 > data["pruned"]["flops_fraction"]
+    assert data["full"]["choices"].keys() == {"low", "high"}
+    result = seats(*ask, "--figure", tmp_path / "kept")
+    assert (tmp_path / "kept.png").stat().st_size > 10_000
+    lines = {line.split("  ")[0]: line.split() for line in result.stdout.splitlines()}
+    early = next(words for name, words in lines.items() if "shallow" in name)
+    assert [int(n) for n in early[-2:]] == [
+        data[k]["tokens_per_layer"][0] for k in ("full", "pruned")
+    ]
+    assert "times faster" in result.stdout
+    assert "--trr or --schedule" in refused("run", clip, "--question", "?", "--compare")
+
+
+def test_frame_limits(capsys):
+    "What was asked for, then the benchmark's, then a cap that is said aloud."
+    from seats_analysis.cli.app import MAX_FRAMES, limits_of
+
+    assert limits_of("mine.jsonl", None) == dict(fps=2.0, max_frames=MAX_FRAMES)
+    assert "--max-frames" in capsys.readouterr().err
+    assert limits_of("mine.jsonl", None, 1.0, 9) == dict(fps=1.0, max_frames=9)
+    assert limits_of("testbed", None) == dict(fps=2.0, max_frames=None)
+    assert capsys.readouterr().err == ""
+
+
+def test_unknown_dtype(clip):
+    assert "bfloat16" in refused("run", clip, "--question", "?", "--dtype", "int3")
 
 
 def test_run_with_trr_solves_for_the_clip_and_prints_both(clip, profile, stubbed):

@@ -15,11 +15,15 @@ from typer import Option
 
 from seats_analysis.cli.app import (
     AllowOutside,
+    Attention,
     Data,
     Device,
+    Dtype,
+    Fps,
     Json,
     Late,
     Limit,
+    MaxFrames,
     Model,
     Overwrite,
     Root,
@@ -114,6 +118,10 @@ def probe(
         "CPU, 65536 on a GPU.",
     ),
     batch: int = Option(16, min=1, help="Questions per batch of the plain method."),
+    fps: Fps = None,
+    max_frames: MaxFrames = None,
+    dtype: Dtype = "auto",
+    attention: Attention = "sdpa",
     device: Device = "",
     trust_remote_code: TrustRemoteCode = False,
     threads: Threads = None,
@@ -133,9 +141,9 @@ def probe(
     chosen = dict(removed=names_of(removed, "--removed"), layers=_layer_list(layers))
     samples = load_samples(data, None, limit, root, allow_outside)
     prepare(threads)
-    loaded = load_model(model, device, trust_remote_code)
+    loaded = load_model(model, device, trust_remote_code, dtype, attention)
     chosen |= dict(method=method, batch_size=batch, max_branch_tokens=max_branch_tokens)
-    chosen |= limits_of(data, loaded[1])
+    chosen |= limits_of(data, loaded[1], fps, max_frames)
     profile = probe_file(*loaded, samples, out, testbed=data == "testbed", **chosen)
     if profile is not None:
         _print_probe(as_json, profile, out)
@@ -216,7 +224,7 @@ Margin = Annotated[
 ]
 
 
-def _figure_name(path, overwrite):
+def figure_name(path, overwrite):
     "The name of a figure without its suffix, once it is clear that PNG and PDF can be written."
     stem = path.with_suffix("") if path.suffix in (".png", ".pdf") else path
     for suffix in (".png", ".pdf"):
@@ -244,7 +252,7 @@ def boundaries(
 
     For each condition, with 95 % intervals; printed layers start at 1.
     """
-    figure = figure and _figure_name(figure, overwrite)
+    figure = figure and figure_name(figure, overwrite)
     from seats_analysis.boundaries.report import boundary_table
     from seats_analysis.plots.dependency import boundaries_figure
     from seats_analysis.plots.style import save_figure

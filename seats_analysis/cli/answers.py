@@ -10,6 +10,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import typer
@@ -17,12 +18,17 @@ from typer import Option
 
 from seats_analysis.cli.app import (
     AllowOutside,
+    Attention,
     Batch,
     Data,
     Device,
+    Dtype,
+    Fps,
     Json,
     Late,
     Limit,
+    MAX_FRAMES,
+    MaxFrames,
     Model,
     Overwrite,
     Root,
@@ -43,9 +49,10 @@ from seats_analysis.cli.app import (
     writable,
 )
 from ..evaluation.load import check_device, check_model, load_model
-from .analysis import TESTBED, StudyOut, find_blocks, stored_tokens
+from .analysis import TESTBED, StudyOut, figure_name, find_blocks, stored_tokens
 from ..storage.checkpoint import Checkpoint, checkpoint_of, processes
 from ..storage.files import output_folder
+from ..inputs.layout import MODALITIES
 from ..storage.schemas import SCHEMAS, load_profile, save_json
 
 # %% ../../nbs/cli/02_answers.ipynb #c8f331c2
@@ -73,7 +80,7 @@ def solve(model, trrs, counts, profile=None, late=None) -> dict:  # percentage -
     }
 
 # %% ../../nbs/cli/02_answers.ipynb #d1de3283
-def _clip_sample(clip, question, choices, letters):
+def _clip_sample(clip, question, choices, letters, fps, max_frames):
     "The question about a clip, which is looked into here so that a broken file costs no model."
     from seats_analysis.inputs.media import decode_clip
     from seats_analysis.inputs.samples import Sample
@@ -82,7 +89,11 @@ def _clip_sample(clip, question, choices, letters):
         raise ValueError("--choice: give at least two choices, or none for a free answer")
     if letters and not choices:
         raise ValueError("--letters needs --choice")
-    decode_clip(clip, max_frames=1)
+    first = decode_clip(clip, max_frames=1)
+    if max_frames is None and first.frames is not None and fps / first.fps > MAX_FRAMES:
+        note(
+            f"note: {MAX_FRAMES} frames spread over {1 / first.fps:.0f} s; --max-frames takes more"
+        )
     about = dict(question=question, choices=tuple(choices or ("",)), answer=0, lettered=letters)
     return Sample(id="run", video=str(clip), **about)
 
@@ -145,6 +156,67 @@ def _run_text(answer, scores, report):
     lines.append("time      " + ", ".join(f"{k} {ms:.0f} ms" for k, ms in report["ms"].items()))
     return "\n".join(lines)
 
+
+def _compare(loaded, encoded, plan, choices, max_new_tokens):
+    "Full and pruned: (answer, Run, scores, report) of each; times are medians of rounds in turns."
+    plans, rounds = dict(full=None, pruned=plan), []
+    scores = {k: _answer(loaded, encoded, p, choices, max_new_tokens)[2] for k, p in plans.items()}
+    for _ in range(3):  # after the warm-up
+        rounds.append(
+            {k: _answer(loaded, encoded, p, (), max_new_tokens) for k, p in plans.items()}
+        )
+    found = {}
+    for name, (answer, ran, _) in rounds[-1].items():
+        report, timed = _report(loaded[0], encoded, ran, plans[name]), [r[name][1] for r in rounds]
+        report["ms"] = {k: median(t.timings.ms[k] for t in timed) for k in report["ms"]}
+        found[name] = answer, ran, scores[name], report
+    return found
+
+
+def _compare_text(found, plan):
+    "Both answers side by side, tokens block by block, FLOPs and time."
+    edges = (0, plan.shallow_end, min(map(plan.late, MODALITIES)), plan.num_layers)
+    blocks = dict(zip(("shallow", "middle", "late"), zip(edges, edges[1:])))
+    columns, ms = {}, {}
+    for name, (answer, _, scores, report) in found.items():
+        lines = columns[name] = {"answer": answer}
+        lines |= {f"  {choice}": f"{p:.1%}" for choice, p in (scores or {}).items()}
+        for block, (start, end) in blocks.items():
+            if start < end:
+                tokens = report["tokens_per_layer"][start:end]
+                span = f"tokens a layer, {block} ({start + 1} to {end})"
+                lines[span] = f"{sum(tokens) / len(tokens):.0f}"
+        lines["FLOPs of the prefill"] = f"{report['flops_fraction']:.1%}"
+        ms[name] = report["ms"]["selection"] + report["ms"]["prefill"]
+        lines["prefill with selection"] = f"{ms[name]:.0f} ms"
+        lines["encoders"] = f"{report['ms']['encoders']:.0f} ms"
+        lines["decoding"] = f"{report['ms']['decode']:.0f} ms"
+    rows = [{"": k, "full": columns["full"][k], "pruned": v} for k, v in columns["pruned"].items()]
+    fewer = 1 / found["pruned"][3]["flops_fraction"]
+    said = f"FLOPs {fewer:.1f} times fewer, prefill {ms['full'] / ms['pruned']:.1f} times faster"
+    return f"{table(rows)}\n\n{said} (medians of 3; `seats bench` measures more)"
+
+
+def _kept(model, encoded, ran, answer, path):
+    "What was kept, for a JSON file at a path."
+    from seats_analysis.models.families import adapter_for
+    from seats_analysis.plots.kept import kept_data
+
+    sample = encoded.samples[0]
+    place = os.path.relpath(sample.video, path.absolute().parent)
+    asked = dict(question=sample.question, answered=answer)
+    return kept_data(ran, encoded, adapter_for(model).rates(model), place, **asked)
+
+
+def _draw_kept(clip, limits, data, path):
+    "The same as a picture."
+    from seats_analysis.inputs.media import decode_clip
+    from seats_analysis.plots.kept import plot_kept
+    from seats_analysis.plots.style import save_figure
+
+    drawn = save_figure(plot_kept(decode_clip(clip, **limits), data), path)
+    note(", ".join(map(str, drawn)))
+
 # %% ../../nbs/cli/02_answers.ipynb #fe0c7ac1
 @app.command()
 def run(
@@ -164,8 +236,16 @@ def run(
         False, "--letters", help="List the choices as A., B., ... in the prompt."
     ),
     max_tokens: int = Option(32, min=1, help="Most tokens of the answer."),
+    compare: bool = Option(
+        False, "--compare", help="Full and pruned beside each other: answers, tokens, FLOPs, time."
+    ),
     kept: Path | None = Option(None, help="JSON file to write the kept positions to."),
+    figure: Path | None = Option(None, help="Draw what was kept, as NAME.png and NAME.pdf."),
     overwrite: Overwrite = False,
+    fps: Fps = None,
+    max_frames: MaxFrames = None,
+    dtype: Dtype = "auto",
+    attention: Attention = "sdpa",
     device: Device = "",
     trust_remote_code: TrustRemoteCode = False,
     threads: Threads = None,
@@ -174,33 +254,41 @@ def run(
     "Ask a question about a clip, with or without pruning."
     if schedule is not None and trr is not None:
         raise ValueError("give --schedule or --trr, not both")
+    if (compare or figure) and schedule is None and trr is None:
+        raise ValueError("--compare and --figure show what pruning does: add --trr or --schedule")
     check_trr(trr)
     check_model(model)
     if kept is not None:
         writable(kept, "kept", overwrite)
+    figure = figure and figure_name(figure, overwrite)
     from seats_analysis.models.encode import encode
-    from seats_analysis.models.families import adapter_for
-    from seats_analysis.plots.kept import kept_data
     from seats_analysis.schedules.schedule import Schedule
 
     plan = Schedule.load(schedule) if schedule is not None else None
-    sample = _clip_sample(clip, question, choice, letters)
+    sample = _clip_sample(clip, question, choice, letters, fps or 2.0, max_frames)
     prepare(threads)
-    loaded = load_model(model, device, trust_remote_code)
-    thinker = loaded[0]
-    encoded = encode(*loaded, [sample])
+    loaded = load_model(model, device, trust_remote_code, dtype, attention)
+    limits = dict(fps=fps or 2.0, max_frames=max_frames or MAX_FRAMES)
+    encoded = encode(*loaded, [sample], **limits)
     if trr is not None:
         counts = [encoded.layout.counts()[m].item() for m in ("visual", "audio")]
         plan = solve(model, (trr,), counts, profile, late)[trr]
-    answer, ran, scores = _answer(loaded, encoded, plan, choice, max_tokens)
-    report = _report(thinker, encoded, ran, plan)
+    if compare:
+        found = _compare(loaded, encoded, plan, choice, max_tokens)
+        data = {k: dict(answer=a, choices=s, **r) for k, (a, _, s, r) in found.items()}
+        text, (answer, ran, *_) = _compare_text(found, plan), found["pruned"]
+    else:
+        answer, ran, scores = _answer(loaded, encoded, plan, choice, max_tokens)
+        report = _report(loaded[0], encoded, ran, plan)
+        data = dict(answer=answer, choices=scores, **report)
+        text = _run_text(answer, scores, report)
+    if places := [p for p in (kept, figure) if p is not None]:
+        positions = _kept(loaded[0], encoded, ran, answer, places[0])
     if kept is not None:
-        place = os.path.relpath(clip, kept.absolute().parent)
-        asked = dict(question=question, answered=answer)
-        save_json(
-            kept, kept_data(ran, encoded, adapter_for(thinker).rates(thinker), place, **asked)
-        )
-    emit(as_json, dict(answer=answer, choices=scores, **report), _run_text(answer, scores, report))
+        save_json(kept, positions)
+    if figure is not None:
+        _draw_kept(clip, limits, positions, figure)
+    emit(as_json, data, text)
 
 # %% ../../nbs/cli/02_answers.ipynb #658b7f66
 QUESTIONS, SEED = 1000, 2  # of the testbed by default; clips that no other result has used
@@ -301,6 +389,10 @@ def eval_(
     late: Late = None,
     seed: int = Option(SEED, min=0, help="Seed of the fresh clips."),
     batch: Batch = 16,
+    fps: Fps = None,
+    max_frames: MaxFrames = None,
+    dtype: Dtype = "auto",
+    attention: Attention = "sdpa",
     device: Device = "",
     trust_remote_code: TrustRemoteCode = False,
     threads: Threads = None,
@@ -327,8 +419,8 @@ def eval_(
         else:
             samples = load_samples(data, split, limit, root, allow_outside)
         prepare(threads)
-        loaded = load_model(model, device, trust_remote_code)
-        options = limits_of(data, loaded[1])
+        loaded = load_model(model, device, trust_remote_code, dtype, attention)
+        options = limits_of(data, loaded[1], fps, max_frames)
         counts = mean_tokens(*loaded, samples, **options)
         counts = counts["visual"], counts["audio"]
         plans = solve(model, trrs, counts, profile, late)

@@ -133,19 +133,30 @@ def prepare(threads=None):
         torch.set_num_threads(threads)
 
 # %% ../../nbs/cli/00_app.ipynb #9cd76be1
+MAX_FRAMES = 128  # of a clip of one's own: a minute at 2 frames a second, as published
+
+
 def limits_of(
     data: str,  # as given to --data
     processor,  # its pixel limits are set
-) -> dict:  # fps and max_frames for `encode`; empty for data without a preset
-    "The limits that a benchmark is published with: frames for `encode`, pixels on the processor."
+    fps=None,  # as given on the command line
+    max_frames=None,
+) -> dict:  # fps and max_frames for `encode`
+    """What was asked for, else what a benchmark is published with: frames for `encode`, pixels on
+    the processor. Clips of one's own are cut to MAX_FRAMES, and that is said."""
     from seats_analysis.inputs.benchmarks import preset_for
-
-    if (preset := preset_for(data)) is None:
-        return {}
     from seats_analysis.models.families import limit_pixels
 
-    limit_pixels(processor, *preset.grid_tokens)
-    return dict(fps=preset.fps, max_frames=preset.max_frames)
+    preset = preset_for(data)
+    if preset:
+        limit_pixels(processor, *preset.grid_tokens)
+    elif data != "testbed" and max_frames is None:
+        note(f"note: at most {MAX_FRAMES} frames of a clip are used; --max-frames changes that")
+    usual = dict(fps=2.0, max_frames=None if data == "testbed" else MAX_FRAMES)
+    if preset:
+        usual = dict(fps=preset.fps, max_frames=preset.max_frames)
+    asked = dict(fps=fps, max_frames=max_frames)
+    return usual | {k: v for k, v in asked.items() if v is not None}
 
 
 def mean_tokens(model, processor, samples, **limits) -> dict:  # 'visual', 'audio', 'text'
@@ -271,6 +282,17 @@ TrustRemoteCode = Annotated[
 Limit = Annotated[int | None, Option(min=1, help="Use only the first so many questions.")]
 Batch = Annotated[int, Option(min=1, help="Questions per batch.")]
 Seed = Annotated[int, Option(min=0, help="Seed of what is drawn at random.")]
+Dtype = Annotated[str, Option(help="Weights as stored (`auto`), float32, bfloat16 or float16.")]
+Attention = Annotated[str, Option(help="Attention: sdpa, eager or flash_attention_2.")]
+Fps = Annotated[float | None, Option(min=0.01, help="Frames a second; default: 2.")]
+MaxFrames = Annotated[
+    int | None,
+    Option(
+        min=1,
+        help="Most frames of a clip, spread over it; default: the benchmark's, 128 for files of "
+        "your own.",
+    ),
+]
 Device = Annotated[str, Option(help="cpu or cuda; by default a GPU where there is one.")]
 Overwrite = Annotated[
     bool, Option("--overwrite", help="Replace what an earlier run has written there.")

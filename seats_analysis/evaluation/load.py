@@ -97,26 +97,38 @@ def check_device(
     return device
 
 # %% ../../nbs/evaluation/00_load.ipynb #cf0410c3
+_DTYPES = "auto", "float32", "bfloat16", "float16"
+
+
 def load_model(
     name: str,  # `testbed`, a folder, or a hub id
     device: str = "",  # 'cpu', 'cuda'; '' takes a GPU where there is one
     trust_remote_code: bool = False,  # whether to run Python that the checkpoint brings
+    dtype: str = "auto",  # as stored, or one of `_DTYPES`
+    attention: str = "sdpa",  # or 'eager', 'flash_attention_2'
 ) -> tuple:  # model in eval mode, processor
     "A model and its processor by name. Raises ValueError for an unknown one."
     check_model(name)
     device = check_device(device)
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r}: {', '.join(_DTYPES)}")
     if name == "testbed":
+        import torch
         from seats_analysis.testbed.load import load_testbed
 
         model, processor = load_testbed()
-        return model.to(device), processor
+        model.set_attn_implementation(attention)
+        return model.to(device, None if dtype == "auto" else getattr(torch, dtype)), processor
     from safetensors import SafetensorError
     from transformers import AutoProcessor
 
     _check_reachable(name)
-    trust = dict(trust_remote_code=trust_remote_code)
+    trust, how = (
+        dict(trust_remote_code=trust_remote_code),
+        dict(dtype=dtype, attn_implementation=attention),
+    )
     try:
-        model = _architecture(name, trust_remote_code).from_pretrained(name, dtype="auto", **trust)
+        model = _architecture(name, trust_remote_code).from_pretrained(name, **how, **trust)
         processor = AutoProcessor.from_pretrained(name, **trust)
     except SafetensorError as error:
         raise ValueError(
