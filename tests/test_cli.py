@@ -1,5 +1,6 @@
 """The command line: one line and exit 2 for bad input, nothing lost, results on stdout."""
 
+import importlib.util
 import json
 import os
 import re
@@ -706,8 +707,13 @@ def test_frame_limits(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_unknown_dtype(clip):
-    assert "bfloat16" in refused("run", clip, "--question", "?", "--dtype", "int3")
+def test_dtype_and_attention(clip):
+    "In one line, also where a package for it is missing."
+    ask = "run", clip, "--question", "?"
+    assert "bfloat16" in refused(*ask, "--dtype", "int3")
+    assert "sdpa, eager" in refused(*ask, "--attention", "fast")
+    if importlib.util.find_spec("flash_attn") is None:
+        assert "cannot be used" in refused(*ask, "--attention", "flash_attention_2")
 
 
 def test_run_with_trr_solves_for_the_clip_and_prints_both(clip, profile, stubbed):

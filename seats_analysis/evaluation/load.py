@@ -98,42 +98,53 @@ def check_device(
 
 # %% ../../nbs/evaluation/00_load.ipynb #cf0410c3
 _DTYPES = "auto", "float32", "bfloat16", "float16"
+_ATTENTION = "sdpa", "eager", "flash_attention_2"
 
 
 def load_model(
     name: str,  # `testbed`, a folder, or a hub id
     device: str = "",  # 'cpu', 'cuda'; '' takes a GPU where there is one
     trust_remote_code: bool = False,  # whether to run Python that the checkpoint brings
-    dtype: str = "auto",  # as stored, or one of `_DTYPES`
+    dtype: str = "auto",  # as stored, or 'float32', 'bfloat16', 'float16'
     attention: str = "sdpa",  # or 'eager', 'flash_attention_2'
 ) -> tuple:  # model in eval mode, processor
     "A model and its processor by name. Raises ValueError for an unknown one."
     check_model(name)
     device = check_device(device)
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype {dtype!r}: {', '.join(_DTYPES)}")
-    if name == "testbed":
-        import torch
-        from seats_analysis.testbed.load import load_testbed
-
-        model, processor = load_testbed()
-        model.set_attn_implementation(attention)
-        return model.to(device, None if dtype == "auto" else getattr(torch, dtype)), processor
+    for option, value, known in (("dtype", dtype, _DTYPES), ("attention", attention, _ATTENTION)):
+        if value not in known:
+            raise ValueError(f"{option} {value!r}: {', '.join(known)}")
     from safetensors import SafetensorError
-    from transformers import AutoProcessor
 
-    _check_reachable(name)
-    trust, how = (
-        dict(trust_remote_code=trust_remote_code),
-        dict(dtype=dtype, attn_implementation=attention),
-    )
     try:
-        model = _architecture(name, trust_remote_code).from_pretrained(name, **how, **trust)
-        processor = AutoProcessor.from_pretrained(name, **trust)
+        if name == "testbed":
+            return _testbed(device, dtype, attention)
+        return _checkpoint(name, device, trust_remote_code, dtype, attention)
+    except ImportError as error:
+        raise ValueError(f"{name} cannot be used here: {one_line(error)}") from None
     except SafetensorError as error:
         raise ValueError(
             f"{name}: its weights cannot be read ({error}); load the checkpoint again"
         ) from None
     except ValueError as error:
         raise _untrusted(name) if "trust_remote_code" in str(error) else error from None
+
+
+def _testbed(device, dtype, attention):
+    import torch
+    from seats_analysis.testbed.load import load_testbed
+
+    model, processor = load_testbed()
+    model.set_attn_implementation(attention)
+    return model.to(device, None if dtype == "auto" else getattr(torch, dtype)), processor
+
+
+def _checkpoint(name, device, trust, dtype, attention):
+    from transformers import AutoProcessor
+
+    _check_reachable(name)
+    model = _architecture(name, trust).from_pretrained(
+        name, dtype=dtype, attn_implementation=attention, trust_remote_code=trust
+    )
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust)
     return model.eval().to(device), processor
