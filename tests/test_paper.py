@@ -16,8 +16,9 @@ from seats_analysis.plots import methods as M
 from seats_analysis.plots import paper as P
 from seats_analysis.plots import style
 from seats_analysis.plots.dependency import needed_figure
+from seats_analysis.boundaries.retention import synthetic_profile
 from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.storage.schemas import SCHEMAS, load_json
+from seats_analysis.storage.schemas import SCHEMAS, load_json, save_json, save_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = [m for m in M.NAMES if m not in ("full", "vtw")]
@@ -167,7 +168,11 @@ def texts(fig):
 
 
 def test_no_text_overlaps_or_is_cut(drawn):
-    for name, fig in drawn.items():
+    check_texts(drawn)
+
+
+def check_texts(figs):
+    for name, fig in figs.items():
         found, canvas = visible_texts(fig), fig.bbox
         for i, (a, box) in enumerate(found):
             assert (
@@ -182,6 +187,64 @@ def test_no_text_overlaps_or_is_cut(drawn):
                     min(box.y1, other.y1) - max(box.y0, other.y0),
                 )
                 assert min(shared) < 1.5, f"{name}: {a!r} and {b!r} overlap by {shared}"
+
+
+LONG = (
+    "a family whose name somebody took from the title of a benchmark",
+    "another_family_with_quite_a_name",
+    "what is the name of the person who speaks",
+)
+
+
+@pytest.mark.parametrize("families", [("",), ("music", "speech"), LONG], ids=len)
+def test_figures_of_ones_own(families, tmp_path):
+    "One family, two, and long names: no radar without a plane, nothing cut off, a LaTeX table."
+    profile = synthetic_profile(clips=12, splits=("",))
+    given = sorted(set(profile["family"].values))[: len(families)]
+    profile = profile.isel(sample=np.isin(profile["family"].values, given))
+    named = dict(zip(given, families))
+    profile = profile.assign_coords(
+        family=("sample", [named[f] for f in profile["family"].values])
+    ).assign_attrs(needs="", model="somebody/a-fine-tuned-model-with-a-very-long-name-v2-2026")
+    (tmp_path / "profiles").mkdir()
+    save_profile(profile, tmp_path / "profiles" / "mine.nc")
+    found = made_up(["seats", "random", "fastv"], (), (10,)) | dict(
+        model=profile.attrs["model"], apart=[], chance=0.5
+    )
+    for r in found["rows"]:
+        r["families"] = dict(zip(families, r["families"].values()))
+    (tmp_path / "results").mkdir()
+    save_json(tmp_path / "results" / "mine.json", found)
+    jobs = P.figure_jobs(tmp_path)
+    several = {"mine_families"} if len(families) > 1 else set()
+    several |= {"percent_of_full"} if len(families) > 2 else set()
+    wanted = {"mine_dependency", "accuracy_against_time", "mine_comparison"}
+    assert set(jobs) - {"mine_dependency_corrected"} == wanted | several
+    drawn = {name: jobs[name]() for name in several | {"accuracy_against_time"}}
+    check_texts(drawn)
+    lines = drawn["accuracy_against_time"].axes[0].lines
+    assert 50 in {y for line in lines for y in line.get_ydata()}  # chance is the data's own
+    texts = P.table_texts(*P.tables(tmp_path)["mine_boundaries"], "mine_boundaries")
+    assert "\\toprule" in texts[".tex"] and "both" in texts[".csv"]
+
+
+def test_a_profile_that_cannot_be_drawn_does_not_stop_the_others(tmp_path):
+    (tmp_path / "profiles").mkdir()
+    profile = synthetic_profile(clips=8, splits=("",))
+    save_profile(profile, tmp_path / "profiles" / "good.nc")
+    bare = profile.assign_coords(n_choices=("sample", np.zeros(profile.sizes["sample"], int)))
+    save_profile(bare, tmp_path / "profiles" / "bare.nc")
+    with pytest.warns(P.FigureWarning, match="bare.nc: no figure, for no chosen question has"):
+        jobs = P.figure_jobs(tmp_path)
+    assert {name.split("_")[0] for name in jobs} == {"good"}
+    assert set(P.tables(tmp_path)) == {"good_boundaries"}
+
+
+def test_figures_replace_nothing_unasked(data, tmp_path):
+    (tmp_path / "percent_of_full.pdf").write_text("mine")
+    with pytest.raises(ValueError, match="percent_of_full.pdf exists; --overwrite"):
+        P.make_figures(data, tmp_path, overwrite=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["percent_of_full.pdf"]
 
 
 def test_no_legend_lies_on_data(drawn):
@@ -394,12 +457,12 @@ def test_same_data_same_bytes(data, tmp_path):
     draw = jobs["eval_testbed_ablations"]
     first, second = (style.save_figure(draw(), tmp_path / f"{i}") for i in range(2))
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
-    first, second = (P.write_tables(data, tmp_path / i) for i in "ab")
+    first, second = (P.write_tables(P.tables(data), tmp_path / i) for i in "ab")
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
 
 
 def test_tables_hold_the_same_numbers_in_all_formats(data, tmp_path):
-    written = {p.name: p for p in P.write_tables(data, tmp_path)}
+    written = {p.name: p for p in P.write_tables(P.tables(data), tmp_path)}
     found = made_up()
     rows = list(csv.DictReader(io.StringIO(written["eval_testbed.csv"].read_text())))
     assert len(rows) == len(found["rows"])
@@ -536,5 +599,5 @@ def test_the_command_writes_figures_and_tables_without_a_model(data, tmp_path):
 
 
 def test_committed_tables_are_those_of_the_data(tmp_path):
-    fresh = {p.name: p.read_bytes() for p in P.write_tables(ROOT / "data", tmp_path)}
+    fresh = {p.name: p.read_bytes() for p in P.write_tables(P.tables(ROOT / "data"), tmp_path)}
     assert {p.name: p.read_bytes() for p in (ROOT / "figures" / "tables").iterdir()} == fresh

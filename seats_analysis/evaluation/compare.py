@@ -462,6 +462,7 @@ def compare_methods(
             **about,
             questions=len(samples),
             clips=len({s.clip for s in samples}),
+            chance=sum(1 / len(s.choices) for s in samples) / len(samples),
             apart=list(apart),
             trr=list(plans),
             methods=list(names),

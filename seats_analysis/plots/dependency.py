@@ -24,6 +24,7 @@ from seats_analysis.plots.style import (
     new_figure,
     row_axis,
     shade_blocks,
+    wrapped,
 )
 
 # %% ../../nbs/plots/01_dependency.ipynb #f793e94a
@@ -148,11 +149,14 @@ def family_figure(
     order, needs = [{"visual"}, {"audio"}, {"visual", "audio"}, set()], family_needs(profile)
     families = sorted(needs, key=lambda family: (order.index(needs[family]), family))
     main, n_layers = (boundaries or {}).get("both"), int(profile["layer"].values.max())
-    rows, top = -(-len(families) // 3), 115
-    fig = new_figure(COLUMN, 0.98 * rows + 0.4)
-    axes = fig.subplots(rows, 3, sharex=True, sharey=True, squeeze=False).flat
+    columns, top = min(3, len(families)), 115
+    rows = -(-len(families) // columns)
+    names = {f: wrapped(f.replace("_", " ") or "unnamed", 57 // columns) for f in families}
+    longest = max(name.count("\n") for name in names.values())
+    fig = new_figure(COLUMN, max(1.9, (0.98 + 0.1 * longest) * rows + 0.4))  # room for the label
+    axes = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
     for k, (ax, family) in enumerate(zip(axes, families)):
-        title = family.replace("_", " ")
+        title = names[family]
         try:
             for removed in [r for r in LOOKS if r in profile["removed"].values]:
                 curve = curve_of(profile, removed, split=split, families=(family,), n_boot=400)
@@ -165,8 +169,8 @@ def family_figure(
         ax.set_title(title, fontsize=6, linespacing=1.05)
         if main:
             shade_blocks(ax, (main.shallow_end, main.late_start, n_layers), inches=0)
-        layer_axis(ax, n_layers, "", most_ticks=3.5)
-        ax.tick_params(labelbottom=k + 3 >= len(families), labelsize=6)
+        layer_axis(ax, n_layers, "", most_ticks=10.5 / columns)
+        ax.tick_params(labelbottom=k + columns >= len(families), labelsize=6)
     for ax in axes[len(families) :]:
         ax.remove()
     fig.axes[0].set(ylim=(0, min(top, 205)), yticks=[0, 50, 100])
@@ -194,7 +198,7 @@ def boundaries_figure(
         ax.text(num_layers + 1.8, y, said, fontsize=5.5, va="center")
     all_families = rows["family"] == "all"
     names = rows["removed"].where(all_families, rows["family"].str.replace("_", " "))
-    row_axis(ax, names)
+    row_axis(ax, [wrapped(name, 24, 1) for name in names])
     for label, bold in zip(ax.get_yticklabels(), all_families):
         label.set_fontweight("bold" if bold else "normal")
     layer_axis(ax, num_layers, "Block begins at layer")

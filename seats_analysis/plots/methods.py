@@ -29,6 +29,7 @@ from seats_analysis.plots.style import (
     new_figure,
     row_axis,
     say_source,
+    wrapped,
 )
 
 # %% ../../nbs/plots/03_methods.ipynb #8aa4bbb1
@@ -205,7 +206,7 @@ def _measured_times(ax, found):
     minimal = [(time_share(r), 100 * r["accuracy"]) for r in shown if r["own_minimum"]]
     ring = dict(marker="o", s=49, facecolor="none", edgecolor="#555555", linewidth=0.6, zorder=6)
     ax.scatter(*np.reshape(minimal, (-1, 2)).T, **ring)
-    chance_line(ax, CHANCE)
+    chance_line(ax, found.get("chance", CHANCE))
     ax.axhline(100 * full["accuracy"], **DASHED)
     least = 0.7 * np.nanmin([100, *map(time_share, shown)])
     ax.set_xlim(least, 118)
@@ -227,7 +228,7 @@ def _side_by_side(panels, height, pad=3, **options):
         ax.set_title(f"{letter}  {title}".strip(), pad=pad)
         sources.append(f"{letter}: {source}".removeprefix(": "))
     tight = dict(handlelength=2.2, columnspacing=0.9, handletextpad=0.5)
-    legend_outside(fig, axes[::-1], 7 if len(panels) == 2 else 4, **tight)
+    legend_outside(fig, axes[::-1], 7 if len(panels) == 2 else 3, **tight)
     return say_source(fig, "\n".join(sources))
 
 
@@ -247,7 +248,7 @@ def time_figure(
         panels.append((f"published, {name}", lambda ax: _published_times(ax, rows), said))
     if found:
         said = source_of(found, "; bars: 95 % intervals; rings: lowest setting")
-        title = f"measured here, {found['model']}"
+        title = wrapped(f"measured here, {found['model']}", 50)
         panels.append((title, lambda ax: _measured_times(ax, found), said))
     return _side_by_side(panels, 2.9)
 
@@ -260,7 +261,10 @@ def _spokes(ax, names, rings):
     angles = np.linspace(0, 2 * np.pi, len(names) + 1)
     ax.set_theta_zero_location("N")
     ax.set_theta_direction(-1)
-    ax.set_xticks(angles[:-1], [name.replace("_", "\n").replace("-", "\n") for name in names])
+    plain = [name.replace("_", " ").replace("-", " ") for name in names]
+    ax.set_xticks(angles[:-1], [wrapped(name, 14, 3) for name in plain])
+    for label, side in zip(ax.get_xticklabels(), np.sin(angles)):
+        label.set_ha("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
     ax.tick_params(axis="x", pad=5)
     ax.set_rgrids(rings[1:], angle=180 / len(names), fontsize=5.8, color="#555555")
     ax.set_rlim(rings[0], rings[-1])
@@ -280,13 +284,18 @@ def _published_radar(ax, rows):
         ax.plot(angles, line, label=f"SEATS on {MODELS.get(model, model)}", **look)
 
 
+def compared_families(found):
+    "Families of questions that count in the whole; none where no method was asked."
+    return [f for r in pick(found)[:1] for f in r["families"] if f not in found["apart"]]
+
+
 def _measured_radar(ax, found, trr):
     "SEATS with its interval, the best other method and random, at one budget."
     rows = pick(found, trr=trr)
     shown = [r for r in rows if r["method"] in ("seats", "random")]
     others = [r for r in rows if r["ranked"] and r not in shown]
     shown += sorted(others, key=lambda r: -r["accuracy"])[:1]
-    families = [f for f in shown[0]["families"] if f not in found["apart"]]
+    families = compared_families(found)
     angles = _spokes(ax, families, np.arange(0, 101, 20))
     for row in shown:
         cells = [row["families"][f] for f in [*families, families[0]]]

@@ -9,9 +9,12 @@ __all__ = ['make_figures']
 import json
 import numpy as np
 import re
+import warnings
 from collections import defaultdict
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from ..boundaries.retention import family_needs
 from seats_analysis.plots.dependency import (
     coverage_figure,
     curves_of,
@@ -28,6 +31,7 @@ from seats_analysis.plots.methods import (
     ablation_figure,
     budgets,
     by_rule,
+    compared_families,
     comparison_figure,
     full_model,
     interval,
@@ -220,9 +224,44 @@ def reported_rows(folder, trusted=True):
     ]
 
 
+def profile_paths(data):
+    "The profiles of a data folder; one profile stands for itself."
+    return sorted(data.glob("profiles/*.nc")) if data.is_dir() else [data]
+
+
+def boundary_rows(profile):
+    "Where the blocks begin under each condition, layers from 1."
+    from seats_analysis.boundaries.find import find_boundaries
+
+    rows, split = [], derive_split(profile)
+    for removed in map(str, profile["removed"].values):
+        with suppress(ValueError):  # no question is answered
+            b = find_boundaries(profile, removed, split=split)
+            layer = lambda at: "" if at is None else "none" if at >= b.num_layers else str(at + 1)
+            span = lambda ends: " to ".join(map(layer, ends or ())).replace("none", "end")
+            rows.append(
+                {
+                    "removed": removed,
+                    "middle from layer": layer(b.shallow_end),
+                    "middle, 95 % interval": span(b.shallow_end_ci),
+                    "late from layer": layer(b.late_start),
+                    "late, 95 % interval": span(b.late_start_ci),
+                    "late, certified": layer(b.late_start_certified),
+                    "questions": b.n_samples,
+                    "clips": b.n_clips,
+                }
+            )
+    return rows
+
+
 def tables(data):
     "Every table that the files in a data folder allow: name -> (title, rows)."
     data, out = Path(data), {}
+    for path in profile_paths(data):
+        profile = load_profile(path)
+        if rows := boundary_rows(profile):
+            said = f"Measured here on {profile.attrs.get('model', 'a model')}; layers from 1."
+            out[f"{path.stem}_boundaries"] = f"Blocks of a profile. {said}", rows
     for stem, found in stored_results(data)["eval"].items():
         said, rows = source_of(found) + ".", pick(found)
         title = f"{said} 95 % intervals; differences paired over the same questions."
@@ -248,12 +287,12 @@ def tables(data):
 
 # %% ../../nbs/plots/05_paper.ipynb #3dbc54fa
 def write_tables(
-    data,  # folder such as the project's data/
+    found: dict,  # of `tables`
     out,  # folder for the files
 ) -> list:  # paths written
-    "Write every table as CSV, Markdown and LaTeX; the same data give the same bytes."
+    "Write tables as CSV, Markdown and LaTeX; the same data give the same bytes."
     written = []
-    for name, (title, rows) in tables(data).items():
+    for name, (title, rows) in found.items():
         for suffix, text in table_texts(title, rows, name).items():
             written.append(Path(out) / f"{name}{suffix}")
             with atomic_write(written[-1]) as part:
@@ -283,13 +322,20 @@ def _comparison_jobs(data, evals):
     relative = rows(data / "reported" / "relative_performance.csv")
     if times or ours:
         yield "accuracy_against_time", partial(time_figure, times, ours, "Qwen2.5-Omni-7B")
-    if relative or ours:
-        yield "percent_of_full", partial(radar_figure, relative, ours)
+    spokes = ours if ours and len(compared_families(ours)) > 2 else None  # fewer show nothing
+    if relative or spokes:
+        yield "percent_of_full", partial(radar_figure, relative, spokes)
     for stem, found in evals.items():
+        if found is not ours:
+            yield f"{stem}_time", partial(time_figure, None, found)
         if pick(found):
             yield f"{stem}_comparison", partial(comparison_figure, found)
         if pick(found, ablations=True):
             yield f"{stem}_ablations", partial(ablation_figure, found)
+
+
+class FigureWarning(UserWarning):
+    "What is said of data that cannot be drawn."
 
 
 def _profile_jobs(path):
@@ -300,7 +346,10 @@ def _profile_jobs(path):
     splits = profile["split"].values.astype(str) if "split" in profile.coords else np.array([])
     derive = derive_split(profile)
     conditions = [str(r) for r in profile["removed"].values]
-    bounds = {r: find_boundaries(profile, r, split=derive) for r in conditions}
+    try:
+        bounds = {r: find_boundaries(profile, r, split=derive) for r in conditions}
+    except ValueError as error:
+        return warnings.warn(f"{path}: no figure, for {error}", FigureWarning)
 
     def job(draw, split, more="", **options):
         part = profile if split is None else profile.isel(sample=np.flatnonzero(splits == split))
@@ -317,7 +366,8 @@ def _profile_jobs(path):
         pass  # not above chance
     if "test" in splits:
         yield f"{stem}_dependency_test", job(plot_dependency, "test")
-    yield f"{stem}_families", job(family_figure, None, "; dotted: chance")
+    if len(family_needs(profile)) > 1:
+        yield f"{stem}_families", job(family_figure, None, "; dotted: chance")
 
 
 def _schedule_jobs(data):
@@ -387,7 +437,7 @@ def figure_jobs(
     data = Path(data)
     results = stored_results(data)
     jobs = dict(_comparison_jobs(data, results["eval"]))
-    for path in sorted(data.glob("profiles/*.nc")) if data.is_dir() else [data]:
+    for path in profile_paths(data):
         jobs |= _profile_jobs(path)
     jobs |= _schedule_jobs(data)
     jobs |= _result_jobs(data, results)
@@ -413,13 +463,13 @@ def make_figures(
     Raises ValueError if that is nothing, or, before anything is drawn, where a file is there."""
     from tqdm import tqdm
 
-    jobs, written, out = figure_jobs(data), [], Path(out)
+    jobs, found, written, out = figure_jobs(data), tables(data), [], Path(out)
     names = [out / f"{name}{suffix}" for name in jobs for suffix in (".png", ".pdf")]
-    names += [out / "tables" / f"{name}.csv" for name in tables(data)]
+    names += [out / "tables" / f"{name}.csv" for name in found]
     if not overwrite and (there := [name for name in names if name.exists()]):
         raise ValueError(f"{there[0]} exists; --overwrite replaces it, or choose another --out")
     bar = tqdm(jobs.items(), desc="figures", unit="figure", disable=not progress)
     for name, draw in bar:
         bar.set_postfix_str(name)
         written += save_figure(draw(), out / name)
-    return written + write_tables(data, out / "tables")
+    return written + write_tables(found, out / "tables")

@@ -173,6 +173,11 @@ def log_axis(ax, ticks, axis="x"):
     ax.minorticks_off()
 
 
+def wrapped(name, width, lines=2):
+    "A name in lines of so many letters; what is longer still ends with an ellipsis."
+    return textwrap.fill(str(name), width, max_lines=lines, placeholder=" \u2026")
+
+
 def row_axis(ax, names):
     "A row per name, the first on top."
     ax.set(ylim=(len(names) - 0.4, -0.6), yticks=range(len(names)), yticklabels=names)
