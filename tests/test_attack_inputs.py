@@ -19,7 +19,7 @@ import pytest
 av = pytest.importorskip("av", reason="decoding needs PyAV")
 
 from seats_analysis.inputs import media
-from seats_analysis.inputs.benchmarks import load_benchmark, load_questions
+from seats_analysis.inputs.benchmarks import load_benchmark
 from seats_analysis.inputs.media import decode_clip
 from seats_analysis.inputs.samples import Sample, read_samples
 from seats_analysis.schedules.schedule import Schedule
@@ -266,7 +266,7 @@ def test_videos_of_a_benchmark_stay_below_its_folder(questions, tmp_path):
     for video in ("../away.mp4", str(tmp_path / "away.mp4")):
         (root / "data.json").write_text(json.dumps([row | dict(video_id=video)]))
         refused(lambda: load_benchmark("lvomnibench", root), "question 0", "lies outside of")
-        assert load_questions("lvomnibench", root, allow_outside=True)[0].clip == "away"
+        assert load_benchmark("lvomnibench", root, allow_outside=True)[0].clip == "away"
     for wrong in ({"a": 1}, ["v.mp4"], "v" * 5000):
         (root / "data.json").write_text(json.dumps([row | dict(video_id=wrong)]))
         refused(lambda: load_benchmark("lvomnibench", root), "v")

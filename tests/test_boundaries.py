@@ -327,7 +327,7 @@ def test_too_few_clips_claim_no_width_of_nothing(clips, tmp_path):
         found.shallow_end_ci == found.late_start_ci == (0, 12)
         and "stability" not in found.parameters
     )
-    assert "it takes 5 effective clips" in explain(found)
+    assert f"too few clips: {found.n_clips}, which count as" in explain(found)
     assert (band.accuracy_high - band.accuracy_low > 0.3).all() and (
         band.retained_high - band.retained_low > 0.1
     )[:-1].all()
@@ -341,13 +341,66 @@ def test_too_few_clips_claim_no_width_of_nothing(clips, tmp_path):
         return
     profile.to_netcdf(tmp_path / "p.nc", engine="h5netcdf")
     result = seats("boundaries", tmp_path / "p.nc", "--families", "--figure", tmp_path / "drawn")
-    assert result.exit_code == 0 and "(1 to end)" in result.stdout, result.output
+    assert result.exit_code == 0 and "not measurable" in result.stdout, result.output
     assert json.loads(seats("boundaries", tmp_path / "p.nc", "--json").stdout)["both"][
         "late_start_ci"
     ] == [0, 12]
-    plan = Schedule.from_boundaries(found, 0.1, 0.3, late="estimate")
-    plan.save(tmp_path / "plan.json")
-    assert Schedule.load(tmp_path / "plan.json") == plan
+    with pytest.raises(ValueError, match="too few clips.*--blocks"):
+        Schedule.from_boundaries(found, 0.1, 0.3)
+
+
+def changed(profile, rows, layers, value):
+    profile["correct"][rows, :, layers] = value
+    return profile
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        # a quarter right with nothing removed, which is what guessing gets
+        (
+            lambda p, n: changed(p, np.arange(n) // 2 % 4 > 0, slice(None), False),
+            "not above the 25 %",
+        ),
+        (lambda p, n: changed(p, slice(None), slice(None), True), "nothing is lost"),
+        (lambda p, n: p.isel(sample=p["clip"].values < "clip0006"), "too few clips: 3, which"),
+    ],
+    ids=["near chance", "nothing lost", "three clips"],
+)
+def test_what_cannot_be_measured_is_not(change, says, tmp_path):
+    "No blocks, no stability and no schedule; the command says why, and what is left to do."
+    profile = synthetic_profile(clips=40)
+    profile = change(profile, profile.sizes["sample"])
+    assert not find_boundaries(synthetic_profile(clips=40), n_boot=50).unmeasurable
+    found = find_boundaries(profile, n_boot=50)
+    assert says in found.unmeasurable and "seats sample-size" in explain(found)
+    assert found.late_start_ci == (0, 12) and "stability" not in found.parameters
+    assert boundary_table(profile, ["both"], n_boot=50).late_start.isna().all()
+    profile.attrs["tokens"] = '{"visual": 128, "audio": 80, "text": 17}'
+    profile.to_netcdf(tmp_path / "p.nc", engine="h5netcdf")
+    told = seats("boundaries", tmp_path / "p.nc").stdout
+    assert told.count("not measurable") >= 4 and says in told and "seats sample-size" in told
+    asked = ["schedule", tmp_path / "p.nc", "--trr", "10", "--out", tmp_path / "plan.json"]
+    refused = seats(*asked)
+    assert refused.exit_code == 2 and says in refused.stderr and "--blocks" in refused.stderr
+    assert not (tmp_path / "plan.json").exists()
+    assert seats(*asked, "--blocks", "4,9").exit_code == 0
+    plan = Schedule.load(tmp_path / "plan.json")
+    assert (plan.shallow_end, plan.late_start, plan.evidence["kind"]) == (3, 8, "stated")
+    asked.append("--overwrite")
+    for wrong in ("9", "9,4", "0,4", "4,14", "a,b"):
+        assert f"--blocks {wrong!r}" in seats(*asked, "--blocks", wrong).stderr
+
+
+def test_sample_size_is_said_for_a_pilot_that_measures_nothing():
+    "The planted curves are left, and why the pilot's own one is not among them."
+    flat = synthetic_profile(clips=40)
+    flat["correct"][:] = True
+    flat["margin"] = flat["correct"] + np.random.default_rng(0).random(flat["correct"].shape)
+    study = S.needed_study(flat, sizes=(25, 50), trials=2)
+    assert "nothing is lost" in study["pilot"] and S.MEASURED not in [
+        r["curve"] for r in study["rows"]
+    ]
 
 
 def test_five_clips_are_resampled():

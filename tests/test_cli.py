@@ -5,11 +5,14 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
+import wave
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,6 +22,8 @@ from seats_analysis.cli import analysis, answers, demo as demo_commands
 from seats_analysis.cli.main import app
 from seats_analysis.boundaries.find import Boundaries, find_boundaries
 from seats_analysis.boundaries.retention import synthetic_profile
+from seats_analysis.inputs.samples import read_samples
+from seats_analysis.models.families import adapter_for
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.schemas import SCHEMAS
 
@@ -179,11 +184,11 @@ def test_trr_outside_its_range(profile, tmp_path, trr):
     assert not (tmp_path / "plan.json").exists()
 
 
-def test_unreachable_target_names_the_feasible_range(profile, tmp_path):
+def test_unreachable_target_says_what_to_change(profile, tmp_path):
     says = refused(
         "schedule", profile, "--trr", "80", "--late", "estimate", "--out", tmp_path / "plan.json"
     )
-    assert "feasible is up to 66.67 %" in says
+    assert "ask for at most 66.6 %" in says and "--late certified" in says
     says = refused(
         "schedule",
         profile,
@@ -196,7 +201,7 @@ def test_unreachable_target_names_the_feasible_range(profile, tmp_path):
         "--out",
         tmp_path / "plan.json",
     )
-    assert "visual" in says and "feasible" in says
+    assert "visual" in says and "ask for at most 66.6 %" in says and "layer 9 of 12" in says
 
 
 @pytest.mark.parametrize("command", [["boundaries"], ["schedule", "--trr", "10"]])
@@ -266,16 +271,14 @@ def test_weights_cut_off(clip, tmp_path, model):
         part.save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    assert "cannot be read" in refused(
-        "run", clip, "--question", "?", "--trr", "10", "--model", tmp_path
-    )
+    assert "cannot be read" in refused("run", clip, "--question", "?", "--model", tmp_path)
 
 
 def test_model_the_hub_does_not_give(questions, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "unknown model 'nobody/nothing'" in refused(
-        "probe", "--model", "nobody/nothing", "--data", questions
-    )
+    says = refused("probe", "--model", "nobody/nothing", "--data", questions)
+    assert "not in the local cache" in says and "hf download nobody/nothing" in says
+    assert "unknown" not in says
 
 
 def test_folder_that_is_no_om_llm(tmp_path, questions):
@@ -352,6 +355,137 @@ def test_out_that_cannot_be_written_is_refused_first(tmp_path, questions):
     assert "not a folder" in refused(
         "probe", "--data", questions, "--out", tmp_path / "file" / "p.nc"
     )
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    "Whatever is refused is refused before a model is loaded."
+
+    def load(*args):
+        raise AssertionError("the model was loaded")
+
+    for commands in (analysis, answers):
+        monkeypatch.setattr(commands, "load_model", load)
+
+
+@pytest.fixture
+def broken(questions, tmp_path_factory):
+    "The six questions, and five more on clips that are broken in five ways."
+    good = [json.loads(line) for line in questions.read_text().splitlines()]
+    folder = tmp_path_factory.mktemp("broken")
+    for row in good:
+        shutil.copy(questions.parent / row["video"], folder)
+    whole = (folder / good[0]["video"]).read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("not a film")
+    with wave.open(str(folder / "sound.wav"), "wb") as out:
+        out.setparams((1, 2, 16000, 0, "NONE", ""))
+        out.writeframes(bytes(32000))
+    names = "nowhere.mp4 cut.mp4 empty.mp4 text.mp4 sound.wav".split()
+    bad = [good[0] | dict(id=name, video=name) for name in names]
+    path = folder / "broken.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*good[:3], *bad, *good[3:]])))
+    return path
+
+
+@pytest.mark.parametrize("command", [["probe"], ["eval", "--trr", "35"]])
+def test_broken_clips_are_named_all_at_once(command, broken, unloaded, tmp_path):
+    done = seats(*command, "--data", broken, "--out", tmp_path / "x.json")
+    first, *lines = done.stderr.splitlines()
+    assert done.exit_code == 2 and "5 broken clips" in first and "--skip-broken" in first
+    names = "nowhere cut empty text sound".split()
+    for number, (name, line) in enumerate(zip(names, lines), 4):
+        assert f"broken.jsonl, line {number}: " in line and name in line, line
+    assert len(lines) == 5 and not list(tmp_path.iterdir())
+
+
+def test_many_broken_clips_are_counted(broken, unloaded):
+    row = json.loads(broken.read_text().splitlines()[3])
+    rows = [row | dict(id=str(i), video=f"gone{i}.mp4") for i in range(25)]
+    broken.write_text("\n".join(map(json.dumps, rows)))
+    done = seats("probe", "--data", broken)
+    assert done.exit_code == 2 and len(done.stderr.splitlines()) == 12
+    assert "25 broken clips" in done.stderr and "and 15 more" in done.stderr
+
+
+def test_skip_broken_goes_on_and_counts_them(broken, stubbed, tmp_path):
+    from seats_analysis.storage.schemas import load_profile
+
+    options = ["--data", broken, "--skip-broken", "--threads", 1, "--out"]
+    done = seats("probe", *options, tmp_path / "p.nc", "--layers", "0,6", "--removed", "both")
+    assert done.exit_code == 0 and "5 questions on 5 broken clips are left out" in done.stdout
+    profile = load_profile(tmp_path / "p.nc")
+    assert profile.sizes["sample"] == 6 and len(json.loads(profile.attrs["broken"])) == 5
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["probe", "--layers", "99"], "layer 99 is outside 0.."),
+        (["probe", "--layers", "0,-1"], "layer -1 is outside 0.."),
+        (["probe", "--removed", "vision"], "'vision' is not one of visual, audio, both"),
+        (["probe", "--removed", "both,both"], "name each once"),
+        (["probe", "--method", "fast"], "'fast' is not one of branch, plain"),
+        (["probe", "--out", "/proc/x.nc"], "cannot write in /proc"),
+        (["eval", "--out", "/proc/x.json"], "cannot write in /proc"),
+        (["eval", "--profile", "{profile}"], "12 layers"),
+        (
+            ["run", "{clip}", "--question", "?", "--trr", "10", "--profile", "{profile}"],
+            "12 layers",
+        ),
+        (["run", "{clip}", "--question", "?", "--schedule", "{plan}"], "28 layers"),
+        (["run", "{clip}", "--question", "?", "--kept", "/proc/k.json"], "cannot write in /proc"),
+    ],
+)
+def test_options_are_checked_before_the_model_is_loaded(
+    args, says, profile, clip, unloaded, tmp_path
+):
+    Schedule.published("qwen2.5-omni-7b", 10).save(tmp_path / "plan.json")
+    given = dict(profile=profile, clip=clip, plan=tmp_path / "plan.json")
+    assert says in refused(*(a.format(**given) for a in args))
+
+
+def test_schedule_of_other_weights_or_of_another_model(profile, clip, stubbed, tmp_path):
+    "Both are used, and both are warned of; the model's own schedule is not."
+    import xarray as xr
+    from seats_analysis.models.families import hash_weights
+
+    stored, plan = xr.load_dataset(profile, engine="h5netcdf"), tmp_path / "plan.json"
+    thinker = answers.load_model()[0]
+    own = hash_weights(thinker)
+    for weights, model, warns in (
+        (own, "other", None),
+        ("0" * 64, "other", "made for other weights"),
+        ("", "owner/other", "made for owner/other, and the model is mine"),
+        ("", "owner/Mine", None),
+    ):
+        stored.attrs |= dict(weights_sha256=weights, model=model)
+        stored.to_netcdf(tmp_path / "p.nc", engine="h5netcdf")
+        made = seats("schedule", tmp_path / "p.nc", "--trr", "10", "--out", plan, "--overwrite")
+        assert made.exit_code == 0, made.stderr
+        with patch.object(type(adapter_for(thinker)), "name", lambda self, model: "mine"):
+            done = seats("run", clip, "--question", "?", "--schedule", plan, "--max-tokens", 1)
+        assert done.exit_code == 0, done.stderr
+        assert (warns in done.stderr) if warns else ("made for" not in done.stderr)
+
+
+def test_eval_does_not_conclude_from_few_clips(profile, questions, stubbed, tmp_path):
+    "It says how many it takes, that the questions made the schedule, and shows progress early."
+    probe = ["probe", "--data", questions, "--layers", "0,6", "--removed", "both"]
+    seats(*probe, "--threads", 1, "--out", tmp_path / "p.nc")
+    same = answers._made_from(read_samples(questions), tmp_path / "p.nc")
+    assert same == 3  # of six: the other three are of the split `test`
+    asked = ["eval", "--data", questions, "--trr", "35", "--methods", "random", "--json"]
+    done = seats(*asked, "--profile", profile, "--out", tmp_path / "r.json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    found["questions_of_schedule"] = same
+    text = answers._eval_text(found, "r.json")
+    assert "too few for a conclusion: no difference can be significant below 6 clips" in text
+    assert "3 of the questions made the schedules" in text
+    assert found["batch_size"] == 1 and found["broken"] is None
+    assert "equal cost" in done.stderr and "/18 [" in done.stderr  # three runs of six questions
 
 
 def test_clip_that_is_missing_or_not_a_video(tmp_path, clip):

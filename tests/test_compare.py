@@ -323,12 +323,12 @@ def test_interrupted_runs_go_on(small, samples, tmp_path, monkeypatch):
     )
     asked, real = [], Answering.answer_unit
 
-    def noted(self, questions, number, first, runs):
+    def noted(self, questions, number, first, runs, *tick):
         if len(runs) > 2:  # no warm-up
             if len(asked) == 2 and not stopped:
                 raise KeyboardInterrupt
             asked.append([q.sample.id for q in questions])
-        return real(self, questions, number, first, runs)
+        return real(self, questions, number, first, runs, *tick)
 
     monkeypatch.setattr(Answering, "answer_unit", noted)
     stopped, path = [], tmp_path / "cut.json"
@@ -519,6 +519,27 @@ STORED = ROOT / "data" / "results" / "eval_testbed.json"
 
 
 @pytest.mark.skipif(not STORED.is_file(), reason="no stored comparison; `seats eval` makes one")
+def test_few_clips_conclude_nothing():
+    "Below the number at which an exact test could ever be significant, whatever it says."
+    row = lambda label, n: dict(label=label, ranked=True, clips=n, mcnemar_p=0.0, diff_seats_low=1)
+    for others in (1, 4, 50):
+        rows = lambda n: [row("seats", n), *(row(f"m{i}", n) for i in range(others))]
+        needed = compare.clips_needed(rows(1))
+        assert mcnemar([1] * needed, [0] * needed) * others < 0.05
+        assert mcnemar([1] * (needed - 1), [0] * (needed - 1)) * others >= 0.05
+        assert not compare.significantly_better(rows(needed - 1))
+        assert len(compare.significantly_better(rows(needed))) == others
+        assert compare.clips_needed(rows(needed)) == 0
+
+
+def test_progress_counts_every_run_of_a_unit(small, samples, capsys):
+    "The bar moves before the first clip is done with all runs."
+    model, processor = small
+    asked = Answering(model, processor, samples, [run_of("full"), run_of("seats")], batch_size=1)
+    asked.answer_all(progress=True)
+    assert f"{2 * len(samples)}/{2 * len(samples)}" in capsys.readouterr().err
+
+
 def test_stored_comparison():
     "Its weights are those shipped, and SEATS is never significantly below chance or stride."
     found = json.loads(STORED.read_text())

@@ -223,12 +223,12 @@ def test_missing_videos(tmp_path, name, make):
     gone.unlink()
     with pytest.raises(ValueError, match=rf"{name}: 1 videos are not in .*skip"):
         K.load_benchmark(name, tmp_path)
-    assert len(K.load_benchmark(name, tmp_path, missing="skip")) == 2
+    assert len(K.load_benchmark(name, tmp_path, broken=[])) == 2
     for p in tmp_path.rglob("*"):
         if p.suffix.lower() == ".mp4":
             p.unlink()
     with pytest.raises(ValueError, match="unpack"):
-        K.load_benchmark(name, tmp_path, missing="skip")
+        K.load_benchmark(name, tmp_path, broken=[])
 
 
 def test_separate_sound_is_taken(tmp_path):

@@ -66,6 +66,24 @@ class Boundaries:
         known = self.parameters
         return float(loss_bound(0.0, 0.0, known["effective_clips"], known["critical"]))
 
+    @property
+    def unmeasurable(self) -> str:
+        "A sentence that says why the profile does not show these blocks; empty where it does."
+        if not (why := self.parameters.get("unmeasurable")):
+            return ""
+        return (
+            f"the blocks with {self.removed} removed are not measurable: {why}; "
+            "`seats sample-size` says how many questions it takes"
+        )
+
+    def check_measured(self):
+        "Raise ValueError where nothing can be built on these blocks."
+        if said := self.unmeasurable:
+            raise ValueError(
+                f"{said}. Blocks that are known otherwise can be given: `seats schedule --blocks "
+                "MIDDLE,LATE`, or Boundaries(num_layers, shallow_end, late_start)"
+            )
+
     def to_dict(self) -> dict:
         "JSON-able, with its schema."
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -150,6 +168,8 @@ class Resampled:
             profile_hash=profile_hash(profile),
         )
         parameters = dict(n_boot=n_boot, seed=seed, split=split)
+        if weights := attrs.get("weights_sha256"):
+            parameters["weights_sha256"] = weights
         return cls(counts, counts.bootstrap(n_boot, seed), parameters, facts)
 
     @cached_property
@@ -226,7 +246,8 @@ class Resampled:
             effective_clips=round(counts.effective, 3),
             late_confidence=late_confidence,
         )
-        if counts.too_few:  # resamples that are all alike prove nothing
+        if why := counts.unmeasurable:
+            parameters["unmeasurable"] = why
             spans = [(int(counts.layers[0]), int(counts.layers[-1]))] * 2
         else:
             share = lambda found, estimate: round(float(np.mean(found == estimate)), 4)

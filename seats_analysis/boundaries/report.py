@@ -7,7 +7,7 @@ __all__ = ['explain', 'boundary_table']
 
 # %% ../../nbs/boundaries/02_report.ipynb #5ab4b73e
 import numpy as np
-from .retention import MIN_CLIPS, Unanswered, Unasked, needed_families
+from .retention import Unanswered, Unasked, needed_families
 from .find import Boundaries, find_boundaries
 
 # %% ../../nbs/boundaries/02_report.ipynb #cd81dca3
@@ -19,8 +19,11 @@ def explain(
     end = lambda layer: layer + 1 if layer < b.num_layers else "the end"
     span = lambda ci: "" if ci is None else f" (interval {ci[0] + 1} to {end(ci[1])})"
     asked = f"{b.n_samples} questions on {b.n_clips} clips"
+    head = f"{b.num_layers} layers, {b.removed} removed, {asked}."
+    if said := b.unmeasurable:
+        return f"{head}\n{said[0].upper()}{said[1:]}."
     lines = [
-        f"{b.num_layers} layers, {b.removed} removed, {asked}.",
+        head,
         f"The middle block begins at layer {b.shallow_end + 1}{span(b.shallow_end_ci)}.",
         f"The late block begins at layer {b.late_start + 1}{span(b.late_start_ci)}."
         if b.late_start < b.num_layers
@@ -32,11 +35,6 @@ def explain(
         lines.append(
             f"Of its layers {least + 1} does least: with it left out the answers move by "
             f"{live[least]:.2g} nats (mean KL)."
-        )
-    if known.get("effective_clips", MIN_CLIPS) < MIN_CLIPS:
-        lines.append(
-            f"The intervals are open: it takes {MIN_CLIPS} effective clips, "
-            f"not {known['effective_clips']:.3g}, to see how much clips differ."
         )
     if known and b.late_start_certified is not None:
         lines.append(_certificate(b, known["margin"], known["critical"]))
@@ -68,12 +66,15 @@ _TYPES = {
 
 
 def _row(profile, removed, families, options):
-    "One row of `boundary_table`; empty where no question is answered, or a family is not asked."
+    "One row of `boundary_table`; without layers where they are not measurable, or none is asked."
     try:
         b = find_boundaries(profile, removed, families=families, **options)
     except Unanswered if families is None else (Unanswered, Unasked):
         return {}
-    row = dict(certified=b.late_start_certified, questions=b.n_samples, clips=b.n_clips)
+    row = dict(questions=b.n_samples, clips=b.n_clips)
+    if b.unmeasurable:
+        return row
+    row["certified"] = b.late_start_certified
     for name in ("shallow_end", "late_start"):
         row[name], same = getattr(b, name), b.parameters.get("stability", {}).get(name)
         row[f"{name}_low"], row[f"{name}_high"] = getattr(b, f"{name}_ci")
@@ -86,7 +87,8 @@ def boundary_table(
     removed=None,  # conditions; None: all that were probed
     **options,  # of `find_boundaries`: tolerance, split, n_boot, ...
 ):  # pandas.DataFrame by (removed, family); layers 0-based, with 95 % intervals and stability
-    "Boundaries of each modality, of both together, and of each family that needs them."
+    """Boundaries of each modality, of both together, and of each family that needs them; empty
+    where they are not measurable."""
     import pandas as pd
 
     rows = {}

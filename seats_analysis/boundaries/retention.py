@@ -94,6 +94,7 @@ def needed_families(
 
 # %% ../../nbs/boundaries/00_retention.ipynb #33e07871
 MIN_CLIPS = 5  # the range of n values holds their median with 1 - 2 / 2**n: 94 % for five
+_LEVEL = 0.05  # of the exact tests below
 
 
 class Unanswered(ValueError):
@@ -135,6 +136,37 @@ class ClipCounts:
     def too_few(self):
         "Whether resampling so few clips says nothing about how much clips differ."
         return self.effective < MIN_CLIPS
+
+    @property
+    def unmeasurable(self):
+        "Why no boundary can be read from these answers; empty where one can."
+        from scipy.stats import binomtest
+
+        n, right, lost = (
+            int(self.asked.sum()),
+            self.right[:, -1],
+            self.right[:, -1] - self.right[:, 0],
+        )
+        p = binomtest(int(right.sum()), n, self.chance, "greater").pvalue
+        if len(self.asked) < MIN_CLIPS or p < _LEVEL and self.too_few:
+            return (
+                f"too few clips: {len(self.asked)}, which count as {self.effective:.3g}; it takes "
+                f"{MIN_CLIPS}"
+            )
+        if p >= _LEVEL:
+            return (
+                f"with nothing removed {100 * right.sum() / n:.0f} % of {n} questions are right, "
+                f"not above the {100 * self.chance:.0f} % of guessing (exact test, p = {p:.2g})"
+            )
+        # clips are independent, questions on one clip are not
+        worse, differ = int((lost > 0).sum()), int((lost != 0).sum())
+        p = binomtest(worse, differ, alternative="greater").pvalue if differ else 1.0
+        if p >= _LEVEL:
+            return (
+                f"nothing is lost even where the tokens never enter the layers: worse on {worse} "
+                f"of {len(lost)} clips, better on {differ - worse} (exact test, p = {p:.2g})"
+            )
+        return ""
 
     def bootstrap(self, n_boot=2000, seed=0):  # (n_boot, n) accuracy
         return bootstrap_accuracy(self.right, self.asked, n_boot, seed)

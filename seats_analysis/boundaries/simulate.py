@@ -370,7 +370,9 @@ def needed_study(
     from tqdm import tqdm
 
     noise, rows = noise_of(profile), []
-    for name in tqdm([MEASURED, *SHAPES], desc="questions", unit="curve", disable=not progress):
+    pilot = find_boundaries(profile, split=None, n_boot=100).unmeasurable
+    names = [*SHAPES] if pilot else [MEASURED, *SHAPES]
+    for name in tqdm(names, desc="questions", unit="curve", disable=not progress):
         planted = Planted(_curve(name, profile, noise.num_layers))
         close = [_precision(planted, noise, n, within, trials, seed) for n in sizes]
         reached = dict(zip(_BOUNDARIES, map(list, zip(*close))))
@@ -388,4 +390,5 @@ def needed_study(
         share=_SHARE,
         sizes=list(sizes),
         rows=rows,
+        **({"pilot": pilot} if pilot else {}),  # why its own curve is left out
     )

@@ -28,6 +28,7 @@ from seats_analysis.cli.app import (
     Overwrite,
     Root,
     Seed,
+    SkipBroken,
     Threads,
     TrustRemoteCode,
     app,
@@ -44,19 +45,23 @@ from seats_analysis.cli.app import (
     table,
     writable,
 )
+from ..inputs.layout import MODALITIES
 from ..evaluation.load import check_model, load_model
 from ..storage.checkpoint import checkpoint_of
 from ..storage.files import output_folder
 from ..storage.schemas import load_profile, save_json
 
 # %% ../../nbs/cli/01_analysis.ipynb #5d1079fd
-def probe_file(model, processor, samples, out, testbed=False, **options):
+def probe_file(model, processor, samples, out, testbed=False, broken=None, **options):
     "Probe into a file, going on with an interrupted run of it; None in all but one process."
     from seats_analysis.probing.run import probe_to_file
     from seats_analysis.testbed.task import NEEDS
 
     limits = {k: options[k] for k in ("fps", "max_frames") if k in options}
-    more = lambda: dict(tokens=json.dumps(mean_tokens(model, processor, samples, **limits)))
+    left_out = {} if broken is None else dict(broken=json.dumps(broken))
+    more = lambda: dict(
+        tokens=json.dumps(mean_tokens(model, processor, samples, **limits)), **left_out
+    )
     options["needs"] = NEEDS if testbed else None  # other data do not say
     try:
         with resumable(checkpoint_of(out), "samples"):
@@ -65,7 +70,7 @@ def probe_file(model, processor, samples, out, testbed=False, **options):
         raise ValueError(str(error)) from None
 
 
-def _layer_list(text):
+def _layer_list(text, num_layers=None):
     "`0,4,8` or `0:12:2` as a list of 0-based layers; '' is all, `auto` stays itself."
     if not text or text == "auto":
         return text or None
@@ -76,10 +81,20 @@ def _layer_list(text):
         layers = []
     if not layers:
         raise ValueError(f"--layers {text!r}: give layers as 0,4,8, as start:stop:step, or auto")
+    if num_layers and (bad := [i for i in layers if not 0 <= i <= num_layers]):
+        raise ValueError(f"--layers: layer {bad[0]} is outside 0..{num_layers} of this model")
     return layers
 
 
-def _print_probe(as_json, profile, out):
+def left_out(broken) -> str:
+    "What a summary says about broken clips; nothing without --skip-broken."
+    if broken is None:
+        return ""
+    questions = sum(len(b["questions"]) for b in broken)
+    return f"; {questions} questions on {len(broken)} broken clips are left out"
+
+
+def _print_probe(as_json, profile, out, broken):
     n, clips = profile.sizes["sample"], len(set(profile["clip"].values))
     asked = profile["n_choices"].values > 1
     accuracy, said = None, "none with choices, so only the divergence is measured"
@@ -87,8 +102,8 @@ def _print_probe(as_json, profile, out):
         full = profile["correct"].isel(layer=-1, removed=0).values
         accuracy = full[asked].mean().item()
         said = f"{100 * accuracy:.1f} % right with nothing removed"
-    data = dict(profile=str(out), samples=n, clips=clips, full_accuracy=accuracy)
-    emit(as_json, data, f"{out}: {n} questions on {clips} clips, {said}")
+    data = dict(profile=str(out), samples=n, clips=clips, full_accuracy=accuracy, broken=broken)
+    emit(as_json, data, f"{out}: {n} questions on {clips} clips, {said}{left_out(broken)}")
 
 # %% ../../nbs/cli/01_analysis.ipynb #3ef6d491
 @app.command()
@@ -98,6 +113,7 @@ def probe(
     limit: Limit = None,
     root: Root = None,
     allow_outside: AllowOutside = False,
+    skip_broken: SkipBroken = False,
     out: Path | None = Option(
         None, help="NetCDF file to write; default: seats_out/DATA/profiles/MODEL.nc."
     ),
@@ -133,20 +149,23 @@ def probe(
     finished sample is kept beside --out: after an interruption the same command goes on.
     `accelerate launch --no_python seats probe ...` shares the work among processes.
     """
-    check_model(model)
+    num_layers, broken = check_model(model), [] if skip_broken else None
     default = output_folder(data) / "profiles" / f"{name_of(model)}.nc"
     out = writable(out or default, "profile", overwrite)
+    removed = names_of(removed, "--removed", (*MODALITIES, "both"))
+    chosen = dict(removed=removed, layers=_layer_list(layers, num_layers))
+    (method,) = names_of(method, "--method", ("branch", "plain"))
     from seats_analysis.evaluation.evaluate import load_samples
 
-    chosen = dict(removed=names_of(removed, "--removed"), layers=_layer_list(layers))
-    samples = load_samples(data, None, limit, root, allow_outside)
+    samples = load_samples(data, None, limit, root, allow_outside, broken)
     prepare(threads)
     loaded = load_model(model, device, trust_remote_code, dtype, attention)
     chosen |= dict(method=method, batch_size=batch, max_branch_tokens=max_branch_tokens)
     chosen |= limits_of(data, loaded[1], fps, max_frames)
-    profile = probe_file(*loaded, samples, out, testbed=data == "testbed", **chosen)
+    chosen |= dict(testbed=data == "testbed", broken=broken)
+    profile = probe_file(*loaded, samples, out, **chosen)
     if profile is not None:
-        _print_probe(as_json, profile, out)
+        _print_probe(as_json, profile, out, broken)
 
 # %% ../../nbs/cli/01_analysis.ipynb #8c2f7aa9
 def _known_split(profile, split):
@@ -179,6 +198,10 @@ def boundary_row(
 ) -> dict:  # column -> text, layers printed from 1
     "One line of the table that `seats boundaries` prints."
     n, certified, same = b.num_layers, b.late_start_certified, b.parameters.get("stability", {})
+    if b.unmeasurable:
+        unknown = dict.fromkeys(("shallow", "middle", "late"), "-")
+        starts = dict.fromkeys(("middle starts (95 %)", "late starts (95 %)"), "not measurable")
+        return {"removed": b.removed, **unknown, **starts, "same": "-", "certified": "-"}
     edges = (0, b.shallow_end, b.late_start, n)
     blocks = [(low + 1, high) for low, high in zip(edges, edges[1:])]
     spans = ["-" if lo > hi else f"{lo}" if lo == hi else f"{lo} to {hi}" for lo, hi in blocks]
@@ -199,12 +222,13 @@ def _family_row(r, num_layers):
     (middle, *span), (late, *late_span) = (
         [r[n + e] for e in ends] for n in ("shallow_end", "late_start")
     )
+    start = lambda at, ci: "not measurable" if at is None else _start(at, ci, num_layers)
     return {
         "removed": r["removed"],
         "family": r["family"],
         "questions": r["questions"] or "-",
-        "middle starts (95 %)": _start(middle, span, num_layers),
-        "late starts (95 %)": _start(late, late_span, num_layers),
+        "middle starts (95 %)": start(middle, span),
+        "late starts (95 %)": start(late, late_span),
         "same": _share(r["late_start_same"]),
     }
 
@@ -261,6 +285,8 @@ def boundaries(
     found = [find_blocks(stored, str(r), split, **rule) for r in stored["removed"].values]
     layers, data = found[0].num_layers, {b.removed: b.to_dict() for b in found}
     text = table([boundary_row(b) for b in found])
+    if unknown := [b.unmeasurable for b in found if b.unmeasurable]:
+        text += "\n\n" + "\n".join(unknown)
     if families or figure:
         rows = boundary_table(stored, split=_known_split(stored, split), **rule)
     if families:
@@ -292,6 +318,19 @@ def stored_tokens(profile, given="") -> tuple:  # visual, audio
         "the profile does not say how many visual and audio tokens its clips have; "
         "add --tokens VISUAL,AUDIO"
     )
+
+
+def _stated_blocks(text, profile):
+    "The blocks that a command line gives, for the model of a profile."
+    from seats_analysis.boundaries.find import Boundaries
+
+    layers, attrs = int(profile["layer"].max()), profile.attrs
+    example = f"the first layers of the middle and the late block, from 1 to {layers + 1}, as 4,11"
+    starts = numbers_of(text, "--blocks", example, int)
+    if len(starts) != 2 or not 1 <= starts[0] <= starts[1] <= layers + 1:
+        raise ValueError(f"--blocks {text!r}: give {example}")
+    made = dict(model=str(attrs.get("model", "")), revision=attrs.get("revision") or None)
+    return Boundaries(layers, *(s - 1 for s in starts), **made)
 
 
 def _check_targets(trr, visual, audio):
@@ -335,6 +374,11 @@ def schedule(
         "", help="VISUAL,AUDIO tokens of the data; default: what the profile says."
     ),
     apart: bool = Option(False, "--apart", help="Boundaries of each modality from its own curve."),
+    blocks: str = Option(
+        "",
+        help="MIDDLE,LATE: where these blocks start, from 1, if that is known otherwise; the "
+        "profile then says only model and tokens.",
+    ),
     late: Late = None,
     scale: float = Option(
         1.4, help="Share of the tokens that enters the LLM, over the share kept on average."
@@ -356,7 +400,10 @@ def schedule(
 
     stored = load_profile(profile)
     find = lambda r: find_blocks(stored, r, split, tolerance=tolerance, margin=margin)
-    bounds = {m: find(m) for m in ("visual", "audio")} if apart else find("both")
+    if blocks:
+        bounds = _stated_blocks(blocks, stored)
+    else:
+        bounds = {m: find(m) for m in MODALITIES} if apart else find("both")
     options = dict(scale=scale, late=late or DEFAULT_LATE)
     if trr is not None:
         plan = Schedule.from_trr(bounds, trr, *stored_tokens(stored, tokens), **options)
@@ -444,6 +491,8 @@ def sample_size(
 
     stored = load_profile(profile)
     study = needed_study(stored, sizes, trials, within, seed=seed, progress=True)
+    if "pilot" in study:
+        note(f"note: the pilot's own curve is left out: {study['pilot']}")
     save_json(out, study)
     columns = {"middle begins": "shallow_end", "late begins": "late_start"}
     many = lambda n: f"more than {sizes[-1]}" if n is None else n

@@ -32,6 +32,7 @@ from seats_analysis.cli.app import (
     Model,
     Overwrite,
     Root,
+    SkipBroken,
     Threads,
     TrustRemoteCode,
     app,
@@ -49,20 +50,33 @@ from seats_analysis.cli.app import (
     writable,
 )
 from ..evaluation.load import check_device, check_model, load_model
-from .analysis import TESTBED, StudyOut, figure_name, find_blocks, stored_tokens
+from seats_analysis.cli.analysis import (
+    TESTBED,
+    StudyOut,
+    figure_name,
+    find_blocks,
+    left_out,
+    stored_tokens,
+)
 from ..storage.checkpoint import Checkpoint, checkpoint_of, processes
 from ..storage.files import output_folder
 from ..inputs.layout import MODALITIES
 from ..storage.schemas import SCHEMAS, load_profile, save_json
 
 # %% ../../nbs/cli/02_answers.ipynb #c8f331c2
-def solve(model, trrs, counts, profile=None, late=None) -> dict:  # percentage -> Schedule
-    "Published schedules, or ones for these mean counts of visual and audio tokens."
+def _profile_of(model, profile):
+    "The profile that was named, or the testbed's; None where there is none."
+    return profile or (TESTBED if model == "testbed" else None)
+
+
+def check_blocks(model, profile=None, num_layers=None) -> tuple:  # Boundaries, published pairs
+    """Where the blocks of a model lie, and the TRRs with a published schedule. ValueError where
+    that is not known, not measurable, or of a model of another depth."""
     from seats_analysis.boundaries.find import Boundaries
-    from seats_analysis.schedules.schedule import DEFAULT_LATE, PUBLISHED, Schedule
+    from seats_analysis.schedules.schedule import PUBLISHED, Schedule
 
     known = next((k for k in PUBLISHED if k in model.lower()), None)
-    source, pairs = profile or (TESTBED if model == "testbed" else None), ()
+    source, pairs = _profile_of(model, profile), ()
     if source is not None:
         blocks = find_blocks(load_profile(source), "both")
     elif known:
@@ -72,14 +86,33 @@ def solve(model, trrs, counts, profile=None, late=None) -> dict:  # percentage -
             f"--trr for {model}: where its blocks lie is not known; make a profile with "
             "`seats probe` and add --profile FILE"
         )
+    blocks.check_measured()
+    if num_layers:
+        Schedule(blocks.num_layers, model=blocks.model).check_model(num_layers)
+    return blocks, pairs
+
+
+def solve(model, trrs, counts, profile=None, late=None) -> dict:  # percentage -> Schedule
+    "Published schedules, or ones for these mean counts of visual and audio tokens."
+    from seats_analysis.schedules.schedule import DEFAULT_LATE, Schedule
+
+    blocks, pairs = check_blocks(model, profile)
     return {
-        t: Schedule.published(known, int(t))
+        t: Schedule.published(model, int(t))
         if t in pairs
         else Schedule.from_trr(blocks, t, *counts, late=late or DEFAULT_LATE)
         for t in trrs
     }
 
 # %% ../../nbs/cli/02_answers.ipynb #d1de3283
+def check_origin(plan, model):
+    "Warn of a schedule that was made for another model or for other weights."
+    from seats_analysis.models.families import adapter_for, hash_weights
+
+    adapter = adapter_for(model)
+    plan.check_model(adapter.num_layers(model), adapter.name(model), lambda: hash_weights(model))
+
+
 def _clip_sample(clip, question, choices, letters, fps, max_frames):
     "The question about a clip, which is looked into here so that a broken file costs no model."
     from seats_analysis.inputs.media import decode_clip
@@ -257,7 +290,7 @@ def run(
     if (compare or figure) and schedule is None and trr is None:
         raise ValueError("--compare and --figure show what pruning does: add --trr or --schedule")
     check_trr(trr)
-    check_model(model)
+    num_layers = check_model(model)
     if kept is not None:
         writable(kept, "kept", overwrite)
     figure = figure and figure_name(figure, overwrite)
@@ -265,6 +298,10 @@ def run(
     from seats_analysis.schedules.schedule import Schedule
 
     plan = Schedule.load(schedule) if schedule is not None else None
+    if plan is not None and num_layers:
+        plan.check_model(num_layers)
+    if trr is not None:
+        check_blocks(model, profile, num_layers)
     sample = _clip_sample(clip, question, choice, letters, fps or 2.0, max_frames)
     prepare(threads)
     loaded = load_model(model, device, trust_remote_code, dtype, attention)
@@ -273,6 +310,8 @@ def run(
     if trr is not None:
         counts = [encoded.layout.counts()[m].item() for m in ("visual", "audio")]
         plan = solve(model, (trr,), counts, profile, late)[trr]
+    if plan is not None:
+        check_origin(plan, loaded[0])
     if compare:
         found = _compare(loaded, encoded, plan, choice, max_tokens)
         data = {k: dict(answer=a, choices=s, **r) for k, (a, _, s, r) in found.items()}
@@ -325,12 +364,12 @@ def _held_out(limit, split, folder, seed):
     if split or limit <= len(shipped):
         return shipped[:limit]
     note(f"{limit} questions on fresh clips (seed {seed})")
-    return fresh_samples(limit, seed=seed, per_clip=2, folder=folder)
+    return fresh_samples(limit, seed=seed, per_clip=2, folder=folder, progress=True)
 
 
 def _vtw_rule(names, model, profile):
     "VTW at the layer that its rule picks from a profile's `derive` split; nothing without one."
-    source = profile or (TESTBED if model == "testbed" else None)
+    source = _profile_of(model, profile)
     if "vtw" not in names or source is None:
         return {}
     from seats_analysis.baselines.attention import VTW
@@ -339,6 +378,20 @@ def _vtw_rule(names, model, profile):
     derive = stored["split"].values.astype(str) == "derive"
     chosen = stored.isel(sample=derive) if derive.any() else stored
     return {"vtw (rule)": VTW.from_profile(chosen, int(stored["layer"].max()))}
+
+
+def _made_from(samples, profile):
+    "How many of the questions made the boundaries: the same id and clip, in the same split."
+    if profile is None:
+        return 0
+    stored = load_profile(profile)
+    if "sample" not in stored.coords:
+        return 0
+    text = lambda name: stored[name].values.astype(str).tolist()
+    derive = "derive" in text("split")
+    rows = zip(text("sample"), text("clip"), text("split"))
+    made = {(id, clip) for id, clip, split in rows if not derive or split == "derive"}
+    return sum((s.id, s.clip) in made for s in samples)
 
 
 def _eval_text(result, out):
@@ -352,8 +405,16 @@ def _eval_text(result, out):
     said = "no ranked method is significantly above SEATS"
     if above := frame.attrs["above_seats"]:
         said = f"ranked and significantly above SEATS: {', '.join(above)}"
+    if needed := frame.attrs["clips_needed"]:
+        said = f"too few for a conclusion: no difference can be significant below {needed} clips"
     asked = f"{result['questions']} questions on {result['clips']} clips, in percent"
-    return f"{table(frame.to_dict('records'))}\n\n{asked}; {said}\n{out}"
+    lines = [table(frame.to_dict("records")), "", f"{asked}; {said}{left_out(result['broken'])}"]
+    if made := result["questions_of_schedule"]:
+        lines.append(
+            f"{made} of the questions made the schedules (same id and clip in the profile): "
+            "for a fair comparison ask others, as --split test"
+        )
+    return "\n".join([*lines, str(out)])
 
 # %% ../../nbs/cli/02_answers.ipynb #61d66ad4
 @app.command("eval")
@@ -380,6 +441,7 @@ def eval_(
     split: str | None = Option(None, help="Only this split of the data."),
     root: Root = None,
     allow_outside: AllowOutside = False,
+    skip_broken: SkipBroken = False,
     answers: str = Option(
         "likelihood",
         help="`likelihood` ranks the choices; `generate` lets the model write and reads its "
@@ -388,7 +450,11 @@ def eval_(
     profile: Path | None = Option(None, help="Profile of the model, to solve its schedules from."),
     late: Late = None,
     seed: int = Option(SEED, min=0, help="Seed of the fresh clips."),
-    batch: Batch = 16,
+    batch: int | None = Option(
+        None,
+        min=1,
+        help="Questions per batch; by default 16 of the testbed, of other data those on one clip.",
+    ),
     fps: Fps = None,
     max_frames: MaxFrames = None,
     dtype: Dtype = "auto",
@@ -404,7 +470,7 @@ def eval_(
     interruption the same command goes on. `accelerate launch --no_python seats eval ...` shares
     the work among processes.
     """
-    check_model(model)
+    num_layers, broken = check_model(model), [] if skip_broken else None
     trrs, default = _trr_list(trr), output_folder(data) / "results" / f"eval_{name_of(model)}.json"
     out = writable(out or default, "eval", overwrite)
     from seats_analysis.evaluation.compare import compare_methods, method_names
@@ -413,11 +479,14 @@ def eval_(
     if answers not in ("likelihood", "generate"):
         raise ValueError(f"--answers {answers!r}: likelihood or generate")
     names, device = method_names(names_of(methods, "--methods")), check_device(device)
+    check_blocks(model, profile, num_layers)
     with Checkpoint.hold(checkpoint_of(out)) as folder, _scratch(folder) as clips:
         if data == "testbed":
             samples = _held_out(limit, split, clips, seed)
         else:
-            samples = load_samples(data, split, limit, root, allow_outside)
+            samples = load_samples(data, split, limit, root, allow_outside, broken)
+        clips_asked = len({s.clip for s in samples})
+        note(f"{len(samples)} questions on {clips_asked} clips; loading {model}")
         prepare(threads)
         loaded = load_model(model, device, trust_remote_code, dtype, attention)
         options = limits_of(data, loaded[1], fps, max_frames)
@@ -430,10 +499,11 @@ def eval_(
         ) + (f" --late {late}" if late else "")
         splits = ",".join(sorted({s.split for s in samples}))
         options |= dict(
-            about=dict(command=command, data=Path(data).name, split=splits),
+            about=dict(command=command, data=Path(data).name, split=splits, broken=broken)
+            | dict(questions_of_schedule=_made_from(samples, _profile_of(model, profile))),
             rules=_vtw_rule(names, model, profile),
             answers=answers,
-            batch_size=batch,
+            batch_size=batch or (16 if data == "testbed" else 1),
         )
         with resumable(checkpoint_of(out), "questions"):
             result = compare_methods(*loaded, samples, plans, names, out, progress=True, **options)

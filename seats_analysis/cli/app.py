@@ -12,6 +12,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated
 
 import typer
@@ -74,7 +75,7 @@ class Commands(TyperGroup):
         except _BAD_INPUT as error:
             if os.environ.get("SEATS_DEBUG"):
                 raise
-            _fail(one_line(error))
+            _fail("\n".join(getattr(error, "lines", ())) or one_line(error))  # or BrokenClips
         except Exception as error:
             if not hasattr(error, "format_message"):
                 raise  # a bug
@@ -184,8 +185,10 @@ def writable(
     home = next(p for p in path.absolute().parents if p.exists())
     if not home.is_dir():
         raise ValueError(f"--out {path}: {home} is not a folder")
-    if not os.access(home, os.W_OK):
-        raise ValueError(f"--out {path}: no permission to write in {home}")
+    try:
+        TemporaryFile(dir=home).close()  # asking for permission is not enough on every file system
+    except OSError as error:
+        raise ValueError(f"--out {path}: cannot write in {home} ({error.strerror})") from None
     longest = os.pathconf(home, "PC_NAME_MAX") - len(checkpoint_of("").name)
     if len(os.fsencode(path.name)) > longest:
         raise ValueError(f"--out {path}: a name of more than {longest} bytes; choose a shorter one")
@@ -219,11 +222,15 @@ def check_trr(trr, name="--trr"):
         raise ValueError(f"{name} {trr:g}: must be percent in (0, 100]")
 
 
-def names_of(text, option) -> tuple:
-    "A comma-separated option."
+def names_of(text, option, known=()) -> tuple:
+    "A comma-separated option; of some known names each once."
     names = tuple(n.strip() for n in text.split(",") if n.strip())
     if not names:
         raise ValueError(f"{option}: nothing named")
+    if known and (bad := [n for n in names if n not in known]):
+        raise ValueError(f"{option}: {bad[0]!r} is not one of {', '.join(known)}")
+    if known and len(set(names)) < len(names):
+        raise ValueError(f"{option} {text!r}: name each once")
     return names
 
 
@@ -274,6 +281,13 @@ AllowOutside = Annotated[
     Option(
         "--allow-outside",
         help="Let the data name media outside of their folder, or of the JSONL file's.",
+    ),
+]
+SkipBroken = Annotated[
+    bool,
+    Option(
+        "--skip-broken",
+        help="Go on without clips that are missing or cannot be read; the result counts them.",
     ),
 ]
 TrustRemoteCode = Annotated[

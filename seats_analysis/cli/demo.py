@@ -26,10 +26,16 @@ from seats_analysis.cli.app import (
     table,
 )
 from ..evaluation.load import load_model
-from .analysis import boundary_row, find_blocks, probe_file, stored_tokens
+from seats_analysis.cli.analysis import (
+    TESTBED,
+    boundary_row,
+    find_blocks,
+    probe_file,
+    stored_tokens,
+)
 from .answers import origin
 from ..storage.files import output_folder, shipped_folder
-from ..storage.schemas import SCHEMAS, save_json
+from ..storage.schemas import SCHEMAS, load_profile, save_json
 
 # %% ../../nbs/cli/04_demo.ipynb #9daeda9f
 @app.command()
@@ -144,12 +150,15 @@ def _demo(out, limit, whole, batch):
     profile = probe_file(model, processor, probed, file, testbed=True, batch_size=batch)
     bounds = {str(r): find_blocks(profile, str(r)) for r in profile["removed"].values}
     note(table([boundary_row(b) for b in bounds.values()]))
-    tokens = stored_tokens(profile)
-    plans = {trr: Schedule.from_trr(bounds["both"], trr, *tokens) for trr in TARGETS}
+    tokens, both = stored_tokens(profile), bounds["both"]
+    if both.unmeasurable:
+        note(f"note: {both.unmeasurable}; the schedules are made from the shipped profile")
+        both = find_blocks(load_profile(TESTBED), "both")
+    plans = {trr: Schedule.from_trr(both, trr, *tokens) for trr in TARGETS}
     for trr, plan in plans.items():
         plan.save(out / "schedules" / f"testbed_trr{trr}.json")
     note(f"answers: {len(test)} questions of the test split")
-    rows = answer_rows(model, processor, test, plans, bounds["both"], batch)
+    rows = answer_rows(model, processor, test, plans, both, batch)
     about = dict(schema=SCHEMAS["results"].id, **origin(profile), split="test", rows=rows)
     save_json(out / "results" / "testbed.json", about)
     kept = _kept_example(model, processor, test, plans[min(plans)])

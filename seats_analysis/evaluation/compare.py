@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tqdm.auto import tqdm
 from ..storage.files import atomic_write
 from ..storage.schemas import SCHEMAS, save_json
 from ..storage.provenance import hash_code
@@ -111,6 +112,7 @@ def method_runs(
     plans: Mapping,  # headline TRR in percent -> `Schedule` of SEATS
     shape: DataShape,
     rules: Mapping = {},  # label -> `Pruner` whose own rule decides its cost, and so its TRR
+    progress: bool = False,  # show a bar
 ) -> list:  # of `MethodRun`
     "The full model, methods by their own rule, then for each TRR SEATS and the others."
     out = [MethodRun("full", "full", 100, (None,), setting="full")]
@@ -118,15 +120,17 @@ def method_runs(
         trr = round(100 * shape.retention(method)["layers"], 1)
         out.append(MethodRun(label, method.name, trr, (method,), setting="rule"))
     counts = shape.mean("visual"), shape.mean("audio")
-    for trr, plan in plans.items():
-        seats = method_at("seats", plan, counts)
-        out.append(MethodRun("seats", "seats", trr, (seats,), knob=(1.0,)))
-        highest = 1 / min((t for t in plan.trr.values() if t), default=1.0)
-        for name in names:
-            if name != "seats":
-                build = partial(method_at, name, plan, counts)
-                found = match_cost(build, shape.cost, shape.cost(seats), highest)
-                out.append(MethodRun(name, name, trr, **found))
+    pairs = [(trr, name) for trr in plans for name in names]  # `seats` is the first name
+    for trr, name in tqdm(pairs, desc="equal cost", unit="method", disable=not progress):
+        if name == "seats":
+            plan = plans[trr]
+            seats = method_at("seats", plan, counts)
+            out.append(MethodRun("seats", "seats", trr, (seats,), knob=(1.0,)))
+            highest = 1 / min((t for t in plan.trr.values() if t), default=1.0)
+        else:
+            build = partial(method_at, name, plan, counts)
+            found = match_cost(build, shape.cost, shape.cost(seats), highest)
+            out.append(MethodRun(name, name, trr, **found))
     return out
 
 # %% ../../nbs/evaluation/02_compare.ipynb #786a2034
@@ -192,6 +196,7 @@ class Answering:
         number: int,  # of this unit
         first: int,  # questions before these, for methods that draw at random
         runs: Sequence[MethodRun],
+        tick=lambda run: None,  # function that is told of every finished run
     ) -> list:  # per question: list of outcomes, one per run
         "All runs answer the same questions; FLOPs and milliseconds of each beside the answer."
         dims = text_dims(adapter_for(self.model).config(self.model))
@@ -208,6 +213,7 @@ class Answering:
                 row.append(
                     answer | flops | dict(ms=[q.clip.ms.get(asks(run.method), 0.0), *shares])
                 )
+            tick(r)
         return out
 
     @torch.no_grad()
@@ -230,10 +236,17 @@ class Answering:
             questions = prepare([self.samples[i] for i in unit], **self.limits)
             if not warm:  # or the first run would pay for it
                 warm.append(self.answer_unit(questions, k, first[k], self.runs[:2]))
-            return self.answer_unit(questions, k, first[k], self.runs)
+
+            def tick(run):
+                kept.bar.set_postfix_str(f"{run.label} at {run.trr:g} %", refresh=False)
+                kept.bar.update(len(unit))
+
+            return self.answer_unit(questions, k, first[k], self.runs, tick)
 
         kept = Checkpoint(checkpoint, self._identity(about), shard)
-        return kept.run(units, work, unit="question", desc="eval", disable=not progress)
+        # one tick for each answer, and the mean pace: runs cost different amounts
+        bar = dict(unit="answer", desc="eval", smoothing=0, disable=not progress)
+        return kept.run(units, work, ticks=len(self.runs), **bar)
 
     def _identity(self, about):
         "What the answers depend on."
@@ -348,15 +361,30 @@ class Outcomes:
         )
 
 # %% ../../nbs/evaluation/02_compare.ipynb #1ba0fd3c
+_LEVEL = 0.05  # of the whole family of tests
+
+
+def clips_needed(
+    rows: Sequence,  # of `compare_methods`
+) -> int:  # 0 where there are enough
+    "Clips below which no test could be significant, whatever the answers, if there are fewer."
+    tests = sum(r["ranked"] and r["label"] != "seats" for r in rows)
+    # clips are independent; the least p of McNemar's test on n of them is 2 ** (1 - n)
+    needed = 2 + int(np.log2(max(tests, 1) / _LEVEL))
+    return 0 if min((r["clips"] for r in rows), default=0) >= needed else needed
+
+
 def significantly_better(
     rows: Sequence,  # of `compare_methods`
-    level: float = 0.05,  # of the whole family of tests
+    level: float = _LEVEL,
 ) -> list:  # the rows, in order
     """Ranked rows above SEATS beyond chance.
 
     The paired interval excludes 0, and the exact test holds after Holm's correction for all ranked
     rows."""
     tested = [r for r in rows if r["ranked"] and r["label"] != "seats"]
+    if clips_needed(rows):
+        return []
     adjusted = holm([r["mcnemar_p"] for r in tested]) if tested else ()
     return [r for r, p in zip(tested, adjusted) if r["diff_seats_low"] > 0 and p < level]
 
@@ -366,7 +394,8 @@ def comparison_table(
 ):  # pandas.DataFrame in percent, for people
     """The rows that matter, best first at each TRR; those that are not ranked come last.
 
-    Its `attrs` name who is `above_seats` beyond chance: label and TRR."""
+    Its `attrs` name who is `above_seats` beyond chance (label and TRR), and how many clips are
+    `clips_needed` for any such statement if there are too few."""
     import pandas as pd
 
     r = pd.DataFrame(rows).sort_values(
@@ -398,6 +427,7 @@ def comparison_table(
     )
     above = significantly_better(rows)
     frame.attrs["above_seats"] = [f"{r['label']} at {r['trr']:g} %" for r in above]
+    frame.attrs["clips_needed"] = clips_needed(rows)
     return frame
 
 # %% ../../nbs/evaluation/02_compare.ipynb #8d9fffe5
@@ -448,11 +478,14 @@ def compare_methods(
     if path is not None:
         _csv_of(path)
     names, shape = method_names(names), DataShape.of(model, processor, samples, **limits)
-    runs = method_runs(names, plans, shape, rules)
+    runs = method_runs(names, plans, shape, rules, progress)
     asked = Answering(model, processor, samples, runs, batch_size, answers, max_new_tokens, limits)
     origin = provenance(
         model, processor, samples, seed=0, answers=answers, batch_size=batch_size
     ) | dict(schema=SCHEMAS["eval"].id, code_sha256=hash_code())
+    for plan in plans.values():
+        known = origin["num_layers"], origin["model"], lambda: origin["weights_sha256"]
+        plan.check_model(*known)
     with Checkpoint.hold(path and checkpoint_of(path)) as folder:
         answered = asked.answer_all(folder, origin, processes(), progress)
         if answered is None:

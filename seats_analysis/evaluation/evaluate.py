@@ -29,8 +29,10 @@ def load_samples(
     limit: int | None = None,  # at most so many
     root=None,  # folder of a benchmark, if it is not in SEATS_DATA or the hub cache
     allow_outside=False,  # whether media may lie outside of that folder, or of the JSONL file's
+    broken=None,  # list that gets broken clips: why, questions; None: they are an error
 ) -> list:  # of `Sample`
-    "Questions of a data set. ValueError for an unknown name, a broken line or a missing split."
+    """Questions of a data set, on clips that were opened. ValueError for an unknown name, a broken
+    line or a missing split, and for broken clips all at once."""
     if str(name) == "testbed":
         from seats_analysis.testbed.load import testbed_samples
 
@@ -38,7 +40,8 @@ def load_samples(
     else:
         from seats_analysis.inputs.benchmarks import load_questions
 
-        samples = load_questions(name, root, None if split else limit, allow_outside=allow_outside)
+        first = None if split else limit
+        samples = load_questions(name, root, first, broken, allow_outside)
     splits = sorted({s.split for s in samples})
     if split is not None and split not in splits:
         raise ValueError(f"--split {split!r}: the data have {', '.join(map(repr, splits))}")

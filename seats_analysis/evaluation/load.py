@@ -6,11 +6,12 @@
 __all__ = ['check_model', 'check_device', 'load_model']
 
 # %% ../../nbs/evaluation/00_load.ipynb #a1c6b216
+import json
 import os
 from pathlib import Path
 
 from ..storage.checkpoint import processes
-from ..storage.files import one_line
+from ..storage.files import one_line, shipped_folder
 
 # %% ../../nbs/evaluation/00_load.ipynb #0cf2fc34
 def _unknown(name, reason):
@@ -27,29 +28,50 @@ def _untrusted(name):
     )
 
 
-def check_model(name):
-    "Raise ValueError for a name that cannot be a model, before anything heavy is imported."
-    if name == "testbed":
-        return
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise _unknown(name, f"{name} has no config.json")
-    elif name.count("/") != 1:
-        raise _unknown(name, "not of the form owner/name")
-
-
-def _check_reachable(name):
-    "One request to the hub, where loading would retry for minutes."
+def _hub_config(name):
+    "Path of a hub model's configuration: cached, or after one request, where loading would retry."
     import logging
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    if Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return
+    if isinstance(cached := try_to_load_from_cache(name, "config.json"), str):
+        return cached
     try:
         HfApi().model_info(name, timeout=10)
-    except Exception as error:
+        return hf_hub_download(name, "config.json")
+    except (HfHubHTTPError, HFValidationError) as error:  # the hub has answered
         raise _unknown(name, f"{type(error).__name__}: {one_line(error)[:90]}") from None
+    except Exception as error:
+        off = constants.HF_HUB_OFFLINE
+        why = "HF_HUB_OFFLINE is set" if off else f"the hub is out of reach: {type(error).__name__}"
+        raise ValueError(
+            f"model {name!r} is not in the local cache ({constants.HF_HUB_CACHE}), and {why}. "
+            f"With a network, `hf download {name}` puts it there; a folder with its files will do "
+            "as well: --model DIR"
+        ) from None
+
+
+def check_model(
+    name,  # `testbed`, a folder, or a hub id
+) -> int | None:  # decoder layers, if the configuration says
+    """The depth of a model, from its configuration alone: nothing heavy is imported. ValueError for
+    a name that is none, and for a model that cannot be had here."""
+    folder = shipped_folder("testbed") if name == "testbed" else Path(name)
+    path = folder / "config.json"
+    if name != "testbed" and not path.is_file():
+        if folder.is_dir():
+            raise _unknown(name, f"{name} has no config.json")
+        if name.count("/") != 1:
+            raise _unknown(name, "not of the form owner/name")
+        path = _hub_config(name)
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        for part in ("thinker_config", "text_config"):
+            config = config.get(part) or config
+        return config.get("num_hidden_layers")
+    except (ValueError, AttributeError, RecursionError):
+        raise _unknown(name, "its config.json is no JSON object") from None
 
 
 def _architecture(name, trust):
@@ -109,7 +131,7 @@ def load_model(
     attention: str = "sdpa",  # or 'eager', 'flash_attention_2'
 ) -> tuple:  # model in eval mode, processor
     "A model and its processor by name. Raises ValueError for an unknown one."
-    check_model(name)
+    check_model(str(name))
     device = check_device(device)
     for option, value, known in (("dtype", dtype, _DTYPES), ("attention", attention, _ATTENTION)):
         if value not in known:
@@ -142,7 +164,6 @@ def _testbed(device, dtype, attention):
 def _checkpoint(name, device, trust, dtype, attention):
     from transformers import AutoProcessor
 
-    _check_reachable(name)
     model = _architecture(name, trust).from_pretrained(
         name, dtype=dtype, attn_implementation=attention, trust_remote_code=trust
     )

@@ -11,13 +11,15 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from seats_analysis.inputs.samples import (
     LABEL,
+    BrokenClips,
     Sample,
     answer_index,
+    check_clips,
     path_below,
     read_samples,
     tell_apart,
@@ -271,52 +273,63 @@ def load_benchmark(
     name,  # one of BENCHMARKS
     root=None,  # its folder, if not in SEATS_DATA or the hub cache
     limit=None,  # only the first so many questions
-    missing="error",  # "skip" leaves out questions whose video is not there
+    broken=None,  # list that gets videos that are not there, see `check_clips`; None: an error
     allow_outside=False,  # whether videos may lie outside of the folder
 ):  # list of Sample
     "Questions of a benchmark from its folder. Raises ValueError saying what is wrong, and where."
     if name not in BENCHMARKS:
         raise ValueError(f"no benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
-    if missing not in ("error", "skip"):
-        raise ValueError(f"missing {missing!r}, expected 'error' or 'skip'")
     (folder, files), bench = _find(name, root), _BENCHMARKS[name]
     data = _parsed(files)
     try:
         rows = bench.questions(data)
     except (AttributeError, TypeError) as error:
         raise ValueError(f"{files[0]}: not laid out as {name} is ({error})") from error
-    samples, gone = [], []
-    for key, video, asked in rows[: limit if missing == "error" else None]:
+    samples, gone = [], {}
+    for key, video, asked in rows[:limit]:
         try:
             sample = _sample(bench, folder, key, video, asked, allow_outside)
         except ValueError as error:
             raise ValueError(f"{files[0]}: question {key}: {error}") from error
-        samples += [sample] if sample else []
-        gone += [] if sample else [video]
-    if gone and (missing == "error" or not samples):
+        if sample:
+            samples.append(replace(sample, where=f"{name}, question {key}"))
+        else:
+            gone.setdefault(video, []).append(f"{name}, question {key}")
+    if gone and (broken is None or not samples):
         raise ValueError(
-            f"{name}: {len(set(gone))} videos are not in {folder}, the first is {gone[0]} (looked "
-            f"for {' or '.join(bench.videos[:2])}): unpack the archives there, or take what there "
-            "is with missing='skip'"
+            f"{name}: {len(gone)} videos are not in {folder}, the first is {next(iter(gone))} "
+            f"(looked for {' or '.join(bench.videos[:2])}): unpack the archives there, or take "
+            "what there is with --skip-broken (broken=[])"
         )
     if not samples:
         raise ValueError(f"{name}: no question in {folder}")
-    return tell_apart(samples[:limit])
+    for video, asked in gone.items():
+        broken.append(dict(why=f"video {video!r}: no such file in {folder}", questions=asked))
+    return tell_apart(samples)
 
 
 def load_questions(
     data,  # name of a benchmark, or the path of a JSONL file of one's own
     root=None,  # folder of the benchmark, if not in SEATS_DATA or the hub cache
     limit=None,  # only the first so many
-    missing="error",  # "skip" leaves out questions whose video is not there (benchmarks only)
+    broken=None,  # list that gets clips that cannot be read, see `check_clips`; None: an error
     allow_outside=False,  # whether media may lie outside of that folder, or of the file's
 ):  # list of Sample
-    "Questions by name or path. Raises ValueError for what is neither."
+    """Questions by name or path, on clips that were opened. Raises ValueError for what is neither,
+    and `BrokenClips` that names all broken clips at once."""
+    found = [] if broken is None else broken
     if str(data) in BENCHMARKS:
-        return load_benchmark(str(data), root, limit, missing, allow_outside)
-    if Path(data).suffix in (".jsonl", ".json"):
-        return read_samples(data, allow_outside)[:limit]
-    raise ValueError(
-        f"no data {str(data)!r}: expected testbed, {', '.join(BENCHMARKS)}, or the path of a "
-        ".jsonl file"
-    )
+        samples = load_benchmark(str(data), root, limit, broken, allow_outside)
+    elif Path(data).suffix in (".jsonl", ".json"):
+        samples = read_samples(data, allow_outside, limit, found)
+    else:
+        raise ValueError(
+            f"no data {str(data)!r}: expected testbed, {', '.join(BENCHMARKS)}, or the path of a "
+            ".jsonl file"
+        )
+    samples = check_clips(samples, found, opened=True)
+    if found and broken is None:
+        raise BrokenClips(found)
+    if not samples:
+        raise ValueError(f"{data}: all clips are broken, the first: {found[0]['why']}")
+    return samples

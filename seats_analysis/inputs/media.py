@@ -400,3 +400,19 @@ def decode_clip(
     if frames is None and waveform is None:
         raise ValueError(f"{path}: nothing in it can be decoded")
     return Clip(path.stem, frames, fps, waveform, sample_rate, resize is not None)
+
+# %% ../../nbs/inputs/00_media.ipynb #2d9d0786
+def check_media(
+    path,  # media file
+    kind,  # 'video' or 'audio', what it is there for
+):
+    "Raise ValueError unless the file is whole, holds that kind of stream, and its begin decodes."
+    if getattr(_scan(path), kind) is None:
+        other = "; a file with sound alone is named by `audio`" if kind == "video" else ""
+        raise ValueError(f"{path}: holds no {kind}{other}")
+    with _open_media(path) as file:
+        stream = _media_streams(file)[kind == "audio"]
+        if kind == "video":
+            stream.codec_context.options = dict(max_pixels=str(_MAX_PIXELS))
+        if next(file.decode(stream), None) is None:
+            raise ValueError(f"{path}: nothing of its {kind} can be decoded")

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from ..storage.files import atomic_write
-from .media import Clip, decode_clip
+from .media import Clip, check_media, decode_clip
 
 # %% ../../nbs/inputs/01_samples.ipynb #cc4d9c3c
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -34,6 +34,7 @@ class Sample:
     lettered: bool = False  # does the prompt list the choices as A., B., ...
     # `clip` where the file's stem is not enough (see `tell_apart`); follows from the paths
     clip_id: str = field(default="", compare=False)
+    where: str = field(default="", compare=False, repr=False)  # it was read from, as a line
 
     def __post_init__(self):
         if isinstance(self.choices, str):
@@ -89,7 +90,10 @@ class Sample:
         "The clip, or its file decoded; a separate file replaces the audio."
 
         def decode(path, max_frames):
-            clip = decode_clip(path, fps, sample_rate, max_frames, resize)
+            try:
+                clip = decode_clip(path, fps, sample_rate, max_frames, resize)
+            except ValueError as error:
+                raise ValueError(f"{self.where}: {error}" if self.where else error) from error
             return replace(clip, id=self.clip)
 
         video = self.video
@@ -175,16 +179,13 @@ def _check_row(row, unlabelled):
 
 
 def _media_path(row, field, folder, allow_outside):
-    "Path of a row's media file, or None. ValueError if there is no such file."
+    "Path of a row's media file, or None."
     name = row.get(field)
     if name is None:
         return None
     if not isinstance(name, str) or not name:
         raise ValueError(f"{field} {name!r}, expected a file name or null")
-    path = path_below(folder, name, allow_outside)
-    if not os.path.isfile(path):
-        raise ValueError(f"{field} {name!r}: no such file in {folder}")
-    return path
+    return path_below(folder, name, allow_outside)
 
 
 def _row_sample(row, folder, default_id, allow_outside):
@@ -225,10 +226,71 @@ def tell_apart(
         for s in samples
     ]
 
+# %% ../../nbs/inputs/01_samples.ipynb #43a2f7ed
+class BrokenClips(ValueError):
+    "Media files that cannot be read; `lines` for people."
+
+    def __init__(self, broken):  # list of dict, see `check_clips`
+        self.lines, without = [], "goes on without: --skip-broken (broken=[])"
+        for b in broken[:10]:
+            first, *others = b["questions"]
+            more = f" and {len(others)} more" if others else ""
+            self.lines.append(f"{first}{more}: {b['why']}")
+        if len(broken) > 1:
+            n = sum(len(b["questions"]) for b in broken)
+            rest = [f"  and {len(broken) - 10} more"] if len(broken) > 10 else []
+            said = f"{len(broken)} broken clips, on which {n} questions are asked; what {without}"
+            self.lines = [said, *(f"  {line}" for line in self.lines), *rest]
+        else:
+            self.lines[0] += f" (what {without})"
+        super().__init__("\n".join(self.lines))
+
+
+def _missing(path, kind):
+    "Raise ValueError if there is no such file."
+    if not os.path.isfile(path):
+        raise ValueError(f"{kind} {os.path.basename(path)!r}: no such file in {Path(path).parent}")
+
+
+def check_clips(
+    samples,  # list of Sample
+    broken=None,  # list that gets what is left out; None: that is an error
+    opened=False,  # whether each file is opened as well, see `check_media`
+):  # list of Sample whose media can be read
+    """Leave out questions on broken clips: one dict for each file, with `why` and where its
+    `questions` are. Raises `BrokenClips` that names all at once."""
+    files, found = {}, {}
+    for s in samples:
+        for kind, path in (("video", s.video), ("audio", s.audio)):
+            if isinstance(path, str):
+                files.setdefault((path, kind), []).append(s)
+    shown = files
+    if opened:
+        from tqdm.auto import tqdm
+
+        shown = tqdm(files, desc="clips", unit="clip", delay=1)
+    for path, kind in shown:
+        try:
+            _missing(path, kind)
+            if opened:
+                check_media(path, kind)
+        except ValueError as error:
+            found[path, kind] = str(error)
+    places = lambda key: [s.where or s.id for s in files[key]]
+    rows = [dict(why=why, questions=places(key)) for key, why in found.items()]
+    if rows and broken is None:
+        raise BrokenClips(rows)
+    if rows:
+        broken += rows
+    bad = {id(s) for key in found for s in files[key]}
+    return [s for s in samples if id(s) not in bad]
+
 # %% ../../nbs/inputs/01_samples.ipynb #a7ae5a8a
 def read_samples(
     path,  # JSONL file, one question per line; media paths are relative to its folder
     allow_outside=False,  # whether media may lie outside of that folder
+    limit=None,  # only the first so many
+    broken=None,  # list that gets files that are not there, see `check_clips`; None: an error
 ):  # list of Sample
     """Read questions. Raises ValueError that names file and line for a missing field, a wrong
     value, or a media file that is not there or lies outside."""
@@ -246,7 +308,8 @@ def read_samples(
         try:
             row = json.loads(line)
             default_id = f"{path.stem}-{number:05d}"
-            samples.append(_row_sample(row, path.parent, default_id, allow_outside))
+            sample = _row_sample(row, path.parent, default_id, allow_outside)
+            samples.append(replace(sample, where=where))
         except json.JSONDecodeError as e:
             raise ValueError(f"{where}: not JSON ({e.msg} at column {e.colno})") from e
         except RecursionError:
@@ -258,7 +321,7 @@ def read_samples(
         ids.add(samples[-1].id)
     if not samples:
         raise ValueError(f"{path}: holds no questions")
-    return tell_apart(samples)
+    return check_clips(tell_apart(samples)[:limit], broken)
 
 # %% ../../nbs/inputs/01_samples.ipynb #1a4952ea
 def write_samples(

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 from ..inputs.layout import AUDIO, IMAGE, VISUAL
 from ..storage.provenance import tensor_bytes
 
@@ -73,6 +74,12 @@ class OmniAdapter:
 
     def num_layers(self, model):
         return self.config(model).get_text_config().num_hidden_layers
+
+    def name(self, model) -> str:
+        "Hub id; of a local model only the folder's name, as paths mean nothing elsewhere."
+        name = self.config(model)._name_or_path or getattr(model.config, "_name_or_path", "")
+        local = Path(name).is_absolute() or name.startswith(".")
+        return Path(name).name.lstrip("_") if local else name  # the testbed is in `_testbed`
 
     def rates(self, model) -> Rates:
         "The rates of a model. Where the config names no chunk (Qwen3-Omni), windows are of 2 s."

@@ -288,7 +288,8 @@ def needed_figure(
     fig = new_figure(PAGE, 2.7)
     axes = fig.subplots(1, 2, sharey=True)
     for ax, (boundary, title) in zip(axes, titles.items()):
-        for row, look in zip(study["rows"], (measured, *SERIES)):
+        own = () if "pilot" in study else (measured,)  # left out where it is not measurable
+        for row, look in zip(study["rows"], (*own, *SERIES)):
             shares = 100 * np.array(row["within"][boundary])
             ax.plot(study["sizes"], shares, label=row["curve"], **look)
         ax.axhline(100 * study["share"], **DOTTED)

@@ -43,14 +43,6 @@ def _sample_rows(samples):
     return [[s.id, media[s.video], media[s.audio], *said(s)] for s in samples]
 
 
-def _name(model):
-    "Hub id of a model; of a local one only the folder's name, as paths mean nothing elsewhere."
-    config = adapter_for(model).config(model)
-    name = config._name_or_path or getattr(model.config, "_name_or_path", "")
-    local = Path(name).is_absolute() or name.startswith(".")
-    return Path(name).name.lstrip("_") if local else name  # the packaged testbed is in `_testbed`
-
-
 def provenance(
     model,
     processor,
@@ -67,7 +59,7 @@ def provenance(
     parts = ("video_processor", "image_processor", "feature_extractor")
     return dict(
         schema=SCHEMAS["profile"].id,
-        model=_name(model),
+        model=adapter.name(model),
         revision=getattr(model.config, "_commit_hash", None) or "local",
         family=adapter.family,
         num_layers=adapter.num_layers(model),

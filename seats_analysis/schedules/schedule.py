@@ -18,7 +18,7 @@ import numpy as np
 
 from ..boundaries.find import Boundaries
 from ..inputs.layout import MODALITIES
-from .solve import ROUND_OFF, Segments, drop_positions
+from .solve import ROUND_OFF, Segments, drop_positions, too_high
 from ..storage.files import shipped_folder
 from ..storage.schemas import SCHEMAS, load_json, save_json
 
@@ -191,7 +191,8 @@ def _checked_evidence(value):
         raise ValueError(f"`evidence` must hold JSON values only: {error}") from None
     if not isinstance(copied, dict):
         raise ValueError(f"`evidence` must be a mapping, not {value!r}")
-    for name, check in (("kind", _text), ("scale_requested", _positive)):  # what is read again
+    read = dict(kind=_text, scale_requested=_positive, weights_sha256=_text)  # again
+    for name, check in read.items():
         if copied.get(name) is not None:
             check(f"evidence.{name}", copied[name])
     return FrozenDict(copied)
@@ -243,6 +244,8 @@ def _late_of(bounds, late):
 def _pair(bounds):
     "Modality -> Boundaries, whether one or two were given."
     pair = _per_modality("bounds", _both(bounds), lambda _, b: b)
+    for b in pair.values():
+        b.check_measured()
     if len(counts := {b.num_layers for b in pair.values()}) > 1:
         raise ValueError(f"boundaries of different layer counts: {sorted(counts)}")
     return pair
@@ -331,8 +334,8 @@ def _split_trr(trr, n_visual, n_audio, caps, like):
     if abs(n_visual * visual + n_audio * audio - total) > 1e-9 * tokens:
         highest = 100 * (n_visual * caps["visual"] + n_audio * caps["audio"]) / tokens
         raise ValueError(
-            f"a TRR of {trr:g} % is too high for this plan: feasible is up to {highest:.4g} %, "
-            "or 100 for no pruning"
+            f"a TRR of {trr:g} % cannot be met, as the late block sees no token: "
+            + too_high(highest / 100)
         )
     return {"visual": visual, "audio": audio}
 
@@ -444,6 +447,7 @@ class Schedule:
         end = min(starts.values()) if shallow < min(starts.values()) else max(starts.values())
         shallow, origin = min(shallow, end), pair["visual"]
         given = bounds if isinstance(bounds, Mapping) else {"both": bounds}
+        weights = {b.parameters.get("weights_sha256") for b in given.values()} - {None}
         facts = dict(
             shallow_end=shallow,
             model=origin.model,
@@ -456,6 +460,7 @@ class Schedule:
                 profile_hash=sorted({b.profile_hash for b in given.values()}),
                 tolerance={m: b.parameters.get("tolerance") for m, b in given.items()},
                 boundaries={m: b.to_dict() for m, b in given.items()},
+                **({"weights_sha256": ",".join(sorted(weights))} if weights else {}),
             ),
         )
         drops = drop_positions(shallow, end, max_drops)
@@ -571,14 +576,26 @@ class Schedule:
     def check_model(
         self,
         num_layers,  # of the model at hand
+        name="",  # of that model
+        weights=None,  # function that gives its `hash_weights`
     ):
-        "Raise ValueError if the plan was made for another number of decoder layers."
+        """Raise ValueError if the plan was made for another number of decoder layers; warn of one
+        for another model, or for other weights where it knows them."""
         if self.num_layers != num_layers:
             model = f" ({self.model})" if self.model else ""
             raise ValueError(
                 f"this schedule is for {self.num_layers} layers{model}, the model has "
                 f"{num_layers}: derive one from its own profile"
             )
+        short = lambda model: model.rpartition("/")[2].lower()
+        known, other = self.evidence.get("weights_sha256"), ""
+        if known and weights:
+            other = "" if weights() in known else "other weights than the model has"
+        elif self.model and name and short(name) != short(self.model):
+            other = f"{self.model}, and the model is {name}"
+        if other:
+            said = "where its blocks lie may be wrong here; `seats probe` measures it"
+            warnings.warn(f"this schedule was made for {other}: {said}", ScheduleWarning)
 
     def token_trr(
         self,

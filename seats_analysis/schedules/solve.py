@@ -6,6 +6,7 @@
 __all__ = ['equal_ratio']
 
 # %% ../../nbs/schedules/00_solve.ipynb #c3e33653
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,15 @@ def drop_positions(
 # %% ../../nbs/schedules/00_solve.ipynb #435585a7
 MAX_STRENGTH = 0.99  # of the entering tokens; the rest reaches the late block
 ROUND_OFF = 1e-12
+
+
+def too_high(highest):  # fraction that can be kept
+    "What to do about a target above it."
+    lower = f"ask for at most {math.floor(1000 * highest) / 10:g} %, or for 100 % (no pruning); "
+    return (
+        f"{lower if highest >= 0.001 else ''}let the late block begin later, by `--late "
+        "certified`, a smaller `--tolerance`, or `--blocks` of `seats schedule`"
+    )
 
 
 def drop_shares(n):
@@ -60,8 +70,8 @@ class Segments:
         L, R = self.num_layers, self.late_start
         if target > R / L + ROUND_OFF:
             raise ValueError(
-                f"a TRR of {target:.6g} cannot be met when all tokens leave before layer {R} "
-                f"of {L}: feasible is (0, {R / L:.6g}], or 1 for both modalities"
+                f"a TRR of {100 * target:.6g} % cannot be met, as the late block begins at layer "
+                f"{R + 1} of {L}: {too_high(R / L)}"
             )
         return L / R, max(L / R, min(1 / target, L / (R - MAX_STRENGTH * self.room)))
 
@@ -83,8 +93,8 @@ class Segments:
         elif not -1e-9 <= strength < 1 or not 0 < e <= 1 or not (self.room or abs(excess) <= 1e-9):
             raise ValueError(
                 f"an entering ratio of {e:.6g} cannot average {target:.6g} over {L} layers with "
-                f"drops before {self.active} and late block from {R}: feasible entering ratios "
-                f"are {low * target:.6g} to {high * target:.6g}"
+                f"drops before {self.active} and late block from {R}: give an entering ratio from "
+                f"{low * target:.6g} to {high * target:.6g}"
             )
         levels = 1 - max(strength, 0.0) * np.r_[0.0, self.shares]
         keep = (levels[1:] / levels[:-1]).tolist()

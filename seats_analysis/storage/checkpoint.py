@@ -185,6 +185,7 @@ class Checkpoint:
         units,  # lists of sample indices; every process takes its share
         work,  # function (number of the unit, its indices) -> their rows
         everyone: bool = False,  # all processes need the rows, not only the first
+        ticks: int = 1,  # of the bar for each sample; with more of them, `work` makes them
         **bar,  # of tqdm
     ):  # list of rows; None in a process that need not know them
         "What the checkpoint has, and what is missing from `work`."
@@ -194,10 +195,10 @@ class Checkpoint:
             return None  # the others may be done by now: opened again, the folder would stay
         with self.hold(self.folder, number):
             self.open()
-            self._finish(mine, work, bar)
+            self._finish(mine, work, ticks, bar)
             return self.gather(units) if everyone or not number else None
 
-    def _finish(self, mine, work, bar):
+    def _finish(self, mine, work, ticks, bar):
         "Run the units of this process that have a row missing."
         from tqdm.auto import tqdm
 
@@ -208,14 +209,14 @@ class Checkpoint:
             said = f"{bad} of its samples are damaged or of another run; they are run again"
             warnings.warn(f"{self.folder}: {said}", CheckpointWarning)
         todo = [(k, unit) for k, unit in mine if missing & set(unit)]
-        total, left = (sum(len(unit) for _, unit in some) for some in (mine, todo))
+        total, left = (ticks * sum(len(unit) for _, unit in some) for some in (mine, todo))
         if of > 1:
             bar["desc"] += f" ({number + 1} of {of})"
         with tqdm(total=total, initial=total - left, **bar) as self.bar:
             for k, unit in todo:
                 for i, row in zip(unit, work(k, unit)):
                     self.write(i, row)
-                self.bar.update(len(unit))
+                self.bar.update(len(unit) if ticks == 1 else 0)
 
     def gather(
         self,

@@ -274,14 +274,19 @@ def fresh_samples(
     seed: int = 1,  # other seeds, other clips; none of them was trained on
     per_clip: int = 6,
     folder=None,  # mp4 files go here and are decoded again; default: straight from the renderer
+    progress: bool = False,  # show a bar
 ) -> list:  # of Sample
     "As many held-out questions as wanted, on clips that nobody has seen."
+    from tqdm.auto import tqdm
+
     out, k = [], 0
-    while len(out) < n:
-        scene = _held_out(seed, k)
-        video = _write_clip(scene, folder) if folder else None
-        out += clip_samples(scene, per_clip, video=video, split="fresh")
-        k += 1
+    with tqdm(total=n, desc="clips", unit="question", disable=not progress) as bar:
+        while len(out) < n:
+            scene = _held_out(seed, k)
+            video = _write_clip(scene, folder) if folder else None
+            out += clip_samples(scene, per_clip, video=video, split="fresh")
+            k += 1
+            bar.update(min(len(out), n) - bar.n)
     return out[:n]
 
 # %% ../../nbs/testbed/01_load.ipynb #f2100eff
