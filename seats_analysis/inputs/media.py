@@ -401,7 +401,7 @@ def decode_clip(
         raise ValueError(f"{path}: nothing in it can be decoded")
     return Clip(path.stem, frames, fps, waveform, sample_rate, resize is not None)
 
-# %% ../../nbs/inputs/00_media.ipynb #2d9d0786
+# %% ../../nbs/inputs/00_media.ipynb #fc8502af
 def check_media(
     path,  # media file
     kind,  # 'video' or 'audio', what it is there for

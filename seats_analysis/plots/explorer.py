@@ -141,7 +141,8 @@ class View:
         fig = new_figure(PAGE, 3.2)
         left, right = fig.subfigures(1, 2)
         if self.bounds:
-            draw_dependency(left, self.curves, {self.removed: self.bounds})
+            known = {} if self.bounds.unmeasurable else {self.removed: self.bounds}
+            draw_dependency(left, self.curves, known)
             left.axes[0].axhline(100 * (1 - self.tolerance), color=RED, linewidth=0.8, zorder=2)
         if self.plan:
             draw_retention(right, {f"TRR {self.trr:g} %": self.plan})

@@ -350,6 +350,7 @@ def _profile_jobs(path):
         bounds = {r: find_boundaries(profile, r, split=derive) for r in conditions}
     except ValueError as error:
         return warnings.warn(f"{path}: no figure, for {error}", FigureWarning)
+    bounds = {r: b for r, b in bounds.items() if not b.unmeasurable}
 
     def job(draw, split, more="", **options):
         part = profile if split is None else profile.isel(sample=np.flatnonzero(splits == split))
