@@ -267,6 +267,22 @@ def test_seven_billion_at_a_minute_of_video():
     assert peak < 80 and branch <= 0.40 * plain
 
 
+def test_states_held_are_those_of_the_closed_form(model, processor, samples):
+    "What the page for real checkpoints calculates memory from, up to what is never run apart."
+    q = encode_questions(model, processor, samples[:1])[0]
+    walk, depth = walk_of(model, q), LAYERS
+    with torch.no_grad():
+        walk.run(set(range(depth)), 4_096, bypass=True)
+    held = sum(
+        batch.context.shape[0] * batch.context.shape[1]
+        for condition in [*walk.conditions, walk.bypassed]
+        for batch in condition.batches
+    )
+    counts = q.encoded.layout.counts()
+    media = int(counts["visual"] + counts["audio"])
+    assert 0.7 * depth * 2 * media < held <= depth * (2 * media + 4 * (q.shared - media))
+
+
 def test_selectors(model, processor, samples):
     asked = {
         "first": time_window(0),
