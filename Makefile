@@ -1,5 +1,5 @@
 # Two commands on a fresh machine: `make demo` (the main job) and `make test` (what CI runs). Both build .venv first.
-.PHONY: help install demo test nightly lab docs figures bench testbed wheel
+.PHONY: help install demo test test-vllm nightly lab docs figures bench testbed wheel
 
 PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 VENV    := .venv
@@ -13,6 +13,7 @@ help:
 	@echo "make install   .venv with everything (again only when settings.ini or setup.py change)"
 	@echo "make demo      probe -> boundaries -> schedule -> pruned answers -> figures, into build/demo"
 	@echo "make test      what CI runs; the last line counts passed and failed"
+	@echo "make test-vllm the plug-in for vLLM, in an environment of its own (build/vllm)"
 	@echo "make nightly   the long version of the tests"
 	@echo "make lab       JupyterLab on the notebooks (LAB=--no-browser and the like are passed on)"
 	@echo "make docs      the site, in build/docs/site: notebooks, results, reference of the face"
@@ -42,6 +43,9 @@ demo: install
 
 test: $(OVERLAY)/.installed
 	$(PY) tests/run_all.py --overlay $(OVERLAY)
+
+test-vllm:
+	$(PYTHON) tests/run_vllm.py
 
 nightly: $(OVERLAY)/.installed
 	$(PY) tests/run_all.py --overlay $(OVERLAY) --nightly

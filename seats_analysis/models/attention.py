@@ -7,7 +7,7 @@ __all__ = ['TowerAttention']
 
 # %% ../../nbs/models/02_attention.ipynb #deff7094
 import torch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from .families import adapter_for
 
 # %% ../../nbs/models/02_attention.ipynb #4b756c73
@@ -41,13 +41,25 @@ class TowerAttention:
         found = next(n for n in names if hasattr(self.module, n[0]))
         self.projections = [getattr(self.module, name) for name in found]  # in calling order
 
+    @staticmethod
+    def rotary(
+        given: Mapping,  # keyword arguments of the module
+    ) -> tuple | None:  # cos and sin, each (T, head size)
+        "The rotary tables of a call, of which vLLM's vision tower keeps one half."
+        halves = [given[k] for k in ("rotary_pos_emb_cos", "rotary_pos_emb_sin") if k in given]
+        if halves:
+            return tuple(torch.cat([x, x], -1) for x in halves)
+        return given.get("position_embeddings")
+
     def heads(
         self,
         projected: Sequence,  # (T, ...) outputs of the `projections`
         rotary: tuple | None = None,  # cos and sin, each (T, head size), as the module gets them
     ) -> tuple[torch.Tensor, torch.Tensor]:  # q and k, each (T, heads, head size)
         "Queries and keys from what was projected; rotary in float32, as the encoders do it."
-        pair = projected[0].chunk(3, -1)[:2] if len(projected) == 1 else projected
+        # vLLM's linear layers return their bias beside the (T, 1, ...) output
+        made = [x[0].flatten(0, -2) if isinstance(x, tuple) else x for x in projected]
+        pair = made[0].chunk(3, -1)[:2] if len(made) == 1 else made
         q_k = tuple(x.unflatten(-1, (self.module.num_heads, -1)) for x in pair)
         if rotary is None:
             return q_k

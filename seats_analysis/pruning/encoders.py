@@ -384,7 +384,7 @@ class EncoderWatch:
         "The last attention module is about to project; its rotary goes onto queries and keys."
         if self.wanted:
             refuse_compiled(module)
-            self.projecting = [], kwargs.get("position_embeddings")
+            self.projecting = [], TowerAttention.rotary(kwargs)
 
     def on_projection(self, modality, module, args, output):
         "One of its projections is made; with the last of them the attention can be taken."

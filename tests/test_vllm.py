@@ -1,0 +1,397 @@
+"""Stage I in an unmodified vLLM against `prune` in transformers, on the testbed.
+
+`make test-vllm` runs this in an environment of its own; SEATS_TESTBED names another testbed.
+"""
+
+import base64
+import importlib.util
+import io
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import wave
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM has an environment of its own: make test-vllm", allow_module_level=True)
+
+import torch
+
+from seats_analysis.models.encode import Prompt, encode
+from seats_analysis.pruning.session import prune
+from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.storage.files import shipped_folder
+from seats_analysis.testbed.load import load_testbed, testbed_samples
+from vllm_folder import full_checkpoint
+
+TESTS = Path(__file__).parent
+FOLDER = Path(os.environ.get("SEATS_TESTBED") or shipped_folder("testbed"))
+QUESTIONS, TOKENS, CLOSE = int(os.environ.get("SEATS_QUESTIONS", 100)), 3, 1e-3
+ENTERING = {"visual": 0.125, "audio": 0.4}
+SMALL = dict(  # a chunk of the prefill is shorter than what stays of a window
+    max_num_batched_tokens=16, max_num_seqs=8, block_size=32
+)
+
+
+@pytest.fixture(scope="module")
+def testbed():
+    model, processor = load_testbed(FOLDER)
+    model.generation_config.eos_token_id = None  # as many tokens for every request
+    return model, processor
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return full_checkpoint(FOLDER, tmp_path_factory.mktemp("testbed"))
+
+
+@pytest.fixture(scope="module")
+def schedules(testbed, tmp_path_factory):
+    "Stage I only, other settings, and everything kept: as objects and as files."
+    layers, made = testbed[0].config.text_config.num_hidden_layers, {}
+    ratios = dict(some=ENTERING, fewer={"visual": 0.06, "audio": 0.4}, all=None)
+    for name, entering in ratios.items():
+        path = tmp_path_factory.mktemp("schedules") / f"{name}.json"
+        made[name] = Schedule(layers, entering=entering), path
+        made[name][0].save(path)
+    return made
+
+
+# ---------------------------------------------------------------- requests
+
+
+def clip_of(sample, **changes):
+    return replace(sample.load_media(2.0, 16_000, None, None), **changes)
+
+
+def samples():
+    return testbed_samples("test", limit=QUESTIONS, folder=FOLDER)
+
+
+def request_of(processor, prompt, interleave=True, **settings):
+    "A `Prompt` as vLLM takes it."
+    media, content = {}, []
+    for part in prompt.content:
+        if isinstance(part, str):
+            content.append(dict(type="text", text=part))
+        elif isinstance(part, np.ndarray):
+            content.append(dict(type="image"))
+            media.setdefault("image", []).append(part)
+        else:
+            seen, heard = part.frames is not None, part.waveform is not None
+            content += [dict(type="video")] * seen
+            content += [dict(type="audio")] * (heard and not (seen and interleave))
+            if seen:
+                media.setdefault("video", []).append(np.asarray(part.frames))
+                settings["fps"] = float(part.fps)
+            if heard:
+                media.setdefault("audio", []).append((part.waveform, 16_000))
+            settings["use_audio_in_video"] = seen and heard and interleave
+    turn = [dict(role="user", content=content)]
+    text = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    made = dict(prompt=text)
+    return made | (dict(multi_modal_data=media, mm_processor_kwargs=settings) if media else {})
+
+
+@pytest.fixture(scope="module")
+def kinds():
+    "Name -> (Prompt, whether audio lies between the frames)."
+    a, b, c = (clip_of(s) for s in samples()[::4][:3])
+    half = replace(b, frames=b.frames[:8], waveform=b.waveform[: len(b.waveform) // 2])
+    image = np.asarray(a.frames[3])[:84, :56].copy()
+    ask = "what colour is the first object ?"
+    prompts = dict(
+        video_with_audio=((a, ask), True),
+        video_then_audio=((a, ask), False),
+        video=((replace(a, waveform=None), ask), True),
+        audio=((replace(b, frames=None), ask), True),
+        two_clips=((a, "then", half, ask), True),
+        two_videos=((replace(c, waveform=None), replace(half, waveform=None), ask), True),
+        text=((ask,), True),
+        image=((image, ask), True),
+        image_and_clip=((image, "then", half, ask), True),
+        clip_and_image=((c, image, ask), True),
+        short_clip=((half, ask), True),
+        slow=((replace(a, fps=1.0), ask), True),
+        odd=((replace(c, fps=1.3), ask), True),
+        fast=((replace(a, fps=4.0), ask), True),
+    )
+    return {name: (Prompt(name, parts), how) for name, (parts, how) in prompts.items()}
+
+
+# ---------------------------------------------------------------- both sides
+
+
+def reference(testbed, prompt, schedule, interleave=True):
+    "transformers under `prune`: generated ids, log-probabilities, kept media positions."
+    model, processor = testbed
+    batch = encode(model, processor, [prompt], interleave=interleave)
+    with torch.no_grad(), prune(model, schedule) as run:
+        out = model.generate(
+            **batch.inputs,
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    stays = run.kept.get("stage1", [torch.arange(batch.shape[1])])[0].tolist()
+    ids, media = batch.inputs["input_ids"][0].tolist(), batch.layout.visual | batch.layout.audio
+    c = model.config
+    first = min(
+        (ids.index(i) for i in (c.vision_start_token_id, c.audio_start_token_id) if i in ids),
+        default=0,
+    )
+    return dict(
+        ids=out.sequences[0, batch.shape[1] :].tolist(),
+        logprobs=torch.stack(out.logits).log_softmax(-1)[:, 0],
+        prompt=len(stays),
+        kept=[i - first for i in stays if media[0, i]],
+    )
+
+
+def engine(folder, tmp_path, batches, schedule=None, plugins=None, **settings):
+    "The batches, one after the other, in an engine of their own."
+    defaults = dict(
+        model=str(folder),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=1024,
+        max_logprobs=-1,
+        mm_processor_kwargs=dict(do_resize=False),
+        limit_mm_per_prompt=dict(video=2, audio=2, image=2),
+    )
+    job, answers = tmp_path / "job.pkl", tmp_path / "answers.pkl"
+    job.write_bytes(pickle.dumps(dict(engine=defaults | settings, batches=batches, tokens=TOKENS)))
+    command = [sys.executable, str(TESTS / "vllm_worker.py"), str(job), str(answers)]
+    run = subprocess.run(
+        command, env=environment(schedule, plugins), capture_output=True, text=True
+    )
+    assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
+    return pickle.loads(answers.read_bytes())
+
+
+def environment(schedule, plugins=None):
+    env = {k: v for k, v in os.environ.items() if k not in ("SEATS_SCHEDULE", "VLLM_PLUGINS")}
+    more = dict(
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        VLLM_LOGGING_LEVEL="WARNING",
+        HF_HUB_OFFLINE="1",
+    )
+    more |= {} if schedule is None else dict(SEATS_SCHEDULE=str(schedule))
+    return env | more | ({} if plugins is None else dict(VLLM_PLUGINS=plugins))
+
+
+def difference(got, want):
+    "Largest difference of log-probabilities, up to the first token that is not the same."
+    same = [a == b for a, b in zip(got["ids"], want["ids"])]
+    n = same.index(False) + 1 if False in same else len(same)
+    vocabulary = want["logprobs"].shape[1]
+    return (got["logprobs"][:n, :vocabulary] - want["logprobs"][:n]).abs().max().item()
+
+
+def assert_equal(answers, references):
+    off = {}
+    for i, (got, want) in enumerate(zip(answers, references, strict=True)):
+        if got["prompt"] != want["prompt"] or difference(got, want) > CLOSE:
+            off[i] = got["prompt"], want["prompt"], difference(got, want)
+    assert not off, off
+
+
+# ---------------------------------------------------------------- in the engine's process
+
+
+@pytest.mark.parametrize("name", ["some", "all"])
+def test_answers_are_those_of_prune(name, testbed, folder, schedules, kinds, tmp_path):
+    """Every kind of request: alone, then all in one batch of different lengths, in chunks that are
+    shorter than a window; then the questions, eight at a time."""
+    schedule, path = schedules[name]
+    requests = [request_of(testbed[1], p, how) for p, how in kinds.values()]
+    asked = [Prompt(s.id, (clip_of(s), s.prompt_text)) for s in samples()]
+    batches = [[r] for r in requests] + [requests, [request_of(testbed[1], p) for p in asked]]
+    found = engine(folder, tmp_path, batches, path, **SMALL)
+    wanted = [reference(testbed, p, schedule, how) for p, how in kinds.values()]
+    assert_equal([f["answers"][0] for f in found[: len(kinds)]], wanted)
+    assert_equal(found[len(kinds)]["answers"], wanted)
+    for kind, batch, want in zip(kinds, found, wanted):
+        if "image" not in kind and "two" not in kind and batch["kept"]:  # else known, or several
+            assert kind == "video_then_audio" or batch["kept"] == [want["kept"]], kind
+    assert_equal(found[-1]["answers"], [reference(testbed, p, schedule) for p in asked])
+
+
+def test_kept_sets_and_caches(testbed, folder, schedules, tmp_path):
+    "The kept tokens of each clip; a second question hits the prefix, and is answered alike."
+    schedule, path = schedules["some"]
+    by_clip = {}
+    for s in samples():
+        by_clip.setdefault(s.video, []).append(s)
+    pairs = [(of[0], of[-1]) for of in by_clip.values()][:20]
+    prompts = [Prompt(s.id, (clip_of(s), s.prompt_text)) for pair in pairs for s in pair]
+    batches = [[request_of(testbed[1], p)] for p in prompts]
+    again = replace(prompts[0].content[0], fps=1.0)  # the same media, laid out otherwise
+    other = Prompt("other", (again, prompts[0].content[1]))
+    batches.append([request_of(testbed[1], other)])
+    found = engine(folder, tmp_path, batches, path, **SMALL)
+    wanted = [reference(testbed, p, schedule) for p in [*prompts, other]]
+    assert_equal([f["answers"][0] for f in found], wanted)
+    for first, second, want in zip(found[::2], found[1::2], wanted[::2]):
+        assert first["kept"] == [want["kept"]] and not second["kept"]
+        assert second["answers"][0]["cached"] > 16 > first["answers"][0]["cached"]
+    assert found[-1]["kept"] == [wanted[-1]["kept"]]
+
+
+def test_settings_are_in_the_key(testbed, schedules):
+    from seats_analysis.pruning.seats import Seats
+    from seats_analysis.serving.vllm import Planner
+
+    keys = {Planner(testbed[0].config, Seats(s)).key for s, _ in schedules.values()}
+    assert len(keys) == len(schedules)
+
+
+def test_switched_off_changes_nothing(testbed, folder, tmp_path):
+    "Installed without a schedule against not loaded at all: equal to the last bit."
+    asked = [Prompt(s.id, (clip_of(s), s.prompt_text)) for s in samples()[:5]]
+    requests = [request_of(testbed[1], p, second_per_grid_ts=[1.0]) for p in asked]
+    (off,) = engine(folder, tmp_path, [requests], plugins="seats")
+    (without,) = engine(folder, tmp_path, [requests], plugins="none")
+    for a, b in zip(off["answers"], without["answers"]):
+        assert a["ids"] == b["ids"] and a["prompt"] == b["prompt"] > 200
+        assert torch.equal(a["logprobs"], b["logprobs"])
+
+
+@pytest.mark.parametrize("wrong", ["layers", "file"])
+def test_refused_at_the_start(wrong, folder, tmp_path):
+    path = tmp_path / "plan.json"
+    if wrong == "layers":
+        Schedule(3, entering=ENTERING).save(path)
+    with pytest.raises(AssertionError, match="3 layers" if wrong == "layers" else "plan.json"):
+        engine(folder, tmp_path, [], path)
+
+
+# ---------------------------------------------------------------- the server
+
+
+class Server:
+    "`vllm serve` in a process group of its own."
+
+    def __init__(self, folder, schedule, log):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        settings = dict(do_resize=False, fps=2.0)
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
+        command += ["--port", str(self.port), "--dtype", "float32", "--enforce-eager"]
+        command += ["--max-model-len", "1024", "--max-num-batched-tokens", "64"]
+        command += ["--mm-processor-kwargs", json.dumps(settings), "--served-model-name", "omni"]
+        self.log = log
+        self.process = subprocess.Popen(
+            command,
+            env=environment(schedule, "seats"),
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5)
+                return
+            except OSError:
+                assert self.process.poll() is None, log.read_text()[-4000:]
+                time.sleep(0.5)
+        raise AssertionError(log.read_text()[-4000:])
+
+    def post(self, body):
+        "The open response to a chat request."
+        body = dict(model="omni", temperature=0, max_tokens=1) | body
+        url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
+        headers = {"Content-Type": "application/json"}
+        return urllib.request.urlopen(
+            urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=300
+        )
+
+    def ask(self, body):
+        return json.load(self.post(body))
+
+    def stop(self, how=signal.SIGTERM):
+        try:
+            os.killpg(self.process.pid, how)
+        except ProcessLookupError:
+            pass
+        self.process.wait(60)
+
+
+def wav(waveform):
+    out = io.BytesIO()
+    with wave.open(out, "wb") as f:
+        f.setnchannels(1)
+        f.setsampwidth(2)
+        f.setframerate(16_000)
+        f.writeframes((waveform * 32767).round().astype("<i2").tobytes())
+    return out.getvalue()
+
+
+def chat(sample, **more):
+    "A question by `video_url` and `input_audio`."
+    code = lambda data: base64.b64encode(data).decode()
+    video = f"data:video/mp4;base64,{code(Path(sample.video).read_bytes())}"
+    audio = dict(data=code(wav(clip_of(sample).waveform)), format="wav")
+    parts = [
+        dict(type="video_url", video_url=dict(url=video)),
+        dict(type="input_audio", input_audio=audio),
+        dict(type="text", text=sample.prompt_text),
+    ]
+    settings = dict(mm_processor_kwargs=dict(use_audio_in_video=True))
+    return dict(messages=[dict(role="user", content=parts)]) | settings | more
+
+
+def test_server(testbed, folder, schedules, tmp_path):
+    """Eight at a time, streamed, over HTTP; a wrong request harms nobody; killed in mid-request, it
+    starts again and answers as before."""
+    schedule, path = schedules["some"]
+    asked = samples()[:16]
+    wanted = [
+        reference(testbed, Prompt(s.id, (clip_of(s), s.prompt_text)), schedule) for s in asked
+    ]
+    words = [testbed[1].tokenizer.decode(w["ids"][:1]).strip() for w in wanted]
+    server = Server(folder, path, tmp_path / "first.log")
+    try:
+        found = [None] * len(asked)
+
+        def ask(of):
+            for i in range(of, len(asked), 8):
+                found[i] = server.ask(chat(asked[i]))
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        assert [f["usage"]["prompt_tokens"] for f in found] == [w["prompt"] for w in wanted]
+        assert [f["choices"][0]["message"]["content"].strip() for f in found] == words
+        wrong = chat(asked[0])
+        del wrong["messages"][0]["content"][1]
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            server.ask(wrong)
+        assert "1 videos and 0 audio tracks" in refused.value.read().decode()
+        long = dict(stream=True, max_tokens=400, ignore_eos=True)
+        lines = iter(server.post(chat(asked[0], **long)))
+        assert next(lines).startswith(b"data: ")
+    finally:
+        server.stop(signal.SIGKILL)
+    server = Server(folder, path, tmp_path / "second.log")
+    try:
+        streamed = server.post(chat(asked[1], stream=True)).read().decode()
+        assert f'"content":"{words[1]}' in streamed.replace(": ", ":").replace('" ', '"')
+        assert server.ask(chat(asked[0]))["usage"] == found[0]["usage"]
+    finally:
+        server.stop()

@@ -1,0 +1,61 @@
+"""An engine in a process of its own, for test_vllm.py: python vllm_worker.py JOB.pkl ANSWERS.pkl
+
+The job: `engine` (arguments of `vllm.LLM`), `batches` of requests, `tokens` to generate. The
+answers hold, per batch and request, prompt tokens, cached tokens, generated ids, their
+log-probabilities over the vocabulary, and which media tokens stage I kept, in the order in which it
+was asked.
+"""
+
+import os
+import pickle
+import sys
+
+
+def kept_by_stage_1():
+    "A list that gets the kept tokens of every medium: its index in the unpruned medium."
+    from seats_analysis.serving.vllm import Planner
+
+    found, stock = [], Planner.select
+
+    def select(self, plan, features, attention):
+        rows, kept = stock(self, plan, features, attention)
+        found.append(plan.media.nonzero()[:, 0][kept].tolist())
+        return rows, kept
+
+    Planner.select = select
+    return found
+
+
+def answer(output):
+    import torch
+
+    first = output.outputs[0]
+    logprobs = [[d[i].logprob for i in range(len(d))] for d in first.logprobs]
+    return dict(
+        prompt=len(output.prompt_token_ids),
+        cached=output.num_cached_tokens,
+        ids=list(first.token_ids),
+        logprobs=torch.tensor(logprobs),
+    )
+
+
+def main(job, answers):
+    from vllm import LLM, SamplingParams
+
+    with open(job, "rb") as f:
+        job = pickle.load(f)
+    llm, kept, found = LLM(**job["engine"]), kept_by_stage_1(), []
+    greedy = SamplingParams(
+        temperature=0, max_tokens=job["tokens"], logprobs=-1, ignore_eos=True, detokenize=False
+    )
+    for batch in job["batches"]:
+        kept.clear()
+        outputs = llm.generate(batch, greedy, use_tqdm=False)
+        found.append(dict(answers=[answer(o) for o in outputs], kept=list(kept)))
+    with open(answers, "wb") as f:
+        pickle.dump(found, f)
+
+
+if __name__ == "__main__":
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    main(*sys.argv[1:])
