@@ -294,7 +294,6 @@ def run(
     if kept is not None:
         writable(kept, "kept", overwrite)
     figure = figure and figure_name(figure, overwrite)
-    from seats_analysis.models.encode import encode
     from seats_analysis.schedules.schedule import Schedule
 
     plan = Schedule.load(schedule) if schedule is not None else None
@@ -302,6 +301,8 @@ def run(
         plan.check_model(num_layers)
     if trr is not None:
         check_blocks(model, profile, num_layers)
+    from seats_analysis.models.encode import encode
+
     sample = _clip_sample(clip, question, choice, letters, fps or 2.0, max_frames)
     prepare(threads)
     loaded = load_model(model, device, trust_remote_code, dtype, attention)

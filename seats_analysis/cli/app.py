@@ -162,10 +162,12 @@ def limits_of(
 
 def mean_tokens(model, processor, samples, **limits) -> dict:  # 'visual', 'audio', 'text'
     "Mean tokens of a prompt, from one question on each of the first 16 clips."
+    from tqdm.auto import tqdm
     from seats_analysis.models.encode import encode
 
     first = list({s.clip: s for s in reversed(samples)}.values())[::-1][:16]
-    counts = [encode(model, processor, [s], **limits).layout.counts() for s in first]
+    shown = tqdm(first, desc="mean tokens", unit="clip", delay=1)
+    counts = [encode(model, processor, [s], **limits).layout.counts() for s in shown]
     kinds = ("visual", "audio", "text")
     return {k: float(sum(c[k].item() for c in counts)) / len(counts) for k in kinds}
 

@@ -477,7 +477,8 @@ def compare_methods(
     The same call goes on after an interruption."""
     if path is not None:
         _csv_of(path)
-    names, shape = method_names(names), DataShape.of(model, processor, samples, **limits)
+    names = method_names(names)
+    shape = DataShape.of(model, processor, samples, progress, **limits)
     runs = method_runs(names, plans, shape, rules, progress)
     asked = Answering(model, processor, samples, runs, batch_size, answers, max_new_tokens, limits)
     origin = provenance(

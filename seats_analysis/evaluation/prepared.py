@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
+from tqdm.auto import tqdm
 from ..inputs.samples import Sample
 from ..inputs.layout import TEXT, TokenLayout, pad_left
 from ..models.families import adapter_for
@@ -206,12 +207,14 @@ class DataShape:
     weights: np.ndarray  # (N,) number of questions with each
 
     @classmethod
-    def of(cls, model, processor, samples, **limits):  # limits: see `prepare_questions`
+    def of(cls, model, processor, samples, progress=False, **limits):  # see `prepare_questions`
         "From the questions on the first 32 clips; no tower runs."
-        found, some = {}, [samples[i] for clip in clips_of(samples)[:32] for i in clip]
-        for q in prepare_questions(model, processor, some, None, **limits):
-            parts = q.layout.modality, q.layout.window, q.layout.run
-            found.setdefault(tuple(x.numpy().tobytes() for x in parts), []).append(q)
+        found, bar = {}, dict(desc="token counts", unit="clip", disable=not progress)
+        for clip in tqdm(clips_of(samples)[:32], **bar):
+            some = [samples[i] for i in clip]
+            for q in prepare_questions(model, processor, some, None, **limits):
+                parts = q.layout.modality, q.layout.window, q.layout.run
+                found.setdefault(tuple(x.numpy().tobytes() for x in parts), []).append(q)
         alike = list(found.values())
         return cls(model, tuple(q[0] for q in alike), np.array([len(q) for q in alike], float))
 
