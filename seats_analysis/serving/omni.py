@@ -42,15 +42,19 @@ class PrunedProcessor(Qwen2_5OmniThinkerMultiModalProcessor):
         return torch.tensor([c.video_token_id, c.audio_token_id])
 
     def apply(self, inputs, timing_ctx):
-        "Without the placeholders of audio that lies within videos."
-        if inputs.hf_processor_mm_kwargs.get("use_audio_in_video"):
-            count = {m: len(inputs.mm_data_items.get(m, ())) for m in ("video", "audio")}
-            if count["video"] != count["audio"]:
+        "`use_audio_in_video` of the server holds where there is an audio track for every video."
+        given = inputs.hf_processor_mm_kwargs
+        if self.info.ctx.get_merged_mm_kwargs(given).get("use_audio_in_video"):
+            videos, tracks = (len(inputs.mm_data_items.get(m, ())) for m in ("video", "audio"))
+            if given.get("use_audio_in_video") and videos != tracks:
                 raise ValueError(
-                    f"use_audio_in_video: {count['video']} videos and {count['audio']} audio "
-                    "tracks; each video takes one, in order"
+                    f"use_audio_in_video: {videos} videos and {tracks} audio tracks; each video "
+                    "takes one, in order"
                 )
-            inputs = replace(inputs, prompt=self._without_audio(inputs.prompt))
+            both = 0 < videos == tracks
+            prompt = self._without_audio(inputs.prompt) if both else inputs.prompt
+            settings = {**given, "use_audio_in_video": both}
+            inputs = replace(inputs, prompt=prompt, hf_processor_mm_kwargs=settings)
         return super().apply(inputs, timing_ctx)
 
     def _without_audio(self, prompt):
@@ -65,7 +69,7 @@ class PrunedProcessor(Qwen2_5OmniThinkerMultiModalProcessor):
     def _get_mm_hashes(self, inputs):
         "The key of a video covers its audio and the other way round; all cover the settings."
         hashes = dict(super()._get_mm_hashes(inputs))
-        if inputs.hf_processor_mm_kwargs.get("use_audio_in_video"):
+        if inputs.hf_processor_mm_kwargs.get("use_audio_in_video") and "video" in hashes:
             pairs = list(zip(hashes["video"], hashes["audio"]))
             hashes["video"] = [f"{v}+{a}" for v, a in pairs]
             hashes["audio"] = [f"{a}+{v}" for v, a in pairs]
