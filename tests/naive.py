@@ -163,6 +163,16 @@ def scores(layer, h, cos, sin, query):
     ).mean(1)
 
 
+def text_scores(layer, h, cos, sin, queries):
+    "The largest score from any of several positions, each over what precedes it."
+    each = []
+    for j in queries:
+        seen = slice(0, j + 1)
+        row = scores(layer, h[:, seen], cos[:, seen], sin[:, seen], j)
+        each.append(torch.nn.functional.pad(row, (0, h.shape[1] - j - 1)))
+    return torch.stack(each).amax(0)
+
+
 def run_layer(layer, h, cos, sin):
     mask = torch.zeros(h.shape[1], h.shape[1]).masked_fill(
         ~torch.ones(h.shape[1], h.shape[1]).tril().bool(), torch.finfo(torch.float32).min
@@ -243,11 +253,13 @@ def prefill(model, encoded, plan, layout=None):
     for l, layer in enumerate(layers):
         if l in plan.drop_layers:
             aim = {m: kept_of(aim[m], plan.keep_ratios[m][plan.drop_layers.index(l)]) for m in aim}
-            query = [j for j, p in enumerate(here) if kind[p] not in (VISUAL, AUDIO)][-1]
+            media = [j for j, p in enumerate(here) if kind[p] in (VISUAL, AUDIO)]
+            behind = range(media[-1] + 1, len(here))
+            queries = behind if plan.query == "text" else behind[-1:]
             there = {m: sum(int(kind[p]) == c for p in here) for m, c in CODE.items()}
             totals = divide(aim, there, plan.keep_ratios["visual"][plan.drop_layers.index(l)])
             keep = stage2(
-                scores(layers[l - 1], h, cos[:, here], sin[:, here], query),
+                text_scores(layers[l - 1], h, cos[:, here], sin[:, here], queries),
                 kind[None, here],
                 layout.run[:, here],
                 int(layout.run.max()) + 1,

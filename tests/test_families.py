@@ -1,6 +1,8 @@
 """Both families, stock models of transformers, thinker alone and full model: pruned passes equal a
 plain loop, keeping all changes no bit."""
 
+from dataclasses import replace
+
 import naive, pytest, tiny, torch
 
 from seats_analysis.models.families import adapter_for
@@ -43,6 +45,7 @@ PLANS = dict(
         keep_ratios=ratios((0.7,), (0.6,)),
     ),
 )
+PLANS["text"] = replace(PLANS["together"], query="text")
 KEEP_ALL = dict(
     empty=schedule(),
     ones=schedule(
@@ -202,6 +205,21 @@ def test_generate_equals_singles(model, batch, singles, kv):
         assert together.tolist() == [
             model.generate(**one.inputs, **options)[0, -4:].tolist() for one in singles
         ]
+
+
+def test_text_asks_for_each_sample_alone(model, batch, singles):
+    "In a batch only a row's own text counts; and asking more changes what is kept."
+
+    def kept(inputs, name):
+        with prune(model, PLANS[name]) as run:
+            model(**inputs)
+        return {stage: [p.tolist() for p in rows] for stage, rows in run.kept.items()}
+
+    together = kept(batch.inputs, "text")
+    assert together != kept(batch.inputs, "together")
+    for b, one in enumerate(singles):
+        for stage, rows in kept(one.inputs, "text").items():
+            assert together[stage][b] == rows[0], (stage, b)
 
 
 def test_deepstack_is_cut_with_the_sequence(family, model, singles):

@@ -40,6 +40,7 @@ from seats_analysis.models.decoder import Decoder
 from seats_analysis.pruning.base import Tokens, stage1_counts, stage2_counts, window_tokens
 from seats_analysis.pruning.prefill import Prefill
 from seats_analysis.pruning.received import attention_received, pool_groups, window_sizes
+from seats_analysis.pruning.seats import Seats
 from seats_analysis.pruning.session import prune
 from plain import stage2
 from seats_analysis.inputs.layout import MODALITIES
@@ -473,7 +474,8 @@ def test_scores_from_recorded_hidden_states(model, case, stage):
         here[None], case.types[here][None].to(torch.int8), None, None, len(case.types), (0,), False
     )
     layout = SimpleNamespace(run=torch.zeros(1, 1))  # not looked at
-    prefill = Prefill(decoder, None, "evict", layout, (), [], tokens, None)
+    seats = Seats(Schedule(len(decoder.layers)))
+    prefill = Prefill(decoder, seats, "evict", layout, (), [], tokens, None)
     scores = prefill.scores(stage.layer - 1, hidden, tables)[0]
     close(scores, case.out[f"scores.after_layer{stage.layer}"])
 

@@ -380,6 +380,11 @@ def schedule(
         "profile then says only model and tokens.",
     ),
     late: Late = None,
+    query: str = Option(
+        "last",
+        help="Who ranks tokens in the middle layers: the `last` text token, as published, or all "
+        "`text` behind the media.",
+    ),
     scale: float = Option(
         1.4, help="Share of the tokens that enters the LLM, over the share kept on average."
     ),
@@ -404,7 +409,7 @@ def schedule(
         bounds = _stated_blocks(blocks, stored)
     else:
         bounds = {m: find(m) for m in MODALITIES} if apart else find("both")
-    options = dict(scale=scale, late=late or DEFAULT_LATE)
+    options = dict(scale=scale, late=late or DEFAULT_LATE, query=query)
     if trr is not None:
         plan = Schedule.from_trr(bounds, trr, *stored_tokens(stored, tokens), **options)
     else:

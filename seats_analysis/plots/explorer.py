@@ -169,7 +169,7 @@ class Explorer:
             removed=choice("removed", self.source.conditions),
             family=choice("family", self.source.families),
             tolerance=slider("tolerance", 0.01, 0.001, 0.2, 0.001, ".1%"),
-            trr=slider("kept (TRR, %)", 10, 1, 60, 0.5, ".1f"),
+            trr=slider("kept (%)", 10, 1, 60, 0.5, ".1f"),
             late=choice("late start", LATE_RULES),
         )
         self.settings["late"].value = DEFAULT_LATE

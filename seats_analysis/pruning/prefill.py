@@ -8,10 +8,11 @@ __all__ = []
 # %% ../../nbs/pruning/08_prefill.ipynb #764e66ac
 import torch
 from dataclasses import dataclass, field
+from functools import cached_property
 from ..inputs.layout import CODES, TokenLayout
 from ..models.decoder import Decoder, DeepStack
 from .base import Pruner, Stage1Inputs, Tokens, take
-from .select import query_scores
+from .select import query_scores, text_scores
 
 # %% ../../nbs/pruning/08_prefill.ipynb #da1d6e34
 def finite_rows(
@@ -129,6 +130,14 @@ class Prefill:
     def __post_init__(self):
         self.windows = int(self.layout.run.max()) + 1  # runs of a modality, of whichever has more
 
+    @cached_property
+    def behind(self):
+        "Columns behind the media, of the sample that has most; on the host."
+        kind, S = self.layout.modality, self.layout.shape[1]
+        media = torch.isin(kind, torch.tensor(list(CODES.values())))
+        ends = (media * torch.arange(S)).amax(1)[media.any(1)]
+        return S - 1 - int(ends.min())
+
     # ---- before the decoder: stage I
 
     def stage1(self, kwargs, encoders) -> dict:  # the decoder's keyword arguments, changed
@@ -205,13 +214,20 @@ class Prefill:
         return self.method.drop(tokens, scores, step, self.windows) & tokens.valid
 
     def scores(self, layer, hidden, tables):  # layer: of the Decoder; (B, S, D)
-        "(B, S) float32 attention of each sample's last text token to all positions (SEATS)."
+        """(B, S) float32 attention to all positions of each sample's last text token (SEATS), or of
+        all text behind its media, as the schedule's `query` says."""
         tokens, (cos, sin) = self.tokens, tables
         place = torch.arange(hidden.shape[1], device=hidden.device)
+        k = self.decoder.key(layer, hidden, cos, sin)
+        mask = tokens.valid if tokens.padded else None
+        if self.method.schedule.query == "text":
+            end = ((tokens.valid & ~tokens.text) * place).amax(1, keepdim=True)
+            asks = (tokens.text & (place > end))[:, -self.behind :]
+            q = self.decoder.query(layer, *(x[:, -self.behind :] for x in (hidden, cos, sin)))
+            return text_scores(q, k, asks, mask)
         last = (tokens.text * place).argmax(1, keepdim=True)
         q = self.decoder.query(layer, *(take(x, last) for x in (hidden, cos, sin)))[:, :, 0]
-        k = self.decoder.key(layer, hidden, cos, sin)
-        return query_scores(q, k, tokens.valid if tokens.padded else None)
+        return query_scores(q, k, mask)
 
     # ---- every step
 

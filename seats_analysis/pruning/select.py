@@ -128,6 +128,24 @@ def query_scores(
         logits = logits.masked_fill(~mask[:, None, None], -torch.inf)
     return torch.softmax(logits, -1).mean((1, 2))
 
+# %% ../../nbs/pruning/06_select.ipynb #f6c1133b
+def text_scores(
+    q: Tensor,  # (B, H, t, d) queries of the last t positions, after rotary
+    k: Tensor,  # (B, K, S, d) keys of all positions, after rotary; K divides H
+    asks: Tensor,  # (B, t) bool, the positions whose queries count
+    mask: Tensor | None = None,  # (B, S) bool, False = padding; None = no padding
+) -> Tensor:  # (B, S) float32 in [0, 1], 0 on padding
+    "The highest attention (mean over heads) from any of several queries, each a causal row."
+    t, S = q.shape[2], k.shape[2]
+    grouped = q.float().unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5
+    with true_float32(q.device):
+        logits = grouped @ k.float()[:, :, None].mT
+    unseen = torch.ones(t, S, dtype=torch.bool, device=q.device).triu(S - t + 1)
+    if mask is not None:
+        unseen = unseen | ~mask[:, None, None, None]
+    rows = torch.softmax(logits.masked_fill(unseen, -torch.inf), -1).mean((1, 2))
+    return rows.masked_fill(~asks[..., None], 0).amax(1)
+
 # %% ../../nbs/pruning/06_select.ipynb #923b3275
 def water_fill(
     low: Tensor,  # (B, W) int64, least of each window

@@ -198,6 +198,15 @@ def _checked_evidence(value):
     return FrozenDict(copied)
 
 
+_QUERIES = ("last", "text")
+
+
+def _query(value):
+    if value not in _QUERIES:
+        raise ValueError(f"`query` must be one of {', '.join(_QUERIES)}, not {value!r}")
+    return value
+
+
 def _checked(plan):
     "All fields of a plan that need it, checked against one another and in their final form."
     layers, shallow, drops, late = _checked_layers(plan)
@@ -217,6 +226,7 @@ def _checked(plan):
         trr=trr,
         scale=_checked_scale(plan.scale, entering, trr),
         temperature=_positive("temperature", plan.temperature),
+        query=_query(plan.query),
         windows=_checked_windows(plan.windows),
         model=_text("model", plan.model),
         revision=plan.revision if plan.revision is None else _text("revision", plan.revision),
@@ -365,6 +375,7 @@ class Schedule:
     trr: Mapping | None = None  # modality -> fraction kept, averaged over layers; None: computed
     scale: float | Mapping | None = None  # entering / trr; None: computed
     temperature: float = 0.1  # of the softmax that shares Stage II budgets among windows
+    query: str = "last"  # who ranks tokens in Stage II: the last text token, or all `text` behind
     windows: Mapping = WINDOWS
     model: str = ""
     revision: str | None = None
@@ -527,7 +538,8 @@ class Schedule:
             enters[m], keep[m] = Segments(L, drops, late[m], equal_drops).solve(
                 target, wanted, None if 1 in stages else 1.0, nearest=True
             )
-        like = dict(temperature=self.temperature, windows=self.windows, model=self.model)
+        like = dict(temperature=self.temperature, query=self.query)
+        like |= dict(windows=self.windows, model=self.model)
         return Schedule(L, min(drops, default=0), drops, late, keep, enters, **like)
 
     def _wanted_scale(self, modality):
@@ -635,6 +647,7 @@ class Schedule:
 
         Raises ValueError that names the file and its fault, or the shipped ones."""
         data = load_json(_shipped(path), "schedule")
+        data = {"query": "last"} | data  # files made before there was another
         known, given = {f.name for f in fields(cls)}, set(data) - {"schema"}
         try:
             if known != given:
