@@ -995,6 +995,9 @@ def test_a_moved_boundary_or_schedule_is_named(demo):
 
 def test_other_weights_do_not_agree_and_nothing_committed_is_said(demo, tmp_path):
     assert demo.run(profile=demo.profile.assign_attrs(weights_sha256="x")).exit_code == 1
+    (tmp_path / "partly" / "profiles").mkdir(parents=True)
+    demo.profile.to_netcdf(tmp_path / "partly" / "profiles" / "testbed.nc", engine="h5netcdf")
+    assert "no results/testbed.json in " in demo.run(folder=tmp_path / "partly").stdout
     empty = demo.run(folder=tmp_path / "nowhere")
     assert (
         empty.exit_code == 0
@@ -1003,8 +1006,27 @@ def test_other_weights_do_not_agree_and_nothing_committed_is_said(demo, tmp_path
     )
 
 
-def test_update_needs_all_questions():
+def test_update_needs_all_questions_and_a_place():
     assert "--limit" in refused("demo", "--update", "--limit", "3")
+    assert "--data" in refused("demo", "--update")
+
+
+def test_the_demo_replaces_nothing_unasked(demo, tmp_path):
+    there = tmp_path / "out" / "schedules" / "testbed_trr10.json"
+    there.parent.mkdir(parents=True)
+    there.write_text("{}")
+    assert "testbed_trr10.json exists" in refused("demo", "--out", tmp_path / "out")
+
+
+def test_the_other_processes_of_a_launch_may_come_late(tmp_path, monkeypatch):
+    "The first has then written the result, which is theirs too."
+    from seats_analysis.cli.app import check_new
+
+    (tmp_path / "p.nc").write_text("done")
+    with pytest.raises(ValueError, match="--overwrite"):
+        check_new(tmp_path / "p.nc", False)
+    monkeypatch.setenv("RANK", "1")
+    check_new(tmp_path / "p.nc", False)
 
 
 @pytest.mark.skipif(

@@ -155,7 +155,7 @@ seats probe --data clips/mine.jsonl --layers 0:21:4
 seats eval --methods seats,random --trr 10 --data clips/mine.jsonl --profile testbed
 seats figures --data clips/mine.jsonl
 seats figures --data seats_out/mine/profiles/testbed.nc --out drawn
-seats bench --config testbed --methods seats --trr 10 --repeats 1 --steps 1
+seats bench --config testbed --frames 8 --seconds 4 --methods seats --trr 10 --repeats 1 --steps 1
 seats train-testbed --config tiny.json
 seats demo --limit 6
 """

@@ -239,17 +239,17 @@ def boundary_rows(profile):
             b = find_boundaries(profile, removed, split=split)
             layer = lambda at: "" if at is None else "none" if at >= b.num_layers else str(at + 1)
             span = lambda ends: " to ".join(map(layer, ends or ())).replace("none", "end")
+            known = {
+                "middle from layer": layer(b.shallow_end),
+                "middle, 95 % interval": span(b.shallow_end_ci),
+                "late from layer": layer(b.late_start),
+                "late, 95 % interval": span(b.late_start_ci),
+                "late, certified": layer(b.late_start_certified),
+            }
+            if b.unmeasurable:
+                known = dict.fromkeys(known, "not measurable")
             rows.append(
-                {
-                    "removed": removed,
-                    "middle from layer": layer(b.shallow_end),
-                    "middle, 95 % interval": span(b.shallow_end_ci),
-                    "late from layer": layer(b.late_start),
-                    "late, 95 % interval": span(b.late_start_ci),
-                    "late, certified": layer(b.late_start_certified),
-                    "questions": b.n_samples,
-                    "clips": b.n_clips,
-                }
+                {"removed": removed} | known | {"questions": b.n_samples, "clips": b.n_clips}
             )
     return rows
 
