@@ -226,6 +226,8 @@ def reported_rows(folder, trusted=True):
 
 def profile_paths(data):
     "The profiles of a data folder; one profile stands for itself."
+    if not data.exists() and str(data) != "testbed":
+        raise ValueError(f"{data}: nothing to draw, no such folder or profile")
     return sorted(data.glob("profiles/*.nc")) if data.is_dir() else [data]
 
 
