@@ -371,7 +371,7 @@ def clips_needed(
     tests = sum(r["ranked"] and r["label"] != "seats" for r in rows)
     # clips are independent; the least p of McNemar's test on n of them is 2 ** (1 - n)
     needed = 2 + int(np.log2(max(tests, 1) / _LEVEL))
-    return 0 if min((r["clips"] for r in rows), default=0) >= needed else needed
+    return 0 if min((r.get("clips", np.inf) for r in rows), default=0) >= needed else needed
 
 
 def significantly_better(
