@@ -253,9 +253,9 @@ def prefill(model, encoded, plan, layout=None):
     for l, layer in enumerate(layers):
         if l in plan.drop_layers:
             aim = {m: kept_of(aim[m], plan.keep_ratios[m][plan.drop_layers.index(l)]) for m in aim}
-            media = [j for j, p in enumerate(here) if kind[p] in (VISUAL, AUDIO)]
-            behind = range(media[-1] + 1, len(here))
-            queries = behind if plan.query == "text" else behind[-1:]
+            text = [j for j, p in enumerate(here) if kind[p] not in (VISUAL, AUDIO)]
+            end = max((j for j, p in enumerate(here) if kind[p] in (VISUAL, AUDIO)), default=-1)
+            queries = [j for j in text if j > end] if plan.query == "text" else text[-1:]
             there = {m: sum(int(kind[p]) == c for p in here) for m, c in CODE.items()}
             totals = divide(aim, there, plan.keep_ratios["visual"][plan.drop_layers.index(l)])
             keep = stage2(

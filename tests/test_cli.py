@@ -338,6 +338,8 @@ def test_questions_without_answers_are_probed(questions, tmp_path, stubbed):
     )
     assert "'auto' follows the share of right answers" in refused(
         "probe",
+        "--max-frames",
+        "8",
         "--model",
         "testbed",
         "--data",

@@ -24,6 +24,7 @@ from seats_analysis.pruning.select import (
     divide_total,
     plan_budgets,
     query_scores,
+    text_scores,
     select_in_clip,
     topk_in_groups,
     water_fill,
@@ -353,6 +354,9 @@ def public_calls():
         attention_received=lambda: attention_received(heads, heads, (16, 16, 8)),
         pool_groups=lambda: pool_groups(stat, 2, (21, 19)),
         select_in_clip=lambda: select_in_clip(tokens, stat, (16, 16, 8), (3, 16, 2)),
+        text_scores=lambda: text_scores(
+            torch.rand(2, 4, 3, 8), torch.rand(2, 2, 11, 8), scores[:, :3] > 0, scores > 0
+        ),
         query_scores=lambda: query_scores(torch.rand(2, 4, 8), torch.rand(2, 2, 11, 8), scores > 0),
         water_fill=lambda: water_fill(size * 0, size, size, size),
         plan_budgets=lambda: plan_budgets(torch.rand(2, 2, 1), sizes, totals),

@@ -136,7 +136,7 @@ class Prefill:
         kind, S = self.layout.modality, self.layout.shape[1]
         media = torch.isin(kind, torch.tensor(list(CODES.values())))
         ends = (media * torch.arange(S)).amax(1)[media.any(1)]
-        return S - 1 - int(ends.min())
+        return max(1, S - 1 - int(ends.min()))
 
     # ---- before the decoder: stage I
 
