@@ -497,7 +497,12 @@ def eval_(
         command = (
             f"seats eval --methods {methods} --trr {trr} --model {Path(model).name} "
             f"--data {Path(data).name} --limit {len(samples)} --answers {answers} --seed {seed}"
-        ) + (f" --late {late}" if late else "")
+        )
+        chosen = dict(late=late, fps=fps, max_frames=max_frames, attention=attention)
+        chosen |= dict(dtype=None if dtype == "auto" else dtype)
+        for name, value in chosen.items():
+            if value and value != "sdpa":
+                command += f" --{name.replace('_', '-')} {value}"
         splits = ",".join(sorted({s.split for s in samples}))
         options |= dict(
             about=dict(command=command, data=Path(data).name, split=splits, broken=broken)
