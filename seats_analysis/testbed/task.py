@@ -19,9 +19,12 @@ NEEDS = {  # what each family of questions needs
     "colour": ("visual",),
     "shape": ("visual",),
     "position": ("visual",),
+    "light": ("visual",),
+    "colour_table": ("visual",),
     "tone": ("audio",),
     "pattern": ("audio",),
     "order": ("audio",),
+    "pitch_table": ("audio",),
     "see_while_hear": ("visual", "audio"),
     "hear_while_see": ("visual", "audio"),
     "count": ("visual", "audio"),
@@ -47,9 +50,11 @@ PITCHES = {"low": 300.0, "middle": 600.0, "high": 1200.0, "shrill": 2400.0}
 KINDS = ("steady", "pulsing", "rising", "falling")
 NUMBERS = ("one", "two", "three", "four")
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-POOLS = (COLOURS, SHAPES, PLACES, PITCHES, KINDS, NUMBERS, DAYS)
+LIGHTS = {"warm": (9, 0, -9), "cool": (-9, 0, 9), "bright": (9, 9, 9), "dim": (-9, -9, -9)}
+ORDINALS = ("first", "second", "third", "fourth")
+POOLS = (COLOURS, SHAPES, PLACES, LIGHTS, PITCHES, KINDS, NUMBERS, DAYS)
 WINDOWS, WINDOW_SECONDS, FPS = 4, 2.0, 2.0
-SIZE = 112  # pixels, side of a frame
+ROWS, COLS = 4, 6  # cells of a frame, each of which becomes one visual token
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,7 @@ class Thing:
 
     @property
     def place(self):
-        return PLACES[2 * (self.row >= 2) + (self.col >= 2)]
-
-    @property
-    def token(self):  # of the clip's visual tokens
-        return 16 * (2 * self.window + self.second) + 4 * self.row + self.col
+        return PLACES[2 * (2 * self.row >= ROWS) + (2 * self.col >= COLS)]
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,6 @@ class Sound:
     pitch: str
     kind: str
 
-    @property
-    def tokens(self):  # of the clip's audio tokens
-        start = 10 * (self.window * WINDOW_SECONDS + self.onset)
-        return slice(round(start), round(start + 3.5))
-
 
 @dataclass(frozen=True)
 class Scene:
@@ -94,8 +90,11 @@ class Scene:
     seed: int
     things: tuple
     sounds: tuple
-    windows: int = WINDOWS
-    brightness: float = 4.0
+    lights: tuple  # of each window
+
+    @property
+    def windows(self):
+        return len(self.lights)
 
     @property
     def seconds(self):
@@ -115,23 +114,21 @@ class Scene:
 def make_scene(
     seed: int,  # the only source of randomness
     windows: int = WINDOWS,  # length in windows of 2 s; training begins with shorter clips
-    crowded=False,  # an object and a sound in every window
-    brightness: float = 4.0,  # grey levels by which the light may differ from clip to clip
 ) -> Scene:
     "Draw a scene: at least one object and one sound, at most one of each in a window."
     rng = random.Random(f"scene {seed}")
-    n_things, n_sounds = (windows if crowded else rng.randint(1, windows) for _ in range(2))
+    n_things, n_sounds = rng.randint(1, windows), rng.randint(1, windows)
     places = lambda n: sorted(rng.sample(range(windows), n))
     colours, shapes = rng.sample(list(COLOURS), n_things), rng.sample(SHAPES, n_things)
     pitches, kinds = rng.sample(list(PITCHES), n_sounds), rng.sample(KINDS, n_sounds)
     things = tuple(
-        Thing(w, rng.randrange(2), rng.randrange(4), rng.randrange(4), c, s)
+        Thing(w, rng.randrange(2), rng.randrange(ROWS), rng.randrange(COLS), c, s)
         for w, c, s in zip(places(n_things), colours, shapes)
     )
     sounds = tuple(
         Sound(w, rng.uniform(0.1, 1.5), p, k) for w, p, k in zip(places(n_sounds), pitches, kinds)
     )
-    return Scene(seed, things, sounds, windows, brightness)
+    return Scene(seed, things, sounds, tuple(rng.choices(list(LIGHTS), k=windows)))
 
 # %% ../../nbs/testbed/00_task.ipynb #a16a4bfd
 def _stencil(shape, radius, dy, dx):
@@ -148,22 +145,20 @@ def _stencil(shape, radius, dy, dx):
     return (thin <= 0.3 * radius) & (long <= radius)
 
 
-def _background(rng, brightness):
-    "Light from above, a warm left and a cool right side, texture, grey clutter. (112, 112, 3)"
-    y, x = np.mgrid[:SIZE, :SIZE].astype("float32")[..., None] / SIZE - 0.5
-    warm = np.array([-1, 0, 1], "float32")
-    back = 100 + rng.uniform(-brightness, brightness) - 60 * y + 30 * x * warm
-    back += rng.normal(0, 3, (SIZE, SIZE, 1))
-    for _ in range(rng.integers(1, 3)):
-        r, c = rng.integers(0, 4, 2) * CELL
-        back[r + 6 : r + 22, c + 6 : c + 22] += rng.uniform(15, 30) * rng.choice([-1, 1])
-    return back.astype("float32")
+def _background(lights, rng):
+    "Light from above, texture, and the light of each window, which no cell alone shows well."
+    y = np.mgrid[: ROWS * CELL, : COLS * CELL][0][..., None] / (ROWS * CELL) - 0.5
+    still = 100 - 60 * y + rng.normal(0, 3, (ROWS * CELL, COLS * CELL, 1))
+    tint = np.repeat([LIGHTS[name] for name in lights], 2, 0)[:, None, None]
+    grey, warmth = rng.normal(0, 12, (2, len(tint), ROWS, COLS, 1))
+    tint = tint + grey + warmth * np.array([1, 0, -1])  # of each cell of each second
+    return (still + tint.repeat(CELL, 1).repeat(CELL, 2)).astype("float32")
 
 
-def render_frames(scene: Scene) -> np.ndarray:  # (16, 112, 112, 3) uint8, 2 frames a second
-    "Draw the frames: a still background, sensor noise, and each object for one second."
+def render_frames(scene: Scene) -> np.ndarray:  # (16, 112, 168, 3) uint8, 2 frames a second
+    "Draw the frames: background, sensor noise, and each object for one second."
     rng = np.random.default_rng([scene.seed, 1])
-    grids = np.repeat(_background(rng, scene.brightness)[None], scene.seconds, 0)
+    grids = _background(scene.lights, rng)
     for t in scene.things:
         mask = _stencil(t.shape, rng.uniform(10, 12.5), *rng.uniform(-1.5, 1.5, 2))
         rows, cols = (slice(i * CELL, (i + 1) * CELL) for i in (t.row, t.col))
@@ -184,14 +179,15 @@ def _waveform(sound, rng):
     wave = np.sin(2 * np.pi * np.cumsum(hz) / SAMPLE_RATE + rng.uniform(0, 6))
     wave *= rng.uniform(0.25, 0.5)
     if sound.kind == "pulsing":
-        wave *= np.sin(2 * np.pi * 8 * t) > 0
+        wave *= np.sin(2 * np.pi * 6 * t) > 0
     return wave * np.minimum(1, np.minimum(t, t[::-1]) / 0.01)
 
 
 def render_waveform(scene: Scene) -> np.ndarray:  # (128000,) float32 mono at 16 kHz
     "Draw the sound track: a noise floor, and each sound at its place."
     rng = np.random.default_rng([scene.seed, 2])
-    wave = rng.standard_normal(scene.seconds * SAMPLE_RATE, "float32") * rng.uniform(0.001, 0.004)
+    n = round(scene.windows * WINDOW_SECONDS * SAMPLE_RATE)
+    wave = rng.standard_normal(n, "float32") * rng.uniform(0.001, 0.004)
     for s in scene.sounds:
         sound, at = _waveform(s, rng), int((s.window * WINDOW_SECONDS + s.onset) * SAMPLE_RATE)
         wave[at : at + len(sound)] += sound.astype("float32")
@@ -209,17 +205,33 @@ def render_clip(scene: Scene) -> Clip:
     )
 
 # %% ../../nbs/testbed/00_task.ipynb #efa0edad
+def _table(right, pool, rng):
+    "Four entries of a pool, `right` among them, each with a day: (text, day of `right`, days)."
+    keys = rng.sample([k for k in pool if k != right], 3) + [right]
+    days = dict(zip(rng.sample(keys, 4), rng.sample(DAYS, 4)))
+    return " ".join(f"{key} {day}" for key, day in days.items()), days[right], days.values()
+
+
 def _question(scene, family, rng):
     "(text, answer, pool of choices), and a fourth where something in the pool is no choice."
-    if family in ("colour", "shape", "position"):
+    if family in ("colour", "shape", "position", "colour_table"):
         t = rng.choice(scene.things)
+        if family == "colour_table":
+            table, day, days = _table(t.colour, COLOURS, rng)
+            return f"{table} . which day has the colour of the {t.shape} ?", day, days
         return {
             "colour": (f"what colour is the {t.shape} ?", t.colour, COLOURS),
             "shape": (f"what shape is the {t.colour} object ?", t.shape, SHAPES),
             "position": (f"where is the {t.colour} object ?", t.place, PLACES),
         }[family]
-    if family in ("tone", "pattern"):
+    if family == "light":
+        w = rng.randrange(scene.windows)
+        return f"what light is in the {ORDINALS[w]} part ?", scene.lights[w], LIGHTS
+    if family in ("tone", "pattern", "pitch_table"):
         s = rng.choice(scene.sounds)
+        if family == "pitch_table":
+            table, day, days = _table(s.pitch, PITCHES, rng)
+            return f"{table} . which day has the pitch of the {s.kind} sound ?", day, days
         if family == "tone":
             return f"what pitch is the {s.kind} sound ?", s.pitch, PITCHES
         return f"what kind is the {s.pitch} sound ?", s.kind, KINDS
@@ -269,10 +281,11 @@ CAPTION = "describe the clip ."
 
 
 def caption(scene: Scene) -> str:
-    "Free-form description, window by window: what is seen, what is heard."
+    "Free-form description, window by window: the light, what is seen, what is heard."
     parts = []
-    for w in range(scene.windows):
-        words = [f"{t.colour} {t.shape}" for t in scene.things if t.window == w]
+    for w, light in enumerate(scene.lights):
+        words = [light]
+        words += [f"{t.colour} {t.shape} {t.place}" for t in scene.things if t.window == w]
         words += [f"{s.pitch} {s.kind}" for s in scene.sounds if s.window == w]
-        parts.append(" ".join(words) or "nothing")
+        parts.append(" ".join(words))
     return " then ".join(parts)
