@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'Branch', 'branches']
 
-# %% ../../nbs/testbed/02_train.ipynb #5bd450ff
+# %% ../../nbs/testbed/02_train.ipynb #774b4954
 import json
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from seats_analysis.testbed.task import (
     KINDS,
     LIGHTS,
     NEEDS,
+    ORDINALS,
     PITCHES,
     PLACES,
     POOLS,
@@ -51,7 +52,7 @@ from seats_analysis.testbed.task import (
     render_waveform,
 )
 
-# %% ../../nbs/testbed/02_train.ipynb #d9b4194e
+# %% ../../nbs/testbed/02_train.ipynb #972e616e
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything that decides the weights; the file beside them holds the same fields."
@@ -64,6 +65,8 @@ class TrainConfig:
     short_until: int = 4500  # step up to which clips have two windows instead of four
     text_every: int = 5  # with towers, every so manyth step is text only
     letters: float = 0.5  # share of the questions with lettered choices
+    early: float = 0.5  # share of the prompts that end early, while there is only text
+    drills_until: int = 600  # step up to which a row of text has three drills, then one
     blind: float = 0.5  # share of the control questions that do not see the media
     batch: int = 8  # clips a step
     text_batch: int = 16  # captions a step
@@ -76,42 +79,67 @@ class TrainConfig:
     weight_decay: float = 0.1
     eval_every: int = 250
     eval_clips: int = 96
-    threads: int = 2
+    threads: int = 1
 
-# %% ../../nbs/testbed/02_train.ipynb #563fb18d
+# %% ../../nbs/testbed/02_train.ipynb #a1a6707e
 def _ids(text):
     return [word_ids()[w] for w in text.split()]
 
 
 @dataclass(frozen=True)
 class Branch:
-    "The end of a prompt, and the answer to be predicted."
+    "What stands behind a clip or caption, and what of it is predicted."
 
     ids: list  # tokens
-    answer: int  # index of the answer's first token
+    asked: range  # indices of those that are to be predicted
     blind: bool = False  # does not see the clip or caption before it
-    sample: Sample | None = None  # the question
+    sample: Sample | None = None  # the question, if it is one
 
 
-def _question_branch(sample, blind=False):
+def _question(sample, blind=False, early=0):  # early: tokens that the prompt lacks at its end
     prompt = _ids(f"{sample.prompt_text} <|im_end|> <|im_start|> assistant")
-    answer = _ids(f"{sample.answer_texts[sample.answer]} <|im_end|>")
-    return Branch(prompt + answer, len(prompt), blind, sample)
+    prompt = prompt[: len(prompt) - early]
+    ids = prompt + _ids(f"{sample.answer_texts[sample.answer]} <|im_end|>")
+    return Branch(ids, range(len(prompt), len(ids)), blind, sample)
 
 
-def _drill(rng, lettered):
-    "Four pairs in a row and one key, whose other half is to be said. Text only."
-    pool = list(rng.choice(POOLS))
-    values = rng.sample(list(COLOURS) if "monday" in pool else DAYS, 4)
-    keys, i = rng.sample(pool, 4), rng.randrange(4)
-    if lettered:
-        listed, answer = [f"{a} {k}" for a, k in zip(_LETTERS, keys)], _LETTERS[i]
-    else:
-        listed, answer = [f"{k} {v}" for k, v in zip(keys, values)], values[i]
-    return Branch(_ids(" ".join([*listed, keys[i], answer])), 9, blind=True)
+def _drill(rng, kind):
+    "Four pairs of any words (kind 1: of letters and words), then again in another order, or a question."
+    keys, values = rng.sample(_WORDS, 4), _LETTERS
+    if kind != 1:
+        values = rng.sample([w for w in _WORDS if w not in keys], 4)
+    pairs = list(zip(keys, values))
+    listed = " ".join(f"{v} {k}" if kind == 1 else f"{k} {v}" for k, v in pairs)
+    if kind == 2:
+        key, value = rng.sample(rng.choice(pairs), 2)
+        what = Sample("", None, f"{listed} . what is {key} ?", (value,), 0)
+        return replace(_question(what, blind=True), sample=None)
+    again = " ".join(f"{k} {v}" for k, v in rng.sample(pairs, 4))
+    return Branch(_ids(f"{listed} {again}"), range(9, 16, 2), blind=True)
 
 
-_LETTERS = "A.", "B.", "C.", "D."
+_WORDS, _LETTERS = [word for pool in POOLS for word in pool], ("A.", "B.", "C.", "D.")
+
+
+def _facts(scene, rng):
+    "Two tables, then all that the scene tells, three words each, of which the last is predicted."
+    days = lambda keys: zip(keys, rng.sample(DAYS, len(keys)))
+    table = dict(days(rng.sample(list(COLOURS), len(COLOURS))))
+    table |= days(rng.sample(list(PITCHES), len(PITCHES)))
+    facts = [("light", ORDINALS[w], light) for w, light in enumerate(scene.lights)]
+    facts += [("day", key, table[key]) for key in rng.sample(list(table), 4)]
+    for t in scene.things:
+        facts += [("colour", t.shape, t.colour), ("shape", t.colour, t.shape)]
+        facts += [("where", t.colour, t.place), ("day", t.shape, table[t.colour])]
+    for s in scene.sounds:
+        facts += [("pitch", s.kind, s.pitch), ("kind", s.pitch, s.kind)]
+        facts += [("day", s.kind, table[s.pitch])]
+    for t, s in scene.pairs:
+        facts += [("seen", s.pitch, t.colour), ("heard", t.colour, s.pitch)]
+    facts += [("after", a.colour, b.colour) for a, b in scene.successions]
+    start = [word for pair in table.items() for word in pair] + ["."]
+    ids = _ids(" ".join(start + [w for fact in rng.sample(facts, len(facts)) for w in fact]))
+    return Branch(ids, range(len(start) + 2, len(ids), 3))
 
 
 def _all_families(scene, rng):
@@ -121,17 +149,18 @@ def _all_families(scene, rng):
         yield from rng.sample(pool, len(pool))
 
 
-def branches(scene, rng, c: TrainConfig, first=()):
+def branches(scene, rng, c: TrainConfig, first=(), early=0.0):
     "Branches of one row: the given ones, then questions as long as there is room."
     out = list(first)
     for family in _all_families(scene, rng):
         sample = ask(scene, family, rng, lettered=rng.random() < c.letters)
         blind = family == "control" and rng.random() < c.blind
-        out.append(_question_branch(sample, blind))
+        short = rng.randint(1, 3 + (not sample.lettered)) if rng.random() < early else 0
+        out.append(_question(sample, blind, short))
         if sum(len(b.ids) for b in out) > c.room:
             return out[:-1]
 
-# %% ../../nbs/testbed/02_train.ipynb #1a83edde
+# %% ../../nbs/testbed/02_train.ipynb #ca07775a
 def patchify(
     frames,  # (N, 16, 112, 168, 3) uint8 tensor
 ):  # (N*768, 1176) float32, in the order of Qwen2VLVideoProcessor
@@ -159,7 +188,7 @@ def features(scenes, family):
     found = _extractor(family)(waves, sampling_rate=SAMPLE_RATE, return_tensors="pt", **how)
     return patches, found.input_features[..., : int(found.attention_mask[0].sum())]
 
-# %% ../../nbs/testbed/02_train.ipynb #55237d45
+# %% ../../nbs/testbed/02_train.ipynb #33e55add
 READ = dict(  # tower (0 vision, 1 audio) and values; class 0 is nothing
     colour=(0, COLOURS),
     shape=(0, SHAPES),
@@ -198,7 +227,7 @@ def hints(
                 out[name][b, start + 1] = number(name, getattr(s, name))
     return out
 
-# %% ../../nbs/testbed/02_train.ipynb #4663b23d
+# %% ../../nbs/testbed/02_train.ipynb #3b86dd5d
 @dataclass(frozen=True)
 class Batch:
     "What one step sees: captions, or clips with hints, and the branches behind each."
@@ -216,8 +245,8 @@ def make_batch(
     told: bool,  # captions instead of clips
     windows: int = WINDOWS,
     first_seed: int = 10**6,  # from here to ten times as far scenes are drawn
-    drills: int = 0,
-    described: bool = False,  # captions are asked for, too
+    drills: int = 0,  # a row
+    training: bool = True,  # facts and captions to predict, prompts that end early
 ) -> Batch:
     "A function of seed and key. Scenes 10**6 and up are for training only."
     rng = random.Random(f"batch {c.seed} {key}")
@@ -225,10 +254,12 @@ def make_batch(
     seeds = [rng.randrange(first_seed, 10 * first_seed) for _ in range(n)]
     scenes, rows = [make_scene(seed, windows) for seed in seeds], []
     for scene in scenes:
-        first = [_drill(rng, i % 2 == 0) for i in range(drills)]
-        if described:
-            first.append(_question_branch(Sample("", None, CAPTION, (caption(scene),), 0)))
-        rows.append(branches(scene, rng, c, first))
+        first = [_drill(rng, (i + 2) % 3) for i in range(drills)]
+        if training:
+            first.append(_facts(scene, rng))
+        if training and not told:
+            first.append(_question(Sample("", None, CAPTION, (caption(scene),), 0)))
+        rows.append(branches(scene, rng, c, first, c.early * (training and told)))
     if told:
         return Batch(rows, [_ids(f"<|im_start|> user {caption(s)} .") for s in scenes])
     return Batch(rows, (), *features(scenes, c.family), hints(scenes))
@@ -237,9 +268,9 @@ def make_batch(
 def training_batch(step, c: TrainConfig) -> Batch:
     "The batch of a step: text, then short clips, then long ones, with text mixed in."
     told = step < c.text_steps or step % c.text_every == 0
-    windows = WINDOWS if told or step >= c.short_until else 2
-    drills = 4 if step < c.text_steps else 0
-    return make_batch(step, c, told, windows, drills=drills, described=not told)
+    drills = (3 if step < c.drills_until else 1) if told else 0
+    windows = 2 + step % 3 if told else 2 if step < c.short_until else WINDOWS
+    return make_batch(step, c, told, windows, drills=drills)
 
 
 class _Steps:
@@ -254,7 +285,7 @@ class _Steps:
         torch.set_num_threads(1)
         return training_batch(step, self.config)
 
-# %% ../../nbs/testbed/02_train.ipynb #e385de27
+# %% ../../nbs/testbed/02_train.ipynb #69415a20
 def fast_vision(model):
     "Let the vision tower attend within its windows by one call (clips of equal windows only)."
     import torch
@@ -343,9 +374,10 @@ def pack(
         owner[b, : lengths[b]], at = 0, 0
         start = int(positions[:, b, : lengths[b]].max()) + 1
         for i, branch in enumerate(row):
-            end, answer = at + len(branch.ids), at + branch.answer
-            tokens[b, at:end] = torch.tensor(branch.ids)
-            labels[b, answer - 1 : end - 1] = tokens[b, answer:end]
+            end, ids = at + len(branch.ids), torch.tensor(branch.ids)
+            tokens[b, at:end] = ids
+            asked = torch.tensor(branch.asked)
+            labels[b, at - 1 + asked] = ids[asked]
             owner[b, P + at : P + end], sees[b, P + at : P + end] = i + 1, not branch.blind
             where[:, b, P + at : P + end] = torch.arange(start, start + end - at)
             at = end
@@ -354,7 +386,7 @@ def pack(
     mask |= torch.eye(P + K, dtype=torch.bool)  # padding sees itself, or its softmax would be NaN
     return tokens, where, mask, labels
 
-# %% ../../nbs/testbed/02_train.ipynb #b196a8fa
+# %% ../../nbs/testbed/02_train.ipynb #d2f3234e
 def packed_hidden(model, batch: Batch, c: TrainConfig):
     "Hidden states (B, K, width) and labels (B, K) of the branches, outputs of both towers."
     import torch
@@ -375,7 +407,7 @@ def packed_hidden(model, batch: Batch, c: TrainConfig):
     ).last_hidden_state
     return hidden[:, prefix.positions.shape[-1] :], labels, prefix.towers
 
-# %% ../../nbs/testbed/02_train.ipynb #fa82aec4
+# %% ../../nbs/testbed/02_train.ipynb #609a4a3b
 def hint_loss(
     heads,  # name -> linear read-out
     towers,  # outputs of both, (B, tokens, width)
@@ -396,7 +428,7 @@ def hint_loss(
         loss = loss + torch.nn.functional.cross_entropy(*asked, weight)
     return loss / len(READ)
 
-# %% ../../nbs/testbed/02_train.ipynb #7cac08f6
+# %% ../../nbs/testbed/02_train.ipynb #bfd2eaef
 class Trainer:
     "Model, optimiser and step of a run that can stop and go on."
 
@@ -463,7 +495,7 @@ class Trainer:
         c, right = self.config, {}
         told = self.step <= c.text_steps
         for i in range(c.eval_clips // (c.text_batch if told else c.batch)):
-            batch = make_batch(f"eval {i}", c, told, first_seed=10**5)
+            batch = make_batch(f"eval {i}", c, told, first_seed=10**5, training=False)
             with torch.no_grad():
                 logits = self.model.lm_head(packed_hidden(self.model, batch, c)[0])
             for row, made in zip(logits, batch.branches):
@@ -471,7 +503,7 @@ class Trainer:
                 for end, b in zip(ends, made):
                     s = b.sample
                     choices = _ids("A. B. C. D." if s.lettered else " ".join(s.choices))
-                    best = row[end - len(b.ids) + b.answer - 1, choices].argmax().item()
+                    best = row[end - len(b.ids) + b.asked[0] - 1, choices].argmax().item()
                     right.setdefault(s.family + "*" * s.lettered, []).append(best == s.answer)
         return {family: round(float(np.mean(v)), 3) for family, v in sorted(right.items())}
 
@@ -507,7 +539,7 @@ def learning_rate(step, part, c: TrainConfig):
     left = (c.steps - step) / (c.decay * c.steps)
     return peak * min(1, warm, max(0.01, left))
 
-# %% ../../nbs/testbed/02_train.ipynb #f980747f
+# %% ../../nbs/testbed/02_train.ipynb #0505c4f5
 def save_testbed(
     model,  # trained thinker
     config: TrainConfig,
@@ -520,7 +552,7 @@ def save_testbed(
     build_processor(config.family).save_pretrained(folder)
     (Path(folder) / "train.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
 
-# %% ../../nbs/testbed/02_train.ipynb #535a5661
+# %% ../../nbs/testbed/02_train.ipynb #d87ff6bd
 def train_testbed(
     config: TrainConfig = TrainConfig(),
     folder=None,  # checkpoint, log and the finished model go here; default: data/testbed/<family>
