@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'Branch', 'branches']
 
-# %% ../../nbs/testbed/02_train.ipynb #774b4954
+# %% ../../nbs/testbed/02_train.ipynb #7c12a353
 import json
 import random
 import time
@@ -52,7 +52,7 @@ from seats_analysis.testbed.task import (
     render_waveform,
 )
 
-# %% ../../nbs/testbed/02_train.ipynb #972e616e
+# %% ../../nbs/testbed/02_train.ipynb #f2b7099e
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything that decides the weights; the file beside them holds the same fields."
@@ -81,7 +81,7 @@ class TrainConfig:
     eval_clips: int = 96
     threads: int = 1
 
-# %% ../../nbs/testbed/02_train.ipynb #a1a6707e
+# %% ../../nbs/testbed/02_train.ipynb #09c2bc08
 def _ids(text):
     return [word_ids()[w] for w in text.split()]
 
@@ -122,7 +122,7 @@ _WORDS, _LETTERS = [word for pool in POOLS for word in pool], ("A.", "B.", "C.",
 
 
 def _facts(scene, rng):
-    "Two tables, then all that the scene tells, three words each, of which the last is predicted."
+    "Two tables, then what the scene tells, three words each, of which the last is predicted."
     days = lambda keys: zip(keys, rng.sample(DAYS, len(keys)))
     table = dict(days(rng.sample(list(COLOURS), len(COLOURS))))
     table |= days(rng.sample(list(PITCHES), len(PITCHES)))
@@ -138,7 +138,8 @@ def _facts(scene, rng):
         facts += [("seen", s.pitch, t.colour), ("heard", t.colour, s.pitch)]
     facts += [("after", a.colour, b.colour) for a, b in scene.successions]
     start = [word for pair in table.items() for word in pair] + ["."]
-    ids = _ids(" ".join(start + [w for fact in rng.sample(facts, len(facts)) for w in fact]))
+    told = rng.sample(facts, min(24, len(facts)))  # all of a short scene
+    ids = _ids(" ".join(start + [word for fact in told for word in fact]))
     return Branch(ids, range(len(start) + 2, len(ids), 3))
 
 
@@ -160,7 +161,7 @@ def branches(scene, rng, c: TrainConfig, first=(), early=0.0):
         if sum(len(b.ids) for b in out) > c.room:
             return out[:-1]
 
-# %% ../../nbs/testbed/02_train.ipynb #ca07775a
+# %% ../../nbs/testbed/02_train.ipynb #0ba552a4
 def patchify(
     frames,  # (N, 16, 112, 168, 3) uint8 tensor
 ):  # (N*768, 1176) float32, in the order of Qwen2VLVideoProcessor
@@ -188,7 +189,7 @@ def features(scenes, family):
     found = _extractor(family)(waves, sampling_rate=SAMPLE_RATE, return_tensors="pt", **how)
     return patches, found.input_features[..., : int(found.attention_mask[0].sum())]
 
-# %% ../../nbs/testbed/02_train.ipynb #33e55add
+# %% ../../nbs/testbed/02_train.ipynb #6c06ea74
 READ = dict(  # tower (0 vision, 1 audio) and values; class 0 is nothing
     colour=(0, COLOURS),
     shape=(0, SHAPES),
@@ -227,7 +228,7 @@ def hints(
                 out[name][b, start + 1] = number(name, getattr(s, name))
     return out
 
-# %% ../../nbs/testbed/02_train.ipynb #3b86dd5d
+# %% ../../nbs/testbed/02_train.ipynb #cbca355a
 @dataclass(frozen=True)
 class Batch:
     "What one step sees: captions, or clips with hints, and the branches behind each."
@@ -285,7 +286,7 @@ class _Steps:
         torch.set_num_threads(1)
         return training_batch(step, self.config)
 
-# %% ../../nbs/testbed/02_train.ipynb #69415a20
+# %% ../../nbs/testbed/02_train.ipynb #ba317bc5
 def fast_vision(model):
     "Let the vision tower attend within its windows by one call (clips of equal windows only)."
     import torch
@@ -386,7 +387,7 @@ def pack(
     mask |= torch.eye(P + K, dtype=torch.bool)  # padding sees itself, or its softmax would be NaN
     return tokens, where, mask, labels
 
-# %% ../../nbs/testbed/02_train.ipynb #d2f3234e
+# %% ../../nbs/testbed/02_train.ipynb #92a82db5
 def packed_hidden(model, batch: Batch, c: TrainConfig):
     "Hidden states (B, K, width) and labels (B, K) of the branches, outputs of both towers."
     import torch
@@ -407,7 +408,7 @@ def packed_hidden(model, batch: Batch, c: TrainConfig):
     ).last_hidden_state
     return hidden[:, prefix.positions.shape[-1] :], labels, prefix.towers
 
-# %% ../../nbs/testbed/02_train.ipynb #609a4a3b
+# %% ../../nbs/testbed/02_train.ipynb #7569bb08
 def hint_loss(
     heads,  # name -> linear read-out
     towers,  # outputs of both, (B, tokens, width)
@@ -428,7 +429,7 @@ def hint_loss(
         loss = loss + torch.nn.functional.cross_entropy(*asked, weight)
     return loss / len(READ)
 
-# %% ../../nbs/testbed/02_train.ipynb #bfd2eaef
+# %% ../../nbs/testbed/02_train.ipynb #8abfed19
 class Trainer:
     "Model, optimiser and step of a run that can stop and go on."
 
@@ -539,7 +540,7 @@ def learning_rate(step, part, c: TrainConfig):
     left = (c.steps - step) / (c.decay * c.steps)
     return peak * min(1, warm, max(0.01, left))
 
-# %% ../../nbs/testbed/02_train.ipynb #0505c4f5
+# %% ../../nbs/testbed/02_train.ipynb #45838693
 def save_testbed(
     model,  # trained thinker
     config: TrainConfig,
@@ -552,7 +553,7 @@ def save_testbed(
     build_processor(config.family).save_pretrained(folder)
     (Path(folder) / "train.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
 
-# %% ../../nbs/testbed/02_train.ipynb #d87ff6bd
+# %% ../../nbs/testbed/02_train.ipynb #3eb46aac
 def train_testbed(
     config: TrainConfig = TrainConfig(),
     folder=None,  # checkpoint, log and the finished model go here; default: data/testbed/<family>
