@@ -146,9 +146,10 @@ def _stencil(shape, radius, dy, dx):
 
 
 def _background(lights, rng):
-    "Light from above, texture, and the light of each window, which no cell alone shows well."
-    y = np.mgrid[: ROWS * CELL, : COLS * CELL][0][..., None] / (ROWS * CELL) - 0.5
-    still = 100 - 60 * y + rng.normal(0, 3, (ROWS * CELL, COLS * CELL, 1))
+    "Vignette, texture, and the light of each window, which no cell alone shows well."
+    y, x = ((np.arange(n * CELL) + 0.5) / (n * CELL) - 0.5 for n in (ROWS, COLS))
+    still = 100 - 120 * (y[:, None] ** 2 + x**2)[..., None]  # its slope tells a cell where it is
+    still = still + rng.normal(0, 3, still.shape)
     tint = np.repeat([LIGHTS[name] for name in lights], 2, 0)[:, None, None]
     grey, warmth = rng.normal(0, 12, (2, len(tint), ROWS, COLS, 1))
     tint = tint + grey + warmth * np.array([1, 0, -1])  # of each cell of each second
