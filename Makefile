@@ -19,7 +19,7 @@ help:
 	@echo "make docs      the site, in build/docs/site: notebooks, results, reference of the face"
 	@echo "make figures   data/ -> figures/"
 	@echo "make bench     time the stages on this machine, from the beginning (BENCH= goes on with an interrupted run)"
-	@echo "make testbed   train the embedded model again"
+	@echo "make testbed   train the embedded models again"
 	@echo "make wheel     a wheel in dist/"
 
 install: $(STAMP)
@@ -63,7 +63,7 @@ bench: install
 	$(VENV)/bin/seats bench --out data/results $(BENCH)
 
 testbed: install
-	$(VENV)/bin/seats train-testbed --out build/testbed
+	for family in qwen2.5-omni qwen3-omni; do $(VENV)/bin/seats train-testbed --family $$family --out build/testbed/$$family || exit 1; done
 
 # setuptools builds in build/lib and ships whatever an earlier build left there.
 wheel: install

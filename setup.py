@@ -17,7 +17,7 @@ cfg = cfg["DEFAULT"]
 DATA = {
     "seats_analysis._testbed": (
         "data/testbed",
-        ["*.json", "*.jsonl", "*.jinja", "*.txt", "*.yaml", "*.toml", "*.safetensors", "**/*.mp4"],
+        ["*.jsonl", "*/*.json", "*/*.jsonl", "*/*.jinja", "*/*.safetensors", "clips/*.mp4"],
     ),
     "seats_analysis._profiles": ("data/profiles", ["*.nc"]),
     "seats_analysis._schedules": ("data/schedules", ["*.json"]),

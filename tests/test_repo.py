@@ -7,7 +7,6 @@ thing that is wrong.
 
 import ast
 import base64
-import fnmatch
 import json
 import re
 import subprocess
@@ -348,10 +347,7 @@ def unpacked_data(root):
     names = [p.relative_to(folder).as_posix() for p in tracked(root) if folder in p.parents]
 
     def packed(name):
-        return any(
-            Path(name).match(p) if "**" in p else "/" not in name and fnmatch.fnmatch(name, p)
-            for p in patterns
-        )
+        return any(Path("/", name).match("/" + p) for p in patterns)
 
     return [n for n in names if not packed(n)]
 

@@ -236,7 +236,7 @@ def _family_row(r, num_layers):
 Profile = Annotated[
     Path,
     typer.Argument(
-        help="NetCDF file written by `seats probe`, or `testbed` for the shipped one.",
+        help="NetCDF file written by `seats probe`; `testbed`, `testbed-qwen3`: shipped ones.",
         show_default=False,
     ),
 ]
@@ -430,7 +430,7 @@ def _sizes(text):
 TESTBED = Path("testbed")  # as the name of a profile: the shipped one
 Pilot = Annotated[
     Path,
-    Option(help="NetCDF file of a pilot, for the noise and its curve; `testbed`: the shipped one."),
+    Option(help="NetCDF file of a pilot, for the noise and its curve; by default the testbed's."),
 ]
 StudyOut = Annotated[
     Path | None, Option(help="JSON file to write; default: in seats_out/DATA/results.")

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
+from ..testbed.load import TESTBEDS
 from seats_analysis.cli.app import (
     AllowOutside,
     Attention,
@@ -50,14 +51,7 @@ from seats_analysis.cli.app import (
     writable,
 )
 from ..evaluation.load import check_device, check_model, load_model
-from seats_analysis.cli.analysis import (
-    TESTBED,
-    StudyOut,
-    figure_name,
-    find_blocks,
-    left_out,
-    stored_tokens,
-)
+from .analysis import StudyOut, figure_name, find_blocks, left_out, stored_tokens
 from ..storage.checkpoint import Checkpoint, checkpoint_of, processes
 from ..storage.files import output_folder
 from ..inputs.layout import MODALITIES
@@ -65,8 +59,8 @@ from ..storage.schemas import SCHEMAS, load_profile, save_json
 
 # %% ../../nbs/cli/02_answers.ipynb #c8f331c2
 def _profile_of(model, profile):
-    "The profile that was named, or the testbed's; None where there is none."
-    return profile or (TESTBED if model == "testbed" else None)
+    "The profile that was named, or a testbed's; None where there is none."
+    return profile or (Path(model) if model in TESTBEDS else None)
 
 
 def check_blocks(model, profile=None, num_layers=None) -> tuple:  # Boundaries, published pairs
@@ -541,7 +535,8 @@ def _sensitivity_text(rows):
 @app.command("sensitivity", hidden=True)  # its name until 0.2
 def transfer(
     profile: Path = Option(
-        "testbed", help="NetCDF file of the testbed's profile; `testbed`: the shipped one."
+        "testbed",
+        help="NetCDF file of a testbed's profile; `testbed`, `testbed-qwen3`: shipped ones.",
     ),
     out: StudyOut = None,
     overwrite: Overwrite = False,
@@ -568,7 +563,8 @@ def transfer(
     stored = load_profile(profile)
     made = TaskSchedules.of(stored, trr, by, stored_tokens(stored))
     prepare(threads)
-    model, processor = load_model("testbed", "cpu")
+    name = str(stored.attrs["model"])
+    model, processor = load_model(name if name in TESTBEDS else "testbed", "cpu")
     if stored.attrs.get("weights_sha256") != hash_weights(model):
         raise ValueError(
             "the profile was measured on other weights than the testbed has: "

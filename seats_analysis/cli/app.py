@@ -263,7 +263,9 @@ def table(
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 # %% ../../nbs/cli/00_app.ipynb #5ee3f9ab
-Model = Annotated[str, Option(help="`testbed`, a folder with a checkpoint, or a hub id.")]
+Model = Annotated[
+    str, Option(help="`testbed`, `testbed-qwen3`, a folder with a checkpoint, or a hub id.")
+]
 Data = Annotated[
     str,
     Option(

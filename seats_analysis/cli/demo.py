@@ -13,6 +13,7 @@ from shutil import copy2
 import typer
 from typer import Option
 
+from ..testbed.load import TESTBEDS
 from seats_analysis.cli.app import (
     Batch,
     Json,
@@ -26,13 +27,7 @@ from seats_analysis.cli.app import (
     table,
 )
 from ..evaluation.load import load_model
-from seats_analysis.cli.analysis import (
-    TESTBED,
-    boundary_row,
-    find_blocks,
-    probe_file,
-    stored_tokens,
-)
+from .analysis import boundary_row, find_blocks, probe_file, stored_tokens
 from .answers import origin
 from ..storage.files import output_folder, shipped_folder
 from ..storage.schemas import SCHEMAS, load_profile, save_json
@@ -90,11 +85,12 @@ def train_testbed(
     ),
     overwrite: Overwrite = False,
     config: Path | None = Option(None, help="JSON file with fields of TrainConfig."),
+    family: str | None = Option(None, help="qwen2.5-omni or qwen3-omni."),
     seed: int | None = Option(None, help="Seed of weights and clips."),
     steps: int | None = Option(None, min=1, help="Steps to train."),
     threads: Threads = None,
 ):
-    """Train the embedded model from a seed.
+    """Train an embedded model from a seed.
 
     After an interruption the same command goes on.
     """
@@ -102,7 +98,7 @@ def train_testbed(
     from seats_analysis.plots.style import save_figure
     from seats_analysis.testbed import train
 
-    chosen = _train_config(config, seed=seed, steps=steps, threads=threads)
+    chosen = _train_config(config, family=family, seed=seed, steps=steps, threads=threads)
     if not (out / "checkpoint.pt").exists():
         check_new(out / "train.json", overwrite)
     prepare()
@@ -112,8 +108,12 @@ def train_testbed(
 
 # %% ../../nbs/cli/04_demo.ipynb #5caa6d1a
 TARGETS = (35, 25, 15, 10)
-FILES = ("profiles/testbed.nc", "results/testbed.json", "results/kept_example.json")
-FILES += tuple(f"schedules/testbed_trr{t}.json" for t in TARGETS)
+
+
+def _files(name):
+    "What a testbed's demo writes beside its figures."
+    schedules = [f"schedules/{name}_trr{t}.json" for t in TARGETS]
+    return [f"profiles/{name}.nc", f"results/{name}.json", f"results/kept_{name}.json", *schedules]
 
 
 def _kept_example(model, processor, samples, plan):
@@ -132,10 +132,10 @@ def _kept_example(model, processor, samples, plan):
     clip = f"clips/{Path(sample.video).name}"
     said = dict(question=sample.question, answered=sample.choices[best])
     kept = kept_data(ran, encoded, adapter_for(model).rates(model), clip, **said)
-    return kept | dict(model="testbed", revision=None, seed=0)
+    return kept | dict(model=adapter_for(model).name(model), revision=None, seed=0)
 
 
-def _demo(out, limit, whole, batch):
+def _demo(name, out, limit, whole, batch):
     "Do the main job and write everything below `out`: (profile, bounds, plans, rows)."
     from seats_analysis.evaluation.evaluate import load_samples
     from seats_analysis.evaluation.results import answer_rows
@@ -143,26 +143,26 @@ def _demo(out, limit, whole, batch):
     from seats_analysis.schedules.schedule import Schedule
 
     derive, test = (load_samples("testbed", split, limit) for split in ("derive", "test"))
-    model, processor = load_model("testbed", "cpu")
+    model, processor = load_model(name, "cpu")
     probed = [*derive, *test] if whole else derive
     note(f"probe: {len(probed)} questions, removal before every layer")
-    file = out / "profiles" / "testbed.nc"
+    file = out / "profiles" / f"{name}.nc"
     profile = probe_file(model, processor, probed, file, testbed=True, batch_size=batch)
     bounds = {str(r): find_blocks(profile, str(r)) for r in profile["removed"].values}
     note(table([boundary_row(b) for b in bounds.values()]))
     tokens, both = stored_tokens(profile), bounds["both"]
     if both.unmeasurable:
         note(f"note: {both.unmeasurable}; the schedules are made from the shipped profile")
-        both = find_blocks(load_profile(TESTBED), "both")
+        both = find_blocks(load_profile(name), "both")
     plans = {trr: Schedule.from_trr(both, trr, *tokens) for trr in TARGETS}
     for trr, plan in plans.items():
-        plan.save(out / "schedules" / f"testbed_trr{trr}.json")
+        plan.save(out / "schedules" / f"{name}_trr{trr}.json")
     note(f"answers: {len(test)} questions of the test split")
     rows = answer_rows(model, processor, test, plans, both, batch)
     about = dict(schema=SCHEMAS["results"].id, **origin(profile), split="test", rows=rows)
-    save_json(out / "results" / "testbed.json", about)
+    save_json(out / "results" / f"{name}.json", about)
     kept = _kept_example(model, processor, test, plans[min(plans)])
-    save_json(out / "results" / "kept_example.json", kept)
+    save_json(out / "results" / f"kept_{name}.json", kept)
     note("figures")
     make_figures(out, out / "figures")
     return profile, bounds, plans, rows
@@ -190,6 +190,7 @@ def _demo_table(rows):
 # %% ../../nbs/cli/04_demo.ipynb #914eb1ff
 @app.command()
 def demo(
+    model: str = Option("testbed", help="`testbed` or `testbed-qwen3`."),
     out: Path = Option(
         "seats_out/demo", help="Folder for profile, schedules, results and figures."
     ),
@@ -210,7 +211,7 @@ def demo(
     threads: Threads = None,
     as_json: Json = False,
 ):
-    """Do the whole job on the embedded testbed.
+    """Do the whole job on an embedded testbed.
 
     Probe, boundaries, schedules, pruned answers and figures. Says at the end whether the committed
     results agree; exit code 1 where they do not.
@@ -226,14 +227,17 @@ def demo(
     if update and data is None:
         raise ValueError("--update: name the folder of the committed results with --data")
     data = data or shipped_folder("testbed").parent
-    for name in FILES:
+    if model not in TESTBEDS:
+        raise ValueError(f"--model {model!r}: the demo knows {' and '.join(TESTBEDS)}")
+    files = _files(model)
+    for name in files:
         check_new(out / name, overwrite)
     start = perf_counter()
     prepare(threads)
     from seats_analysis.evaluation.agreement import agreement
 
-    profile, bounds, plans, rows = _demo(out, limit, whole or update, batch)
-    for name in FILES if update else ():
+    profile, bounds, plans, rows = _demo(model, out, limit, whole or update, batch)
+    for name in files if update else ():
         (data / name).parent.mkdir(parents=True, exist_ok=True)
         copy2(out / name, data / name)
     checks, agrees, said = agreement(data, profile, bounds, plans, rows, whole=limit is None)

@@ -104,6 +104,7 @@ def same_plan(
 def compare_plans(
     plans,  # TRR in percent -> Schedule
     folder,  # of the committed schedules
+    name="testbed",  # of their model
 ):  # list of (claim, holds, detail)
     "Whether schedules have the committed layers and ratios. Layers from 1 in the detail."
     from seats_analysis.schedules.schedule import Schedule
@@ -115,7 +116,7 @@ def compare_plans(
 
     checks = []
     for trr, plan in plans.items():
-        stored = Schedule.load(Path(folder) / f"testbed_trr{trr}.json")
+        stored = Schedule.load(Path(folder) / f"{name}_trr{trr}.json")
         same, detail = same_plan(plan, stored), say(plan)
         if not same:
             detail += f", TRR {dict(plan.trr)}; committed: {say(stored)}, TRR {dict(stored.trr)}"
@@ -150,16 +151,16 @@ def agreement(
     rows,  # new: dependency profile, condition -> Boundaries, TRR -> Schedule, rows of results
     whole=True,  # all questions were used; else only the answers of the probe can be compared
 ):  # (checks, False where something differs, one sentence)
-    """Compare new results of the testbed with what is committed.
+    """Compare new results of a testbed with what is committed.
 
     A check is (claim, holds, detail); holds is None for remarks."""
     from seats_analysis.boundaries.find import find_boundaries
     from seats_analysis.storage.schemas import load_json, load_profile
 
-    data = Path(data)
-    names = ["profiles/testbed.nc"]
+    data, name = Path(data), profile.attrs["model"]
+    names = [f"profiles/{name}.nc"]
     if whole:
-        names += ["results/testbed.json", *(f"schedules/testbed_trr{trr}.json" for trr in plans)]
+        names += [f"results/{name}.json", *(f"schedules/{name}_trr{trr}.json" for trr in plans)]
     if missing := [name for name in names if not (data / name).is_file()]:
         said = f"no {missing[0]} in {data}, so there is nothing to compare with"
         checks = [("committed results", None, said)]
@@ -168,10 +169,9 @@ def agreement(
         checks = compare_profiles(profile, committed)
         if whole and checks[0][0] != "profile":
             theirs = {name: find_boundaries(committed, name) for name in bounds}
-            checks += compare_boundaries(bounds, theirs) + compare_plans(plans, data / "schedules")
-            checks += compare_answers(
-                rows, load_json(data / "results" / "testbed.json", "results")["rows"]
-            )
+            checks += compare_boundaries(bounds, theirs)
+            checks += compare_plans(plans, data / "schedules", name)
+            checks += compare_answers(rows, load_json(data / names[1], "results")["rows"])
     if all(holds is None for _, holds, _ in checks):
         return checks, True, "Nothing was compared."
     agrees = all(holds is not False for _, holds, _ in checks)

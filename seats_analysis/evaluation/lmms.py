@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
+from ..testbed.load import TESTBEDS
 from ..storage.files import shipped_folder
 from ..inputs.media import Clip, decode_clip
 from ..inputs.samples import Sample
@@ -73,16 +74,16 @@ def prompt_of(
 
 # %% ../../nbs/evaluation/03_lmms.ipynb #4a1df743
 def schedule_for(
-    model: str,  # `testbed`, a folder or a hub id
+    model: str,  # `testbed`, `testbed-qwen3`, a folder or a hub id
     trr: float,  # headline TRR in percent
 ) -> Schedule:
     "The schedule that is known for a model. Raises ValueError where there is none."
     known, there = next((k for k in PUBLISHED if k in model.lower()), None), []
     if known:
         there = list(PUBLISHED[known]["pairs"])
-    elif model == "testbed":
-        files = shipped_folder("schedules").glob("testbed_trr*.json")
-        there = [float(p.stem.removeprefix("testbed_trr")) for p in files]
+    elif model in TESTBEDS:
+        files = shipped_folder("schedules").glob(f"{model}_trr*.json")
+        there = [float(p.stem.removeprefix(f"{model}_trr")) for p in files]
     if trr not in there:
         only = f", only at {', '.join(f'{t:g}' for t in sorted(there))}" if there else ""
         raise ValueError(
@@ -91,7 +92,7 @@ def schedule_for(
         )
     if known:
         return Schedule.published(known, int(trr))
-    return Schedule.load(f"testbed/{trr:g}")
+    return Schedule.load(f"{model}/{trr:g}")
 
 
 def method_for(
@@ -199,7 +200,7 @@ def _number(name, value, kind):
 class ModelArgs:
     "What lmms-eval passes on from `--model_args`; numbers may be text."
 
-    pretrained: str = "testbed"  # a folder or a hub id
+    pretrained: str = "testbed"  # or "testbed-qwen3", a folder or a hub id
     method: str = "seats"
     trr: float = None
     schedule: str = None

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from ..storage.checkpoint import processes
 from ..storage.files import one_line, shipped_folder
+from ..testbed.load import TESTBEDS
 
 # %% ../../nbs/evaluation/00_load.ipynb #0cf2fc34
 def _unknown(name, reason):
     return ValueError(
-        f"unknown model {name!r}: neither `testbed`, nor a folder with a config.json, "
-        f"nor a model that the hub gives ({reason})"
+        f"unknown model {name!r}: neither {' nor '.join(TESTBEDS)}, nor a folder with a "
+        f"config.json, nor a model that the hub gives ({reason})"
     )
 
 
@@ -53,13 +54,14 @@ def _hub_config(name):
 
 
 def check_model(
-    name,  # `testbed`, a folder, or a hub id
+    name,  # `testbed`, `testbed-qwen3`, a folder, or a hub id
 ) -> int | None:  # decoder layers, if the configuration says
     """The depth of a model, from its configuration alone: nothing heavy is imported. ValueError for
     a name that is none, and for a model that cannot be had here."""
-    folder = shipped_folder("testbed") if name == "testbed" else Path(name)
+    shipped = name in TESTBEDS
+    folder = shipped_folder("testbed") / TESTBEDS[name] if shipped else Path(name)
     path = folder / "config.json"
-    if name != "testbed" and not path.is_file():
+    if not shipped and not path.is_file():
         if folder.is_dir():
             raise _unknown(name, f"{name} has no config.json")
         if name.count("/") != 1:
@@ -124,7 +126,7 @@ _ATTENTION = "sdpa", "eager", "flash_attention_2"
 
 
 def load_model(
-    name: str,  # `testbed`, a folder, or a hub id
+    name: str,  # `testbed`, `testbed-qwen3`, a folder, or a hub id
     device: str = "",  # 'cpu', 'cuda'; '' takes a GPU where there is one
     trust_remote_code: bool = False,  # whether to run Python that the checkpoint brings
     dtype: str = "auto",  # as stored, or 'float32', 'bfloat16', 'float16'
@@ -139,8 +141,8 @@ def load_model(
     from safetensors import SafetensorError
 
     try:
-        if name == "testbed":
-            return _testbed(device, dtype, attention)
+        if name in TESTBEDS:
+            return _testbed(name, device, dtype, attention)
         return _checkpoint(name, device, trust_remote_code, dtype, attention)
     except ImportError as error:
         raise ValueError(f"{name} cannot be used here: {one_line(error)}") from None
@@ -152,11 +154,11 @@ def load_model(
         raise _untrusted(name) if "trust_remote_code" in str(error) else error from None
 
 
-def _testbed(device, dtype, attention):
+def _testbed(name, device, dtype, attention):
     import torch
     from seats_analysis.testbed.load import load_testbed
 
-    model, processor = load_testbed()
+    model, processor = load_testbed(TESTBEDS[name])
     model.set_attn_implementation(attention)
     return model.to(device, None if dtype == "auto" else getattr(torch, dtype)), processor
 

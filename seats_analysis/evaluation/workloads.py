@@ -11,6 +11,7 @@ import torch
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from ..testbed.load import TESTBEDS
 from ..inputs.media import Clip
 from ..inputs.samples import Sample
 from ..inputs.benchmarks import preset_for
@@ -42,7 +43,8 @@ _CLASSES = {"qwen2.5-omni": "Qwen2_5Omni", "qwen3-omni": "Qwen3OmniMoe"}
 
 
 def _family(config):
-    return "qwen3-omni" if config.startswith("qwen3-omni") else "qwen2.5-omni"
+    released = "qwen3-omni" if config.startswith("qwen3-omni") else "qwen2.5-omni"
+    return TESTBEDS.get(config, released)
 
 
 def _class(config, name):
@@ -124,7 +126,7 @@ def _narrow(config, width):
 
 
 def config_of(
-    config: str,  # key of SIZES, or 'testbed'
+    config: str,  # key of SIZES or of TESTBEDS
     width: int | None = None,  # of the residual stream; None = as it is
 ):  # configuration of a thinker
     "As released, or with the same depth and proportions at another width. ValueError if unknown."
@@ -133,16 +135,16 @@ def config_of(
         if width is not None:
             _narrow(made, width)
         return made
-    if config != "testbed":
-        known = ", ".join([*SIZES, "testbed"])
+    if config not in TESTBEDS:
+        known = ", ".join([*SIZES, *TESTBEDS])
         raise ValueError(f"unknown configuration {config!r}; known: {known}")
     from seats_analysis.testbed.load import build_config
 
     if width is None:
-        return build_config()
+        return build_config(TESTBEDS[config])
     if width % 128:
         raise ValueError(f"--width {width}: the testbed takes multiples of 128")
-    made = build_config(width=width)
+    made = build_config(TESTBEDS[config], width=width)
     made.text_config.rope_parameters["mrope_section"] = [width // 16, width // 32, width // 32]
     return made
 
@@ -163,8 +165,8 @@ def _randomise(model, seed):
 
 
 def build_model(
-    config: str,  # key of SIZES, or 'testbed'
-    width: int | None = None,  # see `config_of`; the testbed as it is has its trained weights
+    config: str,  # key of SIZES or of TESTBEDS
+    width: int | None = None,  # see `config_of`; a testbed as it is has its trained weights
     device="cpu",  # where weights are made and used; 'meta' for shapes alone
     dtype=None,  # default: bfloat16 on a GPU, float32 elsewhere
     attention: str = "sdpa",  # of transformers, for the full model and every method alike
@@ -175,8 +177,8 @@ def build_model(
 
     made = config_of(config, width)
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
-    if config == "testbed" and width is None:
-        model = load_testbed()[0].to(device=device, dtype=dtype)
+    if config in TESTBEDS and width is None:
+        model = load_testbed(TESTBEDS[config])[0].to(device=device, dtype=dtype)
         model.set_attn_implementation(attention)
         return model
     with torch.device(device):
@@ -193,8 +195,8 @@ def bench_processor(config: str):
     import transformers
     from seats_analysis.testbed.load import build_processor
 
-    made, processor = config_of(config), build_processor()
-    if config != "testbed":
+    made, processor = config_of(config), build_processor(_family(config))
+    if config not in TESTBEDS:
         vision = made.vision_config
         names = "patch_size", "temporal_patch_size"
         pixels = {k: getattr(vision, k) for k in names} | dict(merge_size=vision.spatial_merge_size)
@@ -308,7 +310,7 @@ def bench_inputs(
 
 # %% ../../nbs/evaluation/08_workloads.ipynb #8c52842b
 def bench_schedule(
-    config: str,  # key of SIZES, or 'testbed'
+    config: str,  # key of SIZES or of TESTBEDS
     trr: float,  # headline, percent
     tokens: Mapping,  # of `Request.tokens`
 ) -> Schedule:
@@ -321,8 +323,8 @@ def bench_schedule(
                 return plan
         bounds = Boundaries(*PUBLISHED[config]["boundaries"])
         return Schedule.from_trr(bounds, trr, *counts, like=config)
-    if config == "testbed":
-        plan = Schedule.load("testbed/10")
+    if config in TESTBEDS:
+        plan = Schedule.load(f"{config}/10")
     else:
         plan = Schedule.at_published_depth(config_of(config).text_config.num_hidden_layers)
     late = max(plan.late(m) for m in ("visual", "audio"))

@@ -79,7 +79,7 @@ class OmniAdapter:
         "Hub id; of a local model only the folder's name, as paths mean nothing elsewhere."
         name = self.config(model)._name_or_path or getattr(model.config, "_name_or_path", "")
         local = Path(name).is_absolute() or name.startswith(".")
-        return Path(name).name.lstrip("_") if local else name  # the testbed is in `_testbed`
+        return Path(name).name if local else name
 
     def rates(self, model) -> Rates:
         "The rates of a model. Where the config names no chunk (Qwen3-Omni), windows are of 2 s."

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from html import escape
 from pathlib import Path
+from ..testbed.load import TESTBEDS
 from ..boundaries.find import Resampled
 from ..boundaries.report import explain
 from ..boundaries.retention import needed_families
@@ -28,8 +29,8 @@ from ..storage.schemas import load_profile
 def model_config(name):
     "The configuration of a model (testbed, folder or hub id); None if it is not on this machine."
     path = Path(name) / "config.json" if name else None
-    if name == "testbed":
-        path = shipped_folder("testbed") / "config.json"
+    if name in TESTBEDS:
+        path = shipped_folder("testbed") / TESTBEDS[name] / "config.json"
     elif name.count("/") == 1 and not Path(name).is_dir():
         from huggingface_hub import try_to_load_from_cache
 

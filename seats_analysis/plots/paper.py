@@ -14,6 +14,7 @@ from collections import defaultdict
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from ..testbed.load import TESTBEDS
 from ..boundaries.retention import family_needs
 from seats_analysis.plots.dependency import (
     coverage_figure,
@@ -226,7 +227,7 @@ def reported_rows(folder, trusted=True):
 
 def profile_paths(data):
     "The profiles of a data folder; one profile stands for itself."
-    if not data.exists() and str(data) != "testbed":
+    if not data.exists() and str(data) not in TESTBEDS:
         raise ValueError(f"{data}: nothing to draw, no such folder or profile")
     return sorted(data.glob("profiles/*.nc")) if data.is_dir() else [data]
 
@@ -444,13 +445,13 @@ def figure_jobs(
         jobs |= _profile_jobs(path)
     jobs |= _schedule_jobs(data)
     jobs |= _result_jobs(data, results)
-    if (log := data / "testbed" / "train_log.jsonl").is_file():
+    for log in sorted(data.glob("testbed/*/train_log.jsonl")):
         said = "Measured here while training, on held-out clips; dashed: lettered choices"
-        jobs["testbed_learning"] = _with_source(said, learning_curves_figure, log)
+        jobs[f"{log.parent.name}_learning"] = _with_source(said, learning_curves_figure, log)
     if not jobs:
         raise ValueError(
             f"{data}: nothing to draw; looked for profiles/*.nc, schedules/*_trr*.json, "
-            "results/*.json and testbed/train_log.jsonl"
+            "results/*.json and testbed/*/train_log.jsonl"
         )
     return jobs
 

@@ -184,13 +184,13 @@ def save_profile(
 
 
 def load_profile(
-    path,  # NetCDF file, or 'testbed' for the shipped profile
+    path,  # NetCDF file, or the name of a shipped one, as 'testbed'
 ):  # xr.Dataset in memory, dims (sample, removed, layer)
     "Read a profile. Raises ValueError naming the file if it is missing, broken or something else."
     import xarray as xr
 
-    if str(path) == "testbed":
-        path = shipped_folder("profiles") / "testbed.nc"
+    if (shipped := shipped_folder("profiles") / f"{path}.nc").is_file():
+        path = shipped
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; `seats probe` makes a profile")
     try:

@@ -60,9 +60,9 @@ class TrainConfig:
     family: str = "qwen2.5-omni"
     seed: int = 0
     layers: int = 16
-    text_steps: int = 2000  # text only, before the towers are attached
-    steps: int = 7000  # in all
-    short_until: int = 4500  # step up to which clips have two windows instead of four
+    text_steps: int = 2400  # text only, before the towers are attached
+    steps: int = 5000  # in all
+    short_until: int = 3800  # step up to which clips have two windows instead of four
     text_every: int = 5  # with towers, every so manyth step is text only
     letters: float = 0.5  # share of the questions with lettered choices
     early: float = 0.5  # share of the prompts that end early, while there is only text
@@ -104,7 +104,7 @@ def _question(sample, blind=False, early=0):  # early: tokens that the prompt la
 
 
 def _drill(rng, kind):
-    "Four pairs of any words (kind 1: of letters and words), then again in another order, or a question."
+    "Four pairs of words (kind 1: of letters and words), again in another order, or a question."
     keys, values = rng.sample(_WORDS, 4), _LETTERS
     if kind != 1:
         values = rng.sample([w for w in _WORDS if w not in keys], 4)
@@ -438,6 +438,13 @@ class Trainer:
 
         self.config, self.folder, self.step, self.seconds = config, Path(folder), 0, 0.0
         self.checkpoint, self.log = self.folder / "checkpoint.pt", self.folder / "train_log.jsonl"
+        saved = torch.load(self.checkpoint, weights_only=True) if self.checkpoint.exists() else {}
+        ours, theirs = asdict(config), saved.get("config", {})
+        if bad := [k for k in theirs.keys() - {"steps", "threads"} if theirs[k] != ours.get(k)]:
+            raise ValueError(
+                f"{self.checkpoint} is of another run: {bad[0]} {theirs[bad[0]]} there, "
+                f"{ours.get(bad[0])} now; remove it to begin anew, or choose another folder"
+            )
         self.model = build_model(config.family, config.layers, config.seed)
         fast_vision(self.model)
         width = self.model.config.text_config.hidden_size
@@ -445,8 +452,7 @@ class Trainer:
         heads = {name: torch.nn.Linear(width, 1 + len(v)) for name, (_, v) in READ.items()}
         self.heads = torch.nn.ModuleDict(heads)
         self.optimizer = self._optimizer()
-        if self.checkpoint.exists():
-            saved = torch.load(self.checkpoint, weights_only=True)
+        if saved:
             self.model.load_state_dict(saved["model"])
             self.heads.load_state_dict(saved["heads"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -490,7 +496,7 @@ class Trainer:
         return loss.item(), hint.item()
 
     def accuracy(self):
-        "Per family, `*` with letters, on held-out scenes: the right choice's first word ranks first."
+        "Per family, `*` with letters, on held-out scenes: the right choice ranks first."
         import torch
 
         c, right = self.config, {}
@@ -522,6 +528,7 @@ class Trainer:
         import torch
 
         state = dict(
+            config=asdict(self.config),
             model=self.model.state_dict(),
             heads=self.heads.state_dict(),
             optimizer=self.optimizer.state_dict(),
