@@ -408,11 +408,10 @@ def test_a_figure_does_not_replace_another_ones_pdf(stored, tmp_path):
 
 @pytest.fixture(scope="module")
 def model():
-    from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
-    from seats_analysis.testbed.load import build_config, build_processor, init_weights
+    from seats_analysis.testbed.load import build_processor, build_model
 
-    thinker = Thinker(build_config(layers=20, tower=32)).eval()
-    init_weights(thinker, 0)
+    thinker = build_model(layers=20).eval()
+
     return thinker, build_processor()
 
 

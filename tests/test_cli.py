@@ -84,11 +84,10 @@ def profile(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def model():
     "The testbed's structure with random weights."
-    from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
-    from seats_analysis.testbed.load import build_config, build_processor, init_weights
+    from seats_analysis.testbed.load import build_processor, build_model
 
-    thinker = Thinker(build_config(layers=12)).eval()
-    init_weights(thinker, 0)
+    thinker = build_model(layers=12).eval()
+
     return thinker, build_processor()
 
 
@@ -1045,7 +1044,7 @@ def test_demo_on_a_few_questions(tmp_path, monkeypatch):
     assert done.exit_code == 0 and "agrees" in done.stdout, done.stdout + done.stderr
     assert drawn == [(out, out / "figures")]
     jobs = paper.figure_jobs(out)
-    assert {"testbed_dependency", "testbed_retention", "kept_example"} <= set(jobs)
+    assert {"testbed_dependency", "testbed_retention", "kept_testbed"} <= set(jobs)
     written = {
         p.relative_to(tmp_path / "demo").as_posix()
         for p in (tmp_path / "demo").rglob("*")
@@ -1054,7 +1053,7 @@ def test_demo_on_a_few_questions(tmp_path, monkeypatch):
     assert {
         "profiles/testbed.nc",
         "results/testbed.json",
-        "results/kept_example.json",
+        "results/kept_testbed.json",
         *(f"schedules/testbed_trr{t}.json" for t in demo_commands.TARGETS),
     } <= written
     rows = json.loads((tmp_path / "demo" / "results" / "testbed.json").read_text())["rows"]

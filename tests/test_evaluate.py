@@ -18,7 +18,7 @@ from seats_analysis.evaluation.evaluate import (
 from seats_analysis.inputs.media import Clip
 from seats_analysis.inputs.samples import Sample
 from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.testbed.load import build_config, build_processor, init_weights
+from seats_analysis.testbed.load import build_processor, build_model
 
 COLUMNS = {"id", "clip", "family", "split", "correct", "letter_correct", "nll", "prediction"}
 PLAN = Schedule(
@@ -32,10 +32,9 @@ PLAN = Schedule(
 
 @pytest.fixture(scope="module")
 def testbed():
-    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-    model = Qwen2_5OmniThinkerForConditionalGeneration(build_config(layers=4)).eval()
-    init_weights(model, 0)
+    model = build_model(layers=4).eval()
+
     return model, build_processor()
 
 

@@ -304,7 +304,7 @@ def test_figures_from_a_data_folder(profile, clip, tmp_path):
     for trr in (35, 10):
         Schedule.published("qwen2.5-omni-7b", trr).save(data / "schedules" / f"m_trr{trr}.json")
     encode_clip(clip, data / "results" / "noise.mp4")
-    (data / "results" / "kept_example.json").write_text(json.dumps(kept_of()))
+    (data / "results" / "kept_testbed.json").write_text(json.dumps(kept_of()))
     (data / "testbed" / "train_log.jsonl").write_text("\n".join(map(json.dumps, made_up_log())))
     code = (
         "import sys; from seats_analysis.plots.paper import make_figures; "
@@ -319,7 +319,7 @@ def test_figures_from_a_data_folder(profile, clip, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     names = [
-        "kept_example",
+        "kept_testbed",
         "m_dependency",
         "m_dependency_corrected",
         "m_dependency_test",

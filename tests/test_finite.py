@@ -9,7 +9,7 @@ from seats_analysis.inputs.media import Clip
 from seats_analysis.inputs.samples import Sample
 from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.testbed.load import build_config, build_processor, init_weights
+from seats_analysis.testbed.load import build_processor, build_model
 
 LAYERS, DROPS = 5, (2, 3)
 PLAN = Schedule(
@@ -23,12 +23,8 @@ PLAN = Schedule(
 
 @pytest.fixture(scope="module")
 def model():
-    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-    model = Qwen2_5OmniThinkerForConditionalGeneration._from_config(
-        build_config(layers=LAYERS), attn_implementation="sdpa"
-    )
-    init_weights(model, 0)
+    model = build_model(layers=LAYERS, seed=0)
     return model.eval()
 
 

@@ -22,7 +22,7 @@ from seats_analysis.pruning.cache import Slots, follow_up, slots_of
 from seats_analysis.pruning.generate import pick_media, repeat_order
 from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.testbed.load import build_config, build_processor, init_weights
+from seats_analysis.testbed.load import build_processor, build_model
 
 LAYERS, NEW = 6, 5
 GREEDY = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
@@ -82,12 +82,9 @@ def processor():
 
 
 def make_model(attention="sdpa"):
-    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-    thinker = Qwen2_5OmniThinkerForConditionalGeneration._from_config(
-        build_config(layers=LAYERS), attn_implementation=attention
-    )
-    init_weights(thinker, 0)
+    thinker = build_model(layers=LAYERS, seed=0)
+    thinker.set_attn_implementation(attention)
     thinker.generation_config.eos_token_id = None  # nothing ends by chance
     thinker.generation_config.pad_token_id = 0
     return thinker.eval()

@@ -141,7 +141,7 @@ def data(tmp_path_factory):
     for part in ("reported", "schedules", "profiles"):
         shutil.copytree(ROOT / "data" / part, folder / part)
     (folder / "results").mkdir()
-    shutil.copy(ROOT / "data" / "results" / "kept_example.json", folder / "results")
+    shutil.copy(ROOT / "data" / "results" / "kept_testbed.json", folder / "results")
     (folder / "results" / "eval_testbed.json").write_text(json.dumps(made_up()))
     return folder
 

@@ -17,7 +17,7 @@ from seats_analysis.pruning.cache import slots_of
 from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.schedule import Schedule
 from plain import stage2
-from seats_analysis.testbed.load import build_config, build_processor, init_weights
+from seats_analysis.testbed.load import build_processor, build_model
 
 LAYERS, schedule = tiny.LAYERS, tiny.schedule
 CODE = dict(visual=VISUAL, audio=AUDIO)
@@ -51,12 +51,9 @@ def processor():
 
 
 def make_model(seed=0, layers=LAYERS, attention="sdpa"):
-    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-    model = Qwen2_5OmniThinkerForConditionalGeneration._from_config(
-        build_config(layers=layers), attn_implementation=attention
-    )
-    init_weights(model, seed)
+    model = build_model(layers=layers, seed=seed)
+    model.set_attn_implementation(attention)
     return model.eval()
 
 

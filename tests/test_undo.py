@@ -21,7 +21,7 @@ from seats_analysis.pruning.cache import Slots
 from seats_analysis.pruning.prefill import Prefill
 from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.testbed.load import build_config, build_processor, init_weights
+from seats_analysis.testbed.load import build_processor, build_model
 
 LAYERS = 6
 BEAMS = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, num_beams=2)
@@ -39,12 +39,8 @@ class Broken(Exception):
 
 
 def make_model(seed=0):
-    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-    model = Qwen2_5OmniThinkerForConditionalGeneration._from_config(
-        build_config(layers=LAYERS), attn_implementation="sdpa"
-    )
-    init_weights(model, seed)
+    model = build_model(layers=LAYERS, seed=seed)
     return model.eval()
 
 

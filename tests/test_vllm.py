@@ -47,7 +47,7 @@ SMALL = dict(  # a chunk of the prefill is shorter than what stays of a window
 
 @pytest.fixture(scope="module")
 def testbed():
-    model, processor = load_testbed(FOLDER)
+    model, processor = load_testbed(folder=FOLDER)
     model.generation_config.eos_token_id = None  # as many tokens for every request
     return model, processor
 

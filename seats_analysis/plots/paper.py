@@ -445,9 +445,10 @@ def figure_jobs(
         jobs |= _profile_jobs(path)
     jobs |= _schedule_jobs(data)
     jobs |= _result_jobs(data, results)
-    for log in sorted(data.glob("testbed/*/train_log.jsonl")):
-        said = "Measured here while training, on held-out clips; dashed: lettered choices"
-        jobs[f"{log.parent.name}_learning"] = _with_source(said, learning_curves_figure, log)
+    for name, family in TESTBEDS.items():
+        if (log := data / "testbed" / family / "train_log.jsonl").is_file():
+            said = "Measured here while training, on held-out clips; dashed: lettered choices"
+            jobs[f"{name}_learning"] = _with_source(said, learning_curves_figure, log)
     if not jobs:
         raise ValueError(
             f"{data}: nothing to draw; looked for profiles/*.nc, schedules/*_trr*.json, "

@@ -240,6 +240,14 @@ class Batch:
     hints: dict | None = None  # of `hints`
 
 
+def draw_scenes(rng, c: TrainConfig, told, windows, first_seed=10**6):
+    "Those of one batch."
+    seeds = [
+        rng.randrange(first_seed, 10 * first_seed) for _ in range(c.text_batch if told else c.batch)
+    ]
+    return [make_scene(seed, windows) for seed in seeds]
+
+
 def make_batch(
     key,  # step, or another name of the batch
     c: TrainConfig,
@@ -251,9 +259,7 @@ def make_batch(
 ) -> Batch:
     "A function of seed and key. Scenes 10**6 and up are for training only."
     rng = random.Random(f"batch {c.seed} {key}")
-    n = c.text_batch if told else c.batch
-    seeds = [rng.randrange(first_seed, 10 * first_seed) for _ in range(n)]
-    scenes, rows = [make_scene(seed, windows) for seed in seeds], []
+    scenes, rows = draw_scenes(rng, c, told, windows, first_seed), []
     for scene in scenes:
         first = [_drill(rng, (i + 2) % 3) for i in range(drills)]
         if training:
@@ -266,12 +272,24 @@ def make_batch(
     return Batch(rows, (), *features(scenes, c.family), hints(scenes))
 
 
-def training_batch(step, c: TrainConfig) -> Batch:
-    "The batch of a step: text, then short clips, then long ones, with text mixed in."
+def _stage(step, c: TrainConfig):
+    "Whether a step is text, its windows and its drills: text, then short clips, then long ones."
     told = step < c.text_steps or step % c.text_every == 0
-    drills = (3 if step < c.drills_until else 1) if told else 0
     windows = 2 + step % 3 if told else 2 if step < c.short_until else WINDOWS
+    return told, windows, (3 if step < c.drills_until else 1) if told else 0
+
+
+def training_batch(step, c: TrainConfig) -> Batch:
+    "The batch of a step."
+    told, windows, drills = _stage(step, c)
     return make_batch(step, c, told, windows, drills=drills)
+
+
+def training_scenes(c: TrainConfig):
+    "Every scene that a run has seen or was told."
+    for step in range(c.steps):
+        told, windows, _ = _stage(step, c)
+        yield from draw_scenes(random.Random(f"batch {c.seed} {step}"), c, told, windows)
 
 
 class _Steps:
