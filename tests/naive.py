@@ -112,8 +112,8 @@ def audio_statistic(model, x, frames):
         return attention_received(q, k, [w for n in frames for w in windows(qwen3_tokens(n), 26)])
     out, rows = [], [(n + 1) // 2 for n in frames]
     stat = attention_received(
-        q, k, [w for n in rows for w in windows(n, 40)]
-    )  # 2 s at 20 rows a second
+        q, k, [w for n in rows for w in windows(n, 20)]
+    )  # 2 s at 10 rows a second
     for part in stat.split(rows):
         out.append(part[: len(part) // 2 * 2].view(-1, 2).mean(1))
     return torch.cat(out)

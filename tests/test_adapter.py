@@ -95,21 +95,21 @@ def state(model):
 def test_counts_and_windows(batch):
     counts = batch.layout.counts()
     assert counts["visual"].tolist() == [64, 48, 0, 0, 80]
-    assert counts["audio"].tolist() == [40, 0, 0, 25, 50]
+    assert counts["audio"].tolist() == [20, 0, 0, 12, 25]
     first, last = batch.layout[0], batch.layout[4]
     assert first.window[first.visual].bincount().tolist() == [32, 32]
-    assert first.window[first.audio].bincount().tolist() == [20, 20]
+    assert first.window[first.audio].bincount().tolist() == [10, 10]
     assert last.window[last.visual].bincount().tolist() == [32, 32, 16]
-    assert last.run[last.audio].bincount().tolist() == [20, 20, 10]
+    assert last.run[last.audio].bincount().tolist() == [10, 10, 5]
     alone = batch.layout[3]
-    assert alone.window[alone.audio].bincount().tolist() == [20, 5]
+    assert alone.window[alone.audio].bincount().tolist() == [10, 2]
     assert alone.run[alone.audio].unique().tolist() == [0]
 
 
 def test_interleaved_runs_alternate(batch):
     first = batch.layout[0]
     media = first.modality[first.visual | first.audio].tolist()
-    assert media == ([VISUAL] * 32 + [AUDIO] * 20) * 2
+    assert media == ([VISUAL] * 32 + [AUDIO] * 10) * 2
 
 
 def test_layout_from_inputs_alone(model, batch, samples, processor):
@@ -236,7 +236,7 @@ def test_names_and_rates(model):
     adapter = adapter_for(model)
     assert len(adapter.layers(model)) == adapter.num_layers(model) == LAYERS
     assert adapter.visual(model).blocks and adapter.audio_tower(model).layers
-    assert adapter.rates(model).positions_per_second == 10
+    assert adapter.rates(model).positions_per_second == 5
     assert set(adapter.token_ids(model)) >= {VISUAL, AUDIO}
 
 
@@ -273,14 +273,14 @@ def test_frame_rate_is_the_true_one(model, processor):
     ].tolist() == [1.0]
     assert fast.layout.counts()["visual"].item() == 2 * slow.layout.counts()["visual"].item()
     times = fast.position_ids[0, 0][fast.layout.visual[0]].unique()
-    assert (times[1:] - times[:-1]).tolist() == [5] * 7
+    assert (times[1:] - times[:-1]).tolist() == [2, 3] * 3 + [2]
 
 
 def test_long_sound_is_not_cut(model, processor):
     "The feature extractor's chunk is 30 s; what comes after it must not vanish."
     wave = np.random.default_rng(0).standard_normal(16000 * 33, "float32") * 0.1
     encoded = encode(model, processor, [question(Clip("long", None, 2.0, wave, 16000))])
-    assert encoded.layout.counts()["audio"].item() == 330
+    assert encoded.layout.counts()["audio"].item() == 165
 
 
 def test_frames_of_odd_number_and_a_blip_of_sound(model, processor):

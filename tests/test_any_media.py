@@ -93,14 +93,14 @@ def test_counts(singles, family):
     count = lambda name: {
         k: v.item() for k, v in singles[name].layout.counts().items() if k != "text" and v
     }
-    per_second = {"qwen2.5-omni": 10, "qwen3-omni": 13}[family]
+    per_second = {"qwen2.5-omni": 5, "qwen3-omni": 13}[family]
     assert (
         count("both") == dict(visual=18, audio=3 * per_second)
         and count("silent") == dict(visual=12)
         and count("text") == {} == count("blip")
     )
     assert count("images") == dict(image=4 + 8) and count("short") == dict(
-        visual=6, audio={10: 5, 13: 13}[per_second]
+        visual=6, audio={5: 2, 13: 13}[per_second]
     )  # filled up to a second
     assert count("clips") == dict(visual=12 + 12 + 16, audio=5 * per_second)
     assert count("everything")["image"] == 4 + 2

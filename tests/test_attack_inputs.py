@@ -386,7 +386,7 @@ NUMBERS_AND_MORE += [[], {}, {"visual": 0.5, "audio": 10**400}, {"visual": "a", 
 NUMBERS_AND_MORE += [[["a", 1]], "a" * 5000, "\ud800", float("inf"), {"scale_requested": "x"}]
 
 
-@pytest.mark.parametrize("n", [60, pytest.param(500, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("n", [120, pytest.param(500, marks=pytest.mark.nightly)])
 @pytest.mark.filterwarnings("ignore")
 def test_mutated_schedules(tmp_path, n):
     "Refused in one line, or a plan with which everything works and that comes back from its file."

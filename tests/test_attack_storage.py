@@ -408,11 +408,9 @@ def test_a_figure_does_not_replace_another_ones_pdf(stored, tmp_path):
 
 @pytest.fixture(scope="module")
 def model():
-    from seats_analysis.testbed.load import build_processor, build_model
+    from seats_analysis.testbed.load import build_model, build_processor
 
-    thinker = build_model(layers=20).eval()
-
-    return thinker, build_processor()
+    return build_model().eval(), build_processor()
 
 
 @pytest.fixture

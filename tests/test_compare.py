@@ -184,11 +184,10 @@ def test_outcomes_are_those_of_evaluate(model, processor, samples):
 
 @pytest.fixture(scope="module")
 def shape():
-    "Counts of the testbed: 128 visual, 80 audio and 15 or 16 text tokens, 20 layers."
-    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
-    from seats_analysis.testbed.load import build_config, build_processor, fresh_samples
+    "Counts of the testbed: 192 visual, 40 audio and the text tokens, 20 layers."
+    from seats_analysis.testbed.load import build_model, build_processor, fresh_samples
 
-    model = Qwen2_5OmniThinkerForConditionalGeneration(build_config(layers=20)).eval()
+    model = build_model(layers=20).eval()
     return DataShape.of(model, build_processor(), fresh_samples(8, seed=4, per_clip=2))
 
 
@@ -451,7 +450,7 @@ def test_columns_say_what_happened(shape):
         entering=dict(visual=0.25, audio=0.5),
         keep_ratios=dict(visual=(0.5,), audio=(0.5,)),
     )
-    seats, other = METHODS["seats"](plan), METHODS["random"].for_trr(20, 0.5, 0.4, 128, 80)
+    seats, other = METHODS["seats"](plan), METHODS["random"].for_trr(20, 0.5, 0.4, 192, 40)
     runs = [
         MethodRun("full", "full", 100, (None,), setting="full"),
         MethodRun("seats", "seats", 25, (seats,), knob=(1.0,)),
@@ -490,14 +489,14 @@ def test_columns_say_what_happened(shape):
         and ours["diff_seats"] == 0
         and [r["flops_fraction"] for r in (ours, theirs)] == [0.3, 0.3]
     )
-    # 4 windows of 32 and of 20 tokens: 32 + 40 enter, half of them stay from layer 10 to 18;
-    # 64 + 32 are drawn once
-    assert ours["retention_entry"] == pytest.approx(72 / 208) and theirs[
+    # 4 windows of 48 and of 10 tokens: 48 + 20 enter, half of them stay from layer 10 to 18;
+    # 96 + 16 are drawn once
+    assert ours["retention_entry"] == pytest.approx(68 / 232) and theirs[
         "retention_entry"
-    ] == theirs["retention_layers"] == pytest.approx(96 / 208)
-    assert ours["retention_layers"] == pytest.approx((10 * 72 + 8 * 36) / 20 / 208)
+    ] == theirs["retention_layers"] == pytest.approx(112 / 232)
+    assert ours["retention_layers"] == pytest.approx((10 * 68 + 8 * 34) / 20 / 232)
     assert [ours["retention_visual"], ours["retention_audio"]] == pytest.approx(
-        [(10 * 32 + 8 * 16) / 20 / 128, (10 * 40 + 8 * 20) / 20 / 80]
+        [(10 * 48 + 8 * 24) / 20 / 192, (10 * 20 + 8 * 10) / 20 / 40]
     )
 
 

@@ -80,7 +80,7 @@ def test_without_widgets_there_is_the_figure(monkeypatch):
 def test_a_profile_of_ones_own_is_offered(source, tmp_path):
     "Other layers, no splits, no token counts, one condition: whatever can be shown is shown."
     own = (
-        source.profile.sel(layer=[0, 3, 6, 12, 20], removed=["visual"])
+        source.profile.sel(layer=[0, 3, 6, 12, 16], removed=["visual"])
         .drop_vars("split")
         .assign_attrs(model="nobody/model")
     )
@@ -91,7 +91,7 @@ def test_a_profile_of_ones_own_is_offered(source, tmp_path):
     panel = explore(tmp_path, tmp_path, n_boot=50)
     assert panel.profile.options == ("a", "b")
     assert panel.settings["removed"].options == ("visual",)
-    assert panel.view.bounds.layers == (0, 3, 6, 12, 20)
+    assert panel.view.bounds.layers == (0, 3, 6, 12, 16)
     assert panel.button.disabled and "how many tokens" in panel.words.value and panel.save() is None
     panel.profile.value = "b"
     assert panel.view.source.name == "b"

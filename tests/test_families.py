@@ -94,7 +94,7 @@ def close(a, b, tol=1e-5):
 
 
 def test_rates_and_windows(family, model, batch):
-    per_window = {"qwen2.5-omni": 20, "qwen3-omni": 26}[family]
+    per_window = {"qwen2.5-omni": 10, "qwen3-omni": 26}[family]
     r = adapter_for(model).rates(model)
     assert adapter_for(model).family == family
     assert r.positions_per_second * r.seconds_per_chunk == per_window

@@ -42,10 +42,12 @@ def answerer():
 
 @pytest.fixture(scope="module")
 def docs():
-    return [d for d in task_docs("testbed") if d["family"] in ("tone", "pattern")][:8]
+    return [
+        d for d in task_docs("testbed") if d["family"] in ("tone", "pattern") and not d["lettered"]
+    ][:8]
 
 
-@pytest.mark.parametrize("seconds, samples, tokens", [(1, 16000, 10), (2, 32000, 20), (2, 1500, 0)])
+@pytest.mark.parametrize("seconds, samples, tokens", [(1, 16000, 5), (2, 32000, 10), (2, 1500, 0)])
 def test_short_clips_keep_their_sound(answerer, docs, seconds, samples, tokens):
     "One chunk or two, and too little for a token, beside a longer prompt."
     whole = answerer.prompt(doc_to_messages(docs[0]), "q")
@@ -53,7 +55,7 @@ def test_short_clips_keep_their_sound(answerer, docs, seconds, samples, tokens):
     clip = replace(clip, frames=clip.frames[: 2 * seconds], waveform=clip.waveform[:samples])
     prompts = [replace(whole, content=(clip, *whole.content[1:])), whole]
     counts = encode(answerer.model, answerer.processor, prompts).layout.counts()["audio"]
-    assert counts.tolist() == [tokens, 80] and len(answerer(prompts, max_new_tokens=1)) == 2
+    assert counts.tolist() == [tokens, 40] and len(answerer(prompts, max_new_tokens=1)) == 2
 
 
 def right(docs):
@@ -66,7 +68,7 @@ def test_sound_lies_between_the_frames(answerer, docs):
     prompt = answerer.prompt(doc_to_messages(docs[0]), "q")
     layout = encode(answerer.model, answerer.processor, [prompt]).layout
     runs = [int(layout.run[0][m].max()) + 1 for m in (layout.visual[0], layout.audio[0])]
-    assert runs == [4, 4] and layout.counts()["audio"].item() == 80
+    assert runs == [4, 4] and layout.counts()["audio"].item() == 40
     assert (layout.window[0][layout.audio[0]].unique() == torch.arange(4)).all()
 
 

@@ -678,7 +678,7 @@ def test_audio_windows_follow_the_schedule(model, singles, monkeypatch):
         with prune(model, schedule(windows=dict(visual_grids=2, seconds=seconds))) as run:
             last(model, singles[0])
         heard = run.layout.window[0][run.layout.modality[0] == AUDIO]
-        windows = [int(10 * seconds)] * int(4 / seconds)
+        windows = [int(5 * seconds)] * int(4 / seconds)
         assert heard.bincount().tolist() == windows
         assert [2 * n for n in windows] in asked  # rows of the tower: two for each token
         layouts[seconds] = run.layout

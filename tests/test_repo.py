@@ -652,8 +652,9 @@ def test_plant_untraceable(project):
 
 
 def test_plant_unpacked_data(project):
-    (project / "data" / "testbed" / "clips").mkdir()
-    for name in ("config.json", "model.safetensors", "clips/a.mp4"):
+    for name in ("clips", "qwen2.5-omni"):
+        (project / "data" / "testbed" / name).mkdir()
+    for name in ("q.jsonl", "qwen2.5-omni/model.safetensors", "clips/a.mp4"):
         (project / "data" / "testbed" / name).write_text("x")
     assert unpacked_data(project) == []
     (project / "data" / "testbed" / "notes.docx").write_text("x")

@@ -135,8 +135,8 @@ from seats_analysis.testbed.load import fresh_samples
 write_samples(fresh_samples(8, per_clip=2, folder="clips"), "clips/mine.jsonl")
 """
 TINY = dict(
-    steps=2, first_layers=1, growth=[], links_from=1, letters_at=1, decay_at=1, eval_every=1,
-    eval_clips=2, batch=2, compile=False, threads=1,
+    text_steps=1, steps=2, short_until=2, layers=1, eval_every=1, eval_clips=2, batch=2,
+    text_batch=2, decay=0.5, threads=1,
 )  # fmt: skip
 ASKED = "--question 'what colour is seen with the low sound ?'"
 WALK = f"""
@@ -151,13 +151,14 @@ seats sample-size --trials 2 --sizes 25,50
 seats transfer --limit 4
 seats eval --methods seats,random,vtw --trr 10 --limit 4
 seats figures
-seats probe --data clips/mine.jsonl --layers 0:21:4
+seats probe --data clips/mine.jsonl --layers 0:17:4
 seats eval --methods seats,random --trr 10 --data clips/mine.jsonl --profile testbed
 seats figures --data clips/mine.jsonl
 seats figures --data seats_out/mine/profiles/testbed.nc --out drawn
 seats bench --config testbed --frames 8 --seconds 4 --methods seats --trr 10 --repeats 1 --steps 1
 seats train-testbed --config tiny.json
 seats demo --limit 6
+seats demo --limit 6 --model testbed-qwen3
 """
 AGAIN = "run", "bench", "train-testbed"  # write nothing, add to what is there, go on
 

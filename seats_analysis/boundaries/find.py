@@ -170,6 +170,12 @@ class Resampled:
         parameters = dict(n_boot=n_boot, seed=seed, split=split)
         if weights := attrs.get("weights_sha256"):
             parameters["weights_sha256"] = weights
+        if "bypass_kl" in profile:
+            live = profile["bypass_kl"].mean("sample")[:-1]
+            parameters["bypass_kl"] = {
+                str(layer): round(kl, 4)
+                for layer, kl in zip(live["layer"].values, live.values.tolist())
+            }
         return cls(counts, counts.bootstrap(n_boot, seed), parameters, facts)
 
     @cached_property
@@ -288,14 +294,7 @@ def find_boundaries(
 ) -> Boundaries:
     "Shallow, middle and late blocks. Raises ValueError for what the profile does not hold."
     drawn = Resampled.of(profile, removed, split, families, n_boot, seed)
-    found = drawn.decide(tolerance, rise, margin, confidence, late_confidence)
-    if "bypass_kl" in profile:
-        live = profile["bypass_kl"].mean("sample")[:-1]
-        found.parameters["bypass_kl"] = {
-            str(layer): round(kl, 4)
-            for layer, kl in zip(live["layer"].values, live.values.tolist())
-        }
-    return found
+    return drawn.decide(tolerance, rise, margin, confidence, late_confidence)
 
 # %% ../../nbs/boundaries/01_find.ipynb #73f83688
 def kl_threshold(

@@ -137,6 +137,23 @@ def plot_dependency(
     draw_dependency(fig, curves, {r: bounds[r] for r in LOOKS if r in bounds}, corrected)
     return fig
 
+# %% ../../nbs/plots/01_dependency.ipynb #cd98825d
+@house_style()
+def plot_side_by_side(
+    profiles,  # model -> xr.Dataset
+    bounds,  # model -> {condition: Boundaries}
+):  # matplotlib Figure, two columns wide
+    "Dependency of several models, a panel each."
+    fig = new_figure(PAGE, 3.3)
+    for (name, profile), panel in zip(profiles.items(), fig.subfigures(1, len(profiles))):
+        conditions = [r for r in LOOKS if r in profile["removed"].values]
+        curves = curves_of(profile, conditions, split=derive_split(profile))
+        draw_dependency(
+            panel, curves, {r: bounds[name][r] for r in conditions if r in bounds[name]}
+        )
+        panel.legends[-1].set_title(name)  # a title of the panel would lie on the legend
+    return fig
+
 # %% ../../nbs/plots/01_dependency.ipynb #70e49008
 @house_style()
 def family_figure(

@@ -24,6 +24,7 @@ from seats_analysis.plots.dependency import (
     needed_figure,
     plot_dependency,
     plot_retention,
+    plot_side_by_side,
 )
 from .kept import plot_kept
 from seats_analysis.plots.methods import (
@@ -341,19 +342,23 @@ class FigureWarning(UserWarning):
     "What is said of data that cannot be drawn."
 
 
-def _profile_jobs(path):
-    "Figures of one profile: both splits, chance-corrected, and the families."
+def _measured(path):
+    "A profile, and its boundaries by condition; None where it has none."
     from seats_analysis.boundaries.find import find_boundaries
 
-    profile, stem = load_profile(path), path.stem
-    splits = profile["split"].values.astype(str) if "split" in profile.coords else np.array([])
-    derive = derive_split(profile)
-    conditions = [str(r) for r in profile["removed"].values]
+    profile = load_profile(path)
+    conditions, split = map(str, profile["removed"].values), derive_split(profile)
     try:
-        bounds = {r: find_boundaries(profile, r, split=derive) for r in conditions}
+        bounds = {r: find_boundaries(profile, r, split=split) for r in conditions}
     except ValueError as error:
         return warnings.warn(f"{path}: no figure, for {error}", FigureWarning)
-    bounds = {r: b for r, b in bounds.items() if not b.unmeasurable}
+    return profile, {r: b for r, b in bounds.items() if not b.unmeasurable}
+
+
+def _profile_jobs(stem, profile, bounds):
+    "Figures of one profile: both splits, chance-corrected, and the families."
+    splits = profile["split"].values.astype(str) if "split" in profile.coords else np.array([])
+    derive, conditions = derive_split(profile), list(map(str, profile["removed"].values))
 
     def job(draw, split, more="", **options):
         part = profile if split is None else profile.isel(sample=np.flatnonzero(splits == split))
@@ -441,8 +446,13 @@ def figure_jobs(
     data = Path(data)
     results = stored_results(data)
     jobs = dict(_comparison_jobs(data, results["eval"]))
-    for path in profile_paths(data):
-        jobs |= _profile_jobs(path)
+    known = {path.stem: found for path in profile_paths(data) if (found := _measured(path))}
+    for stem, (profile, bounds) in known.items():
+        jobs |= _profile_jobs(stem, profile, bounds)
+    if len(known) > 1:
+        profiles, bounds = ({k: v[i] for k, v in known.items()} for i in (0, 1))
+        said = "Measured here; questions of the derive split where there is one; 95 % bands"
+        jobs["models_dependency"] = _with_source(said, plot_side_by_side, profiles, bounds)
     jobs |= _schedule_jobs(data)
     jobs |= _result_jobs(data, results)
     for name, family in TESTBEDS.items():
