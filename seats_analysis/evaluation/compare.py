@@ -21,7 +21,6 @@ from ..storage.checkpoint import Checkpoint, checkpoint_of, processes
 from ..inputs.samples import Sample
 from ..models.families import adapter_for
 from ..models.scoring import score_choices
-from ..statistics.intervals import holm
 from ..probing.run import provenance
 from ..schedules.cost import text_dims
 from ..baselines.registry import ABLATIONS, METHODS, method_at
@@ -383,9 +382,11 @@ def significantly_better(
     The paired interval excludes 0, and the exact test holds after Holm's correction for all ranked
     rows."""
     tested = [r for r in rows if r["ranked"] and r["label"] != "seats"]
-    if clips_needed(rows):
+    if not tested or clips_needed(rows):
         return []
-    adjusted = holm([r["mcnemar_p"] for r in tested]) if tested else ()
+    from statsmodels.stats.multitest import multipletests
+
+    adjusted = multipletests([r["mcnemar_p"] for r in tested], method="holm")[1]
     return [r for r, p in zip(tested, adjusted) if r["diff_seats_low"] > 0 and p < level]
 
 # %% ../../nbs/evaluation/02_compare.ipynb #30a60f57
