@@ -168,11 +168,14 @@ def _trial(planted, noise, questions, rng, n_boot):
     )
 
 
-def _covered(intervals, truth):
-    "Share of intervals that hold the truth, their mean width in layers."
+def _covered(intervals, truth, last):
+    """Share of intervals that hold the truth, and of their two ends; how often the upper one is
+    open (the last layer), mean width in layers."""
     low, high = np.array(intervals).T
-    share, width = ((low <= truth) & (truth <= high)).mean(), (high - low).mean()
-    return dict(coverage=round(float(share), 4), width=round(float(width), 3))
+    hits = dict(lower=low <= truth, upper=truth <= high, open=high == last)
+    hits |= dict(coverage=hits["lower"] & hits["upper"])
+    shares = {name: round(float(hit.mean()), 4) for name, hit in hits.items()}
+    return shares | dict(width=round(float((high - low).mean()), 3))
 
 
 def _errors(estimates, truth):
@@ -203,9 +206,9 @@ def coverage_row(
         trials=trials,
         shallow_end=shallow,
         late_start=late,
-        shallow_interval=_covered(get("shallow_ci"), shallow),
+        shallow_interval=_covered(get("shallow_ci"), shallow, noise.num_layers),
         late_interval={
-            str(late_confidence): _covered(intervals, late)
+            str(late_confidence): _covered(intervals, late, noise.num_layers)
             for late_confidence, intervals in zip(LATE_CONFIDENCES, zip(*get("late_ci")))
         },
         errors={key: _errors(get(key), true) for key, true in truth.items()},
@@ -289,12 +292,16 @@ def coverage_table(
         "shallow_interval.coverage": "shallow covered",
         "shallow_interval.width": "shallow width",
         f"late_interval.{LATE_CONFIDENCE}.coverage": "late covered",
+        f"late_interval.{LATE_CONFIDENCE}.lower": "low end covers",
+        f"late_interval.{LATE_CONFIDENCE}.upper": "high end covers",
+        f"late_interval.{LATE_CONFIDENCE}.open": "high end open",
         f"late_interval.{LATE_CONFIDENCE}.width": "late width",
         "late_interval.0.coverage": "percentiles cover",
         "errors.late.bias": "bias",
         "errors.late.within_one": "within 1",
         "errors.cut_late.bias": "segments: bias",
     }
+    names = {key: name for key, name in names.items() if key in rows}  # older studies have less
     cells = rows.rename(columns=names).groupby(["shape", "questions"], sort=False)
     return cells.agg({name: "min" if "cover" in name else "mean" for name in names.values()})
 
