@@ -410,6 +410,8 @@ def _eval_text(result, out):
         said = f"too few for a conclusion: no difference can be significant below {needed} clips"
     asked = f"{result['questions']} questions on {result['clips']} clips, in percent"
     lines = [table(frame.to_dict("records")), "", f"{asked}; {said}{left_out(result['broken'])}"]
+    towers = f"{100 * result['encoder_share']:.0f} % of the full prefill"
+    lines.append(f"FLOPs are causal and hold the selection; the encoders, {towers}, come on top")
     if made := result["questions_of_schedule"]:
         lines.append(
             f"{made} of the questions made the schedules (same id and clip in the profile): "
@@ -420,7 +422,11 @@ def _eval_text(result, out):
 # %% ../../nbs/cli/02_answers.ipynb #61d66ad4
 @app.command("eval")
 def eval_(
-    methods: str = Option("all", help="Names separated by commas, `all`, or `ablations`."),
+    methods: str = Option(
+        "all",
+        help="Names separated by commas, `all`, `late` (with the late removal of SEATS), or "
+        "`ablations`.",
+    ),
     trr: str = Option(
         "35,25,15,10",
         help="Token retention ratios: percent of all visual and audio tokens that SEATS keeps.",
