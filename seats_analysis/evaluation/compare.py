@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 from tqdm.auto import tqdm
 from ..storage.files import atomic_write
 from ..storage.schemas import SCHEMAS, save_json
@@ -158,6 +159,9 @@ class Answering:
     answers: str = "likelihood"  # ranks the choices; 'generate' reads a written answer
     max_new_tokens: int = 16  # of a written answer
     limits: Mapping = field(default_factory=dict)  # fps and max_frames, see `encode`
+    title: str = "eval"  # of the bar
+    kinds: ClassVar[tuple] = ANSWERS  # that `answers` may be
+    min_choices: ClassVar[int] = 2
 
     def __post_init__(self):
         ids = [s.id for s in self.samples]
@@ -165,12 +169,13 @@ class Answering:
             raise ValueError("nothing to evaluate: no questions")
         if len(set(ids)) < len(ids):
             raise ValueError("sample ids repeat; answers could not be paired")
-        if bare := [s.id for s in self.samples if len(s.choices) < 2]:
+        if bare := [s.id for s in self.samples if len(s.choices) < self.min_choices]:
             raise ValueError(
                 f"{len(bare)} questions have fewer than two choices, the first is {bare[0]!r}"
             )
-        if self.answers not in ANSWERS:
-            raise ValueError(f"answers must be one of {', '.join(ANSWERS)}; not {self.answers!r}")
+        if self.answers not in self.kinds:
+            known = ", ".join(self.kinds)
+            raise ValueError(f"answers must be one of {known}; not {self.answers!r}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens!r}")
 
@@ -184,7 +189,7 @@ class Answering:
                 units.append(clip)
         return units
 
-    def _choose(self, batch):  # `Encoded` -> per question: what is known of its answer
+    def choose(self, batch, before):  # `Encoded`, outcomes of earlier runs -> those of this one
         if self.answers == "likelihood":
             rows = score_rows(score_choices(self.model, batch), batch.samples)
             return [
@@ -214,7 +219,7 @@ class Answering:
         for r in runs:
             with batch.prune(r.plan_for(number)) as (run, given):
                 run.samples = first
-                chosen = self._choose(given)
+                chosen = self.choose(given, out)
             ms, layers = run.timings.ms, map(tuple, run.tokens_per_layer.tolist())
             shares = [ms[section] / len(questions) for section in ("selection", "prefill")]
             for row, q, answer, tokens in zip(out, questions, chosen, layers):
@@ -232,7 +237,10 @@ class Answering:
         about: Mapping = {},  # what a checkpoint must agree on: hashes of weights, data and code
         shard: tuple = (0, 1),  # number of this process, and how many share the checkpoint
         progress: bool = False,  # show a bar
-    ) -> list | None:  # per question: outcomes of all runs; None in all processes but the first
+        everyone: bool = False,  # all processes get the answers, not only the first
+    ) -> (
+        list | None
+    ):  # per question: outcomes of all runs; None in a process that does not get them
         "Every run's answers to every question. ValueError for a checkpoint of another comparison."
         if shard[1] > 1 and checkpoint is None:
             raise ValueError("shard: several processes need a checkpoint to share")
@@ -254,8 +262,8 @@ class Answering:
 
         kept = Checkpoint(checkpoint, self._identity(about), shard)
         # one tick for each answer, and the mean pace: runs cost different amounts
-        bar = dict(unit="answer", desc="eval", smoothing=0, disable=not progress)
-        return kept.run(units, work, ticks=len(self.runs), **bar)
+        bar = dict(unit="answer", desc=self.title, smoothing=0, disable=not progress)
+        return kept.run(units, work, everyone, len(self.runs), **bar)
 
     def _identity(self, about):
         "What the answers depend on."

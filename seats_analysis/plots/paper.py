@@ -24,6 +24,7 @@ from seats_analysis.plots.dependency import (
     plot_dependency,
     plot_retention,
 )
+from .chain import chain_figure
 from .kept import plot_kept
 from seats_analysis.plots.methods import (
     MODELS,
@@ -419,6 +420,8 @@ def _result_jobs(data, results):
         yield name, _with_source(simulated, needed_figure, study)
     for name, kept in results["kept"].items():
         yield name, partial(_draw_kept, kept, data)
+    for name, found in results["tune"].items():
+        yield name, partial(chain_figure, found)
     for name, found in results["sensitivity"].items():
         said = f"Measured here on {found.get('model', 'a model')}; cells: % of the full accuracy"
         yield name, _with_source(said, sensitivity_figure, found["rows"])

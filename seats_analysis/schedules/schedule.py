@@ -636,10 +636,24 @@ class Schedule:
             for a, b in zip(edges, edges[1:])
         )
 
+    def to_dict(self):
+        "The plan as `save` writes it."
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"schema": SCHEMAS["schedule"].id} | given
+
     def save(self, path):
         "Write the plan as JSON; an older file survives a failed write."
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        save_json(path, {"schema": SCHEMAS["schedule"].id} | given)
+        save_json(path, self.to_dict())
+
+    @classmethod
+    def from_dict(cls, data):
+        "A plan from what `to_dict` gave. Raises ValueError for anything else."
+        data = {"query": "last"} | data  # files made before there was another
+        known, given = {f.name for f in fields(cls)}, set(data) - {"schema"}
+        if known != given:
+            missing, unknown = sorted(known - given), sorted(given - known)
+            raise ValueError(f"fields missing {missing}, unknown {unknown}")
+        return cls(**{name: data[name] for name in known})
 
     @classmethod
     def load(cls, path):
@@ -647,12 +661,7 @@ class Schedule:
 
         Raises ValueError that names the file and its fault, or the shipped ones."""
         data = load_json(_shipped(path), "schedule")
-        data = {"query": "last"} | data  # files made before there was another
-        known, given = {f.name for f in fields(cls)}, set(data) - {"schema"}
         try:
-            if known != given:
-                missing, unknown = sorted(known - given), sorted(given - known)
-                raise ValueError(f"fields missing {missing}, unknown {unknown}")
-            return cls(**{name: data[name] for name in known})
+            return cls.from_dict(data)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is not a usable schedule: {error}") from error
