@@ -222,7 +222,7 @@ def test_too_few_clips_are_refused_before_the_model_is_loaded(questions, stubbed
     said = refused("tune", *stubbed, "--data", questions)
     assert "takes 149" in said and "--max-change" in said
     said = refused("tune", *stubbed, "--data", questions, "--method", "nobody")
-    assert "unknown method 'nobody'" in said
+    assert "--method 'nobody': one of seats" in said
 
 
 def test_a_baseline_gets_the_same_search(questions, stubbed, tmp_path):

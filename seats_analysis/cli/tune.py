@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/cli/04_tune.ipynb #66449e84
+# %% ../../nbs/cli/04_tune.ipynb #ebae319f
+import warnings
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,6 @@ from seats_analysis.cli.app import (
     limits_of,
     mean_tokens,
     name_of,
-    names_of,
     note,
     prepare,
     resumable,
@@ -50,7 +50,7 @@ from seats_analysis.storage.files import output_folder
 from seats_analysis.storage.provenance import hash_code
 from seats_analysis.storage.schemas import SCHEMAS, load_json, load_profile, save_json, schema_of
 
-# %% ../../nbs/cli/04_tune.ipynb #8e655f02
+# %% ../../nbs/cli/04_tune.ipynb #065c9520
 TUNE_SEED, CHECK_SEED = 3, 4  # of the testbed's fresh clips; eval has 2
 LADDER = 80, 60, 45, 35, 25, 15, 10, 5  # TRR of the fixed shape that is certified beside, percent
 
@@ -73,16 +73,15 @@ def _bounds(model, profile):  # -> condition -> Boundaries, clips that they were
     return {r: find_blocks(stored, r) for r in sorted(known)}, set(used.tolist())
 
 
-def _draw(method, space, plan, counts):
+def _draw(method, space, fixed, counts):
     "Function that draws a candidate: SEATS within the boundaries, another method by its knob."
-    import numpy as np
     from seats_analysis.baselines.registry import method_at
 
     if method == "seats":
         return space.draw
-    highest = 1 / min(plan.trr.values())
-    knob = lambda random: float(np.exp(random.uniform(np.log(highest / 50), np.log(highest))))
-    return lambda random: method_at(method, plan, counts, knob(random))
+    plan = fixed[-1]
+    highest = 1 / min(plan.trr.values())  # everything is kept
+    return lambda random: method_at(method, plan, counts, highest * 0.02 ** random.uniform())
 
 
 def _tuning(loaded, promise, questions, folder, options):
@@ -153,7 +152,7 @@ def _certified(result):
     evidence = dict(kind="tuned", weights_sha256=result["weights_sha256"], certificate=proof)
     return replace(Schedule.from_dict(row["schedule"]), evidence=evidence)
 
-# %% ../../nbs/cli/04_tune.ipynb #f30abcc7
+# %% ../../nbs/cli/04_tune.ipynb #9bcf2658
 BatchOfClip = Annotated[
     int | None,
     Option(min=1, help="Questions per batch; default: 4 of the testbed, else those on one clip."),
@@ -201,7 +200,7 @@ def tune(
     threads: Threads = None,
     as_json: Json = False,
 ):
-    """Search for the cheapest schedule that hardly changes an answer.
+    """Find the cheapest schedule that changes few answers.
 
     Half of the clips are for the search, the other half certify what it finds; no right answers
     are needed. Without a schedule that holds, none is written and the exit code is 1. After an
@@ -209,18 +208,19 @@ def tune(
     work among processes.
     """
     num_layers, broken = check_model(model), [] if skip_broken else None
-    (method,), home = names_of(method, "--method"), output_folder(data)
+    home = output_folder(data)
     name = name_of(model) + ("" if method == "seats" else f"_{method}")
     out = writable(out or home / "schedules" / f"tuned_{name}.json", "schedule", overwrite)
     evidence = writable(evidence or home / "results" / f"tune_{name}.json", "tune", overwrite)
-    from seats_analysis.evaluation.compare import method_names
+    from seats_analysis.baselines.registry import METHODS
     from seats_analysis.evaluation.evaluate import load_samples
     from seats_analysis.evaluation.tune import Tuning
     from seats_analysis.schedules.certificate import Promise
     from seats_analysis.schedules.search import SearchSpace
 
     promise, device = Promise(max_change / 100, confidence / 100), check_device(device)
-    method_names([method])
+    if method not in METHODS:
+        raise ValueError(f"--method {method!r}: one of {', '.join(METHODS)}")
     check_blocks(model, profile, num_layers)
     bounds, made = _bounds(model, profile)
     space = SearchSpace.of(bounds)
@@ -240,9 +240,10 @@ def tune(
         counts = mean_tokens(*loaded, proposal, **tuning.limits)
         counts, fixed = (counts["visual"], counts["audio"]), []
         for trr in LADDER:
-            with suppress(ValueError):  # too high for the late block
+            with suppress(ValueError), warnings.catch_warnings():  # too high for the late block
+                warnings.simplefilter("ignore")
                 fixed += solve(model, (trr,), counts, profile).values()
-        draw = _draw(method, space, fixed[-1], counts)
+        draw = _draw(method, space, fixed, counts)
         with resumable(checkpoint_of(evidence), "answers"):
             result = tuning.tune(draw, fixed if method == "seats" else (), budget)
         if result is None:

@@ -78,7 +78,7 @@ def chain_of(costs, kl, alive):  # -> list of indices, from dear to cheap
             chain.append(int(i))
     return chain[::-1]
 
-# %% ../../nbs/evaluation/10_tune.ipynb #f5e51c4d
+# %% ../../nbs/evaluation/10_tune.ipynb #9a97b925
 @dataclass(frozen=True, eq=False)
 class Tuning:
     "A search for cheap schedules, and the certificate of what it finds."
@@ -99,14 +99,14 @@ class Tuning:
             raise ValueError(f"clip {min(both)!r} is both for the search and for calibration")
 
     @staticmethod
-    def check_enough(samples, promise, kind="the"):
+    def check_enough(samples, promise):
         "Raise ValueError where even without a change there would be no certificate."
         n = len({s.clip for s in samples})
         if n < promise.clips():
             lowest = np.ceil(1000 * promise.possible(n)) / 10
             raise ValueError(
-                f"{n} clips are too few: {promise} takes {promise.clips()} of {kind} clips without "
-                f"a change; so many could show --max-change {lowest:g} at best"
+                f"{n} clips to certify on are too few: {promise} takes {promise.clips()} without a "
+                f"change; so many could show --max-change {lowest:g} at best"
             )
 
     @classmethod
@@ -120,10 +120,9 @@ class Tuning:
         named = "derive" in {s.split for s in samples}
         first = {s.clip for s in samples if (s.split if named else split_of(s.clip)) == "derive"}
         first |= set(made)
-        proposal, calibration = (
-            [s for s in samples if (s.clip in first) == wanted] for wanted in (True, False)
-        )
-        cls.check_enough(calibration, promise, "the other half of the")
+        proposal = [s for s in samples if s.clip in first]
+        calibration = [s for s in samples if s.clip not in first]
+        cls.check_enough(calibration, promise)
         if not proposal:
             raise ValueError("no clip is left for the search: give more questions")
         return proposal, calibration
@@ -131,7 +130,8 @@ class Tuning:
     def _asked(self, samples, plans=(), answers="token", title=""):
         "The full model and plans on some questions."
         runs = [MethodRun("full", "full", 100, (None,))]
-        runs += [MethodRun(str(i), p.name, 0, (p,)) for i, p in enumerate(plans, 1)]
+        kept = [round(100 * p.schedule.trr["visual"], 1) for p in plans]  # the bar says it
+        runs += [MethodRun(str(i), p.name, t, (p,)) for i, (p, t) in enumerate(zip(plans, kept), 1)]
         given = self.model, self.processor, samples, runs, self.batch_size, answers
         return Paired(*given, limits=self.limits, title=title)
 
@@ -256,11 +256,8 @@ class Tuning:
         found = self.calibrate(dict(tuned=chain) | (dict(fixed=fixed) if fixed else {}))
         if found is None or processes()[0]:
             return None
-        return found | dict(budget=budget, search=rows, known_clips=self._known_clips())
-
-    def _known_clips(self):
-        "Digests of all clips that were used."
-        return sorted(digest(c)[:12] for c in {s.clip for s in [*self.proposal, *self.calibration]})
+        used = {digest(s.clip)[:12] for s in [*self.proposal, *self.calibration]}
+        return found | dict(budget=budget, search=rows, known_clips=sorted(used))
 
     @staticmethod
     def check_new(samples, known_clips):
