@@ -50,7 +50,7 @@ from seats_analysis.storage.files import output_folder
 from seats_analysis.storage.provenance import hash_code
 from seats_analysis.storage.schemas import SCHEMAS, load_json, load_profile, save_json, schema_of
 
-# %% ../../nbs/cli/04_tune.ipynb #065c9520
+# %% ../../nbs/cli/04_tune.ipynb #fa4fd932
 TUNE_SEED, CHECK_SEED = 3, 4  # of the testbed's fresh clips; eval has 2
 LADDER = 80, 60, 45, 35, 25, 15, 10, 5  # TRR of the fixed shape that is certified beside, percent
 
@@ -74,14 +74,22 @@ def _bounds(model, profile):  # -> condition -> Boundaries, clips that they were
 
 
 def _draw(method, space, fixed, counts):
-    "Function that draws a candidate: SEATS within the boundaries, another method by its knob."
-    from seats_analysis.baselines.registry import method_at
+    "Function that draws a candidate: SEATS within the boundaries, another method by its knobs."
+    from seats_analysis.baselines.registry import METHODS, method_at
 
     if method == "seats":
         return space.draw
-    plan = fixed[-1]
+    knobs, plan = METHODS[method.removesuffix("+late")].knobs, fixed[-1]
     highest = 1 / min(plan.trr.values())  # everything is kept
-    return lambda random: method_at(method, plan, counts, highest * 0.02 ** random.uniform())
+
+    def draw(random):
+        for _ in range(100):
+            chosen = {name: values[random.integers(len(values))] for name, values in knobs.items()}
+            with suppress(ValueError):  # not for this depth, or this share
+                return method_at(method, plan, counts, highest * 0.02 ** random.uniform(), **chosen)
+        raise ValueError(f"--method {method}: no setting of it fits this model")
+
+    return draw
 
 
 def _tuning(loaded, promise, questions, folder, options):
@@ -152,7 +160,7 @@ def _certified(result):
     evidence = dict(kind="tuned", weights_sha256=result["weights_sha256"], certificate=proof)
     return replace(Schedule.from_dict(row["schedule"]), evidence=evidence)
 
-# %% ../../nbs/cli/04_tune.ipynb #9bcf2658
+# %% ../../nbs/cli/04_tune.ipynb #29212bc6
 BatchOfClip = Annotated[
     int | None,
     Option(min=1, help="Questions per batch; default: 4 of the testbed, else those on one clip."),
@@ -176,7 +184,9 @@ def tune(
     budget: float = Option(
         5, min=1.5, help="FLOPs of the search, in passes of the full model over its questions."
     ),
-    method: str = Option("seats", help="Another method to tune by its own knob, for comparison."),
+    method: str = Option(
+        "seats", help="Another method to tune by its own knobs, also as fastv+late."
+    ),
     out: Path | None = Option(
         None, help="Schedule file to write; default: seats_out/DATA/schedules/tuned_MODEL.json."
     ),
@@ -219,8 +229,8 @@ def tune(
     from seats_analysis.schedules.search import SearchSpace
 
     promise, device = Promise(max_change / 100, confidence / 100), check_device(device)
-    if method not in METHODS:
-        raise ValueError(f"--method {method!r}: one of {', '.join(METHODS)}")
+    if method.removesuffix("+late") not in METHODS:
+        raise ValueError(f"--method {method!r}: one of {', '.join(METHODS)}, or with +late behind")
     check_blocks(model, profile, num_layers)
     bounds, made = _bounds(model, profile)
     space = SearchSpace.of(bounds)

@@ -78,7 +78,7 @@ def chain_of(costs, kl, alive):  # -> list of indices, from dear to cheap
             chain.append(int(i))
     return chain[::-1]
 
-# %% ../../nbs/evaluation/10_tune.ipynb #9a97b925
+# %% ../../nbs/evaluation/10_tune.ipynb #67ce81db
 @dataclass(frozen=True, eq=False)
 class Tuning:
     "A search for cheap schedules, and the certificate of what it finds."
@@ -167,8 +167,8 @@ class Tuning:
         while sum(costs) * asked < (budget - 1) * n:  # the full model answers everything
             plans.append(as_pruner(draw(random)))
             costs.append(shape.cost(plans[-1]))
-        if len(plans) < 4:
-            raise ValueError(f"a budget of {budget:g} pays for {len(plans)} schedules; try 5")
+        if len(plans) < 2:
+            raise ValueError(f"a budget of {budget:g} pays for no search: give a larger one")
         return plans, np.array(costs)
 
     def search(
@@ -211,7 +211,7 @@ class Tuning:
         if (rows := self._answer(asked, "calibration")) is None:
             return None
         changed = [[cell["pick"] != row[0]["pick"] for cell in row[1:]] for row in rows]
-        flops = np.sum([[cell["counter"] for cell in row] for row in rows], 0)
+        shape = DataShape.of(self.model, self.processor, samples, **self.limits)
         names, at = np.unique([s.clip for s in samples], return_inverse=True)
         per_clip = np.bincount(at)
         losses = np.stack([np.bincount(at, c) for c in np.array(changed, float).T]) / per_clip
@@ -220,11 +220,11 @@ class Tuning:
             own = slice(start, start + len(chain))
             start += len(chain)
             p = self.promise.p_values(losses[own], exact)
-            parts = zip(plans[own], flops[1:][own] / flops[0], losses[own], p)
+            parts = zip(plans[own], map(shape.cost, plans[own]), losses[own], p)
             found[name] = dict(
                 held=int(self.promise.certify(losses[own], exact)),
                 rows=[
-                    dict(cost=float(c), changed=float(x.mean()), p=float(q), losses=x.tolist())
+                    dict(cost=c, changed=float(x.mean()), p=float(q), losses=x.tolist())
                     | dict(method=plan.name, schedule=plan.schedule.to_dict())
                     for plan, c, x, q in parts
                 ],
@@ -235,13 +235,12 @@ class Tuning:
             one_question_a_clip=exact,
             clips=len(names),
             questions=len(samples),
-            mix=self._mix(),
+            mix=self._mix(shape),
             chains=found,
         )
 
-    def _mix(self):
+    def _mix(self, shape):
         "For whom a promise is made: questions by family, mean tokens."
-        shape = DataShape.of(self.model, self.processor, self.calibration, **self.limits)
         families, n = np.unique([s.family for s in self.calibration], return_counts=True)
         tokens = {m: shape.mean(m) for m in ("visual", "audio", "text")}
         return dict(families=dict(zip(families.tolist(), n.tolist())), tokens=tokens)
