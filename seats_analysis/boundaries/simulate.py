@@ -9,7 +9,6 @@ __all__ = ['coverage_study', 'choose_late_confidence', 'coverage_table', 'questi
 import numpy as np
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from ..storage.schemas import SCHEMAS
 from ..statistics.intervals import crossings, monotone_fit
 from seats_analysis.boundaries.retention import (
@@ -140,21 +139,11 @@ def noise_of(
 LATE_CONFIDENCES = (0, 0.6, 0.8, 0.9, 0.95)  # candidates for `late_confidence`; 0: percentiles only
 
 
-def segments(curve):  # (first position of the second level, of the third)
-    "Cuts of the curve of three constant pieces that is nearest in least squares."
-    y = np.asarray(curve, float)
-    sums, squares = np.r_[0, y.cumsum()], np.r_[0, (y**2).cumsum()]
-    cost = lambda a, b: squares[b] - squares[a] - (sums[b] - sums[a]) ** 2 / (b - a)
-    loss = lambda cut: cost(0, cut[0]) + cost(*cut) + cost(cut[1], len(y))
-    return min(combinations(range(1, len(y)), 2), key=loss)
-
-
 def _trial(planted, noise, questions, rng, n_boot):
-    "One experiment: estimates, intervals, and what segmentation says."
+    "One experiment: estimates and intervals."
     counts = noise.draw(planted, questions, rng)
     found = Resampled(counts, counts.bootstrap(n_boot, rng.integers(2**32)))
     (shallow, late), (shallows, lates) = found.blocks()
-    cuts = segments(ratio(counts.accuracy))
     return dict(
         shallow=shallow,
         late=late,
@@ -163,8 +152,6 @@ def _trial(planted, noise, questions, rng, n_boot):
             found.late_interval(late, lates, TOLERANCE, 0.95, late_confidence)
             for late_confidence in LATE_CONFIDENCES
         ],
-        cut_shallow=int(counts.layers[cuts[0]]),
-        cut_late=int(counts.layers[cuts[1]]),
     )
 
 
@@ -199,7 +186,7 @@ def coverage_row(
     runs = [_trial(planted, noise, questions, rng, n_boot) for _ in range(trials)]
     get = lambda key: [r[key] for r in runs]
     shallow, late = planted.blocks
-    truth = dict(shallow=shallow, late=late, cut_shallow=shallow, cut_late=late)
+    truth = dict(shallow=shallow, late=late)
     return dict(
         shape=shape,
         questions=questions,
@@ -299,7 +286,6 @@ def coverage_table(
         "late_interval.0.coverage": "percentiles cover",
         "errors.late.bias": "bias",
         "errors.late.within_one": "within 1",
-        "errors.cut_late.bias": "segments: bias",
     }
     names = {key: name for key, name in names.items() if key in rows}  # older studies have less
     cells = rows.rename(columns=names).groupby(["shape", "questions"], sort=False)
