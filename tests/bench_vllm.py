@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import re
 import sys
 import tempfile
@@ -99,6 +100,7 @@ def measure(args, folder):
         for name, schedule in dict(full=None, seats=plan).items():
             servers[name] = Server(model, schedule, folder / f"{name}.log", *SERVER)
             servers[name].ask(chat(clips[-1], audio=False, **WITHIN))
+        print("both serve", flush=True)
         for i in range(args.rounds):
             for concurrency in (1, 4, 8):
                 here, clips = clips[: args.clips], clips[args.clips :] + clips[: args.clips]
@@ -119,6 +121,7 @@ def main():
     parser.add_argument("--clips", type=int, default=24, help="requests of one run")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind")
     args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # of the servers
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(args, Path(folder))
     setup = BenchSetup()
