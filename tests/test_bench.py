@@ -45,6 +45,7 @@ NAMED = (
     "kv_bytes",
     "speedup",
     "realised_fraction",
+    "realised_counter",
     "encoders",
     "width",
     "frames",
@@ -251,6 +252,7 @@ def test_realised_fraction_by_hand():
     assert pruned["speedup"] == pytest.approx(935 / 215) and pruned[
         "flops_fraction"
     ] == pytest.approx(10 / 113)
+    assert pruned["realised_counter"] == pytest.approx(pruned["speedup"] * pruned["flops_counter"])
     assert pruned["realised_fraction"] == pytest.approx(0.38486, abs=1e-5) and pruned[
         "ttft_speedup"
     ] == pytest.approx(1235 / 515)

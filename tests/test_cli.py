@@ -126,7 +126,7 @@ def test_help():
     import typer
 
     commands = typer.main.get_command(app).commands
-    assert len([c for c in commands.values() if not c.hidden]) == 12
+    assert len([c for c in commands.values() if not c.hidden]) == 14
     for name, command in {"": typer.main.get_command(app), **commands}.items():
         result = seats(*name.split(), "--help")
         assert result.exit_code == 0 and "Usage: " in result.stdout and result.stderr == ""

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from seats_analysis.evaluation import compare
 from seats_analysis.models.families import adapter_for
@@ -35,6 +37,8 @@ from seats_analysis.evaluation.evaluate import (
 )
 from seats_analysis.evaluation.prepared import DataShape, PreparedBatch, prepare_questions
 from seats_analysis.pruning.session import prune
+from seats_analysis.pruning.timing import Timings
+from seats_analysis.schedules.cost import prefill_flops
 from seats_analysis.schedules.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,9 +87,10 @@ def method_of(name):
     "Any method at visual 40 % and audio 50 %; SEATS with its schedule."
     if name in ("full", "seats"):
         return None if name == "full" else METHODS["seats"](PLAN)
-    cls = (METHODS | ABLATIONS)[name]
+    cls = (METHODS | ABLATIONS)[name.removesuffix("+late")]
     own = dict(like=PLAN) if issubclass(cls, METHODS["seats"]) else {}
-    return cls.for_trr(L, 0.4, 0.5, 24, 40, **own)
+    method = cls.for_trr(L, 0.4, 0.5, 24, 40, **own)
+    return method.leaving(PLAN) if name.endswith("+late") else method
 
 
 def run_of(name, trr=30):
@@ -105,7 +110,8 @@ def test_inputs_are_those_of_encode(model, processor, samples):
     assert not {"pixel_values_videos", "input_features"} & set(ours.inputs)
 
 
-NAMES = "full", *METHODS, *ABLATIONS
+LATE = compare._LATE
+NAMES = "full", *METHODS, *ABLATIONS, "fastv-om+late"
 
 
 @pytest.fixture(scope="module")
@@ -196,13 +202,13 @@ PLANS = {t: Schedule.load(ROOT / "data" / "schedules" / f"testbed_trr{t}.json") 
 
 @pytest.fixture(scope="module")
 def runs(shape):
-    return method_runs(method_names("all,ablations"), PLANS, shape)
+    return method_runs(method_names("all,late,ablations"), PLANS, shape)
 
 
 def test_costs_match_or_are_floors(shape, runs):
     cost_of = lambda r: r.mean([shape.cost(p) for p in r.plans])
     target = {e.trr: cost_of(e) for e in runs if e.label == "seats"}
-    assert len(runs) == 1 + len(PLANS) * len(METHODS | ABLATIONS)
+    assert len(runs) == 1 + len(PLANS) * (len(METHODS | ABLATIONS) + len(LATE))
     for e in runs[1:]:
         cost = cost_of(e)
         if e.setting == "matched":
@@ -220,6 +226,65 @@ def test_fastv_has_a_floor(runs):
     "Its first two layers see everything, which is more than SEATS spends at 10 %."
     settings = {e.trr: e.setting for e in runs if e.label == "fastv-om"}
     assert settings[10] == "lowest setting" and settings[35] == "matched"
+
+
+def test_floors_are_marked_in_every_column(runs, shape):
+    "A rule that keeps as much at its lowest setting is at its floor, whatever chance does beside."
+    floors = {(e.label, e.trr): e.floor for e in runs}
+    for trr in PLANS:
+        for name in ("visionzip", "dycoke"):  # they pay with audio that they have no rule for
+            assert floors[name, trr] == ("visual",)
+        for name in ("seats", "random", "uniform", "divprune-om", "visionzip-om-wide"):
+            assert floors[name, trr] == ()
+    assert floors["visionzip+late", 35] == ()  # which leaves it room
+    for e in runs:
+        if e.setting == "lowest setting" and hasattr(e.plans[0], "prunes"):
+            assert e.floor, (e.label, e.trr)
+
+
+def test_late_removal_is_where_seats_has_it(runs, shape):
+    for e in runs:
+        if e.label.endswith("+late"):
+            plan, tokens = PLANS[e.trr], shape.plans(e.plans[0])
+            assert all((tokens[m][:, plan.late(m) :] == 0).all() for m in ("visual", "audio"))
+            assert not e.plans[0].stages == (3,)
+    own = {n for n, m in METHODS.items() if 1 in m.stages or 2 in m.stages} - {"seats"}
+    assert {n.removesuffix("+late") for n in LATE} == own == {*METHODS} - {"seats", "vtw"}
+    with pytest.raises(ValueError, match="unknown method 'vtw.late'"):
+        method_names("vtw+late")
+
+
+@contextmanager
+def counted_selection():
+    "FLOPs that torch counts while tokens are chosen."
+    total, real = [0], Timings.time
+
+    @contextmanager
+    def time(self, section, name=None):
+        choosing = section == "selection"
+        counter = FlopCounterMode(display=False) if choosing else nullcontext()
+        with real(self, section, name), counter:
+            yield self
+        total[0] += counter.get_total_flops() if choosing else 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Timings, "time", time)
+        yield total
+
+
+@tiny.by_turns([*METHODS, *ABLATIONS, "fastv-om+late"])
+def test_selection_flops_are_those_that_torch_counts(model, processor, samples, name):
+    "Closed form against the counter, for every method and in both families."
+    (some,) = [s for s in samples if s.id == "3-0"]
+    method, shape = method_of(name), DataShape.of(model, processor, [some])
+    with counted_selection() as counted, torch.no_grad(), prune(model, method):
+        model(**encode(model, processor, [some]).inputs)
+    dims, full = shape.dims, sum(shape.full.values())[0].tolist()
+    planned = shape.selection(method) * prefill_flops(full, dims, "causal")
+    assert planned == pytest.approx(counted[0], rel=0.02)
+    decoder = prefill_flops(sum(shape.plans(method).values())[0].tolist(), dims, "causal")
+    whole = (decoder + counted[0]) / prefill_flops(full, dims, "causal")
+    assert shape.cost(method) == pytest.approx(whole, rel=0.02)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 1 / 3, 0.5, 0.77, 1.0])
@@ -463,8 +528,8 @@ def test_columns_say_what_happened(shape):
     right = [(1, 1, 0), (1, 1, 0), (1, 0, 1), (0, 1, 0)]  # full, SEATS, random
     answers = [
         [
-            dict(pick=0, correct=bool(c), ms=[1.0, 2.0, 3.0], counter=f, causal=f)
-            for c, f in zip(row, (100.0, 30.0, 30.0))
+            dict(pick=0, correct=bool(c), ms=[1.0, 2.0, 3.0], counter=f, causal=0.9 * f)
+            for c, f in zip(row, (100.0, 30.0, 30.0 + 100 * shape.selection(seats)))
         ]
         for row in right
     ]
@@ -487,8 +552,12 @@ def test_columns_say_what_happened(shape):
     assert (
         full["diff_seats"] is None
         and ours["diff_seats"] == 0
-        and [r["flops_fraction"] for r in (ours, theirs)] == [0.3, 0.3]
+        and ours["flops_fraction"] == ours["causal_fraction"] == 0.3
     )
+    # choosing costs SEATS something and chance nothing, so that chance gets more of the decoder
+    assert theirs["selection_fraction"] == 0 < ours["selection_fraction"]
+    assert theirs["cost"] == pytest.approx(ours["cost"]) and theirs["ranked"]
+    assert ours["cost"] == ours["causal_fraction"] + ours["selection_fraction"]
     # 4 windows of 48 and of 10 tokens: 48 + 20 enter, half of them stay from layer 10 to 18;
     # 96 + 16 are drawn once
     assert ours["retention_entry"] == pytest.approx(68 / 232) and theirs[
@@ -548,10 +617,11 @@ def test_stored_comparison():
     assert found["schema"] == "seats_analysis/eval/1" and found["weights_sha256"] == hash_weights(
         load_testbed()[0]
     )
-    assert found["questions"] >= 1000 and {r["method"] for r in found["rows"]} >= {"full", *METHODS}
+    known = {r["method"] for r in found["rows"]}
+    assert found["questions"] >= 1000 and known >= {"full", *METHODS} - {"visionzip-om-wide"}
     for r in found["rows"]:
         if r["ranked"]:
-            assert abs(r["flops_fraction"] / r["flops_target"] - 1) <= TOLERANCE
+            assert abs(r.get("cost", r["flops_fraction"]) / r["flops_target"] - 1) <= TOLERANCE
         if r["ranked"] and r["method"] in ("random", "uniform"):
             assert r["diff_seats_low"] <= 0, (r["label"], r["trr"])
         if r["ranked"] and r["trr"] == 10 and r["method"] in METHODS:

@@ -22,6 +22,7 @@ from seats_analysis.storage.schemas import SCHEMAS, load_json, save_json, save_p
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = [m for m in M.NAMES if m not in ("full", "vtw")]
+LATE = tuple(f"{m}+late" for m in METHODS if m != "seats")
 FAMILIES = (
     "colour",
     "shape",
@@ -97,6 +98,7 @@ def made_up(
         "diversity-only",
     ),
     budgets=(35, 25, 15, 10),
+    late=LATE,
 ):
     "A comparison of the full size, with everything that can crowd a figure."
     rows = [
@@ -115,6 +117,7 @@ def made_up(
             for i, m in enumerate(methods)
         ]
         rows += [row("vtw", t, 0.5, diff=-0.4)]
+        rows += [row(m, t, 0.96 - 0.04 * i, diff=-0.02 * i) for i, m in enumerate(late)]
         rows += [
             row(f"seats-{a}", t, 0.97 - 0.02 * i, diff=0.01 - 0.015 * i)
             for i, a in enumerate(ablations)
@@ -148,8 +151,8 @@ def data(tmp_path_factory):
 
 PAPER = (
     "accuracy_against_time",
-    "percent_of_full",
     "eval_testbed_comparison",
+    "eval_testbed_late",
     "eval_testbed_ablations",
     "qwen2.5-omni-7b_overview",
     "qwen3-omni-30b-a3b_overview",
@@ -198,7 +201,7 @@ LONG = (
 
 @pytest.mark.parametrize("families", [("",), ("music", "speech"), LONG], ids=len)
 def test_figures_of_ones_own(families, tmp_path):
-    "One family, two, and long names: no radar without a plane, nothing cut off, a LaTeX table."
+    "One family, two, and long names: nothing cut off, a LaTeX table."
     profile = synthetic_profile(clips=12, splits=("",))
     given = sorted(set(profile["family"].values))[: len(families)]
     profile = profile.isel(sample=np.isin(profile["family"].values, given))
@@ -208,7 +211,7 @@ def test_figures_of_ones_own(families, tmp_path):
     ).assign_attrs(needs="", model="somebody/a-fine-tuned-model-with-a-very-long-name-v2-2026")
     (tmp_path / "profiles").mkdir()
     save_profile(profile, tmp_path / "profiles" / "mine.nc")
-    found = made_up(["seats", "random", "fastv"], (), (10,)) | dict(
+    found = made_up(["seats", "random", "fastv"], (), (10,), ()) | dict(
         model=profile.attrs["model"], apart=[], chance=0.5
     )
     for r in found["rows"]:
@@ -217,7 +220,6 @@ def test_figures_of_ones_own(families, tmp_path):
     save_json(tmp_path / "results" / "mine.json", found)
     jobs = P.figure_jobs(tmp_path)
     several = {"mine_families"} if len(families) > 1 else set()
-    several |= {"percent_of_full"} if len(families) > 2 else set()
     wanted = {"mine_dependency", "accuracy_against_time", "mine_comparison"}
     assert set(jobs) - {"mine_dependency_corrected"} == wanted | several
     drawn = {name: jobs[name]() for name in several | {"accuracy_against_time"}}
@@ -241,10 +243,10 @@ def test_a_profile_that_cannot_be_drawn_does_not_stop_the_others(tmp_path):
 
 
 def test_figures_replace_nothing_unasked(data, tmp_path):
-    (tmp_path / "percent_of_full.pdf").write_text("mine")
-    with pytest.raises(ValueError, match="percent_of_full.pdf exists; --overwrite"):
+    (tmp_path / "accuracy_against_time.pdf").write_text("mine")
+    with pytest.raises(ValueError, match="accuracy_against_time.pdf exists; --overwrite"):
         P.make_figures(data, tmp_path, overwrite=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["percent_of_full.pdf"]
+    assert [p.name for p in tmp_path.iterdir()] == ["accuracy_against_time.pdf"]
 
 
 def test_no_legend_lies_on_data(drawn):
@@ -309,7 +311,9 @@ def test_published_and_measured_never_share_a_panel(drawn):
     }
     assert points == stored
     ours = {
-        round(100 * r["ms"] / r["ms_full"], 6) for r in made_up()["rows"] if not M.is_ablation(r)
+        round(100 * r["ms"] / r["ms_full"], 6)
+        for r in made_up()["rows"]
+        if M.kind_of(r) == "published"
     }
     seen = {
         round(float(x), 6)
@@ -338,45 +342,11 @@ def test_only_verified_numbers_are_drawn(tmp_path):
     assert len(tables["reported"][1]) == len(lines) - 1
 
 
-def test_the_radar_claims_no_budget_for_published_values(drawn):
-    published, ours = drawn["percent_of_full"].axes
-    assert "TRR" not in published.get_title(loc="left") and "TRR 10" in ours.get_title(loc="left")
-    said = " ".join(texts(drawn["percent_of_full"]))
-    assert "neither budget nor intervals" in said.replace("\u00a0", " ")
-    assert "control" not in [t.get_text() for t in ours.get_xticklabels()]
-    values = {
-        float(r["percent_of_full"])
-        for r in M.read_reported(ROOT / "data" / "reported" / "relative_performance.csv")
-    }
-    assert {
-        float(y)
-        for line in published.lines
-        if line.get_marker() != "None"
-        for y in line.get_ydata()
-    } == values
-
-
-def test_the_best_rival_is_shown_in_the_radar():
-    found = made_up()
-    ours = M.radar_figure(found=found).axes[0]
-    assert [line.get_label() for line in ours.lines if not line.get_label().startswith("_")] == [
-        "SEATS",
-        "random",
-        "uniform",
-    ]
-    next(r for r in found["rows"] if (r["method"], r["trr"]) == ("dycoke", 10))["accuracy"] = 0.99
-    ours = M.radar_figure(found=found).axes[0]
-    assert [line.get_label() for line in ours.lines if not line.get_label().startswith("_")] == [
-        "SEATS",
-        "random",
-        "DyCoke",
-    ]
-
-
 def test_methods_differ_without_colour():
     looks = [(k["marker"], k["markerfacecolor"] == "white") for k in map(M.method_look, M.NAMES)]
     om = [m for m in M.NAMES if m.endswith("-om")]
     assert len(set(looks)) == len(looks) and om == ["fastv-om", "visionzip-om", "divprune-om"]
+    assert M.method_look("fastv-om+late") == M.method_look("fastv-om")
 
 
 def test_what_is_not_ranked_is_drawn_open(drawn):
@@ -392,7 +362,7 @@ def test_what_is_not_ranked_is_drawn_open(drawn):
             {"VTW (its rule, 64 %)", "FastV"} if trr < 20 else {"VTW (its rule, 64 %)"}
         )
     worst = min(
-        (r for r in made_up()["rows"] if r["trr"] == 10 and not M.is_ablation(r)),
+        (r for r in made_up()["rows"] if r["trr"] == 10 and M.kind_of(r) == "published"),
         key=lambda r: r["accuracy"],
     )
     assert names[-1] == M.NAMES[worst["method"]]
@@ -414,7 +384,7 @@ def test_marks_are_the_paired_differences(drawn):
     axes = drawn["eval_testbed_ablations"].axes
     names = [t.get_text() for t in axes[0].get_yticklabels()]
     for ax, trr in zip(axes, (35, 25, 15, 10)):
-        rows = [r for r in made_up()["rows"] if M.is_ablation(r) and r["trr"] == trr]
+        rows = [r for r in made_up()["rows"] if M.kind_of(r) == "ablation" and r["trr"] == trr]
         for r, part, line, bar in zip(rows, PARTS, ax.lines, ax.collections, strict=False):
             assert line.get_xdata()[0] == pytest.approx(100 * r["diff_seats"])
             assert names[int(line.get_ydata()[0])] == part
@@ -488,6 +458,22 @@ def test_tables_hold_the_same_numbers_in_all_formats(data, tmp_path):
             ), name
 
 
+def test_late_removal_has_a_table_of_its_own():
+    "Beside SEATS, and nothing of it in the others; a floor is named in every column it binds."
+    found = made_up()
+    names = lambda kind: {r["method"] for r in P.accuracy_rows(found, kind)}
+    late = {f"{M.NAMES[m.removesuffix('+late')]}, late removal" for m in LATE}
+    assert names("late") == {"full", "SEATS"} | late and not names("published") & late
+    for r in found["rows"]:
+        if r["method"] == "visionzip":
+            r.update(cost=r["flops_fraction"], selection_fraction=0.01, floor=["visual"])
+            r.update(ranked=False, own_minimum=True)
+    table = {r["method"]: r for r in P.accuracy_rows(found)}
+    assert all(table["VisionZip"][f"TRR {t} %"].endswith("*") for t in (35, 25, 15, 10))
+    rows = [r for r in P.eval_rows(found) if r["method"] == "VisionZip"]
+    assert [(r["floor"], r["selection (% of full)"]) for r in rows] == [("visual", "1.0")] * 4
+
+
 def test_a_star_marks_what_is_not_ranked():
     table = {r["method"]: r for r in P.accuracy_rows(made_up())}
     assert (
@@ -507,8 +493,8 @@ def test_a_star_marks_what_is_not_ranked():
 def test_without_a_comparison_the_published_part_stands_alone(tmp_path):
     shutil.copytree(ROOT / "data" / "reported", tmp_path / "reported")
     jobs = P.figure_jobs(tmp_path)
-    assert set(jobs) == {"accuracy_against_time", "percent_of_full"}
-    assert [len(draw().axes) for draw in jobs.values()] == [1, 1]
+    assert set(jobs) == {"accuracy_against_time"}
+    assert [len(draw().axes) for draw in jobs.values()] == [1]
     assert set(P.tables(tmp_path)) == {"reported", "reported_unverified"}
 
 
@@ -537,14 +523,9 @@ def test_broken_reports_are_refused_by_name(tmp_path, text):
 
 
 def test_a_comparison_of_two_methods_at_one_budget():
-    found = made_up(methods=["seats", "random"], ablations=("no-stage1",), budgets=(10,))
+    found = made_up(methods=["seats", "random"], ablations=("no-stage1",), budgets=(10,), late=())
     found["rows"] = [r for r in found["rows"] if r["method"] != "vtw"]
-    for draw in (
-        M.comparison_figure,
-        M.ablation_figure,
-        lambda f: M.time_figure(None, f),
-        lambda f: M.radar_figure(None, f),
-    ):
+    for draw in (M.comparison_figure, M.ablation_figure, lambda f: M.time_figure(None, f)):
         draw(found).draw_without_rendering()
     assert len(P.eval_rows(found)) == 4
 
@@ -579,9 +560,9 @@ def test_the_command_writes_figures_and_tables_without_a_model(data, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert {p.name for p in (tmp_path / "out").glob("*.png")} == {
         "accuracy_against_time.png",
-        "percent_of_full.png",
         "eval_testbed_comparison.png",
         "eval_testbed_ablations.png",
+        "eval_testbed_late.png",
     }
     names = {p.name for p in (tmp_path / "out" / "tables").iterdir()}
     assert names == {
@@ -591,6 +572,7 @@ def test_the_command_writes_figures_and_tables_without_a_model(data, tmp_path):
             "eval_testbed_accuracy",
             "eval_testbed_families",
             "eval_testbed_ablations",
+            "eval_testbed_late",
             "reported",
             "reported_unverified",
         )

@@ -9,6 +9,8 @@ import io
 import json
 import os
 import pickle
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +22,7 @@ import urllib.request
 import wave
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,9 +43,7 @@ TESTS = Path(__file__).parent
 FOLDER = Path(os.environ.get("SEATS_TESTBED") or shipped_folder("testbed"))
 QUESTIONS, TOKENS, CLOSE = int(os.environ.get("SEATS_QUESTIONS", 100)), 3, 1e-3
 ENTERING = {"visual": 0.125, "audio": 0.4}
-SMALL = dict(  # a chunk of the prefill is shorter than what stays of a window
-    max_num_batched_tokens=16, max_num_seqs=8, block_size=32
-)
+CHUNKS = dict(some=16, all=32)  # of the prefill: shorter than what stays of a clip's windows
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +169,8 @@ def engine(folder, tmp_path, batches, schedule=None, plugins=None, **settings):
         dtype="float32",
         enforce_eager=True,
         max_model_len=1024,
+        max_num_seqs=8,
+        block_size=32,
         max_logprobs=-1,
         mm_processor_kwargs=dict(do_resize=False),
         limit_mm_per_prompt=dict(video=2, audio=2, image=2),
@@ -214,39 +217,38 @@ def assert_equal(answers, references):
 # ---------------------------------------------------------------- in the engine's process
 
 
+def pairs(of):  # questions -> first and last question on each clip
+    by_clip = {}
+    for s in of:
+        by_clip.setdefault(s.video, []).append(s)
+    return [(on[0], on[-1]) for on in by_clip.values()]
+
+
 @pytest.mark.parametrize("name", ["some", "all"])
 def test_answers_are_those_of_prune(name, testbed, folder, schedules, kinds, tmp_path):
-    """Every kind of request: alone, then all in one batch of different lengths, in chunks that are
-    shorter than a window; then the questions, eight at a time."""
+    """Every kind of request alone, in chunks that are shorter than a window; two questions on each
+    of 20 clips, of which the second hits the prefix, and a clip laid out otherwise, which does not;
+    every kind in one batch of different lengths; all questions, eight at a time."""
     schedule, path = schedules[name]
+    ask = lambda sample: Prompt(sample.id, (clip_of(sample), sample.prompt_text))
+    asked = [ask(s) for s in samples()]
+    twice = [ask(s) for pair in pairs(samples())[-20:] for s in pair]
+    media, text = twice[0].content
+    twice.append(Prompt("otherwise", (replace(media, fps=1.0), text)))
     requests = [request_of(testbed[1], p, how) for p, how in kinds.values()]
-    asked = [Prompt(s.id, (clip_of(s), s.prompt_text)) for s in samples()]
-    batches = [[r] for r in requests] + [requests, [request_of(testbed[1], p) for p in asked]]
-    found = engine(folder, tmp_path, batches, path, **SMALL)
+    alone = requests + [request_of(testbed[1], p) for p in twice]
+    batches = [[r] for r in alone] + [requests, [request_of(testbed[1], p) for p in asked]]
+    found = engine(folder, tmp_path, batches, path, max_num_batched_tokens=CHUNKS[name])
     wanted = [reference(testbed, p, schedule, how) for p, how in kinds.values()]
-    assert_equal([f["answers"][0] for f in found[: len(kinds)]], wanted)
-    assert_equal(found[len(kinds)]["answers"], wanted)
+    by_id = {p.id: reference(testbed, p, schedule) for p in [*asked, twice[-1]]}
+    assert_equal(found[-2]["answers"], wanted)
+    assert_equal(found[-1]["answers"], [by_id[p.id] for p in asked])
+    wanted += [by_id[p.id] for p in twice]
+    assert_equal([f["answers"][0] for f in found[:-2]], wanted)
     for kind, batch, want in zip(kinds, found, wanted):
         if "image" not in kind and "two" not in kind and batch["kept"]:  # else known, or several
             assert kind == "video_then_audio" or batch["kept"] == [want["kept"]], kind
-    assert_equal(found[-1]["answers"], [reference(testbed, p, schedule) for p in asked])
-
-
-def test_kept_sets_and_caches(testbed, folder, schedules, tmp_path):
-    "The kept tokens of each clip; a second question hits the prefix, and is answered alike."
-    schedule, path = schedules["some"]
-    by_clip = {}
-    for s in samples():
-        by_clip.setdefault(s.video, []).append(s)
-    pairs = [(of[0], of[-1]) for of in by_clip.values()][:20]
-    prompts = [Prompt(s.id, (clip_of(s), s.prompt_text)) for pair in pairs for s in pair]
-    batches = [[request_of(testbed[1], p)] for p in prompts]
-    again = replace(prompts[0].content[0], fps=1.0)  # the same media, laid out otherwise
-    other = Prompt("other", (again, prompts[0].content[1]))
-    batches.append([request_of(testbed[1], other)])
-    found = engine(folder, tmp_path, batches, path, **SMALL)
-    wanted = [reference(testbed, p, schedule) for p in [*prompts, other]]
-    assert_equal([f["answers"][0] for f in found], wanted)
+    found, wanted = found[len(kinds) : -2], wanted[len(kinds) :]
     for first, second, want in zip(found[::2], found[1::2], wanted[::2]):
         assert first["kept"] == [want["kept"]] and not second["kept"]
         assert second["answers"][0]["cached"] > 16 > first["answers"][0]["cached"]
@@ -262,7 +264,8 @@ def test_settings_are_in_the_key(testbed, schedules):
 
 
 def test_switched_off_changes_nothing(testbed, folder, tmp_path):
-    "Installed without a schedule against not loaded at all: equal to the last bit."
+    """Installed without a schedule against not loaded at all: equal to the last bit; both close to
+    transformers without `prune`."""
     asked = [Prompt(s.id, (clip_of(s), s.prompt_text)) for s in samples()[:5]]
     requests = [request_of(testbed[1], p, second_per_grid_ts=[1.0]) for p in asked]
     (off,) = engine(folder, tmp_path, [requests], plugins="seats")
@@ -270,15 +273,37 @@ def test_switched_off_changes_nothing(testbed, folder, tmp_path):
     for a, b in zip(off["answers"], without["answers"]):
         assert a["ids"] == b["ids"] and a["prompt"] == b["prompt"] > 200
         assert torch.equal(a["logprobs"], b["logprobs"])
+    whole = Schedule(testbed[0].config.text_config.num_hidden_layers, entering=None)
+    assert_equal(off["answers"], [reference(testbed, p, whole) for p in asked])
 
 
-@pytest.mark.parametrize("wrong", ["layers", "file"])
-def test_refused_at_the_start(wrong, folder, tmp_path):
+def test_refused_at_the_start(folder, tmp_path):
     path = tmp_path / "plan.json"
-    if wrong == "layers":
-        Schedule(3, entering=ENTERING).save(path)
-    with pytest.raises(AssertionError, match="3 layers" if wrong == "layers" else "plan.json"):
+    Schedule(3, entering=ENTERING).save(path)
+    with pytest.raises(AssertionError, match="3 layers"):
         engine(folder, tmp_path, [], path)
+
+
+def test_refused_without_an_engine(monkeypatch):
+    from seats_analysis.serving.omni import PrunedOmni, PrunedProcessor
+    from seats_analysis.serving.vllm import register
+
+    monkeypatch.setenv("SEATS_SCHEDULE", "plan.json")
+    with pytest.raises(ValueError, match="plan.json"):
+        register()
+    two = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=2))
+    with pytest.raises(ValueError, match="tensor parallel size of 1"):
+        PrunedOmni(vllm_config=two)
+    processor = object.__new__(PrunedProcessor)
+    with pytest.raises(ValueError, match="send the video itself"):
+        processor._get_mm_fields_config({"video_embeds": None}, {})
+    processor.info = SimpleNamespace(ctx=SimpleNamespace(get_merged_mm_kwargs=dict))
+    uneven = SimpleNamespace(
+        hf_processor_mm_kwargs=dict(use_audio_in_video=True),
+        mm_data_items=dict(video=[0, 0], audio=[0]),
+    )
+    with pytest.raises(ValueError, match="2 videos and 1 audio tracks"):
+        processor.apply(uneven, None)
 
 
 # ---------------------------------------------------------------- the server
@@ -287,7 +312,7 @@ def test_refused_at_the_start(wrong, folder, tmp_path):
 class Server:
     "`vllm serve` in a process group of its own."
 
-    def __init__(self, folder, schedule, log):
+    def __init__(self, folder, schedule, log, *options):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
@@ -298,7 +323,7 @@ class Server:
         command += ["--enforce-eager"]
         command += ["--max-model-len", "1024", "--max-num-batched-tokens", "64"]
         command += ["--mm-processor-kwargs", json.dumps(settings), "--served-model-name", "omni"]
-        self.log = log
+        command += options
         self.process = subprocess.Popen(
             command,
             env=environment(schedule, "seats"),
@@ -307,14 +332,19 @@ class Server:
             start_new_session=True,
             cwd=log.parent,
         )
-        for _ in range(600):
+        until = time.monotonic() + 600
+        while self.process.poll() is None and time.monotonic() < until:
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5)
+                self.get("health")
                 return
             except OSError:
-                assert self.process.poll() is None, log.read_text()[-4000:]
                 time.sleep(0.5)
+        self.stop(signal.SIGKILL)
         raise AssertionError(log.read_text()[-4000:])
+
+    def get(self, page):
+        url = f"http://127.0.0.1:{self.port}/{page}"
+        return urllib.request.urlopen(url, timeout=60).read().decode()
 
     def post(self, body):
         "The open response to a chat request."
@@ -346,17 +376,48 @@ def wav(waveform):
     return out.getvalue()
 
 
-def chat(sample, **more):
-    "A question by `video_url` and `input_audio`."
+def chat(sample, audio=True, **more):
+    "A question by `video_url` and, where asked for, `input_audio`."
     code = lambda data: base64.b64encode(data).decode()
     video = f"data:video/mp4;base64,{code(Path(sample.video).read_bytes())}"
-    audio = dict(data=code(wav(clip_of(sample).waveform)), format="wav")
-    parts = [
-        dict(type="video_url", video_url=dict(url=video)),
-        dict(type="input_audio", input_audio=audio),
-        dict(type="text", text=sample.prompt_text),
-    ]
+    parts = [dict(type="video_url", video_url=dict(url=video))]
+    if audio:
+        track = dict(data=code(wav(clip_of(sample).waveform)), format="wav")
+        parts.append(dict(type="input_audio", input_audio=track))
+    parts.append(dict(type="text", text=sample.prompt_text))
     return dict(messages=[dict(role="user", content=parts)]) | more
+
+
+WITHIN = dict(mm_processor_kwargs=dict(use_audio_in_video=True))  # asked for by the client
+
+
+def refused(server, body):
+    with pytest.raises(urllib.error.HTTPError) as error:
+        server.ask(body)
+    return json.load(error.value)["error"]["message"]
+
+
+def tutorial(server, sample, folder):
+    "The tutorial's lines with this server, clip and question in them: usages by client and curl."
+    (folder / "clip.mp4").write_bytes(Path(sample.video).read_bytes())
+    (folder / "clip.wav").write_bytes(wav(clip_of(sample).waveform))
+    page = json.loads((TESTS.parent / "nbs/tutorials/07_serve_with_vllm.ipynb").read_text())
+    text = "\n".join("".join(cell["source"]) for cell in page["cells"])
+    here = {
+        "localhost:8000": f"127.0.0.1:{server.port}",
+        "Qwen/Qwen2.5-Omni-7B": "omni",
+        "https://example.org": f"file://{folder}",
+        "What is said while the door opens?": sample.prompt_text,
+    }
+    for name, own in here.items():
+        text = text.replace(name, own)
+    curl, client = re.findall(r"```(?:bash|python)\n((?:curl|from openai).*?)```", text, re.S)
+    names = {}
+    exec(client, names)
+    yield names["answer"].usage.prompt_tokens
+    if shutil.which("curl"):
+        run = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True)
+        yield json.loads(run.stdout)["usage"]["prompt_tokens"]
 
 
 def test_server(testbed, folder, schedules, tmp_path):
@@ -379,27 +440,30 @@ def test_server(testbed, folder, schedules, tmp_path):
         [t.start() for t in threads]
         [t.join() for t in threads]
         assert [f["usage"]["prompt_tokens"] for f in found] == [w["prompt"] for w in wanted]
-        # the server decodes files in its own way, so it is compared with itself
         words = [f["choices"][0]["message"]["content"] for f in found]
-        alone = [server.ask(chat(s))["choices"][0]["message"]["content"] for s in asked]
-        assert words == alone
-        silent = chat(asked[0])
-        del silent["messages"][0]["content"][1]
+        assert [w.strip() for w in words] == [
+            testbed[1].tokenizer.decode(w["ids"][:1]).strip() for w in wanted
+        ]
+        silent = chat(asked[0], audio=False)
         alone = Prompt("alone", (clip_of(asked[0], waveform=None), asked[0].prompt_text))
         got = server.ask(silent)["usage"]["prompt_tokens"]
         assert got == reference(testbed, alone, schedule)["prompt"]
-        parted = silent | dict(mm_processor_kwargs=dict(use_audio_in_video=True))
-        with pytest.raises(urllib.error.HTTPError):  # the server trusts no settings of a client
-            server.ask(parted)
+        assert "trust-request" in refused(server, silent | WITHIN)
         long = dict(stream=True, max_tokens=400, ignore_eos=True)
         lines = iter(server.post(chat(asked[0], **long)))
         assert next(lines).startswith(b"data: ")
     finally:
         server.stop(signal.SIGKILL)
-    server = Server(folder, path, tmp_path / "second.log")
+    options = "--trust-request-mm-kwargs", "--allowed-local-media-path", str(tmp_path)
+    server = Server(folder, path, tmp_path / "second.log", *options)
     try:
         streamed = server.post(chat(asked[1], stream=True)).read().decode()
         assert json.dumps(words[1]) in streamed
         assert server.ask(chat(asked[0]))["usage"] == found[0]["usage"]
+        trusted = server.ask(chat(asked[1], audio=False, **WITHIN))  # audio from the video's file
+        assert trusted["choices"][0]["message"]["content"] == words[1]
+        assert trusted["usage"] == found[1]["usage"]
+        assert "1 videos and 2 audio tracks" in refused(server, chat(asked[1], **WITHIN))
+        assert set(tutorial(server, asked[2], tmp_path)) == {wanted[2]["prompt"]}
     finally:
         server.stop()

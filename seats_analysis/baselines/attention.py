@@ -19,7 +19,7 @@ from ..schedules.solve import equal_ratio
 class EqualDrops(Baseline):
     "The same fraction stays at each drop, by the last text token's attention."
 
-    stages: ClassVar[tuple] = (2,)
+    stages: ClassVar[tuple] = (2, 3)
     uses_scores: ClassVar[bool] = True
 
     @classmethod
@@ -38,6 +38,7 @@ class FastVOm(EqualDrops):
 
     name: ClassVar[str] = "fastv-om"
     paper: ClassVar[str] = "arXiv 2403.06764"
+    knobs: ClassVar[dict] = Baseline.knobs | dict(layer=(1, 2, 3, 4, 6, 8))
 
     @classmethod
     def for_trr(cls, num_layers, visual, audio, n_visual, n_audio, layer=2, **options):
@@ -59,6 +60,7 @@ class PyramidDrop(EqualDrops):
 
     name: ClassVar[str] = "pyramiddrop"
     paper: ClassVar[str] = "arXiv 2410.17247"
+    knobs: ClassVar[dict] = Baseline.knobs | dict(parts=(2, 3, 4, 6))
 
     @classmethod
     def for_trr(cls, num_layers, visual, audio, n_visual, n_audio, parts=4, **options):

@@ -8,7 +8,7 @@ __all__ = ['Baseline']
 # %% ../../nbs/baselines/00_base.ipynb #fe3ac44e
 import numpy as np
 import torch
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..inputs.layout import CODES
@@ -154,10 +154,12 @@ class Baseline(Pruner):
 
     seed: int = 0  # of what is left to chance, not negative
     name: ClassVar[str] = "baseline"
-    stages: ClassVar[tuple] = (1,)  # 1 before the decoder, 2 between layers, 3 none from a layer on
+    # 1 before the decoder, 2 between layers, 3 none from a layer on, for which no rule is needed
+    stages: ClassVar[tuple] = (1, 3)
     prunes: ClassVar[tuple] = tuple(CODES)  # modalities that it has a rule for
     min_visual: ClassVar[float] = MIN_VISUAL  # below it audio pays, where it has no rule
     in_windows: ClassVar[bool] = True  # whether it chooses in every time window, or at once
+    knobs: ClassVar[dict] = dict(audio=(0.5, 0.75, 1.0, 1.5, 2.0))  # its share of the tokens
 
     @classmethod
     def fair_pair(cls, visual, audio, n_visual, n_audio):  # -> modality -> fraction in (0, 1]
@@ -184,6 +186,14 @@ class Baseline(Pruner):
     def nearest_pair(cls, pair, **options):  # modality -> fraction, likewise
         "The nearest pair that its rule can have."
         return pair
+
+    def leaving(self, plan):  # Schedule
+        "The same method with late removal: its tokens leave where those of a plan do."
+        late = {m: plan.late(m) for m in CODES}
+        drops = {d: keep for d, keep in self.drops.items() if d < max(late.values())}
+        keep = {m: tuple(k[m] if d < late[m] else 1.0 for d, k in drops.items()) for m in CODES}
+        own = dict(drop_layers=tuple(drops), keep_ratios=keep, late_start=late)
+        return replace(self, schedule=replace(self.schedule, trr=None, scale=None, **own))
 
     def budget(self, modality, sizes):  # -> sizes of the windows it chooses in, kept of each
         "What to keep, from the sizes of the time windows."

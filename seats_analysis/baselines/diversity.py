@@ -21,6 +21,9 @@ class DivPruneOm(Baseline):
     paper: ClassVar[str] = "arXiv 2503.02175"
     in_windows: ClassVar[bool] = False
 
+    def select_flops(self, budgets, width, keys):
+        return self.pair_flops([b for b in budgets if b.modality in self.prunes], width)
+
     def pick(self, inputs):
         return select_in_clip(inputs.features, None, inputs.sizes, inputs.keep)
 

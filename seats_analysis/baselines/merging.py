@@ -100,6 +100,9 @@ class VisionZipOm(Baseline):
     uses_attention: ClassVar[bool] = True
     merges: ClassVar[bool] = True
     uses_keys: ClassVar[bool] = True
+    knobs: ClassVar[dict] = Baseline.knobs | dict(
+        contextual=(0.0, 0.05, 0.1), grids=(1, 2, 4, 8), seconds=(2.0, 4.0, 8.0, 16.0)
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -114,9 +117,17 @@ class VisionZipOm(Baseline):
             )
 
     @classmethod
-    def nearest_pair(cls, pair, contextual=0.05, **options):
+    def nearest_pair(cls, pair, contextual=None, **options):
         "At least the contextual share, and one dominant token in each window."
+        contextual = cls.contextual if contextual is None else contextual
         return {m: max(r, contextual) if m in cls.prunes else r for m, r in pair.items()}
+
+    def select_flops(self, budgets, width, keys):  # windows are padded to the largest
+        return sum(
+            2 * (keys[b.modality] + width) * len(b.sizes) * max(b.sizes, default=0) ** 2
+            for b in budgets
+            if b.modality in self.prunes and self.schedule.entering[b.modality] < 1
+        )
 
     def counts(self, modality, sizes):  # -> per window (dominant, contextual)
         ratio = self.schedule.entering[modality]
@@ -135,6 +146,16 @@ class VisionZipOm(Baseline):
         return select_visionzip(
             inputs.features, inputs.attention, inputs.keys.get(m), inputs.sizes, counts
         )
+
+
+@dataclass(frozen=True)
+class VisionZipWide(VisionZipOm):
+    "VisionZip for both modalities without merging, in windows four times as long."
+
+    contextual: float = 0.0
+    grids: int = 4
+    seconds: float = 8.0
+    name: ClassVar[str] = "visionzip-om-wide"
 
 
 @dataclass(frozen=True)
@@ -291,6 +312,9 @@ class OmniZip(Baseline):
     paper: ClassVar[str] = "arXiv 2511.14582"
     uses_attention: ClassVar[bool] = True
     merges: ClassVar[bool] = True
+    knobs: ClassVar[dict] = Baseline.knobs | dict(
+        contextual=(0.0, 0.05, 0.1), g=(1, 3, 6), bounds=((0.05, 0.95), (0.35, 0.75))
+    )
 
     @classmethod
     def nearest_pair(cls, pair, bounds=(0.35, 0.75), contextual=0.05, **options):
@@ -305,6 +329,11 @@ class OmniZip(Baseline):
         (n,) = stage1_counts((sum(sizes),), self.schedule.entering[modality])
         ends = [n * end // max(sum(sizes), 1) for end in accumulate(sizes)]
         return sizes, tuple(np.diff(ends, prepend=0).tolist())
+
+    def select_flops(self, budgets, width, keys):
+        (seen, some), (n, few) = ((sum(b.sizes), sum(b.keep) < sum(b.sizes)) for b in budgets)
+        pairs = few * n * (n + seen) + some * sum(size**2 for size in budgets[0].sizes)
+        return 2 * width * pairs
 
     def select(self, inputs):
         B, sizes = len(inputs.budgets) // 2, [sum(p.sizes) for p in inputs.budgets]

@@ -7,13 +7,13 @@ __all__ = ['METHODS', 'ABLATIONS', 'method_at']
 
 # %% ../../nbs/baselines/05_registry.ipynb #02c70aca
 import numpy as np
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from .attention import FastV, FastVOm, PyramidDrop, VTW
-from .base import best_in_windows, keep_best
+from .base import Baseline, best_in_windows, keep_best
 from .diversity import DivPrune, DivPruneOm
-from .merging import DyCoke, OmniZip, VisionZip, VisionZipOm
+from .merging import DyCoke, OmniZip, VisionZip, VisionZipOm, VisionZipWide
 from .simple import Random, Uniform
 from ..inputs.layout import CODES
 from ..pruning.base import Pruner
@@ -83,6 +83,9 @@ class AttentionOnly(Seats):
     def select(self, inputs):
         return best_in_windows(inputs.attention, inputs.sizes, inputs.keep)
 
+    def select_flops(self, budgets, width, keys):
+        return 0
+
 
 @dataclass(frozen=True)
 class DiversityOnly(Seats):
@@ -90,6 +93,27 @@ class DiversityOnly(Seats):
 
     name: ClassVar[str] = "seats-diversity-only"
     uses_attention: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class LastQuery(Seats):
+    "Stage II by the attention of the last text token, whatever the plan says."
+
+    name: ClassVar[str] = "seats-last-query"
+    query: ClassVar[str] = "last"
+
+    @classmethod
+    def for_trr(cls, *args, **options):
+        plan = super().for_trr(*args, **options).schedule
+        return cls(replace(plan, query=cls.query))
+
+
+@dataclass(frozen=True)
+class TextQuery(LastQuery):
+    "Stage II by the attention of all text behind the media, whatever the plan says."
+
+    name: ClassVar[str] = "seats-text-query"
+    query: ClassVar[str] = "text"
 
 # %% ../../nbs/baselines/05_registry.ipynb #8f03f4ac
 METHODS = {
@@ -102,6 +126,7 @@ METHODS = {
         FastVOm,
         VisionZip,
         VisionZipOm,
+        VisionZipWide,
         DivPrune,
         DivPruneOm,
         DyCoke,
@@ -112,24 +137,39 @@ METHODS = {
 }
 ABLATIONS = {
     m.name: m
-    for m in (NoStage1, NoStage2, NoStage3, UniformTRR, FlatBudgets, AttentionOnly, DiversityOnly)
+    for m in (
+        NoStage1,
+        NoStage2,
+        NoStage3,
+        UniformTRR,
+        FlatBudgets,
+        AttentionOnly,
+        DiversityOnly,
+        LastQuery,
+        TextQuery,
+    )
 }
+_LATE = "+late"  # behind a name: with the late removal of SEATS, for methods that have none
 
 
 def method_at(
-    name: str,  # a key of `METHODS` or `ABLATIONS`
+    name: str,  # a key of `METHODS` or `ABLATIONS`; "fastv+late" is fastv with late removal
     plan: Schedule,  # of SEATS
     tokens: tuple,  # visual and audio tokens of a sample, mean of the data
     knob: float = 1.0,  # the others are asked for the plan's TRRs times this
+    audio: float = 1.0,  # and for the audio tokens once more times this
+    **options,  # of the method, such as its `knobs` name
 ) -> Pruner:
     """SEATS with its schedule, another method asked for the same TRRs, ablations with its layers.
 
     Raises ValueError for an unknown name."""
-    known = METHODS | ABLATIONS
-    if name not in known:
+    known, base = METHODS | ABLATIONS, name.removesuffix(_LATE)
+    if base not in known or base != name and not issubclass(known[base], Baseline):
         raise ValueError(f"unknown method {name!r}; known: full, {', '.join(known)}")
     if name == "seats":
         return Seats(plan)
-    like = dict(like=plan) if issubclass(known[name], Seats) else {}
-    pair = (min(1.0, knob * plan.trr[m]) for m in CODES)
-    return known[name].for_trr(plan.num_layers, *pair, *tokens, **like)
+    if issubclass(known[base], Seats):
+        options = dict(options, like=plan)
+    pair = (min(1.0, knob * plan.trr["visual"]), min(1.0, knob * audio * plan.trr["audio"]))
+    found = known[base].for_trr(plan.num_layers, *pair, *tokens, **options)
+    return found if base == name else found.leaving(plan)

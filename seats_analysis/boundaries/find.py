@@ -16,12 +16,9 @@ from seats_analysis.boundaries.retention import (
     ClipCounts,
     clip_counts,
     family_needs,
-    layer_values,
-    needed_families,
     plain_attrs,
     profile_hash,
     ratio,
-    samples_of,
 )
 
 # %% ../../nbs/boundaries/01_find.ipynb #57b13c1a
@@ -113,6 +110,11 @@ TOLERANCE, RISE = 0.01, 0.10  # the rule's defaults, see `find_boundaries`
 LATE_CONFIDENCE = (
     0.9  # one step above `choose_late_confidence` of data/results/boundary_coverage.json
 )
+
+
+def _same(replicates, estimate):
+    "Share of the resamples that say the same."
+    return round(float(np.mean(replicates == estimate)), 4)
 
 
 def integer_interval(replicates, estimate, confidence):
@@ -256,9 +258,8 @@ class Resampled:
             parameters["unmeasurable"] = why
             spans = [(int(counts.layers[0]), int(counts.layers[-1]))] * 2
         else:
-            share = lambda found, estimate: round(float(np.mean(found == estimate)), 4)
             parameters["stability"] = dict(
-                shallow_end=share(shallows, shallow), late_start=share(lates, late)
+                shallow_end=_same(shallows, shallow), late_start=_same(lates, late)
             )
             spans = [
                 integer_interval(shallows, shallow, confidence),
@@ -278,6 +279,29 @@ class Resampled:
             **self.facts,
         )
 
+# %% ../../nbs/boundaries/01_find.ipynb #73f83688
+KL_THRESHOLD = 0.01  # nats
+
+
+def kl_late_start(
+    profile,  # dependency profile with the variable `kl`
+    removed: str = "both",  # "visual", "audio" or "both"
+    threshold: float = KL_THRESHOLD,  # nats
+    n_boot: int = 2000,  # resamples of the clips
+    seed: int = 0,
+    **chosen,  # split and families, see `find_boundaries`
+) -> dict:  # threshold, late_start, interval, stability
+    "Layer from which the mean KL divergence from the full model stays below a threshold."
+    counts = clip_counts(profile, removed, variable="kl", **chosen)
+    drawn = Resampled(counts, counts.bootstrap(n_boot, seed))
+    (_, late), (_, lates) = drawn.blocks(threshold)
+    return dict(
+        threshold=threshold,
+        late_start=late,
+        interval=list(integer_interval(lates, late, 0.95)),
+        stability=_same(lates, late),
+    )
+
 # %% ../../nbs/boundaries/01_find.ipynb #d777020e
 def find_boundaries(
     profile,  # dependency profile, dims (sample, removed, layer)
@@ -294,18 +318,10 @@ def find_boundaries(
 ) -> Boundaries:
     "Shallow, middle and late blocks. Raises ValueError for what the profile does not hold."
     drawn = Resampled.of(profile, removed, split, families, n_boot, seed)
-    return drawn.decide(tolerance, rise, margin, confidence, late_confidence)
-
-# %% ../../nbs/boundaries/01_find.ipynb #73f83688
-def kl_threshold(
-    profile,  # dependency profile with the variable `kl`
-    removed: str = "both",  # "visual", "audio" or "both"
-    eta: float = 0.01,  # nats
-    split: str | None = "derive",  # None takes all samples
-    families=None,  # None: those that need what was removed
-) -> int:  # layer
-    "First scanned layer whose mean KL divergence from the full model is below a threshold."
-    families = needed_families(profile, removed) if families is None else tuple(families)
-    kl = layer_values(profile, "kl", removed)[samples_of(profile, split, families)]
-    under = np.r_[np.nanmean(kl, 0)[:-1] < eta, True]
-    return int(np.sort(profile["layer"].values)[under.argmax()])
+    found = drawn.decide(tolerance, rise, margin, confidence, late_confidence)
+    if "kl" in profile:
+        chosen = dict(split=split, families=families)
+        kl = kl_late_start(profile, removed, n_boot=n_boot, seed=seed, **chosen)
+        kl["retained"] = found.fitted[found.layers.index(kl["late_start"])]
+        found.parameters["kl"] = kl
+    return found

@@ -17,18 +17,28 @@ def explain(
     "The boundaries in sentences for people, with intervals and what could be certified."
     b, known = bounds, bounds.parameters
     end = lambda layer: layer + 1 if layer < b.num_layers else "the end"
-    span = lambda ci: "" if ci is None else f" (interval {ci[0] + 1} to {end(ci[1])})"
+    same = known.get("stability", {})
+
+    def sure(name):
+        if (ci := getattr(b, f"{name}_ci")) is None:
+            return ""
+        agree = f", {100 * same[name]:.0f} % of resamples agree" if name in same else ""
+        return f" (interval {ci[0] + 1} to {end(ci[1])}{agree})"
+
     asked = f"{b.n_samples} questions on {b.n_clips} clips"
     head = f"{b.num_layers} layers, {b.removed} removed, {asked}."
     if said := b.unmeasurable:
-        return f"{head}\n{said[0].upper()}{said[1:]}."
+        return "\n".join([head, f"{said[0].upper()}{said[1:]}.", *_by_kl(b, end)])
     lines = [
         head,
-        f"The middle block begins at layer {b.shallow_end + 1}{span(b.shallow_end_ci)}.",
-        f"The late block begins at layer {b.late_start + 1}{span(b.late_start_ci)}."
+        f"The middle block begins at layer {b.shallow_end + 1}{sure('shallow_end')}.",
+        f"The late block begins at layer {b.late_start + 1}{sure('late_start')}."
         if b.late_start < b.num_layers
         else "There is no late block: the last layer still needs the tokens.",
     ]
+    if b.late_start_ci and b.late_start < b.late_start_ci[1] == b.num_layers:
+        lines.append("That interval is open above: so few clips exclude no later start.")
+    lines += _by_kl(b, end)
     live = {int(i): kl for i, kl in known.get("bypass_kl", {}).items() if int(i) >= b.late_start}
     if live:
         least = min(live, key=live.get)
@@ -39,6 +49,19 @@ def explain(
     if known and b.late_start_certified is not None:
         lines.append(_certificate(b, known["margin"], known["critical"]))
     return "\n".join(lines)
+
+
+def _by_kl(b, end):
+    "One sentence about where the distribution of the answers stops moving, if it is known."
+    if not (kl := b.parameters.get("kl")):
+        return []
+    low, high = kl["interval"]
+    agree, left = 100 * kl["stability"], 100 * kl["retained"]
+    return [
+        f"The answers move by less than {kl['threshold']:g} nats (mean KL) from layer "
+        f"{end(kl['late_start'])} on (interval {low + 1} to {end(high)}, {agree:.0f} % of "
+        f"resamples agree), where {left:.1f} % of the performance is left: an estimate."
+    ]
 
 
 def _certificate(b, margin, critical):
@@ -62,7 +85,7 @@ _TYPES = {
     f"{name}{end}": "float" if end == "_same" else "Int64"
     for name in ("shallow_end", "late_start")
     for end in ("", "_low", "_high", "_same")
-} | dict.fromkeys(("certified", "questions", "clips"), "Int64")
+} | dict.fromkeys(("late_by_kl", "certified", "questions", "clips"), "Int64")
 
 
 def _row(profile, removed, families, options):
@@ -75,6 +98,7 @@ def _row(profile, removed, families, options):
     if b.unmeasurable:
         return row
     row["certified"] = b.late_start_certified
+    row["late_by_kl"] = b.parameters.get("kl", {}).get("late_start")
     for name in ("shallow_end", "late_start"):
         row[name], same = getattr(b, name), b.parameters.get("stability", {}).get(name)
         row[f"{name}_low"], row[f"{name}_high"] = getattr(b, f"{name}_ci")

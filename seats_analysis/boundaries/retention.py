@@ -210,6 +210,7 @@ def clip_counts(
     removed="both",  # "visual", "audio" or "both"
     split="derive",  # None takes all samples
     families=None,  # None: those that need what was removed
+    variable="correct",  # or "kl": 1 minus the divergence takes the place of a right answer
 ):  # ClipCounts
     "Count one condition. Raises ValueError for an unknown one, or if L was not scanned."
     known = [str(name) for name in profile["removed"].values]
@@ -221,15 +222,16 @@ def clip_counts(
         raise ValueError(f"layer {last} (nothing removed) was not scanned, only {layers.tolist()}")
     families = needed_families(profile, removed) if families is None else tuple(families)
     keep, chance = samples_of(profile, split, families), profile.attrs.get("chance", 0.25)
-    if "n_choices" in profile.coords:
+    if variable == "correct" and "n_choices" in profile.coords:
         keep &= profile["n_choices"].values > 1
         if not keep.any():
             raise Unasked(
                 "no chosen question has choices, so none is right or wrong; "
-                "`kl` needs none, see `kl_threshold`"
+                "`kl` needs none, see `kl_late_start`"
             )
         chance = (1 / profile["n_choices"].values[keep]).mean()
-    values = layer_values(profile, "correct", removed)[keep]
+    values = layer_values(profile, variable, removed)[keep]
+    values = 1 - values if variable == "kl" else values
     right, asked = tally(values, profile["clip"].values[keep])
     if not right[:, -1].any():
         raise Unanswered("no question is answered with nothing removed, so nothing can be retained")

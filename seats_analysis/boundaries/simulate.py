@@ -9,7 +9,6 @@ __all__ = ['coverage_study', 'choose_late_confidence', 'coverage_table', 'questi
 import numpy as np
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from ..storage.schemas import SCHEMAS
 from ..statistics.intervals import crossings, monotone_fit
 from seats_analysis.boundaries.retention import (
@@ -140,21 +139,11 @@ def noise_of(
 LATE_CONFIDENCES = (0, 0.6, 0.8, 0.9, 0.95)  # candidates for `late_confidence`; 0: percentiles only
 
 
-def segments(curve):  # (first position of the second level, of the third)
-    "Cuts of the curve of three constant pieces that is nearest in least squares."
-    y = np.asarray(curve, float)
-    sums, squares = np.r_[0, y.cumsum()], np.r_[0, (y**2).cumsum()]
-    cost = lambda a, b: squares[b] - squares[a] - (sums[b] - sums[a]) ** 2 / (b - a)
-    loss = lambda cut: cost(0, cut[0]) + cost(*cut) + cost(cut[1], len(y))
-    return min(combinations(range(1, len(y)), 2), key=loss)
-
-
 def _trial(planted, noise, questions, rng, n_boot):
-    "One experiment: estimates, intervals, and what segmentation says."
+    "One experiment: estimates and intervals."
     counts = noise.draw(planted, questions, rng)
     found = Resampled(counts, counts.bootstrap(n_boot, rng.integers(2**32)))
     (shallow, late), (shallows, lates) = found.blocks()
-    cuts = segments(ratio(counts.accuracy))
     return dict(
         shallow=shallow,
         late=late,
@@ -163,16 +152,17 @@ def _trial(planted, noise, questions, rng, n_boot):
             found.late_interval(late, lates, TOLERANCE, 0.95, late_confidence)
             for late_confidence in LATE_CONFIDENCES
         ],
-        cut_shallow=int(counts.layers[cuts[0]]),
-        cut_late=int(counts.layers[cuts[1]]),
     )
 
 
-def _covered(intervals, truth):
-    "Share of intervals that hold the truth, their mean width in layers."
+def _covered(intervals, truth, last):
+    """Share of intervals that hold the truth, and of their two ends; how often the upper one is
+    open (the last layer), mean width in layers."""
     low, high = np.array(intervals).T
-    share, width = ((low <= truth) & (truth <= high)).mean(), (high - low).mean()
-    return dict(coverage=round(float(share), 4), width=round(float(width), 3))
+    hits = dict(lower=low <= truth, upper=truth <= high, open=high == last)
+    hits |= dict(coverage=hits["lower"] & hits["upper"])
+    shares = {name: round(float(hit.mean()), 4) for name, hit in hits.items()}
+    return shares | dict(width=round(float((high - low).mean()), 3))
 
 
 def _errors(estimates, truth):
@@ -196,16 +186,16 @@ def coverage_row(
     runs = [_trial(planted, noise, questions, rng, n_boot) for _ in range(trials)]
     get = lambda key: [r[key] for r in runs]
     shallow, late = planted.blocks
-    truth = dict(shallow=shallow, late=late, cut_shallow=shallow, cut_late=late)
+    truth = dict(shallow=shallow, late=late)
     return dict(
         shape=shape,
         questions=questions,
         trials=trials,
         shallow_end=shallow,
         late_start=late,
-        shallow_interval=_covered(get("shallow_ci"), shallow),
+        shallow_interval=_covered(get("shallow_ci"), shallow, noise.num_layers),
         late_interval={
-            str(late_confidence): _covered(intervals, late)
+            str(late_confidence): _covered(intervals, late, noise.num_layers)
             for late_confidence, intervals in zip(LATE_CONFIDENCES, zip(*get("late_ci")))
         },
         errors={key: _errors(get(key), true) for key, true in truth.items()},
@@ -289,12 +279,15 @@ def coverage_table(
         "shallow_interval.coverage": "shallow covered",
         "shallow_interval.width": "shallow width",
         f"late_interval.{LATE_CONFIDENCE}.coverage": "late covered",
+        f"late_interval.{LATE_CONFIDENCE}.lower": "low end covers",
+        f"late_interval.{LATE_CONFIDENCE}.upper": "high end covers",
+        f"late_interval.{LATE_CONFIDENCE}.open": "high end open",
         f"late_interval.{LATE_CONFIDENCE}.width": "late width",
         "late_interval.0.coverage": "percentiles cover",
         "errors.late.bias": "bias",
         "errors.late.within_one": "within 1",
-        "errors.cut_late.bias": "segments: bias",
     }
+    names = {key: name for key, name in names.items() if key in rows}  # older studies have less
     cells = rows.rename(columns=names).groupby(["shape", "questions"], sort=False)
     return cells.agg({name: "min" if "cover" in name else "mean" for name in names.values()})
 

@@ -201,8 +201,9 @@ def boundary_row(
     if b.unmeasurable:
         unknown = dict.fromkeys(("shallow", "middle", "late"), "-")
         starts = dict.fromkeys(("middle starts (95 %)", "late starts (95 %)"), "not measurable")
-        return {"removed": b.removed, **unknown, **starts, "same": "-", "certified": "-"}
-    edges = (0, b.shallow_end, b.late_start, n)
+        sure = dict.fromkeys(("middle same", "late same", "late by KL", "certified"), "-")
+        return {"removed": b.removed, **unknown, **starts, **sure}
+    edges, kl = (0, b.shallow_end, b.late_start, n), b.parameters.get("kl")
     blocks = [(low + 1, high) for low, high in zip(edges, edges[1:])]
     spans = ["-" if lo > hi else f"{lo}" if lo == hi else f"{lo} to {hi}" for lo, hi in blocks]
     late = _start(b.late_start, b.late_start_ci, n) if b.late_start < n else "no late block"
@@ -211,7 +212,9 @@ def boundary_row(
         **dict(zip(("shallow", "middle", "late"), spans)),
         "middle starts (95 %)": _start(b.shallow_end, b.shallow_end_ci, n),
         "late starts (95 %)": late,
-        "same": _share(same.get("late_start")),
+        "middle same": _share(same.get("shallow_end")),
+        "late same": _share(same.get("late_start")),
+        "late by KL": _start(kl["late_start"], kl["interval"], n) if kl else "-",
         "certified": "-" if certified is None or certified >= n else str(certified + 1),
     }
 
@@ -229,7 +232,8 @@ def _family_row(r, num_layers):
         "questions": r["questions"] or "-",
         "middle starts (95 %)": start(middle, span),
         "late starts (95 %)": start(late, late_span),
-        "same": _share(r["late_start_same"]),
+        "middle same": _share(r["shallow_end_same"]),
+        "late same": _share(r["late_start_same"]),
     }
 
 # %% ../../nbs/cli/01_analysis.ipynb #4b633739

@@ -58,7 +58,7 @@ from ..inputs.layout import MODALITIES
 from ..storage.schemas import SCHEMAS, load_profile, save_json
 
 # %% ../../nbs/cli/02_answers.ipynb #c8f331c2
-def _profile_of(model, profile):
+def profile_of(model, profile):
     "The profile that was named, or a testbed's; None where there is none."
     return profile or (Path(model) if model in TESTBEDS else None)
 
@@ -70,7 +70,7 @@ def check_blocks(model, profile=None, num_layers=None) -> tuple:  # Boundaries, 
     from seats_analysis.schedules.schedule import PUBLISHED, Schedule
 
     known = next((k for k in PUBLISHED if k in model.lower()), None)
-    source, pairs = _profile_of(model, profile), ()
+    source, pairs = profile_of(model, profile), ()
     if source is not None:
         blocks = find_blocks(load_profile(source), "both")
     elif known:
@@ -341,7 +341,7 @@ def _trr_list(text):
 
 
 @contextmanager
-def _scratch(folder):
+def scratch(folder):
     "A subfolder of a checkpoint, for as long as the body runs; a killed run's is made anew."
     place = folder / f"scratch-{processes()[0]}"
     shutil.rmtree(place, ignore_errors=True)
@@ -364,7 +364,7 @@ def _held_out(limit, split, folder, seed):
 
 def _vtw_rule(names, model, profile):
     "VTW at the layer that its rule picks from a profile's `derive` split; nothing without one."
-    source = _profile_of(model, profile)
+    source = profile_of(model, profile)
     if "vtw" not in names or source is None:
         return {}
     from seats_analysis.baselines.attention import VTW
@@ -404,6 +404,8 @@ def _eval_text(result, out):
         said = f"too few for a conclusion: no difference can be significant below {needed} clips"
     asked = f"{result['questions']} questions on {result['clips']} clips, in percent"
     lines = [table(frame.to_dict("records")), "", f"{asked}; {said}{left_out(result['broken'])}"]
+    towers = f"{100 * result['encoder_share']:.0f} % of the full prefill"
+    lines.append(f"FLOPs are causal and hold the selection; the encoders, {towers}, come on top")
     if made := result["questions_of_schedule"]:
         lines.append(
             f"{made} of the questions made the schedules (same id and clip in the profile): "
@@ -414,7 +416,11 @@ def _eval_text(result, out):
 # %% ../../nbs/cli/02_answers.ipynb #61d66ad4
 @app.command("eval")
 def eval_(
-    methods: str = Option("all", help="Names separated by commas, `all`, or `ablations`."),
+    methods: str = Option(
+        "all",
+        help="Names separated by commas, `all`, `late` (with the late removal of SEATS), or "
+        "`ablations`.",
+    ),
     trr: str = Option(
         "35,25,15,10",
         help="Token retention ratios: percent of all visual and audio tokens that SEATS keeps.",
@@ -475,7 +481,7 @@ def eval_(
         raise ValueError(f"--answers {answers!r}: likelihood or generate")
     names, device = method_names(names_of(methods, "--methods")), check_device(device)
     check_blocks(model, profile, num_layers)
-    with Checkpoint.hold(checkpoint_of(out)) as folder, _scratch(folder) as clips:
+    with Checkpoint.hold(checkpoint_of(out)) as folder, scratch(folder) as clips:
         if data == "testbed":
             samples = _held_out(limit, split, clips, seed)
         else:
@@ -500,7 +506,7 @@ def eval_(
         splits = ",".join(sorted({s.split for s in samples}))
         options |= dict(
             about=dict(command=command, data=Path(data).name, split=splits, broken=broken)
-            | dict(questions_of_schedule=_made_from(samples, _profile_of(model, profile))),
+            | dict(questions_of_schedule=_made_from(samples, profile_of(model, profile))),
             rules=_vtw_rule(names, model, profile),
             answers=answers,
             batch_size=batch or (16 if data == "testbed" else 1),

@@ -6,7 +6,7 @@
 __all__ = ['main']
 
 # %% ../../nbs/cli/05_main.ipynb #7654ce7e
-from . import analysis, answers, bench, demo  # noqa: F401  they add commands
+from . import analysis, answers, tune, bench, demo  # noqa: F401  they add commands
 from .app import app
 
 # %% ../../nbs/cli/05_main.ipynb #b04ba7bb

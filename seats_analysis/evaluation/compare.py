@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 from tqdm.auto import tqdm
 from ..storage.files import atomic_write
 from ..storage.schemas import SCHEMAS, save_json
@@ -20,8 +21,8 @@ from ..storage.provenance import hash_code
 from ..storage.checkpoint import Checkpoint, checkpoint_of, processes
 from ..inputs.samples import Sample
 from ..models.families import adapter_for
+from ..models.encode import encode
 from ..models.scoring import score_choices
-from ..statistics.intervals import holm
 from ..probing.run import provenance
 from ..schedules.cost import text_dims
 from ..baselines.registry import ABLATIONS, METHODS, method_at
@@ -38,6 +39,7 @@ from seats_analysis.evaluation.prepared import (
     asks,
     cached_flops,
     clips_of,
+    encoder_share,
     prepare_questions,
 )
 
@@ -53,6 +55,7 @@ class MethodRun:
     share: float = 0.0  # of the batches that get the second
     setting: str = "matched"  # 'full', 'matched', 'lowest setting', 'highest setting' or 'rule'
     knob: tuple = ()  # settings of the knob, one for each plan
+    floor: tuple = ()  # modalities of which its rule keeps as many at the lowest setting
 
     def plan_for(self, number):  # of a batch
         "The plan of a batch; second plans are spread evenly."
@@ -65,6 +68,7 @@ class MethodRun:
 
 # %% ../../nbs/evaluation/02_compare.ipynb #cceb46f0
 TOLERANCE = 0.02  # relative difference in FLOPs at which two methods cost the same
+LOWEST = 1e-4  # setting of the knob
 
 
 def match_cost(
@@ -74,7 +78,7 @@ def match_cost(
     highest: float,  # knob at which everything is kept
 ) -> dict:  # plans, share, setting, knob: fields of a `MethodRun`
     "Settings of a knob at which a method costs what another one does; the lowest one otherwise."
-    low, high = 1e-4, highest
+    low, high = LOWEST, highest
     tried = {k: cost(build(k)) for k in (low, high)}
     away = lambda k: abs(tried[k] / target - 1)
     if tried[low] > target * (1 + TOLERANCE):
@@ -92,16 +96,18 @@ def match_cost(
     return dict(plans=(build(low), build(high)), share=share, knob=(low, high))
 
 # %% ../../nbs/evaluation/02_compare.ipynb #cc9be733
-_GROUPS = dict(all=tuple(METHODS), ablations=tuple(ABLATIONS))
+_LATE = tuple(f"{n}+late" for n, m in METHODS.items() if n != "seats" and {1, 2} & set(m.stages))
+_GROUPS = dict(all=tuple(METHODS), late=_LATE, ablations=tuple(ABLATIONS))
 
 
 def method_names(
-    text,  # names separated by commas, or a sequence; `all` methods, `ablations` of SEATS
+    text,  # names separated by commas, or a sequence; `all` methods, `late`: those that have none
+    # with late removal, `ablations` of SEATS
 ) -> tuple:
     "Names, `seats` first, since the others are matched to it. ValueError for an unknown one."
     names = [n.strip() for n in text.split(",")] if isinstance(text, str) else list(text)
     names = [m for n in names if n for m in _GROUPS.get(n, (n,))]
-    known = [*METHODS, *ABLATIONS]
+    known = [*METHODS, *_LATE, *ABLATIONS]
     if bad := [n for n in names if n not in known]:
         raise ValueError(f"unknown method {bad[0]!r}; known: {', '.join([*_GROUPS, *known])}")
     return tuple(dict.fromkeys(["seats", *names]))
@@ -125,12 +131,16 @@ def method_runs(
         if name == "seats":
             plan = plans[trr]
             seats = method_at("seats", plan, counts)
+            target = shape.cost(seats)
             out.append(MethodRun("seats", "seats", trr, (seats,), knob=(1.0,)))
             highest = 1 / min((t for t in plan.trr.values() if t), default=1.0)
         else:
             build = partial(method_at, name, plan, counts)
-            found = match_cost(build, shape.cost, shape.cost(seats), highest)
-            out.append(MethodRun(name, name, trr, **found))
+            found = match_cost(build, shape.cost, target, highest)
+            kept, least = map(shape.retention, (found["plans"][-1], build(LOWEST)))
+            ruled = getattr(found["plans"][0], "prunes", ())
+            floor = tuple(m for m in ruled if 0 < kept[m] <= least[m])
+            out.append(MethodRun(name, name, trr, floor=floor, **found))
     return out
 
 # %% ../../nbs/evaluation/02_compare.ipynb #786a2034
@@ -149,6 +159,9 @@ class Answering:
     answers: str = "likelihood"  # ranks the choices; 'generate' reads a written answer
     max_new_tokens: int = 16  # of a written answer
     limits: Mapping = field(default_factory=dict)  # fps and max_frames, see `encode`
+    title: str = "eval"  # of the bar
+    kinds: ClassVar[tuple] = ANSWERS  # that `answers` may be
+    min_choices: ClassVar[int] = 2
 
     def __post_init__(self):
         ids = [s.id for s in self.samples]
@@ -156,12 +169,13 @@ class Answering:
             raise ValueError("nothing to evaluate: no questions")
         if len(set(ids)) < len(ids):
             raise ValueError("sample ids repeat; answers could not be paired")
-        if bare := [s.id for s in self.samples if len(s.choices) < 2]:
+        if bare := [s.id for s in self.samples if len(s.choices) < self.min_choices]:
             raise ValueError(
                 f"{len(bare)} questions have fewer than two choices, the first is {bare[0]!r}"
             )
-        if self.answers not in ANSWERS:
-            raise ValueError(f"answers must be one of {', '.join(ANSWERS)}; not {self.answers!r}")
+        if self.answers not in self.kinds:
+            known = ", ".join(self.kinds)
+            raise ValueError(f"answers must be one of {known}; not {self.answers!r}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens!r}")
 
@@ -175,7 +189,7 @@ class Answering:
                 units.append(clip)
         return units
 
-    def _choose(self, batch):  # `Encoded` -> per question: what is known of its answer
+    def choose(self, batch, before):  # `Encoded`, outcomes of earlier runs -> those of this one
         if self.answers == "likelihood":
             rows = score_rows(score_choices(self.model, batch), batch.samples)
             return [
@@ -205,7 +219,7 @@ class Answering:
         for r in runs:
             with batch.prune(r.plan_for(number)) as (run, given):
                 run.samples = first
-                chosen = self._choose(given)
+                chosen = self.choose(given, out)
             ms, layers = run.timings.ms, map(tuple, run.tokens_per_layer.tolist())
             shares = [ms[section] / len(questions) for section in ("selection", "prefill")]
             for row, q, answer, tokens in zip(out, questions, chosen, layers):
@@ -223,7 +237,10 @@ class Answering:
         about: Mapping = {},  # what a checkpoint must agree on: hashes of weights, data and code
         shard: tuple = (0, 1),  # number of this process, and how many share the checkpoint
         progress: bool = False,  # show a bar
-    ) -> list | None:  # per question: outcomes of all runs; None in all processes but the first
+        everyone: bool = False,  # all processes get the answers, not only the first
+    ) -> (
+        list | None
+    ):  # per question: outcomes of all runs; None in a process that does not get them
         "Every run's answers to every question. ValueError for a checkpoint of another comparison."
         if shard[1] > 1 and checkpoint is None:
             raise ValueError("shard: several processes need a checkpoint to share")
@@ -245,8 +262,8 @@ class Answering:
 
         kept = Checkpoint(checkpoint, self._identity(about), shard)
         # one tick for each answer, and the mean pace: runs cost different amounts
-        bar = dict(unit="answer", desc="eval", smoothing=0, disable=not progress)
-        return kept.run(units, work, ticks=len(self.runs), **bar)
+        bar = dict(unit="answer", desc=self.title, smoothing=0, disable=not progress)
+        return kept.run(units, work, everyone, len(self.runs), **bar)
 
     def _identity(self, about):
         "What the answers depend on."
@@ -338,23 +355,29 @@ class Outcomes:
     def _cost(self, k, seats):
         "FLOPs, retention, knob and time of a run; of what SEATS costs, whether they are the same."
         run, kept = self.runs[k], [self.shape.retention(p) for p in self.runs[k].plans]
-        flops = lambda i, by="counter": (self._of(i, by).sum() / self._of(0, by).sum()).item()
+        flops = lambda i, by: (self._of(i, by).sum() / self._of(0, by).sum()).item()
+        selection = lambda r: r.mean([self.shape.selection(p) for p in r.plans])
+        whole = lambda i: flops(i, "causal") + selection(self.runs[i])
         ms, full_ms = (np.median(self._of(i, "ms"), 0) for i in (k, 0))
-        cost, target = flops(k), None if seats is None else flops(seats)
-        near = target is not None and abs(cost / target - 1) <= TOLERANCE
+        cost, target = whole(k), None if seats is None else whole(seats)
+        equal = run.setting == "matched" and target and abs(cost / target - 1) <= TOLERANCE
         mixed = None
         if len(run.plans) > 1:
             costs = [self.shape.cost(p) for p in run.plans]
             mixed = dict(share=run.share, knobs=list(run.knob), costs=costs)
         return dict(
-            flops_fraction=cost,
+            cost=cost,  # causal, selection included: what is matched
             flops_target=target,
+            flops_fraction=flops(k, "counter"),
             causal_fraction=flops(k, "causal"),
+            selection_fraction=selection(run),
             **{f"retention_{m}": run.mean([x[m] for x in kept]) for m in kept[0]},
             knob=run.mean(run.knob) if run.knob else None,
             mixed=mixed,
-            own_minimum=run.setting == "lowest setting",
-            ranked=run.setting == "matched" and near,
+            floor=list(run.floor),
+            own_minimum=run.setting == "lowest setting" or bool(run.floor),
+            equal_cost=bool(equal),
+            ranked=bool(equal) and not run.floor,
             ms=sum(ms.tolist()),
             **dict(zip(("ms_statistic", "ms_selection", "ms_prefill"), ms.tolist())),
             ms_full=sum(full_ms.tolist()),
@@ -364,11 +387,15 @@ class Outcomes:
 _LEVEL = 0.05  # of the whole family of tests
 
 
+def _tested(rows):
+    return [r for r in rows if r.get("equal_cost", r["ranked"]) and r["label"] != "seats"]
+
+
 def clips_needed(
     rows: Sequence,  # of `compare_methods`
 ) -> int:  # 0 where there are enough
     "Clips below which no test could be significant, whatever the answers, if there are fewer."
-    tests = sum(r["ranked"] and r["label"] != "seats" for r in rows)
+    tests = len(_tested(rows))
     # clips are independent; the least p of McNemar's test on n of them is 2 ** (1 - n)
     needed = 2 + int(np.log2(max(tests, 1) / _LEVEL))
     return 0 if min((r.get("clips", np.inf) for r in rows), default=0) >= needed else needed
@@ -378,14 +405,16 @@ def significantly_better(
     rows: Sequence,  # of `compare_methods`
     level: float = _LEVEL,
 ) -> list:  # the rows, in order
-    """Ranked rows above SEATS beyond chance.
+    """Rows above SEATS beyond chance at its cost, ranked or at a floor of their own.
 
-    The paired interval excludes 0, and the exact test holds after Holm's correction for all ranked
-    rows."""
-    tested = [r for r in rows if r["ranked"] and r["label"] != "seats"]
-    if clips_needed(rows):
+    The paired interval excludes 0, and the exact test holds after Holm's correction for all of
+    them."""
+    tested = _tested(rows)
+    if not tested or clips_needed(rows):
         return []
-    adjusted = holm([r["mcnemar_p"] for r in tested]) if tested else ()
+    from statsmodels.stats.multitest import multipletests
+
+    adjusted = multipletests([r["mcnemar_p"] for r in tested], method="holm")[1]
     return [r for r, p in zip(tested, adjusted) if r["diff_seats_low"] > 0 and p < level]
 
 # %% ../../nbs/evaluation/02_compare.ipynb #30a60f57
@@ -405,13 +434,14 @@ def comparison_table(
         "" if pd.isna(values[0]) else form.format(*(100 * x for x in values))
         for values in zip(*(r[c] for c in columns))
     ]
-    fine = (r.setting == "full") | (r.setting == "matched") & r.ranked
+    fine = (r.setting == "full") | (r.setting == "matched") & r.equal_cost
     note = r.setting.mask(r.setting == "matched", "not matched").mask(fine, "")
+    note = note.mask(fine & r.own_minimum, "floor: " + r.floor.str.join(", "))
     frame = pd.DataFrame(
         {
             "kept (TRR)": [f"{t:g}" for t in r.trr],
             "method": r.label,
-            "FLOPs of full": 100 * r.flops_fraction,
+            "FLOPs of full": 100 * r.cost,
             "tokens entering": 100 * r.retention_entry,
             "tokens over layers": 100 * r.retention_layers,
             "time of full": 100 * r.ms / r.ms_full,
@@ -451,6 +481,7 @@ def _save(result, path):
     save_json(path, result)
     table = pd.DataFrame(result["rows"]).drop(columns="families")
     table["mixed"] = [json.dumps(m) if m else None for m in table["mixed"]]
+    table["floor"] = table["floor"].str.join(" ")
     with atomic_write(_csv_of(path)) as part:
         table.to_csv(part, index=False)
 
@@ -498,6 +529,7 @@ def compare_methods(
             clips=len({s.clip for s in samples}),
             chance=sum(1 / len(s.choices) for s in samples) / len(samples),
             apart=list(apart),
+            encoder_share=encoder_share(model, encode(model, processor, samples[:1], **limits)),
             trr=list(plans),
             methods=list(names),
             rows=Outcomes(answered, samples, runs, shape, apart, n_boot).rows(),

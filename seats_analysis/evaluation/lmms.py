@@ -17,7 +17,7 @@ from ..testbed.load import TESTBEDS
 from ..storage.files import shipped_folder
 from ..inputs.media import Clip, decode_clip
 from ..inputs.samples import Sample
-from ..inputs.benchmarks import PRESETS
+from ..inputs.benchmarks import preset_for
 from ..models.families import limit_pixels
 from ..models.encode import Prompt, encode, frame_resizer
 from ..models.decoder import last_logits_only
@@ -220,8 +220,8 @@ class ModelArgs:
             if f.type in (int, float):
                 number = _number(f.name, getattr(self, f.name), f.type)
                 object.__setattr__(self, f.name, number)
-        if self.preset is not None and str(self.preset) not in PRESETS:
-            raise ValueError(f"preset {self.preset!r}, expected one of {', '.join(PRESETS)}")
+        if self.preset is not None and preset_for(self.preset) is None:
+            raise ValueError(f"preset {self.preset!r}, expected one of 128, 256, 768")
 
     def answerer(self) -> Answerer:
         "The model with its method. Raises ValueError for values that do not go together."
@@ -232,7 +232,7 @@ class ModelArgs:
         model, processor = load_model(self.pretrained, self.device)
         fps, max_frames, tokens = self.fps, self.max_frames, (self.least_tokens, self.most_tokens)
         if self.preset is not None:
-            limits = PRESETS[str(self.preset)]
+            limits = preset_for(self.preset)
             fps, max_frames, tokens = limits.fps, limits.max_frames, limits.grid_tokens
         if None not in tokens:
             limit_pixels(processor, *tokens)

@@ -16,6 +16,7 @@ from functools import cache, cached_property, lru_cache
 from tqdm.auto import tqdm
 from ..inputs.samples import Sample
 from ..inputs.layout import TEXT, TokenLayout, pad_left
+from ..models.attention import TowerAttention
 from ..models.families import adapter_for
 from ..models.encode import Encoded, encode_questions, layout_of
 from ..models.decoder import Decoder
@@ -80,6 +81,20 @@ def encode_clip(
     deepstack = tuple(seen.get("deepstack_visual_embeds") or ())
     spent = {ask: timings.ms["selection"] for ask, (timings, _) in asked.items()}
     return EncodedClip(embeds, deepstack, calls, spent)
+
+
+def encoder_share(
+    model,
+    encoded: Encoded,  # one sample
+) -> float:
+    "FLOPs of the towers over the causal ones of the full prefill: no method changes them."
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        encode_clip(model, encoded)
+    dims = text_dims(adapter_for(model).config(model))
+    full = prefill_flops([encoded.shape[1]] * dims.layers, dims, "causal")
+    return counter.get_total_flops() / full
 
 
 def prepare_questions(
@@ -251,13 +266,28 @@ class DataShape:
         "Tokens of a modality in a prompt."
         return float(np.average(self.full[modality][:, 0], weights=self.weights))
 
+    @cached_property
+    def towers(self):  # modality -> rows per token, heads, head size of the last attention
+        adapter, last = adapter_for(self.model), lambda m: TowerAttention(self.model, m).module
+        rows = dict(visual=adapter.rates(self.model).merge_size ** 2, audio=adapter.rows_per_token)
+        return {m: (n, last(m).num_heads, last(m).head_dim) for m, n in rows.items()}
+
+    def _flops(self, plans):
+        tokens = sum(plans.values()).tolist()
+        return self.weights @ [cached_flops(tuple(n), self.dims, "causal") for n in tokens]
+
+    def selection(self, method):
+        "FLOPs of choosing tokens, over the causal FLOPs of the full model."
+        if (method := as_pruner(method)) is None:
+            return 0.0
+        layouts = self._layouts(method.grids, method.seconds)
+        spent = [method.selection_flops(x, self.dims, self.towers) for x in layouts]
+        return float(self.weights @ spent / self._flops(self.full))
+
     def cost(self, method):
-        "FLOPs of all questions under a method over those of the full model."
-        pruned, full = (
-            self.weights @ [cached_flops(tuple(n), self.dims) for n in sum(p.values()).tolist()]
-            for p in (self.plans(method), self.full)
-        )
-        return float(pruned / full)
+        "Causal FLOPs of all questions, with those of choosing tokens, over the full model's."
+        decoder = self._flops(self.plans(method)) / self._flops(self.full)
+        return float(decoder + self.selection(method))
 
     def retention(self, method):  # -> layers, visual, audio: mean over layers; entry: what enters
         "Fractions of the visual and audio tokens that are kept, by both definitions."

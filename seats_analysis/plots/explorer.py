@@ -21,7 +21,7 @@ from ..inputs.layout import MODALITIES
 from .dependency import curves_of, derive_split, draw_dependency, draw_retention
 from .style import LOOKS, PAGE, RED, house_style, new_figure
 from ..schedules.cost import flops_fraction
-from ..schedules.schedule import DEFAULT_LATE, LATE_RULES, Schedule, ScheduleWarning
+from ..schedules.schedule import DEFAULT_LATE, Schedule, ScheduleWarning
 from ..storage.files import output_folder, shipped_folder
 from ..storage.schemas import load_profile
 
@@ -171,7 +171,7 @@ class Explorer:
             family=choice("family", self.source.families),
             tolerance=slider("tolerance", 0.01, 0.001, 0.2, 0.001, ".1%"),
             trr=slider("kept (%)", 10, 1, 60, 0.5, ".1f"),
-            late=choice("late start", LATE_RULES),
+            late=choice("late start", ("estimate", "certified")),
         )
         self.settings["late"].value = DEFAULT_LATE
         self.picture, self.words, self.status = w.Image(), w.HTML(), w.HTML()

@@ -21,7 +21,6 @@ from seats_analysis.plots.style import (
     PAGE,
     PURPLE,
     RED,
-    SERIES,
     chance_line,
     house_style,
     legend_outside,
@@ -42,6 +41,7 @@ _LOOKS = {  # name in print, colour, marker (open where a sibling prunes both mo
     "uniform": ("uniform", _GREY, "^", ":"),
     "fastv": ("FastV", ORANGE, "s", "--"),
     "visionzip": ("VisionZip", GREEN, "D", "-."),
+    "visionzip-om-wide": ("VisionZip-om, wide", GREEN, "d", "-."),
     "divprune": ("DivPrune", RED, "p", "--"),
     "dycoke": ("DyCoke", PURPLE, "X", "-."),
     "omnizip": ("OmniZip", _SKY, "h", "--"),
@@ -51,12 +51,15 @@ _LOOKS = {  # name in print, colour, marker (open where a sibling prunes both mo
 _OPEN = "uniform", "fastv", "visionzip", "divprune"
 NAMES = {method: look[0] for method, look in _LOOKS.items()}
 NAMES |= {f"{method}-om": f"{NAMES[method]}-om" for method in _OPEN[1:]}
+MODELS = {"qwen2.5-omni-7b": "Qwen2.5-Omni-7B", "qwen3-omni-30b-a3b": "Qwen3-Omni-30B-A3B"}
 
 
 def method_look(method):
     """Colour, marker and line of a method, the same in every figure; an unknown one gets a plain
     look."""
-    _, color, marker, line = _LOOKS.get(method.removesuffix("-om"), ("", _GREY, ".", "-"))
+    method = method.removesuffix("+late")
+    plain = _LOOKS.get(method.removesuffix("-om"), ("", _GREY, ".", "-"))
+    _, color, marker, line = _LOOKS.get(method, plain)
     thick = method == "seats"
     return dict(
         color=color,
@@ -100,9 +103,10 @@ def verified(rows, *numbers):
     return [r | {name: float(r[name]) for name in numbers} for r in trusted]
 
 # %% ../../nbs/plots/03_methods.ipynb #47eac0b0
-def is_ablation(row):
-    "Whether a row is SEATS with a part changed, by its name."
-    return row["method"].startswith("seats-")
+def kind_of(row):
+    "Published setting, the same with late removal, or SEATS with a part changed, by its name."
+    late = "late" if row["method"].endswith("+late") else "published"
+    return "ablation" if row["method"].startswith("seats-") else late
 
 
 def by_rule(row):
@@ -110,13 +114,20 @@ def by_rule(row):
     return row["setting"] == "rule"
 
 
-def pick(found, ablations=False, trr=None):
-    "Methods or ablations, of all budgets or one; a method by its own rule belongs to each."
+def kinds_of(found):
+    "The kinds of rows in a comparison."
+    return {kind_of(r) for r in found["rows"] if r["method"] != "full"}
+
+
+def pick(found, kind="published", trr=None):
+    """Rows of a kind (`kind_of`), of all budgets or one; a method by its own rule belongs to each,
+    SEATS beside the other methods."""
+    beside = lambda r: kind == "late" and r["method"] == "seats"
     return [
         r
         for r in found["rows"]
         if r["method"] != "full"
-        and is_ablation(r) == ablations
+        and (kind_of(r) == kind or beside(r))
         and (trr in (None, r["trr"]) or by_rule(r))
     ]
 
@@ -133,11 +144,13 @@ def budgets(rows):
 
 def name_of(row):
     "What a row is called in print: VTW comes twice, an ablation says what it changes."
-    if is_ablation(row):
+    if kind_of(row) == "ablation":
         part = row["method"].removeprefix("seats-").replace("-", " ").replace("trr", "TRR")
         stage = part.removeprefix("no stage")
         return f"SEATS, {'no Stage ' + 'I' * int(stage) if stage.isdigit() else part}"
-    name = NAMES.get(row["method"], row["label"])
+    name = NAMES.get(row["method"].removesuffix("+late"), row["label"])
+    if kind_of(row) == "late":
+        return f"{name}, late removal"
     if by_rule(row):
         return f"{name} (its rule, {row['trr']:.0f} %)"
     return f"{name} (layer solved)" if row["method"] == "vtw" else name
@@ -153,6 +166,11 @@ def interval(row, name="accuracy"):
     "A stored fraction and its interval, in percent."
     ends = ("low", "high") if name == "accuracy" else (f"{name}_low", f"{name}_high")
     return [100 * row[key] for key in (name, *ends)]
+
+
+def cost_of(row):
+    "FLOPs over the full model's, selection included; without it in older comparisons."
+    return row.get("cost", row["flops_fraction"])
 
 
 def time_share(row):
@@ -190,7 +208,7 @@ def _published_times(ax, rows):
 
 def _measured_times(ax, found):
     """All methods of a comparison and the full model, a line with 95 % bars each; rings around what
-    runs at its lowest setting."""
+    runs at the floor of its own rule."""
     full, shown = full_model(found), pick(found)
     curves = {}
     for r in [full, *shown]:
@@ -215,17 +233,17 @@ def _measured_times(ax, found):
     ax.grid(axis="y")
 
 
-def _side_by_side(panels, height, pad=3, **options):
+def _side_by_side(panels, height):
     """Lettered panels, (title, function of the axes, source) each; one column wide for one.
     Raises ValueError for none."""
     if not panels:
         raise ValueError("neither published numbers nor a measured comparison: nothing to draw")
     fig = new_figure(PAGE if len(panels) == 2 else COLUMN, height)
-    axes = fig.subplots(1, len(panels), squeeze=False, **options)[0]
+    axes = fig.subplots(1, len(panels), squeeze=False)[0]
     letters, sources = ("a", "b") if len(panels) == 2 else ("",), []
     for letter, (title, draw, source), ax in zip(letters, panels, axes):
         draw(ax)
-        ax.set_title(f"{letter}  {title}".strip(), pad=pad)
+        ax.set_title(f"{letter}  {title}".strip(), pad=3)
         sources.append(f"{letter}: {source}".removeprefix(": "))
     tight = dict(handlelength=2.2, columnspacing=0.9, handletextpad=0.5)
     legend_outside(fig, axes[::-1], 7 if len(panels) == 2 else 3, **tight)
@@ -247,84 +265,10 @@ def time_figure(
         )
         panels.append((f"published, {name}", lambda ax: _published_times(ax, rows), said))
     if found:
-        said = source_of(found, "; bars: 95 % intervals; rings: lowest setting")
+        said = source_of(found, "; bars: 95 % intervals; rings: at its floor")
         title = wrapped(f"measured here, {found['model']}", 50)
         panels.append((title, lambda ax: _measured_times(ax, found), said))
     return _side_by_side(panels, 2.9)
-
-# %% ../../nbs/plots/03_methods.ipynb #85a69af2
-MODELS = {"qwen2.5-omni-7b": "Qwen2.5-Omni-7B", "qwen3-omni-30b-a3b": "Qwen3-Omni-30B-A3B"}
-
-
-def _spokes(ax, names, rings):
-    "A polar axis with one spoke per name and rings in percent; returns the angles of closed lines."
-    angles = np.linspace(0, 2 * np.pi, len(names) + 1)
-    ax.set_theta_zero_location("N")
-    ax.set_theta_direction(-1)
-    plain = [name.replace("_", " ").replace("-", " ") for name in names]
-    ax.set_xticks(angles[:-1], [wrapped(name, 14, 3) for name in plain])
-    for label, side in zip(ax.get_xticklabels(), np.sin(angles)):
-        label.set_ha("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
-    ax.tick_params(axis="x", pad=5)
-    ax.set_rgrids(rings[1:], angle=180 / len(names), fontsize=5.8, color="#555555")
-    ax.set_rlim(rings[0], rings[-1])
-    ax.plot(np.linspace(0, 2 * np.pi, 200), [100] * 200, **DASHED | dict(zorder=2))
-    ax.spines["polar"].set_visible(False)
-    return angles
-
-
-def _published_radar(ax, rows):
-    "Percent of the full score, one line per model, as published."
-    names = sorted({r["benchmark"] for r in rows})
-    scores = [r["percent_of_full"] for r in rows]
-    angles = _spokes(ax, names, np.arange(5 * (min(scores) // 5) - 5, max(scores) + 5, 5))
-    for model, look in zip(dict.fromkeys(r["model"] for r in rows), SERIES):
-        score = {r["benchmark"]: r["percent_of_full"] for r in rows if r["model"] == model}
-        line = [score.get(name, np.nan) for name in [*names, names[0]]]
-        ax.plot(angles, line, label=f"SEATS on {MODELS.get(model, model)}", **look)
-
-
-def compared_families(found):
-    "Families of questions that count in the whole; none where no method was asked."
-    return [f for r in pick(found)[:1] for f in r["families"] if f not in found["apart"]]
-
-
-def _measured_radar(ax, found, trr):
-    "SEATS with its interval, the best other method and random, at one budget."
-    rows = pick(found, trr=trr)
-    shown = [r for r in rows if r["method"] in ("seats", "random")]
-    others = [r for r in rows if r["ranked"] and r not in shown]
-    shown += sorted(others, key=lambda r: -r["accuracy"])[:1]
-    families = compared_families(found)
-    angles = _spokes(ax, families, np.arange(0, 101, 20))
-    for row in shown:
-        cells = [row["families"][f] for f in [*families, families[0]]]
-        full = np.array([c["full_accuracy"] or np.nan for c in cells])
-        at, low, high = np.transpose([interval(c) for c in cells]) / full
-        ax.plot(angles, at, label=name_of(row), **method_look(row["method"]))
-        if row["method"] == "seats":
-            ax.fill_between(angles, low, high, color=BLUE, alpha=0.18, linewidth=0)
-
-
-@house_style()
-def radar_figure(
-    published=None,  # rows of `read_reported`; only those of the authors are drawn
-    found=None,  # stored comparison of methods
-):  # matplotlib Figure, two columns wide; one where there is one panel
-    """Percent of the full performance on each benchmark (published, no budget claimed) and on each
-    family of questions (ours, smallest budget); one may be missing."""
-    panels = []
-    if rows := verified(published, "percent_of_full"):
-        said = (
-            "Published by the authors of SEATS, read by eye off their figure, "
-            "which states neither budget nor intervals"
-        )
-        panels.append(("published, % of full", lambda ax: _published_radar(ax, rows), said))
-    if found:
-        trr, said = budgets(pick(found))[-1], source_of(found, "; band: 95 % interval of SEATS")
-        title = f"measured here, % of full at TRR {trr:g} %"
-        panels.append((title, lambda ax: _measured_radar(ax, found, trr), said))
-    return _side_by_side(panels, 3.1, 14, subplot_kw=dict(projection="polar"))
 
 # %% ../../nbs/plots/03_methods.ipynb #cb67d331
 def _forest(rows, value):
@@ -336,7 +280,7 @@ def _forest(rows, value):
         for r in rows:
             if r["trr"] != trr and not by_rule(r):
                 continue
-            look = method_look("seats" if is_ablation(r) else r["method"])
+            look = method_look("seats" if kind_of(r) == "ablation" else r["method"])
             look |= dict(linestyle="", elinewidth=1.1)
             at, low, high = interval(r, value)
             full = r["ranked"] if value == "accuracy" else not low <= 0 <= high
@@ -351,9 +295,10 @@ def _forest(rows, value):
 @house_style()
 def comparison_figure(
     found,  # stored comparison of methods
+    kind="published",  # or late, see `kind_of`
 ):  # matplotlib Figure, two columns wide
     "Accuracy of every method at equal FLOPs, one panel per budget."
-    rows = pick(found)
+    rows = pick(found, kind)
     fig = _forest(rows, "accuracy")
     ours = {r["trr"]: r for r in rows if r["method"] == "seats"}
     for ax, trr in zip(fig.axes, budgets(rows)):
@@ -361,7 +306,7 @@ def comparison_figure(
         if seats := ours.get(trr):
             _, low, high = interval(seats)
             ax.axvspan(low, high, color=BLUE, alpha=0.15, linewidth=0, zorder=0)
-            flops = f"FLOPs {100 * seats['flops_fraction']:.0f} % of full"
+            flops = f"FLOPs {100 * cost_of(seats):.0f} % of full"
             ax.set_title(f"TRR {trr:g} %, {flops}", fontsize=6.2)
     fig.supxlabel("Accuracy (%)", fontsize=7)
     more = "; lines: 95 % intervals; band: SEATS; dashed: full model; open: outside the ranking"
@@ -373,7 +318,7 @@ def ablation_figure(
     found,  # stored comparison of methods
 ):  # matplotlib Figure, two columns wide
     "Accuracy lost or won by changing one part of SEATS, one panel per budget."
-    rows = [r for r in pick(found, ablations=True) if r["diff_seats"] is not None]
+    rows = [r for r in pick(found, "ablation") if r["diff_seats"] is not None]
     fig = _forest(rows, "diff_seats")
     for ax in fig.axes:
         ax.axvline(0, color=INK, linewidth=0.7)

@@ -26,6 +26,7 @@ from seats_analysis.plots.dependency import (
     plot_retention,
     plot_side_by_side,
 )
+from .chain import chain_figure
 from .kept import plot_kept
 from seats_analysis.plots.methods import (
     MODELS,
@@ -33,15 +34,15 @@ from seats_analysis.plots.methods import (
     ablation_figure,
     budgets,
     by_rule,
-    compared_families,
     comparison_figure,
+    cost_of,
     full_model,
     interval,
+    kinds_of,
     learning_curves_figure,
     name_of,
     names_by,
     pick,
-    radar_figure,
     read_reported,
     sensitivity_figure,
     source_of,
@@ -172,7 +173,10 @@ def eval_rows(found):
             "difference to full (points)": _percent(r, "diff_full"),
             "difference to SEATS (points)": _percent(r, "diff_seats"),
             "p (McNemar)": p_value(r["mcnemar_p"]),
-            "FLOPs (% of full)": f"{100 * r['flops_fraction']:.1f}",
+            "FLOPs (% of full)": f"{100 * cost_of(r):.1f}",
+            "selection (% of full)": f"{100 * r['selection_fraction']:.1f}" if "cost" in r else "",
+            "floor": ", ".join(r.get("floor", ()))
+            or ("lowest setting" if r["own_minimum"] else ""),
             "time (% of full)": "" if np.isnan(time_share(r)) else f"{time_share(r):.0f}",
             "retention, layers (%)": f"{100 * r['retention_layers']:.1f}",
             "retention, entry (%)": f"{100 * r['retention_entry']:.1f}",
@@ -183,9 +187,9 @@ def eval_rows(found):
     ]
 
 
-def accuracy_rows(found, ablations=False):
-    "Accuracy in percent, methods (or ablations) down, budgets across; a star: outside the ranking."
-    rows = pick(found, ablations)
+def accuracy_rows(found, kind="published"):
+    "Accuracy in percent, rows of a kind down, budgets across; a star: outside the ranking."
+    rows = pick(found, kind)
     cells = {}
     for r in [full_model(found), *rows]:
         star = "" if r["ranked"] or r["method"] == "full" else " *"
@@ -243,11 +247,17 @@ def boundary_rows(profile):
             b = find_boundaries(profile, removed, split=split)
             layer = lambda at: "" if at is None else "none" if at >= b.num_layers else str(at + 1)
             span = lambda ends: " to ".join(map(layer, ends or ())).replace("none", "end")
+            same, kl = b.parameters.get("stability", {}), b.parameters.get("kl", {})
+            agree = lambda name: f"{100 * same[name]:.0f}" if name in same else ""
             known = {
                 "middle from layer": layer(b.shallow_end),
                 "middle, 95 % interval": span(b.shallow_end_ci),
+                "middle, resamples that agree (%)": agree("shallow_end"),
                 "late from layer": layer(b.late_start),
                 "late, 95 % interval": span(b.late_start_ci),
+                "late, resamples that agree (%)": agree("late_start"),
+                "late, by KL": layer(kl.get("late_start")),
+                "late, by KL, 95 % interval": span(kl.get("interval")),
                 "late, certified": layer(b.late_start_certified),
             }
             if b.unmeasurable:
@@ -256,6 +266,13 @@ def boundary_rows(profile):
                 {"removed": removed} | known | {"questions": b.n_samples, "clips": b.n_clips}
             )
     return rows
+
+
+_KINDS = dict(  # kind of rows -> name of the table, what it holds
+    published=("accuracy", "in published settings"),
+    late=("late", "with the late removal of SEATS"),
+    ablation=("ablations", "of SEATS with one part changed"),
+)
 
 
 def tables(data):
@@ -270,15 +287,15 @@ def tables(data):
         said, rows = source_of(found) + ".", pick(found)
         title = f"{said} 95 % intervals; differences paired over the same questions."
         out[stem] = title, eval_rows(found)
+        for kind, (name, what) in _KINDS.items():
+            if kind in kinds_of(found):
+                equal = "FLOPs with selection" if "cost" in found["rows"][0] else "FLOPs"
+                title = f"Accuracy (%) {what}, equal {equal}; a star: outside the ranking. {said}"
+                out[f"{stem}_{name}"] = title, accuracy_rows(found, kind)
         if rows:
-            title = "Accuracy (%) at equal FLOPs with 95 % intervals; a star: outside the ranking."
-            out[f"{stem}_accuracy"] = f"{title} {said}", accuracy_rows(found)
             trr = budgets(rows)[-1]
             title = "Accuracy (%) by family of questions (number of questions)"
             out[f"{stem}_families"] = f"{title} at TRR {trr:g} %. {said}", family_rows(found, trr)
-        if pick(found, ablations=True):
-            title = f"Accuracy (%) of SEATS with one part changed, 95 % intervals. {said}"
-            out[f"{stem}_ablations"] = title, accuracy_rows(found, ablations=True)
     titles = {
         "reported": "Published by others, by sources that are the authors' own; not measured here.",
         "reported_unverified": "Unverified: second-hand reports that sources disagree about; "
@@ -323,18 +340,17 @@ def _comparison_jobs(data, evals):
     ours = evals.get("eval_testbed") or next(iter(evals.values()), None)
     rows = lambda path: read_reported(path) if path.is_file() else None
     times = rows(data / "reported" / "tradeoff_qwen2_5_omni_7b.csv")
-    relative = rows(data / "reported" / "relative_performance.csv")
     if times or ours:
         yield "accuracy_against_time", partial(time_figure, times, ours, "Qwen2.5-Omni-7B")
-    spokes = ours if ours and len(compared_families(ours)) > 2 else None  # fewer show nothing
-    if relative or spokes:
-        yield "percent_of_full", partial(radar_figure, relative, spokes)
     for stem, found in evals.items():
         if found is not ours:
             yield f"{stem}_time", partial(time_figure, None, found)
-        if pick(found):
+        kinds = kinds_of(found)
+        if "published" in kinds:
             yield f"{stem}_comparison", partial(comparison_figure, found)
-        if pick(found, ablations=True):
+        if "late" in kinds:
+            yield f"{stem}_late", partial(comparison_figure, found, "late")
+        if "ablation" in kinds:
             yield f"{stem}_ablations", partial(ablation_figure, found)
 
 
@@ -410,6 +426,8 @@ def _result_jobs(data, results):
         yield name, _with_source(simulated, needed_figure, study)
     for name, kept in results["kept"].items():
         yield name, partial(_draw_kept, kept, data)
+    for name, found in results["tune"].items():
+        yield name, partial(chain_figure, found)
     for name, found in results["sensitivity"].items():
         said = f"Measured here on {found.get('model', 'a model')}; cells: % of the full accuracy"
         yield name, _with_source(said, sensitivity_figure, found["rows"])

@@ -228,6 +228,7 @@ class Pruner(ABC):
     uses_scores: ClassVar[bool] = False  # stage II wants the scores of the last text token
     uses_keys: ClassVar[bool] = False  # stage I wants the keys of the encoders' last layers
     merges: ClassVar[bool] = False  # stage I gives new features, which hand gradients on
+    knobs: ClassVar[dict] = {}  # what a search may set: option of `method_at` -> candidates
 
     def __post_init__(self):
         if wrong := sorted(self.schedule.stages - set(self.stages)):
@@ -273,6 +274,36 @@ class Pruner(ABC):
         kept = [sum(b.keep) for b in budgets]
         entering = [dict(visual=kept[b], audio=kept[B + b]) for b in range(B)]
         return plan_steps(full, entering, self.drops, self.late)
+
+    def select_flops(self, budgets, width, keys):  # of one sample; D; modality -> size of a key
+        "FLOPs of the matrix products in `select`."
+        return 0
+
+    def pair_flops(self, budgets, width):
+        "FLOPs of comparing all tokens of every window in which something is chosen."
+        chosen = (n for b in budgets for n, k in zip(b.sizes, b.keep) if 0 < k < n)
+        return sum(2 * width * n**2 for n in chosen)
+
+    def selection_flops(self, layout, dims, towers):  # of one sample; `TextDims`; see `DataShape`
+        """FLOPs of choosing the tokens of one sample: attention received in the encoders, stage I,
+        scores of stage II. Matrix products only, a multiply-add counts 2."""
+        budgets, before, total = self.window_budgets(layout, 0), layout.shape[1], 0
+        if min(self.schedule.entering.values()) < 1:
+            keys = {m: size for m, (_, _, size) in towers.items()}
+            total += self.select_flops(budgets, dims.hidden, keys)
+            for m, (rows, heads, size) in towers.items() if self.uses_attention else ():
+                windows = window_tokens(layout)[0][m]
+                total += sum(2 * heads * (size + 1) * (rows * n) ** 2 for n in windows)
+        last = self.schedule.query == "last"
+        media = (layout.visual | layout.audio).int()
+        asks = 1 if last else media.flip(1).argmax().item()  # text behind the media
+        for step in self.plan(layout, budgets):
+            if step.stage == 2 and self.uses_scores:
+                wide = dims.heads * dims.head_dim
+                total += 2 * before * dims.hidden * dims.kv_heads * dims.head_dim
+                total += 2 * asks * wide * (dims.hidden + before)
+            before = step.width
+        return total
 
     @abstractmethod
     def select(self, inputs):

@@ -36,6 +36,9 @@ class Seats(Pruner):
         like.check_model(num_layers)
         return cls(like.nearest(visual, audio, cls.stages, scale, cls.equal_drops), **options)
 
+    def select_flops(self, budgets, width, keys):
+        return self.pair_flops(budgets, width)
+
     def select(self, inputs):  # -> (T,) bool, True = kept
         "Stage I: tokens that cover their window, weighted by attention."
         return select_in_clip(inputs.features, inputs.attention, inputs.sizes, inputs.keep)

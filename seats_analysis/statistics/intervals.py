@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['monotone_fit', 'first_staying', 'crossings', 'bootstrap_accuracy', 'effective_clips', 'loss_bound', 'wilson',
-           'mcnemar', 'holm']
+           'mcnemar']
 
 # %% ../../nbs/statistics/00_intervals.ipynb #ab6474e0
 import numpy as np
@@ -101,12 +101,3 @@ def mcnemar(
     a, b = np.asarray(a, bool), np.asarray(b, bool)
     wins, losses = int((a & ~b).sum()), int((b & ~a).sum())
     return binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
-
-
-def holm(
-    p: Sequence,  # (n,) p-values
-) -> np.ndarray:  # (n,) adjusted
-    "Holm's step-down adjustment for several tests."
-    from statsmodels.stats.multitest import multipletests
-
-    return multipletests(p, method="holm")[1] if len(p) else np.empty(0)

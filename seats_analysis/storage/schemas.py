@@ -43,6 +43,8 @@ SCHEMAS = dict(
     bench=_json("bench", "a benchmark", "rows", "config method trr batch tokens"),
     kept=_json("kept", "a file of kept positions", "clip grid audio_tokens audio_rate stages"),
     kv_policies=_json("kv_policies", "a comparison of cache policies", "rows"),
+    tune=_json("tune", "a tuned chain", "promise chains search", ""),
+    check=_json("check", "a check of a schedule", "promise chains", ""),
     eval=_json(
         "eval",
         "a comparison of methods",

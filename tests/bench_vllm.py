@@ -1,0 +1,146 @@
+"""What stage I brings in vLLM, by vLLM's own benchmark: make bench-vllm
+
+Two servers of one model with random weights, with a schedule and without, are asked in turns in
+every round, so that whatever else the machine does hits both. No two runs in a row share a clip:
+vLLM would not encode it again. Writes data/results/vllm_DEVICE.json.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+import threading
+from itertools import chain
+from pathlib import Path
+from statistics import median
+
+import torch
+from vllm.benchmarks import serve
+
+from seats_analysis.evaluation.bench import BenchSetup
+from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.storage.provenance import versions
+from seats_analysis.storage.schemas import save_json
+from seats_analysis.testbed.load import testbed_samples
+from test_vllm import ENTERING, TESTS, WITHIN, Server, chat
+from vllm_folder import full_checkpoint, random_thinker
+
+SERVER = """--max-num-batched-tokens 1024 --max-num-seqs 8 --block-size 32
+--no-enable-prefix-caching --mm-processor-cache-gb 0 --trust-request-mm-kwargs""".split()
+
+
+class Peak(threading.Thread):
+    "Watches the KV cache of a server while the body runs."
+
+    def __init__(self, server):
+        super().__init__()
+        self.server, self.over, self.usage = server, threading.Event(), 0.0
+
+    def run(self):
+        while not self.over.wait(0.2):
+            self.usage = max(self.usage, float(self.find(r"kv_cache_usage_perc\S* (\S+)")))
+
+    def find(self, pattern):
+        return re.search("^vllm:" + pattern, self.server.get("metrics"), re.M)[1]
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *error):
+        self.over.set()
+        self.join()
+
+    @property
+    def tokens(self):
+        "The largest number of tokens in it, in whole blocks."
+        size = lambda name: int(self.find(rf'cache_config_info\{{.*?{name}="(\d+)"'))
+        return round(self.usage * size("num_gpu_blocks")) * size("block_size")
+
+
+def ask(server, clips, concurrency, generated, folder):
+    "One run of `vllm bench serve`: a row."
+    path = folder / "prompts.jsonl"
+    prompts = [dict(prompt=chat(s, audio=False)["messages"]) for s in clips]
+    path.write_text("\n".join(map(json.dumps, prompts)))
+    body = dict(max_completion_tokens=generated, ignore_eos=True, temperature=0) | WITHIN
+    command = f"""--backend openai-chat --endpoint /v1/chat/completions --model omni
+    --base-url http://127.0.0.1:{server.port} --dataset-name custom --dataset-path {path}
+    --skip-tokenizer-init --skip-chat-template --disable-shuffle --num-prompts {len(clips)}
+    --max-concurrency {concurrency} --seed 0 --disable-tqdm --save-detailed"""
+    parser = argparse.ArgumentParser()
+    serve.add_cli_args(parser)
+    args = parser.parse_args([*command.split(), "--extra-body", json.dumps(body)])
+    with Peak(server) as peak, contextlib.redirect_stdout(io.StringIO()):
+        told = serve.main(args)
+    if told["completed"] != len(clips):
+        raise RuntimeError(f"only {told['completed']} of {len(clips)} requests were answered")
+    return dict(
+        concurrency=concurrency,
+        prompt_tokens=told["total_input_tokens"] / len(clips),
+        ttft_ms=1000 * median(told["ttfts"]),
+        itl_ms=1000 * median(chain.from_iterable(told["itls"])),
+        requests_per_s=told["request_throughput"],
+        kv_tokens=peak.tokens,
+    )
+
+
+def measure(args, folder):
+    torch.manual_seed(0)
+    thinker = random_thinker(folder / "thinker", args.layers, args.width)
+    model, plan = full_checkpoint(thinker, folder / "model"), folder / "plan.json"
+    Schedule(args.layers, entering=ENTERING).save(plan)
+    asked = [*testbed_samples("derive"), *testbed_samples("test")]
+    clips, rows, servers = list({s.video: s for s in asked}.values()), [], {}
+    try:
+        for name, schedule in dict(full=None, seats=plan).items():
+            servers[name] = Server(model, schedule, folder / f"{name}.log", *SERVER)
+            servers[name].ask(chat(clips[-1], audio=False, **WITHIN))
+        print("both serve", flush=True)
+        for i in range(args.rounds):
+            for concurrency in (1, 4, 8):
+                here, clips = clips[: args.clips], clips[args.clips :] + clips[: args.clips]
+                for name in [*servers][:: -1 if i % 2 else 1]:
+                    row = ask(servers[name], here, concurrency, args.generated, folder)
+                    rows.append(dict(method=name, round=i) | row)
+                    print(*rows[-1].values(), flush=True)
+    finally:
+        [s.stop() for s in servers.values()]
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=20, help="of the decoder")
+    parser.add_argument("--width", type=int, default=1024, help="of the decoder")
+    parser.add_argument("--generated", type=int, default=16, help="tokens of an answer")
+    parser.add_argument("--clips", type=int, default=24, help="requests of one run")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each kind")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # of the servers
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(args, Path(folder))
+    setup = BenchSetup()
+    data = dict(
+        schema="seats_analysis/vllm/1",
+        model="qwen2.5-omni",
+        revision="the testbed's towers and vocabulary, random weights",
+        device=setup.device_name,
+        threads=torch.get_num_threads(),
+        dtype="float32",
+        versions=versions("vllm", "torch", "transformers"),
+        seed=0,
+        command=" ".join(["python tests/run_vllm.py --bench", *sys.argv[1:]]),
+        settings=vars(args) | dict(entering=ENTERING, server=" ".join(SERVER)),
+        rows=rows,
+    )
+    name = setup.default_path.name.replace("bench_", "vllm_")
+    print(save_json(TESTS.parent / "data" / "results" / name, data))
+
+
+if __name__ == "__main__":
+    main()
