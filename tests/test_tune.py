@@ -112,23 +112,26 @@ def test_an_interrupted_search_goes_on_and_the_chain_was_fixed_before(
     samples, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(tune, "FIRST", 3)  # two rounds
-    whole = tuning(samples).tune(SPACE.draw, budget=4)
+    plan = SPACE.draw(np.random.default_rng(1))
+    given = dict(draw=SPACE.draw, fixed=[plan, plan], budget=4)
+    whole = tuning(samples).tune(**given)
+    assert len(whole["chains"]["fixed"]["rows"]) == 1  # a chain, in which nothing stands twice
     real, calls = Paired.answer_unit, []
 
     def dies(self, *args):
         calls.append(self.title)
         if calls.count("calibration") == 2:
             chain = json.loads((tmp_path / "calibration" / "run.json").read_text())["runs"]
-            assert len(chain) == 1 + len(whole["chains"]["tuned"]["rows"])
+            assert len(chain) == 1 + sum(len(c["rows"]) for c in whole["chains"].values())
             raise KeyboardInterrupt
         return real(self, *args)
 
     monkeypatch.setattr(Paired, "answer_unit", dies)
     with pytest.raises(KeyboardInterrupt):
-        tuning(samples, tmp_path).tune(SPACE.draw, budget=4)
+        tuning(samples, tmp_path).tune(**given)
     searched = [c for c in calls if c != "calibration"]
     assert searched
-    again = tuning(samples, tmp_path).tune(SPACE.draw, budget=4)
+    again = tuning(samples, tmp_path).tune(**given)
     assert [c for c in calls if c != "calibration"] == searched  # nothing is asked twice
     assert again == whole
     spent = sum(r["cost"] * r["questions"] for r in whole["search"]) / 6 + 1

@@ -176,7 +176,7 @@ class Tuning:
         draw: Callable,  # function: numpy Generator -> `Schedule` or `Pruner`
         fixed: Sequence = (),  # plans that take part in any case
         budget: float = 5.0,  # FLOPs, over those of the full model on all proposal questions
-    ) -> tuple | None:  # rows of all candidates, chain of plans; None in a process without work
+    ) -> tuple | None:  # rows of all candidates, chain, chain of `fixed` alone; or no work
         "Successive halving on the proposal questions. Raises ValueError for too small a budget."
         plans, costs = self._candidates(draw, fixed, budget)
         alive, kl, seen = np.arange(len(plans)), np.zeros(len(plans)), np.zeros(len(plans), int)
@@ -198,7 +198,8 @@ class Tuning:
             dict(cost=c, kl=x, questions=n, fixed=i < len(fixed), chain=i in chain)
             for i, (c, x, n) in enumerate(columns)
         ]
-        return rows, [plans[i] for i in chain]
+        fair = chain_of(costs, kl, np.arange(len(fixed)))  # as a chain of their own
+        return rows, [plans[i] for i in chain], [plans[i] for i in fair]
 
     def calibrate(
         self,
@@ -245,12 +246,12 @@ class Tuning:
         tokens = {m: shape.mean(m) for m in ("visual", "audio", "text")}
         return dict(families=dict(zip(families.tolist(), n.tolist())), tokens=tokens)
 
-    def tune(self, draw, fixed=(), budget=5.0):  # see `search`; `fixed` from dear to cheap
+    def tune(self, draw, fixed=(), budget=5.0):  # see `search`
         "Search and certify: what `seats tune` stores; None in all processes but the first."
         searched = self.search(draw, fixed, budget)
         if searched is None:
             return None
-        rows, chain = searched
+        rows, chain, fixed = searched
         # their checkpoint holds the chain before the first calibration clip is answered
         found = self.calibrate(dict(tuned=chain) | (dict(fixed=fixed) if fixed else {}))
         if found is None or processes()[0]:
