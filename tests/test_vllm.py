@@ -40,7 +40,7 @@ from seats_analysis.testbed.load import load_testbed, testbed_samples
 from vllm_folder import full_checkpoint
 
 TESTS = Path(__file__).parent
-FOLDER = Path(os.environ.get("SEATS_TESTBED") or shipped_folder("testbed"))
+FOLDER = shipped_folder("testbed") / "qwen2.5-omni"
 QUESTIONS, TOKENS, CLOSE = int(os.environ.get("SEATS_QUESTIONS", 100)), 3, 1e-3
 ENTERING = {"visual": 0.125, "audio": 0.4}
 CHUNKS = dict(some=16, all=32)  # of the prefill: shorter than what stays of a clip's windows
@@ -48,7 +48,7 @@ CHUNKS = dict(some=16, all=32)  # of the prefill: shorter than what stays of a c
 
 @pytest.fixture(scope="module")
 def testbed():
-    model, processor = load_testbed(folder=FOLDER)
+    model, processor = load_testbed()
     model.generation_config.eos_token_id = None  # as many tokens for every request
     return model, processor
 
@@ -78,7 +78,7 @@ def clip_of(sample, **changes):
 
 
 def samples():
-    return testbed_samples("test", limit=QUESTIONS, folder=FOLDER)
+    return testbed_samples("test", limit=QUESTIONS)
 
 
 def request_of(processor, prompt, interleave=True, **settings):

@@ -53,12 +53,12 @@ def random_thinker(out, layers, width) -> Path:
     config.text_config.rope_parameters["mrope_section"] = sections
     Qwen2_5OmniThinkerForConditionalGeneration(config).save_pretrained(out)
     for name in FILES:
-        shutil.copy(shipped_folder("testbed") / name, out)
+        shutil.copy(shipped_folder("testbed") / "qwen2.5-omni" / name, out)
     return Path(out)
 
 
 if __name__ == "__main__":
-    thinker = shipped_folder("testbed")
+    thinker = shipped_folder("testbed") / "qwen2.5-omni"
     if sys.argv[2:]:
         thinker = random_thinker(Path(sys.argv[1], "thinker"), *map(int, sys.argv[2:]))
     print(full_checkpoint(thinker, sys.argv[1]))
