@@ -18,7 +18,7 @@ import numpy as np
 
 from ..inputs.samples import Sample
 from ..models.encode import encode
-from ..models.families import adapter_for
+from ..models.families import adapter_for, hash_weights
 from ..storage.files import atomic_write
 from seats_analysis.testbed.load import (
     RATE,
@@ -618,4 +618,7 @@ def train_testbed(
             run.save()
             raise
     save_testbed(run.model, config, folder)
+    *rows, last = run.log.read_text().splitlines()
+    last = json.dumps(json.loads(last) | dict(weights_sha256=hash_weights(run.model)))
+    run.log.write_text("\n".join([*rows, last]) + "\n")
     return run.model
