@@ -172,7 +172,19 @@ class Resampled:
         parameters = dict(n_boot=n_boot, seed=seed, split=split)
         if weights := attrs.get("weights_sha256"):
             parameters["weights_sha256"] = weights
-        return cls(counts, counts.bootstrap(n_boot, seed), parameters, facts)
+        if "bypass_kl" in profile:
+            live = profile["bypass_kl"].mean("sample")[:-1]
+            parameters["bypass_kl"] = {
+                str(layer): round(kl, 4)
+                for layer, kl in zip(live["layer"].values, live.values.tolist())
+            }
+        drawn = cls(counts, counts.bootstrap(n_boot, seed), parameters, facts)
+        if "kl" in profile:
+            chosen = dict(split=split, families=families, n_boot=n_boot, seed=seed)
+            parameters["kl"] = kl = kl_late_start(profile, removed, **chosen)
+            at = facts["layers"].index(kl["late_start"])
+            kl["retained"] = round(float(drawn.fit[at]), 6)
+        return drawn
 
     @cached_property
     def fit(self):  # (n,) monotone fit of R
@@ -312,16 +324,4 @@ def find_boundaries(
 ) -> Boundaries:
     "Shallow, middle and late blocks. Raises ValueError for what the profile does not hold."
     drawn = Resampled.of(profile, removed, split, families, n_boot, seed)
-    found = drawn.decide(tolerance, rise, margin, confidence, late_confidence)
-    if "kl" in profile:
-        chosen = dict(split=split, families=families)
-        kl = kl_late_start(profile, removed, n_boot=n_boot, seed=seed, **chosen)
-        kl["retained"] = found.fitted[found.layers.index(kl["late_start"])]
-        found.parameters["kl"] = kl
-    if "bypass_kl" in profile:
-        live = profile["bypass_kl"].mean("sample")[:-1]
-        found.parameters["bypass_kl"] = {
-            str(layer): round(kl, 4)
-            for layer, kl in zip(live["layer"].values, live.values.tolist())
-        }
-    return found
+    return drawn.decide(tolerance, rise, margin, confidence, late_confidence)
