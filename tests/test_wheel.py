@@ -150,6 +150,8 @@ seats simulate --trials 1 --replicates 10 --sizes 25
 seats sample-size --trials 2 --sizes 25,50
 seats transfer --limit 4
 seats eval --methods seats,random,vtw --trr 10 --limit 4
+seats tune --max-change 90 --confidence 50 --limit 8 --budget 3
+seats check testbed/10 --max-change 90 --confidence 50 --limit 8
 seats figures
 seats probe --data clips/mine.jsonl --layers 0:17:4
 seats eval --methods seats,random --trr 10 --data clips/mine.jsonl --profile testbed

@@ -332,8 +332,7 @@ class OmniZip(Baseline):
 
     def select_flops(self, budgets, width, keys):
         (seen, some), (n, few) = ((sum(b.sizes), sum(b.keep) < sum(b.sizes)) for b in budgets)
-        pairs = few * n * (n + seen) + some * sum(size**2 for size in budgets[0].sizes)
-        return 2 * width * pairs
+        return 2 * width * (few * n * (n + seen) + some * sum(s**2 for s in budgets[0].sizes))
 
     def select(self, inputs):
         B, sizes = len(inputs.budgets) // 2, [sum(p.sizes) for p in inputs.budgets]
@@ -354,12 +353,10 @@ class OmniZip(Baseline):
         frames, device = part.sizes, features.device
         groups = [sum(frames[i : i + 2]) for i in range(0, len(frames), 2)]
         retained = [kept.float().mean() for kept in audio][: len(groups)]
-        retained += [features.new_full((), torch.nan, dtype=torch.float32)] * (
-            len(groups) - len(retained)
-        )
-        share = visual_shares(
-            torch.stack(retained), on_device(groups, device), sum(part.keep), self.bounds
-        )
+        unheard = features.new_full((), torch.nan, dtype=torch.float32)
+        retained += [unheard] * (len(groups) - len(retained))
+        kept, groups = torch.stack(retained), on_device(groups, device)
+        share = visual_shares(kept, groups, sum(part.keep), self.bounds)
         wanted = share[on_device([i // 2 for i in range(len(frames))], device)]
         counts = whole_counts(wanted * on_device(frames, device))
         return best_in_windows(frame_values(features, frames), frames, counts)

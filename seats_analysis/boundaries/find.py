@@ -178,7 +178,13 @@ class Resampled:
                 str(layer): round(kl, 4)
                 for layer, kl in zip(live["layer"].values, live.values.tolist())
             }
-        return cls(counts, counts.bootstrap(n_boot, seed), parameters, facts)
+        drawn = cls(counts, counts.bootstrap(n_boot, seed), parameters, facts)
+        if "kl" in profile:
+            chosen = dict(split=split, families=families, n_boot=n_boot, seed=seed)
+            parameters["kl"] = kl = kl_late_start(profile, removed, **chosen)
+            at = facts["layers"].index(kl["late_start"])
+            kl["retained"] = round(float(drawn.fit[at]), 6)
+        return drawn
 
     @cached_property
     def fit(self):  # (n,) monotone fit of R
@@ -318,10 +324,4 @@ def find_boundaries(
 ) -> Boundaries:
     "Shallow, middle and late blocks. Raises ValueError for what the profile does not hold."
     drawn = Resampled.of(profile, removed, split, families, n_boot, seed)
-    found = drawn.decide(tolerance, rise, margin, confidence, late_confidence)
-    if "kl" in profile:
-        chosen = dict(split=split, families=families)
-        kl = kl_late_start(profile, removed, n_boot=n_boot, seed=seed, **chosen)
-        kl["retained"] = found.fitted[found.layers.index(kl["late_start"])]
-        found.parameters["kl"] = kl
-    return found
+    return drawn.decide(tolerance, rise, margin, confidence, late_confidence)
