@@ -425,15 +425,6 @@ def command(out, limit=4):
     return CliRunner().invoke(app, [*words.split(), str(limit), "--out", str(out)])
 
 
-@pytest.mark.parametrize("name", ["r.csv", "a.json"])
-def test_eval_destroys_no_table(few, tmp_path, name):
-    "Its JSON has a CSV beside it, which may not be the JSON itself, nor anything of somebody else."
-    (tmp_path / "a.csv").write_text("amount,day\n")
-    done = command(tmp_path / name, 2)
-    assert done.exit_code == 2 and "choose" in done.stderr.splitlines()[-1], done.stderr
-    assert names(tmp_path) == ["a.csv"] and (tmp_path / "a.csv").read_text() == "amount,day\n"
-
-
 def test_what_a_killed_eval_left_is_swept(few, tmp_path):
     out, kept = tmp_path / "r.json", checkpoint_of(tmp_path / "r.json")
     for name in ("scratch-0/scene7.mp4", "process-0.lock", ".run.seats-tmp.json"):
@@ -443,7 +434,7 @@ def test_what_a_killed_eval_left_is_swept(few, tmp_path):
     (tmp_path / ".r.seats-tmp.json").write_text("half")
     done = command(out)
     assert done.exit_code == 0, done.stderr
-    assert names(tmp_path) == ["r.csv", "r.json"]
+    assert names(tmp_path) == ["r.json"]
 
 
 def alone(out, size=None):
@@ -466,7 +457,7 @@ def test_eval_killed_twenty_times(few, tmp_path):
         kills += child.poll() is None
         child.kill()
         child.communicate()
-    assert command(out).exit_code == 0 and names(out.parent) == ["r.csv", "r.json"]
+    assert command(out).exit_code == 0 and names(out.parent) == ["r.json"]
     left = set(Path(tempfile.gettempdir()).glob("tmp*")) - before
     assert not [p for p in left if p.is_dir() and list(p.glob("scene*.mp4"))]
     assert command(tmp_path / "whole.json").exit_code == 0
@@ -485,7 +476,7 @@ def test_eval_on_a_full_disk(few, tmp_path, size):
     assert "Traceback" not in said and not list(tmp_path.rglob("*seats-tmp*"))
     done = command(tmp_path / "r.json")
     assert done.exit_code == 0 and "damaged" not in done.stderr, done.stderr
-    assert names(tmp_path) == ["r.csv", "r.json"]
+    assert names(tmp_path) == ["r.json"]
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def test_only_the_schedule_that_was_asked_for(given):
     "given, says",
     [
         (dict(max_frames="8.5"), "max_frames=8.5 must be a whole number"),
-        (dict(most_tokens=8.9), "most_tokens=8.9 must be a whole"),
+        (dict(max_frames=8.9), "max_frames=8.9 must be a whole"),
         (dict(fps="fast"), "fps=fast must be a number"),
         (dict(knob="nan"), "knob=nan must be a number"),
     ],

@@ -434,9 +434,7 @@ def eval_(
         "has fewer.",
     ),
     out: Path | None = Option(
-        None,
-        help="JSON file to write, with a CSV beside it; default: "
-        "seats_out/DATA/results/eval_MODEL.json.",
+        None, help="JSON file to write; default: seats_out/DATA/results/eval_MODEL.json."
     ),
     overwrite: Overwrite = False,
     split: str | None = Option(None, help="Only this split of the data."),

@@ -129,10 +129,10 @@ class Answerer:
         return prompt_of(messages, id, rate, self.fps, self.max_frames, resize)
 
     @torch.no_grad()
-    def __call__(self, prompts, max_new_tokens=16, until=(), **sampling):  # -> list of str
-        "Greedy answers up to the first stop text, unless `sampling` says otherwise."
+    def __call__(self, prompts, max_new_tokens=16, until=()):  # -> list of str
+        "Greedy answers up to the first stop text."
         batch = encode(self.model, self.processor, prompts)
-        options = dict(max_new_tokens=max_new_tokens, do_sample=False) | sampling
+        options = dict(max_new_tokens=max_new_tokens, do_sample=False)
         with prune(self.model, self.method, kv=self.kv), last_logits_only(self.model, batch):
             out = self.model.generate(**batch.inputs, **options)
         new, answers = out[:, batch.shape[1] :], []
@@ -146,16 +146,10 @@ class Answerer:
 def generation_options(
     given: Mapping,  # generation_kwargs of a task
 ) -> dict:  # arguments of an `Answerer`
-    "How a task wants answers written; sampling only where it asks for a temperature."
-    until = given.get("until") or []
+    "Length and end of answers; they are greedy, whatever the task says of sampling."
+    until, tokens = given.get("until") or [], given.get("max_new_tokens")
     until = [until] if isinstance(until, str) else list(until)
-    tokens = given.get("max_new_tokens")
-    options = dict(max_new_tokens=16 if tokens is None else tokens, until=until)
-    if given.get("do_sample", True) and (given.get("temperature") or 0) > 0:
-        options |= dict(do_sample=True, temperature=given["temperature"], top_p=given.get("top_p"))
-    if (given.get("num_beams") or 1) > 1:
-        options["num_beams"] = given["num_beams"]
-    return options
+    return dict(max_new_tokens=16 if tokens is None else tokens, until=until)
 
 
 def answer_requests(
@@ -209,9 +203,7 @@ class ModelArgs:
     n_audio: float = 1500  # see `method_for`
     preset: str = None  # limits of a published benchmark: 128, 256 or 768 (frames)
     fps: float = 2.0
-    max_frames: int = None
-    least_tokens: int = None
-    most_tokens: int = None  # or limits of one's own; tokens of a temporal grid
+    max_frames: int = None  # or limits of one's own
     kv: str = "evict"
     device: str = ""
 
@@ -230,12 +222,11 @@ class ModelArgs:
             self.pretrained, self.method, self.trr, self.schedule, self.knob, counts
         )
         model, processor = load_model(self.pretrained, self.device)
-        fps, max_frames, tokens = self.fps, self.max_frames, (self.least_tokens, self.most_tokens)
+        fps, max_frames = self.fps, self.max_frames
         if self.preset is not None:
             limits = preset_for(self.preset)
-            fps, max_frames, tokens = limits.fps, limits.max_frames, limits.grid_tokens
-        if None not in tokens:
-            limit_pixels(processor, *tokens)
+            fps, max_frames = limits.fps, limits.max_frames
+            limit_pixels(processor, *limits.grid_tokens)
         return Answerer(model, processor, chosen, fps, max_frames, self.kv)
 
 # %% ../../nbs/evaluation/03_lmms.ipynb #c6086240
