@@ -19,7 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from seats_analysis.boundaries.retention import synthetic_profile
-from seats_analysis.cli import answers
+from seats_analysis.cli import app as shared
 from seats_analysis.cli.main import app
 from seats_analysis.storage import checkpoint as checkpoints
 from seats_analysis.storage.checkpoint import Checkpoint, CheckpointWarning, checkpoint_of
@@ -416,7 +416,7 @@ def model():
 @pytest.fixture
 def few(model, monkeypatch):
     "`seats eval` with a random model; all of its questions are on fresh clips."
-    monkeypatch.setattr(answers, "load_model", lambda *args: model)
+    monkeypatch.setattr(shared, "load_model", lambda *args: model)
     monkeypatch.setattr("seats_analysis.testbed.load.testbed_samples", lambda split: [])
 
 

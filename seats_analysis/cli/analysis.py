@@ -14,28 +14,14 @@ import typer
 from typer import Option
 
 from seats_analysis.cli.app import (
-    AllowOutside,
-    Attention,
-    Data,
-    Device,
-    Dtype,
-    Fps,
+    DataOptions,
     Json,
     Late,
-    Limit,
-    MaxFrames,
-    Model,
     Overwrite,
-    Root,
     Seed,
-    SkipBroken,
-    Threads,
-    TrustRemoteCode,
     app,
     check_trr,
     emit,
-    limits_of,
-    prepare,
     mean_tokens,
     name_of,
     names_of,
@@ -43,10 +29,10 @@ from seats_analysis.cli.app import (
     numbers_of,
     resumable,
     table,
+    takes,
     writable,
 )
 from ..inputs.layout import MODALITIES
-from ..evaluation.load import check_model, load_model
 from ..storage.checkpoint import checkpoint_of
 from ..storage.files import output_folder
 from ..storage.schemas import load_profile, save_json
@@ -107,13 +93,9 @@ def _print_probe(as_json, profile, out, broken):
 
 # %% ../../nbs/cli/01_analysis.ipynb #3ef6d491
 @app.command()
+@takes(DataOptions)
 def probe(
-    model: Model = "testbed",
-    data: Data = "testbed",
-    limit: Limit = None,
-    root: Root = None,
-    allow_outside: AllowOutside = False,
-    skip_broken: SkipBroken = False,
+    asked,
     out: Path | None = Option(
         None, help="NetCDF file to write; default: seats_out/DATA/profiles/MODEL.nc."
     ),
@@ -134,13 +116,6 @@ def probe(
         "CPU, 65536 on a GPU.",
     ),
     batch: int = Option(16, min=1, help="Questions per batch of the plain method."),
-    fps: Fps = None,
-    max_frames: MaxFrames = None,
-    dtype: Dtype = "auto",
-    attention: Attention = "sdpa",
-    device: Device = "",
-    trust_remote_code: TrustRemoteCode = False,
-    threads: Threads = None,
     as_json: Json = False,
 ):
     """Measure what each layer still needs of video and audio.
@@ -149,23 +124,20 @@ def probe(
     finished sample is kept beside --out: after an interruption the same command goes on.
     `accelerate launch --no_python seats probe ...` shares the work among processes.
     """
-    num_layers, broken = check_model(model), [] if skip_broken else None
-    default = output_folder(data) / "profiles" / f"{name_of(model)}.nc"
+    num_layers = asked.depth()
+    default = output_folder(asked.data) / "profiles" / f"{name_of(asked.model)}.nc"
     out = writable(out or default, "profile", overwrite)
     removed = names_of(removed, "--removed", (*MODALITIES, "both"))
     chosen = dict(removed=removed, layers=_layer_list(layers, num_layers))
     (method,) = names_of(method, "--method", ("branch", "plain"))
-    from seats_analysis.evaluation.evaluate import load_samples
-
-    samples = load_samples(data, None, limit, root, allow_outside, broken)
-    prepare(threads)
-    loaded = load_model(model, device, trust_remote_code, dtype, attention)
+    samples = asked.samples()
+    loaded = asked.load()
     chosen |= dict(method=method, batch_size=batch, max_branch_tokens=max_branch_tokens)
-    chosen |= limits_of(data, loaded[1], fps, max_frames)
-    chosen |= dict(testbed=data == "testbed", broken=broken)
+    chosen |= asked.limits(loaded[1])
+    chosen |= dict(testbed=asked.data == "testbed", broken=asked.broken)
     profile = probe_file(*loaded, samples, out, **chosen)
     if profile is not None:
-        _print_probe(as_json, profile, out, broken)
+        _print_probe(as_json, profile, out, asked.broken)
 
 # %% ../../nbs/cli/01_analysis.ipynb #8c2f7aa9
 def _known_split(profile, split):
