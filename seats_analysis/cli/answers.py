@@ -119,20 +119,19 @@ def _clip_sample(clip, question, choices, letters, fps, max_frames):
 def _answer(loaded, encoded, plan, choices, max_new_tokens):
     "Generate under a plan: (answer text, Run, probability of each choice among the choices)."
     import torch
-    from seats_analysis.models.decoder import last_logits_only
+    from seats_analysis.evaluation.evaluate import write_answers
     from seats_analysis.models.scoring import score_choices
     from seats_analysis.pruning.session import prune
 
     model, processor = loaded
-    with prune(model, plan) as ran, torch.no_grad(), last_logits_only(model, encoded):
-        out = model.generate(**encoded.inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    answer = processor.tokenizer.decode(out[0, encoded.shape[1] :], skip_special_tokens=True)
+    with prune(model, plan) as ran:
+        (answer,) = write_answers(model, processor, encoded, max_new_tokens)
     scores = None
     if choices:
         with prune(model, plan):
             mean = score_choices(model, encoded).mean[0]
         scores = dict(zip(choices, torch.softmax(mean, 0).tolist()))
-    return answer.strip(), ran, scores
+    return answer, ran, scores
 
 
 def _report(model, encoded, ran, plan):
@@ -215,15 +214,14 @@ def _compare_text(found, plan):
     return f"{table(rows)}\n\n{said} (medians of 3; `seats bench` measures more)"
 
 
-def _kept(model, encoded, ran, answer, path):
-    "What was kept, for a JSON file at a path."
+def kept_positions(model, encoded, ran, answer, clip):
+    "What was kept, for a JSON file; `clip` is the path that it names."
     from seats_analysis.models.families import adapter_for
     from seats_analysis.plots.kept import kept_data
 
     sample = encoded.samples[0]
-    place = os.path.relpath(sample.video, path.absolute().parent)
     asked = dict(question=sample.question, answered=answer)
-    return kept_data(ran, encoded, adapter_for(model).rates(model), place, **asked)
+    return kept_data(ran, encoded, adapter_for(model).rates(model), clip, **asked)
 
 
 def _draw_kept(clip, limits, data, path):
@@ -301,7 +299,8 @@ def run(
         data = dict(answer=answer, choices=scores, **report)
         text = _run_text(answer, scores, report)
     if places := [p for p in (kept, figure) if p is not None]:
-        positions = _kept(loaded[0], encoded, ran, answer, places[0])
+        place = os.path.relpath(clip, places[0].absolute().parent)
+        positions = kept_positions(loaded[0], encoded, ran, answer, place)
     if kept is not None:
         save_json(kept, positions)
     if figure is not None:

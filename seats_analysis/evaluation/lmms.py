@@ -20,11 +20,10 @@ from ..inputs.samples import Sample
 from ..inputs.benchmarks import preset_for
 from ..models.families import limit_pixels
 from ..models.encode import Prompt, encode, frame_resizer
-from ..models.decoder import last_logits_only
 from ..schedules.schedule import PUBLISHED, Schedule
 from ..pruning.session import prune
 from ..baselines.registry import method_at
-from .evaluate import load_samples, parse_answer
+from .evaluate import load_samples, parse_answer, write_answers
 from .load import load_model
 
 # %% ../../nbs/evaluation/03_lmms.ipynb #e358b22e
@@ -128,18 +127,13 @@ class Answerer:
         resize = frame_resizer(self.processor)
         return prompt_of(messages, id, rate, self.fps, self.max_frames, resize)
 
-    @torch.no_grad()
     def __call__(self, prompts, max_new_tokens=16, until=()):  # -> list of str
         "Greedy answers up to the first stop text."
         batch = encode(self.model, self.processor, prompts)
-        options = dict(max_new_tokens=max_new_tokens, do_sample=False)
-        with prune(self.model, self.method, kv=self.kv), last_logits_only(self.model, batch):
-            out = self.model.generate(**batch.inputs, **options)
-        new, answers = out[:, batch.shape[1] :], []
-        for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True):
-            for stop in filter(None, until):
-                text = text.partition(stop)[0]
-            answers.append(text.strip())
+        with prune(self.model, self.method, kv=self.kv):
+            answers = write_answers(self.model, self.processor, batch, max_new_tokens)
+        for stop in filter(None, until):
+            answers = [text.partition(stop)[0].strip() for text in answers]
         return answers
 
 # %% ../../nbs/evaluation/03_lmms.ipynb #05cbf426
