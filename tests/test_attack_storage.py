@@ -380,8 +380,8 @@ def test_outputs_do_not_replace_inputs(stored, tmp_path):
         ("eval", "--profile", stored, "--out", stored),
         ("eval", "--data", data, "--out", data),
         ("simulate", "--profile", stored, "--out", stored),
-        ("questions", "--profile", stored, "--out", stored),
-        ("sensitivity", "--profile", stored, "--out", stored),
+        ("sample-size", "--profile", stored, "--out", stored),
+        ("transfer", "--profile", stored, "--out", stored),
         ("run", data, "--question", "?", "--kept", data),
         ("run", data, "--question", "?", "--schedule", plan, "--kept", plan),
     ):

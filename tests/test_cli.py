@@ -427,7 +427,7 @@ def test_skip_broken_goes_on_and_counts_them(broken, stubbed, tmp_path):
         (["probe", "--layers", "0,-1"], "layer -1 is outside 0.."),
         (["probe", "--removed", "vision"], "'vision' is not one of visual, audio, both"),
         (["probe", "--removed", "both,both"], "name each once"),
-        (["probe", "--method", "fast"], "'fast' is not one of branch, plain"),
+        (["probe", "--method", "fast"], "'fast' is not one of 'branch', 'plain'"),
         (["probe", "--out", "/proc/x.nc"], "cannot write in /proc"),
         (["eval", "--out", "/proc/x.json"], "cannot write in /proc"),
         (["eval", "--profile", "{profile}"], "12 layers"),

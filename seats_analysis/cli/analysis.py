@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/cli/01_analysis.ipynb #bb54b69c
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer import Option
@@ -20,7 +20,6 @@ from seats_analysis.cli.app import (
     Overwrite,
     Seed,
     app,
-    check_trr,
     emit,
     mean_tokens,
     name_of,
@@ -106,7 +105,7 @@ def probe(
         help="0-based layers to remove before, as 0,4,8 or start:stop:step, or `auto`: coarse "
         "to fine around the boundaries; default: all.",
     ),
-    method: str = Option(
+    method: Literal["branch", "plain"] = Option(
         "branch", help="`branch` gets all layers from one traversal; `plain` is the slow reference."
     ),
     max_branch_tokens: int | None = Option(
@@ -129,7 +128,6 @@ def probe(
     out = writable(out or default, "profile", overwrite)
     removed = names_of(removed, "--removed", (*MODALITIES, "both"))
     chosen = dict(removed=removed, layers=_layer_list(layers, num_layers))
-    (method,) = names_of(method, "--method", ("branch", "plain"))
     samples = asked.samples()
     loaded = asked.load()
     chosen |= dict(method=method, batch_size=batch, max_branch_tokens=max_branch_tokens)
@@ -309,14 +307,6 @@ def _stated_blocks(text, profile):
     return Boundaries(layers, *(s - 1 for s in starts), **made)
 
 
-def _check_targets(trr, visual, audio):
-    "Either a headline TRR or both targets."
-    for name, value in (("--trr", trr), ("--visual", visual), ("--audio", audio)):
-        check_trr(value, name)
-    if (trr is None) == (visual is None and audio is None) or (visual is None) != (audio is None):
-        raise ValueError("give either --trr N, or --visual N and --audio N (percent)")
-
-
 def _describe(plan):
     "A schedule in a few lines, layers printed from 1."
     pair = lambda of: f"visual {100 * of['visual']:.3g} %, audio {100 * of['audio']:.3g} %"
@@ -373,7 +363,8 @@ def schedule(
 
     Its schedule keeps a given percentage of the tokens.
     """
-    _check_targets(trr, visual, audio)
+    if (trr is None) == (visual is None and audio is None) or (visual is None) != (audio is None):
+        raise ValueError("give either --trr N, or --visual N and --audio N (percent)")
     target = f"trr{trr:g}" if trr is not None else f"v{visual:g}_a{audio:g}"
     default = output_folder(profile) / "schedules" / f"{profile.stem}_{target}.json"
     out = writable(out or default, "schedule", overwrite)
@@ -451,7 +442,6 @@ def simulate(
 
 
 @app.command("sample-size")
-@app.command("questions", hidden=True)  # its name until 0.2
 def sample_size(
     profile: Pilot = TESTBED,
     out: StudyOut = None,

@@ -11,7 +11,7 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer import Option
@@ -415,7 +415,7 @@ def eval_(
     ),
     overwrite: Overwrite = False,
     split: str | None = Option(None, help="Only this split of the data."),
-    answers: str = Option(
+    answers: Literal["likelihood", "generate"] = Option(
         "likelihood",
         help="`likelihood` ranks the choices; `generate` lets the model write and reads its "
         "answer.",
@@ -442,8 +442,6 @@ def eval_(
     out = writable(out or default, "eval", overwrite)
     from seats_analysis.evaluation.compare import compare_methods, method_names
 
-    if answers not in ("likelihood", "generate"):
-        raise ValueError(f"--answers {answers!r}: likelihood or generate")
     names = method_names(names_of(methods, "--methods"))
     check_device(asked.device)
     check_blocks(model, profile, num_layers)
@@ -502,7 +500,6 @@ def _sensitivity_text(rows):
 
 
 @app.command()
-@app.command("sensitivity", hidden=True)  # its name until 0.2
 def transfer(
     profile: Path = Option(
         "testbed",
@@ -511,7 +508,7 @@ def transfer(
     out: StudyOut = None,
     overwrite: Overwrite = False,
     trr: float = Option(10, help="Percent of all tokens that every schedule keeps."),
-    by: str = Option("needs", help="Kinds of questions: `needs` or `family`."),
+    by: Literal["needs", "family"] = Option("needs", help="What makes kinds of questions."),
     limit: Limit = None,
     batch: Batch = 16,
     threads: Threads = None,
@@ -524,8 +521,6 @@ def transfer(
     check_trr(trr)
     default = output_folder(profile) / "results" / "task_sensitivity.json"
     out = writable(out or default, "sensitivity", overwrite)
-    if by not in ("needs", "family"):
-        raise ValueError(f"--by {by!r}: expected needs or family")
     from seats_analysis.evaluation.evaluate import load_samples
     from seats_analysis.evaluation.sensitivity import TaskSchedules
     from seats_analysis.models.families import hash_weights

@@ -22,7 +22,7 @@ import typer
 from typer import Option
 from typer.core import TyperGroup
 from ..evaluation.load import check_model, load_model
-from ..storage.checkpoint import checkpoint_of, processes
+from ..storage.checkpoint import processes
 from ..storage.files import one_line
 from ..storage.schemas import SCHEMAS, load_profile, schema_of
 
@@ -195,9 +195,6 @@ def writable(
         TemporaryFile(dir=home).close()  # asking for permission is not enough on every file system
     except OSError as error:
         raise ValueError(f"--out {path}: cannot write in {home} ({error.strerror})") from None
-    longest = os.pathconf(home, "PC_NAME_MAX") - len(checkpoint_of("").name)
-    if len(os.fsencode(path.name)) > longest:
-        raise ValueError(f"--out {path}: a name of more than {longest} bytes; choose a shorter one")
     if name and path.exists() and (not path.is_file() or path.stat().st_size):
         try:
             same = load_profile(path) if name == "profile" else schema_of(path) == name
@@ -222,10 +219,10 @@ def name_of(model) -> str:
     return os.path.basename(os.path.abspath(model))
 
 
-def check_trr(trr, name="--trr"):
+def check_trr(trr):
     "Raise ValueError unless a percentage is in (0, 100]; None is fine."
     if trr is not None and not 0 < trr <= 100:
-        raise ValueError(f"{name} {trr:g}: must be percent in (0, 100]")
+        raise ValueError(f"--trr {trr:g}: must be percent in (0, 100]")
 
 
 def names_of(text, option, known=()) -> tuple:

@@ -10,6 +10,7 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from typer import Option
 
@@ -94,7 +95,7 @@ def bench(
         5, min=1, help="Timings of each row, in turns; their median is reported."
     ),
     steps: int = Option(8, min=1, help="Tokens to decode."),
-    kv: str = Option("evict", help="Cache policy: evict or retain."),
+    kv: Literal["evict", "retain"] = Option("evict", help="Cache policy."),
     attention: str = Option("sdpa", help="Attention implementation, for the full model too."),
     encoders: str = Option(
         "",
@@ -121,8 +122,6 @@ def bench(
 
     Encoders, selection, prefill, decode, memory, realised fraction.
     """
-    if kv not in ("evict", "retain"):
-        raise ValueError(f"--kv {kv!r}: evict or retain")
     names = names_of(config, "--config") if config else ()
     from seats_analysis.evaluation.bench import BenchFile, BenchSetup, Job
     from seats_analysis.evaluation.workloads import Request

@@ -69,8 +69,6 @@ def _train_config(path, **changes):
 
     given = json.loads(path.read_text()) if path else {}
     known = ", ".join(sorted(f.name for f in fields(TrainConfig)))
-    if not isinstance(given, dict):
-        raise ValueError(f"{path}: not a JSON object; known: {known}")
     if bad := sorted(set(given) - set(known.split(", "))):
         raise ValueError(f"{path}: unknown {', '.join(bad)}; known: {known}")
     given |= {k: v for k, v in changes.items() if v is not None}

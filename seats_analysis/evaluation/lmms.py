@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from ..testbed.load import TESTBEDS
 from ..storage.files import shipped_folder
 from ..inputs.media import Clip, decode_clip
 from ..inputs.samples import Sample
@@ -76,22 +75,9 @@ def schedule_for(
     model: str,  # `testbed`, `testbed-qwen3`, a folder or a hub id
     trr: float,  # headline TRR in percent
 ) -> Schedule:
-    "The schedule that is known for a model. Raises ValueError where there is none."
-    known, there = next((k for k in PUBLISHED if k in model.lower()), None), []
-    if known:
-        there = list(PUBLISHED[known]["pairs"])
-    elif model in TESTBEDS:
-        files = shipped_folder("schedules").glob(f"{model}_trr*.json")
-        there = [float(p.stem.removeprefix(f"{model}_trr")) for p in files]
-    if trr not in there:
-        only = f", only at {', '.join(f'{t:g}' for t in sorted(there))}" if there else ""
-        raise ValueError(
-            f"no schedule is known for {model} at {trr:g} %{only}: make one with `seats probe` "
-            "and `seats schedule`, and pass schedule=FILE"
-        )
-    if known:
-        return Schedule.published(known, int(trr))
-    return Schedule.load(f"{model}/{trr:g}")
+    "The shipped schedule of a model. Raises ValueError with a list where there is none."
+    family = next((k for k in PUBLISHED if k in model.lower()), model)
+    return Schedule.load(f"{family}/{trr:g}")
 
 
 def method_for(
