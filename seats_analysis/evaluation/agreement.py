@@ -95,17 +95,13 @@ def compare_answers(
     theirs,  # committed rows
 ):  # list of (claim, holds, detail)
     "Whether every method got the same questions right."
-    stored = {(r["method"], r["trr"]): set(r["wrong"]) for r in theirs if "wrong" in r}
-    checks = []
+    stored, checks = {(r["method"], r["trr"]): set(r["wrong"]) for r in theirs}, []
     for r in rows:
-        wrong, other = set(r["wrong"]), stored.get((r["method"], r["trr"]))
-        if other is None:
-            same, detail = False, "not committed"
-        elif same := wrong == other:
-            detail = f"the same answers, {len(wrong)} wrong"
-        else:
-            detail = f"turned: {_named(sorted(wrong ^ other))}"
-        checks.append((f"{r['method']} {r['trr']:g} %", same, detail))
+        turned = sorted(set(r["wrong"]) ^ stored[r["method"], r["trr"]])
+        detail = f"the same answers, {len(r['wrong'])} wrong"
+        if turned:
+            detail = f"turned: {_named(turned)}"
+        checks.append((f"{r['method']} {r['trr']:g} %", not turned, detail))
     return checks
 
 # %% ../../nbs/evaluation/04_agreement.ipynb #0933c1a5

@@ -276,6 +276,9 @@ class Answering:
         )
 
 # %% ../../nbs/evaluation/02_compare.ipynb #640363a7
+APART = ("control",)  # families that do not count in the whole
+
+
 @dataclass(frozen=True, eq=False)
 class Outcomes:
     "What became of all questions under all runs."
@@ -284,13 +287,12 @@ class Outcomes:
     samples: Sequence[Sample]
     runs: Sequence[MethodRun]
     shape: DataShape
-    apart: Sequence[str] = ("control",)  # families that do not count in the whole
     n_boot: int = 2000
 
     def rows(self) -> list:  # of dict, the full model first
         "Accuracy, cost and differences of every run."
         families = np.array([s.family for s in self.samples])
-        counts = ~np.isin(families, list(self.apart))
+        counts = ~np.isin(families, APART)
         if not counts.any():
             raise ValueError("no question counts: all families are set apart")
         parts, rows = {f: families == f for f in sorted(set(families.tolist()))}, []
@@ -466,7 +468,6 @@ def compare_methods(
     names="all",  # see `method_names`
     path=None,  # JSON file; finished questions are kept in a folder beside it until it is there
     rules: Mapping = {},  # label -> `Pruner` that is not matched, since a rule decides its cost
-    apart: Sequence[str] = ("control",),  # families that do not count in the whole
     n_boot: int = 2000,  # resamples of clips
     about: Mapping = {},  # more to say in the file
     batch_size: int = 16,  # questions
@@ -498,11 +499,11 @@ def compare_methods(
             questions=len(samples),
             clips=len({s.clip for s in samples}),
             chance=sum(1 / len(s.choices) for s in samples) / len(samples),
-            apart=list(apart),
+            apart=list(APART),
             encoder_share=encoder_share(model, encode(model, processor, samples[:1], **limits)),
             trr=list(plans),
             methods=list(names),
-            rows=Outcomes(answered, samples, runs, shape, apart, n_boot).rows(),
+            rows=Outcomes(answered, samples, runs, shape, n_boot).rows(),
         )
         if path is not None:
             save_json(path, result)
