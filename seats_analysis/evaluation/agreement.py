@@ -86,7 +86,7 @@ def say_plan(
     "What a schedule does, layers from 1; shares without the digits that machines do not share."
     drops = ", ".join(str(d + 1) for d in plan.drop_layers) or "none"
     late = " and ".join(map(str, sorted({plan.late(m) + 1 for m in CODES})))
-    shares = [f"{m} {plan.trr[m]:.6f} of {plan.entering[m]:.6f} entering" for m in CODES]
+    shares = [f"{m} {plan.trr[m]:.6f} ({plan.entering[m]:.6f} enter)" for m in CODES]
     return f"drops before layers {drops}, late from {late}, TRR {', '.join(shares)}"
 
 # %% ../../nbs/evaluation/04_agreement.ipynb #c251fdf9
