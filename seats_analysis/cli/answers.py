@@ -119,19 +119,20 @@ def _clip_sample(clip, question, choices, letters, fps, max_frames):
 def _answer(loaded, encoded, plan, choices, max_new_tokens):
     "Generate under a plan: (answer text, Run, probability of each choice among the choices)."
     import torch
-    from seats_analysis.evaluation.evaluate import write_answers
+    from seats_analysis.models.decoder import last_logits_only
     from seats_analysis.models.scoring import score_choices
     from seats_analysis.pruning.session import prune
 
     model, processor = loaded
-    with prune(model, plan) as ran:
-        (answer,) = write_answers(model, processor, encoded, max_new_tokens)
+    with prune(model, plan) as ran, torch.no_grad(), last_logits_only(model, encoded):
+        out = model.generate(**encoded.inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    answer = processor.tokenizer.decode(out[0, encoded.shape[1] :], skip_special_tokens=True)
     scores = None
     if choices:
         with prune(model, plan):
             mean = score_choices(model, encoded).mean[0]
         scores = dict(zip(choices, torch.softmax(mean, 0).tolist()))
-    return answer, ran, scores
+    return answer.strip(), ran, scores
 
 
 def _report(model, encoded, ran, plan):
