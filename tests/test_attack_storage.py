@@ -19,7 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from seats_analysis.boundaries.retention import synthetic_profile
-from seats_analysis.cli import answers
+from seats_analysis.cli import app as shared
 from seats_analysis.cli.main import app
 from seats_analysis.storage import checkpoint as checkpoints
 from seats_analysis.storage.checkpoint import Checkpoint, CheckpointWarning, checkpoint_of
@@ -380,8 +380,8 @@ def test_outputs_do_not_replace_inputs(stored, tmp_path):
         ("eval", "--profile", stored, "--out", stored),
         ("eval", "--data", data, "--out", data),
         ("simulate", "--profile", stored, "--out", stored),
-        ("questions", "--profile", stored, "--out", stored),
-        ("sensitivity", "--profile", stored, "--out", stored),
+        ("sample-size", "--profile", stored, "--out", stored),
+        ("transfer", "--profile", stored, "--out", stored),
         ("run", data, "--question", "?", "--kept", data),
         ("run", data, "--question", "?", "--schedule", plan, "--kept", plan),
     ):
@@ -416,22 +416,13 @@ def model():
 @pytest.fixture
 def few(model, monkeypatch):
     "`seats eval` with a random model; all of its questions are on fresh clips."
-    monkeypatch.setattr(answers, "load_model", lambda *args: model)
+    monkeypatch.setattr(shared, "load_model", lambda *args: model)
     monkeypatch.setattr("seats_analysis.testbed.load.testbed_samples", lambda split: [])
 
 
 def command(out, limit=4):
     words = "eval --methods random --trr 35 --batch 2 --threads 1 --limit"
     return CliRunner().invoke(app, [*words.split(), str(limit), "--out", str(out)])
-
-
-@pytest.mark.parametrize("name", ["r.csv", "a.json"])
-def test_eval_destroys_no_table(few, tmp_path, name):
-    "Its JSON has a CSV beside it, which may not be the JSON itself, nor anything of somebody else."
-    (tmp_path / "a.csv").write_text("amount,day\n")
-    done = command(tmp_path / name, 2)
-    assert done.exit_code == 2 and "choose" in done.stderr.splitlines()[-1], done.stderr
-    assert names(tmp_path) == ["a.csv"] and (tmp_path / "a.csv").read_text() == "amount,day\n"
 
 
 def test_what_a_killed_eval_left_is_swept(few, tmp_path):
@@ -443,7 +434,7 @@ def test_what_a_killed_eval_left_is_swept(few, tmp_path):
     (tmp_path / ".r.seats-tmp.json").write_text("half")
     done = command(out)
     assert done.exit_code == 0, done.stderr
-    assert names(tmp_path) == ["r.csv", "r.json"]
+    assert names(tmp_path) == ["r.json"]
 
 
 def alone(out, size=None):
@@ -466,7 +457,7 @@ def test_eval_killed_twenty_times(few, tmp_path):
         kills += child.poll() is None
         child.kill()
         child.communicate()
-    assert command(out).exit_code == 0 and names(out.parent) == ["r.csv", "r.json"]
+    assert command(out).exit_code == 0 and names(out.parent) == ["r.json"]
     left = set(Path(tempfile.gettempdir()).glob("tmp*")) - before
     assert not [p for p in left if p.is_dir() and list(p.glob("scene*.mp4"))]
     assert command(tmp_path / "whole.json").exit_code == 0
@@ -485,7 +476,7 @@ def test_eval_on_a_full_disk(few, tmp_path, size):
     assert "Traceback" not in said and not list(tmp_path.rglob("*seats-tmp*"))
     done = command(tmp_path / "r.json")
     assert done.exit_code == 0 and "damaged" not in done.stderr, done.stderr
-    assert names(tmp_path) == ["r.csv", "r.json"]
+    assert names(tmp_path) == ["r.json"]
 
 
 if __name__ == "__main__":

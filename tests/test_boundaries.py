@@ -553,7 +553,7 @@ def test_interval_that_does_not_close_says_end(tmp_path):
 
 
 def test_sensitivity_answers_every_kind(tmp_path):
-    result = seats("sensitivity", "--limit", 3, "--out", tmp_path / "s.json", "--json")
+    result = seats("transfer", "--limit", 3, "--out", tmp_path / "s.json", "--json")
     assert result.exit_code == 0, result.stderr
     data = json.loads((tmp_path / "s.json").read_text())
     from seats_analysis.storage.schemas import load_json

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from seats_analysis.cli import analysis, answers, demo as demo_commands
+from seats_analysis.cli import answers, app as shared, demo as demo_commands
 from seats_analysis.cli.main import app
 from seats_analysis.boundaries.find import Boundaries, find_boundaries
 from seats_analysis.boundaries.retention import synthetic_profile
@@ -113,8 +113,8 @@ def clip(questions):
 @pytest.fixture
 def stubbed(monkeypatch, model):
     "`load_model` gives the random model under any name."
-    for commands in (analysis, answers):
-        monkeypatch.setattr(commands, "check_model", lambda name: None)
+    monkeypatch.setattr(shared, "check_model", lambda name: None)
+    for commands in (shared, answers):
         monkeypatch.setattr(commands, "load_model", lambda *args: model)
 
 
@@ -365,7 +365,7 @@ def unloaded(monkeypatch):
     def load(*args):
         raise AssertionError("the model was loaded")
 
-    for commands in (analysis, answers):
+    for commands in (shared, answers):
         monkeypatch.setattr(commands, "load_model", load)
 
 
@@ -427,7 +427,7 @@ def test_skip_broken_goes_on_and_counts_them(broken, stubbed, tmp_path):
         (["probe", "--layers", "0,-1"], "layer -1 is outside 0.."),
         (["probe", "--removed", "vision"], "'vision' is not one of visual, audio, both"),
         (["probe", "--removed", "both,both"], "name each once"),
-        (["probe", "--method", "fast"], "'fast' is not one of branch, plain"),
+        (["probe", "--method", "fast"], "'fast' is not one of 'branch', 'plain'"),
         (["probe", "--out", "/proc/x.nc"], "cannot write in /proc"),
         (["eval", "--out", "/proc/x.json"], "cannot write in /proc"),
         (["eval", "--profile", "{profile}"], "12 layers"),
@@ -597,7 +597,7 @@ def test_interrupt_is_one_line_and_130(questions, tmp_path, monkeypatch):
     def stop(*args, **kw):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(analysis, "load_model", stop)
+    monkeypatch.setattr(shared, "load_model", stop)
     result = seats("probe", "--data", questions, "--out", tmp_path / "p.nc")
     assert (result.exit_code, result.stderr.strip(), result.stdout) == (
         130,
@@ -610,7 +610,7 @@ def test_a_bug_keeps_its_traceback(questions, tmp_path, monkeypatch):
     def broken(*args, **kw):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(analysis, "load_model", broken)
+    monkeypatch.setattr(shared, "load_model", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         seats("probe", "--data", questions, "--out", tmp_path / "p.nc")
 

@@ -229,10 +229,7 @@ def test_table_by_hand():
         100 * (lean[media].mean() - 0.25) / (full[media].mean() - 0.25)
     )
     assert table.loc[("lean", "control"), "accuracy"] == pytest.approx(100 * lean[~media].mean())
-    assert (
-        accuracy_table(dict(lean=frame(lean)), reference=None, apart=()).loc[("lean", "all"), "n"]
-        == 10
-    )
+    assert accuracy_table(dict(lean=frame(lean)), "lean", apart=()).loc[("lean", "all"), "n"] == 10
     with pytest.raises(ValueError, match="no run"):
         accuracy_table(dict(lean=frame(lean)))
     with pytest.raises(ValueError, match="same questions"):

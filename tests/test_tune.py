@@ -12,7 +12,7 @@ from test_cli import refused, seats
 
 from seats_analysis.boundaries.find import Boundaries
 from seats_analysis.boundaries.retention import ramp, synthetic_profile
-from seats_analysis.cli import tune as commands
+from seats_analysis.cli import app as shared, tune as commands
 from seats_analysis.evaluation import tune
 from seats_analysis.evaluation.prepared import PreparedBatch, prepare_questions
 from seats_analysis.evaluation.tune import Paired, Tuning, better_half, chain_of
@@ -172,8 +172,8 @@ def stubbed(monkeypatch, tmp_path):
     given = tiny.thinker("qwen2.5-omni"), tiny.processor("qwen2.5-omni")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(commands, "LADDER", (60,))
-    monkeypatch.setattr(commands, "check_model", lambda name: None)
-    monkeypatch.setattr(commands, "load_model", lambda *args: given)
+    monkeypatch.setattr(shared, "check_model", lambda name: None)
+    monkeypatch.setattr(shared, "load_model", lambda *args: given)
     profile = synthetic_profile({r: ramp(tiny.LAYERS, 1, 4) for r in ("visual", "audio", "both")})
     profile.to_netcdf(tmp_path / "p.nc", engine="h5netcdf")
     return ["--model", "m", "--profile", tmp_path / "p.nc"]
@@ -221,7 +221,7 @@ def test_too_few_clips_are_refused_before_the_model_is_loaded(questions, stubbed
     def load(*args):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(commands, "load_model", load)
+    monkeypatch.setattr(shared, "load_model", load)
     said = refused("tune", *stubbed, "--data", questions)
     assert "takes 149" in said and "--max-change" in said
     said = refused("tune", *stubbed, "--data", questions, "--method", "nobody")

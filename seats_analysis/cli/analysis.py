@@ -8,34 +8,19 @@ __all__ = []
 # %% ../../nbs/cli/01_analysis.ipynb #bb54b69c
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer import Option
 
 from seats_analysis.cli.app import (
-    AllowOutside,
-    Attention,
-    Data,
-    Device,
-    Dtype,
-    Fps,
+    DataOptions,
     Json,
     Late,
-    Limit,
-    MaxFrames,
-    Model,
     Overwrite,
-    Root,
     Seed,
-    SkipBroken,
-    Threads,
-    TrustRemoteCode,
     app,
-    check_trr,
     emit,
-    limits_of,
-    prepare,
     mean_tokens,
     name_of,
     names_of,
@@ -43,10 +28,10 @@ from seats_analysis.cli.app import (
     numbers_of,
     resumable,
     table,
+    takes,
     writable,
 )
 from ..inputs.layout import MODALITIES
-from ..evaluation.load import check_model, load_model
 from ..storage.checkpoint import checkpoint_of
 from ..storage.files import output_folder
 from ..storage.schemas import load_profile, save_json
@@ -107,13 +92,9 @@ def _print_probe(as_json, profile, out, broken):
 
 # %% ../../nbs/cli/01_analysis.ipynb #3ef6d491
 @app.command()
+@takes(DataOptions)
 def probe(
-    model: Model = "testbed",
-    data: Data = "testbed",
-    limit: Limit = None,
-    root: Root = None,
-    allow_outside: AllowOutside = False,
-    skip_broken: SkipBroken = False,
+    asked,
     out: Path | None = Option(
         None, help="NetCDF file to write; default: seats_out/DATA/profiles/MODEL.nc."
     ),
@@ -124,7 +105,7 @@ def probe(
         help="0-based layers to remove before, as 0,4,8 or start:stop:step, or `auto`: coarse "
         "to fine around the boundaries; default: all.",
     ),
-    method: str = Option(
+    method: Literal["branch", "plain"] = Option(
         "branch", help="`branch` gets all layers from one traversal; `plain` is the slow reference."
     ),
     max_branch_tokens: int | None = Option(
@@ -134,13 +115,6 @@ def probe(
         "CPU, 65536 on a GPU.",
     ),
     batch: int = Option(16, min=1, help="Questions per batch of the plain method."),
-    fps: Fps = None,
-    max_frames: MaxFrames = None,
-    dtype: Dtype = "auto",
-    attention: Attention = "sdpa",
-    device: Device = "",
-    trust_remote_code: TrustRemoteCode = False,
-    threads: Threads = None,
     as_json: Json = False,
 ):
     """Measure what each layer still needs of video and audio.
@@ -149,23 +123,19 @@ def probe(
     finished sample is kept beside --out: after an interruption the same command goes on.
     `accelerate launch --no_python seats probe ...` shares the work among processes.
     """
-    num_layers, broken = check_model(model), [] if skip_broken else None
-    default = output_folder(data) / "profiles" / f"{name_of(model)}.nc"
+    num_layers = asked.depth()
+    default = output_folder(asked.data) / "profiles" / f"{name_of(asked.model)}.nc"
     out = writable(out or default, "profile", overwrite)
     removed = names_of(removed, "--removed", (*MODALITIES, "both"))
     chosen = dict(removed=removed, layers=_layer_list(layers, num_layers))
-    (method,) = names_of(method, "--method", ("branch", "plain"))
-    from seats_analysis.evaluation.evaluate import load_samples
-
-    samples = load_samples(data, None, limit, root, allow_outside, broken)
-    prepare(threads)
-    loaded = load_model(model, device, trust_remote_code, dtype, attention)
+    samples = asked.samples()
+    loaded = asked.load()
     chosen |= dict(method=method, batch_size=batch, max_branch_tokens=max_branch_tokens)
-    chosen |= limits_of(data, loaded[1], fps, max_frames)
-    chosen |= dict(testbed=data == "testbed", broken=broken)
+    chosen |= asked.limits(loaded[1])
+    chosen |= dict(testbed=asked.data == "testbed", broken=asked.broken)
     profile = probe_file(*loaded, samples, out, **chosen)
     if profile is not None:
-        _print_probe(as_json, profile, out, broken)
+        _print_probe(as_json, profile, out, asked.broken)
 
 # %% ../../nbs/cli/01_analysis.ipynb #8c2f7aa9
 def _known_split(profile, split):
@@ -337,14 +307,6 @@ def _stated_blocks(text, profile):
     return Boundaries(layers, *(s - 1 for s in starts), **made)
 
 
-def _check_targets(trr, visual, audio):
-    "Either a headline TRR or both targets."
-    for name, value in (("--trr", trr), ("--visual", visual), ("--audio", audio)):
-        check_trr(value, name)
-    if (trr is None) == (visual is None and audio is None) or (visual is None) != (audio is None):
-        raise ValueError("give either --trr N, or --visual N and --audio N (percent)")
-
-
 def _describe(plan):
     "A schedule in a few lines, layers printed from 1."
     pair = lambda of: f"visual {100 * of['visual']:.3g} %, audio {100 * of['audio']:.3g} %"
@@ -401,7 +363,8 @@ def schedule(
 
     Its schedule keeps a given percentage of the tokens.
     """
-    _check_targets(trr, visual, audio)
+    if (trr is None) == (visual is None and audio is None) or (visual is None) != (audio is None):
+        raise ValueError("give either --trr N, or --visual N and --audio N (percent)")
     target = f"trr{trr:g}" if trr is not None else f"v{visual:g}_a{audio:g}"
     default = output_folder(profile) / "schedules" / f"{profile.stem}_{target}.json"
     out = writable(out or default, "schedule", overwrite)
@@ -479,7 +442,6 @@ def simulate(
 
 
 @app.command("sample-size")
-@app.command("questions", hidden=True)  # its name until 0.2
 def sample_size(
     profile: Pilot = TESTBED,
     out: StudyOut = None,

@@ -11,35 +11,25 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer import Option
 
 from ..testbed.load import TESTBEDS
 from seats_analysis.cli.app import (
-    AllowOutside,
-    Attention,
     Batch,
-    Data,
-    Device,
-    Dtype,
-    Fps,
+    DataOptions,
     Json,
     Late,
     Limit,
     MAX_FRAMES,
-    MaxFrames,
-    Model,
+    ModelOptions,
     Overwrite,
-    Root,
-    SkipBroken,
     Threads,
-    TrustRemoteCode,
     app,
     check_trr,
     emit,
-    limits_of,
     prepare,
     mean_tokens,
     name_of,
@@ -48,9 +38,10 @@ from seats_analysis.cli.app import (
     numbers_of,
     resumable,
     table,
+    takes,
     writable,
 )
-from ..evaluation.load import check_device, check_model, load_model
+from ..evaluation.load import check_device, load_model
 from .analysis import StudyOut, figure_name, find_blocks, left_out, stored_tokens
 from ..storage.checkpoint import Checkpoint, checkpoint_of, processes
 from ..storage.files import output_folder
@@ -224,15 +215,14 @@ def _compare_text(found, plan):
     return f"{table(rows)}\n\n{said} (medians of 3; `seats bench` measures more)"
 
 
-def _kept(model, encoded, ran, answer, path):
-    "What was kept, for a JSON file at a path."
+def kept_positions(model, encoded, ran, answer, clip):
+    "What was kept, for a JSON file; `clip` is the path that it names."
     from seats_analysis.models.families import adapter_for
     from seats_analysis.plots.kept import kept_data
 
     sample = encoded.samples[0]
-    place = os.path.relpath(sample.video, path.absolute().parent)
     asked = dict(question=sample.question, answered=answer)
-    return kept_data(ran, encoded, adapter_for(model).rates(model), place, **asked)
+    return kept_data(ran, encoded, adapter_for(model).rates(model), clip, **asked)
 
 
 def _draw_kept(clip, limits, data, path):
@@ -246,7 +236,9 @@ def _draw_kept(clip, limits, data, path):
 
 # %% ../../nbs/cli/02_answers.ipynb #fe0c7ac1
 @app.command()
+@takes(ModelOptions)
 def run(
+    asked,
     clip: Annotated[Path, typer.Argument(help="Video or audio file.", show_default=False)],
     question: str = Option(..., help="What to ask."),
     schedule: Path | None = Option(
@@ -255,7 +247,6 @@ def run(
     trr: float | None = Option(
         None, help="Token retention ratio: percent of all visual and audio tokens to keep."
     ),
-    model: Model = "testbed",
     profile: Path | None = Option(None, help="Profile of the model, for --trr."),
     late: Late = None,
     choice: list[str] | None = Option(None, help="An answer to score; repeat it for each."),
@@ -269,13 +260,6 @@ def run(
     kept: Path | None = Option(None, help="JSON file to write the kept positions to."),
     figure: Path | None = Option(None, help="Draw what was kept, as NAME.png and NAME.pdf."),
     overwrite: Overwrite = False,
-    fps: Fps = None,
-    max_frames: MaxFrames = None,
-    dtype: Dtype = "auto",
-    attention: Attention = "sdpa",
-    device: Device = "",
-    trust_remote_code: TrustRemoteCode = False,
-    threads: Threads = None,
     as_json: Json = False,
 ):
     "Ask a question about a clip, with or without pruning."
@@ -284,7 +268,7 @@ def run(
     if (compare or figure) and schedule is None and trr is None:
         raise ValueError("--compare and --figure show what pruning does: add --trr or --schedule")
     check_trr(trr)
-    num_layers = check_model(model)
+    num_layers = asked.depth()
     if kept is not None:
         writable(kept, "kept", overwrite)
     figure = figure and figure_name(figure, overwrite)
@@ -294,17 +278,16 @@ def run(
     if plan is not None and num_layers:
         plan.check_model(num_layers)
     if trr is not None:
-        check_blocks(model, profile, num_layers)
+        check_blocks(asked.model, profile, num_layers)
     from seats_analysis.models.encode import encode
 
-    sample = _clip_sample(clip, question, choice, letters, fps or 2.0, max_frames)
-    prepare(threads)
-    loaded = load_model(model, device, trust_remote_code, dtype, attention)
-    limits = dict(fps=fps or 2.0, max_frames=max_frames or MAX_FRAMES)
+    limits = dict(fps=asked.fps or 2.0, max_frames=asked.max_frames or MAX_FRAMES)
+    sample = _clip_sample(clip, question, choice, letters, limits["fps"], asked.max_frames)
+    loaded = asked.load()
     encoded = encode(*loaded, [sample], **limits)
     if trr is not None:
         counts = [encoded.layout.counts()[m].item() for m in ("visual", "audio")]
-        plan = solve(model, (trr,), counts, profile, late)[trr]
+        plan = solve(asked.model, (trr,), counts, profile, late)[trr]
     if plan is not None:
         check_origin(plan, loaded[0])
     if compare:
@@ -317,7 +300,8 @@ def run(
         data = dict(answer=answer, choices=scores, **report)
         text = _run_text(answer, scores, report)
     if places := [p for p in (kept, figure) if p is not None]:
-        positions = _kept(loaded[0], encoded, ran, answer, places[0])
+        place = os.path.relpath(clip, places[0].absolute().parent)
+        positions = kept_positions(loaded[0], encoded, ran, answer, place)
     if kept is not None:
         save_json(kept, positions)
     if figure is not None:
@@ -415,7 +399,9 @@ def _eval_text(result, out):
 
 # %% ../../nbs/cli/02_answers.ipynb #61d66ad4
 @app.command("eval")
+@takes(DataOptions)
 def eval_(
+    asked,
     methods: str = Option(
         "all",
         help="Names separated by commas, `all`, `late` (with the late removal of SEATS), or "
@@ -425,25 +411,12 @@ def eval_(
         "35,25,15,10",
         help="Token retention ratios: percent of all visual and audio tokens that SEATS keeps.",
     ),
-    model: Model = "testbed",
-    data: Data = "testbed",
-    limit: int | None = Option(
-        None,
-        min=1,
-        help="Questions; of the testbed 1,000 by default, on fresh clips where its test split "
-        "has fewer.",
-    ),
     out: Path | None = Option(
-        None,
-        help="JSON file to write, with a CSV beside it; default: "
-        "seats_out/DATA/results/eval_MODEL.json.",
+        None, help="JSON file to write; default: seats_out/DATA/results/eval_MODEL.json."
     ),
     overwrite: Overwrite = False,
     split: str | None = Option(None, help="Only this split of the data."),
-    root: Root = None,
-    allow_outside: AllowOutside = False,
-    skip_broken: SkipBroken = False,
-    answers: str = Option(
+    answers: Literal["likelihood", "generate"] = Option(
         "likelihood",
         help="`likelihood` ranks the choices; `generate` lets the model write and reads its "
         "answer.",
@@ -456,41 +429,32 @@ def eval_(
         min=1,
         help="Questions per batch; by default 16 of the testbed, of other data those on one clip.",
     ),
-    fps: Fps = None,
-    max_frames: MaxFrames = None,
-    dtype: Dtype = "auto",
-    attention: Attention = "sdpa",
-    device: Device = "",
-    trust_remote_code: TrustRemoteCode = False,
-    threads: Threads = None,
     as_json: Json = False,
 ):
     """Compare pruning methods at equal FLOPs.
 
-    All answer the same questions. Every finished question is kept beside --out: after an
+    All answer the same questions: of the testbed 1,000 by default, on fresh clips where its test
+    split has fewer. Every finished question is kept beside --out: after an
     interruption the same command goes on. `accelerate launch --no_python seats eval ...` shares
     the work among processes.
     """
-    num_layers, broken = check_model(model), [] if skip_broken else None
+    num_layers, model, data = asked.depth(), asked.model, asked.data
     trrs, default = _trr_list(trr), output_folder(data) / "results" / f"eval_{name_of(model)}.json"
     out = writable(out or default, "eval", overwrite)
     from seats_analysis.evaluation.compare import compare_methods, method_names
-    from seats_analysis.evaluation.evaluate import load_samples
 
-    if answers not in ("likelihood", "generate"):
-        raise ValueError(f"--answers {answers!r}: likelihood or generate")
-    names, device = method_names(names_of(methods, "--methods")), check_device(device)
+    names = method_names(names_of(methods, "--methods"))
+    check_device(asked.device)
     check_blocks(model, profile, num_layers)
     with Checkpoint.hold(checkpoint_of(out)) as folder, scratch(folder) as clips:
         if data == "testbed":
-            samples = _held_out(limit, split, clips, seed)
+            samples = _held_out(asked.limit, split, clips, seed)
         else:
-            samples = load_samples(data, split, limit, root, allow_outside, broken)
+            samples = asked.samples(split)
         clips_asked = len({s.clip for s in samples})
         note(f"{len(samples)} questions on {clips_asked} clips; loading {model}")
-        prepare(threads)
-        loaded = load_model(model, device, trust_remote_code, dtype, attention)
-        options = limits_of(data, loaded[1], fps, max_frames)
+        loaded = asked.load()
+        options = asked.limits(loaded[1])
         counts = mean_tokens(*loaded, samples, **options)
         counts = counts["visual"], counts["audio"]
         plans = solve(model, trrs, counts, profile, late)
@@ -498,14 +462,13 @@ def eval_(
             f"seats eval --methods {methods} --trr {trr} --model {Path(model).name} "
             f"--data {Path(data).name} --limit {len(samples)} --answers {answers} --seed {seed}"
         )
-        chosen = dict(late=late, fps=fps, max_frames=max_frames, attention=attention)
-        chosen |= dict(dtype=None if dtype == "auto" else dtype)
-        for name, value in chosen.items():
-            if value and value != "sdpa":
+        command += f" --late {late}" if late else ""
+        for name in ("fps", "max_frames", "attention", "dtype"):
+            if (value := getattr(asked, name)) not in (None, "sdpa", "auto"):
                 command += f" --{name.replace('_', '-')} {value}"
         splits = ",".join(sorted({s.split for s in samples}))
         options |= dict(
-            about=dict(command=command, data=Path(data).name, split=splits, broken=broken)
+            about=dict(command=command, data=Path(data).name, split=splits, broken=asked.broken)
             | dict(questions_of_schedule=_made_from(samples, profile_of(model, profile))),
             rules=_vtw_rule(names, model, profile),
             answers=answers,
@@ -538,7 +501,6 @@ def _sensitivity_text(rows):
 
 
 @app.command()
-@app.command("sensitivity", hidden=True)  # its name until 0.2
 def transfer(
     profile: Path = Option(
         "testbed",
@@ -547,7 +509,7 @@ def transfer(
     out: StudyOut = None,
     overwrite: Overwrite = False,
     trr: float = Option(10, help="Percent of all tokens that every schedule keeps."),
-    by: str = Option("needs", help="Kinds of questions: `needs` or `family`."),
+    by: Literal["needs", "family"] = Option("needs", help="What makes kinds of questions."),
     limit: Limit = None,
     batch: Batch = 16,
     threads: Threads = None,
@@ -560,8 +522,6 @@ def transfer(
     check_trr(trr)
     default = output_folder(profile) / "results" / "task_sensitivity.json"
     out = writable(out or default, "sensitivity", overwrite)
-    if by not in ("needs", "family"):
-        raise ValueError(f"--by {by!r}: expected needs or family")
     from seats_analysis.evaluation.evaluate import load_samples
     from seats_analysis.evaluation.sensitivity import TaskSchedules
     from seats_analysis.models.families import hash_weights

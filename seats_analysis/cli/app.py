@@ -11,6 +11,9 @@ import os
 import sys
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cached_property, wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Annotated
@@ -18,7 +21,8 @@ from typing import Annotated
 import typer
 from typer import Option
 from typer.core import TyperGroup
-from ..storage.checkpoint import checkpoint_of, processes
+from ..evaluation.load import check_model, load_model
+from ..storage.checkpoint import processes
 from ..storage.files import one_line
 from ..storage.schemas import SCHEMAS, load_profile, schema_of
 
@@ -191,9 +195,6 @@ def writable(
         TemporaryFile(dir=home).close()  # asking for permission is not enough on every file system
     except OSError as error:
         raise ValueError(f"--out {path}: cannot write in {home} ({error.strerror})") from None
-    longest = os.pathconf(home, "PC_NAME_MAX") - len(checkpoint_of("").name)
-    if len(os.fsencode(path.name)) > longest:
-        raise ValueError(f"--out {path}: a name of more than {longest} bytes; choose a shorter one")
     if name and path.exists() and (not path.is_file() or path.stat().st_size):
         try:
             same = load_profile(path) if name == "profile" else schema_of(path) == name
@@ -218,10 +219,10 @@ def name_of(model) -> str:
     return os.path.basename(os.path.abspath(model))
 
 
-def check_trr(trr, name="--trr"):
+def check_trr(trr):
     "Raise ValueError unless a percentage is in (0, 100]; None is fine."
     if trr is not None and not 0 < trr <= 100:
-        raise ValueError(f"{name} {trr:g}: must be percent in (0, 100]")
+        raise ValueError(f"--trr {trr:g}: must be percent in (0, 100]")
 
 
 def names_of(text, option, known=()) -> tuple:
@@ -263,54 +264,9 @@ def table(
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 # %% ../../nbs/cli/00_app.ipynb #5ee3f9ab
-Model = Annotated[
-    str, Option(help="`testbed`, `testbed-qwen3`, a folder with a checkpoint, or a hub id.")
-]
-Data = Annotated[
-    str,
-    Option(
-        help="`testbed`, a benchmark such as `worldsense`, or a JSONL file with video, question, "
-        "choices, answer in each line (without choices and answer only the divergence is probed)."
-    ),
-]
-Root = Annotated[
-    Path | None,
-    Option(
-        help="Folder of the benchmark's annotations and videos; default: SEATS_DATA or the hub "
-        "cache."
-    ),
-]
-AllowOutside = Annotated[
-    bool,
-    Option(
-        "--allow-outside",
-        help="Let the data name media outside of their folder, or of the JSONL file's.",
-    ),
-]
-SkipBroken = Annotated[
-    bool,
-    Option(
-        "--skip-broken",
-        help="Go on without clips that are missing or cannot be read; the result counts them.",
-    ),
-]
-TrustRemoteCode = Annotated[
-    bool, Option("--trust-remote-code", help="Run Python that the checkpoint brings along.")
-]
 Limit = Annotated[int | None, Option(min=1, help="Use only the first so many questions.")]
 Batch = Annotated[int, Option(min=1, help="Questions per batch.")]
 Seed = Annotated[int, Option(min=0, help="Seed of what is drawn at random.")]
-Dtype = Annotated[str, Option(help="Weights as stored (`auto`), float32, bfloat16 or float16.")]
-Attention = Annotated[str, Option(help="Attention: sdpa, eager or flash_attention_2.")]
-Fps = Annotated[float | None, Option(min=0.01, help="Frames a second; default: 2.")]
-MaxFrames = Annotated[
-    int | None,
-    Option(
-        min=1,
-        help="Most frames of a clip, spread over it; default: the benchmark's, 128 for files of "
-        "your own.",
-    ),
-]
 Device = Annotated[str, Option(help="cpu or cuda; by default a GPU where there is one.")]
 Overwrite = Annotated[
     bool, Option("--overwrite", help="Replace what an earlier run has written there.")
@@ -331,3 +287,109 @@ Late = Annotated[
         "without it as `Schedule` has it."
     ),
 ]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    "Options of every command that runs a model."
+
+    model: Annotated[
+        str, Option(help="`testbed`, `testbed-qwen3`, a folder with a checkpoint, or a hub id.")
+    ] = "testbed"
+    fps: Annotated[float | None, Option(min=0.01, help="Frames a second; default: 2.")] = None
+    max_frames: Annotated[
+        int | None,
+        Option(
+            min=1,
+            help="Most frames of a clip, spread over it; default: the benchmark's, 128 for "
+            "files of your own.",
+        ),
+    ] = None
+    dtype: Annotated[
+        str, Option(help="Weights as stored (`auto`), float32, bfloat16 or float16.")
+    ] = "auto"
+    attention: Annotated[str, Option(help="Attention: sdpa, eager or flash_attention_2.")] = "sdpa"
+    device: Device = ""
+    trust_remote_code: Annotated[
+        bool, Option("--trust-remote-code", help="Run Python that the checkpoint brings along.")
+    ] = False
+    threads: Threads = None
+
+    def depth(self):  # decoder layers, if the configuration says
+        "ValueError for a model that cannot be had here; nothing heavy is imported."
+        return check_model(self.model)
+
+    def load(self):  # model, processor
+        prepare(self.threads)
+        options = self.device, self.trust_remote_code, self.dtype, self.attention
+        return load_model(self.model, *options)
+
+
+@dataclass(frozen=True)
+class DataOptions(ModelOptions):
+    "Options of every command that asks a model many questions."
+
+    data: Annotated[
+        str,
+        Option(
+            help="`testbed`, a benchmark such as `worldsense`, or a JSONL file with video, "
+            "question, choices, answer in each line (without choices and answer only the "
+            "divergence is probed)."
+        ),
+    ] = "testbed"
+    limit: Limit = None
+    root: Annotated[
+        Path | None,
+        Option(
+            help="Folder of the benchmark's annotations and videos; default: SEATS_DATA or the hub "
+            "cache."
+        ),
+    ] = None
+    allow_outside: Annotated[
+        bool,
+        Option(
+            "--allow-outside",
+            help="Let the data name media outside of their folder, or of the JSONL file's.",
+        ),
+    ] = False
+    skip_broken: Annotated[
+        bool,
+        Option(
+            "--skip-broken",
+            help="Go on without clips that are missing or cannot be read; the result counts them.",
+        ),
+    ] = False
+
+    @cached_property
+    def broken(self):  # list of what was left out; None where broken clips are an error
+        return [] if self.skip_broken else None
+
+    def samples(self, split=None):
+        from seats_analysis.evaluation.evaluate import load_samples
+
+        given = self.limit, self.root, self.allow_outside, self.broken
+        return load_samples(self.data, split, *given)
+
+    def limits(self, processor):
+        return limits_of(self.data, processor, self.fps, self.max_frames)
+
+
+def takes(group):
+    "Decorate a command: the fields of a dataclass become options, an object of it comes first."
+
+    def decorate(command):
+        _, *own = signature(command).parameters.values()
+        shared = [
+            Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in fields(group)
+        ]
+
+        @wraps(command)
+        def run(**given):
+            asked = group(**{f.name: given.pop(f.name) for f in fields(group)})
+            return command(asked, **given)
+
+        run.__signature__ = Signature([*own, *shared])
+        return run
+
+    return decorate

@@ -10,6 +10,7 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from typer import Option
 
@@ -31,14 +32,6 @@ from seats_analysis.cli.app import (
 from ..evaluation.load import check_device
 
 # %% ../../nbs/cli/03_bench.ipynb #d6c8462c
-def _positive(text, option, kind=float):
-    example = f"positive {'whole ' if kind is int else ''}numbers, as 10,25"
-    numbers = numbers_of(text, option, example, kind)
-    if min(numbers) <= 0:
-        raise ValueError(f"{option} {text!r}: give {example}")
-    return numbers
-
-
 def _measure(file, jobs, **options):
     "Run the jobs, with a bar for what is going on."
     from tqdm import tqdm
@@ -94,7 +87,7 @@ def bench(
         5, min=1, help="Timings of each row, in turns; their median is reported."
     ),
     steps: int = Option(8, min=1, help="Tokens to decode."),
-    kv: str = Option("evict", help="Cache policy: evict or retain."),
+    kv: Literal["evict", "retain"] = Option("evict", help="Cache policy."),
     attention: str = Option("sdpa", help="Attention implementation, for the full model too."),
     encoders: str = Option(
         "",
@@ -121,8 +114,6 @@ def bench(
 
     Encoders, selection, prefill, decode, memory, realised fraction.
     """
-    if kv not in ("evict", "retain"):
-        raise ValueError(f"--kv {kv!r}: evict or retain")
     names = names_of(config, "--config") if config else ()
     from seats_analysis.evaluation.bench import BenchFile, BenchSetup, Job
     from seats_analysis.evaluation.workloads import Request
@@ -132,7 +123,10 @@ def bench(
     request = Request.of(preset, frames, seconds)
     if scaling is not None and (asked or scaling < 1024):
         raise ValueError("--scaling: from 1024 tokens, and without --preset, --frames or --seconds")
-    batches, trrs = _positive(batch, "--batch", int) if batch else (), _positive(trr, "--trr")
+    batches = numbers_of(batch, "--batch", "whole numbers, as 1,4", int) if batch else ()
+    trrs = numbers_of(trr, "--trr", "percentages, as 25,10")
+    if min(batches, default=1) < 1:
+        raise ValueError(f"--batch {batch!r}: from 1")
     towers = names_of(encoders, "--encoders") if encoders else ()
     if bad := [e for e in towers if e not in ENCODERS]:
         raise ValueError(f"--encoders {bad[0]!r}: {', '.join(ENCODERS)}")

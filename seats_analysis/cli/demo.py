@@ -28,7 +28,7 @@ from seats_analysis.cli.app import (
 )
 from ..evaluation.load import load_model
 from .analysis import boundary_row, find_blocks, probe_file, stored_tokens
-from .answers import origin
+from .answers import kept_positions, origin
 from ..storage.files import output_folder, shipped_folder
 from ..storage.schemas import SCHEMAS, load_profile, save_json
 
@@ -69,8 +69,6 @@ def _train_config(path, **changes):
 
     given = json.loads(path.read_text()) if path else {}
     known = ", ".join(sorted(f.name for f in fields(TrainConfig)))
-    if not isinstance(given, dict):
-        raise ValueError(f"{path}: not a JSON object; known: {known}")
     if bad := sorted(set(given) - set(known.split(", "))):
         raise ValueError(f"{path}: unknown {', '.join(bad)}; known: {known}")
     given |= {k: v for k, v in changes.items() if v is not None}
@@ -121,7 +119,6 @@ def _kept_example(model, processor, samples, plan):
     from seats_analysis.models.encode import encode
     from seats_analysis.models.families import adapter_for
     from seats_analysis.models.scoring import score_choices
-    from seats_analysis.plots.kept import kept_data
     from seats_analysis.pruning.session import prune
 
     fused = [s for s in samples if s.family == "see_while_hear" and not s.lettered]
@@ -130,8 +127,7 @@ def _kept_example(model, processor, samples, plan):
     with prune(model, plan) as ran:
         best = score_choices(model, encoded).best[0].item()
     clip = f"clips/{Path(sample.video).name}"
-    said = dict(question=sample.question, answered=sample.choices[best])
-    kept = kept_data(ran, encoded, adapter_for(model).rates(model), clip, **said)
+    kept = kept_positions(model, encoded, ran, sample.choices[best], clip)
     return kept | dict(model=adapter_for(model).name(model), revision=None, seed=0)
 
 

@@ -16,35 +16,22 @@ import typer
 from typer import Option
 
 from seats_analysis.cli.app import (
-    AllowOutside,
-    Attention,
-    Data,
-    Device,
-    Dtype,
-    Fps,
+    DataOptions,
     Json,
-    Limit,
-    MaxFrames,
-    Model,
     Overwrite,
-    Root,
-    SkipBroken,
-    Threads,
-    TrustRemoteCode,
     app,
     emit,
-    limits_of,
     mean_tokens,
     name_of,
     note,
-    prepare,
     resumable,
     table,
+    takes,
     writable,
 )
 from seats_analysis.cli.analysis import find_blocks, left_out
 from seats_analysis.cli.answers import check_blocks, check_origin, profile_of, scratch, solve
-from seats_analysis.evaluation.load import check_device, check_model, load_model
+from seats_analysis.evaluation.load import check_device
 from seats_analysis.storage.checkpoint import Checkpoint, checkpoint_of, processes
 from seats_analysis.storage.files import output_folder
 from seats_analysis.storage.provenance import hash_code
@@ -92,16 +79,15 @@ def _draw(method, space, fixed, counts):
     return draw
 
 
-def _tuning(loaded, promise, questions, folder, options):
+def _tuning(asked, loaded, promise, questions, folder, batch):
     "The questions with the model, and what a result says about its origin."
     from seats_analysis.evaluation.tune import Tuning
     from seats_analysis.probing.run import provenance
 
-    data, batch = options["data"], options["batch"]
-    limits = limits_of(data, loaded[1], options["fps"], options["max_frames"])
+    limits = asked.limits(loaded[1])
     about = provenance(*loaded, sum(questions, []), seed=0) | dict(code_sha256=hash_code())
-    about |= dict(data=Path(data).name)
-    batch = batch or (4 if data == "testbed" else 1)
+    about |= dict(data=Path(asked.data).name)
+    batch = batch or (4 if asked.data == "testbed" else 1)
     return Tuning(*loaded, promise, *questions, about, folder, batch, limits, progress=True)
 
 # %% ../../nbs/cli/04_tune.ipynb #59ee090f
@@ -175,9 +161,9 @@ Confidence = Annotated[
 
 
 @app.command()
+@takes(DataOptions)
 def tune(
-    model: Model = "testbed",
-    data: Data = "testbed",
+    asked,
     profile: Path | None = Option(None, help="Profile of the model, which bounds the search."),
     max_change: MaxChange = 2,
     confidence: Confidence = 95,
@@ -196,18 +182,7 @@ def tune(
         "seats_out/DATA/results/tune_MODEL.json.",
     ),
     overwrite: Overwrite = False,
-    limit: Limit = None,
-    root: Root = None,
-    allow_outside: AllowOutside = False,
-    skip_broken: SkipBroken = False,
     batch: BatchOfClip = None,
-    fps: Fps = None,
-    max_frames: MaxFrames = None,
-    dtype: Dtype = "auto",
-    attention: Attention = "sdpa",
-    device: Device = "",
-    trust_remote_code: TrustRemoteCode = False,
-    threads: Threads = None,
     as_json: Json = False,
 ):
     """Find the cheapest schedule that changes few answers.
@@ -217,48 +192,46 @@ def tune(
     interruption the same command goes on; `accelerate launch --no_python seats tune ...` shares the
     work among processes.
     """
-    num_layers, broken = check_model(model), [] if skip_broken else None
-    home = output_folder(data)
-    name = name_of(model) + ("" if method == "seats" else f"_{method}")
+    num_layers = asked.depth()
+    home = output_folder(asked.data)
+    name = name_of(asked.model) + ("" if method == "seats" else f"_{method}")
     out = writable(out or home / "schedules" / f"tuned_{name}.json", "schedule", overwrite)
     evidence = writable(evidence or home / "results" / f"tune_{name}.json", "tune", overwrite)
     from seats_analysis.baselines.registry import METHODS
-    from seats_analysis.evaluation.evaluate import load_samples
     from seats_analysis.evaluation.tune import Tuning
     from seats_analysis.schedules.certificate import Promise
     from seats_analysis.schedules.search import SearchSpace
 
-    promise, device = Promise(max_change / 100, confidence / 100), check_device(device)
+    promise = Promise(max_change / 100, confidence / 100)
+    check_device(asked.device)
     if method.removesuffix("+late") not in METHODS:
         raise ValueError(f"--method {method!r}: one of {', '.join(METHODS)}, or with +late behind")
-    check_blocks(model, profile, num_layers)
-    bounds, made = _bounds(model, profile)
+    check_blocks(asked.model, profile, num_layers)
+    bounds, made = _bounds(asked.model, profile)
     space = SearchSpace.of(bounds)
     with Checkpoint.hold(checkpoint_of(evidence)) as folder, scratch(folder) as clips:
-        if data == "testbed":
-            proposal = load_samples(data, "derive", limit)
-            calibration = _fresh(limit or 2 * promise.clips(), TUNE_SEED, clips)
+        if asked.data == "testbed":
+            proposal = asked.samples("derive")
+            calibration = _fresh(asked.limit or 2 * promise.clips(), TUNE_SEED, clips)
             Tuning.check_enough(calibration, promise)
         else:
-            samples = load_samples(data, None, limit, root, allow_outside, broken)
+            samples = asked.samples()
             proposal, calibration = Tuning.split(samples, promise, made)
         note(f"{len(proposal)} questions to search on, {len(calibration)} to certify on")
-        prepare(threads)
-        loaded = load_model(model, device, trust_remote_code, dtype, attention)
-        options = dict(data=data, batch=batch, fps=fps, max_frames=max_frames)
-        tuning = _tuning(loaded, promise, (proposal, calibration), folder, options)
+        loaded = asked.load()
+        tuning = _tuning(asked, loaded, promise, (proposal, calibration), folder, batch)
         counts = mean_tokens(*loaded, proposal, **tuning.limits)
         counts, fixed = (counts["visual"], counts["audio"]), []
         for trr in LADDER:
             with suppress(ValueError), warnings.catch_warnings():  # too high for the late block
                 warnings.simplefilter("ignore")
-                fixed += solve(model, (trr,), counts, profile).values()
+                fixed += solve(asked.model, (trr,), counts, profile).values()
         draw = _draw(method, space, fixed, counts)
         with resumable(checkpoint_of(evidence), "answers"):
             result = tuning.tune(draw, fixed if method == "seats" else (), budget)
         if result is None:
             return
-        result |= tuning.about | dict(schema=SCHEMAS["tune"].id, method=method, broken=broken)
+        result |= tuning.about | dict(schema=SCHEMAS["tune"].id, method=method, broken=asked.broken)
         held = result["chains"]["tuned"]["held"]
         save_json(evidence, result)
         if held and method == "seats":
@@ -306,7 +279,9 @@ def _verdict(result, promise, stored):
 
 # %% ../../nbs/cli/04_tune.ipynb #f15668d9
 @app.command()
+@takes(DataOptions)
 def check(
+    asked,
     schedule: Annotated[
         Path,
         typer.Argument(
@@ -315,8 +290,6 @@ def check(
             show_default=False,
         ),
     ],
-    model: Model = "testbed",
-    data: Data = "testbed",
     max_change: float | None = Option(
         None, min=0.01, max=99, help="Percent of the answers; default: as promised, else 2."
     ),
@@ -325,19 +298,8 @@ def check(
         None, help="JSON file to write; default: seats_out/DATA/results/check_SCHEDULE.json."
     ),
     overwrite: Overwrite = False,
-    limit: Limit = None,
     seed: int = Option(CHECK_SEED, min=0, help="Seed of the testbed's fresh clips."),
-    root: Root = None,
-    allow_outside: AllowOutside = False,
-    skip_broken: SkipBroken = False,
     batch: BatchOfClip = None,
-    fps: Fps = None,
-    max_frames: MaxFrames = None,
-    dtype: Dtype = "auto",
-    attention: Attention = "sdpa",
-    device: Device = "",
-    trust_remote_code: TrustRemoteCode = False,
-    threads: Threads = None,
     as_json: Json = False,
 ):
     """Test the promise of a schedule on other questions.
@@ -345,14 +307,14 @@ def check(
     All of them are used, on clips that made neither schedule nor promise. Where the promise does
     not hold, or was for other kinds of questions and these cannot show it, the exit code is 1.
     """
-    num_layers, broken = check_model(model), [] if skip_broken else None
-    default = output_folder(data) / "results" / f"check_{schedule.stem}.json"
+    num_layers = asked.depth()
+    default = output_folder(asked.data) / "results" / f"check_{schedule.stem}.json"
     out = writable(out or default, "check", overwrite)
-    from seats_analysis.evaluation.evaluate import load_samples
     from seats_analysis.evaluation.tune import Tuning
     from seats_analysis.schedules.certificate import Promise
 
-    (chains, stored), device = _chains(schedule), check_device(device)
+    chains, stored = _chains(schedule)
+    check_device(asked.device)
     for plan in (p for chain in chains.values() for p in chain):
         if num_layers:
             plan.check_model(num_layers)
@@ -360,31 +322,29 @@ def check(
         max_change = 100 * stored["promise"]["max_change"] if stored else 2
     promise = Promise(max_change / 100, confidence / 100)
     with Checkpoint.hold(checkpoint_of(out)) as folder, scratch(folder) as clips:
-        if data == "testbed":
-            samples = _fresh(limit or 2 * promise.clips(), seed, clips)
+        if asked.data == "testbed":
+            samples = _fresh(asked.limit or 2 * promise.clips(), seed, clips)
         else:
-            samples = load_samples(data, None, limit, root, allow_outside, broken)
+            samples = asked.samples()
         if stored:
             Tuning.check_new(samples, stored["known_clips"])
         else:
             Tuning.check_enough(samples, promise)
-        note(f"{len(samples)} questions; loading {model}")
-        prepare(threads)
-        loaded = load_model(model, device, trust_remote_code, dtype, attention)
+        note(f"{len(samples)} questions; loading {asked.model}")
+        loaded = asked.load()
         for plan in next(iter(chains.values()))[:1]:
             check_origin(plan, loaded[0])
-        options = dict(data=data, batch=batch, fps=fps, max_frames=max_frames)
-        tuning = _tuning(loaded, promise, ([], samples), folder, options)
+        tuning = _tuning(asked, loaded, promise, ([], samples), folder, batch)
         with resumable(checkpoint_of(out), "answers"):
             result = tuning.calibrate(chains)
         if result is None or processes()[0]:
             return
-        result |= tuning.about | dict(schema=SCHEMAS["check"].id, broken=broken)
+        result |= tuning.about | dict(schema=SCHEMAS["check"].id, broken=asked.broken)
         good, said = True, "\n\n".join(_chain_table(c) for c in result["chains"].values())
         if "given" in chains:
             good, said = _verdict(result, promise, stored)
         save_json(out, result | dict(verdict=said))
         Checkpoint.remove(folder)
-    emit(as_json, result | dict(verdict=said), f"{said}{left_out(broken)}\n{out}")
+    emit(as_json, result | dict(verdict=said), f"{said}{left_out(asked.broken)}\n{out}")
     if not good:
         raise typer.Exit(1)

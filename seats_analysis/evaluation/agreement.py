@@ -50,8 +50,8 @@ def compare_profiles(
         if name not in ours or name not in theirs:
             continue
         a, b = (p[name].values.astype(float) for p in (ours, theirs))
-        apart = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
-        apart = np.where(np.isnan(apart), np.inf, apart)  # nan: a prompt without letters
+        one = np.isnan(a) != np.isnan(b)  # nan: a prompt without letters
+        apart = np.where(one, np.inf, np.nan_to_num(np.abs(a - b)))
         if name.startswith("correct"):
             turned |= dict.fromkeys(_place(ours, at) for at in np.argwhere(apart))
         elif (largest := apart.max(initial=0.0)) > worst:
@@ -66,62 +66,28 @@ def compare_profiles(
     return [decisions, ("numbers", True if worst <= tolerance else None, said)]
 
 # %% ../../nbs/evaluation/04_agreement.ipynb #3a4ffa09
-def compare_boundaries(
-    ours,  # condition -> Boundaries
-    theirs,
-):  # list of (claim, holds, detail)
-    "Whether the blocks begin at the same layers. Layers from 1 in the detail."
-
-    def say(b):
-        certified = b.late_start_certified
-        layer = "none" if certified in (None, b.num_layers) else certified + 1
-        return (
-            f"middle from layer {b.shallow_end + 1}, late from {b.late_start + 1}, "
-            f"certified {layer}"
-        )
-
-    blocks, checks = lambda b: (b.shallow_end, b.late_start, b.late_start_certified), []
-    for name, b in ours.items():
-        same = blocks(b) == blocks(theirs[name])
-        detail = say(b) + ("" if same else f"; committed: {say(theirs[name])}")
-        checks.append((f"boundaries, {name} removed", same, detail))
-    return checks
+def _compared(claim, ours, theirs):  # what each says -> (claim, holds, detail)
+    "Whether two results say the same; both are shown where they do not."
+    return claim, ours == theirs, ours if ours == theirs else f"{ours}; committed: {theirs}"
 
 
-def same_plan(
-    ours,  # Schedule
-    theirs,
-):  # bool
-    "Whether two schedules do the same: equal layers and settings, ratios up to the last digits."
-    names = "num_layers shallow_end drop_layers late_start temperature windows model revision"
-    settings = lambda p: [getattr(p, name) for name in names.split()]
-    ratios = lambda p: [x for m in CODES for x in (p.trr[m], p.entering[m], *p.keep_ratios[m])]
-    return settings(ours) == settings(theirs) and np.allclose(
-        ratios(ours), ratios(theirs), rtol=0, atol=1e-9
-    )
+def say_blocks(
+    b,  # Boundaries
+) -> str:
+    "Where the blocks begin, layers from 1."
+    certified = b.late_start_certified
+    layer = "none" if certified in (None, b.num_layers) else certified + 1
+    return f"middle from layer {b.shallow_end + 1}, late from {b.late_start + 1}, certified {layer}"
 
 
-def compare_plans(
-    plans,  # TRR in percent -> Schedule
-    folder,  # of the committed schedules
-    name="testbed",  # of their model
-):  # list of (claim, holds, detail)
-    "Whether schedules have the committed layers and ratios. Layers from 1 in the detail."
-    from seats_analysis.schedules.schedule import Schedule
-
-    def say(plan):
-        drops = ", ".join(str(d + 1) for d in plan.drop_layers) or "none"
-        late = sorted({plan.late(m) + 1 for m in CODES})
-        return f"drops before layers {drops}, late from {' and '.join(map(str, late))}"
-
-    checks = []
-    for trr, plan in plans.items():
-        stored = Schedule.load(Path(folder) / f"{name}_trr{trr}.json")
-        same, detail = same_plan(plan, stored), say(plan)
-        if not same:
-            detail += f", TRR {dict(plan.trr)}; committed: {say(stored)}, TRR {dict(stored.trr)}"
-        checks.append((f"schedule {trr} %", same, detail))
-    return checks
+def say_plan(
+    plan,  # Schedule
+) -> str:
+    "What a schedule does, layers from 1; shares without the digits that machines do not share."
+    drops = ", ".join(str(d + 1) for d in plan.drop_layers) or "none"
+    late = " and ".join(map(str, sorted({plan.late(m) + 1 for m in CODES})))
+    shares = [f"{m} {plan.trr[m]:.6f} ({plan.entering[m]:.6f} enter)" for m in CODES]
+    return f"drops before layers {drops}, late from {late}, TRR {', '.join(shares)}"
 
 # %% ../../nbs/evaluation/04_agreement.ipynb #c251fdf9
 def compare_answers(
@@ -129,17 +95,13 @@ def compare_answers(
     theirs,  # committed rows
 ):  # list of (claim, holds, detail)
     "Whether every method got the same questions right."
-    stored = {(r["method"], r["trr"]): set(r["wrong"]) for r in theirs if "wrong" in r}
-    checks = []
+    stored, checks = {(r["method"], r["trr"]): set(r["wrong"]) for r in theirs}, []
     for r in rows:
-        wrong, other = set(r["wrong"]), stored.get((r["method"], r["trr"]))
-        if other is None:
-            same, detail = False, "not committed"
-        elif same := wrong == other:
-            detail = f"the same answers, {len(wrong)} wrong"
-        else:
-            detail = f"turned: {_named(sorted(wrong ^ other))}"
-        checks.append((f"{r['method']} {r['trr']:g} %", same, detail))
+        turned = sorted(set(r["wrong"]) ^ stored[r["method"], r["trr"]])
+        detail = f"the same answers, {len(r['wrong'])} wrong"
+        if turned:
+            detail = f"turned: {_named(turned)}"
+        checks.append((f"{r['method']} {r['trr']:g} %", not turned, detail))
     return checks
 
 # %% ../../nbs/evaluation/04_agreement.ipynb #0933c1a5
@@ -155,6 +117,7 @@ def agreement(
 
     A check is (claim, holds, detail); holds is None for remarks."""
     from seats_analysis.boundaries.find import find_boundaries
+    from seats_analysis.schedules.schedule import Schedule
     from seats_analysis.storage.schemas import load_json, load_profile
 
     data, name = Path(data), profile.attrs["model"]
@@ -168,9 +131,13 @@ def agreement(
         committed = load_profile(data / names[0])
         checks = compare_profiles(profile, committed)
         if whole and checks[0][0] != "profile":
-            theirs = {name: find_boundaries(committed, name) for name in bounds}
-            checks += compare_boundaries(bounds, theirs)
-            checks += compare_plans(plans, data / "schedules", name)
+            for removed, ours in bounds.items():
+                theirs = find_boundaries(committed, removed)
+                claim = f"boundaries, {removed} removed"
+                checks.append(_compared(claim, say_blocks(ours), say_blocks(theirs)))
+            for trr, plan in plans.items():
+                stored = Schedule.load(data / "schedules" / f"{name}_trr{trr}.json")
+                checks.append(_compared(f"schedule {trr} %", say_plan(plan), say_plan(stored)))
             checks += compare_answers(rows, load_json(data / names[1], "results")["rows"])
     if all(holds is None for _, holds, _ in checks):
         return checks, True, "Nothing was compared."

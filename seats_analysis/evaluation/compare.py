@@ -6,16 +6,13 @@
 __all__ = ['method_names', 'comparison_table', 'compare_methods']
 
 # %% ../../nbs/evaluation/02_compare.ipynb #72ee9de7
-import json
 import numpy as np
 import torch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 from tqdm.auto import tqdm
-from ..storage.files import atomic_write
 from ..storage.schemas import SCHEMAS, save_json
 from ..storage.provenance import hash_code
 from ..storage.checkpoint import Checkpoint, checkpoint_of, processes
@@ -279,6 +276,9 @@ class Answering:
         )
 
 # %% ../../nbs/evaluation/02_compare.ipynb #640363a7
+APART = ("control",)  # families that do not count in the whole
+
+
 @dataclass(frozen=True, eq=False)
 class Outcomes:
     "What became of all questions under all runs."
@@ -287,13 +287,12 @@ class Outcomes:
     samples: Sequence[Sample]
     runs: Sequence[MethodRun]
     shape: DataShape
-    apart: Sequence[str] = ("control",)  # families that do not count in the whole
     n_boot: int = 2000
 
     def rows(self) -> list:  # of dict, the full model first
         "Accuracy, cost and differences of every run."
         families = np.array([s.family for s in self.samples])
-        counts = ~np.isin(families, list(self.apart))
+        counts = ~np.isin(families, APART)
         if not counts.any():
             raise ValueError("no question counts: all families are set apart")
         parts, rows = {f: families == f for f in sorted(set(families.tolist()))}, []
@@ -461,31 +460,6 @@ def comparison_table(
     return frame
 
 # %% ../../nbs/evaluation/02_compare.ipynb #8d9fffe5
-def _csv_of(path):
-    "The CSV that goes beside a result. Raises ValueError if that would cost another file."
-    table = Path(path).with_suffix(".csv")
-    if table.resolve() == Path(path).resolve():
-        raise ValueError(f"{path}: a CSV is written beside it; choose a name that ends in .json")
-    if table.is_file() and not table.read_bytes().startswith(b"method,label,trr,setting,"):
-        raise ValueError(
-            f"{table} would be replaced, and it is not the table of a comparison; "
-            f"choose another name than {path}"
-        )
-    return table
-
-
-def _save(result, path):
-    "Write a result as JSON, and as CSV without the families beside it."
-    import pandas as pd
-
-    save_json(path, result)
-    table = pd.DataFrame(result["rows"]).drop(columns="families")
-    table["mixed"] = [json.dumps(m) if m else None for m in table["mixed"]]
-    table["floor"] = table["floor"].str.join(" ")
-    with atomic_write(_csv_of(path)) as part:
-        table.to_csv(part, index=False)
-
-
 def compare_methods(
     model,
     processor,
@@ -494,7 +468,6 @@ def compare_methods(
     names="all",  # see `method_names`
     path=None,  # JSON file; finished questions are kept in a folder beside it until it is there
     rules: Mapping = {},  # label -> `Pruner` that is not matched, since a rule decides its cost
-    apart: Sequence[str] = ("control",),  # families that do not count in the whole
     n_boot: int = 2000,  # resamples of clips
     about: Mapping = {},  # more to say in the file
     batch_size: int = 16,  # questions
@@ -506,8 +479,6 @@ def compare_methods(
     """Compare methods at the cost of SEATS, and store the result.
 
     The same call goes on after an interruption."""
-    if path is not None:
-        _csv_of(path)
     names = method_names(names)
     shape = DataShape.of(model, processor, samples, progress, **limits)
     runs = method_runs(names, plans, shape, rules, progress)
@@ -528,13 +499,13 @@ def compare_methods(
             questions=len(samples),
             clips=len({s.clip for s in samples}),
             chance=sum(1 / len(s.choices) for s in samples) / len(samples),
-            apart=list(apart),
+            apart=list(APART),
             encoder_share=encoder_share(model, encode(model, processor, samples[:1], **limits)),
             trr=list(plans),
             methods=list(names),
-            rows=Outcomes(answered, samples, runs, shape, apart, n_boot).rows(),
+            rows=Outcomes(answered, samples, runs, shape, n_boot).rows(),
         )
         if path is not None:
-            _save(result, path)
+            save_json(path, result)
             Checkpoint.remove(folder)
     return result

@@ -238,8 +238,6 @@ def share_interval(
 
     Where nothing differs, Wilson over clips: few of them cannot show that nothing is ever lost."""
     got, full, clips = np.asarray(got, float), np.asarray(full, float), np.asarray(clips)
-    if not full.any():
-        raise ValueError("the reference has no right answer to take a share of")
     if (got == full).all():
         return 1.0, *wilson(1.0, len(set(clips[full > 0])))
     return float(got.sum() / full.sum()), *_interval(got, full, clips, n_boot)
@@ -273,8 +271,6 @@ def _table_row(part, base, n_boot):
         letters=100 * letters.mean() if len(letters) else np.nan,
         nll=part.nll.mean(),
     )
-    if base is None:
-        return row
     got, full, chance = (np.asarray(x, float) for x in (part.correct, base.correct, part.chance))
     share = share_interval(got, full, part["clip"], n_boot) if full.any() else (np.nan,) * 3
     above = (full - chance).sum()
@@ -285,18 +281,18 @@ def _table_row(part, base, n_boot):
 
 def accuracy_table(
     frames: Mapping,  # name of a run -> frame of `evaluate`
-    reference: str | None = "full",  # run that `relative` refers to; None = no such columns
+    reference: str = "full",  # run that `relative` refers to
     apart: Sequence[str] = ("control",),  # families that do not count in `all`
     n_boot: int = 2000,  # resamples of clips
 ):  # -> pandas.DataFrame in percent; rows (run, family)
     "Accuracies with 95 % intervals over clips, relative to a reference on the same questions."
     import pandas as pd
 
-    if reference is not None and reference not in frames:
+    if reference not in frames:
         raise ValueError(f"no run {reference!r} among {', '.join(frames)}")
-    base, rows = frames[reference].set_index("id") if reference is not None else None, {}
+    base, rows = frames[reference].set_index("id"), {}
     for name, frame in frames.items():
-        if base is not None and (differ := set(frame.id) ^ set(base.index)):
+        if differ := set(frame.id) ^ set(base.index):
             raise ValueError(
                 f"{name!r} and the reference did not answer the same questions: "
                 f"{len(differ)} differ"
@@ -304,10 +300,8 @@ def accuracy_table(
         families = {f: frame[frame.family == f] for f in sorted(frame.family.unique())}
         for family, part in dict(all=frame[~frame.family.isin(apart)], **families).items():
             if len(part):
-                matching = None if base is None else base.loc[part.id]
-                rows[name, family] = _table_row(part, matching, n_boot)
+                rows[name, family] = _table_row(part, base.loc[part.id], n_boot)
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["run", "family"])
-    if base is not None:  # of itself it is all
-        for end in ("relative_low", "relative_high"):
-            table.loc[[reference], end] = table.loc[[reference], "relative"]
+    for end in ("relative_low", "relative_high"):  # of itself it is all
+        table.loc[[reference], end] = table.loc[[reference], "relative"]
     return table

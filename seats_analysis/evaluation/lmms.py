@@ -13,18 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from ..testbed.load import TESTBEDS
 from ..storage.files import shipped_folder
 from ..inputs.media import Clip, decode_clip
 from ..inputs.samples import Sample
 from ..inputs.benchmarks import preset_for
 from ..models.families import limit_pixels
 from ..models.encode import Prompt, encode, frame_resizer
-from ..models.decoder import last_logits_only
 from ..schedules.schedule import PUBLISHED, Schedule
 from ..pruning.session import prune
 from ..baselines.registry import method_at
-from .evaluate import load_samples, parse_answer
+from .evaluate import load_samples, parse_answer, write_answers
 from .load import load_model
 
 # %% ../../nbs/evaluation/03_lmms.ipynb #e358b22e
@@ -77,22 +75,9 @@ def schedule_for(
     model: str,  # `testbed`, `testbed-qwen3`, a folder or a hub id
     trr: float,  # headline TRR in percent
 ) -> Schedule:
-    "The schedule that is known for a model. Raises ValueError where there is none."
-    known, there = next((k for k in PUBLISHED if k in model.lower()), None), []
-    if known:
-        there = list(PUBLISHED[known]["pairs"])
-    elif model in TESTBEDS:
-        files = shipped_folder("schedules").glob(f"{model}_trr*.json")
-        there = [float(p.stem.removeprefix(f"{model}_trr")) for p in files]
-    if trr not in there:
-        only = f", only at {', '.join(f'{t:g}' for t in sorted(there))}" if there else ""
-        raise ValueError(
-            f"no schedule is known for {model} at {trr:g} %{only}: make one with `seats probe` "
-            "and `seats schedule`, and pass schedule=FILE"
-        )
-    if known:
-        return Schedule.published(known, int(trr))
-    return Schedule.load(f"{model}/{trr:g}")
+    "The shipped schedule of a model. Raises ValueError with a list where there is none."
+    family = next((k for k in PUBLISHED if k in model.lower()), model)
+    return Schedule.load(f"{family}/{trr:g}")
 
 
 def method_for(
@@ -128,34 +113,23 @@ class Answerer:
         resize = frame_resizer(self.processor)
         return prompt_of(messages, id, rate, self.fps, self.max_frames, resize)
 
-    @torch.no_grad()
-    def __call__(self, prompts, max_new_tokens=16, until=(), **sampling):  # -> list of str
-        "Greedy answers up to the first stop text, unless `sampling` says otherwise."
+    def __call__(self, prompts, max_new_tokens=16, until=()):  # -> list of str
+        "Greedy answers up to the first stop text."
         batch = encode(self.model, self.processor, prompts)
-        options = dict(max_new_tokens=max_new_tokens, do_sample=False) | sampling
-        with prune(self.model, self.method, kv=self.kv), last_logits_only(self.model, batch):
-            out = self.model.generate(**batch.inputs, **options)
-        new, answers = out[:, batch.shape[1] :], []
-        for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True):
-            for stop in filter(None, until):
-                text = text.partition(stop)[0]
-            answers.append(text.strip())
+        with prune(self.model, self.method, kv=self.kv):
+            answers = write_answers(self.model, self.processor, batch, max_new_tokens)
+        for stop in filter(None, until):
+            answers = [text.partition(stop)[0].strip() for text in answers]
         return answers
 
 # %% ../../nbs/evaluation/03_lmms.ipynb #05cbf426
 def generation_options(
     given: Mapping,  # generation_kwargs of a task
 ) -> dict:  # arguments of an `Answerer`
-    "How a task wants answers written; sampling only where it asks for a temperature."
-    until = given.get("until") or []
+    "Length and end of answers; they are greedy, whatever the task says of sampling."
+    until, tokens = given.get("until") or [], given.get("max_new_tokens")
     until = [until] if isinstance(until, str) else list(until)
-    tokens = given.get("max_new_tokens")
-    options = dict(max_new_tokens=16 if tokens is None else tokens, until=until)
-    if given.get("do_sample", True) and (given.get("temperature") or 0) > 0:
-        options |= dict(do_sample=True, temperature=given["temperature"], top_p=given.get("top_p"))
-    if (given.get("num_beams") or 1) > 1:
-        options["num_beams"] = given["num_beams"]
-    return options
+    return dict(max_new_tokens=16 if tokens is None else tokens, until=until)
 
 
 def answer_requests(
@@ -209,9 +183,7 @@ class ModelArgs:
     n_audio: float = 1500  # see `method_for`
     preset: str = None  # limits of a published benchmark: 128, 256 or 768 (frames)
     fps: float = 2.0
-    max_frames: int = None
-    least_tokens: int = None
-    most_tokens: int = None  # or limits of one's own; tokens of a temporal grid
+    max_frames: int = None  # or limits of one's own
     kv: str = "evict"
     device: str = ""
 
@@ -230,12 +202,11 @@ class ModelArgs:
             self.pretrained, self.method, self.trr, self.schedule, self.knob, counts
         )
         model, processor = load_model(self.pretrained, self.device)
-        fps, max_frames, tokens = self.fps, self.max_frames, (self.least_tokens, self.most_tokens)
+        fps, max_frames = self.fps, self.max_frames
         if self.preset is not None:
             limits = preset_for(self.preset)
-            fps, max_frames, tokens = limits.fps, limits.max_frames, limits.grid_tokens
-        if None not in tokens:
-            limit_pixels(processor, *tokens)
+            fps, max_frames = limits.fps, limits.max_frames
+            limit_pixels(processor, *limits.grid_tokens)
         return Answerer(model, processor, chosen, fps, max_frames, self.kv)
 
 # %% ../../nbs/evaluation/03_lmms.ipynb #c6086240

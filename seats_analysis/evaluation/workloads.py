@@ -236,8 +236,6 @@ class Request:
             raise ValueError(f"--frames {self.frames}: an even number from 2 to {2**15:,}")
         if not 1 <= self.seconds <= 86400:
             raise ValueError(f"--seconds {self.seconds:g}: from 1 to 86400, a day")
-        if self.text < _FRAME + 1:
-            raise ValueError(f"{self.text} text tokens: at least {_FRAME + 1}")
 
     @classmethod
     def of(cls, preset: str = "", frames: int | None = None, seconds: float | None = None):
