@@ -78,7 +78,7 @@ def row(method, trr, accuracy, label=None, setting="matched", cost=None, diff=No
         diff_seats=diff,
         diff_seats_low=None if diff is None else diff - 0.02,
         diff_seats_high=None if diff is None else diff + 0.02,
-        mcnemar_p=None if diff is None else 0.0001,
+        mcnemar_p_seats=None if diff is None else 0.0001,
         own_minimum=setting == "lowest setting",
         ranked=setting == "matched" and trr < 100,
         unparsable=0,

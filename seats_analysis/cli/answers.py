@@ -359,6 +359,23 @@ def _vtw_rule(names, model, profile):
     return {"vtw (rule)": VTW.from_profile(chosen, int(stored["layer"].max()))}
 
 
+def _tuned(paths, num_layers):  # -> method -> its chain
+    "What `seats tune` found for methods. ValueError for two files of one method."
+    from seats_analysis.baselines.registry import METHODS
+
+    found = {}
+    for path in paths:
+        stored = load_json(path, "tune")
+        if (name := stored["method"]) in found:
+            raise ValueError(f"--tuned {path}: there is another chain of {name}")
+        found[name] = [
+            METHODS[row["method"]].from_dict(row) for row in stored["chains"]["tuned"]["rows"]
+        ]
+        if num_layers:
+            found[name][0].schedule.check_model(num_layers)
+    return found
+
+
 def _made_from(samples, profile):
     "How many of the questions made the boundaries: the same id and clip, in the same split."
     if profile is None:
@@ -382,8 +399,11 @@ def _eval_text(result, out):
         form = "{:.3g}" if name == "p" else "{:.1f}"
         frame[name] = [form.format(v) if v == v or name != "p" else "" for v in frame[name]]
     said = "no ranked method is significantly above SEATS"
-    if above := frame.attrs["above_seats"]:
+    if above := frame.attrs["above seats"]:
         said = f"ranked and significantly above SEATS: {', '.join(above)}"
+    if any(r["label"] == "seats tuned" for r in result["rows"]):
+        above = ", ".join(frame.attrs["above seats tuned"]) or "nothing"
+        said += f"; above tuned SEATS: {above}"
     if needed := frame.attrs["clips_needed"]:
         said = f"too few for a conclusion: no difference can be significant below {needed} clips"
     asked = f"{result['questions']} questions on {result['clips']} clips, in percent"
@@ -423,6 +443,10 @@ def eval_(
     ),
     profile: Path | None = Option(None, help="Profile of the model, to solve its schedules from."),
     late: Late = None,
+    tuned: list[Path] = Option(
+        [], help="Evidence of `seats tune`: its best schedule at each of these costs takes part. "
+        "May be given several times, for several methods."
+    ),
     seed: int = Option(SEED, min=0, help="Seed of the fresh clips."),
     batch: int | None = Option(
         None,
@@ -443,7 +467,7 @@ def eval_(
     out = writable(out or default, "eval", overwrite)
     from seats_analysis.evaluation.compare import compare_methods, method_names
 
-    names = method_names(names_of(methods, "--methods"))
+    names, chains = method_names(names_of(methods, "--methods")), _tuned(tuned, num_layers)
     check_device(asked.device)
     check_blocks(model, profile, num_layers)
     with Checkpoint.hold(checkpoint_of(out)) as folder, scratch(folder) as clips:
@@ -463,6 +487,7 @@ def eval_(
             f"--data {Path(data).name} --limit {len(samples)} --answers {answers} --seed {seed}"
         )
         command += f" --late {late}" if late else ""
+        command += "".join(f" --tuned {p.name}" for p in tuned)
         for name in ("fps", "max_frames", "attention", "dtype"):
             if (value := getattr(asked, name)) not in (None, "sdpa", "auto"):
                 command += f" --{name.replace('_', '-')} {value}"
@@ -471,6 +496,7 @@ def eval_(
             about=dict(command=command, data=Path(data).name, split=splits, broken=asked.broken)
             | dict(questions_of_schedule=_made_from(samples, profile_of(model, profile))),
             rules=_vtw_rule(names, model, profile),
+            tuned=chains,
             answers=answers,
             batch_size=batch or (16 if data == "testbed" else 1),
         )

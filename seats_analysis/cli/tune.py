@@ -168,7 +168,7 @@ def tune(
     max_change: MaxChange = 2,
     confidence: Confidence = 95,
     budget: float = Option(
-        5, min=1.5, help="FLOPs of the search, in passes of the full model over its questions."
+        10, min=1.5, help="FLOPs of the search, in passes of the full model over its questions."
     ),
     method: str = Option(
         "seats", help="Another method to tune by its own knobs, also as fastv+late."

@@ -50,7 +50,7 @@ class MethodRun:
     trr: float  # headline TRR in percent that it is compared at; 100 for the full model
     plans: tuple  # of `Pruner`s: one, or two that share the batches; (None,) is the full model
     share: float = 0.0  # of the batches that get the second
-    setting: str = "matched"  # 'full', 'matched', 'lowest setting', 'highest setting' or 'rule'
+    setting: str = "matched"  # or full, lowest setting, highest setting, rule, tuned
     knob: tuple = ()  # settings of the knob, one for each plan
     floor: tuple = ()  # modalities of which its rule keeps as many at the lowest setting
 
@@ -115,6 +115,7 @@ def method_runs(
     plans: Mapping,  # headline TRR in percent -> `Schedule` of SEATS
     shape: DataShape,
     rules: Mapping = {},  # label -> `Pruner` whose own rule decides its cost, and so its TRR
+    tuned: Mapping = {},  # name -> chain of `Pruner`, from dear to cheap
     progress: bool = False,  # show a bar
 ) -> list:  # of `MethodRun`
     "The full model, methods by their own rule, then for each TRR SEATS and the others."
@@ -131,6 +132,12 @@ def method_runs(
             target = shape.cost(seats)
             out.append(MethodRun("seats", "seats", trr, (seats,), knob=(1.0,)))
             highest = 1 / min((t for t in plan.trr.values() if t), default=1.0)
+            for chain_of, chain in tuned.items():
+                costs = [shape.cost(p) for p in chain]
+                fits = [p for p, c in zip(chain, costs) if c <= target * (1 + TOLERANCE)]
+                how = "tuned" if fits else "lowest setting"
+                best = (fits or chain[-1:])[0]
+                out.append(MethodRun(f"{chain_of} tuned", best.name, trr, (best,), setting=how))
         else:
             build = partial(method_at, name, plan, counts)
             found = match_cost(build, shape.cost, target, highest)
@@ -297,10 +304,11 @@ class Outcomes:
             raise ValueError("no question counts: all families are set apart")
         parts, rows = {f: families == f for f in sorted(set(families.tolist()))}, []
         for k, run in enumerate(self.runs):
-            same = [i for i, r in enumerate(self.runs) if (r.label, r.trr) == ("seats", run.trr)]
-            seats, differences = same[0] if same else None, {}
-            for name, other, p in (("full", 0, "mcnemar_p_full"), ("seats", seats, "mcnemar_p")):
-                keys = f"diff_{name}", f"diff_{name}_low", f"diff_{name}_high", p
+            same = {r.label: i for i, r in enumerate(self.runs) if r.trr == run.trr}
+            seats, differences = same.get("seats"), {}
+            others = dict(full=0, seats=seats, tuned=same.get("seats tuned"))
+            for name, other in others.items():
+                keys = f"diff_{name}", f"diff_{name}_low", f"diff_{name}_high", f"mcnemar_p_{name}"
                 differences |= zip(keys, self._difference(k, other, counts))
             rows.append(
                 dict(
@@ -359,7 +367,8 @@ class Outcomes:
         whole = lambda i: flops(i, "causal") + selection(self.runs[i])
         ms, full_ms = (np.median(self._of(i, "ms"), 0) for i in (k, 0))
         cost, target = whole(k), None if seats is None else whole(seats)
-        equal = run.setting == "matched" and target and abs(cost / target - 1) <= TOLERANCE
+        more = cost / target - 1 if target else np.inf
+        equal = dict(matched=abs(more), tuned=more).get(run.setting, np.inf) <= TOLERANCE
         mixed = None
         if len(run.plans) > 1:
             costs = [self.shape.cost(p) for p in run.plans]
@@ -384,10 +393,13 @@ class Outcomes:
 
 # %% ../../nbs/evaluation/02_compare.ipynb #1ba0fd3c
 _LEVEL = 0.05  # of the whole family of tests
+_NAMES = dict(seats="seats", tuned="seats tuned")
 
 
-def _tested(rows):
-    return [r for r in rows if r.get("equal_cost", r["ranked"]) and r["label"] != "seats"]
+def _tested(rows, than="seats"):
+    "Rows at a cost that is compared with that of another one."
+    p = f"mcnemar_p_{than}"
+    return [r for r in rows if r["equal_cost"] and r[p] is not None and r["label"] != _NAMES[than]]
 
 
 def clips_needed(
@@ -402,19 +414,20 @@ def clips_needed(
 
 def significantly_better(
     rows: Sequence,  # of `compare_methods`
+    than: str = "seats",  # or `tuned`
     level: float = _LEVEL,
 ) -> list:  # the rows, in order
     """Rows above SEATS beyond chance at its cost, ranked or at a floor of their own.
 
     The paired interval excludes 0, and the exact test holds after Holm's correction for all of
     them."""
-    tested = _tested(rows)
+    tested = _tested(rows, than)
     if not tested or clips_needed(rows):
         return []
     from statsmodels.stats.multitest import multipletests
 
-    adjusted = multipletests([r["mcnemar_p"] for r in tested], method="holm")[1]
-    return [r for r, p in zip(tested, adjusted) if r["diff_seats_low"] > 0 and p < level]
+    adjusted = multipletests([r[f"mcnemar_p_{than}"] for r in tested], method="holm")[1]
+    return [r for r, p in zip(tested, adjusted) if r[f"diff_{than}_low"] > 0 and p < level]
 
 # %% ../../nbs/evaluation/02_compare.ipynb #30a60f57
 def comparison_table(
@@ -422,8 +435,8 @@ def comparison_table(
 ):  # pandas.DataFrame in percent, for people
     """The rows that matter, best first at each TRR; those that are not ranked come last.
 
-    Its `attrs` name who is `above_seats` beyond chance (label and TRR), and how many clips are
-    `clips_needed` for any such statement if there are too few."""
+    Its `attrs` name who is `above seats` and `above seats tuned` beyond chance (label and TRR), and
+    how many clips are `clips_needed` for any such statement if there are too few."""
     import pandas as pd
 
     r = pd.DataFrame(rows).sort_values(
@@ -433,7 +446,7 @@ def comparison_table(
         "" if pd.isna(values[0]) else form.format(*(100 * x for x in values))
         for values in zip(*(r[c] for c in columns))
     ]
-    fine = (r.setting == "full") | (r.setting == "matched") & r.equal_cost
+    fine = (r.setting == "full") | r.equal_cost
     note = r.setting.mask(r.setting == "matched", "not matched").mask(fine, "")
     note = note.mask(fine & r.own_minimum, "floor: " + r.floor.str.join(", "))
     frame = pd.DataFrame(
@@ -449,13 +462,14 @@ def comparison_table(
             "difference to SEATS": text(
                 "{:+.1f} ({:+.1f} to {:+.1f})", "diff_seats", "diff_seats_low", "diff_seats_high"
             ),
-            "p": r.mcnemar_p.astype(float),
+            "p": r.mcnemar_p_seats.astype(float),
             "unparsable": r.unparsable,
             "note": note,
         }
     )
-    above = significantly_better(rows)
-    frame.attrs["above_seats"] = [f"{r['label']} at {r['trr']:g} %" for r in above]
+    for than, name in _NAMES.items():
+        above = significantly_better(rows, than)
+        frame.attrs[f"above {name}"] = [f"{r['label']} at {r['trr']:g} %" for r in above]
     frame.attrs["clips_needed"] = clips_needed(rows)
     return frame
 
@@ -468,6 +482,7 @@ def compare_methods(
     names="all",  # see `method_names`
     path=None,  # JSON file; finished questions are kept in a folder beside it until it is there
     rules: Mapping = {},  # label -> `Pruner` that is not matched, since a rule decides its cost
+    tuned: Mapping = {},  # name -> chain of `Pruner` that `seats tune` found, from dear to cheap
     n_boot: int = 2000,  # resamples of clips
     about: Mapping = {},  # more to say in the file
     batch_size: int = 16,  # questions
@@ -481,7 +496,7 @@ def compare_methods(
     The same call goes on after an interruption."""
     names = method_names(names)
     shape = DataShape.of(model, processor, samples, progress, **limits)
-    runs = method_runs(names, plans, shape, rules, progress)
+    runs = method_runs(names, plans, shape, rules, tuned, progress)
     asked = Answering(model, processor, samples, runs, batch_size, answers, max_new_tokens, limits)
     origin = provenance(
         model, processor, samples, seed=0, answers=answers, batch_size=batch_size

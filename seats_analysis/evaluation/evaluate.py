@@ -19,7 +19,7 @@ from ..models.decoder import last_logits_only
 from ..models.encode import Encoded, encode, frame_resizer
 from ..models.families import adapter_for
 from ..models.scoring import score_choices
-from ..statistics.intervals import mcnemar, wilson
+from ..statistics.intervals import mcnemar
 from ..pruning.session import as_pruner, prune
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #01cf4cb5
@@ -216,6 +216,14 @@ def _interval(part, whole, clips, n_boot):  # (N,) each
     return tuple(np.quantile((w @ part) / (w @ whole), [0.025, 0.975]).tolist())
 
 
+def _alike(share, clips):
+    "Wilson's 95 % interval over clips that all answer alike, `share` 0 or 1: (low, high)."
+    from scipy.stats import binomtest
+
+    n = len(set(clips))
+    return tuple(map(float, binomtest(int(share * n), n).proportion_ci(method="wilson")))
+
+
 def accuracy_interval(
     correct: Sequence,  # (N,) bool
     clips: Sequence,  # (N,) clip of each question
@@ -224,7 +232,7 @@ def accuracy_interval(
     "Cluster bootstrap over clips; where all answers are alike, Wilson over clips."
     correct = np.asarray(correct, dtype=float)
     if correct.min() == correct.max():
-        return wilson(correct.mean(), len(set(clips)))
+        return _alike(correct.mean(), clips)
     return _interval(correct, np.ones_like(correct), clips, n_boot)
 
 
@@ -239,7 +247,7 @@ def share_interval(
     Where nothing differs, Wilson over clips: few of them cannot show that nothing is ever lost."""
     got, full, clips = np.asarray(got, float), np.asarray(full, float), np.asarray(clips)
     if (got == full).all():
-        return 1.0, *wilson(1.0, len(set(clips[full > 0])))
+        return 1.0, *_alike(1.0, clips[full > 0])
     return float(got.sum() / full.sum()), *_interval(got, full, clips, n_boot)
 
 
@@ -254,7 +262,7 @@ def paired_difference(
     if diff.any():
         low, high = _interval(diff, np.ones_like(diff), clips, n_boot)
     else:
-        low, high = (sign * wilson(0.0, len(set(clips)))[1] for sign in (-1, 1))
+        low, high = (sign * _alike(0.0, clips)[1] for sign in (-1, 1))
     return dict(diff=float(diff.mean()), low=float(low), high=float(high), p=float(mcnemar(a, b)))
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #6353ac90

@@ -53,7 +53,8 @@ class Paired(Answering):
         return out
 
 # %% ../../nbs/evaluation/10_tune.ipynb #ea09df93
-FIRST, GROUPS = 12, 8  # questions of the first round at least, groups of like cost at most
+FIRST = 12  # questions of the first round, at least
+GROUPS, LEAST = 8, 2  # groups of like cost at most, schedules that stay in each at least
 SHIFT_P, SHIFT_TOKENS = 0.01, 0.2  # p, and relative difference, from which on mixes differ
 
 
@@ -65,8 +66,9 @@ def rounds_of(n: int) -> list:  # questions seen after each round
 def better_half(costs, kl, alive):  # (N,) each, and indices; -> indices
     "Of schedules of like cost those that move the answers least."
     alive = alive[np.argsort(costs[alive], kind="stable")]
-    groups = np.array_split(alive, min(GROUPS, max(len(alive) // 4, 1)))
-    best = [g[np.argsort(kl[g], kind="stable")][: -(-len(g) // 2)] for g in groups]
+    groups = np.array_split(alive, min(GROUPS, max(len(alive) // LEAST, 1)))
+    half = lambda g: max(-(-len(g) // 2), LEAST)
+    best = [g[np.argsort(kl[g], kind="stable")][: half(g)] for g in groups]
     return np.sort(np.concatenate(best))
 
 
@@ -162,9 +164,13 @@ class Tuning:
         shape = DataShape.of(self.model, self.processor, self.proposal, **self.limits)
         random, plans = np.random.default_rng(0), [as_pruner(p) for p in fixed]
         costs, n = [shape.cost(p) for p in plans], len(self.proposal)
-        # half of the plans go on from round to round
-        asked = sum((b - a) / 2**k for k, (a, b) in enumerate(pairwise([0, *rounds_of(n)])))
-        while sum(costs) * asked < (budget - 1) * n:  # the full model answers everything
+        new = np.diff([0, *rounds_of(n)])
+
+        def price():
+            going = np.maximum(len(costs) / 2 ** np.arange(len(new)), min(len(costs), GROUPS * LEAST))
+            return sum(costs) / max(len(costs), 1) * (going * new).sum()
+
+        while price() < (budget - 1) * n:  # the full model answers everything
             plans.append(as_pruner(draw(random)))
             costs.append(shape.cost(plans[-1]))
         if len(plans) < 2:
@@ -175,7 +181,7 @@ class Tuning:
         self,
         draw: Callable,  # function: numpy Generator -> `Schedule` or `Pruner`
         fixed: Sequence = (),  # plans that take part in any case
-        budget: float = 5.0,  # FLOPs, over those of the full model on all proposal questions
+        budget: float = 10.0,  # FLOPs, over those of the full model on all proposal questions
     ) -> tuple | None:  # rows of all candidates, chain, chain of `fixed` alone; or no work
         "Successive halving on the proposal questions. Raises ValueError for too small a budget."
         plans, costs = self._candidates(draw, fixed, budget)
@@ -226,7 +232,7 @@ class Tuning:
                 held=int(self.promise.certify(losses[own], exact)),
                 rows=[
                     dict(cost=c, changed=float(x.mean()), p=float(q), losses=x.tolist())
-                    | dict(method=plan.name, schedule=plan.schedule.to_dict())
+                    | plan.to_dict()
                     for plan, c, x, q in parts
                 ],
             )
@@ -246,7 +252,7 @@ class Tuning:
         tokens = {m: shape.mean(m) for m in ("visual", "audio", "text")}
         return dict(families=dict(zip(families.tolist(), n.tolist())), tokens=tokens)
 
-    def tune(self, draw, fixed=(), budget=5.0):  # see `search`
+    def tune(self, draw, fixed=(), budget=10.0):  # see `search`
         "Search and certify: what `seats tune` stores; None in all processes but the first."
         searched = self.search(draw, fixed, budget)
         if searched is None:

@@ -172,7 +172,7 @@ def eval_rows(found):
             "accuracy (%)": _percent(r, "accuracy"),
             "difference to full (points)": _percent(r, "diff_full"),
             "difference to SEATS (points)": _percent(r, "diff_seats"),
-            "p (McNemar)": p_value(r["mcnemar_p"]),
+            "p (McNemar)": p_value(r["mcnemar_p_seats"]),
             "FLOPs (% of full)": f"{100 * cost_of(r):.1f}",
             "selection (% of full)": f"{100 * r['selection_fraction']:.1f}" if "cost" in r else "",
             "floor": ", ".join(r.get("floor", ()))

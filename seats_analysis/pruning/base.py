@@ -9,7 +9,7 @@ __all__ = ['stage1_counts', 'window_tokens', 'WindowBudget', 'Stage1Inputs', 'Pr
 import torch
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 from ..inputs.layout import CODES, PAD, TokenLayout
 from ..schedules.schedule import Schedule
@@ -236,6 +236,17 @@ class Pruner(ABC):
                 f"{self.name} has no rule for stage {wrong[0]}, which this schedule has: "
                 "build it by for_trr"
             )
+
+    def to_dict(self) -> dict:
+        "Everything that makes it again, as JSON holds it."
+        own = {f.name: getattr(self, f.name) for f in fields(self)[1:]}
+        return dict(method=self.name, schedule=self.schedule.to_dict(), settings=own)
+
+    @classmethod
+    def from_dict(cls, data: dict):
+        "One of this class. Raises ValueError for what no schedule can be."
+        own = {k: tuple(v) if isinstance(v, list) else v for k, v in data["settings"].items()}
+        return cls(Schedule.from_dict(data["schedule"]), **own)
 
     @property
     def grids(self):

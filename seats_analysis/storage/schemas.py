@@ -50,8 +50,8 @@ SCHEMAS = dict(
         "a comparison of methods",
         "rows",
         "method label trr setting flops_fraction ms ms_full n accuracy low high full_accuracy "
-        "diff_full diff_seats diff_seats_low diff_seats_high mcnemar_p own_minimum ranked "
-        "families retention_layers retention_entry unparsable",
+        "diff_full diff_seats diff_seats_low diff_seats_high mcnemar_p_seats equal_cost ranked "
+        "own_minimum families retention_layers retention_entry unparsable",
     ),
 )
 
