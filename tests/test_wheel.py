@@ -160,7 +160,6 @@ seats figures --data seats_out/mine/profiles/testbed.nc --out drawn
 seats bench --config testbed --frames 8 --seconds 4 --methods seats --trr 10 --repeats 1 --steps 1
 seats train-testbed --config tiny.json
 seats demo --limit 6
-seats demo --limit 6 --model testbed-qwen3
 """
 AGAIN = "run", "bench", "train-testbed"  # write nothing, add to what is there, go on
 

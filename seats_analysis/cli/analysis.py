@@ -210,7 +210,7 @@ def _family_row(r, num_layers):
 Profile = Annotated[
     Path,
     typer.Argument(
-        help="NetCDF file written by `seats probe`; `testbed`, `testbed-qwen3`: shipped ones.",
+        help="NetCDF file written by `seats probe`; `testbed`: the shipped one.",
         show_default=False,
     ),
 ]

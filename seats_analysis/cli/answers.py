@@ -530,7 +530,7 @@ def _sensitivity_text(rows):
 def transfer(
     profile: Path = Option(
         "testbed",
-        help="NetCDF file of a testbed's profile; `testbed`, `testbed-qwen3`: shipped ones.",
+        help="NetCDF file of a testbed's profile; `testbed`: the shipped one.",
     ),
     out: StudyOut = None,
     overwrite: Overwrite = False,

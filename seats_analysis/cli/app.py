@@ -294,7 +294,7 @@ class ModelOptions:
     "Options of every command that runs a model."
 
     model: Annotated[
-        str, Option(help="`testbed`, `testbed-qwen3`, a folder with a checkpoint, or a hub id.")
+        str, Option(help="`testbed`, a folder with a checkpoint, or a hub id.")
     ] = "testbed"
     fps: Annotated[float | None, Option(min=0.01, help="Frames a second; default: 2.")] = None
     max_frames: Annotated[

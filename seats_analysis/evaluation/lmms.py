@@ -72,7 +72,7 @@ def prompt_of(
 
 # %% ../../nbs/evaluation/03_lmms.ipynb #4a1df743
 def schedule_for(
-    model: str,  # `testbed`, `testbed-qwen3`, a folder or a hub id
+    model: str,  # `testbed`, a folder or a hub id
     trr: float,  # headline TRR in percent
 ) -> Schedule:
     "The shipped schedule of a model. Raises ValueError with a list where there is none."
@@ -174,7 +174,7 @@ def _number(name, value, kind):
 class ModelArgs:
     "What lmms-eval passes on from `--model_args`; numbers may be text."
 
-    pretrained: str = "testbed"  # or "testbed-qwen3", a folder or a hub id
+    pretrained: str = "testbed"  # a folder or a hub id
     method: str = "seats"
     trr: float = None
     schedule: str = None
