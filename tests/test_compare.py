@@ -258,9 +258,9 @@ def test_tuned_chain_gives_the_dearest_that_costs_no_more(shape):
     chain = [Seats.for_trr(16, t, t, 192, 40, like=PLANS[10]) for t in (0.3, 0.2, 0.07)]
     found = method_runs(("seats",), PLANS, shape, tuned=dict(seats=chain, random=chain[:1]))
     at = {(e.label, e.trr): e for e in found}
-    assert at["seats tuned", 35].plans == (chain[0],) and at["seats tuned", 10].plans == (chain[2],)
-    assert at["seats tuned", 35].setting == "tuned"
-    assert at["random tuned", 10].setting == "lowest setting"  # all of it is dearer
+    assert at["seats+tuned", 35].plans == (chain[0],) and at["seats+tuned", 10].plans == (chain[2],)
+    assert at["seats+tuned", 35].setting == "tuned"
+    assert at["random+tuned", 10].setting == "lowest setting"  # all of it is dearer
 
 
 @contextmanager

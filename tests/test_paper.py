@@ -23,6 +23,7 @@ from seats_analysis.storage.schemas import SCHEMAS, load_json, save_json, save_p
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = [m for m in M.NAMES if m not in ("full", "vtw")]
 LATE = tuple(f"{m}+late" for m in METHODS if m != "seats")
+TUNED = "seats+tuned", "fastv-om+late+tuned"
 FAMILIES = (
     "colour",
     "shape",
@@ -56,8 +57,12 @@ def row(method, trr, accuracy, label=None, setting="matched", cost=None, diff=No
         label=label or method,
         trr=trr,
         setting=setting,
+        cost=cost,
         flops_fraction=cost,
         causal_fraction=cost,
+        selection_fraction=0.01,
+        floor=[],
+        equal_cost=setting == "matched",
         flops_target=trr / 100,
         retention_layers=trr / 100,
         retention_entry=1.4 * trr / 100,
@@ -99,6 +104,7 @@ def made_up(
     ),
     budgets=(35, 25, 15, 10),
     late=LATE,
+    tuned=TUNED,
 ):
     "A comparison of the full size, with everything that can crowd a figure."
     rows = [
@@ -118,6 +124,7 @@ def made_up(
         ]
         rows += [row("vtw", t, 0.5, diff=-0.4)]
         rows += [row(m, t, 0.96 - 0.04 * i, diff=-0.02 * i) for i, m in enumerate(late)]
+        rows += [row(m, t, 0.98 - 0.04 * i, setting="tuned", diff=0.0) for i, m in enumerate(tuned)]
         rows += [
             row(f"seats-{a}", t, 0.97 - 0.02 * i, diff=0.01 - 0.015 * i)
             for i, a in enumerate(ablations)
@@ -211,7 +218,7 @@ def test_figures_of_ones_own(families, tmp_path):
     ).assign_attrs(needs="", model="somebody/a-fine-tuned-model-with-a-very-long-name-v2-2026")
     (tmp_path / "profiles").mkdir()
     save_profile(profile, tmp_path / "profiles" / "mine.nc")
-    found = made_up(["seats", "random", "fastv"], (), (10,), ()) | dict(
+    found = made_up(["seats", "random", "fastv"], (), (10,), (), ()) | dict(
         model=profile.attrs["model"], apart=[], chance=0.5
     )
     for r in found["rows"]:
@@ -458,16 +465,17 @@ def test_tables_hold_the_same_numbers_in_all_formats(data, tmp_path):
             ), name
 
 
-def test_late_removal_has_a_table_of_its_own():
+def test_late_removal_and_tuned_methods_have_tables_of_their_own():
     "Beside SEATS, and nothing of it in the others; a floor is named in every column it binds."
     found = made_up()
     names = lambda kind: {r["method"] for r in P.accuracy_rows(found, kind)}
     late = {f"{M.NAMES[m.removesuffix('+late')]}, late removal" for m in LATE}
     assert names("late") == {"full", "SEATS"} | late and not names("published") & late
+    tuned = {"full", "SEATS", "SEATS, tuned", "FastV-om, late removal, tuned"}
+    assert names("tuned") == tuned and not names("late") & {"SEATS, tuned"}
     for r in found["rows"]:
         if r["method"] == "visionzip":
-            r.update(cost=r["flops_fraction"], selection_fraction=0.01, floor=["visual"])
-            r.update(ranked=False, own_minimum=True)
+            r.update(floor=["visual"], ranked=False, own_minimum=True)
     table = {r["method"]: r for r in P.accuracy_rows(found)}
     assert all(table["VisionZip"][f"TRR {t} %"].endswith("*") for t in (35, 25, 15, 10))
     rows = [r for r in P.eval_rows(found) if r["method"] == "VisionZip"]
@@ -523,7 +531,7 @@ def test_broken_reports_are_refused_by_name(tmp_path, text):
 
 
 def test_a_comparison_of_two_methods_at_one_budget():
-    found = made_up(methods=["seats", "random"], ablations=("no-stage1",), budgets=(10,), late=())
+    found = made_up(methods=["seats", "random"], ablations=("no-stage1",), budgets=(10,), late=(), tuned=())
     found["rows"] = [r for r in found["rows"] if r["method"] != "vtw"]
     for draw in (M.comparison_figure, M.ablation_figure, lambda f: M.time_figure(None, f)):
         draw(found).draw_without_rendering()

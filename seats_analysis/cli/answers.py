@@ -401,8 +401,8 @@ def _eval_text(result, out):
     said = "no ranked method is significantly above SEATS"
     if above := frame.attrs["above seats"]:
         said = f"ranked and significantly above SEATS: {', '.join(above)}"
-    if any(r["label"] == "seats tuned" for r in result["rows"]):
-        above = ", ".join(frame.attrs["above seats tuned"]) or "nothing"
+    if any(r["label"] == "seats+tuned" for r in result["rows"]):
+        above = ", ".join(frame.attrs["above seats+tuned"]) or "nothing"
         said += f"; above tuned SEATS: {above}"
     if needed := frame.attrs["clips_needed"]:
         said = f"too few for a conclusion: no difference can be significant below {needed} clips"

@@ -137,7 +137,8 @@ def method_runs(
                 fits = [p for p, c in zip(chain, costs) if c <= target * (1 + TOLERANCE)]
                 how = "tuned" if fits else "lowest setting"
                 best = (fits or chain[-1:])[0]
-                out.append(MethodRun(f"{chain_of} tuned", best.name, trr, (best,), setting=how))
+                label = f"{chain_of}+tuned"
+                out.append(MethodRun(label, label, trr, (best,), setting=how))
         else:
             build = partial(method_at, name, plan, counts)
             found = match_cost(build, shape.cost, target, highest)
@@ -306,7 +307,7 @@ class Outcomes:
         for k, run in enumerate(self.runs):
             same = {r.label: i for i, r in enumerate(self.runs) if r.trr == run.trr}
             seats, differences = same.get("seats"), {}
-            others = dict(full=0, seats=seats, tuned=same.get("seats tuned"))
+            others = dict(full=0, seats=seats, tuned=same.get("seats+tuned"))
             for name, other in others.items():
                 keys = f"diff_{name}", f"diff_{name}_low", f"diff_{name}_high", f"mcnemar_p_{name}"
                 differences |= zip(keys, self._difference(k, other, counts))
@@ -393,7 +394,7 @@ class Outcomes:
 
 # %% ../../nbs/evaluation/02_compare.ipynb #1ba0fd3c
 _LEVEL = 0.05  # of the whole family of tests
-_NAMES = dict(seats="seats", tuned="seats tuned")
+_NAMES = dict(seats="seats", tuned="seats+tuned")
 
 
 def _tested(rows, than="seats"):
@@ -435,7 +436,7 @@ def comparison_table(
 ):  # pandas.DataFrame in percent, for people
     """The rows that matter, best first at each TRR; those that are not ranked come last.
 
-    Its `attrs` name who is `above seats` and `above seats tuned` beyond chance (label and TRR), and
+    Its `attrs` name who is `above seats` and `above seats+tuned` beyond chance (label and TRR), and
     how many clips are `clips_needed` for any such statement if there are too few."""
     import pandas as pd
 

@@ -57,7 +57,7 @@ MODELS = {"qwen2.5-omni-7b": "Qwen2.5-Omni-7B", "qwen3-omni-30b-a3b": "Qwen3-Omn
 def method_look(method):
     """Colour, marker and line of a method, the same in every figure; an unknown one gets a plain
     look."""
-    method = method.removesuffix("+late")
+    method = method.partition("+")[0]
     plain = _LOOKS.get(method.removesuffix("-om"), ("", _GREY, ".", "-"))
     _, color, marker, line = _LOOKS.get(method, plain)
     thick = method == "seats"
@@ -104,9 +104,10 @@ def verified(rows, *numbers):
 
 # %% ../../nbs/plots/03_methods.ipynb #47eac0b0
 def kind_of(row):
-    "Published setting, the same with late removal, or SEATS with a part changed, by its name."
-    late = "late" if row["method"].endswith("+late") else "published"
-    return "ablation" if row["method"].startswith("seats-") else late
+    "Published setting, with late removal, tuned, or SEATS with a part changed, by its name."
+    kind = row["method"].rpartition("+")[2]
+    kind = kind if kind in ("late", "tuned") else "published"
+    return "ablation" if row["method"].startswith("seats-") else kind
 
 
 def by_rule(row):
@@ -122,7 +123,7 @@ def kinds_of(found):
 def pick(found, kind="published", trr=None):
     """Rows of a kind (`kind_of`), of all budgets or one; a method by its own rule belongs to each,
     SEATS beside the other methods."""
-    beside = lambda r: kind == "late" and r["method"] == "seats"
+    beside = lambda r: kind in ("late", "tuned") and r["method"] == "seats"
     return [
         r
         for r in found["rows"]
@@ -148,9 +149,10 @@ def name_of(row):
         part = row["method"].removeprefix("seats-").replace("-", " ").replace("trr", "TRR")
         stage = part.removeprefix("no stage")
         return f"SEATS, {'no Stage ' + 'I' * int(stage) if stage.isdigit() else part}"
-    name = NAMES.get(row["method"].removesuffix("+late"), row["label"])
-    if kind_of(row) == "late":
-        return f"{name}, late removal"
+    base, *more = row["method"].split("+")
+    name = NAMES.get(base, row["label"])
+    if more:
+        return ", ".join([name, *(dict(late="late removal").get(m, m) for m in more)])
     if by_rule(row):
         return f"{name} (its rule, {row['trr']:.0f} %)"
     return f"{name} (layer solved)" if row["method"] == "vtw" else name
@@ -166,11 +168,6 @@ def interval(row, name="accuracy"):
     "A stored fraction and its interval, in percent."
     ends = ("low", "high") if name == "accuracy" else (f"{name}_low", f"{name}_high")
     return [100 * row[key] for key in (name, *ends)]
-
-
-def cost_of(row):
-    "FLOPs over the full model's, selection included; without it in older comparisons."
-    return row.get("cost", row["flops_fraction"])
 
 
 def time_share(row):
@@ -295,7 +292,7 @@ def _forest(rows, value):
 @house_style()
 def comparison_figure(
     found,  # stored comparison of methods
-    kind="published",  # or late, see `kind_of`
+    kind="published",  # late or tuned, see `kind_of`
 ):  # matplotlib Figure, two columns wide
     "Accuracy of every method at equal FLOPs, one panel per budget."
     rows = pick(found, kind)
@@ -306,7 +303,7 @@ def comparison_figure(
         if seats := ours.get(trr):
             _, low, high = interval(seats)
             ax.axvspan(low, high, color=BLUE, alpha=0.15, linewidth=0, zorder=0)
-            flops = f"FLOPs {100 * cost_of(seats):.0f} % of full"
+            flops = f"FLOPs {100 * seats['cost']:.0f} % of full"
             ax.set_title(f"TRR {trr:g} %, {flops}", fontsize=6.2)
     fig.supxlabel("Accuracy (%)", fontsize=7)
     more = "; lines: 95 % intervals; band: SEATS; dashed: full model; open: outside the ranking"

@@ -35,7 +35,6 @@ from seats_analysis.plots.methods import (
     budgets,
     by_rule,
     comparison_figure,
-    cost_of,
     full_model,
     interval,
     kinds_of,
@@ -173,9 +172,9 @@ def eval_rows(found):
             "difference to full (points)": _percent(r, "diff_full"),
             "difference to SEATS (points)": _percent(r, "diff_seats"),
             "p (McNemar)": p_value(r["mcnemar_p_seats"]),
-            "FLOPs (% of full)": f"{100 * cost_of(r):.1f}",
-            "selection (% of full)": f"{100 * r['selection_fraction']:.1f}" if "cost" in r else "",
-            "floor": ", ".join(r.get("floor", ()))
+            "FLOPs (% of full)": f"{100 * r['cost']:.1f}",
+            "selection (% of full)": f"{100 * r['selection_fraction']:.1f}",
+            "floor": ", ".join(r["floor"])
             or ("lowest setting" if r["own_minimum"] else ""),
             "time (% of full)": "" if np.isnan(time_share(r)) else f"{time_share(r):.0f}",
             "retention, layers (%)": f"{100 * r['retention_layers']:.1f}",
@@ -271,6 +270,7 @@ def boundary_rows(profile):
 _KINDS = dict(  # kind of rows -> name of the table, what it holds
     published=("accuracy", "in published settings"),
     late=("late", "with the late removal of SEATS"),
+    tuned=("tuned", "as `seats tune` sets each, by equal budgets"),
     ablation=("ablations", "of SEATS with one part changed"),
 )
 
@@ -289,8 +289,7 @@ def tables(data):
         out[stem] = title, eval_rows(found)
         for kind, (name, what) in _KINDS.items():
             if kind in kinds_of(found):
-                equal = "FLOPs with selection" if "cost" in found["rows"][0] else "FLOPs"
-                title = f"Accuracy (%) {what}, equal {equal}; a star: outside the ranking. {said}"
+                title = f"Accuracy (%) {what}, equal FLOPs; a star: outside the ranking. {said}"
                 out[f"{stem}_{name}"] = title, accuracy_rows(found, kind)
         if rows:
             trr = budgets(rows)[-1]
@@ -348,8 +347,9 @@ def _comparison_jobs(data, evals):
         kinds = kinds_of(found)
         if "published" in kinds:
             yield f"{stem}_comparison", partial(comparison_figure, found)
-        if "late" in kinds:
-            yield f"{stem}_late", partial(comparison_figure, found, "late")
+        for kind in ("late", "tuned"):
+            if kind in kinds:
+                yield f"{stem}_{kind}", partial(comparison_figure, found, kind)
         if "ablation" in kinds:
             yield f"{stem}_ablations", partial(ablation_figure, found)
 
