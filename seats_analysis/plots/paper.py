@@ -427,7 +427,8 @@ def _result_jobs(data, results):
     for name, kept in results["kept"].items():
         yield name, partial(_draw_kept, kept, data)
     for name, found in results["tune"].items():
-        yield name, partial(chain_figure, found)
+        if found["method"] == "seats":
+            yield name, partial(chain_figure, found)
     for name, found in results["sensitivity"].items():
         said = f"Measured here on {found.get('model', 'a model')}; cells: % of the full accuracy"
         yield name, _with_source(said, sensitivity_figure, found["rows"])
