@@ -231,8 +231,17 @@ def test_too_few_clips_are_refused_before_the_model_is_loaded(questions, stubbed
 def test_a_baseline_gets_the_same_search(questions, stubbed, tmp_path):
     easy = "--max-change", 90, "--confidence", 50, "--budget", 3
     done = seats("tune", *stubbed, "--data", questions, *easy, "--method", "fastv+late")
-    stored = json.loads(
-        (tmp_path / "seats_out/questions/results/tune_m_fastv+late.json").read_text()
-    )
+    chain = tmp_path / "seats_out/questions/results/tune_m_fastv+late.json"
+    stored = json.loads(chain.read_text())
     assert {r["method"] for r in stored["chains"]["tuned"]["rows"]} == {"fastv"}
     assert "tune_m_fastv+late.json" in done.stdout or done.exit_code == 1
+    # and what it found takes part in the comparison
+    ask = "eval", *stubbed, "--data", questions, "--methods", "seats", "--trr", 30
+    done = seats(*ask, "--tuned", chain, "--json")
+    rows = {r["label"]: r for r in json.loads(done.stdout)["rows"]}
+    assert list(rows) == ["full", "seats", "fastv+late+tuned"], done.stderr
+    more = rows["fastv+late+tuned"]["cost"] / rows["seats"]["cost"] - 1
+    assert rows["fastv+late+tuned"]["equal_cost"] == (more <= 0.02)
+    assert "another chain of fastv+late" in refused(
+        *ask, "--tuned", chain, "--tuned", chain, "--overwrite"
+    )

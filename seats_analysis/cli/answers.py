@@ -46,7 +46,7 @@ from .analysis import StudyOut, figure_name, find_blocks, left_out, stored_token
 from ..storage.checkpoint import Checkpoint, checkpoint_of, processes
 from ..storage.files import output_folder
 from ..inputs.layout import MODALITIES
-from ..storage.schemas import SCHEMAS, load_profile, save_json
+from ..storage.schemas import SCHEMAS, load_json, load_profile, save_json
 
 # %% ../../nbs/cli/02_answers.ipynb #c8f331c2
 def profile_of(model, profile):
