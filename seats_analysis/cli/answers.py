@@ -7,8 +7,6 @@ __all__ = []
 
 # %% ../../nbs/cli/02_answers.ipynb #e670a3d1
 import os
-import shutil
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal
@@ -310,6 +308,7 @@ def run(
 
 # %% ../../nbs/cli/02_answers.ipynb #658b7f66
 QUESTIONS, SEED = 1000, 2  # of the testbed by default; clips that no other result has used
+CLIPS = "scratch-clips"  # in a checkpoint: made once for all processes, and for a run that goes on
 
 
 def _trr_list(text):
@@ -322,17 +321,6 @@ def _trr_list(text):
             "the full model takes part anyway"
         )
     return tuple(int(t) if t == int(t) else t for t in found)
-
-
-@contextmanager
-def scratch(folder):
-    "A subfolder of a checkpoint, for as long as the body runs; a killed run's is made anew."
-    place = folder / f"scratch-{processes()[0]}"
-    shutil.rmtree(place, ignore_errors=True)
-    try:
-        yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def _held_out(limit, split, folder, seed):
@@ -470,9 +458,9 @@ def eval_(
     names, chains = method_names(names_of(methods, "--methods")), _tuned(tuned, num_layers)
     check_device(asked.device)
     check_blocks(model, profile, num_layers)
-    with Checkpoint.hold(checkpoint_of(out)) as folder, scratch(folder) as clips:
+    with Checkpoint.hold(checkpoint_of(out)) as folder:
         if data == "testbed":
-            samples = _held_out(asked.limit, split, clips, seed)
+            samples = _held_out(asked.limit, split, folder / CLIPS, seed)
         else:
             samples = asked.samples(split)
         clips_asked = len({s.clip for s in samples})

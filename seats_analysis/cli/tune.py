@@ -30,7 +30,7 @@ from seats_analysis.cli.app import (
     writable,
 )
 from seats_analysis.cli.analysis import find_blocks, left_out
-from seats_analysis.cli.answers import check_blocks, check_origin, profile_of, scratch, solve
+from seats_analysis.cli.answers import CLIPS, check_blocks, check_origin, profile_of, solve
 from seats_analysis.evaluation.load import check_device
 from seats_analysis.storage.checkpoint import Checkpoint, checkpoint_of, processes
 from seats_analysis.storage.files import output_folder
@@ -209,10 +209,10 @@ def tune(
     check_blocks(asked.model, profile, num_layers)
     bounds, made = _bounds(asked.model, profile)
     space = SearchSpace.of(bounds)
-    with Checkpoint.hold(checkpoint_of(evidence)) as folder, scratch(folder) as clips:
+    with Checkpoint.hold(checkpoint_of(evidence)) as folder:
         if asked.data == "testbed":
             proposal = asked.samples("derive")
-            calibration = _fresh(asked.limit or 2 * promise.clips(), TUNE_SEED, clips)
+            calibration = _fresh(asked.limit or 2 * promise.clips(), TUNE_SEED, folder / CLIPS)
             Tuning.check_enough(calibration, promise)
         else:
             samples = asked.samples()
@@ -321,9 +321,9 @@ def check(
     if max_change is None:
         max_change = 100 * stored["promise"]["max_change"] if stored else 2
     promise = Promise(max_change / 100, confidence / 100)
-    with Checkpoint.hold(checkpoint_of(out)) as folder, scratch(folder) as clips:
+    with Checkpoint.hold(checkpoint_of(out)) as folder:
         if asked.data == "testbed":
-            samples = _fresh(asked.limit or 2 * promise.clips(), seed, clips)
+            samples = _fresh(asked.limit or 2 * promise.clips(), seed, folder / CLIPS)
         else:
             samples = asked.samples()
         if stored:

@@ -278,13 +278,14 @@ def _held_out(seed, k):
     return make_scene(10_000 * (seed + 1) + k)
 
 
-def _write_clip(scene, folder):
-    "Render and encode one scene; its path."
+def _write_clip(scene, folder, again=True):
+    "Render and encode one scene, or take what is there; its path."
     from seats_analysis.inputs.media import encode_clip
 
     path = Path(folder) / f"scene{scene.seed}.mp4"
     path.parent.mkdir(parents=True, exist_ok=True)
-    encode_clip(render_clip(scene), path, crf=30, bit_rate=32000)
+    if again or not path.is_file():
+        encode_clip(render_clip(scene), path, crf=30, bit_rate=32000)
     return str(path)
 
 
@@ -310,7 +311,7 @@ def fresh_samples(
     n: int,  # questions
     seed: int = 1,  # other seeds, other clips; none of them was trained on
     per_clip: int = 6,
-    folder=None,  # mp4 files go here and are decoded again; default: straight from the renderer
+    folder=None,  # mp4 files are made here, or found, and decoded; default: from the renderer
     progress: bool = False,  # show a bar
 ) -> list:  # of Sample
     "As many held-out questions as wanted, on clips that nobody has seen."
@@ -320,7 +321,7 @@ def fresh_samples(
     with tqdm(total=n, desc="clips", unit="question", disable=not progress) as bar:
         while len(out) < n:
             scene = _held_out(seed, k)
-            video = _write_clip(scene, folder) if folder else None
+            video = _write_clip(scene, folder, again=False) if folder else None
             out += clip_samples(scene, per_clip, video=video, split="fresh")
             k += 1
             bar.update(min(len(out), n) - bar.n)
