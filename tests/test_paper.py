@@ -531,7 +531,9 @@ def test_broken_reports_are_refused_by_name(tmp_path, text):
 
 
 def test_a_comparison_of_two_methods_at_one_budget():
-    found = made_up(methods=["seats", "random"], ablations=("no-stage1",), budgets=(10,), late=(), tuned=())
+    found = made_up(
+        methods=["seats", "random"], ablations=("no-stage1",), budgets=(10,), late=(), tuned=()
+    )
     found["rows"] = [r for r in found["rows"] if r["method"] != "vtw"]
     for draw in (M.comparison_figure, M.ablation_figure, lambda f: M.time_figure(None, f)):
         draw(found).draw_without_rendering()

@@ -107,9 +107,7 @@ class Boundaries:
 
 # %% ../../nbs/boundaries/01_find.ipynb #e3738e1f
 TOLERANCE, RISE = 0.01, 0.10  # the rule's defaults, see `find_boundaries`
-LATE_CONFIDENCE = (
-    0.9  # one step above `choose_late_confidence` of data/results/boundary_coverage.json
-)
+LATE_CONFIDENCE = 0.9  # as `choose_late_confidence` of data/results/boundary_coverage.json has it
 
 
 def _same(replicates, estimate):

@@ -210,8 +210,7 @@ def _family_row(r, num_layers):
 Profile = Annotated[
     Path,
     typer.Argument(
-        help="NetCDF file written by `seats probe`; `testbed`: the shipped one.",
-        show_default=False,
+        help="NetCDF file written by `seats probe`; `testbed`: the shipped one.", show_default=False
     ),
 ]
 Split = Annotated[str, Option(help="Samples to derive from: a split of the data, or `all`.")]

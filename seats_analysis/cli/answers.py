@@ -41,7 +41,7 @@ from seats_analysis.cli.app import (
 )
 from ..evaluation.load import check_device, load_model
 from .analysis import StudyOut, figure_name, find_blocks, left_out, stored_tokens
-from ..storage.checkpoint import Checkpoint, checkpoint_of, processes
+from ..storage.checkpoint import Checkpoint, checkpoint_of
 from ..storage.files import output_folder
 from ..inputs.layout import MODALITIES
 from ..storage.schemas import SCHEMAS, load_json, load_profile, save_json
@@ -432,8 +432,9 @@ def eval_(
     profile: Path | None = Option(None, help="Profile of the model, to solve its schedules from."),
     late: Late = None,
     tuned: list[Path] = Option(
-        [], help="Evidence of `seats tune`: its best schedule at each of these costs takes part. "
-        "May be given several times, for several methods."
+        [],
+        help="Evidence of `seats tune`: its best schedule at each of these costs takes part. "
+        "May be given several times, for several methods.",
     ),
     seed: int = Option(SEED, min=0, help="Seed of the fresh clips."),
     batch: int | None = Option(
@@ -517,8 +518,7 @@ def _sensitivity_text(rows):
 @app.command()
 def transfer(
     profile: Path = Option(
-        "testbed",
-        help="NetCDF file of a testbed's profile; `testbed`: the shipped one.",
+        "testbed", help="NetCDF file of a testbed's profile; `testbed`: the shipped one."
     ),
     out: StudyOut = None,
     overwrite: Overwrite = False,

@@ -167,7 +167,9 @@ class Tuning:
         new = np.diff([0, *rounds_of(n)])
 
         def price():
-            going = np.maximum(len(costs) / 2 ** np.arange(len(new)), min(len(costs), GROUPS * LEAST))
+            going = np.maximum(
+                len(costs) / 2 ** np.arange(len(new)), min(len(costs), GROUPS * LEAST)
+            )
             return sum(costs) / max(len(costs), 1) * (going * new).sum()
 
         while price() < (budget - 1) * n:  # the full model answers everything

@@ -285,7 +285,8 @@ def _forest(rows, value):
             span = [[max(at - low, 0)], [max(high - at, 0)]]
             ax.errorbar(at, names.index(name_of(r)), xerr=span, **look)
         ax.set_title(f"TRR {trr:g} %")
-        row_axis(ax, [name.removeprefix("SEATS, ") for name in names])
+        parts = kind_of(rows[0]) == "ablation"
+        row_axis(ax, [name.removeprefix("SEATS, ") if parts else name for name in names])
     return fig
 
 

@@ -174,8 +174,7 @@ def eval_rows(found):
             "p (McNemar)": p_value(r["mcnemar_p_seats"]),
             "FLOPs (% of full)": f"{100 * r['cost']:.1f}",
             "selection (% of full)": f"{100 * r['selection_fraction']:.1f}",
-            "floor": ", ".join(r["floor"])
-            or ("lowest setting" if r["own_minimum"] else ""),
+            "floor": ", ".join(r["floor"]) or ("lowest setting" if r["own_minimum"] else ""),
             "time (% of full)": "" if np.isnan(time_share(r)) else f"{time_share(r):.0f}",
             "retention, layers (%)": f"{100 * r['retention_layers']:.1f}",
             "retention, entry (%)": f"{100 * r['retention_entry']:.1f}",

@@ -49,7 +49,8 @@ SCHEMAS = dict(
         "eval",
         "a comparison of methods",
         "rows",
-        "method label trr setting cost selection_fraction floor ms ms_full n accuracy low high full_accuracy "
+        "method label trr setting cost selection_fraction floor ms ms_full n accuracy low high "
+        "full_accuracy "
         "diff_full diff_seats diff_seats_low diff_seats_high mcnemar_p_seats equal_cost ranked "
         "own_minimum families retention_layers retention_entry unparsable",
     ),
