@@ -800,7 +800,7 @@ def test_run_answers_with_and_without_pruning(tmp_path, clip, stubbed):
     kept = load_json(tmp_path / "kept.json", "kept")
     assert (
         kept["grid"] == [8, 4, 6]
-        and kept["audio_tokens"] == 80
+        and kept["audio_tokens"] == 40
         and (tmp_path / kept["clip"]).resolve() == clip.resolve()
     )
     sizes = [len(s["visual"]) + len(s["audio"]) for s in kept["stages"]]

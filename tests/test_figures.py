@@ -298,14 +298,15 @@ def test_broken_data_is_refused_by_name(tmp_path):
 
 def test_figures_from_a_data_folder(profile, clip, tmp_path):
     data = tmp_path / "data"
-    for part in ("profiles", "schedules", "results", "testbed"):
+    for part in ("profiles", "schedules", "results", "testbed/qwen2.5-omni"):
         (data / part).mkdir(parents=True)
     profile.to_netcdf(data / "profiles" / "m.nc", engine="h5netcdf")
     for trr in (35, 10):
         Schedule.published("qwen2.5-omni-7b", trr).save(data / "schedules" / f"m_trr{trr}.json")
     encode_clip(clip, data / "results" / "noise.mp4")
     (data / "results" / "kept_testbed.json").write_text(json.dumps(kept_of()))
-    (data / "testbed" / "train_log.jsonl").write_text("\n".join(map(json.dumps, made_up_log())))
+    log = data / "testbed" / "qwen2.5-omni" / "train_log.jsonl"
+    log.write_text("\n".join(map(json.dumps, made_up_log())))
     code = (
         "import sys; from seats_analysis.plots.paper import make_figures; "
         "print(len(make_figures(*sys.argv[1:]))); "

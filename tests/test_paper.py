@@ -573,6 +573,7 @@ def test_the_command_writes_figures_and_tables_without_a_model(data, tmp_path):
         "eval_testbed_comparison.png",
         "eval_testbed_ablations.png",
         "eval_testbed_late.png",
+        "eval_testbed_tuned.png",
     }
     names = {p.name for p in (tmp_path / "out" / "tables").iterdir()}
     assert names == {
@@ -583,6 +584,7 @@ def test_the_command_writes_figures_and_tables_without_a_model(data, tmp_path):
             "eval_testbed_families",
             "eval_testbed_ablations",
             "eval_testbed_late",
+            "eval_testbed_tuned",
             "reported",
             "reported_unverified",
         )
