@@ -350,6 +350,9 @@ def schedule(
         help="Who ranks tokens in the middle layers: the `last` text token, as published, or all "
         "`text` behind the media.",
     ),
+    weighted: bool = Option(
+        True, help="Weight distances before the LLM by the attention that tokens received there."
+    ),
     scale: float = Option(
         1.4, help="Share of the tokens that enters the LLM, over the share kept on average."
     ),
@@ -375,7 +378,7 @@ def schedule(
         bounds = _stated_blocks(blocks, stored)
     else:
         bounds = {m: find(m) for m in MODALITIES} if apart else find("both")
-    options = dict(scale=scale, late=late or DEFAULT_LATE, query=query)
+    options = dict(scale=scale, late=late or DEFAULT_LATE, query=query, weighted=weighted)
     if trr is not None:
         plan = Schedule.from_trr(bounds, trr, *stored_tokens(stored, tokens), **options)
     else:

@@ -20,7 +20,6 @@ class Seats(Pruner):
 
     name: ClassVar[str] = "seats"
     paper: ClassVar[str] = "arXiv 2605.20035"
-    uses_attention: ClassVar[bool] = True
     uses_scores: ClassVar[bool] = True
     equal_drops: ClassVar[bool] = False  # whether every drop of stage II takes the same part
 
@@ -36,11 +35,15 @@ class Seats(Pruner):
         like.check_model(num_layers)
         return cls(like.nearest(visual, audio, cls.stages, scale, cls.equal_drops), **options)
 
+    @property
+    def uses_attention(self):
+        return self.schedule.weighted
+
     def select_flops(self, budgets, width, keys):
         return self.pair_flops(budgets, width)
 
     def select(self, inputs):  # -> (T,) bool, True = kept
-        "Stage I: tokens that cover their window, weighted by attention."
+        "Stage I: tokens that cover their window, weighted by attention where the plan says so."
         return select_in_clip(inputs.features, inputs.attention, inputs.sizes, inputs.keep)
 
     def drop(self, tokens, scores, step, windows):  # -> (B, S) bool; text does not matter

@@ -207,6 +207,12 @@ def _query(value):
     return value
 
 
+def _flag(name, value):
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be true or false, not {value!r}")
+    return value
+
+
 def _checked(plan):
     "All fields of a plan that need it, checked against one another and in their final form."
     layers, shallow, drops, late = _checked_layers(plan)
@@ -227,6 +233,7 @@ def _checked(plan):
         scale=_checked_scale(plan.scale, entering, trr),
         temperature=_positive("temperature", plan.temperature),
         query=_query(plan.query),
+        weighted=_flag("weighted", plan.weighted),
         windows=_checked_windows(plan.windows),
         model=_text("model", plan.model),
         revision=plan.revision if plan.revision is None else _text("revision", plan.revision),
@@ -376,6 +383,7 @@ class Schedule:
     scale: float | Mapping | None = None  # entering / trr; None: computed
     temperature: float = 0.1  # of the softmax that shares Stage II budgets among windows
     query: str = "last"  # who ranks tokens in Stage II: the last text token, or all `text` behind
+    weighted: bool = True  # Stage I weights distances by the attention that tokens received
     windows: Mapping = WINDOWS
     model: str = ""
     revision: str | None = None
@@ -538,7 +546,7 @@ class Schedule:
             enters[m], keep[m] = Segments(L, drops, late[m], equal_drops).solve(
                 target, wanted, None if 1 in stages else 1.0, nearest=True
             )
-        like = dict(temperature=self.temperature, query=self.query)
+        like = {k: getattr(self, k) for k in ("temperature", "query", "weighted")}
         like |= dict(windows=self.windows, model=self.model)
         return Schedule(L, min(drops, default=0), drops, late, keep, enters, **like)
 
@@ -648,7 +656,7 @@ class Schedule:
     @classmethod
     def from_dict(cls, data):
         "A plan from what `to_dict` gave. Raises ValueError for anything else."
-        data = {"query": "last"} | data  # files made before there was another
+        data = {"query": "last", "weighted": True} | data  # files made before there was a choice
         known, given = {f.name for f in fields(cls)}, set(data) - {"schema"}
         if known != given:
             missing, unknown = sorted(known - given), sorted(given - known)

@@ -15,9 +15,9 @@ from .schedule import Schedule
 from .solve import drop_positions
 
 # %% ../../nbs/schedules/04_search.ipynb #276056e3
-_TEMPERATURES, _QUERIES, _GRIDS = (0.03, 0.1, 0.3, 1.0), ("last", "text"), (1, 2, 4)
+_TEMPERATURES, _QUERIES, _GRIDS = (0.03, 0.1, 0.3, 1.0), ("last", "text"), (1, 2, 4, 8)
 _MARGIN = 2  # layers, where a boundary has no interval
-_KEPT, _MORE_AUDIO, _SCALE, _MAX_DROPS = 0.02, 4.0, 3.0, 3
+_KEPT, _MORE_AUDIO, _SCALE, _MAX_DROPS = 0.02, 8.0, 3.0, 3
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class SearchSpace:
             scale=random.uniform(1, _SCALE),
             temperature=float(random.choice(_TEMPERATURES)),
             query=str(random.choice(_QUERIES)),
+            weighted=bool(random.integers(2)),
             windows=dict(visual_grids=grids, seconds=float(grids)),
             **self.facts,
         )
