@@ -115,10 +115,10 @@ def measure(args, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=20, help="of the decoder")
-    parser.add_argument("--width", type=int, default=1024, help="of the decoder")
+    parser.add_argument("--layers", type=int, default=12, help="of the decoder")
+    parser.add_argument("--width", type=int, default=768, help="of the decoder")
     parser.add_argument("--generated", type=int, default=16, help="tokens of an answer")
-    parser.add_argument("--clips", type=int, default=24, help="requests of one run")
+    parser.add_argument("--clips", type=int, default=8, help="requests of one run")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # of the servers

@@ -254,13 +254,17 @@ def test_late_removal_is_where_seats_has_it(runs, shape):
         method_names("vtw+late")
 
 
-def test_tuned_chain_gives_the_dearest_that_costs_no_more(shape):
+def test_the_nearest_of_a_tuned_chain_is_brought_to_the_same_cost(shape):
     chain = [Seats.for_trr(16, t, t, 192, 40, like=PLANS[10]) for t in (0.3, 0.2, 0.07)]
-    found = method_runs(("seats",), PLANS, shape, tuned=dict(seats=chain, random=chain[:1]))
+    whole = [METHODS["vtw"].for_trr(16, 0.9, 0.9)]  # has no knob
+    found = method_runs(("seats",), PLANS, shape, tuned=dict(seats=chain, vtw=whole))
     at = {(e.label, e.trr): e for e in found}
-    assert at["seats+tuned", 35].plans == (chain[0],) and at["seats+tuned", 10].plans == (chain[2],)
-    assert at["seats+tuned", 35].setting == "tuned"
-    assert at["random+tuned", 10].setting == "lowest setting"  # all of it is dearer
+    for trr, near in zip((35, 10), (chain[0], chain[2])):
+        tuned, target = at["seats+tuned", trr], shape.cost(at["seats", trr].plans[0])
+        assert tuned.setting == "matched"
+        assert tuned.mean([*map(shape.cost, tuned.plans)]) == pytest.approx(target, rel=TOLERANCE)
+        assert tuned.plans[0].schedule.late_start == near.schedule.late_start
+    assert at["vtw+tuned", 10].setting == "lowest setting"  # dearer
 
 
 @contextmanager

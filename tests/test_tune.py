@@ -238,7 +238,9 @@ def test_a_baseline_gets_the_same_search(questions, stubbed, tmp_path):
     # and what it found takes part in the comparison
     ask = "eval", *stubbed, "--data", questions, "--methods", "seats", "--trr", 30
     done = seats(*ask, "--tuned", chain, "--json")
-    rows = {r["label"]: r for r in json.loads(done.stdout)["rows"]}
+    found = json.loads(done.stdout)
+    assert found["questions_of_schedule"] == found["questions"]  # all of them made the chain
+    rows = {r["label"]: r for r in found["rows"]}
     assert list(rows) == ["full", "seats", "fastv+late+tuned"], done.stderr
     more = rows["fastv+late+tuned"]["cost"] / rows["seats"]["cost"] - 1
     assert rows["fastv+late+tuned"]["equal_cost"] == (more <= 0.02)

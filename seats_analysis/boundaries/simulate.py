@@ -287,7 +287,6 @@ def coverage_table(
         "errors.late.bias": "bias",
         "errors.late.within_one": "within 1",
     }
-    names = {key: name for key, name in names.items() if key in rows}  # older studies have less
     cells = rows.rename(columns=names).groupby(["shape", "questions"], sort=False)
     return cells.agg({name: "min" if "cover" in name else "mean" for name in names.values()})
 

@@ -43,6 +43,7 @@ from ..evaluation.load import check_device, load_model
 from .analysis import StudyOut, figure_name, find_blocks, left_out, stored_tokens
 from ..storage.checkpoint import Checkpoint, checkpoint_of
 from ..storage.files import output_folder
+from ..storage.provenance import digest
 from ..inputs.layout import MODALITIES
 from ..storage.schemas import SCHEMAS, load_json, load_profile, save_json
 
@@ -347,11 +348,11 @@ def _vtw_rule(names, model, profile):
     return {"vtw (rule)": VTW.from_profile(chosen, int(stored["layer"].max()))}
 
 
-def _tuned(paths, num_layers):  # -> method -> its chain
+def _tuned(paths, num_layers):  # -> method -> its chain, clips that made them
     "What `seats tune` found for methods. ValueError for two files of one method."
     from seats_analysis.baselines.registry import METHODS
 
-    found = {}
+    found, known = {}, set()
     for path in paths:
         stored = load_json(path, "tune")
         if (name := stored["method"]) in found:
@@ -361,21 +362,21 @@ def _tuned(paths, num_layers):  # -> method -> its chain
         ]
         if num_layers:
             found[name][0].schedule.check_model(num_layers)
-    return found
+        known.update(stored["known_clips"])
+    return found, known
 
 
-def _made_from(samples, profile):
-    "How many of the questions made the boundaries: the same id and clip, in the same split."
-    if profile is None:
-        return 0
-    stored = load_profile(profile)
-    if "sample" not in stored.coords:
-        return 0
+def _made_from(samples, profile, known=()):
+    "How many of the questions made the boundaries (same id, clip and split), or a chain (clip)."
+    searched = [digest(s.clip)[:12] in known for s in samples]
+    stored = None if profile is None else load_profile(profile)
+    if stored is None or "sample" not in stored.coords:
+        return sum(searched)
     text = lambda name: stored[name].values.astype(str).tolist()
     derive = "derive" in text("split")
     rows = zip(text("sample"), text("clip"), text("split"))
     made = {(id, clip) for id, clip, split in rows if not derive or split == "derive"}
-    return sum((s.id, s.clip) in made for s in samples)
+    return sum(old or (s.id, s.clip) in made for s, old in zip(samples, searched))
 
 
 def _eval_text(result, out):
@@ -400,7 +401,7 @@ def _eval_text(result, out):
     lines.append(f"FLOPs are causal and hold the selection; the encoders, {towers}, come on top")
     if made := result["questions_of_schedule"]:
         lines.append(
-            f"{made} of the questions made the schedules (same id and clip in the profile): "
+            f"{made} of the questions made the schedules (in the profile, or in a search): "
             "for a fair comparison ask others, as --split test"
         )
     return "\n".join([*lines, str(out)])
@@ -456,7 +457,8 @@ def eval_(
     out = writable(out or default, "eval", overwrite)
     from seats_analysis.evaluation.compare import compare_methods, method_names
 
-    names, chains = method_names(names_of(methods, "--methods")), _tuned(tuned, num_layers)
+    names = method_names(names_of(methods, "--methods"))
+    chains, known = _tuned(tuned, num_layers)
     check_device(asked.device)
     check_blocks(model, profile, num_layers)
     with Checkpoint.hold(checkpoint_of(out)) as folder:
@@ -483,7 +485,7 @@ def eval_(
         splits = ",".join(sorted({s.split for s in samples}))
         options |= dict(
             about=dict(command=command, data=Path(data).name, split=splits, broken=asked.broken)
-            | dict(questions_of_schedule=_made_from(samples, profile_of(model, profile))),
+            | dict(questions_of_schedule=_made_from(samples, profile_of(model, profile), known)),
             rules=_vtw_rule(names, model, profile),
             tuned=chains,
             answers=answers,

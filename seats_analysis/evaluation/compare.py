@@ -9,7 +9,7 @@ __all__ = ['method_names', 'comparison_table', 'compare_methods']
 import numpy as np
 import torch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 from tqdm.auto import tqdm
@@ -50,7 +50,7 @@ class MethodRun:
     trr: float  # headline TRR in percent that it is compared at; 100 for the full model
     plans: tuple  # of `Pruner`s: one, or two that share the batches; (None,) is the full model
     share: float = 0.0  # of the batches that get the second
-    setting: str = "matched"  # or full, lowest setting, highest setting, rule, tuned
+    setting: str = "matched"  # or full, lowest setting, highest setting, rule
     knob: tuple = ()  # settings of the knob, one for each plan
     floor: tuple = ()  # modalities of which its rule keeps as many at the lowest setting
 
@@ -133,12 +133,11 @@ def method_runs(
             out.append(MethodRun("seats", "seats", trr, (seats,), knob=(1.0,)))
             highest = 1 / min((t for t in plan.trr.values() if t), default=1.0)
             for chain_of, chain in tuned.items():
-                costs = [shape.cost(p) for p in chain]
-                fits = [p for p, c in zip(chain, costs) if c <= target * (1 + TOLERANCE)]
-                how = "tuned" if fits else "lowest setting"
-                best = (fits or chain[-1:])[0]
+                near = min(chain, key=lambda p: abs(np.log(shape.cost(p) / target)))
+                build = lambda knob, near=near: replace(near, schedule=near.schedule.times(knob))
+                found = match_cost(build, shape.cost, target, 1 / LOWEST)
                 label = f"{chain_of}+tuned"
-                out.append(MethodRun(label, label, trr, (best,), setting=how))
+                out.append(MethodRun(label, label, trr, **found))
         else:
             build = partial(method_at, name, plan, counts)
             found = match_cost(build, shape.cost, target, highest)
@@ -369,7 +368,7 @@ class Outcomes:
         ms, full_ms = (np.median(self._of(i, "ms"), 0) for i in (k, 0))
         cost, target = whole(k), None if seats is None else whole(seats)
         more = cost / target - 1 if target else np.inf
-        equal = dict(matched=abs(more), tuned=more).get(run.setting, np.inf) <= TOLERANCE
+        equal = run.setting == "matched" and abs(more) <= TOLERANCE
         mixed = None
         if len(run.plans) > 1:
             costs = [self.shape.cost(p) for p in run.plans]
@@ -502,7 +501,7 @@ def compare_methods(
     origin = provenance(
         model, processor, samples, seed=0, answers=answers, batch_size=batch_size
     ) | dict(schema=SCHEMAS["eval"].id, code_sha256=hash_code())
-    for plan in plans.values():
+    for plan in (*plans.values(), *(chain[0].schedule for chain in tuned.values())):
         known = origin["num_layers"], origin["model"], lambda: origin["weights_sha256"]
         plan.check_model(*known)
     with Checkpoint.hold(path and checkpoint_of(path)) as folder:

@@ -11,7 +11,7 @@ import math
 import operator
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -549,6 +549,18 @@ class Schedule:
         like = {k: getattr(self, k) for k in ("temperature", "query", "weighted")}
         like |= dict(windows=self.windows, model=self.model)
         return Schedule(L, min(drops, default=0), drops, late, keep, enters, **like)
+
+    def times(
+        self,
+        factor,  # above 0
+    ):  # Schedule
+        "The same layers with so many times the tokens wherever some are missing, at most all."
+        keep, enters = {}, {}
+        for m in MODALITIES:
+            levels = np.cumprod([self.entering[m], *self.keep_ratios[m]])
+            levels = np.where(levels < 1 - ROUND_OFF, np.minimum(factor * levels, 1), 1)
+            enters[m], keep[m] = float(levels[0]), (levels[1:] / levels[:-1]).tolist()
+        return replace(self, entering=enters, keep_ratios=keep, trr=None, scale=None)
 
     def _wanted_scale(self, modality):
         "What was asked for, if the evidence says so and this is what came of it; else what it has."

@@ -49,7 +49,9 @@ class SearchSpace:
             known[m] = span([near(b.late_start, b.late_start_ci) for b in here], 1)
         starts = [near(b.shallow_end, b.shallow_end_ci) for b in bounds.values()]
         origin = next(iter(bounds.values()))
+        weights = origin.parameters.get("weights_sha256")
         facts = dict(model=origin.model, revision=origin.revision, seed=origin.seed)
+        facts["evidence"] = dict(kind="searched", weights_sha256=weights)
         return cls(L, span(starts, 0), known, facts)
 
     def draw(
