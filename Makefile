@@ -13,7 +13,7 @@ help:
 	@echo "make install   .venv with everything (again only when settings.ini or setup.py change)"
 	@echo "make demo      probe -> boundaries -> schedule -> pruned answers -> figures, into build/demo"
 	@echo "make test      what CI runs; the last line counts passed and failed"
-	@echo "make test-vllm the plug-in for vLLM, in an environment of its own (build/vllm)"
+	@echo "make test-vllm the plug-in for vLLM, in an environment of its own (build/vllm); CI runs it as well"
 	@echo "make nightly   the long version of the tests"
 	@echo "make lab       JupyterLab on the notebooks (LAB=--no-browser and the like are passed on)"
 	@echo "make docs      the site, in build/docs/site: notebooks, results, reference of the face"

@@ -24,7 +24,7 @@ from vllm.benchmarks import serve
 from seats_analysis.evaluation.bench import BenchSetup
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.provenance import versions
-from seats_analysis.storage.schemas import save_json
+from seats_analysis.storage.schemas import SCHEMAS, save_json
 from seats_analysis.testbed.load import testbed_samples
 from test_vllm import ENTERING, TESTS, WITHIN, Server, chat
 from vllm_folder import full_checkpoint, random_thinker
@@ -126,7 +126,7 @@ def main():
         rows = measure(args, Path(folder))
     setup = BenchSetup()
     data = dict(
-        schema="seats_analysis/vllm/1",
+        schema=SCHEMAS["vllm"].id,
         model="qwen2.5-omni",
         revision="the testbed's towers and vocabulary, random weights",
         device=setup.device_name,

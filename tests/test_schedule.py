@@ -26,6 +26,13 @@ def test_shipped_files_are_the_published_plans():
             assert (shipped.windows, shipped.model) == (published.windows, published.model)
 
 
+def test_the_shipped_tuned_schedule_goes_by_name_and_brings_its_certificate():
+    plan = Schedule.load("testbed/tuned")
+    proof = plan.evidence["certificate"]
+    assert proof["p"] <= 1 - proof["promise"]["confidence"]
+    assert plan.num_layers == Schedule.load("testbed/10").num_layers
+
+
 def test_published_constants_equal_the_reported_table():
     with open(ROOT / "data" / "reported" / "schedules.csv", newline="") as file:
         rows = list(csv.DictReader(file))

@@ -7,6 +7,11 @@ __all__ = ['answer_rows']
 
 # %% ../../nbs/evaluation/07_results.ipynb #7cd25316
 import numpy as np
+from seats_analysis.baselines.simple import Random
+from seats_analysis.evaluation.compare import APART, Answering, MethodRun
+from seats_analysis.evaluation.evaluate import accuracy_interval, share_interval
+from seats_analysis.evaluation.prepared import DataShape
+from seats_analysis.pruning.seats import Seats
 
 
 def per_block(
@@ -18,59 +23,46 @@ def per_block(
     means = [block.mean().item() if block.size else None for block in blocks]
     return dict(zip(("shallow", "middle", "late"), means))
 
-
-def _cost(frame, full, config):
-    "FLOPs and time of a run relative to the full model, from what `evaluate` measured."
-    from seats_analysis.schedules.cost import prefill_flops
-
-    flops = lambda f, convention: prefill_flops(f.attrs["tokens_per_layer"], config, convention)
-    spent = lambda f: f.attrs["timings"]["selection"] + f.attrs["timings"]["prefill"]
-    return dict(
-        flops_fraction=flops(frame, "counter") / flops(full, "counter"),
-        causal_fraction=flops(frame, "causal") / flops(full, "causal"),
-        time_ratio=spent(frame) / spent(full),
-        ms={k: round(v, 1) for k, v in frame.attrs["timings"].items()},
-    )
-
 # %% ../../nbs/evaluation/07_results.ipynb #4b2d263b
 def answer_rows(
     model,
     processor,
-    samples,  # of Sample
+    samples,  # of Sample, ids must differ
     plans: dict,  # TRR in percent -> Schedule
     bounds,  # Boundaries, for tokens per block
-    batch_size: int = 16,
+    batch_size: int = 16,  # questions, those on one clip together
 ) -> list:  # of dict: what was right, and what it cost; the full model first
     "Answer in full, under each schedule, and with random tokens under the leanest one."
-    from seats_analysis.baselines.simple import Random
-    from seats_analysis.evaluation.evaluate import accuracy_table, evaluate
-    from seats_analysis.models.families import adapter_for
-
-    evaluate(model, processor, samples[:batch_size])  # or the first timing would be the worst
-    least, methods = min(plans), {("full", 100): None}
-    methods |= {("seats", trr): plan for trr, plan in plans.items()}
-    methods[("random", least)] = Random(plans[least])
-    options = dict(batch_size=batch_size, progress=True)
-    runs = {k: evaluate(model, processor, samples, m, **options) for k, m in methods.items()}
-    config, full = adapter_for(model).config(model), runs["full", 100]
-    named = {f"{method} {trr}": frame for (method, trr), frame in runs.items()}
-    scores, rows = accuracy_table(named, reference="full 100") / 100, []
-    for (method, trr), frame in runs.items():
-        mine = scores.loc[f"{method} {trr}"]
-        whole = mine.loc["all"]
+    least = min(plans)
+    runs = [MethodRun("full", "full", 100, (None,))]
+    runs += [MethodRun("seats", "seats", trr, (Seats(plan),)) for trr, plan in plans.items()]
+    runs.append(MethodRun("random", "random", least, (Random(plans[least]),)))
+    asked = Answering(model, processor, samples, runs, batch_size, title="answers")
+    answers, shape = asked.answer_all(progress=True), DataShape.of(model, processor, samples)
+    families, clips = (np.array([getattr(s, k) for s in samples]) for k in ("family", "clip"))
+    at, rows = ~np.isin(families, APART), []
+    of = lambda k, name: np.array([row[k][name] for row in answers], float)
+    part = lambda k, name: of(k, name).sum().item() / of(0, name).sum().item()
+    for k, run in enumerate(runs):
+        right, ms = of(k, "correct"), of(k, "ms").sum(0)
+        kept, *kept_ci = share_interval(right[at], of(0, "correct")[at], clips[at])
+        tokens = shape.weights @ sum(shape.plans(run.plans[0]).values()) / shape.weights.sum()
         rows.append(
             dict(
-                method=method,
-                trr=trr,
-                n=int((frame.family != "control").sum()),
-                wrong=sorted(frame.id[~frame.correct]),
-                accuracy=float(whole.accuracy),
-                ci=[float(whole.low), float(whole.high)],
-                kept=float(whole.relative),
-                kept_ci=[float(whole.relative_low), float(whole.relative_high)],
-                by_family={f: float(v) for f, v in mine.accuracy.items() if f != "all"},
-                tokens=per_block(frame.attrs["tokens_per_layer"], bounds),
-                **_cost(frame, full, config),
+                method=run.method,
+                trr=run.trr,
+                n=int(at.sum()),
+                wrong=sorted(s.id for s, good in zip(samples, right) if not good),
+                accuracy=right[at].mean().item(),
+                ci=list(accuracy_interval(right[at], clips[at])),
+                kept=kept,
+                kept_ci=kept_ci,
+                by_family={f: right[families == f].mean().item() for f in sorted({*families})},
+                tokens=per_block(tokens, bounds),
+                flops_fraction=part(k, "counter"),
+                causal_fraction=part(k, "causal"),
+                time_ratio=(ms[1:].sum() / of(0, "ms")[:, 1:].sum()).item(),
+                ms=dict(zip(("encoders", "selection", "prefill"), ms.round(1).tolist())),
             )
         )
     return rows

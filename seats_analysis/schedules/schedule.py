@@ -361,8 +361,8 @@ def _shipped(path):
     "The file of a shipped schedule by its name; what looks like a file's name stays as it is."
     if Path(path).is_file() or Path(path).suffix == ".json":
         return path
-    files = sorted(shipped_folder("schedules").glob("*_trr*.json"))
-    names = {file.stem.replace("_trr", "/"): file for file in files}
+    files = sorted(shipped_folder("schedules").glob("*_*.json"))
+    names = {file.stem.replace("_trr", "_").replace("_", "/"): file for file in files}
     if str(path) not in names:
         known = ", ".join(names)
         raise ValueError(f"{path}: neither a file nor a shipped schedule; those are {known}")
@@ -677,7 +677,7 @@ class Schedule:
 
     @classmethod
     def load(cls, path):
-        """Read a plan: a file, or a shipped one by its name, as `testbed/10` (model and TRR).
+        """Read a plan: a file, or a shipped one by its name, as `testbed/10` or `testbed/tuned`.
 
         Raises ValueError that names the file and its fault, or the shipped ones."""
         data = load_json(_shipped(path), "schedule")

@@ -45,6 +45,7 @@ SCHEMAS = dict(
     kv_policies=_json("kv_policies", "a comparison of cache policies", "rows"),
     tune=_json("tune", "a tuned chain", "promise chains search", ""),
     check=_json("check", "a check of a schedule", "promise chains", ""),
+    vllm=_json("vllm", "a benchmark in vLLM", "rows", "method round concurrency prompt_tokens"),
     eval=_json(
         "eval",
         "a comparison of methods",
