@@ -257,7 +257,9 @@ def test_late_removal_is_where_seats_has_it(runs, shape):
 def test_the_nearest_of_a_tuned_chain_is_brought_to_the_same_cost(shape):
     chain = [Seats.for_trr(16, t, t, 192, 40, like=PLANS[10]) for t in (0.3, 0.2, 0.07)]
     whole = [METHODS["vtw"].for_trr(16, 0.9, 0.9)]  # has no knob
-    found = method_runs(("seats",), PLANS, shape, tuned=dict(seats=chain, vtw=whole))
+    anchors = [METHODS["visionzip-om"].for_trr(16, 0.03, 0.5, 192, 40)]  # one in each window
+    tuned = dict(seats=chain, vtw=whole, visionzip=anchors)
+    found = method_runs(("seats",), PLANS, shape, tuned=tuned)
     at = {(e.label, e.trr): e for e in found}
     for trr, near in zip((35, 10), (chain[0], chain[2])):
         tuned, target = at["seats+tuned", trr], shape.cost(at["seats", trr].plans[0])
@@ -265,6 +267,8 @@ def test_the_nearest_of_a_tuned_chain_is_brought_to_the_same_cost(shape):
         assert tuned.mean([*map(shape.cost, tuned.plans)]) == pytest.approx(target, rel=TOLERANCE)
         assert tuned.plans[0].schedule.late_start == near.schedule.late_start
     assert at["vtw+tuned", 10].setting == "lowest setting"  # dearer
+    floors = [at[f"{name}+tuned", 10].floor for name in ("seats", "visionzip")]
+    assert floors == [(), ("visual",)]
 
 
 @contextmanager

@@ -293,7 +293,7 @@ Late = Annotated[
 class ModelOptions:
     "Options of every command that runs a model."
 
-    model: Annotated[str, Option(help="`testbed`, a folder with a checkpoint, or a hub id.")] = (
+    model: Annotated[str, Option(help="`testbed`, `testbed-qwen3`, a folder with a checkpoint, or a hub id.")] = (
         "testbed"
     )
     fps: Annotated[float | None, Option(min=0.01, help="Frames a second; default: 2.")] = None

@@ -64,7 +64,7 @@ def _text(results, path, ratios):
 def bench(
     config: str = Option(
         "",
-        help="qwen2.5-omni-7b, qwen2.5-omni-3b, qwen3-omni-30b-a3b or testbed, "
+        help="qwen2.5-omni-7b, qwen2.5-omni-3b, qwen3-omni-30b-a3b, testbed or testbed-qwen3, "
         "separated by commas.",
     ),
     width: int | None = Option(

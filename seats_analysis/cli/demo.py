@@ -186,7 +186,7 @@ def _demo_table(rows):
 # %% ../../nbs/cli/04_demo.ipynb #914eb1ff
 @app.command()
 def demo(
-    model: str = Option("testbed", help="`testbed`."),
+    model: str = Option("testbed", help="`testbed` or `testbed-qwen3`."),
     out: Path = Option(
         "seats_out/demo", help="Folder for profile, schedules, results and figures."
     ),

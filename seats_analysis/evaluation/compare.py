@@ -119,6 +119,14 @@ def method_runs(
     progress: bool = False,  # show a bar
 ) -> list:  # of `MethodRun`
     "The full model, methods by their own rule, then for each TRR SEATS and the others."
+
+    def matched(name, trr, build, highest):
+        found = match_cost(build, shape.cost, target, highest)
+        kept, least = map(shape.retention, (found["plans"][-1], build(LOWEST)))
+        ruled = getattr(found["plans"][0], "prunes", ())
+        floor = tuple(m for m in ruled if 0 < kept[m] <= least[m])
+        return MethodRun(name, name, trr, floor=floor, **found)
+
     out = [MethodRun("full", "full", 100, (None,), setting="full")]
     for label, method in rules.items():
         trr = round(100 * shape.retention(method)["layers"], 1)
@@ -135,16 +143,9 @@ def method_runs(
             for chain_of, chain in tuned.items():
                 near = min(chain, key=lambda p: abs(np.log(shape.cost(p) / target)))
                 build = lambda knob, near=near: replace(near, schedule=near.schedule.times(knob))
-                found = match_cost(build, shape.cost, target, 1 / LOWEST)
-                label = f"{chain_of}+tuned"
-                out.append(MethodRun(label, label, trr, **found))
+                out.append(matched(f"{chain_of}+tuned", trr, build, 1 / LOWEST))
         else:
-            build = partial(method_at, name, plan, counts)
-            found = match_cost(build, shape.cost, target, highest)
-            kept, least = map(shape.retention, (found["plans"][-1], build(LOWEST)))
-            ruled = getattr(found["plans"][0], "prunes", ())
-            floor = tuple(m for m in ruled if 0 < kept[m] <= least[m])
-            out.append(MethodRun(name, name, trr, floor=floor, **found))
+            out.append(matched(name, trr, partial(method_at, name, plan, counts), highest))
     return out
 
 # %% ../../nbs/evaluation/02_compare.ipynb #786a2034

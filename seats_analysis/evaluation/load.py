@@ -54,7 +54,7 @@ def _hub_config(name):
 
 
 def check_model(
-    name,  # `testbed`, a folder, or a hub id
+    name,  # `testbed`, `testbed-qwen3`, a folder, or a hub id
 ) -> int | None:  # decoder layers, if the configuration says
     """The depth of a model, from its configuration alone: nothing heavy is imported. ValueError for
     a name that is none, and for a model that cannot be had here."""
@@ -126,7 +126,7 @@ _ATTENTION = "sdpa", "eager", "flash_attention_2"
 
 
 def load_model(
-    name: str,  # `testbed`, a folder, or a hub id
+    name: str,  # `testbed`, `testbed-qwen3`, a folder, or a hub id
     device: str = "",  # 'cpu', 'cuda'; '' takes a GPU where there is one
     trust_remote_code: bool = False,  # whether to run Python that the checkpoint brings
     dtype: str = "auto",  # as stored, or 'float32', 'bfloat16', 'float16'

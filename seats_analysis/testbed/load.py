@@ -107,7 +107,7 @@ def build_feature_extractor(family):
     )
 
 # %% ../../nbs/testbed/01_load.ipynb #c27b036a
-TESTBEDS = {"testbed": "qwen2.5-omni"}  # name -> family; the other one is still being trained
+TESTBEDS = {"testbed": "qwen2.5-omni", "testbed-qwen3": "qwen3-omni"}  # name -> family
 _CLASSES = {"qwen2.5-omni": "Qwen2_5Omni", "qwen3-omni": "Qwen3OmniMoe"}
 
 
