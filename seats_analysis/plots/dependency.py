@@ -30,8 +30,12 @@ from seats_analysis.plots.style import (
 # %% ../../nbs/plots/01_dependency.ipynb #f793e94a
 def derive_split(profile):
     "The split that boundaries are derived from; None where the profile does not have it."
-    splits = profile.coords.get("split", ())
-    return "derive" if "derive" in np.asarray(splits).astype(str) else None
+    return "derive" if "derive" in profile["split"].values.astype(str) else None
+
+
+def conditions_of(profile):
+    "The conditions that can be drawn, in the order of legends."
+    return [r for r in LOOKS if r in profile["removed"].values]
 
 
 def curve_of(profile, removed, corrected=False, **options):
@@ -56,8 +60,9 @@ def curve_of(profile, removed, corrected=False, **options):
     )
 
 
-def curves_of(profile, conditions, families=None, **options):
+def curves_of(profile, conditions=None, families=None, **options):
     "Condition -> curve, and `control`: the families that need nothing, where one is answered."
+    conditions = conditions or conditions_of(profile)
     curves = {r: curve_of(profile, r, families=families, **options) for r in conditions}
     if control := [f for f, needs in family_needs(profile).items() if not needs]:
         with suppress(ValueError):
@@ -85,8 +90,10 @@ def draw_boundary(ax, y, layers, removed, late, label=None):
 
 def draw_dependency(fig, curves, bounds, corrected=False):
     "Curves of `curves_of` and, below them, the boundaries; blocks are those of both if there."
-    n_layers = int(max(curve["layer"].max() for curve in curves.values()))
+    first = next(iter(curves.values()))
+    n_layers = int(first["layer"][-1])
     if bounds:
+        bounds = {r: bounds[r] for r in LOOKS if r in bounds}
         ax, strip = fig.subplots(2, 1, sharex=True, height_ratios=[4.6, 1])
         main = bounds.get("both") or next(iter(bounds.values()))
         shade_blocks(ax, (main.shallow_end, main.late_start, n_layers))
@@ -95,7 +102,7 @@ def draw_dependency(fig, curves, bounds, corrected=False):
         ax = strip = fig.subplots()
     for name, curve in curves.items():
         draw_curve(ax, curve, name)
-    chance_line(ax, next(iter(curves.values()))["chance"])
+    chance_line(ax, first["chance"])
     top = 103 * max(curve["value"].max() for curve in curves.values()) + 2
     ax.set(ylim=(-9 if corrected else 0, np.clip(top, 109, 160)), yticks=range(0, 101, 20))
     ax.set_ylabel(f"Retained performance {'above chance (%)' if corrected else '(% of full)'}")
@@ -131,26 +138,21 @@ def plot_dependency(
     bounds = boundaries or {}
     if hasattr(bounds, "removed"):
         bounds = {bounds.removed: bounds}
-    conditions = [r for r in LOOKS if r in profile["removed"].values]
-    curves = curves_of(profile, conditions, split=split, corrected=corrected)
+    curves = curves_of(profile, split=split, corrected=corrected)
     fig = new_figure(COLUMN, 3.2 if bounds else 2.5)
-    draw_dependency(fig, curves, {r: bounds[r] for r in LOOKS if r in bounds}, corrected)
+    draw_dependency(fig, curves, bounds, corrected)
     return fig
 
 # %% ../../nbs/plots/01_dependency.ipynb #cd98825d
 @house_style()
 def plot_side_by_side(
-    profiles,  # model -> xr.Dataset
-    bounds,  # model -> {condition: Boundaries}
+    models,  # name -> xr.Dataset, {condition: Boundaries}
 ):  # matplotlib Figure, two columns wide
     "Dependency of several models, a panel each."
     fig = new_figure(PAGE, 3.3)
-    for (name, profile), panel in zip(profiles.items(), fig.subfigures(1, len(profiles))):
-        conditions = [r for r in LOOKS if r in profile["removed"].values]
-        curves = curves_of(profile, conditions, split=derive_split(profile))
-        draw_dependency(
-            panel, curves, {r: bounds[name][r] for r in conditions if r in bounds[name]}
-        )
+    panels = fig.subfigures(1, len(models))
+    for panel, (name, (profile, bounds)) in zip(panels, models.items()):
+        draw_dependency(panel, curves_of(profile, split=derive_split(profile)), bounds)
         panel.legends[-1].set_title(name)  # a title of the panel would lie on the legend
     return fig
 
@@ -175,7 +177,7 @@ def family_figure(
     for k, (ax, family) in enumerate(zip(axes, families)):
         title = names[family]
         try:
-            for removed in [r for r in LOOKS if r in profile["removed"].values]:
+            for removed in conditions_of(profile):
                 curve = curve_of(profile, removed, split=split, families=(family,), n_boot=400)
                 draw_curve(ax, curve, removed, linewidth=0.9, markersize=1.8)
                 top = max(top, 103 * curve["value"].max())

@@ -18,8 +18,14 @@ from ..boundaries.find import Resampled
 from ..boundaries.report import explain
 from ..boundaries.retention import needed_families
 from ..inputs.layout import MODALITIES
-from .dependency import curves_of, derive_split, draw_dependency, draw_retention
-from .style import LOOKS, PAGE, RED, house_style, new_figure
+from seats_analysis.plots.dependency import (
+    conditions_of,
+    curves_of,
+    derive_split,
+    draw_dependency,
+    draw_retention,
+)
+from .style import PAGE, RED, house_style, new_figure
 from ..schedules.cost import flops_fraction
 from ..schedules.schedule import DEFAULT_LATE, Schedule, ScheduleWarning
 from ..storage.files import output_folder, shipped_folder
@@ -53,8 +59,7 @@ class Source:
         model = str(profile.attrs.get("model", ""))
         self.tokens = json.loads(profile.attrs.get("tokens", "null"))  # means of a prompt
         self.config = model_config(model)
-        removed = profile["removed"].values.astype(str)
-        self.conditions = tuple(name for name in LOOKS if name in removed)
+        self.conditions = tuple(conditions_of(profile))
         needed = [needed_families(profile, name) for name in self.conditions]
         self.families = (ALL, *dict.fromkeys(sum(map(list, needed), [])))
 
@@ -207,10 +212,9 @@ class Explorer:
             return None
         share = f"tolerance{100 * view.tolerance:g}_{view.late}_trr{view.trr:g}"
         path = self.out / f"{view.source.name}_{view.removed}_{view.family}_{share}.json"
-        if path.exists():
-            self.status.value = escape(f"not saved: {path} is there already")
-            return None
         try:
+            if path.exists():
+                raise FileExistsError(f"{path} is there already")
             view.plan.save(path)
         except OSError as error:
             self.status.value = escape(f"not saved: {error}")

@@ -214,16 +214,16 @@ def family_rows(found, trr):
 
 def reported_rows(folder, trusted=True):
     "Published numbers with their source, in one table: those that may be drawn, or the others."
-    rows = [(path.stem, r) for path in sorted(folder.glob("*.csv")) for r in read_reported(path)]
     return [
         {
-            "file": stem,
+            "file": path.stem,
             "statement": "; ".join(
                 f"{key.replace('_', ' ')} {v}" for key, v in r.items() if v and key != "source"
             ),
             "source": TRUSTED.get(r["source"], r["source"]),
         }
-        for stem, r in rows
+        for path in sorted(folder.glob("*.csv"))
+        for r in read_reported(path)
         if (r["source"] in TRUSTED) == trusted
     ]
 
@@ -336,8 +336,8 @@ def _with_source(source, draw, *args, **options):
 def _comparison_jobs(data, evals):
     "Figures of comparisons, beside published numbers."
     ours = evals.get("eval_testbed") or next(iter(evals.values()), None)
-    rows = lambda path: read_reported(path) if path.is_file() else None
-    times = rows(data / "reported" / "tradeoff_qwen2_5_omni_7b.csv")
+    published = data / "reported" / "tradeoff_qwen2_5_omni_7b.csv"
+    times = read_reported(published) if published.is_file() else None
     if times or ours:
         yield "accuracy_against_time", partial(time_figure, times, ours, "Qwen2.5-Omni-7B")
     for stem, found in evals.items():
@@ -372,8 +372,7 @@ def _measured(path):
 
 def _profile_jobs(stem, profile, bounds):
     "Figures of one profile: both splits, chance-corrected, and the families."
-    splits = profile["split"].values.astype(str) if "split" in profile.coords else np.array([])
-    derive, conditions = derive_split(profile), list(map(str, profile["removed"].values))
+    splits, derive = profile["split"].values.astype(str), derive_split(profile)
 
     def job(draw, split, more="", **options):
         part = profile if split is None else profile.isel(sample=np.flatnonzero(splits == split))
@@ -383,11 +382,9 @@ def _profile_jobs(stem, profile, bounds):
         return _with_source(said, draw, profile, bounds, split=split, **options)
 
     yield f"{stem}_dependency", job(plot_dependency, derive)
-    try:
-        curves_of(profile, conditions, split=derive, corrected=True)
+    with suppress(ValueError):  # not above chance
+        curves_of(profile, split=derive, corrected=True)
         yield f"{stem}_dependency_corrected", job(plot_dependency, derive, corrected=True)
-    except ValueError:
-        pass  # not above chance
     if "test" in splits:
         yield f"{stem}_dependency_test", job(plot_dependency, "test")
     if len(family_needs(profile)) > 1:
@@ -468,9 +465,8 @@ def figure_jobs(
     for stem, (profile, bounds) in known.items():
         jobs |= _profile_jobs(stem, profile, bounds)
     if len(known) > 1:
-        profiles, bounds = ({k: v[i] for k, v in known.items()} for i in (0, 1))
         said = "Measured here; questions of the derive split where there is one; 95 % bands"
-        jobs["models_dependency"] = _with_source(said, plot_side_by_side, profiles, bounds)
+        jobs["models_dependency"] = _with_source(said, plot_side_by_side, known)
     jobs |= _schedule_jobs(data)
     jobs |= _result_jobs(data, results)
     for name, family in TESTBEDS.items():
