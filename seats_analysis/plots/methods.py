@@ -177,9 +177,8 @@ def time_share(row):
 
 def source_of(found, more=""):
     "Where a comparison was measured, for `say_source`."
-    rows = [r for r in found["rows"] if r["method"] != "full"] or found["rows"]
     device = f"{found['threads']} CPU threads" if found["device"] == "cpu" else found["device"]
-    n = max(r["n"] for r in rows)
+    n = max(r["n"] for r in found["rows"])
     return (
         f"Measured here on {found['model']} ({device}), {n} questions, {found['clips']} clips{more}"
     )
@@ -187,17 +186,20 @@ def source_of(found, more=""):
 # %% ../../nbs/plots/03_methods.ipynb #c95a1ec3
 def _published_times(ax, rows):
     "Points of the authors' figure, and TRR where it is stated."
-    for method in dict.fromkeys(r["method"] for r in rows):
-        own = sorted((r for r in rows if r["method"] == method), key=lambda r: r["time_ms"])
-        x, y = [r["time_ms"] for r in own], [r["accuracy"] for r in own]
-        ax.plot(x, y, label=NAMES.get(method, method), **method_look(method))
+    import pandas as pd
+
+    table = pd.DataFrame(rows)
+    for method, own in table.groupby("method", sort=False):
+        own = own.sort_values("time_ms")
+        label = NAMES.get(method, method)
+        ax.plot(own["time_ms"], own["accuracy"], label=label, **method_look(method))
         if method == "seats":
-            for r, *at in zip(own, x, y):
+            for r in own.itertuples():
                 look = dict(textcoords="offset points", va="top", fontsize=5.8, color=BLUE)
-                ax.annotate(r["trr_percent"], at, (4, -2), **look)
+                ax.annotate(r.trr_percent, (r.time_ms, r.accuracy), (4, -2), **look)
         if method == "full":
-            ax.axhline(y[0], **DASHED)
-    ax.set(xlim=(0, 1.06 * max(r["time_ms"] for r in rows)), xlabel="Selection + prefill (ms)")
+            ax.axhline(own["accuracy"].iloc[0], **DASHED)
+    ax.set(xlim=(0, 1.06 * table["time_ms"].max()), xlabel="Selection + prefill (ms)")
     ax.set_ylabel("Accuracy, mean of 5 benchmarks (%)")
     ax.margins(y=0.09)
     ax.grid(axis="y")
@@ -230,42 +232,37 @@ def _measured_times(ax, found):
     ax.grid(axis="y")
 
 
-def _side_by_side(panels, height):
-    """Lettered panels, (title, function of the axes, source) each; one column wide for one.
-    Raises ValueError for none."""
-    if not panels:
-        raise ValueError("neither published numbers nor a measured comparison: nothing to draw")
-    fig = new_figure(PAGE if len(panels) == 2 else COLUMN, height)
-    axes = fig.subplots(1, len(panels), squeeze=False)[0]
-    letters, sources = ("a", "b") if len(panels) == 2 else ("",), []
-    for letter, (title, draw, source), ax in zip(letters, panels, axes):
-        draw(ax)
-        ax.set_title(f"{letter}  {title}".strip(), pad=3)
-        sources.append(f"{letter}: {source}".removeprefix(": "))
-    tight = dict(handlelength=2.2, columnspacing=0.9, handletextpad=0.5)
-    legend_outside(fig, axes[::-1], 7 if len(panels) == 2 else 3, **tight)
-    return say_source(fig, "\n".join(sources))
-
-
 @house_style()
 def time_figure(
     published=None,  # rows of `read_reported`; only those of the authors are drawn
     found=None,  # stored comparison of methods
     name="",  # model of the published points
 ):  # matplotlib Figure, two columns wide; one where there is one panel
-    "Accuracy against selection + prefill time, published and measured apart; one may be missing."
-    panels = []
+    """Accuracy against selection + prefill time, published and measured apart; one may be missing.
+    Raises ValueError where both are."""
+    panels = []  # title, source, function of axes and numbers, numbers
     if rows := verified(published, "time_ms", "accuracy"):
         said = (
             "Published by the authors of SEATS, read by eye off their figure "
             "(error about 1 % of the axis), no intervals given; numbers: TRR (%)"
         )
-        panels.append((f"published, {name}", lambda ax: _published_times(ax, rows), said))
+        panels.append((f"published, {name}", said, _published_times, rows))
     if found:
         said = source_of(found, "; bars: 95 % intervals; rings: at its floor")
         title = wrapped(f"measured here, {found['model']}", 50)
-        panels.append((title, lambda ax: _measured_times(ax, found), said))
-    return _side_by_side(panels, 2.9)
+        panels.append((title, said, _measured_times, found))
+    if not panels:
+        raise ValueError("neither published numbers nor a measured comparison: nothing to draw")
+    both, sources = len(panels) == 2, []
+    fig = new_figure(PAGE if both else COLUMN, 2.9)
+    axes = fig.subplots(1, len(panels), squeeze=False)[0]
+    for ax, letter, (title, said, draw, numbers) in zip(axes, "ab", panels):
+        draw(ax, numbers)
+        ax.set_title(f"{letter}  {title}" if both else title, pad=3)
+        sources.append(f"{letter}: {said}" if both else said)
+    tight = dict(handlelength=2.2, columnspacing=0.9, handletextpad=0.5)
+    legend_outside(fig, axes[::-1], 7 if both else 3, **tight)
+    return say_source(fig, "\n".join(sources))
 
 # %% ../../nbs/plots/03_methods.ipynb #cb67d331
 def _forest(rows, value):
