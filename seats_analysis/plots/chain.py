@@ -31,19 +31,19 @@ def _tried(ax, rows):
         ax.scatter(*at, s=size, color=color, label=label, linewidth=0, alpha=0.7)
     chain = sorted((r["cost"], r["kl"]) for r in rows if r["chain"])
     ax.plot(*np.transpose(chain) * [[100], [1]], color=BLUE, label="chain", zorder=4)
-    ax.set(yscale="log", xlabel="FLOPs (% of full)", ylabel="KL to the full model (nats)")
+    ax.set(yscale="log", ylabel="KL to the full model (nats)", title="a  search")
 
 
 def _certified(ax, found):
     "FLOPs against the share of changed answers; filled where it holds."
     for name, chain in found["chains"].items():
-        label, color, marker = _NAMES.get(name, (name, BLUE, "o"))
+        label, color, marker = _NAMES[name]
         x, y = ([100 * r[key] for r in chain["rows"]] for key in ("cost", "changed"))
         ax.plot(x, y, color=color, marker=marker, markerfacecolor="white", markersize=4)
         n = chain["held"]
         ax.plot(x[:n], y[:n], marker, color=color, markersize=4, label=f"{label}, holds")
     ax.axhline(100 * found["promise"]["max_change"], **DASHED)
-    ax.set(xlabel="FLOPs (% of full)", ylabel="Answers that change (%)")
+    ax.set(ylabel="Answers that change (%)", title="b  calibration")
 
 
 @house_style()
@@ -52,12 +52,12 @@ def chain_figure(
 ):  # matplotlib Figure, two columns wide
     "The search, and the certificate."
     fig = new_figure(PAGE, 2.4)
-    left, right = fig.subplots(1, 2)
-    _tried(left, found["search"])
-    _certified(right, found)
-    for ax, title in ((left, "a  search"), (right, "b  calibration")):
-        ax.set_title(title)
-    legend_outside(fig, [left, right], 5)
+    axes = fig.subplots(1, 2)
+    _tried(axes[0], found["search"])
+    _certified(axes[1], found)
+    for ax in axes:
+        ax.set_xlabel("FLOPs (% of full)")
+    legend_outside(fig, axes, 5)
     p = found["promise"]
     return say_source(
         fig,

@@ -52,8 +52,9 @@ def plot_kept(
     "Frames and spectrogram of a clip with the tokens that were kept after each stage."
     has_video = clip.frames is not None and kept["grid"][0] > 0
     has_audio = clip.waveform is not None and kept["audio_tokens"] > 0
-    grids, rows, cols = kept["grid"]
-    everything = dict(stage=0, visual=range(grids * rows * cols), audio=range(kept["audio_tokens"]))
+    everything = dict(
+        stage=0, visual=range(np.prod(kept["grid"])), audio=range(kept["audio_tokens"])
+    )
     stages = [everything] + [s for s in kept["stages"] if s["visual"] or s["audio"]]
     image = _spectrogram(clip.waveform, clip.sample_rate) if has_audio else None
     seconds = len(clip.waveform) / clip.sample_rate if has_audio else 0
@@ -98,7 +99,7 @@ def _draw_frames(ax, frames, grid, kept):
 
     grids, rows, cols = grid
     shown = np.unique(np.linspace(0, grids - 1, min(grids, _MAX_FRAMES)).round().astype(int))
-    mask = np.isin(np.arange(grids * rows * cols), kept).reshape(grid)[shown]
+    mask = np.isin(np.arange(np.prod(grid)), kept).reshape(grid)[shown]
     per_grid = max(1, len(frames) // grids)
     frames = frames[np.minimum(shown * per_grid, len(frames) - 1)]
     _, height, width, _ = frames.shape
@@ -134,7 +135,7 @@ def _draw_audio(ax, image, seconds, kept, audio):
     look = dict(origin="lower", aspect="auto", cmap="Greys", vmin=-60, vmax=0)
     ax.imshow(image, extent=extent, **look)
     if len(audio) < n:
-        removed = [(j / rate, 1 / rate) for j in range(n) if j not in set(audio)]
+        removed = [(j / rate, 1 / rate) for j in np.setdiff1d(range(n), audio)]
         ax.broken_barh(removed, (0, _MAX_KHZ), color="white", alpha=0.85, linewidth=0)
         starts = np.array(audio) / rate
         ax.hlines([0.12] * len(audio), starts, starts + 1 / rate, color=RED, linewidth=2)

@@ -120,14 +120,15 @@ def say_source(
     lines = []
     for line in text.splitlines():
         lines += textwrap.wrap(line.replace(" %", "\u00a0%"), int(22.5 * width))
+    text = "\n".join(lines)
     fig.set_size_inches(width, height + 0.1 * len(lines) + 0.05)
     looks = dict(fontsize=5.8, color="#444444", linespacing=1.15)
     above = [legend for legend in fig.legends if legend._outside_loc == "upper"]
-    if not above:
-        fig.suptitle("\n".join(lines), **looks)
-    for legend in above[:1]:  # a title of its own would lie on the legend
-        legend.set_title("\n".join(lines))
-        legend.get_title().set(**looks, multialignment="center")
+    if above:  # a title of its own would lie on the legend
+        above[0].set_title(text)
+        above[0].get_title().set(**looks, multialignment="center")
+    else:
+        fig.suptitle(text, **looks)
     return fig
 
 # %% ../../nbs/plots/00_style.ipynb #657b0598
@@ -140,14 +141,11 @@ def shade_blocks(
     inches=2.9,  # width of the axis; blocks are named where there is room, 0 names none
 ):
     "Shallow, middle and late as bands; code layers i..j are printed i+1..j."
-    shallow_end, late_start, n_layers = edges
-    for (name, shade), lo, hi in zip(
-        BLOCK_SHADES.items(), (0, shallow_end, late_start), (shallow_end, late_start, n_layers)
-    ):
+    for (name, shade), lo, hi in zip(BLOCK_SHADES.items(), (0, *edges), edges):
         if hi <= lo:
             continue
         ax.axvspan(lo + 0.5, hi + 0.5, color=shade, linewidth=0, zorder=0)
-        if inches * (hi - lo) / (n_layers + 1) > 0.048 * len(name):
+        if inches * (hi - lo) / (edges[-1] + 1) > 0.048 * len(name):
             at, above = (lo + hi) / 2 + 0.5, ax.get_xaxis_transform()
             ax.text(at, 1.015, name, transform=above, ha="center", va="bottom", fontsize=6.5)
 
