@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/plots/04_chain.ipynb #a03c2f35
-import numpy as np
 from seats_analysis.plots.style import (
     BLUE,
     DASHED,
@@ -24,13 +23,16 @@ _NAMES = dict(tuned=("tuned", BLUE, "o"), fixed=("published shape", ORANGE, "s")
 
 def _tried(ax, rows):
     "FLOPs against KL; large: those that answered more questions."
+    import pandas as pd
+
+    tried = pd.DataFrame(rows)
+    size = 2 + 14 * tried["questions"] / tried["questions"].max()
     for fixed, color, label in ((False, "#9a9a9a", "tried"), (True, ORANGE, "published shape")):
-        own = [r for r in rows if r["fixed"] == fixed]
-        size = [2 + 14 * r["questions"] / max(q["questions"] for q in rows) for r in own]
-        at = [100 * r["cost"] for r in own], [max(r["kl"], 1e-6) for r in own]
-        ax.scatter(*at, s=size, color=color, label=label, linewidth=0, alpha=0.7)
-    chain = sorted((r["cost"], r["kl"]) for r in rows if r["chain"])
-    ax.plot(*np.transpose(chain) * [[100], [1]], color=BLUE, label="chain", zorder=4)
+        own = tried[tried["fixed"] == fixed]
+        look = dict(s=size[own.index], color=color, linewidth=0, alpha=0.7)
+        ax.scatter(100 * own["cost"], own["kl"].clip(lower=1e-6), label=label, **look)
+    chain = tried[tried["chain"]].sort_values(["cost", "kl"])
+    ax.plot(100 * chain["cost"], chain["kl"], color=BLUE, label="chain", zorder=4)
     ax.set(yscale="log", ylabel="KL to the full model (nats)", title="a  search")
 
 

@@ -193,8 +193,8 @@ def family_figure(
     for ax in axes[len(families) :]:
         ax.remove()
     fig.axes[0].set(ylim=(0, min(top, 205)), yticks=[0, 50, 100])
-    fig.supxlabel("Tokens removed before layer", fontsize=7)
-    fig.supylabel("Retained performance (% of full)", fontsize=7)
+    fig.supxlabel("Tokens removed before layer")
+    fig.supylabel("Retained performance (% of full)")
     legend_outside(fig, fig.axes, 3, handlelength=2.6)
     return fig
 
@@ -238,7 +238,7 @@ def plot_retention(
 ):  # matplotlib Figure, one column wide
     """Fraction of visual and of audio tokens that each layer processes. Raises ValueError for
     different layer counts."""
-    plans = {"schedule": schedules} if hasattr(schedules, "levels") else dict(schedules)
+    plans = {"schedule": schedules} if hasattr(schedules, "levels") else schedules
     if len(counts := {p.num_layers for p in plans.values()}) != 1:
         raise ValueError(f"schedules for different layer counts: {sorted(counts)}")
     fig = new_figure(COLUMN, 2.1)

@@ -87,7 +87,7 @@ def plot_kept(
     notes += [f"stage III, from layer {layer}: text only" for layer in text_only[:1]]
     panels[-1].set_xlabel("\n".join(notes))
     if has_audio:
-        fig.supylabel("Frequency (kHz)", fontsize=7)
+        fig.supylabel("Frequency (kHz)")
     fig.get_layout_engine().set(h_pad=0.014, hspace=0)
     return fig
 

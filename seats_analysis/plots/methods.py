@@ -105,9 +105,10 @@ def verified(rows, *numbers):
 # %% ../../nbs/plots/03_methods.ipynb #47eac0b0
 def kind_of(row):
     "Published setting, with late removal, tuned, or SEATS with a part changed, by its name."
+    if row["method"].startswith("seats-"):
+        return "ablation"
     kind = row["method"].rpartition("+")[2]
-    kind = kind if kind in ("late", "tuned") else "published"
-    return "ablation" if row["method"].startswith("seats-") else kind
+    return kind if kind in ("late", "tuned") else "published"
 
 
 def by_rule(row):
@@ -303,7 +304,7 @@ def comparison_figure(
             ax.axvspan(low, high, color=BLUE, alpha=0.15, linewidth=0, zorder=0)
             flops = f"FLOPs {100 * seats['cost']:.0f} % of full"
             ax.set_title(f"TRR {trr:g} %, {flops}", fontsize=6.2)
-    fig.supxlabel("Accuracy (%)", fontsize=7)
+    fig.supxlabel("Accuracy (%)")
     more = "; lines: 95 % intervals; band: SEATS; dashed: full model; open: outside the ranking"
     return say_source(fig, source_of(found, more))
 
@@ -317,8 +318,7 @@ def ablation_figure(
     fig = _forest(rows, "diff_seats")
     for ax in fig.axes:
         ax.axvline(0, color=INK, linewidth=0.7)
-    title = "Accuracy minus that of SEATS on the same questions (percentage points)"
-    fig.supxlabel(title, fontsize=7)
+    fig.supxlabel("Accuracy minus that of SEATS on the same questions (percentage points)")
     more = "; at equal FLOPs; lines: 95 % paired intervals; open: the interval holds zero"
     return say_source(fig, source_of(found, more))
 
@@ -385,6 +385,6 @@ def learning_curves_figure(
     ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}")
     for ax in axes[len(families) + 1 :]:
         ax.remove()
-    fig.supxlabel("Training steps (thousands)", fontsize=7)
-    fig.supylabel("Accuracy (%)", fontsize=7)
+    fig.supxlabel("Training steps (thousands)")
+    fig.supylabel("Accuracy (%)")
     return fig

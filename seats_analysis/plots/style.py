@@ -34,6 +34,7 @@ RC = {
     "font.size": 7,
     "axes.labelsize": 7,
     "axes.titlesize": 7,
+    "figure.labelsize": 7,
     "xtick.labelsize": 6.5,
     "ytick.labelsize": 6.5,
     "legend.fontsize": 6.5,
