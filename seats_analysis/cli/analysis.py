@@ -26,6 +26,7 @@ from seats_analysis.cli.app import (
     names_of,
     note,
     numbers_of,
+    output_file,
     resumable,
     table,
     takes,
@@ -33,7 +34,6 @@ from seats_analysis.cli.app import (
 )
 from ..inputs.layout import MODALITIES
 from ..storage.checkpoint import checkpoint_of
-from ..storage.files import output_folder
 from ..storage.schemas import load_profile, save_json
 
 # %% ../../nbs/cli/01_analysis.ipynb #5d1079fd
@@ -60,8 +60,8 @@ def _layer_list(text, num_layers=None):
     if not text or text == "auto":
         return text or None
     try:
-        start_stop_step = ":" in text and range(*map(int, text.split(":")))
-        layers = list(start_stop_step or map(int, text.split(",")))
+        numbers = map(int, text.split(":" if ":" in text else ","))
+        layers = list(range(*numbers) if ":" in text else numbers)
     except (ValueError, TypeError):
         layers = []
     if not layers:
@@ -124,8 +124,8 @@ def probe(
     `accelerate launch --no_python seats probe ...` shares the work among processes.
     """
     num_layers = asked.depth()
-    default = output_folder(asked.data) / "profiles" / f"{name_of(asked.model)}.nc"
-    out = writable(out or default, "profile", overwrite)
+    usual = f"profiles/{name_of(asked.model)}.nc"
+    out = output_file(out, asked.data, usual, "profile", overwrite)
     removed = names_of(removed, "--removed", (*MODALITIES, "both"))
     chosen = dict(removed=removed, layers=_layer_list(layers, num_layers))
     samples = asked.samples()
@@ -151,10 +151,14 @@ def find_blocks(profile, removed, split="derive", **options):
     return find_boundaries(profile, removed, split=_known_split(profile, split), **options)
 
 
+def derived_from(profile):
+    "The samples that boundaries are derived from: the split `derive`, or all where there is none."
+    derive = profile["split"].values.astype(str) == "derive"
+    return profile.isel(sample=derive) if derive.any() else profile
+
+
 def _start(layer, interval, num_layers):
     "A block's first layer with its interval, printed from 1."
-    if layer is None or interval is None:
-        return "-" if layer is None else str(layer + 1)
     low, high = interval
     return f"{layer + 1} ({low + 1} to {high + 1 if high < num_layers else 'end'})"
 
@@ -168,16 +172,11 @@ def boundary_row(
 ) -> dict:  # column -> text, layers printed from 1
     "One line of the table that `seats boundaries` prints."
     n, certified, same = b.num_layers, b.late_start_certified, b.parameters.get("stability", {})
-    if b.unmeasurable:
-        unknown = dict.fromkeys(("shallow", "middle", "late"), "-")
-        starts = dict.fromkeys(("middle starts (95 %)", "late starts (95 %)"), "not measurable")
-        sure = dict.fromkeys(("middle same", "late same", "late by KL", "certified"), "-")
-        return {"removed": b.removed, **unknown, **starts, **sure}
     edges, kl = (0, b.shallow_end, b.late_start, n), b.parameters.get("kl")
     blocks = [(low + 1, high) for low, high in zip(edges, edges[1:])]
     spans = ["-" if lo > hi else f"{lo}" if lo == hi else f"{lo} to {hi}" for lo, hi in blocks]
     late = _start(b.late_start, b.late_start_ci, n) if b.late_start < n else "no late block"
-    return {
+    row = {
         "removed": b.removed,
         **dict(zip(("shallow", "middle", "late"), spans)),
         "middle starts (95 %)": _start(b.shallow_end, b.shallow_end_ci, n),
@@ -185,23 +184,27 @@ def boundary_row(
         "middle same": _share(same.get("shallow_end")),
         "late same": _share(same.get("late_start")),
         "late by KL": _start(kl["late_start"], kl["interval"], n) if kl else "-",
-        "certified": "-" if certified is None or certified >= n else str(certified + 1),
+        "certified": "-" if certified >= n else str(certified + 1),
     }
+    if b.unmeasurable:
+        starts = dict.fromkeys(("middle starts (95 %)", "late starts (95 %)"), "not measurable")
+        return dict.fromkeys(row, "-") | {"removed": b.removed} | starts
+    return row
 
 
 def _family_row(r, num_layers):
     "The same for one family, from a row of `boundary_table`."
-    ends = ("", "_low", "_high")
-    (middle, *span), (late, *late_span) = (
-        [r[n + e] for e in ends] for n in ("shallow_end", "late_start")
-    )
-    start = lambda at, ci: "not measurable" if at is None else _start(at, ci, num_layers)
+
+    def start(name):
+        at, *interval = (r[name + end] for end in ("", "_low", "_high"))
+        return "not measurable" if at is None else _start(at, interval, num_layers)
+
     return {
         "removed": r["removed"],
         "family": r["family"],
         "questions": r["questions"] or "-",
-        "middle starts (95 %)": start(middle, span),
-        "late starts (95 %)": start(late, late_span),
+        "middle starts (95 %)": start("shallow_end"),
+        "late starts (95 %)": start("late_start"),
         "middle same": _share(r["shallow_end_same"]),
         "late same": _share(r["late_start_same"]),
     }
@@ -221,12 +224,11 @@ Margin = Annotated[
 ]
 
 
-def figure_name(path, overwrite):
-    "The name of a figure without its suffix, once it is clear that PNG and PDF can be written."
+def check_figure(path, overwrite):
+    "Raise ValueError unless a figure can be written as PNG and PDF."
     stem = path.with_suffix("") if path.suffix in (".png", ".pdf") else path
     for suffix in (".png", ".pdf"):
         writable(f"{stem}{suffix}", overwrite=overwrite)
-    return stem
 
 
 @app.command()
@@ -249,7 +251,8 @@ def boundaries(
 
     For each condition, with 95 % intervals; printed layers start at 1.
     """
-    figure = figure and figure_name(figure, overwrite)
+    if figure:
+        check_figure(figure, overwrite)
     from seats_analysis.boundaries.report import boundary_table
     from seats_analysis.plots.dependency import boundaries_figure
     from seats_analysis.plots.style import save_figure
@@ -286,7 +289,7 @@ def stored_tokens(profile, given="") -> tuple:  # visual, audio
             raise ValueError(f"--tokens {given!r}: give {example}")
         return tokens
     if "tokens" in profile.attrs:
-        return tuple(json.loads(profile.attrs["tokens"])[m] for m in ("visual", "audio"))
+        return tuple(json.loads(profile.attrs["tokens"])[m] for m in MODALITIES)
     raise ValueError(
         "the profile does not say how many visual and audio tokens its clips have; "
         "add --tokens VISUAL,AUDIO"
@@ -309,7 +312,7 @@ def _stated_blocks(text, profile):
 def _describe(plan):
     "A schedule in a few lines, layers printed from 1."
     pair = lambda of: f"visual {100 * of['visual']:.3g} %, audio {100 * of['audio']:.3g} %"
-    late = {m: plan.late(m) for m in ("visual", "audio")}
+    late = {m: plan.late(m) for m in MODALITIES}
     gone = lambda l: f"gone from layer {l + 1}" if l < plan.num_layers else "stays to the end"
     drops = ", ".join(str(d + 1) for d in plan.drop_layers)
     drops = drops and f"before layers {drops} of {plan.num_layers}"
@@ -368,8 +371,8 @@ def schedule(
     if (trr is None) == (visual is None and audio is None) or (visual is None) != (audio is None):
         raise ValueError("give either --trr N, or --visual N and --audio N (percent)")
     target = f"trr{trr:g}" if trr is not None else f"v{visual:g}_a{audio:g}"
-    default = output_folder(profile) / "schedules" / f"{profile.stem}_{target}.json"
-    out = writable(out or default, "schedule", overwrite)
+    usual = f"schedules/{profile.stem}_{target}.json"
+    out = output_file(out, profile, usual, "schedule", overwrite)
     from seats_analysis.schedules.schedule import DEFAULT_LATE, Schedule
 
     stored = load_profile(profile)
@@ -423,8 +426,8 @@ def simulate(
 
     Coverage, width and bias, where the boundaries are known.
     """
-    default = output_folder(profile) / "results" / "boundary_coverage.json"
-    out, sizes = writable(out or default, "coverage", overwrite), _sizes(sizes)
+    out = output_file(out, profile, "results/boundary_coverage.json", "coverage", overwrite)
+    sizes = _sizes(sizes)
     from seats_analysis.boundaries.simulate import (
         choose_late_confidence,
         coverage_study,
@@ -458,8 +461,8 @@ def sample_size(
 
     For the curve of a pilot and for planted shapes.
     """
-    default = output_folder(profile) / "results" / "questions_needed.json"
-    out, sizes = writable(out or default, "needed", overwrite), _sizes(sizes)
+    out = output_file(out, profile, "results/questions_needed.json", "needed", overwrite)
+    sizes = _sizes(sizes)
     from seats_analysis.boundaries.simulate import needed_study
 
     stored = load_profile(profile)

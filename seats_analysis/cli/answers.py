@@ -34,15 +34,22 @@ from seats_analysis.cli.app import (
     names_of,
     note,
     numbers_of,
+    output_file,
     resumable,
     table,
     takes,
     writable,
 )
 from ..evaluation.load import check_device, load_model
-from .analysis import StudyOut, figure_name, find_blocks, left_out, stored_tokens
+from seats_analysis.cli.analysis import (
+    StudyOut,
+    check_figure,
+    derived_from,
+    find_blocks,
+    left_out,
+    stored_tokens,
+)
 from ..storage.checkpoint import Checkpoint, checkpoint_of
-from ..storage.files import output_folder
 from ..storage.provenance import digest
 from ..inputs.layout import MODALITIES
 from ..storage.schemas import SCHEMAS, load_json, load_profile, save_json
@@ -176,12 +183,12 @@ def _run_text(answer, scores, report):
 
 def _compare(loaded, encoded, plan, choices, max_new_tokens):
     "Full and pruned: (answer, Run, scores, report) of each; times are medians of rounds in turns."
-    plans, rounds = dict(full=None, pruned=plan), []
+    plans = dict(full=None, pruned=plan)
     scores = {k: _answer(loaded, encoded, p, choices, max_new_tokens)[2] for k, p in plans.items()}
-    for _ in range(3):  # after the warm-up
-        rounds.append(
-            {k: _answer(loaded, encoded, p, (), max_new_tokens) for k, p in plans.items()}
-        )
+    rounds = [  # after the warm-up
+        {k: _answer(loaded, encoded, p, (), max_new_tokens) for k, p in plans.items()}
+        for _ in range(3)
+    ]
     found = {}
     for name, (answer, ran, _) in rounds[-1].items():
         report, timed = _report(loaded[0], encoded, ran, plans[name]), [r[name][1] for r in rounds]
@@ -268,13 +275,14 @@ def run(
         raise ValueError("--compare and --figure show what pruning does: add --trr or --schedule")
     check_trr(trr)
     num_layers = asked.depth()
-    if kept is not None:
+    if kept:
         writable(kept, "kept", overwrite)
-    figure = figure and figure_name(figure, overwrite)
+    if figure:
+        check_figure(figure, overwrite)
     from seats_analysis.schedules.schedule import Schedule
 
-    plan = Schedule.load(schedule) if schedule is not None else None
-    if plan is not None and num_layers:
+    plan = schedule and Schedule.load(schedule)
+    if plan and num_layers:
         plan.check_model(num_layers)
     if trr is not None:
         check_blocks(asked.model, profile, num_layers)
@@ -285,9 +293,9 @@ def run(
     loaded = asked.load()
     encoded = encode(*loaded, [sample], **limits)
     if trr is not None:
-        counts = [encoded.layout.counts()[m].item() for m in ("visual", "audio")]
+        counts = [encoded.layout.counts()[m].item() for m in MODALITIES]
         plan = solve(asked.model, (trr,), counts, profile, late)[trr]
-    if plan is not None:
+    if plan:
         check_origin(plan, loaded[0])
     if compare:
         found = _compare(loaded, encoded, plan, choice, max_tokens)
@@ -298,12 +306,12 @@ def run(
         report = _report(loaded[0], encoded, ran, plan)
         data = dict(answer=answer, choices=scores, **report)
         text = _run_text(answer, scores, report)
-    if places := [p for p in (kept, figure) if p is not None]:
-        place = os.path.relpath(clip, places[0].absolute().parent)
+    if kept or figure:
+        place = os.path.relpath(clip, (kept or figure).absolute().parent)
         positions = kept_positions(loaded[0], encoded, ran, answer, place)
-    if kept is not None:
+    if kept:
         save_json(kept, positions)
-    if figure is not None:
+    if figure:
         _draw_kept(clip, limits, positions, figure)
     emit(as_json, data, text)
 
@@ -343,9 +351,8 @@ def _vtw_rule(names, model, profile):
     from seats_analysis.baselines.attention import VTW
 
     stored = load_profile(source)
-    derive = stored["split"].values.astype(str) == "derive"
-    chosen = stored.isel(sample=derive) if derive.any() else stored
-    return {"vtw (rule)": VTW.from_profile(chosen, int(stored["layer"].max()))}
+    rule = VTW.from_profile(derived_from(stored), int(stored["layer"].max()))
+    return {"vtw (rule)": rule}
 
 
 def _tuned(paths, num_layers):  # -> method -> its chain, clips that made them
@@ -368,15 +375,12 @@ def _tuned(paths, num_layers):  # -> method -> its chain, clips that made them
 
 def _made_from(samples, profile, known=()):
     "How many of the questions made the boundaries (same id, clip and split), or a chain (clip)."
-    searched = [digest(s.clip)[:12] in known for s in samples]
-    stored = None if profile is None else load_profile(profile)
-    if stored is None or "sample" not in stored.coords:
-        return sum(searched)
-    text = lambda name: stored[name].values.astype(str).tolist()
-    derive = "derive" in text("split")
-    rows = zip(text("sample"), text("clip"), text("split"))
-    made = {(id, clip) for id, clip, split in rows if not derive or split == "derive"}
-    return sum(old or (s.id, s.clip) in made for s, old in zip(samples, searched))
+    made = set()
+    if profile is not None:
+        stored = derived_from(load_profile(profile))
+        if "sample" in stored.coords:
+            made.update(zip(*(stored[k].values.astype(str).tolist() for k in ("sample", "clip"))))
+    return sum((s.id, s.clip) in made or digest(s.clip)[:12] in known for s in samples)
 
 
 def _eval_text(result, out):
@@ -453,8 +457,8 @@ def eval_(
     the work among processes.
     """
     num_layers, model, data = asked.depth(), asked.model, asked.data
-    trrs, default = _trr_list(trr), output_folder(data) / "results" / f"eval_{name_of(model)}.json"
-    out = writable(out or default, "eval", overwrite)
+    trrs = _trr_list(trr)
+    out = output_file(out, data, f"results/eval_{name_of(model)}.json", "eval", overwrite)
     from seats_analysis.evaluation.compare import compare_methods, method_names
 
     names = method_names(names_of(methods, "--methods"))
@@ -466,8 +470,8 @@ def eval_(
             samples = _held_out(asked.limit, split, folder / CLIPS, seed)
         else:
             samples = asked.samples(split)
-        clips_asked = len({s.clip for s in samples})
-        note(f"{len(samples)} questions on {clips_asked} clips; loading {model}")
+        clips = len({s.clip for s in samples})
+        note(f"{len(samples)} questions on {clips} clips; loading {model}")
         loaded = asked.load()
         options = asked.limits(loaded[1])
         counts = mean_tokens(*loaded, samples, **options)
@@ -484,14 +488,19 @@ def eval_(
                 command += f" --{name.replace('_', '-')} {value}"
         splits = ",".join(sorted({s.split for s in samples}))
         options |= dict(
-            about=dict(command=command, data=Path(data).name, split=splits, broken=asked.broken)
-            | dict(questions_of_schedule=_made_from(samples, profile_of(model, profile), known)),
+            about=dict(
+                command=command,
+                data=Path(data).name,
+                split=splits,
+                broken=asked.broken,
+                questions_of_schedule=_made_from(samples, profile_of(model, profile), known),
+            ),
             rules=_vtw_rule(names, model, profile),
             tuned=chains,
             answers=answers,
             batch_size=batch or (16 if data == "testbed" else 1),
         )
-        with resumable(checkpoint_of(out), "questions"):
+        with resumable(folder, "questions"):
             result = compare_methods(*loaded, samples, plans, names, out, progress=True, **options)
     if result is not None:
         emit(as_json, result, _eval_text(result, out))
@@ -499,8 +508,10 @@ def eval_(
 # %% ../../nbs/cli/02_answers.ipynb #71410050
 def origin(profile) -> dict:
     "Attributes that say where results come from."
-    names = "model revision seed weights_sha256 prompt_sha256 versions threads device dtype"
-    keep = (*names.split(), "attention", "data_sha256")
+    keep = (
+        "model revision seed weights_sha256 prompt_sha256 versions threads device dtype "
+        "attention data_sha256"
+    ).split()
     return {k: v.item() if hasattr(v, "item") else v for k, v in profile.attrs.items() if k in keep}
 
 
@@ -536,8 +547,7 @@ def transfer(
     Kind by kind, on the testbed's test split.
     """
     check_trr(trr)
-    default = output_folder(profile) / "results" / "task_sensitivity.json"
-    out = writable(out or default, "sensitivity", overwrite)
+    out = output_file(out, profile, "results/task_sensitivity.json", "sensitivity", overwrite)
     from seats_analysis.evaluation.evaluate import load_samples
     from seats_analysis.evaluation.sensitivity import TaskSchedules
     from seats_analysis.models.families import hash_weights

@@ -23,7 +23,7 @@ from typer import Option
 from typer.core import TyperGroup
 from ..evaluation.load import check_model, load_model
 from ..storage.checkpoint import processes
-from ..storage.files import one_line
+from ..storage.files import one_line, output_folder
 from ..storage.schemas import SCHEMAS, load_profile, schema_of
 
 # %% ../../nbs/cli/00_app.ipynb #d18f5656
@@ -152,14 +152,12 @@ def limits_of(
     from seats_analysis.inputs.benchmarks import preset_for
     from seats_analysis.models.families import limit_pixels
 
-    preset = preset_for(data)
-    if preset:
+    usual = dict(fps=2.0, max_frames=None if data == "testbed" else MAX_FRAMES)
+    if preset := preset_for(data):
         limit_pixels(processor, *preset.grid_tokens)
+        usual = dict(fps=preset.fps, max_frames=preset.max_frames)
     elif data != "testbed" and max_frames is None:
         note(f"note: at most {MAX_FRAMES} frames of a clip are used; --max-frames changes that")
-    usual = dict(fps=2.0, max_frames=None if data == "testbed" else MAX_FRAMES)
-    if preset:
-        usual = dict(fps=preset.fps, max_frames=preset.max_frames)
     asked = dict(fps=fps, max_frames=max_frames)
     return usual | {k: v for k, v in asked.items() if v is not None}
 
@@ -173,7 +171,7 @@ def mean_tokens(model, processor, samples, **limits) -> dict:  # 'visual', 'audi
     shown = tqdm(first, desc="mean tokens", unit="clip", delay=1)
     counts = [encode(model, processor, [s], **limits).layout.counts() for s in shown]
     kinds = ("visual", "audio", "text")
-    return {k: float(sum(c[k].item() for c in counts)) / len(counts) for k in kinds}
+    return {k: sum(c[k].item() for c in counts) / len(counts) for k in kinds}
 
 # %% ../../nbs/cli/00_app.ipynb #ea397fbf
 def writable(
@@ -205,6 +203,17 @@ def writable(
             raise ValueError(f"--out {path} exists and is not {what}; choose another name")
     check_new(path, overwrite)
     return path
+
+
+def output_file(
+    out,  # what --out says, if anything
+    data,  # what outputs are named after
+    usual,  # path below the outputs of this data
+    name,  # as in `writable`
+    overwrite,
+) -> Path:
+    "Where a command writes, once it is clear that it can."
+    return writable(out or output_folder(data) / usual, name, overwrite)
 
 
 def check_new(path, overwrite):
@@ -293,9 +302,9 @@ Late = Annotated[
 class ModelOptions:
     "Options of every command that runs a model."
 
-    model: Annotated[str, Option(help="`testbed`, `testbed-qwen3`, a folder with a checkpoint, or a hub id.")] = (
-        "testbed"
-    )
+    model: Annotated[
+        str, Option(help="`testbed`, `testbed-qwen3`, a folder with a checkpoint, or a hub id.")
+    ] = "testbed"
     fps: Annotated[float | None, Option(min=0.01, help="Frames a second; default: 2.")] = None
     max_frames: Annotated[
         int | None,

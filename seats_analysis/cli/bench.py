@@ -41,9 +41,9 @@ def _measure(file, jobs, **options):
             f"{stored} rows are in {file.path} from before and are only completed; "
             "--again begins the file anew"
         )
-    with tqdm(unit="step", desc="bench", bar_format="{desc}: {elapsed} {postfix}") as bar:
-        with resumable(file.path, "timings"):
-            file.run(jobs, progress=bar.set_postfix_str, **options)
+    bar = tqdm(unit="step", desc="bench", bar_format="{desc}: {elapsed} {postfix}")
+    with bar, resumable(file.path, "timings"):
+        file.run(jobs, progress=bar.set_postfix_str, **options)
 
 
 def _text(results, path, ratios):

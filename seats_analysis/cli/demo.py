@@ -57,8 +57,8 @@ def figures(
     home, source = output_folder(data), Path(data)
     if not source.is_dir() and source.suffix != ".nc" and (home.is_dir() or data != "testbed"):
         source = home
-    written = make_figures(source, out or home / "figures", progress=True, overwrite=overwrite)
-    written = list(map(str, written))
+    out = out or home / "figures"
+    written = [str(p) for p in make_figures(source, out, progress=True, overwrite=overwrite)]
     emit(as_json, dict(figures=written), "\n".join(written))
 
 # %% ../../nbs/cli/04_demo.ipynb #0b095b7b
@@ -68,9 +68,9 @@ def _train_config(path, **changes):
     from seats_analysis.testbed.train import TrainConfig
 
     given = json.loads(path.read_text()) if path else {}
-    known = ", ".join(sorted(f.name for f in fields(TrainConfig)))
-    if bad := sorted(set(given) - set(known.split(", "))):
-        raise ValueError(f"{path}: unknown {', '.join(bad)}; known: {known}")
+    known = sorted(f.name for f in fields(TrainConfig))
+    if bad := sorted(set(given) - set(known)):
+        raise ValueError(f"{path}: unknown {', '.join(bad)}; known: {', '.join(known)}")
     given |= {k: v for k, v in changes.items() if v is not None}
     return TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
@@ -142,8 +142,8 @@ def _demo(name, out, limit, whole, batch):
     model, processor = load_model(name, "cpu")
     probed = [*derive, *test] if whole else derive
     note(f"probe: {len(probed)} questions, removal before every layer")
-    file = out / "profiles" / f"{name}.nc"
-    profile = probe_file(model, processor, probed, file, testbed=True, batch_size=batch)
+    probe_to, results_to, kept_to, *schedules_to = (out / file for file in _files(name))
+    profile = probe_file(model, processor, probed, probe_to, testbed=True, batch_size=batch)
     bounds = {str(r): find_blocks(profile, str(r)) for r in profile["removed"].values}
     note(table([boundary_row(b) for b in bounds.values()]))
     tokens, both = stored_tokens(profile), bounds["both"]
@@ -151,14 +151,14 @@ def _demo(name, out, limit, whole, batch):
         note(f"note: {both.unmeasurable}; the schedules are made from the shipped profile")
         both = find_blocks(load_profile(name), "both")
     plans = {trr: Schedule.from_trr(both, trr, *tokens) for trr in TARGETS}
-    for trr, plan in plans.items():
-        plan.save(out / "schedules" / f"{name}_trr{trr}.json")
+    for plan, file in zip(plans.values(), schedules_to):
+        plan.save(file)
     note(f"answers: {len(test)} questions of the test split")
     rows = answer_rows(model, processor, test, plans, both, batch)
     about = dict(schema=SCHEMAS["results"].id, **origin(profile), split="test", rows=rows)
-    save_json(out / "results" / f"{name}.json", about)
+    save_json(results_to, about)
     kept = _kept_example(model, processor, test, plans[min(plans)])
-    save_json(out / "results" / f"kept_{name}.json", kept)
+    save_json(kept_to, kept)
     note("figures")
     make_figures(out, out / "figures")
     return profile, bounds, plans, rows

@@ -24,16 +24,15 @@ from seats_analysis.cli.app import (
     mean_tokens,
     name_of,
     note,
+    output_file,
     resumable,
     table,
     takes,
-    writable,
 )
-from seats_analysis.cli.analysis import find_blocks, left_out
+from seats_analysis.cli.analysis import derived_from, find_blocks, left_out
 from seats_analysis.cli.answers import CLIPS, check_blocks, check_origin, profile_of, solve
 from seats_analysis.evaluation.load import check_device
 from seats_analysis.storage.checkpoint import Checkpoint, checkpoint_of, processes
-from seats_analysis.storage.files import output_folder
 from seats_analysis.storage.provenance import hash_code
 from seats_analysis.storage.schemas import SCHEMAS, load_json, load_profile, save_json, schema_of
 
@@ -55,8 +54,7 @@ def _bounds(model, profile):  # -> condition -> Boundaries, clips that they were
         return dict(both=check_blocks(model)[0]), ()
     stored = load_profile(source)
     known = {"visual", "audio", "both"} & set(stored["removed"].values.astype(str))
-    clips, split = (stored[k].values.astype(str) for k in ("clip", "split"))
-    used = clips[split == "derive"] if "derive" in split else clips
+    used = derived_from(stored)["clip"].values.astype(str)
     return {r: find_blocks(stored, r) for r in sorted(known)}, set(used.tolist())
 
 
@@ -151,10 +149,6 @@ BatchOfClip = Annotated[
     int | None,
     Option(min=1, help="Questions per batch; default: 4 of the testbed, else those on one clip."),
 ]
-MaxChange = Annotated[
-    float,
-    Option(min=0.01, max=99, help="Percent of the answers that may differ from the full model's."),
-]
 Confidence = Annotated[
     float, Option(min=50, max=99.99, help="Percent of calibrations in which the promise holds.")
 ]
@@ -165,7 +159,9 @@ Confidence = Annotated[
 def tune(
     asked,
     profile: Path | None = Option(None, help="Profile of the model, which bounds the search."),
-    max_change: MaxChange = 2,
+    max_change: float = Option(
+        2, min=0.01, max=99, help="Percent of the answers that may differ from the full model's."
+    ),
     confidence: Confidence = 95,
     budget: float = Option(
         10, min=1.5, help="FLOPs of the search, in passes of the full model over its questions."
@@ -193,10 +189,10 @@ def tune(
     work among processes.
     """
     num_layers = asked.depth()
-    home = output_folder(asked.data)
     name = name_of(asked.model) + ("" if method == "seats" else f"_{method}")
-    out = writable(out or home / "schedules" / f"tuned_{name}.json", "schedule", overwrite)
-    evidence = writable(evidence or home / "results" / f"tune_{name}.json", "tune", overwrite)
+    out = output_file(out, asked.data, f"schedules/tuned_{name}.json", "schedule", overwrite)
+    usual = f"results/tune_{name}.json"
+    evidence = output_file(evidence, asked.data, usual, "tune", overwrite)
     from seats_analysis.baselines.registry import METHODS
     from seats_analysis.evaluation.tune import Tuning
     from seats_analysis.schedules.certificate import Promise
@@ -227,7 +223,7 @@ def tune(
                 warnings.simplefilter("ignore")
                 fixed += solve(asked.model, (trr,), counts, profile).values()
         draw = _draw(method, space, fixed, counts)
-        with resumable(checkpoint_of(evidence), "answers"):
+        with resumable(folder, "answers"):
             result = tuning.tune(draw, fixed if method == "seats" else (), budget)
         if result is None:
             return
@@ -308,8 +304,8 @@ def check(
     not hold, or was for other kinds of questions and these cannot show it, the exit code is 1.
     """
     num_layers = asked.depth()
-    default = output_folder(asked.data) / "results" / f"check_{schedule.stem}.json"
-    out = writable(out or default, "check", overwrite)
+    usual = f"results/check_{schedule.stem}.json"
+    out = output_file(out, asked.data, usual, "check", overwrite)
     from seats_analysis.evaluation.tune import Tuning
     from seats_analysis.schedules.certificate import Promise
 
@@ -335,7 +331,7 @@ def check(
         for plan in next(iter(chains.values()))[:1]:
             check_origin(plan, loaded[0])
         tuning = _tuning(asked, loaded, promise, ([], samples), folder, batch)
-        with resumable(checkpoint_of(out), "answers"):
+        with resumable(folder, "answers"):
             result = tuning.calibrate(chains)
         if result is None or processes()[0]:
             return
