@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
-from typing import ClassVar
 
 from .base import Baseline, best_in_windows, on_device
 from ..pruning.base import stage1_counts
@@ -95,12 +94,12 @@ class VisionZipOm(Baseline):
     contextual: float = 0.05  # fraction of a window's tokens that become anchors
     grids: int = 1  # temporal grids of a visual window
     seconds: float = 2.0  # of an audio window
-    name: ClassVar[str] = "visionzip-om"
-    paper: ClassVar[str] = "arXiv 2412.04467"
-    uses_attention: ClassVar[bool] = True
-    merges: ClassVar[bool] = True
-    uses_keys: ClassVar[bool] = True
-    knobs: ClassVar[dict] = Baseline.knobs | dict(
+    name = "visionzip-om"
+    paper = "arXiv 2412.04467"
+    uses_attention = True
+    merges = True
+    uses_keys = True
+    knobs = Baseline.knobs | dict(
         contextual=(0.0, 0.05, 0.1), grids=(1, 2, 4, 8), seconds=(2.0, 4.0, 8.0, 16.0)
     )
 
@@ -155,15 +154,15 @@ class VisionZipWide(VisionZipOm):
     contextual: float = 0.0
     grids: int = 4
     seconds: float = 8.0
-    name: ClassVar[str] = "visionzip-om-wide"
+    name = "visionzip-om-wide"
 
 
 @dataclass(frozen=True)
 class VisionZip(VisionZipOm):
     "VisionZip: visual tokens only; audio as whole as the budget allows."
 
-    name: ClassVar[str] = "visionzip"
-    prunes: ClassVar[tuple] = ("visual",)
+    name = "visionzip"
+    prunes = ("visual",)
 
 # %% ../../nbs/baselines/04_merging.ipynb #98d8e63a
 def frame_roles(
@@ -193,10 +192,10 @@ class DyCoke(Baseline):
     "Temporal merging of DyCoke (arXiv 2411.15024), visual tokens only; audio where it must."
 
     grids: int = 1  # temporal grids of a frame
-    name: ClassVar[str] = "dycoke"
-    paper: ClassVar[str] = "arXiv 2411.15024"
-    prunes: ClassVar[tuple] = ("visual",)
-    min_visual: ClassVar[float] = 0.25  # the first of four frames
+    name = "dycoke"
+    paper = "arXiv 2411.15024"
+    prunes = ("visual",)
+    min_visual = 0.25  # the first of four frames
 
     @classmethod
     def nearest_pair(cls, pair, **options):
@@ -308,11 +307,11 @@ class OmniZip(Baseline):
     g: int = 3  # tokens that an anchor takes in
     bounds: tuple = (0.35, 0.75)  # minimum and maximum that a time group loses of its visual tokens
     grids: int = 1  # temporal grids of a frame; a time group is two frames
-    name: ClassVar[str] = "omnizip"
-    paper: ClassVar[str] = "arXiv 2511.14582"
-    uses_attention: ClassVar[bool] = True
-    merges: ClassVar[bool] = True
-    knobs: ClassVar[dict] = Baseline.knobs | dict(
+    name = "omnizip"
+    paper = "arXiv 2511.14582"
+    uses_attention = True
+    merges = True
+    knobs = Baseline.knobs | dict(
         contextual=(0.0, 0.05, 0.1), g=(1, 3, 6), bounds=((0.05, 0.95), (0.35, 0.75))
     )
 
