@@ -22,9 +22,8 @@ class EqualDrops(Baseline):
     uses_scores = True
 
     @classmethod
-    def with_drops(cls, num_layers, drops, target, **options):
+    def with_drops(cls, num_layers, drops, visual, audio, *counts, **options):
         "The method with given drops; at least one token of each modality is left."
-        visual, audio, *counts = target
         pair = [equal_ratio(t, num_layers, drops) for t in (visual, audio)]
         pair = cls.fair_pair(*pair, *counts)
         keep = {m: (r,) * len(drops) for m, r in pair.items()}
@@ -41,8 +40,7 @@ class FastVOm(EqualDrops):
 
     @classmethod
     def for_trr(cls, num_layers, visual, audio, n_visual, n_audio, layer=2, **options):
-        target = visual, audio, n_visual, n_audio
-        return cls.with_drops(num_layers, (layer,), target, **options)
+        return cls.with_drops(num_layers, (layer,), visual, audio, n_visual, n_audio, **options)
 
 # %% ../../nbs/baselines/02_attention.ipynb #6cead3aa
 @dataclass(frozen=True)
@@ -64,9 +62,8 @@ class PyramidDrop(EqualDrops):
     @classmethod
     def for_trr(cls, num_layers, visual, audio, n_visual, n_audio, parts=4, **options):
         ends = {round(num_layers * i / parts) for i in range(1, parts)}
-        target = visual, audio, n_visual, n_audio
         drops = tuple(sorted(ends - {0, num_layers}))
-        return cls.with_drops(num_layers, drops, target, **options)
+        return cls.with_drops(num_layers, drops, visual, audio, n_visual, n_audio, **options)
 
 # %% ../../nbs/baselines/02_attention.ipynb #bb8dec3f
 @dataclass(frozen=True)

@@ -101,8 +101,7 @@ def random_tokens(
     keep = [torch.zeros(0, dtype=torch.bool)]
     for b in budgets:
         order = random_numbers(sum(b.sizes), seed, b.number, CODES[b.modality]).argsort()
-        keep.append(torch.zeros(len(order), dtype=torch.bool))
-        keep[-1][order[: sum(b.keep)]] = True
+        keep.append(order.argsort() < sum(b.keep))
     return on_device(torch.cat(keep), device, torch.bool)
 
 
@@ -214,7 +213,7 @@ class Baseline(Pruner):
 
     def pick(self, inputs):  # -> (T,) bool; or that and (T, D) new features
         "Which tokens of one modality stay before the decoder."
-        return torch.ones(len(inputs.features), dtype=torch.bool, device=inputs.features.device)
+        return inputs.features.new_ones(len(inputs.features), dtype=torch.bool)
 
     def rank(self, tokens, scores, step):  # -> (B, S); the best are kept
         "What tokens are worth at a drop."

@@ -168,7 +168,7 @@ def method_at(
     if name == "seats":
         return Seats(plan)
     if issubclass(known[base], Seats):
-        options = dict(options, like=plan)
+        options["like"] = plan
     pair = (min(1.0, knob * plan.trr["visual"]), min(1.0, knob * audio * plan.trr["audio"]))
     found = known[base].for_trr(plan.num_layers, *pair, *tokens, **options)
     return found if base == name else found.leaving(plan)
