@@ -7,7 +7,6 @@ __all__ = ['VTW']
 
 # %% ../../nbs/baselines/02_attention.ipynb #3cd6bd9e
 from dataclasses import dataclass
-from typing import ClassVar
 
 from .base import Baseline
 from ..inputs.layout import CODES
@@ -19,13 +18,12 @@ from ..schedules.solve import equal_ratio
 class EqualDrops(Baseline):
     "The same fraction stays at each drop, by the last text token's attention."
 
-    stages: ClassVar[tuple] = (2, 3)
-    uses_scores: ClassVar[bool] = True
+    stages = (2, 3)
+    uses_scores = True
 
     @classmethod
-    def with_drops(cls, num_layers, drops, target, **options):
+    def with_drops(cls, num_layers, drops, visual, audio, *counts, **options):
         "The method with given drops; at least one token of each modality is left."
-        visual, audio, *counts = target
         pair = [equal_ratio(t, num_layers, drops) for t in (visual, audio)]
         pair = cls.fair_pair(*pair, *counts)
         keep = {m: (r,) * len(drops) for m, r in pair.items()}
@@ -36,47 +34,45 @@ class EqualDrops(Baseline):
 class FastVOm(EqualDrops):
     "FastV for both modalities (arXiv 2403.06764): one drop before layer 2."
 
-    name: ClassVar[str] = "fastv-om"
-    paper: ClassVar[str] = "arXiv 2403.06764"
-    knobs: ClassVar[dict] = Baseline.knobs | dict(layer=(1, 2, 3, 4, 6, 8))
+    name = "fastv-om"
+    paper = "arXiv 2403.06764"
+    knobs = Baseline.knobs | dict(layer=(1, 2, 3, 4, 6, 8))
 
     @classmethod
     def for_trr(cls, num_layers, visual, audio, n_visual, n_audio, layer=2, **options):
-        target = visual, audio, n_visual, n_audio
-        return cls.with_drops(num_layers, (layer,), target, **options)
+        return cls.with_drops(num_layers, (layer,), visual, audio, n_visual, n_audio, **options)
 
 # %% ../../nbs/baselines/02_attention.ipynb #6cead3aa
 @dataclass(frozen=True)
 class FastV(FastVOm):
     "FastV (arXiv 2403.06764): visual tokens only; audio as whole as the budget allows."
 
-    name: ClassVar[str] = "fastv"
-    prunes: ClassVar[tuple] = ("visual",)
+    name = "fastv"
+    prunes = ("visual",)
 
 # %% ../../nbs/baselines/02_attention.ipynb #2b57a3c4
 @dataclass(frozen=True)
 class PyramidDrop(EqualDrops):
     "PyramidDrop (arXiv 2410.17247): the same fraction stays after each stage of the depth."
 
-    name: ClassVar[str] = "pyramiddrop"
-    paper: ClassVar[str] = "arXiv 2410.17247"
-    knobs: ClassVar[dict] = Baseline.knobs | dict(parts=(2, 3, 4, 6))
+    name = "pyramiddrop"
+    paper = "arXiv 2410.17247"
+    knobs = Baseline.knobs | dict(parts=(2, 3, 4, 6))
 
     @classmethod
     def for_trr(cls, num_layers, visual, audio, n_visual, n_audio, parts=4, **options):
         ends = {round(num_layers * i / parts) for i in range(1, parts)}
-        target = visual, audio, n_visual, n_audio
         drops = tuple(sorted(ends - {0, num_layers}))
-        return cls.with_drops(num_layers, drops, target, **options)
+        return cls.with_drops(num_layers, drops, visual, audio, n_visual, n_audio, **options)
 
 # %% ../../nbs/baselines/02_attention.ipynb #bb8dec3f
 @dataclass(frozen=True)
 class VTW(Baseline):
     "Visual Tokens Withdrawal (arXiv 2405.05803), for both modalities."
 
-    name: ClassVar[str] = "vtw"
-    paper: ClassVar[str] = "arXiv 2405.05803"
-    stages: ClassVar[tuple] = (3,)
+    name = "vtw"
+    paper = "arXiv 2405.05803"
+    stages = (3,)
 
     @classmethod
     def from_profile(

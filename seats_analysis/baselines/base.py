@@ -101,8 +101,7 @@ def random_tokens(
     keep = [torch.zeros(0, dtype=torch.bool)]
     for b in budgets:
         order = random_numbers(sum(b.sizes), seed, b.number, CODES[b.modality]).argsort()
-        keep.append(torch.zeros(len(order), dtype=torch.bool))
-        keep[-1][order[: sum(b.keep)]] = True
+        keep.append(order.argsort() < sum(b.keep))
     return on_device(torch.cat(keep), device, torch.bool)
 
 
@@ -153,13 +152,13 @@ class Baseline(Pruner):
     "Base of the other methods; this one keeps everything."
 
     seed: int = 0  # of what is left to chance, not negative
-    name: ClassVar[str] = "baseline"
+    name = "baseline"
     # 1 before the decoder, 2 between layers, 3 none from a layer on, for which no rule is needed
-    stages: ClassVar[tuple] = (1, 3)
+    stages = (1, 3)
     prunes: ClassVar[tuple] = tuple(CODES)  # modalities that it has a rule for
     min_visual: ClassVar[float] = MIN_VISUAL  # below it audio pays, where it has no rule
     in_windows: ClassVar[bool] = True  # whether it chooses in every time window, or at once
-    knobs: ClassVar[dict] = dict(audio=(0.5, 0.75, 1.0, 1.5, 2.0))  # its share of the tokens
+    knobs = dict(audio=(0.5, 0.75, 1.0, 1.5, 2.0))  # its share of the tokens
 
     @classmethod
     def fair_pair(cls, visual, audio, n_visual, n_audio):  # -> modality -> fraction in (0, 1]
@@ -214,7 +213,7 @@ class Baseline(Pruner):
 
     def pick(self, inputs):  # -> (T,) bool; or that and (T, D) new features
         "Which tokens of one modality stay before the decoder."
-        return torch.ones(len(inputs.features), dtype=torch.bool, device=inputs.features.device)
+        return inputs.features.new_ones(len(inputs.features), dtype=torch.bool)
 
     def rank(self, tokens, scores, step):  # -> (B, S); the best are kept
         "What tokens are worth at a drop."

@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/baselines/03_diversity.ipynb #4cb6232c
 from dataclasses import dataclass
-from typing import ClassVar
 
 from .base import Baseline
 from ..pruning.select import select_in_clip
@@ -17,9 +16,9 @@ from ..pruning.select import select_in_clip
 class DivPruneOm(Baseline):
     "DivPrune for both modalities (arXiv 2503.02175): greedy max-min distance over all tokens."
 
-    name: ClassVar[str] = "divprune-om"
-    paper: ClassVar[str] = "arXiv 2503.02175"
-    in_windows: ClassVar[bool] = False
+    name = "divprune-om"
+    paper = "arXiv 2503.02175"
+    in_windows = False
 
     def select_flops(self, budgets, width, keys):
         return self.pair_flops([b for b in budgets if b.modality in self.prunes], width)
@@ -32,5 +31,5 @@ class DivPruneOm(Baseline):
 class DivPrune(DivPruneOm):
     "DivPrune (arXiv 2503.02175): visual tokens only; audio as whole as the budget allows."
 
-    name: ClassVar[str] = "divprune"
-    prunes: ClassVar[tuple] = ("visual",)
+    name = "divprune"
+    prunes = ("visual",)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
-from typing import ClassVar
 
 from .base import Baseline, best_in_windows, on_device
 from ..pruning.base import stage1_counts
@@ -95,12 +94,12 @@ class VisionZipOm(Baseline):
     contextual: float = 0.05  # fraction of a window's tokens that become anchors
     grids: int = 1  # temporal grids of a visual window
     seconds: float = 2.0  # of an audio window
-    name: ClassVar[str] = "visionzip-om"
-    paper: ClassVar[str] = "arXiv 2412.04467"
-    uses_attention: ClassVar[bool] = True
-    merges: ClassVar[bool] = True
-    uses_keys: ClassVar[bool] = True
-    knobs: ClassVar[dict] = Baseline.knobs | dict(
+    name = "visionzip-om"
+    paper = "arXiv 2412.04467"
+    uses_attention = True
+    merges = True
+    uses_keys = True
+    knobs = Baseline.knobs | dict(
         contextual=(0.0, 0.05, 0.1), grids=(1, 2, 4, 8), seconds=(2.0, 4.0, 8.0, 16.0)
     )
 
@@ -155,15 +154,15 @@ class VisionZipWide(VisionZipOm):
     contextual: float = 0.0
     grids: int = 4
     seconds: float = 8.0
-    name: ClassVar[str] = "visionzip-om-wide"
+    name = "visionzip-om-wide"
 
 
 @dataclass(frozen=True)
 class VisionZip(VisionZipOm):
     "VisionZip: visual tokens only; audio as whole as the budget allows."
 
-    name: ClassVar[str] = "visionzip"
-    prunes: ClassVar[tuple] = ("visual",)
+    name = "visionzip"
+    prunes = ("visual",)
 
 # %% ../../nbs/baselines/04_merging.ipynb #98d8e63a
 def frame_roles(
@@ -193,10 +192,10 @@ class DyCoke(Baseline):
     "Temporal merging of DyCoke (arXiv 2411.15024), visual tokens only; audio where it must."
 
     grids: int = 1  # temporal grids of a frame
-    name: ClassVar[str] = "dycoke"
-    paper: ClassVar[str] = "arXiv 2411.15024"
-    prunes: ClassVar[tuple] = ("visual",)
-    min_visual: ClassVar[float] = 0.25  # the first of four frames
+    name = "dycoke"
+    paper = "arXiv 2411.15024"
+    prunes = ("visual",)
+    min_visual = 0.25  # the first of four frames
 
     @classmethod
     def nearest_pair(cls, pair, **options):
@@ -209,8 +208,7 @@ class DyCoke(Baseline):
         return sizes, tuple(int(later * n) if role else n for n, role in zip(sizes, roles))
 
     def pick(self, inputs):
-        roles = sum((frame_roles(p.sizes) for p in inputs.budgets), [])
-        back = [(0, 1, 2, 1)[role] for role in roles]
+        back = [(0, 1, 2, 1)[role] for p in inputs.budgets for role in frame_roles(p.sizes)]
         repeats = similarity(inputs.features, inputs.sizes, back)
         return best_in_windows(-repeats, inputs.sizes, inputs.keep)
 
@@ -226,7 +224,7 @@ def audio_anchors(
     "Salient audio tokens, and anchors for what goes with something visual (OmniZip)."
     n, x, device = len(audio), audio.float(), audio.device
     if dominant + contextual == n:
-        return torch.ones(n, dtype=torch.bool, device=device), x
+        return x.new_ones(n, dtype=torch.bool), x
     unit, seen = normalize(x, dim=-1), normalize(visual.float(), dim=-1)
     strong = best_in_windows(attention, (n,), (dominant,))
     counts = on_device([[n - dominant], [contextual]], device)
@@ -237,7 +235,7 @@ def audio_anchors(
     limit = torch.full((1, n), g, device=device)
     taken = topk_in_groups(value[None], torch.where(follows, to, n)[None], limit)[0]
     weight = torch.where(taken, value.exp(), 0.0)
-    total = torch.zeros(n, device=device).scatter_add(0, to, weight)
+    total = x.new_zeros(n).scatter_add(0, to, weight)
     brought = torch.zeros_like(unit).index_add(0, to, weight[:, None] * x)
     merged = (x + brought / total.clamp(min=1e-12)[:, None]) / 2
     return strong | anchor[0], torch.where((anchor[0] & (total > 0))[:, None], merged, x)
@@ -294,7 +292,7 @@ def frame_values(
 ) -> torch.Tensor:  # (T,) float32
     "What OmniZip ranks by: peaks in the first frame of a pair, novelty in the second."
     second = frame_roles(sizes, 2)
-    valid = torch.ones(len(features), dtype=torch.bool, device=features.device)
+    valid = features.new_ones(len(features), dtype=torch.bool)
     peaks = density_peaks(to_rows(features, sizes), to_rows(valid, sizes))
     here = on_device([r for r, n in zip(second, sizes) for _ in range(n)], features.device)
     return torch.where(here > 0, -similarity(features, sizes, second), from_rows(peaks, sizes))
@@ -308,11 +306,11 @@ class OmniZip(Baseline):
     g: int = 3  # tokens that an anchor takes in
     bounds: tuple = (0.35, 0.75)  # minimum and maximum that a time group loses of its visual tokens
     grids: int = 1  # temporal grids of a frame; a time group is two frames
-    name: ClassVar[str] = "omnizip"
-    paper: ClassVar[str] = "arXiv 2511.14582"
-    uses_attention: ClassVar[bool] = True
-    merges: ClassVar[bool] = True
-    knobs: ClassVar[dict] = Baseline.knobs | dict(
+    name = "omnizip"
+    paper = "arXiv 2511.14582"
+    uses_attention = True
+    merges = True
+    knobs = Baseline.knobs | dict(
         contextual=(0.0, 0.05, 0.1), g=(1, 3, 6), bounds=((0.05, 0.95), (0.35, 0.75))
     )
 
@@ -338,7 +336,8 @@ class OmniZip(Baseline):
         B, sizes = len(inputs.budgets) // 2, [sum(p.sizes) for p in inputs.budgets]
         features, attention = list(inputs.features.split(sizes)), inputs.attention.split(sizes)
         keep = [None] * 2 * B  # visual tokens of all samples, then their audio tokens
-        for v, a in zip(range(B), range(B, 2 * B)):
+        for v in range(B):
+            a = B + v
             part, n_keep = inputs.budgets[a], sum(inputs.budgets[a].keep)
             anchors = min(round(self.contextual * sizes[a]), n_keep) if n_keep < sizes[a] else 0
             keep[a], features[a] = audio_anchors(
@@ -349,7 +348,7 @@ class OmniZip(Baseline):
 
     def pick_visual(self, part, features, audio):  # audio: kept or not, of each time window
         if sum(part.keep) == len(features):
-            return torch.ones(len(features), dtype=torch.bool, device=features.device)
+            return features.new_ones(len(features), dtype=torch.bool)
         frames, device = part.sizes, features.device
         groups = [sum(frames[i : i + 2]) for i in range(0, len(frames), 2)]
         retained = [kept.float().mean() for kept in audio][: len(groups)]
@@ -357,6 +356,5 @@ class OmniZip(Baseline):
         retained += [unheard] * (len(groups) - len(retained))
         kept, groups = torch.stack(retained), on_device(groups, device)
         share = visual_shares(kept, groups, sum(part.keep), self.bounds)
-        wanted = share[on_device([i // 2 for i in range(len(frames))], device)]
-        counts = whole_counts(wanted * on_device(frames, device))
-        return best_in_windows(frame_values(features, frames), frames, counts)
+        wanted = share.repeat_interleave(2)[: len(frames)] * on_device(frames, device)
+        return best_in_windows(frame_values(features, frames), frames, whole_counts(wanted))

@@ -8,7 +8,6 @@ __all__ = ['METHODS', 'ABLATIONS', 'method_at']
 # %% ../../nbs/baselines/05_registry.ipynb #02c70aca
 import numpy as np
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from .attention import FastV, FastVOm, PyramidDrop, VTW
 from .base import Baseline, best_in_windows, keep_best
@@ -25,32 +24,32 @@ from ..schedules.schedule import Schedule
 class NoStage1(Seats):
     "Everything enters; stages II and III."
 
-    name: ClassVar[str] = "seats-no-stage1"
-    stages: ClassVar[tuple] = (2, 3)
+    name = "seats-no-stage1"
+    stages = (2, 3)
 
 
 @dataclass(frozen=True)
 class NoStage2(Seats):
     "One level up to the late block; stages I and III."
 
-    name: ClassVar[str] = "seats-no-stage2"
-    stages: ClassVar[tuple] = (1, 3)
+    name = "seats-no-stage2"
+    stages = (1, 3)
 
 
 @dataclass(frozen=True)
 class NoStage3(Seats):
     "Tokens stay to the end; stages I and II."
 
-    name: ClassVar[str] = "seats-no-stage3"
-    stages: ClassVar[tuple] = (1, 2)
+    name = "seats-no-stage3"
+    stages = (1, 2)
 
 
 @dataclass(frozen=True)
 class UniformTRR(Seats):
     "The drops of stage II take equal parts, instead of parts that grow with depth."
 
-    name: ClassVar[str] = "seats-uniform-trr"
-    equal_drops: ClassVar[bool] = True
+    name = "seats-uniform-trr"
+    equal_drops = True
 
     def __post_init__(self):
         for m in CODES:
@@ -68,7 +67,7 @@ class UniformTRR(Seats):
 class FlatBudgets(Seats):
     "Stage II without windows: the best tokens of each modality."
 
-    name: ClassVar[str] = "seats-flat-budgets"
+    name = "seats-flat-budgets"
 
     def drop(self, tokens, scores, step, windows):
         return keep_best(scores, tokens, step)
@@ -78,7 +77,7 @@ class FlatBudgets(Seats):
 class AttentionOnly(Seats):
     "Stage I by attention alone."
 
-    name: ClassVar[str] = "seats-attention-only"
+    name = "seats-attention-only"
 
     def select(self, inputs):
         return best_in_windows(inputs.attention, inputs.sizes, inputs.keep)
@@ -91,16 +90,16 @@ class AttentionOnly(Seats):
 class DiversityOnly(Seats):
     "Stage I by distance alone; the encoders' attention is not computed."
 
-    name: ClassVar[str] = "seats-diversity-only"
-    uses_attention: ClassVar[bool] = False
+    name = "seats-diversity-only"
+    uses_attention = False
 
 
 @dataclass(frozen=True)
 class LastQuery(Seats):
     "Stage II by the attention of the last text token, whatever the plan says."
 
-    name: ClassVar[str] = "seats-last-query"
-    query: ClassVar[str] = "last"
+    name = "seats-last-query"
+    query = "last"
 
     @classmethod
     def for_trr(cls, *args, **options):
@@ -112,8 +111,8 @@ class LastQuery(Seats):
 class TextQuery(LastQuery):
     "Stage II by the attention of all text behind the media, whatever the plan says."
 
-    name: ClassVar[str] = "seats-text-query"
-    query: ClassVar[str] = "text"
+    name = "seats-text-query"
+    query = "text"
 
 # %% ../../nbs/baselines/05_registry.ipynb #8f03f4ac
 METHODS = {
@@ -169,7 +168,7 @@ def method_at(
     if name == "seats":
         return Seats(plan)
     if issubclass(known[base], Seats):
-        options = dict(options, like=plan)
+        options["like"] = plan
     pair = (min(1.0, knob * plan.trr["visual"]), min(1.0, knob * audio * plan.trr["audio"]))
     found = known[base].for_trr(plan.num_layers, *pair, *tokens, **options)
     return found if base == name else found.leaving(plan)

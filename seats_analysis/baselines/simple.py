@@ -8,7 +8,6 @@ __all__ = ['Random']
 # %% ../../nbs/baselines/01_simple.ipynb #2e5335db
 import torch
 from dataclasses import dataclass
-from typing import ClassVar
 
 from seats_analysis.baselines.base import (
     Baseline,
@@ -25,8 +24,8 @@ class Random(Baseline):
     "Random tokens, as many as planned."
 
     in_windows: bool = True  # False: all tokens of a modality at once, as the published baseline
-    name: ClassVar[str] = "random"
-    stages: ClassVar[tuple] = (1, 2, 3)
+    name = "random"
+    stages = (1, 2, 3)
 
     @classmethod
     def for_trr(cls, *args, **options):
@@ -57,9 +56,9 @@ def evenly(
 class Uniform(Baseline):
     "Evenly spaced tokens of each modality."
 
-    name: ClassVar[str] = "uniform"
-    stages: ClassVar[tuple] = (1, 2, 3)
-    in_windows: ClassVar[bool] = False
+    name = "uniform"
+    stages = (1, 2, 3)
+    in_windows = False
 
     def pick(self, inputs):
         keep = [evenly(torch.arange(n), k, n) for n, k in zip(inputs.sizes, inputs.keep)]

@@ -97,8 +97,7 @@ class Noise:
         last, end = len(planted.share) - 1, self.ranks.shape[1] - 1
         knots = sorted({(0, 0), *zip(planted.blocks, self.blocks), (last, end)})
         knots = [k for i, k in enumerate(knots) if i == 0 or k[0] > knots[i - 1][0]]
-        if knots[-1][0] == last:
-            knots[-1] = (last, end)
+        knots[-1] = last, end
         return np.round(np.interp(np.arange(last + 1), *zip(*knots))).astype(int)
 
     def draw(self, planted, questions, rng):  # ClipCounts
@@ -186,7 +185,6 @@ def coverage_row(
     runs = [_trial(planted, noise, questions, rng, n_boot) for _ in range(trials)]
     get = lambda key: [r[key] for r in runs]
     shallow, late = planted.blocks
-    truth = dict(shallow=shallow, late=late)
     return dict(
         shape=shape,
         questions=questions,
@@ -198,7 +196,7 @@ def coverage_row(
             str(late_confidence): _covered(intervals, late, noise.num_layers)
             for late_confidence, intervals in zip(LATE_CONFIDENCES, zip(*get("late_ci")))
         },
-        errors={key: _errors(get(key), true) for key, true in truth.items()},
+        errors=dict(shallow=_errors(get("shallow"), shallow), late=_errors(get("late"), late)),
     )
 
 # %% ../../nbs/boundaries/03_simulate.ipynb #00df819a

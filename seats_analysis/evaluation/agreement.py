@@ -34,11 +34,10 @@ def _place(profile, at):
 def compare_profiles(
     ours,  # dependency profile, new
     theirs,  # the committed one, with at least its layers and conditions
-    tolerance=TOLERANCE,  # nats
 ):  # list of (claim, holds, detail)
     """Whether two profiles of the same weights say the same about the questions that both have.
 
-    Every right or wrong answer is compared exactly, floats within a tolerance."""
+    Every right or wrong answer is compared exactly, floats within `TOLERANCE`."""
     known = set(theirs["sample"].values)
     common = [s for s in ours["sample"].values if s in known]
     if not common or ours.attrs.get("weights_sha256") != theirs.attrs.get("weights_sha256"):
@@ -56,14 +55,14 @@ def compare_profiles(
             turned |= dict.fromkeys(_place(ours, at) for at in np.argwhere(apart))
         elif (largest := apart.max(initial=0.0)) > worst:
             place = _place(ours, np.unravel_index(apart.argmax(), apart.shape))
-            worst, where = float(largest), f"{name} of {place}"
+            worst, where = largest, f"{name} of {place}"
     n = [ours.sizes[d] for d in cells]
     same = "all of {} questions, {} conditions and {} layers the same".format(*n)
     decisions = "decisions", not turned, f"turned: {_named(turned)}" if turned else same
-    said = f"within {tolerance:g} nats (largest difference {worst:.1e})"
-    if worst > tolerance:  # a remark
-        said = f"up to {worst:.2g} nats apart ({where}), more than {tolerance:g}"
-    return [decisions, ("numbers", True if worst <= tolerance else None, said)]
+    said = f"within {TOLERANCE:g} nats (largest difference {worst:.1e})"
+    if worst > TOLERANCE:  # a remark
+        said = f"up to {worst:.2g} nats apart ({where}), more than {TOLERANCE:g}"
+    return [decisions, ("numbers", True if worst <= TOLERANCE else None, said)]
 
 # %% ../../nbs/evaluation/04_agreement.ipynb #3a4ffa09
 def _compared(claim, ours, theirs):  # what each says -> (claim, holds, detail)

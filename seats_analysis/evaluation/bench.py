@@ -118,13 +118,11 @@ class Workload:
         else:
             lengths = self.inputs["attention_mask"].sum(1).tolist()
             layers = np.repeat([lengths], adapter.num_layers(model), 0).T
-        flops = lambda convention: sum(
-            prefill_flops(row, adapter.config(model), convention) for row in layers
-        )
+        flops = lambda c: sum(prefill_flops(row, adapter.config(model), c) for row in layers)
         return dict(
             flops={c: flops(c) for c in ("causal", "counter")},
             kv_bytes=sum(x.keys.nbytes + x.values.nbytes for x in out.past_key_values.layers),
-            peak_bytes=int(peak),
+            peak_bytes=peak,
             layer_tokens=layers.mean(0).tolist(),
         )
 
@@ -255,7 +253,7 @@ def _medians(row):
     return dict(
         row,
         **{t: float(np.median(v)) for t, v in by.items()},
-        spread={t: [float(q) for q in np.quantile(v, [0.25, 0.75])] for t, v in by.items()},
+        spread={t: np.quantile(v, [0.25, 0.75]).tolist() for t, v in by.items()},
         repeats=len(row["samples"]),
     )
 
@@ -272,10 +270,10 @@ def _compared(row, full):  # full: the row of the full model, or None where it d
     out["ttft_speedup"] = full["ttft_ms"] / row["ttft_ms"]
     # in the overlap the statistic runs in the tower's time: only the whole can be compared
     if "overlap" not in row["encoders"].split("+"):
-        out["speedup"] = full["prefill_ms"] / (row["selection_ms"] + row["prefill_ms"])
+        speedup = full["prefill_ms"] / (row["selection_ms"] + row["prefill_ms"])
         # 1: all of the saving became time, by either way of counting
-        out |= dict(realised_fraction=out["speedup"] * causal)
-        out |= dict(realised_counter=out["speedup"] * counter)
+        realised = dict(realised_fraction=speedup * causal, realised_counter=speedup * counter)
+        out |= dict(speedup=speedup, **realised)
     return out
 
 
@@ -284,9 +282,9 @@ class BenchRows:
 
     def __init__(self, rows: Sequence[Mapping]):  # with `samples`, dicts of TIMES
         rows = [_medians(r) for r in rows]
-        whole = {_key(r, _GROUP): r for r in rows if r["method"] == "full" and not r["encoders"]}
-        self.rows = [_compared(r, whole.get(_key(r, _GROUP))) for r in rows]
-        self.full = {k: _compared(r, r) for k, r in whole.items()}
+        plain = [r for r in rows if r["method"] == "full" and not r["encoders"]]
+        self.full = {_key(r, _GROUP): r for r in plain}
+        self.rows = [_compared(r, self.full.get(_key(r, _GROUP))) for r in rows]
 
     def report(self) -> list:  # of dicts with `ROW_KEYS`
         "The rows as `seats bench --json` prints them; rows without times are left out."
@@ -480,7 +478,7 @@ class BenchFile:
         for plan in job.plans:
             row = job.row(*plan)
             key = _key(row)
-            if (self.rows.get(key) or {}).get("error"):
+            if self.rows.get(key, {}).get("error"):
                 del self.rows[key]
             if key not in self.rows and self._takes_longer(row, max_seconds):
                 error = f"{_LEFT} {max_seconds:g} s"
@@ -516,17 +514,16 @@ class BenchFile:
                 _tried([row], lambda: workload.time(methods[plan]))
             elif facts := _tried([row], lambda: workload.facts(methods[plan])):
                 row.update(facts, error=None, samples=[])
-        try:
-            for turn in range(repeats):
+        for turn in range(repeats):
+            try:
                 for plan, row in due.items():
                     if row.get("error") or len(row["samples"]) > turn:
                         continue
                     progress(f"{said[plan]}: {turn + 1} of {repeats}")
                     if times := _tried([row], lambda: workload.time(methods[plan])):
                         row["samples"].append(times)
+            finally:
                 self.save()
-        finally:
-            self.save()
 
 
 def _tried(rows, step):

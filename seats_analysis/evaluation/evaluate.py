@@ -48,13 +48,10 @@ def load_samples(
     return [s for s in samples if split in (None, s.split)][:limit]
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #b7f3f5c5
-def clip_cache(
-    processor,
-    size=16,  # clips that are held
-):  # function: Sample -> the sample with its video decoded
-    "Decodes each media file once as long as questions about it follow one another."
+def clip_cache(processor):  # function: Sample -> the sample with its video decoded
+    "Decodes each media file once as long as questions about it follow one another; holds 16."
     rate, resize = processor.feature_extractor.sampling_rate, frame_resizer(processor)
-    decode = lru_cache(size)(lambda path: decode_clip(path, sample_rate=rate, resize=resize))
+    decode = lru_cache(16)(lambda path: decode_clip(path, sample_rate=rate, resize=resize))
 
     def cached(sample):
         if sample.video is None or isinstance(sample.video, Clip):
@@ -263,7 +260,7 @@ def paired_difference(
         low, high = _interval(diff, np.ones_like(diff), clips, n_boot)
     else:
         low, high = (sign * _alike(0.0, clips)[1] for sign in (-1, 1))
-    return dict(diff=float(diff.mean()), low=float(low), high=float(high), p=float(mcnemar(a, b)))
+    return dict(diff=float(diff.mean()), low=low, high=high, p=float(mcnemar(a, b)))
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #6353ac90
 def _table_row(part, base, n_boot):
@@ -305,7 +302,7 @@ def accuracy_table(
                 f"{name!r} and the reference did not answer the same questions: "
                 f"{len(differ)} differ"
             )
-        families = {f: frame[frame.family == f] for f in sorted(frame.family.unique())}
+        families = dict(list(frame.groupby("family")))
         for family, part in dict(all=frame[~frame.family.isin(apart)], **families).items():
             if len(part):
                 rows[name, family] = _table_row(part, base.loc[part.id], n_boot)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from tqdm.auto import tqdm
 from ..inputs.samples import Sample
-from ..inputs.layout import TEXT, TokenLayout, pad_left
+from ..inputs.layout import CODES, TEXT, TokenLayout, pad_left
 from ..models.attention import TowerAttention
 from ..models.families import adapter_for
 from ..models.encode import Encoded, encode_questions, layout_of
@@ -114,9 +114,10 @@ def prepare_questions(
         for sample, tail, choices in zip(group.samples, group.tails, group.choice_ids):
             n, new = len(tail), torch.tensor(tail).to(ids)
             after = group.positions(torch.arange(n, device=ids.device))[:, 0]
-            fill = dict(modality=TEXT, window=-1, run=-1)
-            before = {k: getattr(encoded.layout, k)[:, :shared] for k in fill}
-            padded = {k: F.pad(before[k], (0, n), value=v) for k, v in fill.items()}
+            padded = {
+                k: F.pad(getattr(encoded.layout, k)[:, :shared], (0, n), value=v)
+                for k, v in dict(modality=TEXT, window=-1, run=-1).items()
+            }
             all_ids = torch.cat([ids[:shared], new])
             at = torch.cat([positions[:, :shared], after], -1)
             out.append(Question(sample, all_ids, at, TokenLayout(**padded), choices, shapes, clip))
@@ -146,22 +147,17 @@ class PreparedBatch:
         ids = pad_left([q.ids for q in questions], processor.tokenizer.pad_token_id)
         positions = pad_left([q.positions for q in questions], 1).transpose(0, 1).contiguous()
         embeds = adapter_for(model).thinker(model).get_input_embeddings()(ids)
-        media = layout.modality > TEXT
-        if media.any():
-            rows = torch.cat([q.clip.embeds for q in questions])
-            embeds[media.to(device)] = rows.to(embeds)
+        rows = torch.cat([q.clip.embeds for q in questions])
+        embeds[(layout.modality > TEXT).to(device)] = rows.to(embeds)
+        mask = pad_left([torch.ones_like(q.ids) for q in questions], 0)
         inputs = dict(
-            input_ids=ids,
-            attention_mask=pad_left([torch.ones_like(q.ids) for q in questions], 0),
-            position_ids=positions,
-            inputs_embeds=embeds,
+            input_ids=ids, attention_mask=mask, position_ids=positions, inputs_embeds=embeds
         )
         for name in _SHAPES:
             if found := [q.shapes[name] for q in questions if name in q.shapes]:
                 longest = max(x.shape[-1] for x in found)
                 inputs[name] = torch.cat([F.pad(x, (0, longest - x.shape[-1])) for x in found])
-        lengths = torch.tensor([[len(q.ids)] for q in questions], device=device)
-        deltas = positions.amax((0, 2))[:, None] + 1 - lengths
+        deltas = positions.amax((0, 2))[:, None] + 1 - mask.sum(1, keepdim=True)
         choices = tuple(q.choices for q in questions)
         samples = tuple(q.sample for q in questions)
         return cls(model, questions, Encoded(inputs, layout, deltas, samples, choices))
@@ -188,14 +184,11 @@ class PreparedBatch:
 
         def add(module, args, kwargs):  # to the prefill, not to what is decoded after it
             if kwargs["inputs_embeds"].shape[:2] == self.encoded.shape:
-                return args, {**kwargs, **given}
+                return args, kwargs | given
 
         decoder = adapter_for(self.model).decoder(self.model)
-        handle = decoder.register_forward_pre_hook(add, with_kwargs=True)
-        try:
+        with decoder.register_forward_pre_hook(add, with_kwargs=True):
             yield
-        finally:
-            handle.remove()
 
     @contextmanager
     def prune(
@@ -254,7 +247,7 @@ class DataShape:
             for m, n in layout.counts().items():
                 out["text" if m == "image" else m][row] += n.item()
             for step in method.plan(layout, method.window_budgets(layout, 0)) if method else ():
-                for m in ("visual", "audio"):
+                for m in CODES:
                     out[m][row, step.layer :] = step.n_keep[0][m]
         return out
 
@@ -292,7 +285,7 @@ class DataShape:
     def retention(self, method):  # -> layers, visual, audio: mean over layers; entry: what enters
         "Fractions of the visual and audio tokens that are kept, by both definitions."
         kept, there = (
-            {m: self.weights @ p[m] for m in ("visual", "audio")}  # (L,)
+            {m: self.weights @ p[m] for m in CODES}  # (L,)
             for p in (self.plans(method), self.full)
         )
         for tokens in (kept, there):

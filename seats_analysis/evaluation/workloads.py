@@ -85,9 +85,9 @@ def _released(config):
     return made
 
 # %% ../../nbs/evaluation/08_workloads.ipynb #326b0276
-def _multiple(x, of=8, least=8):
-    "The multiple that is nearest to x."
-    return max(least, of * round(x / of))
+def _multiple(x, least=8):
+    "The multiple of 8 that is nearest to x."
+    return max(least, 8 * round(x / 8))
 
 
 def _narrow(config, width):
@@ -240,14 +240,15 @@ class Request:
     @classmethod
     def of(cls, preset: str = "", frames: int | None = None, seconds: float | None = None):
         "By name, or by frames and seconds. Raises ValueError for an unknown name or both."
-        if preset and (frames is not None or seconds is not None):
-            raise ValueError("give --preset, or --frames and --seconds, not both")
-        if preset and preset not in _REQUESTS:
-            raise ValueError(f"--preset {preset!r}: known are {', '.join(_REQUESTS)}")
-        if preset:
-            return _REQUESTS[preset]
         given = dict(frames=frames, seconds=seconds)
-        return cls(**{k: v for k, v in given.items() if v is not None})
+        given = {k: v for k, v in given.items() if v is not None}
+        if not preset:
+            return cls(**given)
+        if given:
+            raise ValueError("give --preset, or --frames and --seconds, not both")
+        if preset not in _REQUESTS:
+            raise ValueError(f"--preset {preset!r}: known are {', '.join(_REQUESTS)}")
+        return _REQUESTS[preset]
 
     @classmethod
     def scaling(cls, config: str, max_tokens: int = 65536) -> list:
@@ -264,7 +265,7 @@ class Request:
         family, audio = FAMILIES[_family(config)], config_of(config).audio_config
         mel = bench_processor(config).feature_extractor
         frames = round(self.seconds * (mel.sampling_rate // mel.hop_length))
-        rows = int(family.audio_rows(frames, audio))
+        rows = family.audio_rows(frames, audio)
         return dict(
             visual=self.frames // 2 * _CELLS[0] * _CELLS[1],
             audio=rows // family.rows_per_token,

@@ -67,8 +67,7 @@ class TokenLayout:
     ):
         "One batch from several."
         rows = lambda name: [row for l in layouts for row in getattr(l, name)]
-        length = max(l.shape[1] for l in layouts)
-        return cls(*(pad_left(rows(f.name), -1, length) for f in fields(cls)))
+        return cls(*(pad_left(rows(f.name), -1) for f in fields(cls)))
 
     def __len__(self):
         return len(self.modality)
@@ -178,11 +177,10 @@ def _images_as_visual(layout, images):
 def pad_left(
     rows: Sequence[torch.Tensor],  # each (..., S_i)
     value,  # what to fill with
-    length: int | None = None,  # positions of the result; the longest row by default
 ) -> torch.Tensor:  # (len(rows), ..., S)
     "Stack tensors of different length along a new first axis, padded at the start of the last one."
     import torch
 
-    length = length or max(r.shape[-1] for r in rows)
+    length = max(r.shape[-1] for r in rows)
     pad = lambda r: torch.nn.functional.pad(r, (length - r.shape[-1], 0), value=value)
     return torch.stack([pad(r) for r in rows])

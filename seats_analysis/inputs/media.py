@@ -126,8 +126,8 @@ def encode_clip(
     "Write a clip as mp4 (H.264 `yuv420p`, AAC mono). Raises ValueError if it cannot be encoded."
     import av
 
-    if clip.frames is not None and any(n % 2 for n in clip.frames.shape[1:3]):
-        h, w = clip.frames.shape[1:3]
+    h, w = (0, 0) if clip.frames is None else clip.frames.shape[1:3]
+    if h % 2 or w % 2:
         raise ValueError(
             f"clip {clip.id!r}: frames of {w}x{h}, H.264 needs an even width and height"
         )
@@ -195,7 +195,7 @@ def _span(times):
 def _check_gaps(path, kind, times):
     "Refuse time stamps that jump: a clip would be hours of one frame, or of silence."
     times = np.sort(times)
-    at = int(np.argmax(np.diff(times)))
+    at = np.argmax(np.diff(times))
     if (gap := times[at + 1] - times[at]) > _MAX_GAP:
         raise ValueError(
             f"{path}: a corrupt time stamp, its {kind} jumps from {times[at]:.2f} s by {gap:.0f} s"
@@ -257,7 +257,7 @@ def _grid(
     "Size and rate of the sampling grid: all times k / fps before the end, at least one."
     n = max(1, math.ceil(seconds * fps - 1e-3))  # 1 ms: time stamps in Matroska are rounded to it
     if max_frames is None or n <= max_frames:
-        return n, float(fps)
+        return n, fps
     return max_frames, max_frames / seconds
 
 

@@ -72,7 +72,7 @@ class Sample:
     def answer_texts(self) -> tuple[str, ...]:
         "What the model would have to say for each choice."
         if not self.lettered:
-            return tuple(self.choices)
+            return self.choices
         return tuple(f"{letter}. {c}" for letter, c in zip(_LETTERS, self.choices))
 
     @property
@@ -148,8 +148,8 @@ def path_below(folder, name, allow_outside=False):
     if allow_outside:
         return str(folder / name)
     inner = Path(os.path.normpath(name))
-    inside = inner.is_relative_to(os.path.abspath(folder)) if inner.is_absolute() else True
-    if not inside or ".." in inner.parts:
+    elsewhere = inner.is_absolute() and not inner.is_relative_to(os.path.abspath(folder))
+    if elsewhere or ".." in inner.parts:
         raise ValueError(
             f"{name!r} lies outside of {folder}; --allow-outside (allow_outside=True) takes it"
         )
@@ -246,12 +246,6 @@ class BrokenClips(ValueError):
         super().__init__("\n".join(self.lines))
 
 
-def _missing(path, kind):
-    "Raise ValueError if there is no such file."
-    if not os.path.isfile(path):
-        raise ValueError(f"{kind} {os.path.basename(path)!r}: no such file in {Path(path).parent}")
-
-
 def check_clips(
     samples,  # list of Sample
     broken=None,  # list that gets what is left out; None: that is an error
@@ -259,25 +253,25 @@ def check_clips(
 ):  # list of Sample whose media can be read
     """Leave out questions on broken clips: one dict for each file, with `why` and where its
     `questions` are. Raises `BrokenClips` that names all at once."""
+    from tqdm.auto import tqdm
+
     files, found = {}, {}
     for s in samples:
         for kind, path in (("video", s.video), ("audio", s.audio)):
             if isinstance(path, str):
                 files.setdefault((path, kind), []).append(s)
-    shown = files
-    if opened:
-        from tqdm.auto import tqdm
-
-        shown = tqdm(files, desc="clips", unit="clip", delay=1)
-    for path, kind in shown:
+    for path, kind in tqdm(files, desc="clips", unit="clip", delay=1, disable=not opened):
         try:
-            _missing(path, kind)
+            if not os.path.isfile(path):
+                name, place = os.path.basename(path), Path(path).parent
+                raise ValueError(f"{kind} {name!r}: no such file in {place}")
             if opened:
                 check_media(path, kind)
         except ValueError as error:
             found[path, kind] = str(error)
-    places = lambda key: [s.where or s.id for s in files[key]]
-    rows = [dict(why=why, questions=places(key)) for key, why in found.items()]
+    rows = [
+        dict(why=why, questions=[s.where or s.id for s in files[key]]) for key, why in found.items()
+    ]
     if rows and broken is None:
         raise BrokenClips(rows)
     if rows:
@@ -306,19 +300,18 @@ def read_samples(
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
             default_id = f"{path.stem}-{number:05d}"
-            sample = _row_sample(row, path.parent, default_id, allow_outside)
-            samples.append(replace(sample, where=where))
+            sample = _row_sample(json.loads(line), path.parent, default_id, allow_outside)
         except json.JSONDecodeError as e:
             raise ValueError(f"{where}: not JSON ({e.msg} at column {e.colno})") from e
         except RecursionError:
             raise ValueError(f"{where}: nested too deeply, expected a JSON object") from None
         except ValueError as e:
             raise ValueError(f"{where}: {e}") from e
-        if samples[-1].id in ids:
-            raise ValueError(f"{path}: id {samples[-1].id!r} is used twice, expected unique ids")
-        ids.add(samples[-1].id)
+        if sample.id in ids:
+            raise ValueError(f"{path}: id {sample.id!r} is used twice, expected unique ids")
+        ids.add(sample.id)
+        samples.append(replace(sample, where=where))
     if not samples:
         raise ValueError(f"{path}: holds no questions")
     return check_clips(tell_apart(samples)[:limit], broken)
