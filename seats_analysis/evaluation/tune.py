@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import ClassVar
 from ..storage.checkpoint import processes
 from ..storage.provenance import digest
 from ..inputs.benchmarks import split_of
@@ -30,8 +29,8 @@ from .prepared import DataShape, clips_of
 class Paired(Answering):
     "Many schedules beside the full model, which is the first run."
 
-    kinds: ClassVar[tuple] = ("likelihood", "token")
-    min_choices: ClassVar[int] = 0
+    kinds = ("likelihood", "token")
+    min_choices = 0
 
     def choose(self, batch, before):
         if self.answers == "likelihood":

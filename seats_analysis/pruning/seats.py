@@ -18,9 +18,9 @@ from ..schedules.schedule import Schedule
 class Seats(Pruner):
     "SEATS (arXiv 2605.20035)."
 
-    name: ClassVar[str] = "seats"
-    paper: ClassVar[str] = "arXiv 2605.20035"
-    uses_scores: ClassVar[bool] = True
+    name = "seats"
+    paper = "arXiv 2605.20035"
+    uses_scores = True
     equal_drops: ClassVar[bool] = False  # whether every drop of stage II takes the same part
 
     @classmethod
