@@ -232,7 +232,7 @@ def profile_paths(data):
     "The profiles of a data folder; one profile stands for itself."
     if not data.exists() and str(data) not in TESTBEDS:
         raise ValueError(f"{data}: nothing to draw, no such folder or profile")
-    return sorted(data.glob("profiles/*.nc")) if data.is_dir() else [data]
+    return sorted(data.glob("profiles/*.nc"), key=lambda p: p.stem) if data.is_dir() else [data]
 
 
 def boundary_rows(profile):
@@ -400,7 +400,7 @@ def _schedule_jobs(data):
     for name, plans in found.items():
         least = plans[min(plans)]
         said = (
-            f"Computed from {_origin(least)} of {least.model or 'a model'}; layers printed from 1"
+            f"Computed from {_origin(least)} of {least.model or 'a model'}; layers from 1"
         )
         named = {f"TRR {percent:g} %": plans[percent] for percent in sorted(plans, reverse=True)}
         yield f"{name}_retention", _with_source(said, plot_retention, named)
