@@ -399,9 +399,7 @@ def _schedule_jobs(data):
             found[named[1]][float(named[2])] = Schedule.load(path)
     for name, plans in found.items():
         least = plans[min(plans)]
-        said = (
-            f"Computed from {_origin(least)} of {least.model or 'a model'}; layers from 1"
-        )
+        said = f"Computed from {_origin(least)} of {least.model or 'a model'}; layers from 1"
         named = {f"TRR {percent:g} %": plans[percent] for percent in sorted(plans, reverse=True)}
         yield f"{name}_retention", _with_source(said, plot_retention, named)
         profile, tokens = data / "profiles" / f"{name}.nc", None
