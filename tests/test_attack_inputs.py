@@ -293,7 +293,7 @@ def mutated(r, data, values):
         if r.random() < 0.1 and len(keys) > 1:
             del at[key]
         else:
-            at[key] = r.choice(values)
+            at[key] = copy.deepcopy(r.choice(values))
     return data
 
 
