@@ -257,7 +257,7 @@ def _grid(
     "Size and rate of the sampling grid: all times k / fps before the end, at least one."
     n = max(1, math.ceil(seconds * fps - 1e-3))  # 1 ms: time stamps in Matroska are rounded to it
     if max_frames is None or n <= max_frames:
-        return n, fps
+        return n, float(fps)
     return max_frames, max_frames / seconds
 
 
