@@ -630,8 +630,10 @@ STORED = sorted((ROOT / "data" / "results").glob("eval_*.json"))
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
 def test_stored_comparison(path):
-    "SEATS is never significantly below chance or stride."
+    "SEATS is never significantly below chance or stride, and nothing is above tuned SEATS."
     found = json.loads(path.read_text())
+    assert any(r["label"] == "seats+tuned" for r in found["rows"])
+    assert not compare.significantly_better(found["rows"], "tuned")
     known = {r["method"] for r in found["rows"]}
     assert found["questions"] >= 1000 and known >= {"full", *METHODS} - {"visionzip-om-wide"}
     for r in found["rows"]:
