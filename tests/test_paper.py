@@ -257,13 +257,17 @@ def test_figures_replace_nothing_unasked(data, tmp_path):
 
 
 def test_no_legend_lies_on_data(drawn):
-    "Legends stand outside of all axes."
-    for name, fig in drawn.items():
+    "Legends stand outside of all axes, and inside the figure."
+    stored = load_json(ROOT / "data" / "results" / "eval_testbed-qwen3.json", "eval")
+    for name, fig in (drawn | dict(one_column=M.time_figure(None, stored))).items():
         with style.house_style():
             fig.draw_without_rendering()
             renderer = fig.canvas.get_renderer()
             for legend in [*fig.legends, *(ax.get_legend() for ax in fig.axes if ax.get_legend())]:
                 box = legend.get_window_extent(renderer)
+                assert min(box.x0, fig.bbox.x1 - box.x1) >= 2, (
+                    f"{name}: a legend is cut off when saved"
+                )
                 for ax in fig.axes:
                     assert not box.overlaps(ax.get_window_extent(renderer).shrunk(0.98, 0.98)), name
 
@@ -398,6 +402,16 @@ def test_marks_are_the_paired_differences(drawn):
             span = 100 * np.array([r["diff_seats_low"], r["diff_seats_high"]])
             assert bar.get_segments()[0][:, 0] == pytest.approx(span)
             assert (line.get_markerfacecolor() == "white") == (abs(r["diff_seats"]) <= 0.02)
+
+
+def test_a_part_that_cannot_be_had_at_equal_flops_is_a_cross():
+    "No Stage I keeps more than the smaller budgets allow."
+    found = made_up()
+    for r in found["rows"]:
+        r["equal_cost"] = r["method"] != "seats-no-stage1"
+    for ax in M.ablation_figure(found).axes:
+        marks = [line.get_marker() for line in ax.lines if len(line.get_xdata()) == 1]
+        assert marks.count("x") == 1 and len(marks) == len(PARTS)
 
 
 def test_a_comparison_that_was_not_timed():

@@ -255,20 +255,20 @@ def time_figure(
     if not panels:
         raise ValueError("neither published numbers nor a measured comparison: nothing to draw")
     both, sources = len(panels) == 2, []
-    fig = new_figure(PAGE if both else COLUMN, 2.9)
+    fig = new_figure(PAGE if both else COLUMN, 2.9 if both else 3.4)
     axes = fig.subplots(1, len(panels), squeeze=False)[0]
     for ax, letter, (title, said, draw, numbers) in zip(axes, "ab", panels):
         draw(ax, numbers)
         ax.set_title(f"{letter}  {title}" if both else title, pad=3)
         sources.append(f"{letter}: {said}" if both else said)
     tight = dict(handlelength=2.2, columnspacing=0.9, handletextpad=0.5)
-    legend_outside(fig, axes[::-1], 7 if both else 3, **tight)
+    legend_outside(fig, axes[::-1], 7 if both else 2, **tight)
     return say_source(fig, "\n".join(sources))
 
 # %% ../../nbs/plots/03_methods.ipynb #cb67d331
 def _forest(rows, value):
     "One panel per budget, one line per name, the best first: a fraction with its interval."
-    names, trrs = names_by(rows, value), budgets(rows)
+    names, trrs, parts = names_by(rows, value), budgets(rows), kind_of(rows[0]) == "ablation"
     fig = new_figure(PAGE, 0.155 * len(names) + 0.75)
     axes = fig.subplots(1, len(trrs), sharey=True, sharex=True, squeeze=False)[0]
     for ax, trr in zip(axes, trrs):
@@ -280,10 +280,11 @@ def _forest(rows, value):
             at, low, high = interval(r, value)
             full = r["ranked"] if value == "accuracy" else not low <= 0 <= high
             look |= dict(markerfacecolor=look["color"] if full else "white")
+            if parts and not r["equal_cost"]:
+                look |= dict(marker="x")
             span = [[max(at - low, 0)], [max(high - at, 0)]]
             ax.errorbar(at, names.index(name_of(r)), xerr=span, **look)
         ax.set_title(f"TRR {trr:g} %")
-        parts = kind_of(rows[0]) == "ablation"
         row_axis(ax, [name.removeprefix("SEATS, ") if parts else name for name in names])
     return fig
 
@@ -319,7 +320,9 @@ def ablation_figure(
     for ax in fig.axes:
         ax.axvline(0, color=INK, linewidth=0.7)
     fig.supxlabel("Accuracy minus that of SEATS on the same questions (percentage points)")
-    more = "; at equal FLOPs; lines: 95 % paired intervals; open: the interval holds zero"
+    more = (
+        "; lines: 95 % paired intervals; open: the interval holds zero; cross: not at equal FLOPs"
+    )
     return say_source(fig, source_of(found, more))
 
 # %% ../../nbs/plots/03_methods.ipynb #7c3fac49
