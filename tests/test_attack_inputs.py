@@ -4,9 +4,11 @@ The cases that an attack found stand as examples; `make nightly` draws seeded on
 
 import copy
 import json
+import os
 import pickle
 import random
 import struct
+import subprocess
 import sys
 import time
 import tracemalloc
@@ -20,9 +22,10 @@ av = pytest.importorskip("av", reason="decoding needs PyAV")
 
 from seats_analysis.inputs import media
 from seats_analysis.inputs.benchmarks import load_benchmark
-from seats_analysis.inputs.media import decode_clip
-from seats_analysis.inputs.samples import Sample, read_samples
+from seats_analysis.inputs.media import check_media, decode_clip
+from seats_analysis.inputs.samples import Sample, check_clips, read_samples
 from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.storage.schemas import load_profile, save_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -181,29 +184,230 @@ def damaged(r, data):
     return data
 
 
+# a file that ends the process ends this one; 60 Hz passes through the low frequency channels too
+CHILD = """
+import json, sys, time
+import av, numpy as np
+from seats_analysis.inputs.media import check_media, decode_clip
+
+for path in sys.stdin.read().split("\\n"):
+    began, row = time.monotonic(), dict(path=path, error=None)
+    try:
+        check_media(path, sys.argv[1])
+        clip = decode_clip(path)
+        row["bytes"] = sum(x.nbytes for x in (clip.frames, clip.waveform) if x is not None)
+        with av.open(path, metadata_errors="replace") as file:
+            listed = [len(s) > 0 for s in (file.streams.video, file.streams.audio)]
+        row["missing"] = listed != [clip.frames is not None, clip.waveform is not None]
+        if clip.waveform is not None:
+            x = clip.waveform[3200:12800]
+            turn = np.exp(2j * np.pi * 60 * np.arange(len(x)) / 16000)
+            row["tone"] = 2 * abs((x * turn).mean()) if len(x) else 0.0
+    except ValueError as error:
+        row["error"] = str(error)
+    print(json.dumps(row | dict(seconds=time.monotonic() - began)), flush=True)
+"""
+
+
+def decoded(paths, kind="video"):
+    "What another process says of each file: a clip or one line that names it, soon and small."
+    command = [sys.executable, "-c", CHILD, kind]
+    said = dict(input="\n".join(map(str, paths)), capture_output=True, text=True, cwd=ROOT)
+    run = subprocess.run(command, **said, timeout=20 + 5 * len(paths))
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert run.returncode == 0 and len(rows) == len(paths), (run.stderr, paths[len(rows) :][:1])
+    for row in rows:
+        assert row["seconds"] < 20
+        if row["error"] is None:
+            assert row["bytes"] < 2**30 and not row["missing"], row
+        else:
+            assert row["path"] in row["error"] and "\n" not in row["error"], row
+    return rows
+
+
 @pytest.mark.parametrize("n", [30, pytest.param(400, marks=pytest.mark.nightly)])
 def test_damaged_clips(tmp_path, n):
-    "A clip or one line that names the file, soon, and in little memory."
-    r, whole = random.Random(6), []
+    "Read, with each stream that is listed, or refused."
+    r, whole, paths = random.Random(6), [], []
     for suffix in ("mp4", "mkv", "mov", "avi", "ts"):
         whole.append(write_clip(tmp_path / f"whole.{suffix}", EVEN[:20], sound(2)))
-    for _ in range(n):
+    for k in range(n):
         source = r.choice(whole)
-        path = tmp_path / f"bad{source.suffix}"
-        path.write_bytes(damaged(r, source.read_bytes()))
-        began = time.monotonic()
-        try:
-            clip = decode_clip(path)
-            arrays = [x for x in (clip.frames, clip.waveform) if x is not None]
-            assert sum(x.nbytes for x in arrays) < 2**30, clip
-        except ValueError as error:
-            assert path.name in str(error) and "\n" not in str(error)
-        assert time.monotonic() - began < 20
+        paths.append(tmp_path / f"bad{k}{source.suffix}")
+        paths[-1].write_bytes(damaged(r, source.read_bytes()))
+    assert 0 < sum(row["error"] is None for row in decoded(paths)) < n
+
+
+LAYOUTS = "mono stereo 2.1 3.0 4.0 5.0 5.1 6.1 6.1(back) 7.0 7.1 5.1.4 7.1.4 9.1.4 hexadecagonal"
+LAYOUTS = [*LAYOUTS.split(), *(f"{n} channels" for n in range(1, 17))]
+CODECS = dict(pcm_s16le="wav", flac="flac", aac="m4a", ac3="ac3", eac3="eac3", libopus="mka")
+CODECS |= dict(alac="m4a", wavpack="wv", tta="tta", pcm_s24le="mov", pcm_s16be="caf")
+
+
+def write_tone(path, codec, layout):
+    "A second of 60 Hz, louder in each next channel: 0.02 sin, 0.04 sin, ...; None if not possible."
+    wave = np.sin(2 * np.pi * 60 * np.arange(48000) / 48000)[:, None]
+    try:
+        with av.open(str(path), "w") as out:
+            options = dict(mapping_family="255") if codec == "libopus" else {}
+            a = out.add_stream(codec, rate=48000, layout=layout, options=options)
+            n = a.codec_context.layout.nb_channels
+            samples = np.round(32767 * 0.02 * wave * np.arange(1, n + 1)).astype(np.int16)
+            for at in range(0, 48000, 960):
+                block = samples[at : at + 960].reshape(1, -1)
+                frame = av.AudioFrame.from_ndarray(block, "s16", layout)
+                frame.sample_rate, frame.pts, frame.time_base = 48000, at, Fraction(1, 48000)
+                out.mux(a.encode(frame))
+            out.mux(a.encode(None))
+    except (av.error.FFmpegError, ValueError):
+        return None  # not this number of channels, or not in this FFmpeg
+    return n
+
+
+def name_each_channel(path):
+    "Let a mov of three channels name them one by one: centre, left, right."
+    data = bytearray(path.read_bytes())
+    struct.pack_into(">3I", data, data.index(b"chan") + 8, 114 << 16 | 3, 0, 0)
+    path.write_bytes(data)
+    return path
+
+
+def test_a_sample_rate_that_no_recorder_has(tmp_path):
+    "A filter for it would take gigabytes; the number reads the same from both ends."
+    write_tone(path := tmp_path / "a.wav", "pcm_s16le", "mono")
+    patch(path, b"fmt ", 12, 0x7F00007F)
+    refused(lambda: decode_clip(path), "a.wav: a corrupt sample rate, 2130706559 per second")
+    refused(lambda: check_media(path, "audio"), "a corrupt sample rate")
+
+
+SOME = [("pcm_s16le", "7.1"), ("pcm_s16le", "16 channels"), ("pcm_s24le", "3.0"), ("flac", "7.1")]
+SOME += [("aac", "7.1"), ("libopus", "9 channels"), ("ac3", "5.1"), ("flac", "stereo")]
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [SOME, pytest.param([(c, x) for c in CODECS for x in LAYOUTS], marks=pytest.mark.nightly)],
+    ids=["some", "all"],
+)
+def test_any_number_of_channels(tmp_path, cases):
+    "The mean of the channels, however many there are and whatever places they are given."
+    means = {}
+    for i, (codec, layout) in enumerate(cases):
+        path = tmp_path / f"{i}.{CODECS[codec]}"
+        if n := write_tone(path, codec, layout):
+            means[path] = codec, n
+            if path.suffix == ".mov" and layout == "3.0":
+                name_each_channel(path)
+    for row in decoded(means, "audio"):
+        codec, n = means[Path(row["path"])]
+        assert row["error"] is None and row["tone"] == pytest.approx(0.01 * (n + 1), rel=0.05), row
+    assert {("pcm_s16le", 8), ("pcm_s16le", 16), ("flac", 8)} <= set(means.values())
+    if cases is not SOME:
+        seen = {codec: [n for c, n in means.values() if c == codec] for codec in CODECS}
+        assert set(seen["pcm_s16le"]) == set(range(1, 17))
+        assert sum(len(set(found)) >= 6 for found in seen.values()) >= 5, seen
+
+
+@pytest.mark.parametrize("n", [20, pytest.param(400, marks=pytest.mark.nightly)])
+def test_flipped_bytes_in_sound(tmp_path, n):
+    "One byte can turn a frame into one of more channels, and a layout into one of named places."
+    r, whole, paths = random.Random(9), [], []
+    kinds = [("aac", "aac", "stereo"), ("m4a", "aac", "5.1"), ("mov", "pcm_s24le", "2.1")]
+    for suffix, codec, layout in [*kinds, ("flac", "flac", "7.1"), ("mka", "libopus", "5.1")]:
+        whole.append(tmp_path / f"whole.{suffix}")
+        write_tone(whole[-1], codec, layout)
+    for k in range(n):
+        source = whole[k % len(whole)]
+        data = bytearray(source.read_bytes())
+        at = data.find(b"chan") + 8 if k % 10 == 2 else r.randrange(len(data))
+        for at in range(at, at + r.choice((1, 1, 4))):
+            data[at % len(data)] = r.randrange(256)
+        paths.append(tmp_path / f"bad{k}{source.suffix}")
+        paths[-1].write_bytes(data)
+    decoded(paths, "audio")
+
+
+HLS = "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{}\n"
+LISTS = dict(
+    never_ends=HLS.format("gone.ts"),
+    above=HLS.format("../secret.ts") + "#EXT-X-ENDLIST\n",
+    absolute=HLS.format("{tmp}/secret.ts") + "#EXT-X-ENDLIST\n",
+    variants="#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=9\n{tmp}/secret.ts\n",
+    beside="ffconcat version 1.0\nfile beside.ts\n",
+    dash='<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '
+    'profiles="urn:mpeg:dash:profile:isoff-main:2011"><Period><AdaptationSet><Representation '
+    'id="1" bandwidth="9"><BaseURL>{tmp}/secret.ts</BaseURL></Representation></AdaptationSet>'
+    "</Period></MPD>",
+    sdp="v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 9 RTP/AVP 33\n",
+    rtsp="[Reference]\nRef1=rtsp://127.0.0.1/secret\n",
+    vobsub="# VobSub index file, v7\nid: en, index: 0\ntimestamp: 00:00:00:000, filepos: 0\n",
+    smil='<?xml version="1.0"?><smil><body><video src="{tmp}/secret.ts"/></body></smil>',
+    text="Once upon a time\n" * 50,
+)
+
+
+@pytest.mark.parametrize("suffix", ["", ".mp4"])
+def test_lists_of_other_files(tmp_path, suffix):
+    "Playlists and what else names further files: refused, and nothing of those is opened."
+    folder, paths = tmp_path / "data", []
+    folder.mkdir()
+    for secret in (tmp_path / "secret.ts", folder / "beside.ts"):
+        write_clip(secret, EVEN[:20])
+        assert len(decode_clip(secret).frames) >= 4
+    for name, text in LISTS.items():
+        own = dict(beside=".ffconcat", dash=".mpd", sdp=".sdp", vobsub=".idx", text=".txt")
+        paths.append(folder / f"{name}{suffix or own.get(name, '.m3u8')}")
+        paths[-1].write_text(text.replace("{tmp}", str(tmp_path)))
+    for row in decoded(paths):
+        assert "not a video or audio file" in row["error"], row
+    if not suffix:  # FFmpeg takes no .mp4 for a playlist
+        for row in decoded(paths[:5]):
+            assert "is read (mp4, mov" in row["error"] and "a playlist, a text" in row["error"], row
+
+
+def write_half(path, empty):
+    "A film of two listed streams, of which one gets no packet."
+    with av.open(str(path), "w") as out:
+        v, a = out.add_stream("mpeg4", rate=10), out.add_stream("pcm_s16le", 16000, layout="mono")
+        v.width, v.height, v.pix_fmt = 64, 64, "yuv420p"
+        if empty == "audio":
+            for k in range(20):
+                frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), k, np.uint8), "rgb24")
+                frame.pts, frame.time_base = k, Fraction(1, 10)
+                out.mux(v.encode(frame))
+            out.mux(v.encode(None))
+        else:
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.int16), "s16", "mono")
+            frame.sample_rate, frame.pts, frame.time_base = 16000, 0, Fraction(1, 16000)
+            out.mux(a.encode(frame))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.avi", "cut.mp4"])
+@pytest.mark.parametrize("empty", ["audio", "video"])
+def test_streams_that_deliver_nothing(tmp_path, name, empty):
+    "Listed, and without a packet or with all of it cut away: never taken for missing."
+    path, other = tmp_path / name, "video" if empty == "audio" else "audio"
+    if name == "cut.mp4":  # begins to play behind its end
+        data = bytearray(write_clip(path, EVEN[:20], sound(2)).read_bytes())
+        boxes = dict(video=data.index(b"elst"), audio=data.rindex(b"elst"))
+        struct.pack_into(">I", data, boxes[empty] + 16, 10**6)
+        path.write_bytes(data)
+    else:
+        write_half(path, empty)
+    said = path.name, f"its {empty} stream delivers nothing", f"`ffmpeg -i IN -{empty[0]}n -c copy"
+    refused(lambda: decode_clip(path), *said)
+    refused(lambda: check_media(path, other), *said)
+    asked, broken = Sample("s", str(path), "?", ("a", "b"), 0), []
+    if other == "audio":
+        asked = Sample("s", None, "?", ("a", "b"), 0, audio=str(path))
+    assert check_clips([asked], broken, opened=True) == [] and said[1] in broken[0]["why"]
 
 
 # ---------------------------------------------------------------- question files
 
 GOOD = dict(id="g", video="v.mp4", question="?", choices=["a", "b"], answer="b", lettered=True)
+GOOD |= dict(family="f", split="test")
 DEEP = "[" * 100_000 + "]" * 100_000
 
 
@@ -235,14 +439,70 @@ def test_more_choices_than_letters(questions):
 @pytest.mark.parametrize(
     "change, part",
     [
-        (dict(video="v" * 5000 + ".mp4"), "no such file"),
+        (dict(video="v" * 300 + ".mp4"), "no such file"),
+        (dict(video="v" * 5000 + ".mp4"), "clip of 5000 characters, expected at most 4096"),
+        (dict(family="f" * 4097), "family of 4097 characters"),
         (dict(audio="v\0.wav"), "no such file"),
         (dict(question="\ud800"), "question"),
-        (dict(choices=["a", "\udfff"]), "expected a list of texts"),
+        (dict(choices=["a", "\udfff"]), "choice '\\udfff', expected a text without NUL"),
+        (dict(id="a\0b"), r"id 'a\x00b', expected a text without NUL"),
+        (dict(family="\udc00"), "family '\\udc00'"),
+        (dict(split="\0"), r"split '\x00'"),
     ],
 )
 def test_names_and_texts_that_cannot_be(questions, change, part):
     refused(questions(GOOD | change), "q.jsonl, line 1", part)
+
+
+def test_text_that_is_not_utf8_names_its_line(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf{}\r\n\n" + '{"video": "café.mp4"}\n'.encode("latin-1"))
+    refused(lambda: read_samples(path), "q.jsonl, line 3: not UTF-8 text")
+
+
+def assert_storable(samples, path):
+    "What passed the door is not lost at the end: it can be saved with a profile, and comes back."
+    import xarray as xr
+
+    said = {k: [getattr(s, k) for s in samples] for k in ("id", "family", "clip", "split")}
+    labels = {k: ("sample", v) for k, v in said.items() if k != "id"}
+    zero = np.zeros((len(samples), 1, 1))
+    profile = xr.Dataset(
+        dict(correct=(("sample", "removed", "layer"), zero > 0)),
+        dict(sample=said["id"], removed=["both"], layer=[0], **labels),
+    )
+    back = load_profile(save_profile(profile, path))
+    for name, key in zip(("sample", *labels), ("id", *labels)):
+        assert back[name].values.tolist() == said[key]
+
+
+@pytest.mark.parametrize("n", [200, pytest.param(5000, marks=pytest.mark.nightly)])
+def test_any_label_is_refused_or_can_be_saved(tmp_path, n):
+    r, read = random.Random(11), []
+    ranges = (0x20, 0x7F), (0, 0x20), (0x80, 0x800), (0xD700, 0xE000), (0xFFF0, 0x10FFFF)
+
+    def word():
+        kinds = r.choice(((1,), (1, 2), (1, 2, 3, 5), ()))
+        return "".join(chr(r.randrange(*r.choice(ranges[:k]))) for k in kinds)
+
+    for i in range(n):
+        fields = dict(id=f"{i}{word()}", question=word(), family=word(), split=word())
+        try:
+            video = os.fsdecode(r.randbytes(3).replace(b"/", b"").replace(b"\0", b"")) + ".mp4"
+            read.append(Sample(video=video, choices=("a", word() + "b"), answer=0, **fields))
+        except ValueError as error:
+            odd = any(c == "\0" or 0xD800 <= ord(c) < 0xE000 for c in "".join(fields.values()))
+            assert odd or "choice" in str(error), error
+    assert n / 4 < len(read) < n
+    read.append(Sample("i" * 4096, "v" * 4096, "?" * 10**6, ("a", "b"), 0, "f" * 4096, "s" * 4096))
+    assert_storable(read, tmp_path / "p.nc")
+
+
+@pytest.mark.parametrize("wrong", ["\0", "\ud800", None, 3])
+@pytest.mark.parametrize("field", ["id", "question", "family", "split"])
+def test_labels_made_in_python(field, wrong):
+    fields = dict(id="s", video=None, question="?", choices=("a", "b"), answer=0) | {field: wrong}
+    refused(lambda: Sample(**fields), f"{field} {wrong!r}, expected a text without NUL")
 
 
 def test_questions_nested_too_deeply(questions):
@@ -300,7 +560,7 @@ def mutated(r, data, values):
 @pytest.mark.parametrize("n", [30, pytest.param(300, marks=pytest.mark.nightly)])
 def test_mutated_questions(questions, tmp_path, n):
     "Read, and then usable, or refused in one line with its number; media never from outside."
-    r, read = random.Random(7), 0
+    r, read = random.Random(7), []
     for _ in range(n):
         text = json.dumps(mutated(r, GOOD, ODD))
         if r.random() < 0.2:
@@ -313,11 +573,12 @@ def test_mutated_questions(questions, tmp_path, n):
             sample.prompt_text.encode()
             for path in filter(None, (sample.video, sample.audio)):
                 assert Path(path).resolve().is_relative_to(tmp_path / "data")
-            read += 1
+            read.append(sample)
         except ValueError as error:
             assert "q.jsonl" in str(error) and "\n" not in str(error)
         assert time.monotonic() - began < 20
-    assert 0 < read < n
+    assert 0 < len(read) < n
+    assert_storable(read, tmp_path / "p.nc")
 
 
 # ---------------------------------------------------------------- code of a checkpoint

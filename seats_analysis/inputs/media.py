@@ -140,6 +140,13 @@ def encode_clip(
     return Path(path)
 
 # %% ../../nbs/inputs/00_media.ipynb #076b1ff6
+# FFmpeg's names of formats that keep a film or a sound in one file
+_FORMATS = (
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,wtv,rm,mxf,gxf,nut,dv,ivf,obu,yuv4mpegpipe,"
+    "ogg,wav,w64,mp3,flac,aac,ac3,eac3,dts,truehd,aiff,au,amr,caf,ape,wv,tta,voc"
+)
+
+
 @contextmanager
 def _open_media(
     path,  # file on disk
@@ -150,14 +157,19 @@ def _open_media(
     if not os.path.isfile(path):
         wrong = "is a folder" if os.path.isdir(path) else "no such file"
         raise ValueError(f"{path}: {wrong}, expected a video or audio file")
+    options = dict(format_whitelist=_FORMATS)
     try:
         # The prefix keeps a colon in a name from being read as a protocol; titles in old
         # encodings are no reason to refuse a film.
-        with av.open(f"file:{path}", metadata_errors="replace") as file:
-            name = file.format.name
-            if name in ("tty", "lrc", "image2", "gif") or name.endswith("_pipe"):
-                name = name.removesuffix("_pipe")  # text and still images
-                raise ValueError(f"{path}: not a video or audio file (looks like {name})")
+        try:
+            file = av.open(f"file:{path}", container_options=options, metadata_errors="replace")
+        except av.error.ArgumentError as e:
+            raise ValueError(
+                f"{path}: not a video or audio file of a kind that is read (mp4, mov, mkv, webm, "
+                "avi, ts, mpg, wmv, flv, ogg, wav, mp3, flac, aac and others), or broken; a "
+                "playlist, a text or a still image is none"
+            ) from e
+        with file:
             yield file
     except av.error.FFmpegError as e:
         raise ValueError(f"{path}: not a video or audio file, or broken ({e.strerror or e})") from e
@@ -171,6 +183,29 @@ def _media_streams(file):
     return next(real, None), next(iter(file.streams.audio), None)
 
 
+def _decode(
+    file,  # open container
+    kind,  # 'video' or 'audio', a stream that it has
+):  # iterator of frames
+    "Frames of the stream, from a decoder that takes what is damaged or odd."
+    stream = _media_streams(file)[kind == "audio"]
+    codec = stream.codec_context
+    if kind == "video":
+        stream.thread_type, codec.options = "AUTO", dict(max_pixels=str(_MAX_PIXELS))
+    elif channels := codec.layout.nb_channels:
+        # PyAV 18.1 frees a layout that names its channels one by one twice; none is asked for
+        codec.layout = f"{channels} channels"
+    return file.decode(stream)
+
+
+def _empty(path, kind):
+    "A listed stream that delivers nothing is no missing one: the clip would change its meaning."
+    return ValueError(
+        f"{path}: its {kind} stream delivers nothing, it is empty or damaged; "
+        f"`ffmpeg -i IN -{kind[0]}n -c copy OUT` takes it out"
+    )
+
+
 @dataclass(frozen=True)
 class _Spans:
     "Where the streams of a file lie on its own clock, in seconds; None for a missing stream."
@@ -182,6 +217,7 @@ class _Spans:
 
 _MAX_GAP = 3600.0  # seconds from one packet to the next
 _MAX_PIXELS = 2**26  # of a stored frame, twice those of 8K
+_MAX_RATE = 2**20  # samples per second of stored audio, above every recorder; filters grow with it
 _MAX_BYTES = 2**32  # of a clip's frames at their final size, and of its waveform
 
 
@@ -235,6 +271,8 @@ def _scan(path):
             raise ValueError(f"{path}: holds neither video nor audio")
         if unknown := [s.type for s in streams if s.codec_context is None]:
             raise ValueError(f"{path}: FFmpeg has no decoder for its {unknown[0]}")
+        if fast := [s.rate for s in streams if s.type == "audio" and s.rate > _MAX_RATE]:
+            raise ValueError(f"{path}: a corrupt sample rate, {fast[0]} per second")
         for p in file.demux(*streams):
             if p.pts is not None:
                 span = float(p.pts * p.time_base), float((p.duration or 0) * p.time_base)
@@ -242,6 +280,8 @@ def _scan(path):
         start, spans = (file.start_time or 0) / 1e6, {kind: _span(t) for kind, t in times.items()}
         if not spans:
             raise ValueError(f"{path}: holds no packet with a time stamp")
+        if empty := [s.type for s in streams if s.type not in spans]:
+            raise _empty(path, empty[0])
         end, whole = max(end for _, end in spans.values()), len(streams) == len(file.streams)
         _check_end(path, file, end, whole)
         for kind, t in times.items():
@@ -305,9 +345,8 @@ def _decode_frames(
     n, fps = _grid(spans.video[1] - spans.start, fps, max_frames)
     _check_bytes(path, (n, 4096), f"{n} frames")  # of 37 x 37 pixels; hours at any usual rate
     with _open_media(path) as file:
-        stream, out, last = _media_streams(file)[0], None, None
-        stream.thread_type, stream.codec_context.options = "AUTO", dict(max_pixels=str(_MAX_PIXELS))
-        timed = ((f.time - spans.start, f) for f in file.decode(stream) if f.time is not None)
+        frames, out, last = _decode(file, "video"), None, None
+        timed = ((f.time - spans.start, f) for f in frames if f.time is not None)
         for k, frame in enumerate(_on_screen(timed, n, fps)):
             if frame is last:
                 out[k] = out[k - 1]
@@ -324,7 +363,7 @@ def _decode_frames(
                 out = np.empty((n, h, w, 3), np.uint8)
             out[k], last = pixels, frame
     if out is None:
-        raise ValueError(f"{path}: none of its video frames can be decoded")
+        raise _empty(path, "video")
     return out, fps
 
 # %% ../../nbs/inputs/00_media.ipynb #999efa89
@@ -351,30 +390,36 @@ def _decode_waveform(
     "The audio of a file on the clip's clock."
     import av
 
-    # channels are averaged here: FFmpeg's own mix of floats is louder and can clip
-    mono = lambda frames: (f.to_ndarray().mean(0) for f in frames)
+    def mono(frames):
+        "Channels are averaged here: FFmpeg's own mix of floats is louder and can clip."
+        for frame in frames:
+            yield frame.to_ndarray().reshape(-1, frame.layout.nb_channels).mean(1)
+
     n = round((spans.audio[1] - spans.start) * sample_rate)
     _check_bytes(path, (n, 4), f"{n / sample_rate:.0f} s of audio")
     track, resampler, kind, expected = _Track(max(n, 0)), None, None, spans.start
     with _open_media(path) as file:
-        for frame in file.decode(_media_streams(file)[1]):
+        for frame in _decode(file, "audio"):
             this = frame.format.name, frame.layout.name, frame.sample_rate
             at = expected if frame.time is None else frame.time
             if this != kind or abs(at - expected) > 0.05:
                 if resampler:
                     track.lay(mono(resampler.resample(None)))
                 kind, expected = this, at
-                resampler = av.AudioResampler("fltp", rate=sample_rate)
+                # packed: PyAV 18.1 looks for the planes of 8 or more channels behind their end
+                resampler = av.AudioResampler("flt", rate=sample_rate)
                 track.at = round((at - spans.start) * sample_rate)
             track.lay(mono(resampler.resample(frame)))
             expected += frame.samples / frame.sample_rate
         if resampler:
             track.lay(mono(resampler.resample(None)))
+    if not track.end:
+        raise _empty(path, "audio")
     return track.out[: track.end]
 
 # %% ../../nbs/inputs/00_media.ipynb #3d7c8591
 def decode_clip(
-    path,  # mp4, mkv, webm, wav, ...: anything FFmpeg reads
+    path,  # mp4, mkv, webm, wav, ...: a film or a sound in one file
     fps=2.0,  # frames per second to sample
     sample_rate=16000,  # samples per second of the waveform, what the audio encoder wants
     max_frames=None,  # upper limit; a longer clip is sampled more sparsely, and its `fps` says so
@@ -382,8 +427,9 @@ def decode_clip(
 ):  # Clip; `frames` or `waveform` is None where the file has none
     """Decode a file into frames and waveform on one clock, holding no more than is kept.
 
-    Raises ValueError that names the file if it is missing, broken, cut off or not media, if its
-    time stamps are corrupt, or if what is asked for would take more than 4 GiB.
+    Raises ValueError that names the file if it is missing, broken, cut off or not media, if a
+    stream of it is empty, if its time stamps are corrupt, or if what is asked for would take more
+    than 4 GiB.
     """
     _check_fps(fps)
     if not (isinstance(sample_rate, int) and sample_rate > 0):
@@ -396,9 +442,6 @@ def decode_clip(
         frames, fps = _decode_frames(path, spans, fps, max_frames, resize)
     if spans.audio:
         waveform = _decode_waveform(path, spans, sample_rate)
-        waveform = waveform if len(waveform) else None
-    if frames is None and waveform is None:
-        raise ValueError(f"{path}: nothing in it can be decoded")
     return Clip(path.stem, frames, fps, waveform, sample_rate, resize is not None)
 
 # %% ../../nbs/inputs/00_media.ipynb #fc8502af
@@ -406,13 +449,12 @@ def check_media(
     path,  # media file
     kind,  # 'video' or 'audio', what it is there for
 ):
-    "Raise ValueError unless the file is whole, holds that kind of stream, and its begin decodes."
-    if getattr(_scan(path), kind) is None:
+    "Raise ValueError unless the file is whole, holds that kind, and the begin of all decodes."
+    spans = _scan(path)
+    if getattr(spans, kind) is None:
         other = "; a file with sound alone is named by `audio`" if kind == "video" else ""
         raise ValueError(f"{path}: holds no {kind}{other}")
-    with _open_media(path) as file:
-        stream = _media_streams(file)[kind == "audio"]
-        if kind == "video":
-            stream.codec_context.options = dict(max_pixels=str(_MAX_PIXELS))
-        if next(file.decode(stream), None) is None:
-            raise ValueError(f"{path}: nothing of its {kind} can be decoded")
+    for listed in ("video", "audio"):
+        with _open_media(path) as file:
+            if getattr(spans, listed) and next(_decode(file, listed), None) is None:
+                raise _empty(path, listed)

@@ -17,6 +17,15 @@ from .media import Clip, check_media, decode_clip
 
 # %% ../../nbs/inputs/01_samples.ipynb #cc4d9c3c
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_MAX_LABEL = 4096  # characters; an array of labels takes for each sample as much as the longest
+
+
+def _check_text(name, text):
+    "Refuse what no file can hold: that would be found when a whole run is to be saved."
+    if not isinstance(text, str) or re.search("[\0\ud800-\udfff]", text):
+        raise ValueError(f"{name} {text!r}, expected a text without NUL and lone surrogates")
+    if name in ("id", "family", "split", "clip") and len(text) > _MAX_LABEL:
+        raise ValueError(f"{name} of {len(text)} characters, expected at most {_MAX_LABEL}")
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,10 @@ class Sample:
             )
         object.__setattr__(self, "choices", tuple(self.choices))
         object.__setattr__(self, "answer", operator.index(self.answer))
+        for name in ("id", "question", "family", "split", "clip"):
+            _check_text(name, getattr(self, name))
+        for choice in self.choices:
+            _check_text("choice", choice)
         if not self.choices and self.answer == -1:
             return  # nobody knows the answer
         if not 0 <= self.answer < len(self.choices):
@@ -64,9 +77,11 @@ class Sample:
     @property
     def clip(self):
         "Id of the clip: the stem of its file; empty for a question without media."
-        if self.clip_id or self.medium is None:
-            return self.clip_id
-        return self.medium.id if isinstance(self.medium, Clip) else Path(self.medium).stem
+        if isinstance(self.medium, Clip):
+            return self.clip_id or self.medium.id
+        stem = self.clip_id or ("" if self.medium is None else Path(self.medium).stem)
+        # a name in an old encoding is text with lone surrogates, which can be stored nowhere
+        return stem.encode(errors="backslashreplace").decode()
 
     @property
     def answer_texts(self) -> tuple[str, ...]:
@@ -166,7 +181,7 @@ def _check_row(row, unlabelled):
         missing.remove("video")
     if missing:
         raise ValueError(f"missing field {missing[0]!r} (needed: {', '.join(_NEEDED)})")
-    text = lambda x: isinstance(x, str) and bool(x.strip()) and not re.search("[\ud800-\udfff]", x)
+    text = lambda x: isinstance(x, str) and bool(x.strip())
     choices = row.get("choices", [])
     if not isinstance(choices, list) or not (choices or unlabelled) or not all(map(text, choices)):
         raise ValueError(f"choices {choices!r}, expected a list of texts")
@@ -294,7 +309,10 @@ def read_samples(
     except OSError as e:
         raise ValueError(f"{path}: {e.strerror.lower()}, expected a JSONL file of questions") from e
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not UTF-8 text, expected a JSONL file of questions") from e
+        number = e.object.count(b"\n", 0, e.start) + 1
+        raise ValueError(
+            f"{path}, line {number}: not UTF-8 text, expected a JSONL file of questions"
+        ) from e
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
