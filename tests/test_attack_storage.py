@@ -2,16 +2,21 @@
 
 Nothing that was there is lost, nothing is silently wrong, and every refusal is one line."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +28,14 @@ from seats_analysis.cli import app as shared
 from seats_analysis.cli.main import app
 from seats_analysis.storage import checkpoint as checkpoints
 from seats_analysis.storage.checkpoint import Checkpoint, CheckpointWarning, checkpoint_of
-from seats_analysis.storage.files import atomic_write
-from seats_analysis.storage.schemas import SCHEMAS, load_profile, save_json, save_profile
+from seats_analysis.storage.files import atomic_write, new_neighbour
+from seats_analysis.storage.schemas import (
+    SCHEMAS,
+    ProfileWarning,
+    load_profile,
+    save_json,
+    save_profile,
+)
 
 FORK = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -206,25 +217,85 @@ def half_written(path, started):
         time.sleep(60)
 
 
-def test_only_a_dead_writers_temporary_is_removed(tmp_path, monkeypatch):
-    from seats_analysis.storage import files
+def without_locks(monkeypatch):
+    "As some NFS and FUSE."
 
+    def flock(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.fixture(params=["locks", "no_locks"])
+def locks(request, monkeypatch):
+    if request.param == "no_locks":
+        without_locks(monkeypatch)
+    return request.param == "locks"
+
+
+def test_only_a_dead_writers_temporary_is_removed(tmp_path, locks):
+    "Without locks nobody knows who is dead."
     path, foreign = tmp_path / "profile.nc", tmp_path / ".profile.backup-20240101.nc"
     foreign.write_text("a backup")
     started = FORK.Event()
     child = forked(half_written, path, started)
     assert started.wait(20)
     (temporary,) = set(names(tmp_path)) - {foreign.name}
-    monkeypatch.setattr(files.time, "monotonic", iter(range(0, 1000, 5)).__next__)  # hurry
-    with pytest.raises(ValueError, match="another process is writing it"):
-        with atomic_write(path):
-            pass
-    assert names(tmp_path) == sorted([temporary, foreign.name])
-    os.kill(child.pid, signal.SIGKILL)
-    child.join()
-    with atomic_write(path) as part:
-        part.write_text("whole")
-    assert path.read_text() == "whole" and names(tmp_path) == sorted([path.name, foreign.name])
+    for alive in (True, False):
+        with atomic_write(path) as part:
+            part.write_text("whole")
+        left = {temporary} if alive or not locks else set()
+        assert path.read_text() == "whole" and set(names(tmp_path)) == left | {
+            path.name,
+            foreign.name,
+        }
+        child.kill()
+        child.join()
+
+
+def test_writers_of_one_file_do_not_mix(tmp_path, locks):
+    "The first one ends while the second one is half-way."
+    path = tmp_path / "p.nc"
+    with ExitStack() as later:
+        with atomic_write(path) as first:
+            first.write_text("1" * 2000)
+            second = later.enter_context(atomic_write(path))
+            second.write_text("2" * 1000)
+        assert path.read_text() == "1" * 2000
+        second.write_text("2" * 2000)
+    assert path.read_text() == "2" * 2000 and names(tmp_path) == ["p.nc"]
+
+
+def write_again_and_again(path, letter, until):
+    draw = random.Random(letter)
+    while time.monotonic() < until:
+        with atomic_write(path) as part, open(part, "w") as file:
+            for _ in range(4):
+                file.write(letter * 500)
+                file.flush()
+                time.sleep(draw.uniform(0, 0.01))
+
+
+@pytest.mark.nightly
+def test_many_writers_of_one_file_do_not_mix(tmp_path, locks):
+    path, until, seen = tmp_path / "p.nc", time.monotonic() + 20, set()
+    children = [forked(write_again_and_again, path, letter, until) for letter in "abcdef"]
+    while time.monotonic() < until:
+        text = path.read_text() if path.exists() else "-" * 2000
+        seen.add((len(text), len(set(text)), text[0]))
+    for child in children:
+        child.join(20)
+    assert [child.exitcode for child in children] == [0] * 6 and names(tmp_path) == ["p.nc"]
+    assert {s[:2] for s in seen} == {(2000, 1)} and len(seen) >= 6
+
+
+def test_one_line_says_that_locks_do_not_work(tmp_path, monkeypatch):
+    without_locks(monkeypatch)
+    with pytest.warns(CheckpointWarning) as said, Checkpoint.hold(tmp_path / "j"):
+        rows = run(tmp_path / "j" / "part", about())
+    assert len(rows) == 4 and [str(w.message) for w in said] == [
+        f"locks do not work in {tmp_path} (ENOLCK): make sure that no second run writes there"
+    ]
 
 
 def test_modes_stay_and_links_of_others_are_not_followed(tmp_path):
@@ -243,6 +314,29 @@ def test_modes_stay_and_links_of_others_are_not_followed(tmp_path):
     with pytest.raises(ValueError, match="is a link, expected a folder"):
         run(checkpoint_of(tmp_path / "p.nc"), about())
     assert json.loads(secret.read_text()) == dict(a=1)
+    mask = os.umask(0o027)
+    assert save_json(tmp_path / "new.json", {}).stat().st_mode & 0o777 == 0o640
+    os.umask(mask)
+
+
+def test_links_to_folders_that_others_put_there_are_not_followed(tmp_path, monkeypatch):
+    "Nor where a link of ours leads to one."
+    home, shared, link = tmp_path / "home", tmp_path / "shared", tmp_path / "shared" / "out"
+    home.mkdir()
+    shared.mkdir()
+    link.symlink_to(home)
+    (tmp_path / "way").symlink_to(link)
+    shared.chmod(0o1777)
+    assert save_json(link / "a.json", {}).is_file()  # our own
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    if not os.getuid():
+        os.lchown(link, 54321, -1)
+    for place in (link, link / "new", tmp_path / "way"):
+        for write in (lambda: save_json(place / "b.json", {}), lambda: run(place / "j", about())):
+            with pytest.raises(ValueError, match="shared/out: is a link in a folder that every"):
+                write()
+        assert "is a link in a folder" in refused("simulate", "--out", place / "b.json")
+    assert names(home) == ["a.json"]
 
 
 # full disks
@@ -329,9 +423,35 @@ def test_profiles_without_a_checksum_load(profile, tmp_path):
     import xarray as xr
 
     profile.to_netcdf(tmp_path / "plain.nc", engine="h5netcdf")
-    assert load_profile(tmp_path / "plain.nc").identical(profile)
-    save_profile(profile, tmp_path / "ours.nc")
-    assert xr.load_dataset(tmp_path / "ours.nc").identical(profile)
+    with pytest.warns(ProfileWarning, match="plain.nc has no checksum: it was not written by"):
+        assert load_profile(tmp_path / "plain.nc").identical(profile)
+    ours = xr.load_dataset(save_profile(profile, tmp_path / "ours.nc"))
+    ours.to_netcdf(tmp_path / "copy.nc", engine="h5netcdf")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_profile(tmp_path / "copy.nc").identical(profile)
+    assert ours.drop_attrs(deep=False).identical(profile.drop_attrs(deep=False))
+
+
+CHANGED = dict(
+    number=lambda p: p.assign(nll=p.nll + (p.layer == 3) * 0.1),
+    label=lambda p: p.assign_coords(family=p.family.where(p["clip"] != p["clip"][0], "x")),
+    fewer=lambda p: p.isel(sample=slice(1, None)),
+    tokens=lambda p: p.assign_attrs(tokens='{"visual": 64, "audio": 80}'),
+)
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_profile_that_was_changed_elsewhere_is_refused(profile, tmp_path, change):
+    "Whoever means it, saves it here."
+    import xarray as xr
+
+    changed = CHANGED[change](xr.load_dataset(save_profile(profile, tmp_path / "p.nc")))
+    changed.to_netcdf(tmp_path / "p.nc", engine="h5netcdf")
+    assert "p.nc is not a dependency profile as it was written" in (
+        refused("boundaries", tmp_path / "p.nc")
+    )
+    assert load_profile(save_profile(changed, tmp_path / "p.nc")).nll.equals(changed.nll)
 
 
 ODD = dict(
@@ -390,11 +510,61 @@ def test_outputs_do_not_replace_inputs(stored, tmp_path):
     assert "exists and is not" in refused("simulate", "--out", "/dev/null")
 
 
+def listening(path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+
+
+NO_FILES = dict(
+    pipe=os.mkfifo,
+    loop=lambda path: os.symlink(path, path),
+    socket=listening,
+    device=lambda path: os.symlink("/dev/null", path),
+    folder=os.mkdir,
+)
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_what_is_no_file_is_neither_written_nor_read(stored, tmp_path, monkeypatch, kind):
+    "Nor waited for."
+    monkeypatch.chdir(tmp_path)
+    NO_FILES[kind]("odd")
+    before, old = names(tmp_path), signal.signal(signal.SIGALRM, lambda *args: 1 / 0)
+    signal.alarm(60)
+    for args in (
+        ("simulate", "--out", "odd"),
+        ("schedule", stored, "--trr", 10, "--out", "odd"),
+        ("probe", "--out", "odd"),
+        ("boundaries", "odd"),
+        ("eval", "--tuned", "odd"),
+        ("eval", "--profile", "odd"),
+        ("check", "odd"),
+        ("run", "a.mp4", "--question", "?", "--schedule", "odd"),
+    ):
+        assert "odd" in refused(*args) or "a.mp4" in args, args
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, old)
+    assert names(tmp_path) == before
+
+
+def test_links_to_nothing_are_followed_and_what_cannot_be_read_stays(tmp_path, monkeypatch):
+    (tmp_path / "link.json").symlink_to(tmp_path / "new" / "plan.json")
+    save_json(tmp_path / "link.json", dict(a=1))
+    assert json.loads((tmp_path / "new" / "plan.json").read_text()) == dict(a=1)
+
+    def closed(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", closed)
+    assert "Permission denied" in refused("simulate", "--out", tmp_path / "link.json")
+
+
 def test_names_that_are_too_long_are_refused_first(tmp_path):
-    for n in (245, 255, 300):
+    for n in (245, 256, 300):
         out = tmp_path / f"{'x' * (n - 5)}.json"
         assert "name" in refused("eval", "--out", out) and names(tmp_path) == []
-    save_json(tmp_path / f"{'x' * 239}.json", {})
+    save_json(tmp_path / f"{'x' * 250}.json", {})
+    save_json(tmp_path / f"{chr(252) * 125}.json", {})
 
 
 def test_a_figure_does_not_replace_another_ones_pdf(stored, tmp_path):
@@ -427,14 +597,21 @@ def command(out, limit=4):
 
 def test_what_a_killed_eval_left_is_swept(few, tmp_path):
     out, kept = tmp_path / "r.json", checkpoint_of(tmp_path / "r.json")
-    for name in ("scratch-0/scene7.mp4", "process-0.lock", ".run.seats-tmp.json"):
-        (kept / name).parent.mkdir(parents=True, exist_ok=True)
-        (kept / name).write_bytes(bytes(100))
-    kept.with_suffix(".seats-done").mkdir()
-    (tmp_path / ".r.seats-tmp.json").write_text("half")
+    removed = new_neighbour(kept)
+    own = ("scratch-0/scene7.mp4", "process-0.lock", new_neighbour(kept / "run.json").name)
+    for path in (*(kept / name for name in own), removed / "000000.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(100))
+    new_neighbour(out).write_text("half")
+    (tmp_path / ".r.seats-tmp.json").write_text("half, of an older version")
+    for thesis in (tmp_path / "r.json.seats-done", tmp_path / ".r.json.seats-tmp.mine.checkpoint"):
+        thesis.mkdir()
+        (thesis / "thesis.txt").write_text("years")
     done = command(out)
     assert done.exit_code == 0, done.stderr
-    assert names(tmp_path) == ["r.json"]
+    left = [".r.json.seats-tmp.mine.checkpoint", "r.json", "r.json.seats-done"]
+    assert names(tmp_path) == left
+    assert names(tmp_path / left[0]) == names(tmp_path / left[2]) == ["thesis.txt"]
 
 
 def alone(out, size=None):

@@ -25,7 +25,7 @@ from seats_analysis.boundaries.retention import synthetic_profile
 from seats_analysis.inputs.samples import read_samples
 from seats_analysis.models.families import adapter_for
 from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.storage.schemas import SCHEMAS
+from seats_analysis.storage.schemas import SCHEMAS, save_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {
@@ -77,8 +77,7 @@ def profile(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = synthetic_profile(clips=64)
     data.attrs["tokens"] = '{"visual": 128, "audio": 80, "text": 17}'
-    data.to_netcdf(tmp_path / "made-up.nc", engine="h5netcdf")
-    return tmp_path / "made-up.nc"
+    return save_profile(data, tmp_path / "made-up.nc")
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +214,7 @@ def test_missing_and_broken_profiles(tmp_path, command):
 
 
 def test_profile_without_token_counts(profile, tmp_path):
-    synthetic_profile(clips=64).to_netcdf(tmp_path / "bare.nc", engine="h5netcdf")
+    save_profile(synthetic_profile(clips=64), tmp_path / "bare.nc")
     assert "--tokens" in refused("schedule", tmp_path / "bare.nc", "--trr", "10")
     assert (
         seats("schedule", tmp_path / "bare.nc", "--trr", "10", "--tokens", "128,80").exit_code == 0
@@ -460,7 +459,7 @@ def test_schedule_of_other_weights_or_of_another_model(profile, clip, stubbed, t
         ("", "owner/Mine", None),
     ):
         stored.attrs |= dict(weights_sha256=weights, model=model)
-        stored.to_netcdf(tmp_path / "p.nc", engine="h5netcdf")
+        save_profile(stored, tmp_path / "p.nc")
         made = seats("schedule", tmp_path / "p.nc", "--trr", "10", "--out", plan, "--overwrite")
         assert made.exit_code == 0, made.stderr
         with patch.object(type(adapter_for(thinker)), "name", lambda self, model: "mine"):
@@ -703,7 +702,7 @@ def test_families_of_a_profile_that_names_none(profile, tmp_path):
 
     bare = xr.load_dataset(profile, engine="h5netcdf")
     bare = bare.assign_coords(family=("sample", [""] * bare.sizes["sample"])).assign_attrs(needs="")
-    bare.to_netcdf(tmp_path / "bare.nc", engine="h5netcdf")
+    save_profile(bare, tmp_path / "bare.nc")
     result = seats("boundaries", tmp_path / "bare.nc", "--families")
     assert (
         result.exit_code == 0

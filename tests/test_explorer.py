@@ -1,14 +1,16 @@
 "A panel must follow its controls, show what the library says, and never take a file away."
 
+import json
 from pathlib import Path
 
 import pytest
 
 from seats_analysis.boundaries.find import find_boundaries
-from seats_analysis.boundaries.retention import needed_families
+from seats_analysis.boundaries.retention import needed_families, synthetic_profile
 from seats_analysis.plots import explorer
 from seats_analysis.plots.explorer import ALL, explore
 from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.storage.schemas import save_profile
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -67,6 +69,20 @@ def test_the_button_takes_no_file_away(panel):
     assert panel.save() is None and path.read_text() == "{}" and "already" in panel.status.value
     blocked = explore(DATA, path, n_boot=50)  # the folder is a file
     assert blocked.save() is None and "not saved" in blocked.status.value
+
+
+@pytest.mark.parametrize("name", ["../../..", "/etc/x", "a/b"])
+def test_no_name_in_the_data_leads_out_of_the_folder(tmp_path, name):
+    made = synthetic_profile(clips=80)
+    made = made.assign_coords(family=made.family.str.replace("tone", name, regex=False))
+    needs = {name if k == "tone" else k: v for k, v in json.loads(made.attrs["needs"]).items()}
+    made.attrs |= dict(needs=json.dumps(needs), tokens='{"visual": 128, "audio": 80, "text": 9}')
+    profile = tmp_path / "deep" / "er" / "profiles" / "p.nc"
+    panel = explore(save_profile(made, profile), profile.parent / "out", n_boot=50)
+    panel.settings["removed"].value = "audio"
+    panel.settings["family"].value = name
+    path = panel.save()
+    assert path.parent == profile.parent / "out" and [path] == list(tmp_path.rglob("*.json"))
 
 
 def test_without_widgets_there_is_the_figure(monkeypatch):

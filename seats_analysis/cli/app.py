@@ -15,7 +15,6 @@ from dataclasses import dataclass, fields
 from functools import cached_property, wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Annotated
 
 import typer
@@ -23,7 +22,7 @@ from typer import Option
 from typer.core import TyperGroup
 from ..evaluation.load import check_model, load_model
 from ..storage.checkpoint import processes
-from ..storage.files import one_line, output_folder
+from ..storage.files import check_target, one_line, output_folder
 from ..storage.schemas import SCHEMAS, load_profile, schema_of
 
 # %% ../../nbs/cli/00_app.ipynb #d18f5656
@@ -184,16 +183,11 @@ def writable(
     Raises ValueError, also where it would replace the output of another run, or, whatever
     `overwrite` says, a file of another kind, such as an input."""
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"--out {path} is a folder; give a file name")
-    home = next(p for p in path.absolute().parents if p.exists())
-    if not home.is_dir():
-        raise ValueError(f"--out {path}: {home} is not a folder")
     try:
-        TemporaryFile(dir=home).close()  # asking for permission is not enough on every file system
-    except OSError as error:
-        raise ValueError(f"--out {path}: cannot write in {home} ({error.strerror})") from None
-    if name and path.exists() and (not path.is_file() or path.stat().st_size):
+        check_target(path)
+    except ValueError as error:
+        raise ValueError(f"--out {error}") from None
+    if name and path.exists() and path.stat().st_size:
         try:
             same = load_profile(path) if name == "profile" else schema_of(path) == name
         except ValueError:

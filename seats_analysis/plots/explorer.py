@@ -8,6 +8,7 @@ __all__ = ['explore']
 # %% ../../nbs/plots/06_explorer.ipynb #080278ac
 import io
 import json
+import re
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -211,12 +212,13 @@ class Explorer:
         if (view := self.view).plan is None:
             return None
         share = f"tolerance{100 * view.tolerance:g}_{view.late}_trr{view.trr:g}"
-        path = self.out / f"{view.source.name}_{view.removed}_{view.family}_{share}.json"
+        name = f"{view.source.name}_{view.removed}_{view.family}_{share}.json"
+        path = self.out / re.sub(r"[^\w.,+-]", "-", name)  # labels of the data may hold any text
         try:
             if path.exists():
                 raise FileExistsError(f"{path} is there already")
             view.plan.save(path)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self.status.value = escape(f"not saved: {error}")
             return None
         self.status.value = escape(f"saved as {path}")

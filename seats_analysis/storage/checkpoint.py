@@ -14,7 +14,14 @@ import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import get_ident
-from .files import atomic_write, hold_file, is_held
+from seats_analysis.storage.files import (
+    atomic_write,
+    hold_file,
+    is_held,
+    neighbours,
+    new_neighbour,
+    refuse_links,
+)
 from .provenance import digest
 
 # %% ../../nbs/storage/02_checkpoint.ipynb #dcc06079
@@ -50,11 +57,6 @@ def _differences(theirs, ours):
             f"other data ({len(a)} samples there, {len(b)} now; the first that differs is {name!r})"
         )
     return out
-
-
-def _done(folder):
-    "What a checkpoint is renamed to before it is removed."
-    return Path(folder).with_suffix(".seats-done")
 
 
 def _lock_of(folder, number):
@@ -103,13 +105,19 @@ class Checkpoint:
         folder, number = Path(folder), processes()[0] if number is None else number
         if folder.is_symlink():
             raise ValueError(f"{folder} is a link, expected a folder")
+        refuse_links(folder.absolute())
         busy = (
             f"{folder} is in use: another run writes to this output; wait for it or choose another"
         )
         try:
-            with hold_file(_lock_of(folder, number), busy):
+            with hold_file(_lock_of(folder, number), busy) as unlocked:
+                if unlocked and not _HELD:
+                    said = f"locks do not work in {folder.parent} ({unlocked}): "
+                    said += "make sure that no second run writes there"
+                    warnings.warn(said, CheckpointWarning)
                 _HELD.add(key)
-                shutil.rmtree(_done(folder), ignore_errors=True)  # of a run killed in `remove`
+                for done in neighbours(folder):  # of a run killed in `remove`
+                    shutil.rmtree(done, ignore_errors=True)
                 yield folder
         finally:
             _HELD.discard(key)
@@ -120,8 +128,9 @@ class Checkpoint:
     def remove(folder):
         "Remove the folder of a run whose result is stored."
         # renamed first: after an interruption in here it is still complete, or gone
-        os.replace(folder, _done(folder))
-        shutil.rmtree(_done(folder), ignore_errors=True)
+        done = new_neighbour(Path(folder))
+        os.rename(folder, done)
+        shutil.rmtree(done, ignore_errors=True)
 
     def open(self):
         "Make the folder. Raises ValueError naming what differs if it belongs to another run."
@@ -151,7 +160,8 @@ class Checkpoint:
             )
 
     def _save(self, path, data):
-        with atomic_write(path) as part:
+        # with thousands of rows listing takes long, and the folder goes as a whole
+        with atomic_write(path, sweep=False) as part:
             part.write_text(json.dumps(data))
 
     def _file(self, i):

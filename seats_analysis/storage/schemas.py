@@ -7,10 +7,11 @@ __all__ = ['SCHEMAS', 'save_json', 'schema_of', 'load_json', 'save_profile', 'lo
 
 # %% ../../nbs/storage/03_schemas.ipynb #70153063
 import json
+import warnings
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from .files import atomic_write, shipped_folder
+from .files import atomic_write, read_file, shipped_folder
 from .provenance import digest
 
 # %% ../../nbs/storage/03_schemas.ipynb #cd7a781d
@@ -71,9 +72,7 @@ def save_json(
 
 def _read(path):
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+        data = json.loads(read_file(path).decode("utf-8"))
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply") from None
     return data if isinstance(data, dict) else {}
@@ -112,6 +111,10 @@ def load_json(
         raise ValueError(f"{path} is not {schema.what}: {error}") from None
     return data
 
+# %% ../../nbs/storage/03_schemas.ipynb #9d3e5a08
+class ProfileWarning(UserWarning):
+    "What is said of a profile that nothing vouches for."
+
 # %% ../../nbs/storage/03_schemas.ipynb #f41124f8
 _CHECKSUM = b"seats_analysis sha256 "
 _HDF5_END = slice(40, 48)  # where version 0 of its first block says how long a file is
@@ -128,6 +131,7 @@ def _without_checksum(data):
     return body
 
 
+_SEAL = "content_sha256"  # the attribute
 _DIMS = ("sample", "removed", "layer")
 _TEXT, _WHOLE = "OUT", "iu"  # kinds of numpy types
 _LABELS = dict(
@@ -175,37 +179,66 @@ def _check_profile(profile, where):
         raise ValueError(f"{where} is not {SCHEMAS['profile'].what}: {wrong}")
 
 
+def _content(profile):
+    "sha256 of labels, numbers and attributes of a profile that was read from a file."
+    variables, attrs = sorted(profile.variables.items()), sorted(profile.attrs.items())
+    values = [[name, v.dims, str(v.values.tolist())] for name, v in variables]
+    return digest([values, [[name, str(v)] for name, v in attrs if name != _SEAL]])
+
+
+def _read_netcdf(data):
+    import xarray as xr
+
+    return xr.load_dataset(BytesIO(data), engine="h5netcdf")
+
+
 def save_profile(
     profile,  # xr.Dataset of probe_dependency
     path,  # NetCDF file to write
 ) -> Path:
     "Write a profile, whole or not at all. Raises ValueError for a dataset that is none."
     _check_profile(profile, "the dataset")
-    data = bytes(profile.to_netcdf(engine="h5netcdf"))
+    read = _read_netcdf(bytes(profile.to_netcdf(engine="h5netcdf")))
+    sealed = profile.assign_attrs({_SEAL: _content(read)})
+    data = bytes(sealed.to_netcdf(engine="h5netcdf"))
     with atomic_write(path) as part:
         part.write_bytes(data + _CHECKSUM + digest(data).encode())
     return Path(path)
 
 
+def _check_seal(profile, seal, path):
+    "What vouches for a profile without a checksum behind it."
+    if seal is None:
+        said = "has no checksum: it was not written by seats_analysis, or changed since"
+        warnings.warn(f"{path} {said}", ProfileWarning, stacklevel=3)
+    elif seal != _content(profile):
+        said = "it was changed since it was measured; `save_profile` stores a changed one"
+        raise ValueError(f"{path} is not {SCHEMAS['profile'].what} as it was written: {said}")
+
+
 def load_profile(
     path,  # NetCDF file, or the name of a shipped one, as 'testbed'
 ):  # xr.Dataset in memory, dims (sample, removed, layer)
-    "Read a profile. Raises ValueError naming the file if it is missing, broken or something else."
-    import xarray as xr
+    """Read a profile; one that nothing vouches for is warned of.
 
+    Raises ValueError naming the file if it is missing, broken, changed or something else."""
     if (shipped := shipped_folder("profiles") / f"{path}.nc").is_file():
         path = shipped
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise ValueError(f"{path}: no such file; `seats probe` makes a profile")
     try:
-        data = _without_checksum(Path(path).read_bytes())
+        data = read_file(path)
+        body = _without_checksum(data)
     except ValueError as error:
         raise ValueError(f"{path} is not {SCHEMAS['profile'].what}: {error}") from None
     try:
-        profile = xr.load_dataset(BytesIO(data), engine="h5netcdf")
+        profile = _read_netcdf(body)
     except Exception as error:
         raise ValueError(f"{path}: not a readable NetCDF file ({type(error).__name__})") from None
     _check_profile(profile, path)
+    seal = profile.attrs.pop(_SEAL, None)
+    if len(body) == len(data):
+        _check_seal(profile, seal, path)
     if "split" not in profile.variables:
         profile = profile.assign_coords(split=("sample", [""] * profile.sizes["sample"]))
     return profile
