@@ -52,7 +52,7 @@ from seats_analysis.cli.analysis import (
 from ..storage.checkpoint import Checkpoint, checkpoint_of
 from ..storage.provenance import digest
 from ..inputs.layout import MODALITIES
-from ..storage.schemas import SCHEMAS, load_json, load_profile, save_json
+from ..storage.schemas import SCHEMAS, load_profile, save_json
 
 # %% ../../nbs/cli/02_answers.ipynb #c8f331c2
 def profile_of(model, profile):
@@ -357,16 +357,14 @@ def _vtw_rule(names, model, profile):
 
 def _tuned(paths, num_layers):  # -> method -> its chain, clips that made them
     "What `seats tune` found for methods. ValueError for two files of one method."
-    from seats_analysis.baselines.registry import METHODS
+    from seats_analysis.evaluation.tune import Tuning
 
     found, known = {}, set()
     for path in paths:
-        stored = load_json(path, "tune")
+        stored, chains = Tuning.load(path)
         if (name := stored["method"]) in found:
             raise ValueError(f"--tuned {path}: there is another chain of {name}")
-        found[name] = [
-            METHODS[row["method"]].from_dict(row) for row in stored["chains"]["tuned"]["rows"]
-        ]
+        found[name] = chains["tuned"]
         if num_layers:
             found[name][0].schedule.check_model(num_layers)
         known.update(stored["known_clips"])

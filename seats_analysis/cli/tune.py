@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/cli/04_tune.ipynb #ebae319f
 import warnings
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +34,7 @@ from seats_analysis.cli.answers import CLIPS, check_blocks, check_origin, profil
 from seats_analysis.evaluation.load import check_device
 from seats_analysis.storage.checkpoint import Checkpoint, checkpoint_of, processes
 from seats_analysis.storage.provenance import hash_code
-from seats_analysis.storage.schemas import SCHEMAS, load_json, load_profile, save_json, schema_of
+from seats_analysis.storage.schemas import SCHEMAS, load_profile, save_json, schema_of
 
 # %% ../../nbs/cli/04_tune.ipynb #fa4fd932
 TUNE_SEED, CHECK_SEED = 5, 4  # of the testbed's fresh clips; eval has 2
@@ -139,18 +139,16 @@ def _certified(result):
 
     tuned = result["chains"]["tuned"]
     row = tuned["rows"][tuned["held"] - 1]
+    evidence = dict(kind="tuned", weights_sha256=result["weights_sha256"])
+    plan = replace(Schedule.from_dict(row["schedule"]), evidence=evidence)
     kept = "promise answers one_question_a_clip clips questions mix data known_clips".split()
-    proof = {k: result[k] for k in kept} | {k: row[k] for k in ("cost", "changed", "p")}
-    evidence = dict(kind="tuned", weights_sha256=result["weights_sha256"], certificate=proof)
-    return replace(Schedule.from_dict(row["schedule"]), evidence=evidence)
+    found = {k: result[k] for k in kept} | {k: row[k] for k in ("cost", "changed", "p")}
+    return plan.certified(**found)
 
 # %% ../../nbs/cli/04_tune.ipynb #29212bc6
 BatchOfClip = Annotated[
     int | None,
     Option(min=1, help="Questions per batch; default: 4 of the testbed, else those on one clip."),
-]
-Confidence = Annotated[
-    float, Option(min=50, max=99.99, help="Percent of calibrations in which the promise holds.")
 ]
 
 
@@ -162,9 +160,11 @@ def tune(
     max_change: float = Option(
         2, min=0.01, max=99, help="Percent of the answers that may differ from the full model's."
     ),
-    confidence: Confidence = 95,
+    confidence: float = Option(
+        95, min=50, max=99.99, help="Percent of calibrations in which the promise holds."
+    ),
     budget: float = Option(
-        10, min=1.5, help="FLOPs of the search, in passes of the full model over its questions."
+        10, help="FLOPs of the search, in passes of the full model over its questions; 1.5 to 1000."
     ),
     method: str = Option(
         "seats", help="Another method to tune by its own knobs, also as fastv+late."
@@ -199,6 +199,7 @@ def tune(
     from seats_analysis.schedules.search import SearchSpace
 
     promise = Promise(max_change / 100, confidence / 100)
+    Tuning.check_budget(budget)
     check_device(asked.device)
     if method.removesuffix("+late") not in METHODS:
         raise ValueError(f"--method {method!r}: one of {', '.join(METHODS)}, or with +late behind")
@@ -240,37 +241,54 @@ def tune(
 
 # %% ../../nbs/cli/04_tune.ipynb #918e4878
 def _chains(path):
-    "Chains of a `tune` file, or the one schedule of a schedule file; what was promised, if it was."
+    "Chains of a `tune` file, or the one schedule of a schedule file; its promise, and known clips."
+    from seats_analysis.evaluation.tune import Tuning
+    from seats_analysis.schedules.certificate import Promise
     from seats_analysis.schedules.schedule import Schedule
 
     if not path.is_file() or schema_of(path) != "tune":
         plan = Schedule.load(path)
-        return dict(given=[plan]), plan.evidence.get("certificate")
-    stored = load_json(path, "tune")
+        proof = plan.certificate
+        made = (Promise(**proof.promise), proof.known_clips) if proof else (None, ())
+        return dict(given=[plan]), *made
+    stored, chains = Tuning.load(path)
     if stored["method"] != "seats":
         raise ValueError(f"{path} holds settings of {stored['method']}, which no file can hold")
-    rows = {name: chain["rows"] for name, chain in stored["chains"].items()}
-    plans = {k: [Schedule.from_dict(row["schedule"]) for row in own] for k, own in rows.items()}
-    return plans, stored
+    plans = {name: [p.schedule for p in chain] for name, chain in chains.items()}
+    return plans, Promise(**stored["promise"]), stored["known_clips"]
 
 
-def _verdict(result, promise, stored):
-    "Whether the promise of a schedule holds for these questions, and a sentence that says so."
+def _shift(result, plan):
+    "What tells model and questions from those of a certificate, in words; or nothing."
     from seats_analysis.evaluation.tune import Tuning
 
+    proof = plan.certificate
+    if proof is None:
+        return ""
+    if result["weights_sha256"] != plan.evidence.get("weights_sha256"):
+        return "another model, or other weights"
+    if result["answers"] != proof.answers:
+        return f"answers by {result['answers']}, where they were by {proof.answers}"
+    return Tuning.mix_shift(proof.mix, result["mix"])
+
+
+def _verdict(result, promise, plan):
+    "Whether the promise of a schedule holds for these questions, and a sentence that says so."
     found, whom = result["chains"]["given"], _to_whom(result)
     row = found["rows"][0]
     changed = f"{100 * row['changed']:.2f} % of the answers change"
-    shift = Tuning.mix_shift(stored["mix"], result["mix"]) if stored else ""
+    shift, proof = _shift(result, plan), plan.certificate
     if found["held"]:
-        new = f"; not the mix it was made for: {shift}" if shift else ""
+        new = f"; not what it was made for: {shift}" if shift else ""
         return True, f"holds: {promise}, {whom} ({changed}{new})"
     needed = promise.clips(row["changed"])
     more = f"it takes some {needed} clips" if needed else "no number of clips would show it"
     if shift:
         return False, f"refused: {shift}; its promise was for others. Here {changed}, {more}"
-    if stored and row["changed"] <= promise.max_change:
-        return True, f"stands: its promise was for such questions; {changed} {whom}"
+    if proof and proof.promise == asdict(promise) and row["changed"] <= promise.max_change:
+        if result["clips"] < (least := promise.clips()):
+            return False, f"too few to tell: {result['clips']} clips, it takes {least}; {changed}"
+        return True, f"stands: {promise}, promised for such questions; {changed} {whom}"
     return False, f"not shown: {promise}, {whom}: {changed}; {more}"
 
 # %% ../../nbs/cli/04_tune.ipynb #f15668d9
@@ -289,7 +307,12 @@ def check(
     max_change: float | None = Option(
         None, min=0.01, max=99, help="Percent of the answers; default: as promised, else 2."
     ),
-    confidence: Confidence = 95,
+    confidence: float | None = Option(
+        None,
+        min=50,
+        max=99.99,
+        help="Percent of calibrations in which it holds; default: as promised, else 95.",
+    ),
     out: Path | None = Option(
         None, help="JSON file to write; default: seats_out/DATA/results/check_SCHEDULE.json."
     ),
@@ -301,7 +324,8 @@ def check(
     """Test the promise of a schedule on other questions.
 
     All of them are used, on clips that made neither schedule nor promise. Where the promise does
-    not hold, or was for other kinds of questions and these cannot show it, the exit code is 1.
+    not hold, or was for other kinds of questions and these cannot show it, or where they are too
+    few to tell, the exit code is 1.
     """
     num_layers = asked.depth()
     usual = f"results/check_{schedule.stem}.json"
@@ -309,21 +333,21 @@ def check(
     from seats_analysis.evaluation.tune import Tuning
     from seats_analysis.schedules.certificate import Promise
 
-    chains, stored = _chains(schedule)
+    chains, promised, known_clips = _chains(schedule)
     check_device(asked.device)
     for plan in (p for chain in chains.values() for p in chain):
         if num_layers:
             plan.check_model(num_layers)
-    if max_change is None:
-        max_change = 100 * stored["promise"]["max_change"] if stored else 2
-    promise = Promise(max_change / 100, confidence / 100)
+    given = dict(max_change=max_change, confidence=confidence)
+    given = {name: percent / 100 for name, percent in given.items() if percent is not None}
+    promise = replace(promised or Promise(), **given)
     with Checkpoint.hold(checkpoint_of(out)) as folder:
         if asked.data == "testbed":
             samples = _fresh(asked.limit or 2 * promise.clips(), seed, folder / CLIPS)
         else:
             samples = asked.samples()
-        if stored:
-            Tuning.check_new(samples, stored["known_clips"])
+        if promised:
+            Tuning.check_new(samples, known_clips)
         else:
             Tuning.check_enough(samples, promise)
         note(f"{len(samples)} questions; loading {asked.model}")
@@ -336,9 +360,10 @@ def check(
         if result is None or processes()[0]:
             return
         result |= tuning.about | dict(schema=SCHEMAS["check"].id, broken=asked.broken)
-        good, said = True, "\n\n".join(_chain_table(c) for c in result["chains"].values())
+        tables = [_chain_table(c) for c in result["chains"].values()]
+        good, said = True, "\n\n".join([*tables, f"{promise}, {_to_whom(result)}"])
         if "given" in chains:
-            good, said = _verdict(result, promise, stored)
+            good, said = _verdict(result, promise, chains["given"][0])
         save_json(out, result | dict(verdict=said))
         Checkpoint.remove(folder)
     emit(as_json, result | dict(verdict=said), f"{said}{left_out(asked.broken)}\n{out}")

@@ -15,12 +15,14 @@ from functools import cached_property
 from itertools import pairwise
 from ..storage.checkpoint import processes
 from ..storage.provenance import digest
+from ..storage.schemas import SCHEMAS, load_json
 from ..inputs.benchmarks import split_of
 from ..inputs.samples import Sample
 from ..models.decoder import last_logits_only
 from ..models.families import adapter_for
 from ..schedules.certificate import Promise
 from ..pruning.session import as_pruner
+from ..baselines.registry import METHODS
 from .compare import Answering, MethodRun
 from .prepared import DataShape, clips_of
 
@@ -54,6 +56,8 @@ class Paired(Answering):
 # %% ../../nbs/evaluation/10_tune.ipynb #ea09df93
 FIRST = 12  # questions of the first round, at least
 GROUPS, LEAST = 8, 2  # groups of like cost at most, schedules that stay in each at least
+BUDGET = 1.5, 1000  # passes of the full model, least and most
+MOST = 10_000  # schedules of a search
 SHIFT_P, SHIFT_TOKENS = 0.01, 0.2  # p, and relative difference, from which on mixes differ
 
 
@@ -128,6 +132,15 @@ class Tuning:
             raise ValueError("no clip is left for the search: give more questions")
         return proposal, calibration
 
+    @staticmethod
+    def check_budget(budget):
+        "Raise ValueError for what pays for no search, or for one that never ends."
+        low, high = BUDGET
+        if not low <= budget <= high:
+            raise ValueError(
+                f"a budget of {budget} passes of the full model must lie in {low} to {high}"
+            )
+
     def _asked(self, samples, plans=(), answers="token", title=""):
         "The full model and plans on some questions."
         runs = [MethodRun("full", "full", 100, (None,))]
@@ -172,6 +185,9 @@ class Tuning:
             return sum(costs) / max(len(costs), 1) * (going * new).sum()
 
         while price() < (budget - 1) * n:  # the full model answers everything
+            if len(plans) == MOST:
+                many = f"pays for more than {MOST:,} schedules"
+                raise ValueError(f"a budget of {budget:g} {many}: give a smaller one")
             plans.append(as_pruner(draw(random)))
             costs.append(shape.cost(plans[-1]))
         if len(plans) < 2:
@@ -184,7 +200,8 @@ class Tuning:
         fixed: Sequence = (),  # plans that take part in any case
         budget: float = 10.0,  # FLOPs, over those of the full model on all proposal questions
     ) -> tuple | None:  # rows of all candidates, chain, chain of `fixed` alone; or no work
-        "Successive halving on the proposal questions. Raises ValueError for too small a budget."
+        "Successive halving on the proposal questions. Raises ValueError for a wrong budget."
+        self.check_budget(budget)
         plans, costs = self._candidates(draw, fixed, budget)
         alive, kl, seen = np.arange(len(plans)), np.zeros(len(plans)), np.zeros(len(plans), int)
         edges = [0, *rounds_of(len(self.proposal))]
@@ -265,6 +282,26 @@ class Tuning:
             return None
         used = {digest(s.clip)[:12] for s in [*self.proposal, *self.calibration]}
         return found | dict(budget=budget, search=rows, known_clips=sorted(used))
+
+    @staticmethod
+    def load(
+        path,  # JSON file of `seats tune`
+    ) -> tuple:  # as stored; name of a chain -> its `Pruner`s
+        "Read a search. Raises ValueError that names the file and what is wrong with it."
+        stored, chains = load_json(path, "tune"), {}
+        try:
+            promise = Promise(**stored["promise"])
+            for name, chain in stored["chains"].items():
+                rows = chain["rows"]
+                if unknown := {row["method"] for row in rows} - METHODS.keys():
+                    raise ValueError(f"method {min(unknown)!r}: one of {', '.join(METHODS)}")
+                chains[name] = [METHODS[row["method"]].from_dict(row) for row in rows]
+                losses = np.array([row["losses"] for row in rows])
+                if promise.certify(losses, stored["one_question_a_clip"]) != chain["held"]:
+                    raise ValueError(f"`held` of chain {name!r} does not follow from its losses")
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is not {SCHEMAS['tune'].what}: {error}") from None
+        return stored, chains
 
     @staticmethod
     def check_new(samples, known_clips):

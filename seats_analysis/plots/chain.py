@@ -39,7 +39,7 @@ def _tried(ax, rows):
 def _certified(ax, found):
     "FLOPs against the share of changed answers; filled where it holds."
     for name, chain in found["chains"].items():
-        label, color, marker = _NAMES[name]
+        label, color, marker = _NAMES.get(name, (name, "#9a9a9a", "^"))
         x, y = ([100 * r[key] for r in chain["rows"]] for key in ("cost", "changed"))
         ax.plot(x, y, color=color, marker=marker, markerfacecolor="white", markersize=4)
         n = chain["held"]

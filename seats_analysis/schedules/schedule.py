@@ -11,7 +11,7 @@ import math
 import operator
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from ..boundaries.find import Boundaries
 from ..inputs.layout import MODALITIES
 from .solve import ROUND_OFF, Segments, drop_positions, too_high
 from ..storage.files import shipped_folder
+from ..storage.provenance import digest
 from ..storage.schemas import SCHEMAS, load_json, save_json
 
 # %% ../../nbs/schedules/01_schedule.ipynb #b061beaf
@@ -195,7 +196,13 @@ def _checked_evidence(value):
     for name, check in read.items():
         if copied.get(name) is not None:
             check(f"evidence.{name}", copied[name])
+    if copied.get("certificate") is not None:
+        Certificate.from_dict(copied["certificate"])
     return FrozenDict(copied)
+
+
+def _without_certificate(evidence):
+    return {name: value for name, value in evidence.items() if name != "certificate"}
 
 
 _QUERIES = ("last", "text")
@@ -287,6 +294,45 @@ def _late_remark(bounds, late):
     }
     return f"late block: {place[late]}, {late}; {other}: {place[other]}"
 
+# %% ../../nbs/schedules/01_schedule.ipynb #c1ad4f26
+def _digest(fields):
+    "The same for whatever order and form of whole numbers a writer of JSON chooses."
+    return digest(json.loads(json.dumps(fields, sort_keys=True), parse_int=float))
+
+
+@dataclass(frozen=True)
+class Certificate:
+    "What was promised of one plan; its digests are against accidents, no signature."
+
+    promise: dict  # fields of a `Promise`
+    answers: str  # `likelihood` of the choices, or next `token`
+    one_question_a_clip: bool
+    clips: int  # that it was certified on
+    questions: int
+    mix: dict  # for whom: questions by family, mean tokens
+    data: str
+    known_clips: list  # of search and calibration, as `Tuning.check_new` knows them
+    cost: float  # FLOPs over those of the full model
+    changed: float  # fraction of the answers
+    p: float
+    plan_sha256: str  # of `Schedule.plan_sha256`
+
+    def to_dict(self):
+        "As a schedule's evidence holds it."
+        own = asdict(self)
+        return own | dict(sha256=_digest(own))
+
+    @classmethod
+    def from_dict(cls, data):
+        "A certificate from what `to_dict` gave. Raises ValueError for anything else."
+        remedy = "remove it, or run `seats tune` again"
+        if wrong := SCHEMAS["certificate"].wrong_with(data, "evidence.certificate"):
+            raise ValueError(f"{wrong}: {remedy}")
+        own = {name: value for name, value in data.items() if name != "sha256"}
+        if _digest(own) != data["sha256"]:
+            raise ValueError(f"`evidence.certificate` was changed after it was made: {remedy}")
+        return cls(**own)
+
 # %% ../../nbs/schedules/01_schedule.ipynb #a0406f41
 PUBLISHED = {
     "qwen2.5-omni-7b": dict(
@@ -369,6 +415,12 @@ def _shipped(path):
     return names[str(path)]
 
 
+_DECIDING = (
+    "num_layers", "drop_layers", "late_start", "keep_ratios", "entering", "temperature", "query",
+    "weighted", "windows",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Schedule:
     "Plan of visual and audio tokens. Layers are 0-based and half-open, ratios fractions kept."
@@ -393,6 +445,10 @@ class Schedule:
     def __post_init__(self):
         for name, value in _checked(self).items():
             object.__setattr__(self, name, value)  # frozen: only here
+        if (proof := self.certificate) and proof.plan_sha256 != self.plan_sha256:
+            said = "the certificate of this schedule was for another plan and is gone"
+            warnings.warn(said, ScheduleWarning, stacklevel=4)  # who called `replace`
+            object.__setattr__(self, "evidence", FrozenDict(_without_certificate(self.evidence)))
 
     @classmethod
     def solve(
@@ -602,6 +658,26 @@ class Schedule:
         return {stage for stage in on if on[stage]}
 
     @property
+    def plan_sha256(self):  # 64 hexadecimal digits
+        "Digest of what decides which tokens a layer gets, and of the weights it was made for."
+        own = {name: getattr(self, name) for name in _DECIDING}
+        return digest(own | dict(weights_sha256=self.evidence.get("weights_sha256")))
+
+    @property
+    def certificate(self):  # Certificate; None without one
+        "What `seats tune` has promised of this plan."
+        stored = self.evidence.get("certificate")
+        return None if stored is None else Certificate.from_dict(stored)
+
+    def certified(
+        self,
+        **facts,  # fields of a `Certificate`
+    ):  # Schedule
+        "This plan with what was promised of it."
+        proof = Certificate(plan_sha256=self.plan_sha256, **facts)
+        return replace(self, evidence=self.evidence | dict(certificate=proof.to_dict()))
+
+    @property
     def keeps_all(self):
         return all(level == 1 for m in MODALITIES for level in self.levels(m))
 
@@ -673,7 +749,16 @@ class Schedule:
         if known != given:
             missing, unknown = sorted(known - given), sorted(given - known)
             raise ValueError(f"fields missing {missing}, unknown {unknown}")
-        return cls(**{name: data[name] for name in known})
+        own = {name: data[name] for name in known}
+        evidence = _checked_evidence(own.pop("evidence"))
+        plan = cls(**own, evidence=_without_certificate(evidence))
+        proof = evidence.get("certificate")
+        if proof is not None and proof["plan_sha256"] != plan.plan_sha256:
+            raise ValueError(
+                "`evidence.certificate` is that of another plan, or of other weights: remove it, "
+                "or run `seats tune` again"
+            )
+        return replace(plan, evidence=evidence)
 
     @classmethod
     def load(cls, path):

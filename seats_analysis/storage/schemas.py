@@ -7,12 +7,95 @@ __all__ = ['SCHEMAS', 'save_json', 'schema_of', 'load_json', 'save_profile', 'lo
 
 # %% ../../nbs/storage/03_schemas.ipynb #70153063
 import json
+import math
+import re
+import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from reprlib import repr as in_short
 from .files import atomic_write, read_file, shipped_folder
 from .provenance import digest
+
+# %% ../../nbs/storage/03_schemas.ipynb #45321794
+@dataclass(frozen=True)
+class Leaf:
+    "A value in a form, as JSON gives it."
+
+    what: str  # in messages
+    types: tuple = (int, float)
+    low: float = 0
+    high: float = sys.float_info.max
+    pattern: str = "(?s).*"  # of a text
+
+    def fits(self, value):
+        if type(value) not in self.types:
+            return False
+        if isinstance(value, str):
+            return re.fullmatch(self.pattern, value) is not None
+        return self.low <= value <= self.high
+
+
+def wrong_with(
+    value,  # as JSON gives it
+    form,  # Leaf; [form of all items]; {name: form}, `...` for all other names; None: anything
+    where="",  # its name in messages
+):  # text, empty where nothing is wrong
+    "The first value that is not of a form, in words."
+    if isinstance(form, Leaf):
+        return "" if form.fits(value) else f"`{where}` must be {form.what}, not {in_short(value)}"
+    if form is None:
+        return ""
+    named = isinstance(form, dict)
+    if not isinstance(value, dict if named else list):
+        return f"`{where}` must be a {'mapping' if named else 'list'}, not {in_short(value)}"
+    whole = f"`{where}`" if where else "it"
+    if not named:
+        found = (wrong_with(v, form[0], f"{where}[{i}]") for i, v in enumerate(value))
+        return next(filter(None, found), "") if value else f"{whole} is empty"
+    if missing := [name for name in form if name is not ... and name not in value]:
+        return f"{whole} has no {', '.join(missing)}"
+    if unknown := [name for name in value if name not in form and ... not in form]:
+        return f"{whole} has an unknown {in_short(unknown[0])}"
+    below = f"{where}." if where else ""
+    found = (wrong_with(v, form.get(k, form.get(...)), below + k) for k, v in value.items())
+    return next(filter(None, found), "")
+
+
+_SHARE = Leaf("a number in 0 to 1", high=1)
+_INSIDE = Leaf("a number between 0 and 1", low=sys.float_info.min, high=math.nextafter(1, 0))
+_AMOUNT = Leaf("a number from 0 on")
+_NUMBER = Leaf("a number", low=-sys.float_info.max)
+_COUNT = Leaf("a whole number from 1 on", (int,), 1)
+_FLAG = Leaf("true or false", (bool,))
+_TEXT = Leaf("a text", (str,))
+_SHA256 = Leaf("64 hexadecimal digits", (str,), pattern="[0-9a-f]{64}")
+_CLIP = Leaf("12 hexadecimal digits", (str,), pattern="[0-9a-f]{12}")
+
+_MEASURED = dict(
+    promise=dict(max_change=_INSIDE, confidence=_INSIDE),
+    answers=Leaf("likelihood or token", (str,), pattern="likelihood|token"),
+    one_question_a_clip=_FLAG,
+    clips=_COUNT,
+    questions=_COUNT,
+    mix=dict(families={...: _COUNT}, tokens=dict(visual=_AMOUNT, audio=_AMOUNT, text=_AMOUNT)),
+    data=_TEXT,
+)
+_LOSS = dict(cost=_AMOUNT, changed=_SHARE, p=_SHARE)
+_CERTIFICATE = _MEASURED | _LOSS | dict(known_clips=[_CLIP], plan_sha256=_SHA256, sha256=_SHA256)
+_PRUNER = dict(method=_TEXT, schedule={...: None}, settings={...: None})
+_ROW = _LOSS | _PRUNER | {"losses": [_SHARE], ...: None}
+_CHAIN = dict(held=Leaf("a whole number from 0 on", (int,)), rows=[_ROW])
+_TRIED = dict(cost=_AMOUNT, kl=_NUMBER, questions=_COUNT, fixed=_FLAG, chain=_FLAG)
+_CHECKED = _MEASURED | {"chains": {...: _CHAIN}, ...: None}
+_TUNED = _CHECKED | dict(
+    chains={"tuned": _CHAIN, ...: _CHAIN},
+    known_clips=[_CLIP],
+    method=_TEXT,
+    search=[_TRIED | {...: None}],
+)
 
 # %% ../../nbs/storage/03_schemas.ipynb #cd7a781d
 @dataclass(frozen=True)
@@ -23,6 +106,11 @@ class Schema:
     what: str  # what messages call it, with its article
     keys: tuple = ()  # that it must have
     row_keys: tuple = ()  # that each of its `rows` must have; none: it needs no rows
+    form: Mapping | None = None  # of all that it holds, see `wrong_with`
+
+    def wrong_with(self, data, where=""):
+        "What is not of its form, in words; nothing where all is."
+        return wrong_with(data, self.form, where)
 
 
 def _json(name, what, keys="", row_keys=""):
@@ -36,6 +124,7 @@ SCHEMAS = dict(
         ("correct", "removed", "layer", "family", "clip"),
     ),
     schedule=_json("schedule", "a usable schedule"),
+    certificate=Schema("seats_analysis/certificate/1", "a certificate", form=_CERTIFICATE),
     boundaries=_json("boundaries", "a boundaries file"),
     coverage=_json("coverage", "a coverage study", "rows late_confidences"),
     needed=_json("questions_needed", "a study of questions needed", "rows sizes"),
@@ -44,8 +133,8 @@ SCHEMAS = dict(
     bench=_json("bench", "a benchmark", "rows", "config method trr batch tokens"),
     kept=_json("kept", "a file of kept positions", "clip grid audio_tokens audio_rate stages"),
     kv_policies=_json("kv_policies", "a comparison of cache policies", "rows"),
-    tune=_json("tune", "a tuned chain", "promise chains search", ""),
-    check=_json("check", "a check of a schedule", "promise chains", ""),
+    tune=Schema("seats_analysis/tune/1", "a tuned chain", form=_TUNED),
+    check=Schema("seats_analysis/check/1", "a check of a schedule", form=_CHECKED),
     vllm=_json("vllm", "a benchmark in vLLM", "rows", "method round concurrency prompt_tokens"),
     eval=_json(
         "eval",
@@ -107,6 +196,8 @@ def load_json(
                 raise ValueError("it has no rows in `rows`")
             if missing := {k for k in schema.row_keys for row in rows if k not in row}:
                 raise ValueError(f"rows without {', '.join(sorted(missing))}")
+        if wrong := schema.wrong_with(data):
+            raise ValueError(wrong)
     except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"{path} is not {schema.what}: {error}") from None
     return data

@@ -1,0 +1,277 @@
+"A certificate goes with its plan, its model and its own fields, or it goes."
+
+import json
+import math
+import warnings
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+from test_cli import refused, seats
+
+from seats_analysis.boundaries.find import Boundaries
+from seats_analysis.cli import answers, app as shared, tune as commands
+from seats_analysis.evaluation import tune
+from seats_analysis.evaluation.tune import Tuning
+from seats_analysis.schedules.certificate import Promise
+from seats_analysis.schedules.schedule import Schedule, ScheduleWarning
+from seats_analysis.schedules.search import SearchSpace
+
+ROOT = Path(__file__).resolve().parents[1]
+TUNED, OTHER = (
+    json.loads((ROOT / "data" / "schedules" / f"{name}_tuned.json").read_text())
+    for name in ("testbed", "testbed-qwen3")
+)
+CHAIN = ROOT / "data" / "results" / "tune_testbed.json"
+PROOF = TUNED["evidence"]["certificate"]
+GONE = object()
+
+
+def edited(data, place, value):
+    "A copy with one value changed or gone; `place` as promise.max_change or rows.0.cost."
+    data = deepcopy(data)
+    *above, last = (int(k) if k.isdigit() else k for k in place.split("."))
+    inner = data
+    for key in above:
+        inner = inner[key]
+    if value is GONE:
+        del inner[last]
+    else:
+        inner[last] = value
+    return data
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    def load(*args):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(shared, "load_model", load)
+
+
+# ---------------------------------------------------------------- a schedule file
+
+WRONG = [
+    *((name, GONE) for name in PROOF),
+    ("known_clips", "abc"),
+    ("known_clips", 7),
+    ("known_clips", []),
+    ("known_clips", [PROOF["known_clips"]]),
+    ("known_clips", PROOF["known_clips"][1:]),
+    ("promise", 0.02),
+    ("promise.max_change", 0),
+    ("promise.max_change", 0.5),
+    ("promise.max_change", math.nan),
+    ("promise.max_change", "0.02"),
+    ("promise.confidence", GONE),
+    ("promise.more", 1),
+    ("mix.families", GONE),
+    ("mix.tokens", GONE),
+    ("mix.tokens.visual", GONE),
+    ("mix.families.colour", 50),
+    ("mix.families.colour", None),
+    ("cost", 0.3),
+    ("p", True),
+    ("clips", 596.5),
+    ("sha256", "0" * 64),
+    ("plan_sha256", OTHER["evidence"]["certificate"]["plan_sha256"]),
+    ("more", 1),
+]
+CASES = [(f"evidence.certificate.{place}", value) for place, value in WRONG]
+CASES += [
+    ("evidence.certificate", {}),
+    ("evidence.certificate", "yes"),
+    ("evidence.certificate", OTHER["evidence"]["certificate"]),  # whole, but of another plan
+    ("evidence.weights_sha256", OTHER["evidence"]["weights_sha256"]),
+    ("evidence.weights_sha256", GONE),
+    ("temperature", 0.5),
+    ("query", "last"),
+    ("weighted", True),
+    ("windows.visual_grids", 2),
+]
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("place, value", CASES)
+def test_a_changed_certificate_or_plan_is_refused_when_it_is_read(tmp_path, place, value):
+    file = tmp_path / "t.json"
+    file.write_text(json.dumps(edited(TUNED, place, value)))
+    said = refused("check", file)
+    assert f"{file} is not a usable schedule: `evidence" in said
+
+
+def test_a_certificate_survives_other_writers_and_older_plans_without_one_load(tmp_path):
+    file = tmp_path / "t.json"
+    for data in (json.dumps(TUNED, sort_keys=True), json.dumps(TUNED).replace("192.0", "192")):
+        file.write_text(data)
+        assert Schedule.load(file).certificate == Schedule.load("testbed/tuned").certificate
+    file.write_text(json.dumps(edited(TUNED, "evidence.certificate", GONE)))
+    assert Schedule.load(file).certificate is None
+
+
+# ---------------------------------------------------------------- a plan in Python
+
+
+ANEW = dict(trr=None, scale=None)  # computed
+HALF = dict(visual=0.5, audio=0.5)
+CHANGES = {
+    "times": lambda plan: plan.times(0.05),
+    "times, twice": lambda plan: plan.times(0.5).times(0.1),
+    "layers": lambda plan: replace(plan, num_layers=17, **ANEW),
+    "drops": lambda plan: replace(plan, drop_layers=(5,), **ANEW),
+    "late": lambda plan: replace(plan, late_start=14, **ANEW),
+    "entering": lambda plan: replace(plan, entering=HALF, **ANEW),
+    "temperature": lambda plan: replace(plan, temperature=0.1),
+    "query": lambda plan: replace(plan, query="last"),
+    "weighted": lambda plan: replace(plan, weighted=True),
+    "windows": lambda plan: replace(plan, windows=dict(visual_grids=2, seconds=8.0)),
+    "evidence": lambda plan: replace(plan, evidence=Schedule.load("testbed-qwen3/tuned").evidence),
+    "other weights": lambda plan: replace(
+        plan, evidence={**plan.evidence, "weights_sha256": "0" * 64}
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_plan_has_no_certificate_and_says_so(tmp_path, change):
+    plan = Schedule.load("testbed/tuned")
+    with pytest.warns(ScheduleWarning, match="was for another plan and is gone"):
+        other = CHANGES[change](plan)
+    assert other.certificate is None
+    other.save(tmp_path / "t.json")
+    assert Schedule.load(tmp_path / "t.json") == other
+
+
+def test_the_same_plan_keeps_it_and_nothing_is_said():
+    plan = Schedule.load("testbed/tuned")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same = replace(plan, model="another name", revision="r", seed=3)
+        assert same.certificate == plan.certificate
+        assert plan.nearest(0.1, 0.2).certificate is None
+        assert Schedule.load("testbed/10").times(0.5).certificate is None
+    with pytest.raises(ValueError, match="has no plan_sha256, sha256: remove it"):
+        own = {k: v for k, v in PROOF.items() if "sha256" not in k}
+        replace(plan, evidence=dict(certificate=own))  # as files were before
+
+
+# ---------------------------------------------------------------- what a check says
+
+MEASURED = {k: PROOF[k] for k in ("answers", "clips", "questions", "mix", "data")}
+MEASURED["weights_sha256"] = TUNED["evidence"]["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    "changed, held, promise, result, said",
+    [
+        (0.01, 0, Promise(), {}, "stands: at most 2 %"),
+        (0.01, 0, Promise(), dict(clips=149), "stands: at most 2 %"),
+        (0.0, 0, Promise(), dict(clips=148), "too few to tell: 148 clips, it takes 149"),
+        (0.0, 0, Promise(), dict(clips=4), "too few to tell: 4 clips, it takes 149"),
+        (0.03, 0, Promise(), {}, "not shown: at most 2 %"),
+        (0.01, 0, Promise(0.015), {}, "not shown: at most 1.5 %"),
+        (0.01, 0, Promise(0.05), {}, "not shown: at most 5 %"),
+        (0.01, 0, Promise(0.02, 0.99), {}, "not shown: at most 2 %"),
+        (0.01, 1, Promise(0.05), {}, "holds: at most 5 %"),
+        (0.01, 0, Promise(), dict(weights_sha256="0" * 64), "refused: another model, or other"),
+        (0.01, 0, Promise(), dict(answers="token"), "refused: answers by token"),
+        (0.01, 0, Promise(), dict(mix=edited(PROOF["mix"], "tokens.audio", 90.0)), "refused: 90"),
+    ],
+)
+def test_only_the_promise_of_the_file_stands_and_with_enough_clips(
+    changed, held, promise, result, said
+):
+    rows = [dict(changed=changed)]
+    result = MEASURED | result | dict(chains=dict(given=dict(held=held, rows=rows)))
+    good, text = commands._verdict(result, promise, Schedule.load("testbed/tuned"))
+    assert text.startswith(said) and good == (said.split(":")[0] in ("stands", "holds"))
+
+
+def test_another_plan_never_stands():
+    with pytest.warns(ScheduleWarning):
+        plan = Schedule.load("testbed/tuned").times(0.05)
+    result = MEASURED | dict(chains=dict(given=dict(held=0, rows=[dict(changed=0.0)])))
+    good, text = commands._verdict(result, Promise(), plan)
+    assert not good and text.startswith("not shown")
+
+
+# ---------------------------------------------------------------- the evidence of a search
+
+ROW = "chains.tuned.rows.3"
+FIELDS = [
+    *(f"{ROW}.{name}" for name in "cost changed p losses schedule method settings".split()),
+    *"promise mix known_clips method search chains one_question_a_clip clips".split(),
+    *"chains.tuned chains.tuned.held chains.tuned.rows promise.confidence".split(),
+    *"mix.families mix.tokens search.0.kl search.0.fixed".split(),
+]
+BAD = [(place, value) for place in FIELDS for value in (GONE, "abc", [], math.nan)]
+BAD = [case for case in BAD if case not in ((f"{ROW}.method", "abc"), ("method", "abc"))]  # texts
+BAD += [(f"{ROW}.losses.0", 2), ("known_clips", {}), ("promise", {}), ("chains", {})]
+RATHER = [  # only where plans are made
+    (f"{ROW}.method", "nobody"),
+    (f"{ROW}.settings", dict(nothing=1)),
+    (f"{ROW}.schedule.temperature", 0),
+    (f"{ROW}.schedule.temperature", GONE),
+    (f"{ROW}.losses", [0.0]),
+    ("promise.max_change", 0.5),
+    ("promise.max_change", 0),
+    ("chains.tuned.held", 9),
+]
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("place, value", [*BAD, *RATHER])
+def test_a_search_without_its_fields_is_refused_in_one_line(tmp_path, place, value):
+    file = tmp_path / "results" / "tune_t.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(edited(json.loads(CHAIN.read_text()), place, value)))
+    said = refused("check", file, "--out", tmp_path / "c.json")
+    assert f"{file} is not a tuned chain: " in said
+    with pytest.raises(ValueError) as error:
+        answers._tuned([file], None)
+    assert f"seats: {error.value}\n" == said
+    if (place, value) not in RATHER:
+        assert refused("figures", "--data", tmp_path, "--out", tmp_path / "figures") == said
+
+
+def test_a_chain_of_another_name_is_drawn(tmp_path):
+    data = json.loads(CHAIN.read_text())
+    data["chains"]["mine"] = data["chains"]["fixed"]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "tune_t.json").write_text(json.dumps(data))
+    assert "tune_t.png" in seats("figures", "--data", tmp_path, "--out", tmp_path / "f").stdout
+
+
+# ---------------------------------------------------------------- numbers
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    "command, option, value",
+    [
+        *(("tune", "--budget", v) for v in ("inf", "nan", "1e308", "1001", "1.4", "-1")),
+        *((c, o, "nan") for c in ("tune", "check") for o in ("--max-change", "--confidence")),
+    ],
+)
+def test_a_number_that_is_none_is_refused_before_anything_is_made(
+    tmp_path, monkeypatch, command, option, value
+):
+    monkeypatch.chdir(tmp_path)
+    given = ["testbed/tuned"] if command == "check" else []
+    said = refused(command, *given, option, value)
+    assert "1.5 to 1000" in said or f"Invalid value for '{option}': " in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_search_ends_at_its_most_schedules(monkeypatch):
+    monkeypatch.setattr(tune, "MOST", 20)
+    samples = [tiny.ask(str(k), tiny.clip(k, 1.0, size=(56, 56))) for k in range(2)]
+    given = tiny.thinker("qwen2.5-omni"), tiny.processor("qwen2.5-omni"), Promise(0.6, 0.5)
+    space = SearchSpace.of(dict(both=Boundaries(tiny.LAYERS, 2, 5, shallow_end_ci=(1, 3))))
+    tuning = Tuning(*given, samples[:1], samples[1:])
+    with pytest.raises(ValueError, match="a budget of 900 pays for more than 20 schedules"):
+        tuning.search(space.draw, (), 900)
+    with pytest.raises(ValueError, match="must lie in 1.5 to 1000"):
+        tuning.search(space.draw, (), math.inf)
