@@ -152,7 +152,9 @@ def test_the_same_plan_keeps_it_and_nothing_is_said():
         assert same.certificate == plan.certificate
         assert plan.nearest(0.1, 0.2).certificate is None
         assert Schedule.load("testbed/10").times(0.5).certificate is None
-    with pytest.raises(ValueError, match="has no plan_sha256, sha256: remove it"):
+    with pytest.raises(
+        ValueError, match="`evidence.certificate.plan_sha256`: field required: remove it"
+    ):
         own = {k: v for k, v in PROOF.items() if "sha256" not in k}
         replace(plan, evidence=dict(certificate=own))  # as files were before
 

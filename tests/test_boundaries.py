@@ -24,7 +24,7 @@ from seats_analysis.boundaries.retention import (
 )
 from seats_analysis.inputs.layout import MODALITIES
 from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.storage.schemas import load_json
+from seats_analysis.storage.schemas import load_json, save_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILE, STUDY = (
@@ -375,7 +375,7 @@ def test_too_few_clips_claim_no_width_of_nothing(clips, tmp_path):
     assert boundary_table(profile, ["both"], n_boot=50).late_start_same.isna().all()
     if clips > 1:
         return
-    profile.to_netcdf(tmp_path / "p.nc", engine="h5netcdf")
+    save_profile(profile, tmp_path / "p.nc")
     result = seats("boundaries", tmp_path / "p.nc", "--families", "--figure", tmp_path / "drawn")
     assert result.exit_code == 0 and "not measurable" in result.stdout, result.output
     assert json.loads(seats("boundaries", tmp_path / "p.nc", "--json").stdout)["both"][
@@ -413,7 +413,7 @@ def test_what_cannot_be_measured_is_not(change, says, tmp_path):
     assert found.late_start_ci == (0, 12) and "stability" not in found.parameters
     assert boundary_table(profile, ["both"], n_boot=50).late_start.isna().all()
     profile.attrs["tokens"] = '{"visual": 128, "audio": 80, "text": 17}'
-    profile.to_netcdf(tmp_path / "p.nc", engine="h5netcdf")
+    save_profile(profile, tmp_path / "p.nc")
     told = seats("boundaries", tmp_path / "p.nc").stdout
     assert told.count("not measurable") >= 4 and says in told and "seats sample-size" in told
     asked = ["schedule", tmp_path / "p.nc", "--trr", "10", "--out", tmp_path / "plan.json"]
@@ -521,7 +521,7 @@ def test_each_modality_leaves_when_its_own_curve_says_so(tmp_path):
 
 
 def test_command_prints_and_draws_families(tmp_path):
-    synthetic_profile(clips=40).to_netcdf(tmp_path / "p.nc", engine="h5netcdf")
+    save_profile(synthetic_profile(clips=40), tmp_path / "p.nc")
     result = seats("boundaries", tmp_path / "p.nc", "--families", "--figure", tmp_path / "drawn")
     assert (
         result.exit_code == 0
@@ -538,7 +538,7 @@ def test_command_prints_and_draws_families(tmp_path):
 
 
 def test_interval_that_does_not_close_says_end(tmp_path):
-    synthetic_profile(clips=40).to_netcdf(tmp_path / "p.nc", engine="h5netcdf")
+    save_profile(synthetic_profile(clips=40), tmp_path / "p.nc")
     assert "to end)" in seats("boundaries", tmp_path / "p.nc").stdout
     assert "to the end, " in explain(
         find_boundaries(synthetic_profile(clips=40), "both", n_boot=100)

@@ -669,7 +669,7 @@ def test_schedule_takes_the_estimate_and_says_so(profile):
     )
     assert "'hope'" in refused(*args, "--late", "hope")
     sure = synthetic_profile(clips=800)
-    sure.to_netcdf(profile.parent / "sure.nc", engine="h5netcdf")
+    save_profile(sure, profile.parent / "sure.nc")
     agreed = seats("schedule", profile.parent / "sure.nc", "--trr", "10", "--tokens", "128,80")
     assert agreed.exit_code == 0 and "late block: " not in agreed.stderr
 
@@ -682,7 +682,7 @@ def test_no_drops_are_announced_where_stage_two_keeps_everything(profile, tmp_pa
         },
         clips=64,
     )
-    early.to_netcdf(tmp_path / "early.nc", engine="h5netcdf")
+    save_profile(early, tmp_path / "early.nc")
     result = seats(
         "schedule",
         tmp_path / "early.nc",
@@ -931,7 +931,7 @@ def demo(monkeypatch, tmp_path):
     rows = [dict(method="seats", trr=10, wrong=["q3", "q8"], accuracy=0.9, flops_fraction=0.1)]
     for part in ("profiles", "schedules", "results"):
         (tmp_path / part).mkdir()
-    data.to_netcdf(tmp_path / "profiles" / "testbed.nc", engine="h5netcdf")
+    save_profile(data, tmp_path / "profiles" / "testbed.nc")
     for trr, plan in plans.items():
         plan.save(tmp_path / "schedules" / f"testbed_trr{trr}.json")
     (tmp_path / "results" / "testbed.json").write_text(
@@ -993,7 +993,7 @@ def test_a_moved_boundary_or_schedule_is_named(demo):
 def test_other_weights_do_not_agree_and_nothing_committed_is_said(demo, tmp_path):
     assert demo.run(profile=demo.profile.assign_attrs(weights_sha256="x")).exit_code == 1
     (tmp_path / "partly" / "profiles").mkdir(parents=True)
-    demo.profile.to_netcdf(tmp_path / "partly" / "profiles" / "testbed.nc", engine="h5netcdf")
+    save_profile(demo.profile, tmp_path / "partly" / "profiles" / "testbed.nc")
     assert "no results/testbed.json in " in demo.run(folder=tmp_path / "partly").stdout
     empty = demo.run(folder=tmp_path / "nowhere")
     assert (

@@ -103,7 +103,7 @@ def test_a_profile_of_ones_own_is_offered(source, tmp_path):
     del own.attrs["tokens"]
     (tmp_path / "profiles").mkdir()
     for name in "ab":
-        own.to_netcdf(tmp_path / "profiles" / f"{name}.nc", engine="h5netcdf")
+        save_profile(own, tmp_path / "profiles" / f"{name}.nc")
     panel = explore(tmp_path, tmp_path, n_boot=50)
     assert panel.profile.options == ("a", "b")
     assert panel.settings["removed"].options == ("visual",)

@@ -19,7 +19,7 @@ from seats_analysis.plots.kept import plot_kept
 from seats_analysis.plots.methods import learning_curves_figure, read_log
 from seats_analysis.plots.paper import figure_jobs
 from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.storage.schemas import SCHEMAS, load_json, load_profile
+from seats_analysis.storage.schemas import SCHEMAS, load_json, load_profile, save_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = (
@@ -300,7 +300,7 @@ def test_figures_from_a_data_folder(profile, clip, tmp_path):
     data = tmp_path / "data"
     for part in ("profiles", "schedules", "results", "testbed/qwen2.5-omni"):
         (data / part).mkdir(parents=True)
-    profile.to_netcdf(data / "profiles" / "m.nc", engine="h5netcdf")
+    save_profile(profile, data / "profiles" / "m.nc")
     for trr in (35, 10):
         Schedule.published("qwen2.5-omni-7b", trr).save(data / "schedules" / f"m_trr{trr}.json")
     encode_clip(clip, data / "results" / "noise.mp4")
@@ -348,7 +348,7 @@ def test_committed_figures_are_those_of_the_data():
 def test_a_model_that_only_guesses_still_gets_its_figures(tmp_path):
     guess = synthetic_profile(full=0.25, clips=30)
     (tmp_path / "profiles").mkdir()
-    guess.to_netcdf(tmp_path / "profiles" / "guess.nc", engine="h5netcdf")
+    save_profile(guess, tmp_path / "profiles" / "guess.nc")
     jobs = figure_jobs(tmp_path)
     assert set(jobs) == {
         "guess_dependency",

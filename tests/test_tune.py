@@ -20,6 +20,7 @@ from seats_analysis.inputs.samples import read_samples, write_samples
 from seats_analysis.schedules.certificate import Promise, draw_certificates
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.schedules.search import SearchSpace
+from seats_analysis.storage.schemas import save_profile
 
 EASY = Promise(0.6, 0.5)  # one clip is enough
 SPACE = SearchSpace.of(dict(both=Boundaries(tiny.LAYERS, 2, 5, shallow_end_ci=(1, 3))))
@@ -175,7 +176,7 @@ def stubbed(monkeypatch, tmp_path):
     monkeypatch.setattr(shared, "check_model", lambda name: None)
     monkeypatch.setattr(shared, "load_model", lambda *args: given)
     profile = synthetic_profile({r: ramp(tiny.LAYERS, 1, 4) for r in ("visual", "audio", "both")})
-    profile.to_netcdf(tmp_path / "p.nc", engine="h5netcdf")
+    save_profile(profile, tmp_path / "p.nc")
     return ["--model", "m", "--profile", tmp_path / "p.nc"]
 
 

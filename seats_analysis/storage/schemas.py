@@ -7,94 +7,92 @@ __all__ = ['SCHEMAS', 'save_json', 'schema_of', 'load_json', 'save_profile', 'lo
 
 # %% ../../nbs/storage/03_schemas.ipynb #70153063
 import json
-import math
-import re
-import sys
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from reprlib import repr as in_short
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
+
 from .files import atomic_write, read_file, shipped_folder
 from .provenance import digest
 
 # %% ../../nbs/storage/03_schemas.ipynb #45321794
-@dataclass(frozen=True)
-class Leaf:
-    "A value in a form, as JSON gives it."
-
-    what: str  # in messages
-    types: tuple = (int, float)
-    low: float = 0
-    high: float = sys.float_info.max
-    pattern: str = "(?s).*"  # of a text
-
-    def fits(self, value):
-        if type(value) not in self.types:
-            return False
-        if isinstance(value, str):
-            return re.fullmatch(self.pattern, value) is not None
-        return self.low <= value <= self.high
+def record(closed=True, **fields):
+    "The form of a mapping with these fields; others are refused, or come as they may."
+    extra = "forbid" if closed else "ignore"
+    config = ConfigDict(strict=True, allow_inf_nan=False, extra=extra)
+    return with_config(config)(TypedDict("record", fields))
 
 
 def wrong_with(
     value,  # as JSON gives it
-    form,  # Leaf; [form of all items]; {name: form}, `...` for all other names; None: anything
+    form,  # a type, as pydantic knows them
     where="",  # its name in messages
 ):  # text, empty where nothing is wrong
     "The first value that is not of a form, in words."
-    if isinstance(form, Leaf):
-        return "" if form.fits(value) else f"`{where}` must be {form.what}, not {in_short(value)}"
-    if form is None:
+    try:
+        TypeAdapter(form).validate_python(value)
         return ""
-    named = isinstance(form, dict)
-    if not isinstance(value, dict if named else list):
-        return f"`{where}` must be a {'mapping' if named else 'list'}, not {in_short(value)}"
-    whole = f"`{where}`" if where else "it"
-    if not named:
-        found = (wrong_with(v, form[0], f"{where}[{i}]") for i, v in enumerate(value))
-        return next(filter(None, found), "") if value else f"{whole} is empty"
-    if missing := [name for name in form if name is not ... and name not in value]:
-        return f"{whole} has no {', '.join(missing)}"
-    if unknown := [name for name in value if name not in form and ... not in form]:
-        return f"{whole} has an unknown {in_short(unknown[0])}"
-    below = f"{where}." if where else ""
-    found = (wrong_with(v, form.get(k, form.get(...)), below + k) for k, v in value.items())
-    return next(filter(None, found), "")
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]
+    place = ".".join(filter(None, [where, *map(str, found["loc"])])) or "it"
+    said = f"`{place}`: {found['msg'][:1].lower()}{found['msg'][1:]}"
+    return said if found["type"] == "missing" else f"{said} ({in_short(found['input'])})"
 
 
-_SHARE = Leaf("a number in 0 to 1", high=1)
-_INSIDE = Leaf("a number between 0 and 1", low=sys.float_info.min, high=math.nextafter(1, 0))
-_AMOUNT = Leaf("a number from 0 on")
-_NUMBER = Leaf("a number", low=-sys.float_info.max)
-_COUNT = Leaf("a whole number from 1 on", (int,), 1)
-_FLAG = Leaf("true or false", (bool,))
-_TEXT = Leaf("a text", (str,))
-_SHA256 = Leaf("64 hexadecimal digits", (str,), pattern="[0-9a-f]{64}")
-_CLIP = Leaf("12 hexadecimal digits", (str,), pattern="[0-9a-f]{12}")
+_SHARE = Annotated[float, Field(ge=0, le=1)]
+_INSIDE = Annotated[float, Field(gt=0, lt=1)]
+_AMOUNT = Annotated[float, Field(ge=0)]
+_COUNT = Annotated[int, Field(ge=1)]
+_SHA256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_CLIPS = Annotated[list[Annotated[str, Field(pattern="^[0-9a-f]{12}$")]], Field(min_length=1)]
 
 _MEASURED = dict(
-    promise=dict(max_change=_INSIDE, confidence=_INSIDE),
-    answers=Leaf("likelihood or token", (str,), pattern="likelihood|token"),
-    one_question_a_clip=_FLAG,
+    promise=record(max_change=_INSIDE, confidence=_INSIDE),
+    answers=Literal["likelihood", "token"],
+    one_question_a_clip=bool,
     clips=_COUNT,
     questions=_COUNT,
-    mix=dict(families={...: _COUNT}, tokens=dict(visual=_AMOUNT, audio=_AMOUNT, text=_AMOUNT)),
-    data=_TEXT,
+    mix=record(
+        families=Annotated[dict[str, _COUNT], Field(min_length=1)],
+        tokens=record(visual=_AMOUNT, audio=_AMOUNT, text=_AMOUNT),
+    ),
+    data=str,
 )
 _LOSS = dict(cost=_AMOUNT, changed=_SHARE, p=_SHARE)
-_CERTIFICATE = _MEASURED | _LOSS | dict(known_clips=[_CLIP], plan_sha256=_SHA256, sha256=_SHA256)
-_PRUNER = dict(method=_TEXT, schedule={...: None}, settings={...: None})
-_ROW = _LOSS | _PRUNER | {"losses": [_SHARE], ...: None}
-_CHAIN = dict(held=Leaf("a whole number from 0 on", (int,)), rows=[_ROW])
-_TRIED = dict(cost=_AMOUNT, kl=_NUMBER, questions=_COUNT, fixed=_FLAG, chain=_FLAG)
-_CHECKED = _MEASURED | {"chains": {...: _CHAIN}, ...: None}
-_TUNED = _CHECKED | dict(
-    chains={"tuned": _CHAIN, ...: _CHAIN},
-    known_clips=[_CLIP],
-    method=_TEXT,
-    search=[_TRIED | {...: None}],
+_CERTIFICATE = record(**_MEASURED, **_LOSS, known_clips=_CLIPS, plan_sha256=_SHA256, sha256=_SHA256)
+_ROW = record(
+    closed=False,
+    **_LOSS,
+    method=str,
+    schedule=dict[str, Any],
+    settings=dict[str, Any],
+    losses=Annotated[list[_SHARE], Field(min_length=1)],
+)
+_CHAINS = dict[
+    str, record(held=Annotated[int, Field(ge=0)], rows=Annotated[list[_ROW], Field(min_length=1)])
+]
+_TRIED = record(closed=False, cost=_AMOUNT, kl=float, questions=_COUNT, fixed=bool, chain=bool)
+_CHECKED = record(closed=False, **_MEASURED, chains=Annotated[_CHAINS, Field(min_length=1)])
+
+
+def _with_tuned(chains):
+    if "tuned" not in chains:
+        raise ValueError("no chain `tuned` in it")
+    return chains
+
+
+_TUNED = record(
+    closed=False,
+    **_MEASURED,
+    chains=Annotated[_CHAINS, AfterValidator(_with_tuned)],
+    known_clips=_CLIPS,
+    method=str,
+    search=Annotated[list[_TRIED], Field(min_length=1)],
 )
 
 # %% ../../nbs/storage/03_schemas.ipynb #cd7a781d
@@ -106,11 +104,11 @@ class Schema:
     what: str  # what messages call it, with its article
     keys: tuple = ()  # that it must have
     row_keys: tuple = ()  # that each of its `rows` must have; none: it needs no rows
-    form: Mapping | None = None  # of all that it holds, see `wrong_with`
+    form: object = None  # of all that it holds, see `wrong_with`
 
     def wrong_with(self, data, where=""):
         "What is not of its form, in words; nothing where all is."
-        return wrong_with(data, self.form, where)
+        return wrong_with(data, self.form, where) if self.form else ""
 
 
 def _json(name, what, keys="", row_keys=""):
