@@ -14,7 +14,6 @@ import stat
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from secrets import token_hex
 
 # %% ../../nbs/storage/00_files.ipynb #3fdb875f
 def _here(fd, path):
@@ -80,7 +79,7 @@ def _around(path):
 def new_neighbour(path):
     "A name beside a file that nothing has."
     begin, end = _around(path)
-    return path.with_name(f"{begin}{token_hex(4)}{end}")
+    return path.with_name(f"{begin}{os.urandom(4).hex()}{end}")
 
 
 def neighbours(path):
@@ -134,7 +133,7 @@ def _temporary(path):
         except OSError as error:
             error.filename = str(path)
             raise
-        if why != errno.EWOULDBLOCK and _here(fd, part):
+        if why != errno.EWOULDBLOCK and part.exists():
             return fd, part
         os.close(fd)  # another writer took it for a dead one's before it was locked
 
