@@ -538,6 +538,7 @@ def test_what_is_no_file_is_neither_written_nor_read(stored, tmp_path, monkeypat
         ("boundaries", "odd"),
         ("eval", "--tuned", "odd"),
         ("eval", "--profile", "odd"),
+        ("probe", "--data", "odd"),
         ("check", "odd"),
         ("run", "a.mp4", "--question", "?", "--schedule", "odd"),
     ):

@@ -304,6 +304,9 @@ def read_samples(
     """Read questions. Raises ValueError that names file and line for a missing field, a wrong
     value, or a media file that is not there or lies outside."""
     path, samples, ids = Path(path), [], set()
+    if path.exists() and not path.is_file():
+        what = "a folder, a pipe or a device"  # to read from a pipe could take for ever
+        raise ValueError(f"{path}: is {what}, expected a JSONL file of questions")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as e:
