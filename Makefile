@@ -1,16 +1,17 @@
 # Two commands on a fresh machine: `make demo` (the main job) and `make test` (what CI runs). Both build .venv first.
-.PHONY: help install demo test test-vllm bench-vllm nightly lab docs figures bench testbed wheel
+.PHONY: help install constraints demo test test-vllm bench-vllm nightly lab docs figures bench testbed wheel
 
 PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 VENV    := .venv
 PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.installed
-OLDEST  := 5.17.0
-OVERLAY := build/transformers-$(basename $(OLDEST))
+PIP     := $(PY) -m pip install --quiet --disable-pip-version-check
+OVERLAY := build/oldest
 BENCH   ?= --again
 
 help:
-	@echo "make install   .venv with everything (again only when settings.ini or setup.py change)"
+	@echo "make install   .venv with everything (again only when settings.ini, setup.py or constraints.txt change)"
+	@echo "make constraints  the newest versions of everything, and constraints.txt with them"
 	@echo "make demo      probe -> boundaries -> schedule -> pruned answers -> figures, into build/demo"
 	@echo "make test      what CI runs; the last line counts passed and failed"
 	@echo "make test-vllm the plug-in for vLLM, in an environment of its own (build/vllm); CI runs it as well"
@@ -26,17 +27,23 @@ help:
 install: $(STAMP)
 
 # The stamp is written last, so an interrupted installation is taken up again. A half-made environment (no pip) is made anew.
-$(STAMP): settings.ini setup.py
+$(STAMP): settings.ini setup.py constraints.txt
 	@echo "installing into $(VENV) (some minutes, 6 GB, the first time)"
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check torch torchvision
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(PIP) -c constraints.txt torch torchvision
+	$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# The oldest supported transformers as an overlay on the same torch: a folder for PYTHONPATH, not a second environment.
-$(OVERLAY)/.installed: | $(STAMP)
-	@rm -rf $(OVERLAY)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(OVERLAY) transformers==$(OLDEST) "huggingface-hub>=1.5,<2"
+constraints: install
+	$(PIP) --upgrade --upgrade-strategy eager -e '.[dev]'
+	$(PY) tests/pins.py newest > constraints.txt
+	@touch $(STAMP)
+
+# The oldest supported versions as an overlay on the same torch: a folder for PYTHONPATH, not a second environment.
+$(OVERLAY)/.installed: settings.ini tests/pins.py | $(STAMP)
+	@rm -rf $(OVERLAY) && mkdir -p $(OVERLAY)
+	$(PY) tests/pins.py oldest > $(OVERLAY)/pins.txt
+	$(PIP) --no-deps --only-binary :all: --target $(OVERLAY) -r $(OVERLAY)/pins.txt
 	@touch $@
 
 demo: install

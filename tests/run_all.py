@@ -6,7 +6,7 @@ format     ruff has nothing to change or to complain about, notebooks included
 sync       nbdev_export and nbdev_clean would change nothing (tried on a copy of the working tree)
 notebooks  every notebook from top to bottom, each in a process of its own (run_notebooks.py)
 pytest     the tests folder, by several workers
-oldest     tests of what depends on transformers, on the oldest supported version (the overlay)
+oldest     models, files and statistics on the oldest supported versions (the overlay)
 
 Standard library only, so that it can report a broken environment.
 """
@@ -24,12 +24,14 @@ import xml.etree.ElementTree as ET
 from itertools import chain
 from pathlib import Path
 
+import pins
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "build" / "test-results"
 BUDGET, LIMIT = 20, 900  # seconds of CPU a notebook should take, on the clock it may take
 STEPS = "format", "sync", "notebooks", "pytest", "oldest"
 IMPORTS = """
-    scipy.stats pandas xarray h5netcdf matplotlib.pyplot seaborn sklearn.linear_model
+    scipy.stats pandas xarray h5netcdf matplotlib.pyplot seaborn
     statsmodels.stats.multitest torch torch._dynamo av typer.testing fastcore.test nbdev.showdoc
     IPython.core.interactiveshell transformers.generation.utils
     transformers.models.qwen2_5_omni.modeling_qwen2_5_omni
@@ -269,43 +271,40 @@ def run_pytest(args):
     )
 
 
-# ---------------------------------------------------------------- oldest supported transformers
+# ---------------------------------------------------------------- oldest supported versions
+
+FOUND = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
 
 
 def run_oldest(args):
     if args.overlay is None:
         return 0, 0
-    overlay = args.overlay.absolute()
-    wanted = overlay.name.removeprefix("transformers-")
-    env = environment(
-        PYTHONPATH=os.pathsep.join(filter(None, [str(overlay), os.environ.get("PYTHONPATH")]))
-    )
-    found = python(
-        "-c",
-        "import transformers; print(transformers.__version__)",
-        env=env,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-    heading(f"models, families and media on transformers {found or 'that cannot be imported'}")
-    if not found.startswith(wanted):
-        print(f"FAILED  expected transformers {wanted} in {overlay}")
+    paths = [str(args.overlay.absolute()), os.environ.get("PYTHONPATH")]
+    env = environment(PYTHONPATH=os.pathsep.join(filter(None, paths)))
+    wanted = pins.oldest()
+    found = python("-c", FOUND, *wanted, env=env, capture_output=True, text=True).stdout.split()
+    heading(f"models, files and statistics on the oldest {', '.join(wanted)}")
+    alike = lambda a, b: a.split(".")[: len(b.split("."))] == b.split(".")  # 15.0.0 is 15
+    if len(found) < len(wanted) or not all(map(alike, found, wanted.values())):
+        print(f"FAILED  expected {wanted} in {args.overlay}, not {found}")
         return 0, 1
     tests = sorted(
         p
-        for name in ("golden", "adapter", "families", "any_media")
+        for name in "golden adapter families any_media attack_storage boundaries schedule".split()
         for p in ROOT.glob(f"tests/test_{name}*.py")
     )
     workers = ("-n", WORKERS, "--dist", "worksteal")
     counts = [pytest("oldest", *tests, *workers, env=env)] if tests else []
-    counts.append(run_notebooks([p for p in notebooks(ROOT) if p.parent.name == "models"], env=env))
+    rooms = "models", "inputs", "statistics"
+    paths = [p for p in notebooks(ROOT) if p.parent.name in rooms or p.name == "00_style.ipynb"]
+    counts.append(run_notebooks(paths, env=env))
     return tuple(map(sum, zip(*counts)))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--overlay", type=Path, help="folder that holds the oldest supported transformers"
+        "--overlay", type=Path, help="folder that holds the oldest supported versions"
     )
     parser.add_argument("--nightly", action="store_true", help="the long versions too")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, help="steps to run")

@@ -5,6 +5,7 @@ There: exact counts, any batch, both families, bit-identical at 100 %, nothing l
 
 import numpy as np, plain_rivals, pytest, tiny, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from seats_analysis.inputs.layout import TokenLayout, run_ids
 from seats_analysis.models.encode import encode, layout_of
 from seats_analysis.baselines.registry import ABLATIONS, METHODS, method_at
 from seats_analysis.pruning.seats import Seats
@@ -26,6 +27,7 @@ from seats_analysis.schedules.schedule import Schedule
 
 EVERY = METHODS | ABLATIONS
 CASES = range(15)
+SAME_STAGE_1 = "seats-no-stage1", "seats-attention-only", "seats-diversity-only"
 L = tiny.LAYERS
 each = pytest.mark.parametrize("name", EVERY)
 
@@ -131,6 +133,21 @@ def test_omnizip_audio(seed):
     want, out = plain_rivals.omnizip_audio(audio, visual, attention, dominant, contextual, how_many)
     assert positions(keep) == want
     close(merged[keep], out[keep])
+
+
+@pytest.mark.parametrize("seen", (0, 5))
+@pytest.mark.parametrize("contextual", (0, 2))
+def test_omnizip_takes_in_at_anchors_only(seen, contextual):
+    "Without anchors nothing changes; without video, sounds go by likeness to their anchor."
+    g = generator(0)
+    audio, visual, attention = (
+        torch.randn(n, *d, generator=g) for n, *d in ((20, 6), (seen, 6), (20,))
+    )
+    given = audio, visual, attention, 8, contextual, 2
+    (keep, features), (want, out) = audio_anchors(*given), plain_rivals.omnizip_audio(*given)
+    assert positions(keep) == want
+    close(features, out)
+    assert (features != audio).any(1).sum() == contextual
 
 
 @seeded
@@ -427,6 +444,16 @@ def test_a_modality_that_no_layer_sees(name):
         assert got.levels("audio") == pytest.approx(plan.levels("audio")) and got.trr["visual"] == 0
 
 
+@each
+def test_every_sample_has_a_number_of_its_own(name):
+    "By which chance goes: of both modalities, counted on over the batches of a `prune` block."
+    kind = torch.tensor([[0] + [1] * 20 + [2] * 20 + [0]] * 3, dtype=torch.int8)
+    layout = TokenLayout(kind, torch.zeros_like(kind, dtype=torch.int32), run_ids(kind))
+    budgets = usual(name).window_budgets(layout, 5)
+    got = [(b.modality, b.number) for b in budgets]
+    assert got == [(m, n) for m in ("visual", "audio") for n in (5, 6, 7)]
+
+
 def test_every_entry_says_what_it_is():
     assert list(METHODS) == [
         "seats",
@@ -516,6 +543,19 @@ def test_batch_equals_singles_and_plan(name, model, batch, singles):
         for stage in run.kept:
             assert kept[stage][i].tolist() == run.kept[stage][0].tolist()
     assert torch.equal(last(model, batch), full)
+
+
+@in_one_family
+def test_a_plan_that_goes_by_distance(name, model, batch):
+    "Stage I without attention is the plan's; who goes by attention gets it all the same."
+    kept = []
+    for weighted in (True, False):
+        method = method_at(name, tiny.schedule(weighted=weighted), (24, 40))
+        with prune(model, method) as run:
+            assert last(model, batch).isfinite().all()
+        kept.append([row.tolist() for row in run.kept.get("stage1", ())])
+    weighs = issubclass(EVERY[name], Seats) and name not in SAME_STAGE_1
+    assert (kept[0] != kept[1]) == weighs
 
 
 @by_family(sorted((tiny.FAMILIES[i % 2], n) for i, n in enumerate(METHODS)))

@@ -698,7 +698,7 @@ def test_width_and_other_input_is_checked(tmp_path):
         (("--config", "testbed", "--width", 100), "multiples of 128"),
         (("--config", "qwen2.5-omni-7b", "--width", 4000), "from 32 to 3584"),
         (("--preset", "hour", "--frames", 8), "not both"),
-        (("--scaling", 100), "--scaling"),
+        (("--scaling", 2048, "--frames", 8), "--scaling"),
         (("--device", "cuda:9"), "no GPU"),
         (("--kv", "keep"), "--kv"),
     ):

@@ -112,7 +112,7 @@ def clip(questions):
 @pytest.fixture
 def stubbed(monkeypatch, model):
     "`load_model` gives the random model under any name."
-    monkeypatch.setattr(shared, "check_model", lambda name: None)
+    monkeypatch.setattr(shared, "check_model", lambda name, revision: None)
     for commands in (shared, answers):
         monkeypatch.setattr(commands, "load_model", lambda *args: model)
 
@@ -442,6 +442,108 @@ def test_options_are_checked_before_the_model_is_loaded(
     Schedule.published("qwen2.5-omni-7b", 10).save(tmp_path / "plan.json")
     given = dict(profile=profile, clip=clip, plan=tmp_path / "plan.json")
     assert says in refused(*(a.format(**given) for a in args))
+
+
+LONG = "1" + "0" * 400
+ENDS = {  # what is refused at the door: command and option -> values
+    "probe --layers": f"0:999999999999:1 0:{LONG} 0:0:1 -1 nan {LONG}",
+    "probe --fps": "0 -1 1e308 nan inf -inf 1e999",
+    "probe --max-frames": f"0 nan {LONG}",
+    "probe --max-branch-tokens": f"0 {LONG}",
+    "probe --limit": f"0 999999999999 {LONG}",
+    "probe --threads": "0 999999 999999999999",
+    "boundaries testbed --rise": "nan inf",
+    "boundaries testbed --tolerance": "nan inf",
+    "boundaries testbed --margin": "nan inf",
+    "schedule testbed --trr": "0 -1 1e308 nan inf",
+    "schedule testbed --trr 10 --scale": "nan inf",
+    "schedule testbed --trr 10 --tokens": "nan,1 1,inf",
+    "simulate --sizes": f"0 99999999999 {LONG} nan",
+    "simulate --trials": "0 999999999999",
+    "simulate --replicates": "0 999999999999",
+    "sample-size --sizes": "-1 99999999999",
+    "sample-size --trials": "999999999999",
+    "run {clip} --question ? --trr": "0 nan inf",
+    "eval --trr": "0 nan inf 10,nan",
+    "eval --seed": f"-1 {LONG}",
+    "transfer --trr": "0 nan",
+    "bench --width": "0 -1 999999999999",
+    "bench --frames": "0 -1 999999999999",
+    "bench --seconds": "0 nan inf 1e308",
+    "bench --batch": "0 999999999999 nan",
+    "bench --trr": "nan",
+    "bench --scaling": "0 999999999999",
+    "bench --repeats": "0 999999999999",
+    "bench --steps": "0 999999999999",
+    "bench --most-seconds": "-1 nan inf",
+    "train-testbed --steps": "0 999999999999",
+}
+
+
+@pytest.mark.parametrize("line", ENDS)
+def test_numbers_at_their_ends(line, clip, unloaded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    *command, option = line.format(clip=clip).split()
+    for value in ENDS[line].split():
+        said = refused(*command, f"{option}={value}")
+        assert option.strip("-") in said and (len(said) < 250 or value == LONG), (value, said)
+    assert not list(tmp_path.iterdir())
+
+
+WORKS = {  # what makes each command quick where a number is good
+    "probe": "--limit 2 --layers 0,5",
+    "boundaries": "testbed",
+    "schedule": "testbed --trr 10",
+    "simulate": "--trials 1 --replicates 10 --sizes 25",
+    "sample-size": "--trials 2 --sizes 25",
+    "run": "{clip} --question x --trr 10 --max-tokens 2",
+    "eval": "--methods seats,random --trr 10 --limit 2",
+    "transfer": "--limit 2",
+    "bench": "--config testbed --frames 8 --seconds 4 --methods seats --trr 10 --repeats 1 "
+    "--steps 1",
+    "train-testbed": "--config tiny.json",
+    "demo": "--limit 6",
+}
+LISTS = (
+    "probe --layers, simulate --sizes, sample-size --sizes, eval --trr, bench --trr, bench --batch"
+)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", WORKS)
+def test_every_number_of_every_command(name, clip, tmp_path, monkeypatch):
+    "It is refused in one line, or works, within 20 seconds."
+    from signal import SIGALRM, alarm, signal
+    from test_wheel import TINY
+
+    def too_late(*_):
+        raise TimeoutError
+
+    def demo_of_all(*_):
+        raise ValueError("the demo itself takes its time")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo_commands, "_demo", demo_of_all)
+    Path("tiny.json").write_text(json.dumps(TINY))
+    numbers = re.findall(r"(--[\w-]+) +<?(?:int|float)", seats(name, "--help").stdout, re.I)
+    numbers += re.findall(rf"(?<!-)\b{name} (--[\w-]+)", LISTS)
+    assert numbers
+    before = signal(SIGALRM, too_late)
+    for option in numbers:
+        words = WORKS[name].format(clip=clip).split()
+        if option in words:
+            del words[(at := words.index(option)) : at + 2]
+        if option in ("--visual", "--audio"):
+            words = "testbed --visual 10 --audio 10".split()
+        for value in ("0", "-1", "1e308", "nan", "inf", "1000000000000", LONG):
+            shutil.rmtree("seats_out", ignore_errors=True)
+            alarm(20)
+            done = seats(name, *words, f"{option}={value}")
+            alarm(0)
+            said = (done.stderr.splitlines() or [""])[-1]
+            refused_well = done.exit_code == 2 and said.startswith("seats: ")
+            assert done.exit_code == 0 or refused_well, (option, value, done.stderr)
+    signal(SIGALRM, before)
 
 
 def test_schedule_of_other_weights_or_of_another_model(profile, clip, stubbed, tmp_path):

@@ -399,6 +399,12 @@ def without_times(result):
     return json.dumps(rows, sort_keys=True)
 
 
+def test_ablations_of_a_plan_that_goes_by_distance(small, samples, tmp_path):
+    plans, names = {30: replace(PLAN, weighted=False)}, method_names("ablations")
+    result = compare_methods(*small, samples[:2], plans, names, tmp_path / "eval", n_boot=50)
+    assert {r["label"] for r in result["rows"]} >= set(ABLATIONS)
+
+
 def test_interrupted_runs_go_on(small, samples, tmp_path, monkeypatch):
     some = samples[:6]
     compared = lambda name: compare_methods(

@@ -8,7 +8,7 @@ from seats_analysis.pruning import timing
 from seats_analysis.models.encode import encode
 from seats_analysis.models.decoder import last_logits_only
 from seats_analysis.baselines.registry import METHODS
-from seats_analysis.schedules.cost import prefill_flops
+from seats_analysis.schedules.cost import TextDims, prefill_flops
 from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.testbed.load import load_testbed, testbed_samples as shipped_samples
@@ -84,6 +84,20 @@ def test_marks_lie_in_the_stream_of_the_timings_device(monkeypatch):
 # ---------------------------------------------------------------- the closed form
 
 SCHEDULES = Path(__file__).parents[1] / "data" / "schedules"
+
+
+@pytest.mark.parametrize("tokens", [(1, 1), (2, 1), (7, 7), (8, 5), (5, 0)])
+def test_a_causal_query_meets_its_own_prefix(tokens):
+    "Counted row by row; a layer with fewer tokens has shorter rows."
+    D, H, K, d, V, I = 8, 2, 1, 4, 11, 5
+    dims = TextDims(D, H, K, d, V, (I,) * len(tokens), (0,) * len(tokens))
+    products = 0  # a multiply-add counts 2
+    for n in tokens:
+        for query in range(n):
+            products += D * H * d + 2 * D * K * d + H * d * D + 3 * D * I
+            for _ in range(query + 1):
+                products += 2 * H * d  # with its key, and its share of the value
+    assert prefill_flops(tokens, dims, "causal", logits=3) == 2 * (products + 3 * D * V)
 
 
 @pytest.fixture(scope="module")

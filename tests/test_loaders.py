@@ -518,3 +518,54 @@ def test_longest_clip_of_the_preset_fits_its_count(seven_billion):
         grid = out["video_grid_thw"][0]
         tokens = int(grid.prod()) // 4
         assert tokens * preset.max_frames // 2 <= preset.most_tokens and tokens >= 100
+
+
+# ---------------------------------------------------------------- revisions of a hub id
+
+COMMITS = dict(old="a" * 40, main="b" * 40)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    "A cache with two commits of a model, which differ in depth and in how its processor cuts."
+    import tiny
+    from huggingface_hub import constants
+
+    repo = tmp_path / "models--some--model"
+    (repo / "refs").mkdir(parents=True)
+    for layers, (name, commit) in enumerate(COMMITS.items(), 2):
+        (repo / "refs" / name).write_text(commit)
+        processor = tiny.processor("qwen3-omni")
+        processor.chat_template += f"{{# {name} #}}"
+        for part in tiny.thinker("qwen3-omni", layers), processor:
+            part.save_pretrained(repo / "snapshots" / commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("asked", [None, "main", "old", COMMITS["old"]])
+def test_a_revision_of_a_hub_id(hub, asked):
+    "Configuration, weights and processor are of one commit, and stored results say of which."
+    from seats_analysis.evaluation.load import check_model, load_model
+    from seats_analysis.models.families import adapter_for
+    from seats_analysis.probing.run import provenance
+
+    layers, name = (2, "old") if asked in ("old", COMMITS["old"]) else (3, "main")
+    model, processor = load_model("some/model", "cpu", revision=asked)
+    assert check_model("some/model", asked) == adapter_for(model).num_layers(model) == layers
+    assert processor.chat_template.endswith(f"{{# {name} #}}")
+    about = provenance(model, processor, [])
+    assert (about["model"], about["revision"]) == ("some/model", COMMITS[name])
+
+
+@pytest.mark.parametrize(
+    "model, says",
+    [
+        ("testbed", "--revision new: testbed is here as it is"),
+        (str(CLIPS), "is here as it is"),
+        ("some/model", "'some/model' at new is not in the local cache"),
+    ],
+)
+def test_a_revision_that_cannot_be_had(hub, model, says):
+    done = seats("probe", "--model", model, "--revision", "new")
+    assert done.exit_code == 2 and says in done.stderr and done.stderr.count("\n") == 1

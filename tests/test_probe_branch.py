@@ -213,6 +213,28 @@ def one_plain_run(model, states, name, layer):
     return logits.float().log_softmax(-1)[0, 0]
 
 
+@pytest.mark.parametrize("first, second", [((0,), (3,)), ((0, 3), (3, 0)), ((3, 0, 0), (0, 0))])
+@torch.no_grad()
+def test_token_0_is_a_token(model, first, second):
+    "In front of a choice and inside of one; what a shorter choice lacks is none."
+    from seats_analysis.models.decoder import Decoder
+
+    decoder = Decoder(model)
+    tail = Tail.pack([(5,), (5,)], [[first, second], [first]])
+    logp = decoder.logits(hidden := torch.randn(1, len(tail.wanted), decoder.head.weight.shape[1]))
+    logp, (found,) = logp.float().log_softmax(-1)[0].double(), tail.score(decoder, hidden)
+    at = iter(range(len(logp)))  # behind the question, then behind every token but the last
+    for q, choices in enumerate([[first, second], [first]]):
+        answer = next(at)
+        for c, ids in enumerate(choices):
+            each = [logp[i, t].item() for i, t in zip([answer, *(next(at) for _ in ids[1:])], ids)]
+            wanted = sum(each), sum(each) / len(ids), each[0]
+            assert [x[q, c] for x in (found.total, found.mean, found.first)] == pytest.approx(
+                wanted
+            )
+    assert np.isnan(found.total[1, 1])
+
+
 def test_made_up_states(model):
     states = made_up(model, 2, 6, 4, 3)
     for (name, layer), scores in by_branch(model, states, 4096).items():

@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 import measure
+import pins
 import run_all
 
 ROOMS = (  # imports go down this list only
@@ -448,13 +449,17 @@ def test_face():
 
 
 def test_versions_agree():
-    "The oldest transformers that settings.ini allows is tested; CHANGELOG knows the version."
-    settings = (ROOT / "settings.ini").read_text()
-    allowed = re.search(r"transformers>=([\d.]+)", settings)[1]
-    tested = re.search(r"^OLDEST\s*:=\s*(\S+)", (ROOT / "Makefile").read_text(), re.M)[1]
-    assert tested == allowed or tested == allowed + ".0"
-    version = re.search(r"^version = (\S+)", settings, re.M)[1]
+    "CHANGELOG knows the version; every requirement has a bound and a tested version within it."
+    from packaging.specifiers import SpecifierSet
+
+    version = re.search(r"^version = (\S+)", (ROOT / "settings.ini").read_text(), re.M)[1]
     assert version in (ROOT / "CHANGELOG.md").read_text()
+    needed = pins.requirements("requirements")
+    assert [name for name, bound in needed.items() if ">=" not in bound] == []
+    bounds = pins.requirements("requirements", "dev_requirements")
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    assert list(pinned) == sorted(bounds)
+    assert [n for n, number in pinned.items() if number not in SpecifierSet(bounds[n])] == []
 
 
 def test_ci_calls_make_test():

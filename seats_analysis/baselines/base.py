@@ -88,7 +88,10 @@ def random_numbers(
     n: int,  # how many
     *key: int,  # what they depend on, not negative
 ) -> torch.Tensor:  # (n,) float64 in [0, 1) on the CPU; a longer draw begins with the shorter one
-    "Random numbers that are a function of the key."
+    """Random numbers that are a function of the key.
+
+    Methods put the sample's number in their `prune` block into it: a sample in a block of its own
+    gets other numbers than as a later one of a batch."""
     return torch.from_numpy(np.random.default_rng(key).random(n))
 
 

@@ -231,7 +231,7 @@ def audio_anchors(
     anchor = anchors_among(~strong[None], *counts)
     to = nearest_anchor(unit[None], anchor)[0]
     value = (unit @ seen.mT).amax(-1) if len(seen) else (unit * unit[to]).sum(-1)
-    follows = ~(strong | anchor[0]) & anchor.any()
+    follows = ~(strong | anchor[0])
     limit = torch.full((1, n), g, device=device)
     taken = topk_in_groups(value[None], torch.where(follows, to, n)[None], limit)[0]
     weight = torch.where(taken, value.exp(), 0.0)

@@ -75,9 +75,10 @@ class FlatBudgets(Seats):
 
 @dataclass(frozen=True)
 class AttentionOnly(Seats):
-    "Stage I by attention alone."
+    "Stage I by attention alone, whatever the plan says."
 
     name = "seats-attention-only"
+    uses_attention = True
 
     def select(self, inputs):
         return best_in_windows(inputs.attention, inputs.sizes, inputs.keep)

@@ -55,20 +55,25 @@ def probe_file(model, processor, samples, out, testbed=False, broken=None, **opt
         raise ValueError(str(error)) from None
 
 
+MOST_LAYERS = 1000  # of a model whose configuration does not say
+
+
 def _layer_list(text, num_layers=None):
     "`0,4,8` or `0:12:2` as a list of 0-based layers; '' is all, `auto` stays itself."
     if not text or text == "auto":
         return text or None
     try:
         numbers = map(int, text.split(":" if ":" in text else ","))
-        layers = list(range(*numbers) if ":" in text else numbers)
+        layers = range(*numbers) if ":" in text else list(numbers)
     except (ValueError, TypeError):
         layers = []
     if not layers:
         raise ValueError(f"--layers {text!r}: give layers as 0,4,8, as start:stop:step, or auto")
-    if num_layers and (bad := [i for i in layers if not 0 <= i <= num_layers]):
-        raise ValueError(f"--layers: layer {bad[0]} is outside 0..{num_layers} of this model")
-    return layers
+    last = num_layers or MOST_LAYERS
+    ends = (layers[0], layers[-1]) if ":" in text else layers  # a range is not written out here
+    if bad := [i for i in ends if not 0 <= i <= last]:
+        raise ValueError(f"--layers: layer {str(bad[0])[:20]} is outside 0..{last} of this model")
+    return list(layers)
 
 
 def left_out(broken) -> str:
@@ -394,8 +399,8 @@ def schedule(
 def _sizes(text):
     "Numbers of questions, ascending."
     sizes = sorted(set(numbers_of(text, "--sizes", "whole numbers, as 50,100,200", int)))
-    if sizes[0] < 10:
-        raise ValueError(f"--sizes {text!r}: at least 10 questions")
+    if sizes[0] < 10 or sizes[-1] > 10**6:
+        raise ValueError(f"--sizes {text!r}: from 10 to 1,000,000 questions")
     return sizes
 
 
@@ -407,7 +412,7 @@ Pilot = Annotated[
 StudyOut = Annotated[
     Path | None, Option(help="JSON file to write; default: in seats_out/DATA/results.")
 ]
-Trials = Annotated[int, Option(min=1, help="Experiments for each curve and size.")]
+Trials = Annotated[int, Option(min=1, max=10**6, help="Experiments for each curve and size.")]
 Sizes = Annotated[str, Option(help="Questions per experiment, separated by commas.")]
 
 # %% ../../nbs/cli/01_analysis.ipynb #3f812e76
@@ -417,7 +422,7 @@ def simulate(
     out: StudyOut = None,
     overwrite: Overwrite = False,
     trials: Trials = 100,
-    replicates: int = Option(200, min=10, help="Bootstrap replicates in each."),
+    replicates: int = Option(200, min=10, max=10**5, help="Bootstrap replicates in each."),
     sizes: Sizes = "50,100,200,500,1000",
     seed: Seed = 0,
     as_json: Json = False,

@@ -226,9 +226,10 @@ def kept_positions(model, encoded, ran, answer, clip):
     from seats_analysis.models.families import adapter_for
     from seats_analysis.plots.kept import kept_data
 
-    sample = encoded.samples[0]
-    asked = dict(question=sample.question, answered=answer)
-    return kept_data(ran, encoded, adapter_for(model).rates(model), clip, **asked)
+    sample, adapter = encoded.samples[0], adapter_for(model)
+    about = dict(model=adapter.name(model), revision=adapter.revision(model))
+    about |= dict(question=sample.question, answered=answer)
+    return kept_data(ran, encoded, adapter.rates(model), clip, **about)
 
 
 def _draw_kept(clip, limits, data, path):
@@ -481,7 +482,7 @@ def eval_(
         )
         command += f" --late {late}" if late else ""
         command += "".join(f" --tuned {p.name}" for p in tuned)
-        for name in ("fps", "max_frames", "attention", "dtype"):
+        for name in ("fps", "max_frames", "attention", "dtype", "revision"):
             if (value := getattr(asked, name)) not in (None, "sdpa", "auto"):
                 command += f" --{name.replace('_', '-')} {value}"
         splits = ",".join(sorted({s.split for s in samples}))

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/cli/00_app.ipynb #5872ac12
 import json
+import math
 import os
 import sys
 import warnings
@@ -19,7 +20,7 @@ from typing import Annotated
 
 import typer
 from typer import Option
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from ..evaluation.load import check_model, load_model
 from ..storage.checkpoint import processes
 from ..storage.files import check_target, one_line, output_folder
@@ -63,6 +64,29 @@ def _notes(show):
     return showwarning
 
 
+def check_number(option, number):
+    "Raise ValueError for what a range of Typer's lets through: nan, infinity, more than 64 bits."
+    if not math.isfinite(number) if isinstance(number, float) else abs(number) >= 2**63:
+        raise ValueError(f"{option} {str(number)[:20]}: give a finite number of usual size")
+
+
+class Command(TyperCommand):
+    "A command all of whose numbers are finite and fit into 64 bits."
+
+    def invoke(self, ctx):
+        for param in self.params:
+            if isinstance(given := ctx.params.get(param.name), (int, float)):
+                check_number(max(param.opts, key=len), given)
+        return super().invoke(ctx)
+
+
+class App(typer.Typer):
+    "The application, which makes such commands."
+
+    def command(self, name=None, **options):
+        return super().command(name, cls=Command, **options)
+
+
 class Commands(TyperGroup):
     "The command group with its own end: one line and exit 2 for bad input, 130 for Ctrl-C."
 
@@ -94,7 +118,7 @@ class Commands(TyperGroup):
         return code
 
 # %% ../../nbs/cli/00_app.ipynb #4a05211b
-app = typer.Typer(
+app = App(
     cls=Commands,
     add_completion=False,
     no_args_is_help=True,
@@ -243,9 +267,12 @@ def names_of(text, option, known=()) -> tuple:
 def numbers_of(text, option, example, kind=float) -> tuple:
     "A comma-separated option of numbers; the message says what they are, with an example."
     try:
-        return tuple(kind(n) for n in names_of(text, option))
+        numbers = tuple(kind(n) for n in names_of(text, option))
     except ValueError:
         raise ValueError(f"{option} {text!r}: give {example}") from None
+    for number in numbers:
+        check_number(option, number)
+    return numbers
 
 
 def emit(
@@ -267,7 +294,9 @@ def table(
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 # %% ../../nbs/cli/00_app.ipynb #5ee3f9ab
-Limit = Annotated[int | None, Option(min=1, help="Use only the first so many questions.")]
+Limit = Annotated[
+    int | None, Option(min=1, max=10**6, help="Use only the first so many questions.")
+]
 Batch = Annotated[int, Option(min=1, help="Questions per batch.")]
 Seed = Annotated[int, Option(min=0, help="Seed of what is drawn at random.")]
 Device = Annotated[str, Option(help="cpu or cuda; by default a GPU where there is one.")]
@@ -279,6 +308,7 @@ Threads = Annotated[
     int | None,
     Option(
         min=1,
+        max=1024,
         help="CPU threads; with the same count, the same command gives the same numbers on the "
         "same machine.",
     ),
@@ -299,7 +329,12 @@ class ModelOptions:
     model: Annotated[
         str, Option(help="`testbed`, `testbed-qwen3`, a folder with a checkpoint, or a hub id.")
     ] = "testbed"
-    fps: Annotated[float | None, Option(min=0.01, help="Frames a second; default: 2.")] = None
+    revision: Annotated[
+        str | None, Option(help="Branch, tag or commit of a hub id; default: its main branch.")
+    ] = None
+    fps: Annotated[
+        float | None, Option(min=0.01, max=1000, help="Frames a second; default: 2.")
+    ] = None
     max_frames: Annotated[
         int | None,
         Option(
@@ -320,11 +355,11 @@ class ModelOptions:
 
     def depth(self):  # decoder layers, if the configuration says
         "ValueError for a model that cannot be had here; nothing heavy is imported."
-        return check_model(self.model)
+        return check_model(self.model, self.revision)
 
     def load(self):  # model, processor
         prepare(self.threads)
-        options = self.device, self.trust_remote_code, self.dtype, self.attention
+        options = self.device, self.trust_remote_code, self.dtype, self.attention, self.revision
         return load_model(self.model, *options)
 
 

@@ -60,6 +60,9 @@ def _text(results, path, ratios):
     return f"{shown}\n{unit}; medians of interleaved runs\n{path}"
 
 # %% ../../nbs/cli/03_bench.ipynb #2d5fe2e3
+MOST = 4096  # timings, decoded tokens, questions at once
+
+
 @app.command()
 def bench(
     config: str = Option(
@@ -68,7 +71,10 @@ def bench(
         "separated by commas.",
     ),
     width: int | None = Option(
-        None, help="Shrink the model to this width; its depth and proportions stay."
+        None,
+        min=32,
+        max=2**16,
+        help="Shrink the model to this width; its depth and proportions stay.",
     ),
     preset: str = Option(
         "",
@@ -81,12 +87,15 @@ def bench(
     trr: str = Option("35,25,15,10", help="Token retention ratios in percent."),
     batch: str = Option("", help="Batch sizes; default: 1,4,16 on a GPU, 1 on a CPU."),
     scaling: int | None = Option(
-        None, help="Measure 1k, 2k, 4k .. tokens up to this many instead of one request."
+        None,
+        min=1024,
+        max=2**16,
+        help="Measure 1k, 2k, 4k .. tokens up to this many instead of one request.",
     ),
     repeats: int = Option(
-        5, min=1, help="Timings of each row, in turns; their median is reported."
+        5, min=1, max=MOST, help="Timings of each row, in turns; their median is reported."
     ),
-    steps: int = Option(8, min=1, help="Tokens to decode."),
+    steps: int = Option(8, min=1, max=MOST, help="Tokens to decode."),
     kv: Literal["evict", "retain"] = Option("evict", help="Cache policy."),
     attention: str = Option("sdpa", help="Attention implementation, for the full model too."),
     encoders: str = Option(
@@ -94,7 +103,7 @@ def bench(
         help="Options for the towers, separated by commas: batch, repeats, overlap. The model "
         "with its towers as they are is timed beside them.",
     ),
-    most_seconds: float = Option(60.0, help="Leave out requests that would take longer."),
+    most_seconds: float = Option(60.0, min=0, help="Leave out requests that would take longer."),
     seed: Seed = 0,
     device: Device = "",
     threads: Threads = None,
@@ -121,12 +130,12 @@ def bench(
 
     asked = bool(preset) or frames is not None or seconds is not None
     request = Request.of(preset, frames, seconds)
-    if scaling is not None and (asked or scaling < 1024):
-        raise ValueError("--scaling: from 1024 tokens, and without --preset, --frames or --seconds")
+    if scaling is not None and asked:
+        raise ValueError("--scaling: without --preset, --frames or --seconds")
     batches = numbers_of(batch, "--batch", "whole numbers, as 1,4", int) if batch else ()
     trrs = numbers_of(trr, "--trr", "percentages, as 25,10")
-    if min(batches, default=1) < 1:
-        raise ValueError(f"--batch {batch!r}: from 1")
+    if not all(1 <= size <= MOST for size in batches):
+        raise ValueError(f"--batch {batch!r}: from 1 to {MOST}")
     towers = names_of(encoders, "--encoders") if encoders else ()
     if bad := [e for e in towers if e not in ENCODERS]:
         raise ValueError(f"--encoders {bad[0]!r}: {', '.join(ENCODERS)}")

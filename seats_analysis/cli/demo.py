@@ -85,7 +85,7 @@ def train_testbed(
     config: Path | None = Option(None, help="JSON file with fields of TrainConfig."),
     family: str | None = Option(None, help="qwen2.5-omni or qwen3-omni."),
     seed: int | None = Option(None, help="Seed of weights and clips."),
-    steps: int | None = Option(None, min=1, help="Steps to train."),
+    steps: int | None = Option(None, min=1, max=10**7, help="Steps to train."),
     threads: Threads = None,
 ):
     """Train an embedded model from a seed.

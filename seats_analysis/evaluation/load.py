@@ -29,44 +29,50 @@ def _untrusted(name):
     )
 
 
-def _hub_config(name):
+def _hub_config(name, revision):
     "Path of a hub model's configuration: cached, or after one request, where loading would retry."
     import logging
     from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    if isinstance(cached := try_to_load_from_cache(name, "config.json"), str):
+    if isinstance(cached := try_to_load_from_cache(name, "config.json", revision=revision), str):
         return cached
     try:
-        HfApi().model_info(name, timeout=10)
-        return hf_hub_download(name, "config.json")
+        HfApi().model_info(name, revision=revision, timeout=10)
+        return hf_hub_download(name, "config.json", revision=revision)
     except (HfHubHTTPError, HFValidationError) as error:  # the hub has answered
         raise _unknown(name, f"{type(error).__name__}: {one_line(error)[:90]}") from None
     except Exception as error:
+        at, option = (f" at {revision}", f" --revision {revision}") if revision else ("", "")
         off = constants.HF_HUB_OFFLINE
         why = "HF_HUB_OFFLINE is set" if off else f"the hub is out of reach: {type(error).__name__}"
         raise ValueError(
-            f"model {name!r} is not in the local cache ({constants.HF_HUB_CACHE}), and {why}. "
-            f"With a network, `hf download {name}` puts it there; a folder with its files will do "
-            "as well: --model DIR"
+            f"model {name!r}{at} is not in the local cache ({constants.HF_HUB_CACHE}), and {why}. "
+            f"With a network, `hf download {name}{option}` puts it there; a folder with its files "
+            "will do as well: --model DIR"
         ) from None
 
 
 def check_model(
     name,  # `testbed`, `testbed-qwen3`, a folder, or a hub id
+    revision=None,  # branch, tag or commit of a hub id
 ) -> int | None:  # decoder layers, if the configuration says
     """The depth of a model, from its configuration alone: nothing heavy is imported. ValueError for
     a name that is none, and for a model that cannot be had here."""
     shipped = name in TESTBEDS
     folder = shipped_folder("testbed") / TESTBEDS[name] if shipped else Path(name)
     path = folder / "config.json"
+    if revision and (shipped or folder.is_dir()):
+        raise ValueError(
+            f"--revision {revision}: {name} is here as it is; only hub ids have others"
+        )
     if not shipped and not path.is_file():
         if folder.is_dir():
             raise _unknown(name, f"{name} has no config.json")
         if name.count("/") != 1:
             raise _unknown(name, "not of the form owner/name")
-        path = _hub_config(name)
+        path = _hub_config(name, revision)
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
         for part in ("thinker_config", "text_config"):
@@ -76,12 +82,12 @@ def check_model(
         raise _unknown(name, "its config.json is no JSON object") from None
 
 
-def _architecture(name, trust):
+def _architecture(name, **pinned):
     "The transformers class that serves a checkpoint."
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust)
+        config = transformers.AutoConfig.from_pretrained(name, **pinned)
     except (OSError, ValueError, KeyError) as error:
         if "trust_remote_code" in str(error):
             raise _untrusted(name) from None
@@ -131,9 +137,10 @@ def load_model(
     trust_remote_code: bool = False,  # whether to run Python that the checkpoint brings
     dtype: str = "auto",  # as stored, or 'float32', 'bfloat16', 'float16'
     attention: str = "sdpa",  # or 'eager', 'flash_attention_2'
+    revision: str | None = None,  # branch, tag or commit of a hub id; None: its main branch
 ) -> tuple:  # model in eval mode, processor
     "A model and its processor by name. Raises ValueError for an unknown one."
-    check_model(str(name))
+    check_model(str(name), revision)
     device = check_device(device)
     for option, value, known in (("dtype", dtype, _DTYPES), ("attention", attention, _ATTENTION)):
         if value not in known:
@@ -143,7 +150,9 @@ def load_model(
     try:
         if name in TESTBEDS:
             return _testbed(name, device, dtype, attention)
-        return _checkpoint(name, device, trust_remote_code, dtype, attention)
+        commit = None if Path(name).is_dir() else _commit(name, revision)
+        model, processor = _checkpoint(name, commit, trust_remote_code, dtype, attention)
+        return model.eval().to(device), processor
     except ImportError as error:
         raise ValueError(f"{name} cannot be used here: {one_line(error)}") from None
     except SafetensorError as error:
@@ -163,11 +172,20 @@ def _testbed(name, device, dtype, attention):
     return model.to(device, None if dtype == "auto" else getattr(torch, dtype)), processor
 
 
-def _checkpoint(name, device, trust, dtype, attention):
+def _commit(name, revision):
+    "The commit that a revision of a hub model is now; of the cache, without a network."
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
+
+
+def _checkpoint(name, commit, trust, dtype, attention):
+    "Weights and processor of one commit, which the configuration then names."
     from transformers import AutoProcessor
 
-    model = _architecture(name, trust).from_pretrained(
-        name, dtype=dtype, attn_implementation=attention, trust_remote_code=trust
+    pinned = dict(trust_remote_code=trust) | (dict(revision=commit) if commit else {})
+    model = _architecture(name, **pinned).from_pretrained(
+        name, dtype=dtype, attn_implementation=attention, **pinned
     )
-    processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust)
-    return model.eval().to(device), processor
+    model.config._commit_hash = commit  # newer versions of transformers do not say
+    return model, AutoProcessor.from_pretrained(name, **pinned)

@@ -81,6 +81,10 @@ class OmniAdapter:
         local = Path(name).is_absolute() or name.startswith(".")
         return Path(name).name if local else name
 
+    def revision(self, model) -> str:
+        "Commit of a hub model; `local` for files that have none."
+        return getattr(model.config, "_commit_hash", None) or "local"
+
     def rates(self, model) -> Rates:
         "The rates of a model. Where the config names no chunk (Qwen3-Omni), windows are of 2 s."
         config = self.config(model)

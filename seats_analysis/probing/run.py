@@ -60,7 +60,7 @@ def provenance(
     return dict(
         schema=SCHEMAS["profile"].id,
         model=adapter.name(model),
-        revision=getattr(model.config, "_commit_hash", None) or "local",
+        revision=adapter.revision(model),
         family=adapter.family,
         num_layers=adapter.num_layers(model),
         weights_sha256=hash_weights(model),
