@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = "torch", "torchvision"  # 5 GB: too much for a second copy
-WITH_OLDEST = "huggingface-hub>=1.5,<2", "pytz"  # what transformers and pandas then want
+WITH_OLDEST = "huggingface-hub>=1.5,<2", "pytz", "pydantic-core==2.33.0"  # what these then want
 
 
 def requirements(*keys):
