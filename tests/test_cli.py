@@ -177,8 +177,9 @@ def test_usage_errors_are_one_line(args, says):
 
 @pytest.mark.parametrize("trr", ["0", "-5", "100.1", "nan", "inf"])
 def test_trr_outside_its_range(profile, tmp_path, trr):
-    assert "(0, 100]" in refused("schedule", profile, "--trr", trr, "--out", tmp_path / "plan.json")
-    assert "(0, 100]" in refused("run", "x.mp4", "--question", "?", "--trr", trr)
+    says = "finite" if trr in ("nan", "inf") else "(0, 100]"
+    assert says in refused("schedule", profile, "--trr", trr, "--out", tmp_path / "plan.json")
+    assert says in refused("run", "x.mp4", "--question", "?", "--trr", trr)
     assert not (tmp_path / "plan.json").exists()
 
 
@@ -250,7 +251,7 @@ def test_unknown_model(name, says, clip):
         (["eval", "--device", "cuda:x"], "--device cuda:x"),
         (["probe", "--layers", "0:0"], "--layers '0:0'"),
         (["eval", "--methods", ","], "--methods: nothing named"),
-        (["bench", "--seconds", "inf"], "--seconds inf: from 1"),
+        (["bench", "--seconds", "1e308"], "--seconds 1e+308: from 1"),
         (["bench", "--seconds", "nan"], "--seconds nan"),
         (["bench", "--frames", "1000000000"], "--frames 1000000000: an even number"),
     ],
@@ -512,8 +513,8 @@ LISTS = (
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", WORKS)
 def test_every_number_of_every_command(name, clip, tmp_path, monkeypatch):
-    "It is refused in one line, or works, within 20 seconds."
-    from signal import SIGALRM, alarm, signal
+    "It is refused in one line, or works, within 20 seconds of CPU."
+    from signal import ITIMER_PROF, SIGPROF, setitimer, signal
     from test_wheel import TINY
 
     def too_late(*_):
@@ -528,7 +529,7 @@ def test_every_number_of_every_command(name, clip, tmp_path, monkeypatch):
     numbers = re.findall(r"(--[\w-]+) +<?(?:int|float)", seats(name, "--help").stdout, re.I)
     numbers += re.findall(rf"(?<!-)\b{name} (--[\w-]+)", LISTS)
     assert numbers
-    before = signal(SIGALRM, too_late)
+    before = signal(SIGPROF, too_late)
     for option in numbers:
         words = WORKS[name].format(clip=clip).split()
         if option in words:
@@ -537,13 +538,13 @@ def test_every_number_of_every_command(name, clip, tmp_path, monkeypatch):
             words = "testbed --visual 10 --audio 10".split()
         for value in ("0", "-1", "1e308", "nan", "inf", "1000000000000", LONG):
             shutil.rmtree("seats_out", ignore_errors=True)
-            alarm(20)
+            setitimer(ITIMER_PROF, 20)
             done = seats(name, *words, f"{option}={value}")
-            alarm(0)
+            setitimer(ITIMER_PROF, 0)
             said = (done.stderr.splitlines() or [""])[-1]
             refused_well = done.exit_code == 2 and said.startswith("seats: ")
             assert done.exit_code == 0 or refused_well, (option, value, done.stderr)
-    signal(SIGALRM, before)
+    signal(SIGPROF, before)
 
 
 def test_schedule_of_other_weights_or_of_another_model(profile, clip, stubbed, tmp_path):

@@ -13,8 +13,10 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import pins
 import pytest
 import typer.main
+from packaging.requirements import Requirement
 
 from seats_analysis.cli import main as cli
 from test_readme import code
@@ -114,6 +116,15 @@ def test_everything_shipped_is_in_the_wheel(shell):
     prefixes = tuple(f"data/{folder}/" for folder in folders)
     wanted = {name.removeprefix("data/") for name in names if name.startswith(prefixes)}
     assert wanted - set(shell(f"python -c {shlex.quote(SHIPPED)}").split()) == set()
+
+
+def test_bounds_are_in_the_wheel_and_pins_in_the_source(installed, shell):
+    asked = "import importlib.metadata as m; print(*m.requires('seats_analysis'), sep='\\n')"
+    lines = [r for r in shell(f"python -c {shlex.quote(asked)}").splitlines() if ";" not in r]
+    needed = pins.requirements("requirements").items()
+    assert {str(Requirement(r)) for r in lines} == {str(Requirement(n + b)) for n, b in needed}
+    (shipped,) = installed.parent.glob("seats_analysis-*/constraints.txt")
+    assert shipped.read_text() == (ROOT / "constraints.txt").read_text()
 
 
 def test_outputs_have_one_place_and_are_not_replaced(shell, tmp_path):

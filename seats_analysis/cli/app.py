@@ -67,7 +67,7 @@ def _notes(show):
 def check_number(option, number):
     "Raise ValueError for what a range of Typer's lets through: nan, infinity, more than 64 bits."
     if not math.isfinite(number) if isinstance(number, float) else abs(number) >= 2**63:
-        raise ValueError(f"{option} {str(number)[:20]}: give a finite number of usual size")
+        raise ValueError(f"{option} {str(number)[:20]}: give a finite number below 2**63")
 
 
 class Command(TyperCommand):
