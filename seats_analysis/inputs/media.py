@@ -6,6 +6,7 @@
 __all__ = ['Clip', 'encode_clip', 'decode_clip']
 
 # %% ../../nbs/inputs/00_media.ipynb #a9ecdf97
+import errno
 import io
 import math
 import os
@@ -163,7 +164,9 @@ def _open_media(
         # encodings are no reason to refuse a film.
         try:
             file = av.open(f"file:{path}", container_options=options, metadata_errors="replace")
-        except av.error.ArgumentError as e:
+        except av.error.FFmpegError as e:
+            if e.errno != errno.EINVAL:  # which stands for a format that is not on the list
+                raise
             raise ValueError(
                 f"{path}: not a video or audio file of a kind that is read (mp4, mov, mkv, webm, "
                 "avi, ts, mpg, wmv, flv, ogg, wav, mp3, flac, aac and others), or broken; a "
