@@ -269,7 +269,7 @@ def test_a_number_that_is_none_is_refused_before_anything_is_made(
 
 
 def test_a_search_ends_at_its_most_schedules(monkeypatch):
-    monkeypatch.setattr(tune, "MOST", 20)
+    monkeypatch.setattr(tune, "MAX_SCHEDULES", 20)
     samples = [tiny.ask(str(k), tiny.clip(k, 1.0, size=(56, 56))) for k in range(2)]
     given = tiny.thinker("qwen2.5-omni"), tiny.processor("qwen2.5-omni"), Promise(0.6, 0.5)
     space = SearchSpace.of(dict(both=Boundaries(tiny.LAYERS, 2, 5, shallow_end_ci=(1, 3))))

@@ -55,7 +55,7 @@ def probe_file(model, processor, samples, out, testbed=False, broken=None, **opt
         raise ValueError(str(error)) from None
 
 
-MOST_LAYERS = 1000  # of a model whose configuration does not say
+MAX_LAYERS = 1000  # of a model whose configuration does not say
 
 
 def _layer_list(text, num_layers=None):
@@ -69,7 +69,7 @@ def _layer_list(text, num_layers=None):
         layers = []
     if not layers:
         raise ValueError(f"--layers {text!r}: give layers as 0,4,8, as start:stop:step, or auto")
-    last = num_layers or MOST_LAYERS
+    last = num_layers or MAX_LAYERS
     ends = (layers[0], layers[-1]) if ":" in text else layers  # a range is not written out here
     if bad := [i for i in ends if not 0 <= i <= last]:
         raise ValueError(f"--layers: layer {str(bad[0])[:20]} is outside 0..{last} of this model")

@@ -60,7 +60,7 @@ def _text(results, path, ratios):
     return f"{shown}\n{unit}; medians of interleaved runs\n{path}"
 
 # %% ../../nbs/cli/03_bench.ipynb #2d5fe2e3
-MOST = 4096  # timings, decoded tokens, questions at once
+MAX_COUNT = 4096  # timings, decoded tokens, questions at once
 
 
 @app.command()
@@ -93,9 +93,9 @@ def bench(
         help="Measure 1k, 2k, 4k .. tokens up to this many instead of one request.",
     ),
     repeats: int = Option(
-        5, min=1, max=MOST, help="Timings of each row, in turns; their median is reported."
+        5, min=1, max=MAX_COUNT, help="Timings of each row, in turns; their median is reported."
     ),
-    steps: int = Option(8, min=1, max=MOST, help="Tokens to decode."),
+    steps: int = Option(8, min=1, max=MAX_COUNT, help="Tokens to decode."),
     kv: Literal["evict", "retain"] = Option("evict", help="Cache policy."),
     attention: str = Option("sdpa", help="Attention implementation, for the full model too."),
     encoders: str = Option(
@@ -134,8 +134,8 @@ def bench(
         raise ValueError("--scaling: without --preset, --frames or --seconds")
     batches = numbers_of(batch, "--batch", "whole numbers, as 1,4", int) if batch else ()
     trrs = numbers_of(trr, "--trr", "percentages, as 25,10")
-    if not all(1 <= size <= MOST for size in batches):
-        raise ValueError(f"--batch {batch!r}: from 1 to {MOST}")
+    if not all(1 <= size <= MAX_COUNT for size in batches):
+        raise ValueError(f"--batch {batch!r}: from 1 to {MAX_COUNT}")
     towers = names_of(encoders, "--encoders") if encoders else ()
     if bad := [e for e in towers if e not in ENCODERS]:
         raise ValueError(f"--encoders {bad[0]!r}: {', '.join(ENCODERS)}")

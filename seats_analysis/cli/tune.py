@@ -286,8 +286,8 @@ def _verdict(result, promise, plan):
     if shift:
         return False, f"refused: {shift}; its promise was for others. Here {changed}, {more}"
     if proof and proof.promise == asdict(promise) and row["changed"] <= promise.max_change:
-        if result["clips"] < (least := promise.clips()):
-            return False, f"too few to tell: {result['clips']} clips, it takes {least}; {changed}"
+        if result["clips"] < (enough := promise.clips()):
+            return False, f"too few to tell: {result['clips']} clips, it takes {enough}; {changed}"
         return True, f"stands: {promise}, promised for such questions; {changed} {whom}"
     return False, f"not shown: {promise}, {whom}: {changed}; {more}"
 

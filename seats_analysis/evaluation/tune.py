@@ -57,7 +57,7 @@ class Paired(Answering):
 FIRST = 12  # questions of the first round, at least
 GROUPS, LEAST = 8, 2  # groups of like cost at most, schedules that stay in each at least
 BUDGET = 1.5, 1000  # passes of the full model, least and most
-MOST = 10_000  # schedules of a search
+MAX_SCHEDULES = 10_000  # schedules of a search
 SHIFT_P, SHIFT_TOKENS = 0.01, 0.2  # p, and relative difference, from which on mixes differ
 
 
@@ -185,8 +185,8 @@ class Tuning:
             return sum(costs) / max(len(costs), 1) * (going * new).sum()
 
         while price() < (budget - 1) * n:  # the full model answers everything
-            if len(plans) == MOST:
-                many = f"pays for more than {MOST:,} schedules"
+            if len(plans) == MAX_SCHEDULES:
+                many = f"pays for more than {MAX_SCHEDULES:,} schedules"
                 raise ValueError(f"a budget of {budget:g} {many}: give a smaller one")
             plans.append(as_pruner(draw(random)))
             costs.append(shape.cost(plans[-1]))
@@ -288,7 +288,8 @@ class Tuning:
         path,  # JSON file of `seats tune`
     ) -> tuple:  # as stored; name of a chain -> its `Pruner`s
         "Read a search. Raises ValueError that names the file and what is wrong with it."
-        stored, chains = load_json(path, "tune"), {}
+        stored = load_json(path, "tune")
+        chains = {}
         try:
             promise = Promise(**stored["promise"])
             for name, chain in stored["chains"].items():

@@ -10,7 +10,7 @@ import numpy as np
 from dataclasses import dataclass
 
 # %% ../../nbs/schedules/03_certificate.ipynb #82652fca
-_MOST_CLIPS = 100_000
+_MAX_CLIPS = 100_000
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Promise:
         for name in ("max_change", "confidence"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)!r}")
-        if (1 - self.max_change) ** _MOST_CLIPS > self.level:
-            raise ValueError(f"{self}: that takes more than {_MOST_CLIPS:,} clips")
+        if (1 - self.max_change) ** _MAX_CLIPS > self.level:
+            raise ValueError(f"{self}: that takes more than {_MAX_CLIPS:,} clips")
 
     def __str__(self):
         return (
@@ -71,7 +71,7 @@ class Promise:
         "Clips that it takes, one question each, where so many answers change."
         from scipy.stats import binom
 
-        n = np.arange(1, _MOST_CLIPS + 1)
+        n = np.arange(1, _MAX_CLIPS + 1)
         enough = binom.cdf(np.ceil(rate * n - 1e-9), n, self.max_change) <= self.level
         return int(n[enough.argmax()]) if enough.any() else None
 
