@@ -36,7 +36,7 @@ EXTRAS = {
 }
 ENTRY_POINTS = {
     "console_scripts": cfg["console_scripts"].split(),
-    "lmms_eval.models": ["seats_omni = seats_analysis.evaluation.lmms:manifests"],
+    "lmms_eval.models": ["seats_omni = seats_analysis.serving.lmms:manifests"],
     "vllm.general_plugins": ["seats = seats_analysis.serving.vllm:register"],
 }
 

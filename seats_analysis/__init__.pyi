@@ -20,7 +20,7 @@ from .boundaries.find import Boundaries as Boundaries
 from .boundaries.find import find_boundaries as find_boundaries
 from .boundaries.report import boundary_table as boundary_table
 from .boundaries.report import explain as explain
-from .boundaries.simulate import questions_needed as questions_needed
+
 from .schedules.schedule import Schedule as Schedule
 from .schedules.cost import prefill_flops as prefill_flops
 from .schedules.cost import probe_flops as probe_flops

@@ -21,7 +21,7 @@ from statistics import median
 import torch
 from vllm.benchmarks import serve
 
-from seats_analysis.evaluation.bench import BenchSetup
+from seats_analysis.lab.bench import BenchSetup
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.provenance import versions
 from seats_analysis.storage.schemas import SCHEMAS, save_json

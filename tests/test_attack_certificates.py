@@ -13,11 +13,11 @@ from test_cli import refused, seats
 
 from seats_analysis.boundaries.find import Boundaries
 from seats_analysis.cli import answers, app as shared, tune as commands
-from seats_analysis.evaluation import tune
-from seats_analysis.evaluation.tune import Tuning
-from seats_analysis.schedules.certificate import Promise
+from seats_analysis.tuning import tune
+from seats_analysis.tuning.tune import Tuning
+from seats_analysis.tuning.certificate import Promise
 from seats_analysis.schedules.schedule import Schedule, ScheduleWarning
-from seats_analysis.schedules.search import SearchSpace
+from seats_analysis.tuning.search import SearchSpace
 
 ROOT = Path(__file__).resolve().parents[1]
 TUNED, OTHER = (

@@ -19,7 +19,7 @@ from seats_analysis.baselines.merging import OmniZip
 from seats_analysis.baselines.registry import METHODS, method_at
 from seats_analysis.evaluation.compare import compare_methods
 from seats_analysis.evaluation.evaluate import evaluate
-from seats_analysis.evaluation.lmms import Answerer, generation_options
+from seats_analysis.serving.lmms import Answerer, generation_options
 from seats_analysis.models.decoder import Decoder
 from seats_analysis.models.encode import Prompt, encode
 from seats_analysis.models.families import adapter_for

@@ -8,15 +8,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from seats_analysis.evaluation import bench
+from seats_analysis.lab import bench
 from seats_analysis.cli import main as cli
-from seats_analysis.plots import paper, timing
+from seats_analysis.lab import paper, timing_figures as timing
 from seats_analysis.storage.schemas import load_json
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode
 from seats_analysis.baselines.registry import METHODS
-from seats_analysis.evaluation.bench import TIMES, BenchRows, BenchSetup, Job, Workload
-from seats_analysis.evaluation.workloads import (
+from seats_analysis.lab.bench import TIMES, BenchRows, BenchSetup, Job, Workload
+from seats_analysis.lab.workloads import (
     SIZES,
     Request,
     bench_inputs,

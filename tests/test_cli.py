@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from seats_analysis.cli import answers, app as shared, demo as demo_commands
+from seats_analysis.cli import answers, app as shared
+from seats_analysis.lab import demo as demo_commands, studies
 from seats_analysis.cli.main import app
 from seats_analysis.boundaries.find import Boundaries, find_boundaries
 from seats_analysis.boundaries.retention import synthetic_profile
@@ -363,7 +364,7 @@ def unloaded(monkeypatch):
     def load(*args):
         raise AssertionError("the model was loaded")
 
-    for commands in (shared, answers):
+    for commands in (shared, studies):
         monkeypatch.setattr(commands, "load_model", load)
 
 
@@ -1135,7 +1136,7 @@ def test_the_other_processes_of_a_launch_may_come_late(tmp_path, monkeypatch):
 )
 def test_demo_on_a_few_questions(tmp_path, monkeypatch):
     "All of it but the drawing, which is tested with the figures."
-    from seats_analysis.plots import paper
+    from seats_analysis.lab import paper
 
     monkeypatch.setattr(paper, "make_figures", lambda data, out: drawn.append((data, out)))
     drawn, out = [], tmp_path / "demo"

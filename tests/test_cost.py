@@ -166,13 +166,8 @@ def test_pruned(shipped, encoded, trr, name):
 def test_bench(trr):
     """The FLOPs that `seats bench` divides by, on a narrow model of the 7B's depth; stage II
     itself may add up to 2 %."""
-    from seats_analysis.evaluation.bench import Job, Workload
-    from seats_analysis.evaluation.workloads import (
-        Request,
-        bench_inputs,
-        bench_processor,
-        build_model,
-    )
+    from seats_analysis.lab.bench import Job, Workload
+    from seats_analysis.lab.workloads import Request, bench_inputs, bench_processor, build_model
 
     name, request = "qwen2.5-omni-7b", Request(8, 4, 30)
     model = build_model(name, 64)

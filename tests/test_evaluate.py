@@ -15,7 +15,7 @@ from seats_analysis.evaluation.evaluate import (
     evaluate,
     load_samples,
 )
-from seats_analysis.evaluation.results import answer_rows
+from seats_analysis.lab.results import answer_rows
 from seats_analysis.inputs.media import Clip
 from seats_analysis.inputs.samples import Sample
 from seats_analysis.schedules.schedule import Schedule

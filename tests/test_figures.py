@@ -16,8 +16,8 @@ from seats_analysis.inputs.media import Clip, encode_clip
 from seats_analysis.plots import style
 from seats_analysis.plots.dependency import plot_dependency, family_figure, plot_retention
 from seats_analysis.plots.kept import plot_kept
-from seats_analysis.plots.methods import learning_curves_figure, read_log
-from seats_analysis.plots.paper import figure_jobs
+from seats_analysis.lab.method_figures import learning_curves_figure, read_log
+from seats_analysis.lab.paper import figure_jobs
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.schemas import SCHEMAS, load_json, load_profile, save_profile
 
@@ -308,7 +308,7 @@ def test_figures_from_a_data_folder(profile, clip, tmp_path):
     log = data / "testbed" / "qwen2.5-omni" / "train_log.jsonl"
     log.write_text("\n".join(map(json.dumps, made_up_log())))
     code = (
-        "import sys; from seats_analysis.plots.paper import make_figures; "
+        "import sys; from seats_analysis.lab.paper import make_figures; "
         "print(len(make_figures(*sys.argv[1:]))); "
         "assert not {'torch', 'transformers'} & set(sys.modules), 'a model library was imported'"
     )

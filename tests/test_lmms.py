@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from seats_analysis.evaluation import lmms
+from seats_analysis.serving import lmms
 from seats_analysis.evaluation.load import load_model
 from seats_analysis.models.encode import encode
-from seats_analysis.evaluation.lmms import (
+from seats_analysis.serving.lmms import (
     Answerer,
     doc_to_messages,
     method_for,
@@ -146,7 +146,7 @@ def test_task_files_name_what_is_there():
 
 def test_module_prints_the_task_folder():
     out = subprocess.run(
-        [sys.executable, "-m", "seats_analysis.evaluation.lmms"],
+        [sys.executable, "-m", "seats_analysis.serving.lmms"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -240,7 +240,7 @@ def test_model_is_registered():
     from importlib.metadata import entry_points
 
     assert [e.value for e in entry_points(group="lmms_eval.models") if e.name == "seats_omni"] == [
-        "seats_analysis.evaluation.lmms:manifests"
+        "seats_analysis.serving.lmms:manifests"
     ]
     from lmms_eval.models import get_model
 

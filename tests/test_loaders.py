@@ -548,7 +548,7 @@ def test_a_revision_of_a_hub_id(hub, asked):
     "Configuration, weights and processor are of one commit, and stored results say of which."
     from seats_analysis.evaluation.load import check_model, load_model
     from seats_analysis.models.families import adapter_for
-    from seats_analysis.probing.run import provenance
+    from seats_analysis.models.provenance import provenance
 
     layers, name = (2, "old") if asked in ("old", COMMITS["old"]) else (3, "main")
     model, processor = load_model("some/model", "cpu", revision=asked)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from seats_analysis.evaluation.agreement import TOLERANCE, compare_profiles
+from seats_analysis.lab.agreement import TOLERANCE, compare_profiles
 from seats_analysis.storage.schemas import load_profile
 
 ROOT = Path(__file__).resolve().parents[1]

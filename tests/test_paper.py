@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from test_figures import visible_texts
 
-from seats_analysis.plots import methods as M
-from seats_analysis.plots import paper as P
+from seats_analysis.lab import method_figures as M
+from seats_analysis.lab import paper as P
 from seats_analysis.plots import style
-from seats_analysis.plots.dependency import needed_figure
+from seats_analysis.lab.simulate import needed_figure
 from seats_analysis.boundaries.retention import synthetic_profile
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.schemas import SCHEMAS, load_json, save_json, save_profile

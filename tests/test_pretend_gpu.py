@@ -7,7 +7,7 @@ import tiny
 from seats_analysis.pruning import prefill
 from pretend import Race, Wait, no_waits, pretend_gpu
 from test_hot_path import PLANS
-from seats_analysis.evaluation import bench
+from seats_analysis.lab import bench
 from seats_analysis.pruning import encoders, session
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seats_analysis.evaluation.agreement import say_plan
+from seats_analysis.lab.agreement import say_plan
 from seats_analysis.boundaries.find import Boundaries
 from seats_analysis.schedules.schedule import PUBLISHED, Schedule
 from seats_analysis.schedules.solve import MAX_STRENGTH, Segments

@@ -13,13 +13,13 @@ from test_cli import refused, seats
 from seats_analysis.boundaries.find import Boundaries
 from seats_analysis.boundaries.retention import ramp, synthetic_profile
 from seats_analysis.cli import app as shared, tune as commands
-from seats_analysis.evaluation import tune
+from seats_analysis.tuning import tune
 from seats_analysis.evaluation.prepared import PreparedBatch, prepare_questions
-from seats_analysis.evaluation.tune import Paired, Tuning, better_half, chain_of
+from seats_analysis.tuning.tune import Paired, Tuning, better_half, chain_of
 from seats_analysis.inputs.samples import read_samples, write_samples
-from seats_analysis.schedules.certificate import Promise, draw_certificates
+from seats_analysis.tuning.certificate import Promise, draw_certificates
 from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.schedules.search import SearchSpace
+from seats_analysis.tuning.search import SearchSpace
 from seats_analysis.storage.schemas import save_profile
 
 EASY = Promise(0.6, 0.5)  # one clip is enough

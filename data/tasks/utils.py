@@ -1,6 +1,6 @@
 "What the task files of lmms-eval call."
 
-from seats_analysis.evaluation.lmms import (
+from seats_analysis.serving.lmms import (
     SampleTask,
     by_family,
     doc_to_messages,

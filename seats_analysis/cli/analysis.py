@@ -18,7 +18,6 @@ from seats_analysis.cli.app import (
     Json,
     Late,
     Overwrite,
-    Seed,
     app,
     emit,
     mean_tokens,
@@ -34,7 +33,7 @@ from seats_analysis.cli.app import (
 )
 from ..inputs.layout import MODALITIES
 from ..storage.checkpoint import checkpoint_of
-from ..storage.schemas import load_profile, save_json
+from ..storage.schemas import load_profile
 
 # %% ../../nbs/cli/01_analysis.ipynb #5d1079fd
 def probe_file(model, processor, samples, out, testbed=False, broken=None, **options):
@@ -394,95 +393,3 @@ def schedule(
         plan = Schedule.from_boundaries(bounds, **shares, **options)
     plan.save(out)
     emit(as_json, json.loads(out.read_text()), f"{out}\n{_describe(plan)}")
-
-# %% ../../nbs/cli/01_analysis.ipynb #052aa73c
-def _sizes(text):
-    "Numbers of questions, ascending."
-    sizes = sorted(set(numbers_of(text, "--sizes", "whole numbers, as 50,100,200", int)))
-    if sizes[0] < 10 or sizes[-1] > 10**6:
-        raise ValueError(f"--sizes {text!r}: from 10 to 1,000,000 questions")
-    return sizes
-
-
-TESTBED = Path("testbed")  # as the name of a profile: the shipped one
-Pilot = Annotated[
-    Path,
-    Option(help="NetCDF file of a pilot, for the noise and its curve; by default the testbed's."),
-]
-StudyOut = Annotated[
-    Path | None, Option(help="JSON file to write; default: in seats_out/DATA/results.")
-]
-Trials = Annotated[int, Option(min=1, max=10**6, help="Experiments for each curve and size.")]
-Sizes = Annotated[str, Option(help="Questions per experiment, separated by commas.")]
-
-# %% ../../nbs/cli/01_analysis.ipynb #3f812e76
-@app.command()
-def simulate(
-    profile: Pilot = TESTBED,
-    out: StudyOut = None,
-    overwrite: Overwrite = False,
-    trials: Trials = 100,
-    replicates: int = Option(200, min=10, max=10**5, help="Bootstrap replicates in each."),
-    sizes: Sizes = "50,100,200,500,1000",
-    seed: Seed = 0,
-    as_json: Json = False,
-):
-    """Check the intervals of boundaries on planted curves.
-
-    Coverage, width and bias, where the boundaries are known.
-    """
-    out = output_file(out, profile, "results/boundary_coverage.json", "coverage", overwrite)
-    sizes = _sizes(sizes)
-    from seats_analysis.boundaries.simulate import (
-        choose_late_confidence,
-        coverage_study,
-        coverage_table,
-    )
-
-    stored = load_profile(profile)
-    study = coverage_study(stored, sizes, trials, replicates, seed, progress=True)
-    save_json(out, study)
-    chosen = choose_late_confidence(study, study["goal"])
-    least = "no confidence has" if chosen is None else f"{chosen:g} is the least that has"
-    verdict = (
-        f"{out}; one-sided confidence for the upper end of late_start: {least} "
-        f"{study['goal']:.0%} coverage everywhere"
-    )
-    emit(as_json, study, f"{coverage_table(study).round(2).to_string()}\n\n{verdict}")
-
-
-@app.command("sample-size")
-def sample_size(
-    profile: Pilot = TESTBED,
-    out: StudyOut = None,
-    overwrite: Overwrite = False,
-    within: int = Option(1, min=0, help="Layers that an estimate may be off."),
-    trials: Trials = 200,
-    sizes: Sizes = "25,50,100,200,400,800,1600,3200,6400",
-    seed: Seed = 0,
-    as_json: Json = False,
-):
-    """Count how many questions a boundary takes.
-
-    For the curve of a pilot and for planted shapes.
-    """
-    out = output_file(out, profile, "results/questions_needed.json", "needed", overwrite)
-    sizes = _sizes(sizes)
-    from seats_analysis.boundaries.simulate import needed_study
-
-    stored = load_profile(profile)
-    study = needed_study(stored, sizes, trials, within, seed=seed, progress=True)
-    if "pilot" in study:
-        note(f"note: the pilot's own curve is left out: {study['pilot']}")
-    save_json(out, study)
-    columns = {"middle begins": "shallow_end", "late begins": "late_start"}
-    many = lambda n: f"more than {sizes[-1]}" if n is None else n
-    rows = [
-        {"curve": r["curve"]} | {head: many(r["needed"][b]) for head, b in columns.items()}
-        for r in study["rows"]
-    ]
-    said = (
-        f"questions for an estimate within {within} of the truth in {study['share']:.0%} of "
-        f"{trials} experiments; {out}"
-    )
-    emit(as_json, study, f"{table(rows)}\n\n{said}")

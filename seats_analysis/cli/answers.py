@@ -16,19 +16,15 @@ from typer import Option
 
 from ..testbed.load import TESTBEDS
 from seats_analysis.cli.app import (
-    Batch,
     DataOptions,
     Json,
     Late,
-    Limit,
     MAX_FRAMES,
     ModelOptions,
     Overwrite,
-    Threads,
     app,
     check_trr,
     emit,
-    prepare,
     mean_tokens,
     name_of,
     names_of,
@@ -40,19 +36,12 @@ from seats_analysis.cli.app import (
     takes,
     writable,
 )
-from ..evaluation.load import check_device, load_model
-from seats_analysis.cli.analysis import (
-    StudyOut,
-    check_figure,
-    derived_from,
-    find_blocks,
-    left_out,
-    stored_tokens,
-)
+from ..evaluation.load import check_device
+from .analysis import check_figure, derived_from, find_blocks, left_out
 from ..storage.checkpoint import Checkpoint, checkpoint_of
 from ..storage.provenance import digest
 from ..inputs.layout import MODALITIES
-from ..storage.schemas import SCHEMAS, load_profile, save_json
+from ..storage.schemas import load_profile, save_json
 
 # %% ../../nbs/cli/02_answers.ipynb #c8f331c2
 def profile_of(model, profile):
@@ -358,7 +347,7 @@ def _vtw_rule(names, model, profile):
 
 def _tuned(paths, num_layers):  # -> method -> its chain, clips that made them
     "What `seats tune` found for methods. ValueError for two files of one method."
-    from seats_analysis.evaluation.tune import Tuning
+    from seats_analysis.tuning.tune import Tuning
 
     found, known = {}, set()
     for path in paths:
@@ -503,73 +492,3 @@ def eval_(
             result = compare_methods(*loaded, samples, plans, names, out, progress=True, **options)
     if result is not None:
         emit(as_json, result, _eval_text(result, out))
-
-# %% ../../nbs/cli/02_answers.ipynb #71410050
-def origin(profile) -> dict:
-    "Attributes that say where results come from."
-    keep = (
-        "model revision seed weights_sha256 prompt_sha256 versions threads device dtype "
-        "attention data_sha256"
-    ).split()
-    return {k: v.item() if hasattr(v, "item") else v for k, v in profile.attrs.items() if k in keep}
-
-
-def _sensitivity_text(rows):
-    "The table for people: rows are what a schedule was made for."
-    found = {}
-    for r in rows:
-        if r["made_for"] != "full":
-            kept = "-"
-            if r["kept"] is not None:
-                kept = "{:.1%} ({:.0%} to {:.0%})".format(r["kept"], *r["kept_ci"])
-            line = found.setdefault(r["made_for"], {"made for": r["made_for"]})
-            line[f"on {r['used_on']}"] = kept
-    return table(list(found.values()))
-
-
-@app.command()
-def transfer(
-    profile: Path = Option(
-        "testbed", help="NetCDF file of a testbed's profile; `testbed`: the shipped one."
-    ),
-    out: StudyOut = None,
-    overwrite: Overwrite = False,
-    trr: float = Option(10, help="Percent of all tokens that every schedule keeps."),
-    by: Literal["needs", "family"] = Option("needs", help="What makes kinds of questions."),
-    limit: Limit = None,
-    batch: Batch = 16,
-    threads: Threads = None,
-    as_json: Json = False,
-):
-    """Use schedules on questions that they were not made for.
-
-    Kind by kind, on the testbed's test split.
-    """
-    check_trr(trr)
-    out = output_file(out, profile, "results/task_sensitivity.json", "sensitivity", overwrite)
-    from seats_analysis.evaluation.evaluate import load_samples
-    from seats_analysis.evaluation.sensitivity import TaskSchedules
-    from seats_analysis.models.families import hash_weights
-
-    stored = load_profile(profile)
-    made = TaskSchedules.of(stored, trr, by, stored_tokens(stored))
-    prepare(threads)
-    name = str(stored.attrs["model"])
-    model, processor = load_model(name if name in TESTBEDS else "testbed", "cpu")
-    if stored.attrs.get("weights_sha256") != hash_weights(model):
-        raise ValueError(
-            "the profile was measured on other weights than the testbed has: "
-            "make one with `seats probe`"
-        )
-    families = made.kinds["all"]
-    samples = [s for s in load_samples("testbed", "test") if s.family in families][:limit]
-    rows = made.compare(model, processor, samples, batch)
-    command = f"seats transfer --trr {trr:g} --by {by}" + (f" --limit {limit}" if limit else "")
-    about = dict(schema=SCHEMAS["sensitivity"].id, command=command, **origin(stored), split="test")
-    about |= dict(trr=trr, by=by, **made.to_dict(), rows=rows)
-    save_json(out, about)
-    said = (
-        f"of the full accuracy, 95 % over clips, with {trr:g} % of the tokens kept; "
-        f"late starts are estimates, certified or not; {out}"
-    )
-    emit(as_json, about, f"{_sensitivity_text(rows)}\n\n{said}")

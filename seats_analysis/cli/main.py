@@ -6,10 +6,26 @@
 __all__ = ['main']
 
 # %% ../../nbs/cli/05_main.ipynb #7654ce7e
-from . import analysis, answers, tune, bench, demo  # noqa: F401  they add commands
+from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import iter_modules
+
+from . import analysis, answers, tune  # noqa: F401  they add commands
 from .app import app
 
 # %% ../../nbs/cli/05_main.ipynb #b04ba7bb
+def _add_commands():
+    "Import `commands` of every room that has it: a room that is not there adds none."
+    import seats_analysis
+
+    for room in iter_modules(seats_analysis.__path__, "seats_analysis."):
+        if room.ispkg and find_spec(f"{room.name}.commands"):
+            import_module(f"{room.name}.commands")
+
+
+_add_commands()
+
+# %% ../../nbs/cli/05_main.ipynb #d451827c
 def main():
     "Entry point of the console script."
     app()

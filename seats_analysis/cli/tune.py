@@ -79,8 +79,8 @@ def _draw(method, space, fixed, counts):
 
 def _tuning(asked, loaded, promise, questions, folder, batch):
     "The questions with the model, and what a result says about its origin."
-    from seats_analysis.evaluation.tune import Tuning
-    from seats_analysis.probing.run import provenance
+    from seats_analysis.tuning.tune import Tuning
+    from seats_analysis.models.provenance import provenance
 
     limits = asked.limits(loaded[1])
     about = provenance(*loaded, sum(questions, []), seed=0) | dict(code_sha256=hash_code())
@@ -194,9 +194,9 @@ def tune(
     usual = f"results/tune_{name}.json"
     evidence = output_file(evidence, asked.data, usual, "tune", overwrite)
     from seats_analysis.baselines.registry import METHODS
-    from seats_analysis.evaluation.tune import Tuning
-    from seats_analysis.schedules.certificate import Promise
-    from seats_analysis.schedules.search import SearchSpace
+    from seats_analysis.tuning.tune import Tuning
+    from seats_analysis.tuning.certificate import Promise
+    from seats_analysis.tuning.search import SearchSpace
 
     promise = Promise(max_change / 100, confidence / 100)
     Tuning.check_budget(budget)
@@ -242,8 +242,8 @@ def tune(
 # %% ../../nbs/cli/04_tune.ipynb #918e4878
 def _chains(path):
     "Chains of a `tune` file, or the one schedule of a schedule file; its promise, and known clips."
-    from seats_analysis.evaluation.tune import Tuning
-    from seats_analysis.schedules.certificate import Promise
+    from seats_analysis.tuning.tune import Tuning
+    from seats_analysis.tuning.certificate import Promise
     from seats_analysis.schedules.schedule import Schedule
 
     if not path.is_file() or schema_of(path) != "tune":
@@ -260,7 +260,7 @@ def _chains(path):
 
 def _shift(result, plan):
     "What tells model and questions from those of a certificate, in words; or nothing."
-    from seats_analysis.evaluation.tune import Tuning
+    from seats_analysis.tuning.tune import Tuning
 
     proof = plan.certificate
     if proof is None:
@@ -330,8 +330,8 @@ def check(
     num_layers = asked.depth()
     usual = f"results/check_{schedule.stem}.json"
     out = output_file(out, asked.data, usual, "check", overwrite)
-    from seats_analysis.evaluation.tune import Tuning
-    from seats_analysis.schedules.certificate import Promise
+    from seats_analysis.tuning.tune import Tuning
+    from seats_analysis.tuning.certificate import Promise
 
     chains, promised, known_clips = _chains(schedule)
     check_device(asked.device)

@@ -14,13 +14,11 @@ from seats_analysis.plots.style import (
     DOTTED,
     LOOKS,
     PAGE,
-    SERIES,
     chance_line,
     depth_axis,
     house_style,
     layer_axis,
     legend_outside,
-    log_axis,
     new_figure,
     row_axis,
     shade_blocks,
@@ -263,58 +261,3 @@ def draw_retention(fig, plans):
     top = max(max(p.levels(m)) for p in plans.values() for m in ("visual", "audio"))
     axes[0].set(ylim=(0, 108 * top), ylabel="Tokens kept (%)")
     legend_outside(fig, axes[:1], 4, "lower", columnspacing=1.2)
-
-# %% ../../nbs/plots/01_dependency.ipynb #41a65e11
-@house_style()
-def coverage_figure(
-    study,  # stored coverage study
-):  # matplotlib Figure, two columns wide
-    "Coverage of percentiles and default interval, mean width, estimates within one layer."
-    from seats_analysis.boundaries.simulate import coverage_table
-
-    table = coverage_table(study).reset_index()
-    sizes = sorted(table["questions"].unique())
-    panels = {
-        "percentiles cover": ("a  percentiles", "Coverage (%)"),
-        "late covered": ("b  default interval", "Coverage (%)"),
-        "late width": ("c  default interval", "Mean width (layers)"),
-        "within 1": ("d  estimate", "Within 1 layer (%)"),
-    }
-    fig = new_figure(PAGE, 2.15)
-    axes = fig.subplots(1, 4)
-    for ax, (column, (title, unit)) in zip(axes, panels.items()):
-        for (shape, rows), look in zip(table.groupby("shape", sort=False), SERIES):
-            rows, scale = rows.sort_values("questions"), 1 if column == "late width" else 100
-            ax.plot(rows["questions"], scale * rows[column], label=shape, **look)
-        ax.set(xlabel="Questions", ylabel=unit, title=title)
-        log_axis(ax, sizes)
-    for ax in axes[:2]:
-        ax.axhline(100 * study["goal"], **DOTTED)
-        ax.set_ylim(min(80, 100 * table["percentiles cover"].min() - 2), 101)
-    axes[2].set_ylim(bottom=0)
-    axes[3].set_ylim(0, 103)
-    legend_outside(fig, axes[:1], 6, handlelength=2)
-    return fig
-
-# %% ../../nbs/plots/01_dependency.ipynb #8d029efa
-@house_style()
-def needed_figure(
-    study,  # stored study of questions needed
-):  # matplotlib Figure, two columns wide
-    "How often an estimate of each boundary comes close to the truth, against the questions asked."
-    titles = {"shallow_end": "a  middle block begins", "late_start": "b  late block begins"}
-    measured = dict(color="#777777", linestyle="-", marker="*", markersize=5, linewidth=1.6)
-    fig = new_figure(PAGE, 2.7)
-    axes = fig.subplots(1, 2, sharey=True)
-    for ax, (boundary, title) in zip(axes, titles.items()):
-        own = () if "pilot" in study else (measured,)  # left out where it is not measurable
-        for row, look in zip(study["rows"], (*own, *SERIES)):
-            shares = 100 * np.array(row["within"][boundary])
-            ax.plot(study["sizes"], shares, label=row["curve"], **look)
-        ax.axhline(100 * study["share"], **DOTTED)
-        ax.set(xlabel="Questions", ylim=(0, 104), title=title)
-        log_axis(ax, study["sizes"])
-    layers = f"{study['within']} layer{'s' if study['within'] > 1 else ''}"
-    axes[0].set_ylabel(f"Estimate within {layers} (%)")
-    legend_outside(fig, axes[:1], 7, handlelength=2.2, columnspacing=1.2)
-    return fig
