@@ -114,7 +114,7 @@ def clip(questions):
 def stubbed(monkeypatch, model):
     "`load_model` gives the random model under any name."
     monkeypatch.setattr(shared, "check_model", lambda name, revision: None)
-    for commands in (shared, answers):
+    for commands in (shared, studies):
         monkeypatch.setattr(commands, "load_model", lambda *args: model)
 
 
