@@ -1,10 +1,11 @@
-"""The size and shape of the house in numbers, beside those of the time before it was rebuilt.
+"""The size and shape of the house in numbers, beside those of the time before its last rebuilding.
 
     python tests/measure.py [FOLDER]      a package's folder; default: seats_analysis
 
 Counted in exported modules without the generated index: tokens without comments (a string counts
-one), lines, functions and their length, columns, raises and asserts, names in `__all__` and those
-that another module uses.
+one), lines, functions and their length, columns, raises and asserts, names in `__all__`, names that
+cross a file's border (however they are exported), classes, lambdas, assignments of several things,
+and the options of all commands. The instrument is every room but the laboratory and the testbed.
 """
 
 import ast
@@ -15,19 +16,32 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
-BEFORE = {  # flat modules (commit 26c813f), by this script
-    "Python tokens": 142_502,
-    "files": 28,
-    "lines": 13_963,
-    "functions": 1_294,
-    "lines of a function: median / p90 / max": "7 / 15 / 38",
-    "width of a line: median / p90 / max": "57 / 118 / 225",
-    "lines over 100 columns": 2_279,
-    "raise + assert per 100 lines": 2.6,
-    "functions with more than 6 parameters": 62,
-    "public names": 790,
-    "public names used by another module": 294,
-    "README, words": 3_563,
+CORE = "storage inputs models statistics probing boundaries schedules pruning baselines".split()
+INSTRUMENT = [*CORE, *"tuning evaluation plots serving cli".split()]
+MAX_LINES = 500
+BEFORE = {  # commit 85d5dfe, by this script
+    "Python tokens": 143_717,
+    "of the core rooms": 74_615,
+    "of the instrument": 133_859,
+    "of the tests": 188_875,
+    "files": 90,
+    "lines": 19_586,
+    "functions": 1_187,
+    "lines of a function: median / p90 / max": "9 / 24 / 101",
+    "width of a line: median / p90 / max": "47 / 89 / 122",
+    "lines over 100 columns": 5,
+    "raise + assert per 100 lines": 1.9,
+    "functions with more than 6 parameters": 24,
+    "public names": 150,
+    "names that cross a file's border": 380,
+    "of them within the instrument": 341,
+    "classes": 140,
+    "lambdas": 156,
+    "lambdas with a name": 86,
+    "assignments of several things": 461,
+    "files above 500 lines": 6,
+    "options of all commands": 206,
+    "README, words": 897,
 }
 _LAYOUT = {getattr(tokenize, kind) for kind in "COMMENT NL NEWLINE INDENT DEDENT ENDMARKER".split()}
 
@@ -63,6 +77,63 @@ def parameters(function):
     return [n for n in names if n not in ("self", "cls")]
 
 
+def several(tree):
+    "Statements that assign several things at once: `a, b = x, y` and `a = b = x`."
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.Assign)]
+    pairs = [isinstance(n.targets[0], ast.Tuple) and isinstance(n.value, ast.Tuple) for n in found]
+    return [n for n, pair in zip(found, pairs) if pair or len(n.targets) > 1]
+
+
+def named_lambdas(tree):
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.Assign)]
+    return [n for n in found if isinstance(n.value, ast.Lambda)]
+
+
+def defined(tree):
+    "Names that a module defines at its top."
+    names = set()
+    for n in tree.body:
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)):
+            names.add(n.name)
+        for target in getattr(n, "targets", [getattr(n, "target", None)]):
+            names.update(x.id for x in ast.walk(target or n) if isinstance(x, ast.Name) and target)
+    return names - {"__all__"}
+
+
+def crossings(trees):
+    "{(module, name): modules that import it} of the trees {(room, module): tree} of a package."
+    home = {module: defined(tree) for module, tree in trees.items()}
+    found = {}
+    for user, tree in trees.items():
+        whole = {}  # modules that are imported as such, by the name they have here
+        for n in (n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)):
+            above = user[: len(user) - n.level] if n.level else ("seats_analysis",)
+            full = (
+                (*above, *(n.module or "").split(".")) if n.level else (n.module or "").split(".")
+            )
+            source = tuple(part for part in full if part and part != "seats_analysis")
+            for a in n.names:
+                if a.name in home.get(source, ()):
+                    found.setdefault((source, a.name), set()).add(user)
+                elif (*source, a.name) in home:
+                    whole[a.asname or a.name] = (*source, a.name)
+        for n in ast.walk(tree):
+            if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name):
+                source = whole.get(n.value.id)
+                if n.attr in home.get(source, ()):
+                    found.setdefault((source, n.attr), set()).add(user)
+    return found
+
+
+def options():
+    "How many options all commands together have."
+    from seats_analysis.cli.main import app
+    from typer.main import get_command
+
+    commands = get_command(app).commands.values()
+    return sum(p.param_type_name == "option" for c in commands for p in c.params)
+
+
 def spread(values):
     "Median, 90th percentile and maximum, as text."
     values = sorted(values) or [0]
@@ -72,34 +143,47 @@ def spread(values):
 
 def measure(folder):
     "{quantity: number or text} of a package."
+    folder = Path(folder)
     texts = sources(folder)
     trees = {p: ast.parse(t) for p, t in texts.items()}
+    module = {p: p.relative_to(folder).with_suffix("").parts for p in texts}
+    tokens = {p: tokens_of(t) for p, t in texts.items()}
     functions = [f for tree in trees.values() for f in functions_of(tree)]
     lengths = [f.end_lineno - f.lineno + 1 for f in functions]
     lines = [line for t in texts.values() for line in t.splitlines()]
     widths = [len(line) for line in lines if line.strip()]
-    checks = sum(
-        isinstance(n, (ast.Raise, ast.Assert)) for t in trees.values() for n in ast.walk(t)
-    )
-    public = {(p, name) for p, tree in trees.items() for name in public_names(tree)}
-    names = {
-        p: {n.id for n in ast.walk(t) if isinstance(n, ast.Name)}
-        | {a.name for n in ast.walk(t) if isinstance(n, ast.ImportFrom) for a in n.names}
-        for p, t in trees.items()
-    }
-    shared = sum(any(name in names[q] for q in names if q != p) for p, name in public)
+    nodes = [n for t in trees.values() for n in ast.walk(t)]
+    crossed = crossings({module[p]: t for p, t in trees.items()})
+    inside = [
+        source
+        for (source, _), users in crossed.items()
+        if source[0] in INSTRUMENT and any(user[0] in INSTRUMENT for user in users)
+    ]
+    of_rooms = lambda rooms: sum(n for p, n in tokens.items() if module[p][0] in rooms)  # noqa: E731
     return {
-        "Python tokens": sum(map(tokens_of, texts.values())),
+        "Python tokens": sum(tokens.values()),
+        "of the core rooms": of_rooms(CORE),
+        "of the instrument": of_rooms(INSTRUMENT),
+        "of the tests": sum(map(tokens_of, sources(ROOT / "tests").values())),
         "files": len(texts),
         "lines": len(lines),
         "functions": len(functions),
         "lines of a function: median / p90 / max": spread(lengths),
         "width of a line: median / p90 / max": spread(widths),
         "lines over 100 columns": sum(w > 100 for w in widths),
-        "raise + assert per 100 lines": round(100 * checks / max(len(lines), 1), 1),
+        "raise + assert per 100 lines": round(
+            100 * sum(isinstance(n, (ast.Raise, ast.Assert)) for n in nodes) / max(len(lines), 1), 1
+        ),
         "functions with more than 6 parameters": sum(len(parameters(f)) > 6 for f in functions),
-        "public names": len(public),
-        "public names used by another module": shared,
+        "public names": sum(len(public_names(t)) for t in trees.values()),
+        "names that cross a file's border": len(crossed),
+        "of them within the instrument": len(inside),
+        "classes": sum(isinstance(n, ast.ClassDef) for n in nodes),
+        "lambdas": sum(isinstance(n, ast.Lambda) for n in nodes),
+        "lambdas with a name": sum(len(named_lambdas(t)) for t in trees.values()),
+        "assignments of several things": sum(len(several(t)) for t in trees.values()),
+        "files above 500 lines": sum(len(t.splitlines()) > MAX_LINES for t in texts.values()),
+        "options of all commands": options(),
         "README, words": len((ROOT / "README.md").read_text(encoding="utf-8").split()),
     }
 

@@ -5,7 +5,8 @@
 format     ruff has nothing to change or to complain about, notebooks included
 sync       nbdev_export and nbdev_clean would change nothing (tried on a copy of the working tree)
 notebooks  every notebook from top to bottom, each in a process of its own (run_notebooks.py)
-pytest     the tests folder, by several workers
+pytest     the core's tests on a copy of the package without its laboratory, then those of the
+           laboratory and of the project as a whole; by several workers
 oldest     models, files and statistics on the oldest supported versions (the overlay)
 
 Standard library only, so that it can report a broken environment.
@@ -258,17 +259,39 @@ def pytest(name, *args, env=None, cwd=ROOT):
     return junit_counts(report, run.returncode)
 
 
+WHOLE = "lab", "test_repo.py", "test_readme.py", "test_wheel.py"  # these know the laboratory
+NO_LAB = """# an editable installation would find the laboratory where it was before
+import sys
+
+
+class NoLab:
+    def find_spec(self, name, path=None, target=None):
+        if f"{name}.".startswith("seats_analysis.lab."):
+            raise ModuleNotFoundError(f"{name} was deleted", name=name)
+
+
+sys.meta_path.insert(0, NoLab())
+"""
+
+
+def delete_lab(folder):
+    "A copy of the package without its laboratory, in a folder for PYTHONPATH."
+    ignored = shutil.ignore_patterns("lab", "__pycache__")
+    shutil.copytree(ROOT / "seats_analysis", folder / "seats_analysis", ignore=ignored)
+    (folder / "sitecustomize.py").write_text(NO_LAB, encoding="utf-8")
+
+
 def run_pytest(args):
-    heading("pytest tests")
-    return pytest(
-        "tests",
-        "tests",
-        "-n",
-        WORKERS,
-        "--dist",
-        "worksteal",
-        *(["--nightly"] if args.nightly else []),
-    )
+    options = ["-n", WORKERS, "--dist", "worksteal", *(["--nightly"] if args.nightly else [])]
+    core = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if p.name not in WHOLE]
+    whole = [ROOT / "tests" / name for name in WHOLE]
+    heading("pytest tests of the core, without the laboratory")
+    with tempfile.TemporaryDirectory() as folder:
+        delete_lab(Path(folder))
+        counts = [pytest("core", *core, *options, env=environment(PYTHONPATH=folder))]
+    heading("pytest tests of the laboratory and of the project")
+    counts.append(pytest("whole", *whole, *options))
+    return tuple(map(sum, zip(*counts)))
 
 
 # ---------------------------------------------------------------- oldest supported versions

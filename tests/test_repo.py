@@ -21,6 +21,8 @@ import measure
 import pins
 import run_all
 
+from seats_analysis.storage import moved
+
 ROOMS = (  # imports go down this list only
     "storage",
     "inputs",
@@ -185,6 +187,28 @@ def private_imports(root):
     return wrong
 
 
+def laboratory_imports(root):
+    "Only the laboratory imports the laboratory; tests of the core do without it."
+    known = modules(root)
+    wrong = [
+        f"{name}:{node.lineno}: imports {other}"
+        for name, path in known.items()
+        for node, _, other, _ in imported(name, parsed(path), known)
+        if f"{other}.".startswith(f"{LAB}.") and not name.startswith(f"{LAB}.")
+    ]
+    files = {p: p.read_text(encoding="utf-8") for p in (root / "tests").glob("test_*.py")}
+    files |= {
+        p: "\n".join(s for _, s, _ in code_cells(p))
+        for p in notebooks(root)
+        if p.parent.name in ROOMS and p.parent.name != LAB
+    }
+    inside = re.compile(rf"seats_analysis\.{LAB}\b|seats_analysis import {LAB}\b")
+    for path, text in sorted(files.items()):
+        if path.name not in run_all.WHOLE and inside.search(text):
+            wrong.append(f"{path.name}: uses the laboratory")
+    return wrong
+
+
 def heavy_imports(root):
     "Heavy packages are imported where they are used; some modules do without torch; no `import *`."
     wrong, known = [], modules(root)
@@ -227,13 +251,14 @@ def wide_functions(root):
 
 
 def untaught(root):
-    "In the core rooms every cell with a public definition is followed by an example with output."
+    """In the core rooms every cell with a definition that is no helper (`_name`) is followed by an
+    example with output, however it is exported."""
     wrong = []
     for path in (p for p in notebooks(root) if p.parent.name in CORE):
         cells = [c for c in cells_of(path) if c["cell_type"] == "code"]
         for i, cell in enumerate(cells):
             source = "".join(cell["source"])
-            if not re.match(r"#\s*\|\s*export\s*\n", source):
+            if not is_exported(source):
                 continue
             kinds = (ast.FunctionDef, ast.ClassDef)
             names = [n.name for n in ast.parse(source).body if isinstance(n, kinds)]
@@ -395,6 +420,7 @@ def late_defaults(root):
 RULES = (
     upward_imports,
     private_imports,
+    laboratory_imports,
     heavy_imports,
     wide_functions,
     untaught,
@@ -418,6 +444,12 @@ RULES = (
 def test_project_keeps(rule):
     found = rule(ROOT)
     assert not found, f"{rule.__doc__}\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("name", sorted(moved._PLACES))
+def test_names_of_earlier_versions_resolve(name):
+    with pytest.warns(DeprecationWarning, match=f"{name} is now"):
+        assert moved.look_up(name)
 
 
 def python(code):
