@@ -417,6 +417,21 @@ def late_defaults(root):
     return found
 
 
+REFERENCE = "nbs/explanations/environment_and_files.ipynb"
+
+
+def unlisted_variables(root):
+    "The reference page names every variable of the environment that the package reads."
+    page = root / REFERENCE
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    found = {
+        name
+        for path in modules(root).values()
+        for name in re.findall(r"SEATS_[A-Z_]+", path.read_text(encoding="utf-8"))
+    }
+    return sorted(name for name in found if f"`{name}`" not in text)
+
+
 RULES = (
     upward_imports,
     private_imports,
@@ -434,6 +449,7 @@ RULES = (
     unpacked_data,
     unlisted_notebooks,
     late_defaults,
+    unlisted_variables,
 )
 
 
@@ -444,6 +460,15 @@ RULES = (
 def test_project_keeps(rule):
     found = rule(ROOT)
     assert not found, f"{rule.__doc__}\n" + "\n".join(found)
+
+
+def test_the_reference_page_has_every_command():
+    from typer.main import get_command
+
+    from seats_analysis.cli.main import app
+
+    text = (ROOT / REFERENCE).read_text(encoding="utf-8")
+    assert [name for name in get_command(app).commands if f"| `{name}` |" not in text] == []
 
 
 @pytest.mark.parametrize("name", sorted(moved._PLACES))
@@ -609,7 +634,7 @@ DEFINED = "#| export\ndef f():\n    return 1"
         ((DEFINED, "f()"), True),
         ((DEFINED, DEFINED, SHOWN), True),
         ((DEFINED,), True),
-        (("#| exporti\ndef f():\n    return 1",), False),
+        (("#| exporti\ndef f():\n    return 1",), True),
         (("#| export\nx = 1",), False),
         (("#| export\ndef _f():\n    return 1",), False),
     ],
