@@ -43,6 +43,16 @@ BEFORE = {  # commit 85d5dfe, by this script
     "options of all commands": 206,
     "README, words": 897,
 }
+MAX = {  # what tests/test_repo.py holds the house to
+    "of the core rooms": 68_000,
+    "of the instrument": 98_000,
+    "names that cross a file's border": 260,
+    "classes": 100,
+    "assignments of several things": 120,
+    "lambdas with a name": 0,
+    "files above 500 lines": 0,
+    "options of all commands": 140,
+}
 _LAYOUT = {getattr(tokenize, kind) for kind in "COMMENT NL NEWLINE INDENT DEDENT ENDMARKER".split()}
 
 
@@ -190,10 +200,10 @@ def measure(folder):
 
 def main():
     now = measure(sys.argv[1] if len(sys.argv) > 1 else ROOT / "seats_analysis")
-    print("| | before | now |\n|---|---|---|")
+    print("| | before | now | at most |\n|---|---|---|---|")
     for key, value in now.items():
-        shown = [f"{x:,}" if isinstance(x, int) else x for x in (BEFORE.get(key, ""), value)]
-        print(f"| {key} | {shown[0]} | {shown[1]} |")
+        row = BEFORE.get(key, ""), value, MAX.get(key, "")
+        print(f"| {key} |", *(f"{x:,} |" if isinstance(x, int) else f"{x} |" for x in row))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ thing that is wrong.
 
 import ast
 import base64
+import functools
 import json
 import re
 import subprocess
@@ -477,6 +478,17 @@ def test_names_of_earlier_versions_resolve(name):
         assert moved.look_up(name)
 
 
+@pytest.mark.parametrize("quantity", measure.MAX)
+def test_the_house_keeps_its_measures(quantity):
+    now = house()[quantity]
+    assert now <= measure.MAX[quantity], f"{quantity}: {now}"
+
+
+@functools.cache
+def house():
+    return measure.measure(ROOT / "seats_analysis")
+
+
 def python(code):
     run = [sys.executable, "-c", code]
     return subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -597,6 +609,11 @@ PLANTED = [  # rule, module, source, whether it is refused
     (private_imports, "pruning.session", "from .select import _y", False),
     (private_imports, "pruning.select", "from ..storage.files import _y", True),
     (private_imports, "pruning.select", "from ..storage.files import z", True),
+    (laboratory_imports, "lab.bench", "from .train import x", False),
+    (laboratory_imports, "cli.main", "from ..lab.bench import x", True),
+    (laboratory_imports, "cli.main", "def f():\n    from seats_analysis.lab import bench", True),
+    (unlisted_variables, "storage.files", "x = environ['HOME']", False),
+    (unlisted_variables, "storage.files", "x = environ['SEATS_NEW']", True),
     (heavy_imports, "storage.files", "import numpy as np\ndef f():\n    import av", False),
     (heavy_imports, "storage.files", "import av", True),
     (heavy_imports, "storage.files", "from transformers import x", True),
