@@ -53,9 +53,9 @@ MUTATIONS = (
         "if elsewhere:",
     ),
     (
-        "inputs.samples",  # a video with separate audio is resized twice
+        "inputs.samples",  # a thinned video with separate audio has the rate that was asked for
         ", fps=video.fps, resized=video.resized)",
-        ", fps=video.fps)",
+        ", resized=video.resized)",
     ),
     (
         "models.encode",  # decoding begins one position too early
@@ -272,7 +272,7 @@ def verdict(number, tests):
             return f"killed by {SECONDS} seconds without an end"
     if found := re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", done.stdout, re.M):
         return f"killed by {found[1]}"
-    if done.returncode:
+    if done.returncode not in (0, 5):  # 5: all were skipped
         raise SystemExit(done.stdout + done.stderr)
     return "SURVIVED"
 
