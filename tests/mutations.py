@@ -133,7 +133,7 @@ MUTATIONS = (
         'if not data["sha256"]:',
     ),
     (
-        "schedules.certificate",  # tests after a failed one of the sequence count
+        "tuning.certificate",  # tests after a failed one of the sequence count
         "np.logical_and.accumulate(passed).sum(0)",
         "passed.sum(0)",
     ),
@@ -213,12 +213,12 @@ MUTATIONS = (
         "_alike(0.0, clips)[0]",
     ),
     (
-        "evaluation.tune",  # a clip may be both for the search and for calibration
+        "tuning.tune",  # a clip may be both for the search and for calibration
         "{s.clip for s in self.proposal} & {s.clip for s in self.calibration}",
         "{s.id for s in self.proposal} & {s.id for s in self.calibration}",
     ),
     (
-        "evaluation.lmms",  # families are not averaged
+        "serving.lmms",  # families are not averaged
         "groupby(0)[1].mean())",
         "groupby(0)[1].sum())",
     ),
