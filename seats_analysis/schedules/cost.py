@@ -97,7 +97,7 @@ def _check_tokens(tokens, dims):
 def prefill_flops(
     tokens: Sequence[int],  # (L,) tokens that each layer processes, of one sample
     config,  # see `text_dims`
-    convention: str = "counter",  # counter, causal or reference
+    convention: str = "causal",  # counter, causal or reference
     logits: int | None = None,  # positions given to the output head; None: as in the table above
 ) -> float:  # FLOPs of the language model
     "FLOPs of one sample's prefill in closed form. Raises ValueError for what does not fit."
@@ -121,9 +121,9 @@ def flops_fraction(
     n_audio: int,  # likewise
     n_text: int,  # everything that is never dropped
     config,  # see `text_dims`
-    convention: str = "counter",  # counter, causal or reference
+    convention: str = "causal",  # counter, causal or reference
 ) -> float:  # in (0, 1]
-    "FLOPs of the pruned prefill as a fraction of the full one."
+    "FLOPs of the pruned prefill, without selection, as a fraction of the full one."
     full = [n_visual + n_audio + n_text] * plan.num_layers
     tokens = plan.tokens(n_visual, n_audio, n_text)
     return prefill_flops(tokens, config, convention) / prefill_flops(full, config, convention)
