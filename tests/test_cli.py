@@ -113,7 +113,7 @@ def clip(questions):
 @pytest.fixture
 def stubbed(monkeypatch, model):
     "`load_model` gives the random model under any name."
-    monkeypatch.setattr(shared, "check_model", lambda name, revision: None)
+    monkeypatch.setattr(shared, "check_model_name", lambda name, revision: None)
     for commands in (shared, studies):
         monkeypatch.setattr(commands, "load_model", lambda *args: model)
 
@@ -1032,7 +1032,8 @@ def demo(monkeypatch, tmp_path):
     data = data.assign_coords(sample=[f"q{i}" for i in range(data.sizes["sample"])])
     bounds = {"both": find_boundaries(data, "both")}
     plans = {trr: Schedule.from_trr(bounds["both"], trr, 128, 80) for trr in demo_commands.TARGETS}
-    rows = [dict(method="seats", trr=10, wrong=["q3", "q8"], accuracy=0.9, flops_fraction=0.1)]
+    rows = [dict(method="seats", trr=10, wrong=["q3", "q8"], accuracy=0.9)]
+    rows[0]["flops_fraction_causal_without_selection"] = 0.1
     for part in ("profiles", "schedules", "results"):
         (tmp_path / part).mkdir()
     save_profile(data, tmp_path / "profiles" / "testbed.nc")
