@@ -517,7 +517,7 @@ def test_longest_clip_of_the_preset_fits_its_count(seven_billion):
         )
         grid = out["video_grid_thw"][0]
         tokens = int(grid.prod()) // 4
-        assert tokens * preset.max_frames // 2 <= preset.most_tokens and tokens >= 100
+        assert tokens * preset.max_frames // 2 <= preset.max_tokens and tokens >= 100
 
 
 # ---------------------------------------------------------------- revisions of a hub id
