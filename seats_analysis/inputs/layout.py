@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # figures and boundaries read the names below without torch
     import torch
 
 # %% auto #0
-__all__ = ['PAD', 'TEXT', 'VISUAL', 'AUDIO', 'IMAGE', 'CODES', 'MODALITIES', 'TokenLayout']
+__all__ = ['PAD', 'TEXT', 'VISUAL', 'AUDIO', 'IMAGE', 'CODES', 'MODALITIES', 'TokenLayout', 'Medium', 'pad_left']
 
 # %% ../../nbs/inputs/03_layout.ipynb #3e4f1ad8
 PAD, TEXT, VISUAL, AUDIO, IMAGE = -1, 0, 1, 2, 3
