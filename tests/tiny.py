@@ -8,6 +8,8 @@ import transformers
 
 from seats_analysis.inputs.media import Clip
 from seats_analysis.inputs.samples import Sample
+from seats_analysis.pruning.cache import follow_up
+from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.testbed import load
 
@@ -365,3 +367,39 @@ def full(family, speech=False, layers=LAYERS):
 
 def close(a, b, tol=1e-5):
     torch.testing.assert_close(a, b, atol=tol, rtol=0)
+
+
+def answered(model, batch, plan, kv="evict", **options):
+    "Tokens that are generated, what was left of the prompt at every stage, and the logits."
+    lengths = dict(max_new_tokens=3, min_new_tokens=3)
+    with prune(model, plan, kv=kv) as run:
+        out = model.generate(
+            **batch.inputs,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **lengths | options,
+        )
+    kept = {stage: [x.tolist() for x in rows] for stage, rows in run.kept.items()}
+    told = out.sequences.tolist(), kept, run.tokens_per_layer.tolist()
+    return told, torch.stack(out.logits).cpu(), run.timings
+
+
+def next_turn(model, batch):
+    "Logits of a further question on a cache of the pruned prompts."
+    ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+    with prune(model, PLANS["together"], kv="retain"):
+        cache = model(**batch.inputs, use_cache=True).past_key_values
+        whole = torch.cat([ids, ids[:, -4:]], 1)
+        mask = torch.nn.functional.pad(mask, (0, 4), value=1)
+        return model(**follow_up(cache, whole, mask)).logits.cpu()
+
+
+# how many of `three`, plan, kv and options of `generate`
+ANSWERS = [
+    *((3, name, "evict", {}) for name in ("together", "apart", "both_at_once", "from_the_start")),
+    (1, "together", "evict", {}),
+    (1, "apart", "retain", {}),
+    (3, "together", "retain", {}),
+    (3, "together", "evict", dict(num_beams=2)),
+    (3, "together", "evict", dict(num_beams=2, num_return_sequences=2)),
+]
