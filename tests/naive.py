@@ -261,8 +261,8 @@ def prefill(model, encoded, plan, layout=None):
             keep = stage2(
                 text_scores(layers[l - 1], h, cos[:, here], sin[:, here], queries),
                 kind[None, here],
-                layout.run[:, here],
-                int(layout.run.max()) + 1,
+                layout.chunk[:, here],
+                int(layout.chunk.max()) + 1,
                 *totals,
                 plan.temperature,
             )[0].tolist()

@@ -221,8 +221,8 @@ def naive_prefill(model, encoded, plan):
             keep = stage2(
                 scores,
                 kind[None, here],
-                layout.run[:, here],
-                int(layout.run.max()) + 1,
+                layout.chunk[:, here],
+                int(layout.chunk.max()) + 1,
                 [aim["visual"]],
                 [aim["audio"]],
                 plan.temperature,

@@ -215,7 +215,7 @@ FUNCTIONS = dict(
     statistics=(encoders, "attention_received", raising()),
     stage1=(seats, "select_in_clip", raising()),
     scores=(Prefill, "scores", raising()),
-    stage2=(seats, "select_in_windows", raising()),
+    stage2=(seats, "select_in_chunks", raising()),
     stage3=(Prefill, "choose", raising(lambda s, step, *a: step.stage == 3)),
     eviction=(cache_module, "shorten_cache", raising()),
     masks=(prefill, "stock_mask", raising()),
