@@ -225,8 +225,8 @@ def prefill(model, encoded, plan, layout=None):
             keep = stage2(
                 text_scores(layers[l - 1], h, cos[:, here], sin[:, here], queries),
                 layout.modality[:, here],
-                layout.run[:, here],
-                int(layout.run.max()) + 1,
+                layout.chunk[:, here],
+                int(layout.chunk.max()) + 1,
                 *divide(aim, there, plan.keep_ratios["visual"][i]),
                 plan.temperature,
             )[0].tolist()

@@ -213,9 +213,7 @@ def test_stopping(model, batch, singles):
             assert together[i].tolist() == alone + [0] * (together.shape[1] - len(alone))
         assert want[0, 2] == together[0, 2] and not together[0, 3:].any()
         rule = StoppingCriteriaList([AfterTwo()])
-        assert torch.equal(
-            new_tokens(model, batch, **options, stopping_criteria=rule), want[:, :2]
-        )
+        assert torch.equal(new_tokens(model, batch, **options, stopping_criteria=rule), want[:, :2])
 
 
 def test_prompt_lookup(model, singles):
@@ -331,9 +329,7 @@ def test_follow_up_the_stock_way(model, singles, turn, i):
 
     def theirs(whole, cache):
         ones = torch.ones_like(whole)
-        out = model.generate(
-            input_ids=whole, attention_mask=ones, past_key_values=cache, **GREEDY
-        )
+        out = model.generate(input_ids=whole, attention_mask=ones, past_key_values=cache, **GREEDY)
         return out[:, -NEW:]
 
     with prune(model, PLAN, kv="retain"):

@@ -194,10 +194,7 @@ def everything(model, encoded):
 def generating(**options):
     def call(model, encoded):
         out = model.generate(
-            **encoded.inputs,
-            **THREE | options,
-            return_dict_in_generate=True,
-            output_logits=True,
+            **encoded.inputs, **THREE | options, return_dict_in_generate=True, output_logits=True
         )
         return [out.sequences, *out.logits]
 
@@ -365,7 +362,9 @@ def test_several_tokens_at_once_equal_one_by_one(model, batch):
         with prune(model, PLANS[name], kv=kv):
             logits = []
             for more in (
-                lambda i: dict(attention_mask=mask(i), position_ids=batch.position_ids[..., -1:] + i),
+                lambda i: dict(
+                    attention_mask=mask(i), position_ids=batch.position_ids[..., -1:] + i
+                ),
                 lambda i: dict(attention_mask=mask(i)),
                 lambda i: {},
             ):
@@ -387,10 +386,7 @@ def test_padded_follow_up_on_a_retained_cache(model, singles):
     mask = one.inputs["attention_mask"]
     at = one.position_ids[..., -1:]
     logits = []
-    for turn, seen, steps in (
-        ([20, 21], [1, 1], [1, 2]),
-        ([5, 20, 21], [0, 1, 1], [0, 1, 2]),
-    ):
+    for turn, seen, steps in (([20, 21], [1, 1], [1, 2]), ([5, 20, 21], [0, 1, 1], [0, 1, 2])):
         seen = torch.cat([mask, torch.tensor([seen])], 1)
         with prune(model, PLAN, kv="retain"):
             cache = prefilled(model, one)

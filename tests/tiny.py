@@ -374,10 +374,7 @@ def answered(model, batch, plan, kv="evict", **options):
     lengths = dict(max_new_tokens=3, min_new_tokens=3)
     with prune(model, plan, kv=kv) as run:
         out = model.generate(
-            **batch.inputs,
-            return_dict_in_generate=True,
-            output_logits=True,
-            **lengths | options,
+            **batch.inputs, return_dict_in_generate=True, output_logits=True, **lengths | options
         )
     kept = {stage: [x.tolist() for x in rows] for stage, rows in run.kept.items()}
     told = out.sequences.tolist(), kept, run.tokens_per_layer.tolist()
