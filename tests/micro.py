@@ -265,35 +265,13 @@ def launches():
     }
 
 
-VIEWS = {
-    "aten::" + n
-    for n in (
-        "as_strided",
-        "view",
-        "expand",
-        "slice",
-        "select",
-        "unsqueeze",
-        "squeeze",
-        "transpose",
-        "t",
-        "unflatten",
-        "flatten",
-        "split",
-        "permute",
-        "empty",
-        "empty_strided",
-        "empty_like",
-        "resize_",
-        "alias",
-        "detach",
-        "reshape",
-        "_unsafe_view",
-        "narrow",
-        "lift_fresh",
-        "_reshape_alias",
-    )
-}
+VIEWS = (
+    "aten::as_strided aten::view aten::expand aten::slice aten::select aten::unsqueeze "
+    "aten::squeeze aten::transpose aten::t aten::unflatten aten::flatten "
+    "aten::split aten::permute aten::empty aten::empty_strided aten::empty_like "
+    "aten::resize_ aten::alias aten::detach "
+    "aten::reshape aten::_unsafe_view aten::narrow aten::lift_fresh aten::_reshape_alias"
+).split()
 
 PARTS = dict(
     stage1=stage1,

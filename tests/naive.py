@@ -7,7 +7,7 @@ from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as qwen25
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.decoder import Decoder
 from seats_analysis.inputs.layout import AUDIO, VISUAL
-from plain import stage2
+from plain import naive_order, stage2
 
 CODE = dict(visual=VISUAL, audio=AUDIO)
 
@@ -15,18 +15,11 @@ CODE = dict(visual=VISUAL, audio=AUDIO)
 def attention_received(q, k, widths):
     """Attention that each key receives inside its window, mean over the heads; `widths` of the
     windows."""
-    out, start = torch.zeros(len(q)), 0
-    for n in widths:
-        w = slice(start, start + n)
-        for h in range(q.shape[1]):
-            out[w] += (
-                torch.softmax(q[w, h].double() @ k[w, h].double().T / q.shape[-1] ** 0.5, -1)
-                .sum(0)
-                .float()
-                / q.shape[1]
-            )
-        start += n
-    return out
+    out = []
+    for a, b in zip(q.double().split(widths), k.double().split(widths)):
+        logits = torch.einsum("ihd,jhd->hij", a, b) / a.shape[-1] ** 0.5
+        out.append(torch.softmax(logits, -1).mean(0).sum(0))
+    return torch.cat(out).float()
 
 
 def windows(n, width):
@@ -36,87 +29,68 @@ def windows(n, width):
 def towers(model, encoded):
     """What enters the decoder, and the attention that tokens receive: of images and of videos, and
     of all sounds."""
-    seen, handles, tower = [], [], adapter_for(model)
+    tower = adapter_for(model)
+    modules = dict(
+        visual=tower.visual(model).blocks[-1].attn,
+        audio=tower.audio_tower(model).layers[-1].self_attn,
+    )
+    seen = dict(visual=[], audio=[])
+    handles = []
+    for name, module in modules.items():
 
-    def keep(name):
-        return lambda m, args, kwargs: seen.append(
-            (name, args[0] if args else kwargs["hidden_states"], kwargs.get("position_embeddings"))
-        )
+        def keep(m, args, kwargs, name=name):
+            x = args[0] if args else kwargs["hidden_states"]
+            seen[name].append((x, kwargs.get("position_embeddings")))
 
-    for name, m in (
-        ("visual", tower.visual(model).blocks[-1].attn),
-        ("audio", tower.audio_tower(model).layers[-1].self_attn),
-    ):
-        handles.append(m.register_forward_pre_hook(keep(name), with_kwargs=True))
+        handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
     inputs = Decoder(model).inputs(encoded.inputs)
     for h in handles:
         h.remove()
-    kinds = [
-        k for k in ("image", "video") if f"{k}_grid_thw" in encoded.inputs
-    ]  # in the order in which they are encoded
-    calls = zip(kinds, [s for s in seen if s[0] == "visual"])
+    # in the order in which they are encoded
+    kinds = [k for k in ("image", "video") if f"{k}_grid_thw" in encoded.inputs]
     visual = {
         k: visual_statistic(model, x, rotary, encoded.inputs[f"{k}_grid_thw"])
-        for k, (_, x, rotary) in calls
+        for k, (x, rotary) in zip(kinds, seen["visual"])
     }
-    audio = [
-        audio_statistic(model, x, encoded.inputs["feature_attention_mask"].sum(-1).tolist())
-        for name, x, _ in seen
-        if name == "audio"
-    ]
+    frames = encoded.inputs.get("feature_attention_mask")
+    audio = [audio_statistic(model, x, frames.sum(-1).tolist()) for x, _ in seen["audio"]]
     return inputs, visual, audio
 
 
 def visual_statistic(model, x, rotary, grids):
     "By merged token in natural order."
     tower = adapter_for(model).visual(model)
-    attn, n = tower.blocks[-1].attn, len(x)
+    attn = tower.blocks[-1].attn
     if hasattr(attn, "qkv"):
-        q, k, _ = attn.qkv(x).view(n, 3, attn.num_heads, -1).unbind(1)
+        q, k, _ = attn.qkv(x).view(len(x), 3, attn.num_heads, -1).unbind(1)
     else:
-        q, k = (p(x).view(n, attn.num_heads, -1) for p in (attn.q, attn.k))
+        q, k = (p(x).view(len(x), attn.num_heads, -1) for p in (attn.q, attn.k))
     q, k = qwen25.apply_rotary_pos_emb_vision(q, k, *rotary)
-    stat = (
-        attention_received(
-            q, k, [w for t, h, w_ in grids.tolist() for w in windows(t * h * w_, 2 * h * w_)]
-        )
-        .view(-1, 4)
-        .mean(1)
-    )
+    widths = [n for t, h, w in grids.tolist() for n in windows(t * h * w, 2 * h * w)]
+    stat = attention_received(q, k, widths).view(-1, 4).mean(1)
     if not hasattr(tower, "window_size"):
         return stat
-    natural, first = (
-        torch.empty_like(stat),
-        0,
-    )  # windows of 2 x 2 merged tokens of one grid, row by row, short at the edges
-    for t, h, w in grids.tolist():
-        order = [
-            (g, y, x)
-            for g in range(t)
-            for Y in range(0, h // 2, 2)
-            for X in range(0, w // 2, 2)
-            for y in range(Y, min(Y + 2, h // 2))
-            for x in range(X, min(X + 2, w // 2))
-        ]
-        for i, (g, y, x) in enumerate(order):
-            natural[first + (g * (h // 2) + y) * (w // 2) + x] = stat[first + i]
-        first += len(order)
-    return natural
+    # windows of 2 x 2 merged tokens of one grid, row by row, short at the edges
+    order = []
+    for t, h, w in (h2 // torch.tensor([1, 2, 2]) for h2 in grids):
+        place = len(order) + torch.arange(t * h * w).view(t, h, w)
+        for g in place:
+            cells = (cell for rows in g.split(2) for cell in rows.split(2, 1))
+            order += [int(i) for cell in cells for i in cell.flatten()]
+    return stat[torch.tensor(order).argsort()]
 
 
 def audio_statistic(model, x, frames):
     tower = adapter_for(model).audio_tower(model)
-    attn, pooled = tower.layers[-1].self_attn, not hasattr(tower, "conv2d1")
+    attn = tower.layers[-1].self_attn
     q, k = (p(x).view(len(x), attn.num_heads, -1) for p in (attn.q_proj, attn.k_proj))
-    if not pooled:
+    if hasattr(tower, "conv2d1"):
         return attention_received(q, k, [w for n in frames for w in windows(qwen3_tokens(n), 26)])
-    out, rows = [], [(n + 1) // 2 for n in frames]
-    stat = attention_received(
-        q, k, [w for n in rows for w in windows(n, 20)]
-    )  # 2 s at 10 rows a second
-    for part in stat.split(rows):
-        out.append(part[: len(part) // 2 * 2].view(-1, 2).mean(1))
-    return torch.cat(out)
+    rows = [(n + 1) // 2 for n in frames]
+    # 2 s at 10 rows a second
+    stat = attention_received(q, k, [w for n in rows for w in windows(n, 20)])
+    pairs = [part[: len(part) // 2 * 2].view(-1, 2).mean(1) for part in stat.split(rows)]
+    return torch.cat(pairs)
 
 
 def qwen3_tokens(frames):
@@ -125,20 +99,6 @@ def qwen3_tokens(frames):
     )
 
     return int(_get_feat_extract_output_lengths(torch.tensor(frames)))
-
-
-def greedy(x, a, n):
-    "Greedy max-min choice in one window, in float64."
-    x = torch.nn.functional.normalize(x.double(), dim=-1)
-    d = (1 - x @ x.T) * a.double()
-    if n >= len(x):
-        return list(range(len(x)))
-    chosen = [int(d.sort(0).values[min(1, len(x) - 1)].argmax())]
-    while len(chosen) < n:
-        gain = d[chosen].amin(0)
-        gain[chosen] = -torch.inf
-        chosen.append(int(gain.argmax()))
-    return sorted(chosen)
 
 
 def kept_of(n, ratio):
@@ -173,10 +133,10 @@ def text_scores(layer, h, cos, sin, queries):
     return torch.stack(each).amax(0)
 
 
-def run_layer(layer, h, cos, sin):
-    mask = torch.zeros(h.shape[1], h.shape[1]).masked_fill(
-        ~torch.ones(h.shape[1], h.shape[1]).tril().bool(), torch.finfo(torch.float32).min
-    )
+def run_layer(layer, h, cos, sin, allowed=None):  # (S, S) bool; None = causal
+    n = h.shape[1]
+    allowed = torch.ones(n, n).tril().bool() if allowed is None else allowed
+    mask = torch.zeros(n, n).masked_fill(~allowed, torch.finfo(torch.float32).min)
     return layer(
         h, attention_mask=mask[None, None], position_embeddings=(cos, sin), position_ids=None
     )
@@ -186,33 +146,32 @@ class DeepStack:
     "What a Qwen3-Omni text model adds after its first layers."
 
     def __init__(self, inputs):
-        here = inputs.get("visual_pos_masks")
         self.levels = inputs.get("deepstack_visual_embeds") or []
-        self.row = (
-            {} if here is None else {p: i for i, p in enumerate(here[0].nonzero()[:, 0].tolist())}
-        )
+        places = inputs["visual_pos_masks"][0].nonzero()[:, 0].tolist() if self.levels else []
+        self.row = {p: i for i, p in enumerate(places)}
 
     def add(self, layer, h, here):
-        if layer >= len(self.levels):
-            return h
-        h = h.clone()
-        for at, p in enumerate(here):
-            if p in self.row:
-                h[0, at] += self.levels[layer][self.row[p]]
+        if layer < len(self.levels):
+            h = h.clone()
+            for at, p in enumerate(here):
+                if p in self.row:
+                    h[0, at] += self.levels[layer][self.row[p]]
         return h
 
 
-def stage1(plan, layout, h, visual, audio):
+def stage1(plan, layout, h, stats):
     "Positions kept, and how many of each modality."
-    kind, windows_, aim = layout.modality[0], layout.window[0], {}
-    chosen = [i for i in range(len(kind)) if kind[i] not in (VISUAL, AUDIO)]
-    for name, stat in (("visual", visual), ("audio", audio)):
-        mine, aim[name] = [i for i in range(len(kind)) if kind[i] == CODE[name]], 0
-        for w in sorted({int(windows_[i]) for i in mine}):
-            group = [i for i in mine if windows_[i] == w]
+    kind = layout.modality[0].tolist()
+    chosen = [i for i, code in enumerate(kind) if code not in (VISUAL, AUDIO)]
+    aim = {}
+    for name, stat in stats.items():
+        mine = [i for i, code in enumerate(kind) if code == CODE[name]]
+        aim[name] = 0
+        for w in sorted({int(layout.window[0, i]) for i in mine}):
+            group = [i for i in mine if layout.window[0, i] == w]
             n = kept_of(len(group), plan.entering[name])
-            at = [mine.index(i) for i in group]
-            chosen += [group[j] for j in greedy(h[0, group], stat[at], n)]
+            received = stat[[mine.index(i) for i in group]]
+            chosen += [group[j] for j in naive_order(h[0, group], received, n)[0]]
             aim[name] += n
     return sorted(chosen), aim
 
@@ -240,56 +199,82 @@ def in_sequence(model, encoded, layout, visual):
 def prefill(model, encoded, plan, layout=None):
     """Kept positions by stage, those that every layer sees, and the last logits; `layout` where
     images count as visual."""
-    ad, layout = adapter_for(model), encoded.layout if layout is None else layout
+    ad = adapter_for(model)
+    layout = encoded.layout if layout is None else layout
     inputs, visual, audio = towers(model, encoded)
-    h, kind, deep = inputs["inputs_embeds"], layout.modality[0], DeepStack(inputs)
-    here, aim = stage1(
-        plan, layout, h, in_sequence(model, encoded, layout, visual), audio[0] if audio else None
+    h = inputs["inputs_embeds"]
+    kind = layout.modality[0].tolist()
+    deep = DeepStack(inputs)
+    stats = dict(
+        visual=in_sequence(model, encoded, layout, visual), audio=audio[0] if audio else None
     )
-    kept, sets, layers = {}, [], ad.layers(model)
-    if min(plan.entering.values()) < 1:
-        kept["stage1"] = here
-    h, (cos, sin) = h[:, here], ad.decoder(model).rotary_emb(h, encoded.position_ids)
+    here, aim = stage1(plan, layout, h, stats)
+    kept = {} if min(plan.entering.values()) == 1 else {"stage1": here}
+    sets = []
+    layers = ad.layers(model)
+    h = h[:, here]
+    cos, sin = ad.decoder(model).rotary_emb(h, encoded.position_ids)
     for l, layer in enumerate(layers):
         if l in plan.drop_layers:
-            aim = {m: kept_of(aim[m], plan.keep_ratios[m][plan.drop_layers.index(l)]) for m in aim}
+            i = plan.drop_layers.index(l)
+            aim = {m: kept_of(aim[m], plan.keep_ratios[m][i]) for m in aim}
             text = [j for j, p in enumerate(here) if kind[p] not in (VISUAL, AUDIO)]
             end = max((j for j, p in enumerate(here) if kind[p] in (VISUAL, AUDIO)), default=-1)
             queries = [j for j in text if j > end] if plan.query == "text" else text[-1:]
-            there = {m: sum(int(kind[p]) == c for p in here) for m, c in CODE.items()}
-            totals = divide(aim, there, plan.keep_ratios["visual"][plan.drop_layers.index(l)])
+            there = {m: sum(kind[p] == c for p in here) for m, c in CODE.items()}
             keep = stage2(
                 text_scores(layers[l - 1], h, cos[:, here], sin[:, here], queries),
-                kind[None, here],
-                layout.run[:, here],
-                int(layout.run.max()) + 1,
-                *totals,
+                layout.modality[:, here],
+                layout.chunk[:, here],
+                int(layout.chunk.max()) + 1,
+                *divide(aim, there, plan.keep_ratios["visual"][i]),
                 plan.temperature,
             )[0].tolist()
-            h, here = h[:, keep], [p for p, k in zip(here, keep) if k]
-            kept[f"drop{l}"] = here
-        if gone := [c for m, c in CODE.items() if plan.late(m) == l]:
-            aim = {m: 0 if c in gone else aim[m] for m, c in CODE.items()}
-            keep = [kind[p] not in gone for p in here]
-            h, here = h[:, keep], [p for p, k in zip(here, keep) if k]
-            kept[f"late{l}"] = here
+            h = h[:, keep]
+            here = kept[f"drop{l}"] = [p for p, k in zip(here, keep) if k]
+        if gone := [m for m in CODE if plan.late(m) == l]:
+            aim |= dict.fromkeys(gone, 0)
+            keep = [kind[p] not in [CODE[m] for m in gone] for p in here]
+            h = h[:, keep]
+            here = kept[f"late{l}"] = [p for p, k in zip(here, keep) if k]
         sets.append(here)
         h = deep.add(l, run_layer(layer, h, cos[:, here], sin[:, here]), here)
     return kept, sets, ad.lm_head(model)(ad.decoder(model).norm(h))[:, -1]
 
 
+def continued(model, encoded, sets, tokens, kv):
+    """Logits at the prompt's end and after each of some tokens, (tokens + 1, V): one pass over
+    everything, masks in place of slices and caches."""
+    ad = adapter_for(model)
+    S = encoded.shape[1]
+    total = S + len(tokens)
+    inputs = Decoder(model).inputs(encoded.inputs)
+    new = model.get_input_embeddings()(torch.tensor([tokens], dtype=torch.long))
+    h = torch.cat([inputs["inputs_embeds"], new], 1)
+    after = encoded.position_ids.max() + torch.arange(1, len(tokens) + 1).expand(3, 1, -1)
+    cos, sin = ad.decoder(model).rotary_emb(h, torch.cat([encoded.position_ids, after], -1))
+    deep = DeepStack(inputs)
+    for l, (layer, kept) in enumerate(zip(ad.layers(model), sets)):
+        seen = torch.zeros(total, total, dtype=torch.bool)
+        seen[:, S:] = True
+        seen[:S, kept] = True
+        seen[S:, kept if kv == "retain" else sets[-1]] = True
+        allowed = seen.tril() | torch.eye(total, dtype=torch.bool)
+        h = deep.add(l, run_layer(layer, h, cos, sin, allowed), range(S))
+    return ad.lm_head(model)(ad.decoder(model).norm(h))[0, S - 1 :]
+
+
 def removed(model, encoded, layer, kinds):
     "Last logits when all positions of some modalities go before a layer."
-    ad, inputs, kind = (
-        adapter_for(model),
-        Decoder(model).inputs(encoded.inputs),
-        encoded.layout.modality[0],
-    )
-    h, deep, here = inputs["inputs_embeds"], DeepStack(inputs), list(range(len(kind)))
+    ad = adapter_for(model)
+    inputs = Decoder(model).inputs(encoded.inputs)
+    h = inputs["inputs_embeds"]
+    deep = DeepStack(inputs)
+    here = list(range(h.shape[1]))
     cos, sin = ad.decoder(model).rotary_emb(h, encoded.position_ids)
     for l, block in enumerate(ad.layers(model)):
         if l == layer:
-            keep = [kind[p] not in kinds for p in here]
-            h, here = h[:, keep], [p for p, k in zip(here, keep) if k]
+            here = [p for p in here if encoded.layout.modality[0, p] not in kinds]
+            h = h[:, here]
         h = deep.add(l, run_layer(block, h, cos[:, here], sin[:, here]), here)
     return ad.lm_head(model)(ad.decoder(model).norm(h))[:, -1]

@@ -69,12 +69,12 @@ def naive_budgets(mean_v, mean_a, size_v, size_a, t_v, t_a, tau):
     return [naive_split(*row) for row in zip(budget, split, size_v, size_a)]
 
 
-def stage2(scores, modality, run, n_windows, visual, audio, *args, **kwargs):
-    "`select_in_windows` on bare tensors, with the totals of each modality."
+def stage2(scores, modality, chunk, n_chunks, visual, audio, *args, **kwargs):
+    "`select_in_chunks` on bare tensors, with the totals of each modality."
     from types import SimpleNamespace
 
-    from seats_analysis.pruning.select import select_in_windows
+    from seats_analysis.pruning.select import select_in_chunks
 
-    tokens = SimpleNamespace(modality=modality, run=run)
+    tokens = SimpleNamespace(modality=modality, chunk=chunk)
     n_keep = [dict(visual=v, audio=a) for v, a in zip(visual, audio, strict=True)]
-    return select_in_windows(scores, tokens, n_windows, n_keep, *args, **kwargs)
+    return select_in_chunks(scores, tokens, n_chunks, n_keep, *args, **kwargs)

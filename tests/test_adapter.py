@@ -100,10 +100,10 @@ def test_counts_and_windows(batch):
     assert first.window[first.visual].bincount().tolist() == [32, 32]
     assert first.window[first.audio].bincount().tolist() == [10, 10]
     assert last.window[last.visual].bincount().tolist() == [32, 32, 16]
-    assert last.run[last.audio].bincount().tolist() == [10, 10, 5]
+    assert last.chunk[last.audio].bincount().tolist() == [10, 10, 5]
     alone = batch.layout[3]
     assert alone.window[alone.audio].bincount().tolist() == [10, 2]
-    assert alone.run[alone.audio].unique().tolist() == [0]
+    assert alone.chunk[alone.audio].unique().tolist() == [0]
 
 
 def test_interleaved_runs_alternate(batch):
@@ -121,7 +121,7 @@ def test_layout_from_inputs_alone(model, batch, samples, processor):
         assert torch.equal(again.window, batch.layout[i].window[:, -n:])
     whole = layout_of(model, batch.inputs)
     assert torch.equal(whole.modality, batch.layout.modality) and torch.equal(
-        whole.run, batch.layout.run
+        whole.chunk, batch.layout.chunk
     )
 
 

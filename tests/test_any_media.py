@@ -162,9 +162,9 @@ def test_sound_behind_the_video(model, processor, singles):
     apart = encode(model, processor, [sample], interleave=False)
     assert (
         apart.layout.counts()["audio"] == singles["both"].layout.counts()["audio"]
-        and apart.layout.run.max() == 0
+        and apart.layout.chunk.max() == 0
     )
-    assert singles["both"].layout.run.max() > 0
+    assert singles["both"].layout.chunk.max() > 0
     seen = apart.layout.modality[0]
     assert (seen == VISUAL).nonzero().max() < (seen == AUDIO).nonzero().min()
     ids = apart.inputs["input_ids"]

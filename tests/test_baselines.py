@@ -5,7 +5,7 @@ There: exact counts, any batch, both families, bit-identical at 100 %, nothing l
 
 import numpy as np, plain_rivals, pytest, tiny, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from seats_analysis.inputs.layout import TokenLayout, run_ids
+from seats_analysis.inputs.layout import TokenLayout, chunk_ids
 from seats_analysis.models.encode import encode, layout_of
 from seats_analysis.baselines.registry import ABLATIONS, METHODS, method_at
 from seats_analysis.pruning.seats import Seats
@@ -448,7 +448,7 @@ def test_a_modality_that_no_layer_sees(name):
 def test_every_sample_has_a_number_of_its_own(name):
     "By which chance goes: of both modalities, counted on over the batches of a `prune` block."
     kind = torch.tensor([[0] + [1] * 20 + [2] * 20 + [0]] * 3, dtype=torch.int8)
-    layout = TokenLayout(kind, torch.zeros_like(kind, dtype=torch.int32), run_ids(kind))
+    layout = TokenLayout(kind, torch.zeros_like(kind, dtype=torch.int32), chunk_ids(kind))
     budgets = usual(name).window_budgets(layout, 5)
     got = [(b.modality, b.number) for b in budgets]
     assert got == [(m, n) for m in ("visual", "audio") for n in (5, 6, 7)]

@@ -126,7 +126,7 @@ def test_preset_has_the_tokens_that_the_adapter_finds(workload):
     found = {k: int(n) for k, n in layout.counts().items() if k != "image"}
     assert found == request.tokens(name) == dict(visual=9216, audio=1500, text=150)
     # audio lies between the frames, chunk by chunk
-    assert layout.window.max() >= 29 and layout.run.max() >= 29
+    assert layout.window.max() >= 29 and layout.chunk.max() >= 29
 
 
 def test_rows_repeat_one_sample(workload):

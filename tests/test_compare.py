@@ -106,7 +106,7 @@ def test_inputs_are_those_of_encode(model, processor, samples):
     names = "input_ids", "attention_mask", "position_ids"
     for key in (*names, "video_grid_thw", "feature_attention_mask"):
         assert torch.equal(ours.inputs[key], theirs.inputs[key].to(ours.inputs[key].dtype)), key
-    for key in ("modality", "window", "run"):
+    for key in ("modality", "window", "chunk"):
         assert torch.equal(getattr(ours.layout, key), getattr(theirs.layout, key)), key
     assert ours.choice_ids == theirs.choice_ids
     assert torch.equal(ours.rope_deltas.float(), theirs.rope_deltas.float())

@@ -105,7 +105,7 @@ def test_rates_and_windows(family, model, batch):
     runs = {"qwen2.5-omni": [12] * 2, "qwen3-omni": [6] * 4}[
         family
     ]  # sound follows every chunk of two seconds, or every temporal grid
-    assert first.run[first.visual].bincount().tolist() == runs
+    assert first.chunk[first.visual].bincount().tolist() == runs
 
 
 def test_audio_tokens_of_any_length(model, family):

@@ -2,15 +2,17 @@
 padding taken out, causality from the end."""
 
 import copy
-import pytest, torch
+
+import pytest
 import tiny
-from test_hot_path import PLANS
+import torch
+from tiny import PLANS, close
+
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode
 from seats_analysis.models.scoring import score_choices
 from seats_analysis.baselines.registry import METHODS
 from seats_analysis.probing.run import probe_dependency
-from seats_analysis.pruning.cache import follow_up
 from seats_analysis.pruning.session import prune
 
 flash = pytest.importorskip("transformers.modeling_flash_attention_utils")
@@ -19,11 +21,9 @@ SAMPLES = tiny.three()
 
 def one_length(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)):
     "q (B, n, heads, d), k and v (B, m, KV heads, d): the last query sees all keys."
-    mask = (
-        torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
-        if causal
-        else None
-    )
+    mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
+    if causal:
+        mask = mask.tril(k.shape[1] - q.shape[1])
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     return torch.nn.functional.scaled_dot_product_attention(
         *heads_first, attn_mask=mask, scale=softmax_scale, enable_gqa=True
@@ -33,13 +33,9 @@ def one_length(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_
 def many_lengths(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **how):
     "Sequences one behind the other."
     assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
-    cut = lambda x, ends: x.split(ends.diff().tolist())
-    return torch.cat(
-        [
-            one_length(*(x[None] for x in qkv), **how)[0]
-            for qkv in zip(cut(q, cu_seqlens_q), cut(k, cu_seqlens_k), cut(v, cu_seqlens_k))
-        ]
-    )
+    ends = cu_seqlens_q, cu_seqlens_k, cu_seqlens_k
+    parts = [x.split(end.diff().tolist()) for x, end in zip((q, k, v), ends)]
+    return torch.cat([one_length(*(x[None] for x in qkv), **how)[0] for qkv in zip(*parts)])
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
@@ -77,25 +73,6 @@ def batches(models):
     }
 
 
-def answered(model, batch, plan, options, **how):
-    how = dict(max_new_tokens=3, min_new_tokens=3) | how
-    with prune(model, plan, **options) as run:
-        out = model.generate(
-            **batch.inputs, return_dict_in_generate=True, output_logits=True, **how
-        )
-    return (
-        out.sequences.tolist(),
-        {k: [x.tolist() for x in v] for k, v in run.kept.items()},
-        torch.stack(out.logits),
-    )
-
-
-def same(models, batch, plan, options=None, **how):
-    one, other = (answered(m, batch, plan, options or {}, **how) for m in models)
-    assert one[:2] == other[:2]
-    torch.testing.assert_close(one[2], other[2], rtol=0, atol=1e-5)
-
-
 def test_it_is_flash_attention(models, batches, monkeypatch):
     "The towers and the decoder call the two kernels, the padded batch the one for many lengths."
     called = []
@@ -109,51 +86,32 @@ def test_it_is_flash_attention(models, batches, monkeypatch):
     assert called.count(True) == tiny.LAYERS and called.count(False) > 2
 
 
-@pytest.mark.parametrize(
-    "n, name, kv",
-    [
-        (1, "together", "evict"),
-        (1, "apart", "retain"),
-        (3, "together", "retain"),
-        *((3, name, "evict") for name in PLANS),
-    ],
-)
-def test_pruned_answers(models, batches, n, name, kv):
-    same(models, batches[n], PLANS[name], dict(kv=kv))
+def same(models, batch, plan, kv="evict", **options):
+    (told, logits, _), (other, quick, _) = (
+        tiny.answered(m, batch, plan, kv, **options) for m in models
+    )
+    assert told == other
+    close(logits, quick)
+
+
+@pytest.mark.parametrize("n, name, kv, options", tiny.ANSWERS)
+def test_pruned_answers(models, batches, n, name, kv, options):
+    same(models, batches[n], PLANS[name], kv, **options)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_methods(models, batches, name):
-    same(
-        models,
-        batches[3],
-        METHODS[name].for_trr(tiny.LAYERS, 0.5, 0.6, 18, 30),
-        max_new_tokens=1,
-        min_new_tokens=1,
-    )
-
-
-def test_beams(models, batches):
-    same(models, batches[3], PLANS["together"], num_beams=2, num_return_sequences=2)
+    method = METHODS[name].for_trr(tiny.LAYERS, 0.5, 0.6, 18, 30)
+    same(models, batches[3], method, max_new_tokens=1, min_new_tokens=1)
 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_the_next_turn(models, batches, n):
-    def told(model):
-        batch = batches[n]
-        with prune(model, PLANS["together"], kv="retain"):
-            out = model(**batch.inputs, use_cache=True)
-            more = torch.cat([batch.inputs["input_ids"], batch.inputs["input_ids"][:, -4:]], 1)
-            mask = torch.nn.functional.pad(batch.inputs["attention_mask"], (0, 4), value=1)
-            return model(**follow_up(out.past_key_values, more, mask)).logits
-
-    torch.testing.assert_close(*map(told, models), rtol=0, atol=1e-5)
+    close(*(tiny.next_turn(m, batches[n]) for m in models))
 
 
 def test_scores_of_choices(models, batches):
-    torch.testing.assert_close(
-        *(score_choices(m, batches[3]).total for m in models), rtol=0, atol=1e-5
-    )
+    close(*(score_choices(m, batches[3]).total for m in models))
 
 
 @pytest.mark.parametrize("method", ["branch", "plain"])

@@ -473,7 +473,7 @@ def test_scores_from_recorded_hidden_states(model, case, stage):
     tokens = Tokens(
         here[None], case.types[here][None].to(torch.int8), None, None, len(case.types), (0,), False
     )
-    layout = SimpleNamespace(run=torch.zeros(1, 1))  # not looked at
+    layout = SimpleNamespace(chunk=torch.zeros(1, 1))  # not looked at
     seats = Seats(Schedule(len(decoder.layers)))
     prefill = Prefill(decoder, seats, "evict", layout, (), [], tokens, None)
     scores = prefill.scores(stage.layer - 1, hidden, tables)[0]

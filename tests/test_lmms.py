@@ -67,7 +67,7 @@ def test_sound_lies_between_the_frames(answerer, docs):
     time window."""
     prompt = answerer.prompt(doc_to_messages(docs[0]), "q")
     layout = encode(answerer.model, answerer.processor, [prompt]).layout
-    runs = [int(layout.run[0][m].max()) + 1 for m in (layout.visual[0], layout.audio[0])]
+    runs = [int(layout.chunk[0][m].max()) + 1 for m in (layout.visual[0], layout.audio[0])]
     assert runs == [4, 4] and layout.counts()["audio"].item() == 40
     assert (layout.window[0][layout.audio[0]].unique() == torch.arange(4)).all()
 

@@ -4,17 +4,16 @@ mixed, our hooks do not wait, streams are waited for."""
 import copy
 import pytest, torch
 import tiny
-from seats_analysis.pruning import prefill
 from pretend import Race, Wait, no_waits, pretend_gpu
-from test_hot_path import PLANS
+from tiny import PLANS
 from seats_analysis.lab import bench
-from seats_analysis.pruning import encoders, session
+from seats_analysis.pruning import base, cache, encoders, prefill, seats, session
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode
 from seats_analysis.models.scoring import score_choices
 from seats_analysis.baselines.registry import METHODS
-from seats_analysis.pruning.cache import follow_up
-from seats_analysis.pruning.prefill import Prefill
+from seats_analysis.pruning.cache import Slots
+from seats_analysis.pruning.prefill import Check, Prefill
 from seats_analysis.pruning.session import Session, prune
 from seats_analysis.probing.run import probe_dependency
 
@@ -65,57 +64,39 @@ def strict(gpu, monkeypatch):
         monkeypatch.setattr(place, name, guarded(getattr(place, name)))
 
 
-def answered(model, batch, plan, options, **how):
-    "Tokens that are generated, and what was left of the prompt at every stage."
-    how = dict(max_new_tokens=3, min_new_tokens=3) | how
-    with prune(model, plan, **options) as run:
-        ids = model.generate(**batch.inputs, **how)
-    return (
-        ids.tolist(),
-        run.tokens_per_layer.tolist(),
-        {k: [x.tolist() for x in v] for k, v in run.kept.items()},
-        run.timings,
-    )
+def on_both(model, there, batch, call):
+    "What a call gives on the host and on the device, which is the same."
+    here, pretended = call(model, batch), call(there, batch.to("cuda"))
+    torch.testing.assert_close(here, pretended, rtol=0, atol=0)
 
 
-def same(model, there, batch, plan, options=None, **how):
-    "The same on both devices, the timings aside."
-    here, pretended = (
-        answered(m, b, plan, options or {}, **how)
+def same(model, there, batch, plan, kv="evict", **options):
+    "The same answers, the times aside."
+    (told, _, here), (other, _, pretended) = (
+        tiny.answered(m, b, plan, kv, **options)
         for m, b in ((model, batch), (there, batch.to("cuda")))
     )
-    assert here[:3] == pretended[:3]
-    assert pretended[3].ms["prefill"] > 0 and pretended[3].calls == here[3].calls
+    assert told == other and here.calls == pretended.calls and pretended.ms["prefill"] > 0
 
 
-@pytest.mark.parametrize(
-    "n, name, kv",
-    [(1, "together", "evict"), (3, "together", "retain"), *((3, name, "evict") for name in PLANS)],
-)
-def test_pruned_answers(model, there, batches, strict, n, name, kv):
-    same(model, there, batches[n], PLANS[name], dict(kv=kv))
+@pytest.mark.parametrize("n, name, kv, options", tiny.ANSWERS)
+def test_pruned_answers(model, there, batches, strict, n, name, kv, options):
+    same(model, there, batches[n], PLANS[name], kv, **options)
 
 
 @tiny.by_turns(METHODS)
 def test_methods(model, there, batches, strict, name):
-    same(
-        model,
-        there,
-        batches[3],
-        METHODS[name].for_trr(tiny.LAYERS, 0.5, 0.6, 18, 30),
-        max_new_tokens=1,
-        min_new_tokens=1,
-    )
-
-
-@pytest.mark.parametrize("how", [dict(num_beams=2), dict(num_beams=2, num_return_sequences=2)])
-def test_beams(model, there, batches, strict, how):
-    same(model, there, batches[3], PLANS["together"], **how)
+    method = METHODS[name].for_trr(tiny.LAYERS, 0.5, 0.6, 18, 30)
+    same(model, there, batches[3], method, max_new_tokens=1, min_new_tokens=1)
 
 
 @pytest.mark.parametrize("options", ["batch", "repeats", "overlap", encoders.ENCODERS])
 def test_encoder_options(model, there, batches, options):
-    same(model, there, batches[1], PLANS["together"], dict(encoders=options))
+    found = []
+    for m, batch in ((model, batches[1]), (there, batches[1].to("cuda"))):
+        with prune(m, PLANS["together"], encoders=options) as run:
+            found.append(m.generate(**batch.inputs, max_new_tokens=2).tolist())
+    assert found[0] == found[1] and run.kept
 
 
 def test_video_in_another_stream_is_waited_for(there, gpu, batches, monkeypatch):
@@ -162,22 +143,11 @@ def test_a_longer_clip_does_not_wait_more(model, there, gpu):
 
 
 def test_the_next_turn(model, there, batches, strict):
-    def told(model, batch):
-        with prune(model, PLANS["together"], kv="retain"):
-            out = model(**batch.inputs, use_cache=True)
-            more = torch.cat([batch.inputs["input_ids"], batch.inputs["input_ids"][:, -4:]], 1)
-            return model(**follow_up(out.past_key_values, more)).logits.cpu()
-
-    torch.testing.assert_close(
-        told(model, batches[1]), told(there, batches[1].to("cuda")), rtol=0, atol=0
-    )
+    on_both(model, there, batches[1], tiny.next_turn)
 
 
 def test_scores_of_choices(model, there, batches):
-    here, pretended = (
-        score_choices(m, b) for m, b in ((model, batches[3]), (there, batches[3].to("cuda")))
-    )
-    torch.testing.assert_close(here.total, pretended.total, rtol=0, atol=0)
+    on_both(model, there, batches[3], lambda m, batch: score_choices(m, batch).total)
 
 
 def test_the_probe(model, there):
@@ -257,27 +227,43 @@ def test_mixed_devices_are_found(there, batches, monkeypatch):
         there(**batches[1].to("cuda").inputs)
 
 
-@pytest.mark.parametrize(
-    "planted",
-    [
-        lambda x: x[x > 0],
-        lambda x: x.sum().item(),
-        lambda x: x.cpu(),
-        lambda x: x.tolist(),
-        lambda x: bool(x.any()),
-        lambda x: x.nonzero(),
-        lambda x: torch.tensor([1, 2], device=x.device),
-        lambda x: x.repeat_interleave(x.long().flatten()),
-    ],
+ASKING = dict(
+    mask=lambda x: x[x > 0],
+    item=lambda x: x.sum().item(),
+    cpu=lambda x: x.cpu(),
+    tolist=lambda x: x.tolist(),
+    bool=lambda x: bool(x.any()),
+    nonzero=lambda x: x.nonzero(),
+    tensor=lambda x: torch.tensor([1, 2], device=x.device),
+    repeats=lambda x: x.repeat_interleave(x.long()),
 )
-def test_waits_are_found(there, batches, strict, monkeypatch, planted):
-    whole = Prefill.scores
+BODIES = dict(
+    statistic=(encoders, "attention_received"),
+    stage1=(seats, "select_in_clip"),
+    cut=(base, "right_align"),
+    scores=(Prefill, "scores"),
+    stage2=(seats, "select_in_chunks"),
+    masks=(prefill, "stock_mask"),
+    caches=(cache, "shorten_cache"),
+    decoding=(Slots, "mask"),
+    features=(Check, "of_inputs"),
+    checks=(Check, "of_scores"),
+    counts=(Check, "of_counts"),
+)
 
-    def asks(*args):
-        scores = whole(*args)
-        planted(scores)
-        return scores
 
-    monkeypatch.setattr(Prefill, "scores", asks)
+@pytest.mark.parametrize(
+    "body, how", [*((body, "mask") for body in BODIES), *(("scores", how) for how in ASKING)]
+)
+def test_waits_are_found(there, batches, strict, monkeypatch, body, how):
+    "Anywhere in them."
+    place, name = BODIES[body]
+    whole = getattr(place, name)
+
+    def asks(*args, **kwargs):
+        ASKING[how](torch.ones(3, device="cuda"))
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, asks)
     with pytest.raises(Wait), prune(there, PLANS["together"]):
-        there(**batches[1].to("cuda").inputs)
+        there.generate(**batches[3].to("cuda").inputs, max_new_tokens=2, min_new_tokens=2)

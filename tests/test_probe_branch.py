@@ -13,7 +13,7 @@ from seats_analysis.probing import branches, run
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode, encode_questions
 from seats_analysis.schedules.cost import probe_flops
-from seats_analysis.inputs.layout import AUDIO, TEXT, VISUAL, run_ids
+from seats_analysis.inputs.layout import AUDIO, TEXT, VISUAL, chunk_ids
 from seats_analysis.inputs.media import Clip
 from seats_analysis.inputs.samples import Sample
 from seats_analysis.probing.selectors import (
@@ -189,7 +189,7 @@ def made_up(model, windows, visual, audio, text):
     positions = torch.arange(n + 1, device=weight.device).expand(3, 1, -1)
     decoder = Decoder(model)
     stream = branches.Stream(decoder, hidden, decoder.rotary_tables(hidden, positions))
-    tail, runs = Tail.pack([(0,)], [[(1,), (2,)]], weight.device), run_ids(kind[None])[0]
+    tail, runs = Tail.pack([(0,)], [[(1,), (2,)]], weight.device), chunk_ids(kind[None])[0]
     view = View(kind, runs, runs, "made up", adapter_for(model).num_layers(model))
     return stream, tail, {name: every_token((name,))(view) for name in NAMES}
 
@@ -312,7 +312,7 @@ def test_selectors(model, processor, samples):
         "half": random_fraction(0.5),
         "sinks": all_but_sinks(3),
         "sights": every_token(("visual",)),
-        "mine": lambda view: view.media & (view.run == 0),
+        "mine": lambda view: view.media & (view.chunk == 0),
     }
     assert_same(*scores_of(model, processor, samples, asked))
 

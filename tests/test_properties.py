@@ -8,13 +8,13 @@ import math
 import torch
 from hypothesis import assume, given, settings, strategies as st
 from plain import naive_repair, softmax, stage2
-from seats_analysis.inputs.layout import AUDIO, PAD, VISUAL, TokenLayout, run_ids
+from seats_analysis.inputs.layout import AUDIO, PAD, VISUAL, TokenLayout, chunk_ids
 from seats_analysis.pruning.base import Stage1Inputs, Tokens, take
 from seats_analysis.pruning.seats import Seats
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.pruning.prefill import finite_rows
 from seats_analysis.pruning.received import window_sizes
-from seats_analysis.pruning.select import plan_budgets, select_in_clip
+from seats_analysis.pruning.select import plan_chunks, select_in_clip
 
 EXAMPLES = {"ci": 200, "nightly": 10_000}
 many = settings(max_examples=EXAMPLES.get(settings.get_current_profile_name(), 200))
@@ -44,7 +44,7 @@ def layouts(draw, samples=3):
     for kind in (VISUAL, AUDIO):
         ordinal = (modality == kind).int().cumsum(1) - 1
         window = torch.where(modality == kind, ordinal // draw(st.integers(1, 9)), window).int()
-    return TokenLayout(modality, window, run_ids(modality))
+    return TokenLayout(modality, window, chunk_ids(modality))
 
 
 @st.composite
@@ -85,7 +85,7 @@ def made_up(seed, shape):
 def stages(layout, schedule, features, attention, scores):
     """(cut, tokens before, keep, index, tokens after) of every cut. features (B, S, D), attention
     (B, S), scores: layer -> (B, S), all on the full prompt."""
-    method, windows = Seats(schedule), int(layout.run.max()) + 1
+    method, windows = Seats(schedule), int(layout.chunk.max()) + 1
     parts = method.window_budgets(layout, 0)
     tokens = Tokens.of(layout, range(len(layout)), "cpu")
     for cut in method.plan(layout, parts):
@@ -152,7 +152,7 @@ def test_totals_text_order_and_positions(layout, schedule, seed):
             here = tokens.column[b, valid]
             assert (here.diff() > 0).all(), "order is kept, no token twice"
             assert set(never[b].nonzero()[:, 0].tolist()) <= set(here.tolist()), "text stays"
-            for name in ("modality", "window", "run"):
+            for name in ("modality", "window", "chunk"):
                 assert torch.equal(
                     getattr(tokens, name)[b, valid], getattr(layout, name)[b, here]
                 ), name
@@ -169,7 +169,7 @@ def test_a_batch_is_its_samples(layout, schedule, seed):
     for b in range(len(layout)):
         pad = int((layout.modality[b] == PAD).sum())
         cut_pad = lambda x: x[b : b + 1, pad:]
-        single = TokenLayout(*(cut_pad(x) for x in (layout.modality, layout.window, layout.run)))
+        single = TokenLayout(*(cut_pad(x) for x in (layout.modality, layout.window, layout.chunk)))
         alone = list(
             stages(
                 single,
@@ -209,7 +209,7 @@ def test_budgets_are_exact_and_fit(drawn, tau, seed):
     size = torch.tensor([visual]), torch.tensor([audio])
     mean = [made_up(seed + i, s.shape).float() * (s > 0) for i, s in enumerate(size)]
     stacked = torch.stack(mean, 1), torch.stack(size, 1), torch.tensor([[t_v, t_a]])
-    v, a = plan_budgets(*stacked, tau).unbind(1)
+    v, a = plan_chunks(*stacked, tau).unbind(1)
     assert int(v.sum() + a.sum()) == t_v + t_a
     assert (v >= 0).all() and (a >= 0).all() and (v <= size[0]).all() and (a <= size[1]).all()
     if t_v + t_a >= sum(x + y > 0 for x, y in zip(visual, audio)):

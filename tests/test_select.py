@@ -22,7 +22,7 @@ from seats_analysis.pruning.received import (
 )
 from seats_analysis.pruning.select import (
     divide_total,
-    plan_budgets,
+    plan_chunks,
     query_scores,
     text_scores,
     select_in_clip,
@@ -92,7 +92,7 @@ def test_budgets_equal_the_published_plan_where_it_is_exact(seed):
     t_v, t_a = r.randint(1, sum(size_v)), r.randint(1, sum(size_a))
     mean_v, mean_a = ([r.random() * 0.1 if s else 0.0 for s in size] for size in (size_v, size_a))
     mean, size = torch.tensor([[mean_v, mean_a]]).double(), torch.tensor([[size_v, size_a]])
-    v, a = plan_budgets(mean, size, torch.tensor([[t_v, t_a]]), tau)[0].tolist()
+    v, a = plan_chunks(mean, size, torch.tensor([[t_v, t_a]]), tau)[0].tolist()
     assert sum(v) + sum(a) == t_v + t_a
     assert all(0 <= x <= s for x, s in zip(v + a, size_v + size_a))
     plain = naive_budgets(mean_v, mean_a, size_v, size_a, t_v, t_a, tau)
@@ -359,9 +359,9 @@ def public_calls():
         ),
         query_scores=lambda: query_scores(torch.rand(2, 4, 8), torch.rand(2, 2, 11, 8), scores > 0),
         water_fill=lambda: water_fill(size * 0, size, size, size),
-        plan_budgets=lambda: plan_budgets(torch.rand(2, 2, 1), sizes, totals),
+        plan_chunks=lambda: plan_chunks(torch.rand(2, 2, 1), sizes, totals),
         topk_in_groups=lambda: topk_in_groups(scores, window, size),
-        select_in_windows=lambda: stage2(scores, modality, window, 1, (3, 2), (2, 1)),
+        select_in_chunks=lambda: stage2(scores, modality, window, 1, (3, 2), (2, 1)),
         divide_total=lambda: divide_total(totals, totals, 0.5),
     )
 

@@ -1,10 +1,17 @@
 """Small random models of every family, built from the real configuration classes, with a processor
 for each and clips to feed them."""
 
+import numpy as np
+import pytest
 import torch
+import transformers
 
 from seats_analysis.inputs.media import Clip
 from seats_analysis.inputs.samples import Sample
+from seats_analysis.pruning.cache import follow_up
+from seats_analysis.pruning.session import prune
+from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.testbed import load
 
 FAMILIES = "qwen2.5-omni", "qwen3-omni"
 LAYERS = 6
@@ -13,16 +20,12 @@ LAYERS = 6
 def by_turns(names):
     """Parametrizes a test by `name`, each with one family of the fixture `family`. What all of them
     do in both families is tested once, elsewhere."""
-    import pytest
-
     pairs = sorted((FAMILIES[i % 2], name) for i, name in enumerate(names))
     return pytest.mark.parametrize("family, name", pairs, indirect=["family"], scope="session")
 
 
 def clip(seed, seconds=4.0, sight=True, sound=True, size=(56, 84), fps=2.0):
     "Noise to see and to hear."
-    import numpy as np
-
     rng = np.random.default_rng(seed)
     frames = rng.integers(0, 255, (int(fps * seconds), *size, 3), dtype="uint8") if sight else None
     wave = (rng.standard_normal(int(16000 * seconds)) * 0.1).astype("float32") if sound else None
@@ -30,8 +33,6 @@ def clip(seed, seconds=4.0, sight=True, sound=True, size=(56, 84), fps=2.0):
 
 
 def image(seed, size=(56, 56)):
-    import numpy as np
-
     return np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype="uint8")
 
 
@@ -46,6 +47,18 @@ def ask(name, video, question="what colour is the circle ?", **kw):
     )
 
 
+def medley():
+    "Questions about everything that a prompt may hold or lack."
+    return [
+        ask("both", clip(0)),
+        ask("lettered", clip(1, 3), lettered=True),
+        ask("silent", clip(2, 5, sound=False), "where is the red object ?"),
+        ask("heard", clip(3, 6, sight=False), "what pitch is heard first ?"),
+        ask("text", None),
+        ask("odd", clip(4, 4.7)),
+    ]
+
+
 def three():
     "Samples of unequal length: one with everything, a short one, one without sound."
     return [
@@ -56,23 +69,15 @@ def three():
 
 
 def processor(family):
-    from transformers import (
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-        Qwen3OmniMoeProcessor,
-        WhisperFeatureExtractor,
-    )
-    from seats_analysis.testbed.load import CHAT_TEMPLATE, build_processor, build_tokenizer
-
     if family == "qwen2.5-omni":
-        return build_processor()
+        return load.build_processor()
     pixels = dict(
         size=dict(shortest_edge=28 * 28, longest_edge=64 * 28 * 28),
         patch_size=14,
         temporal_patch_size=2,
         merge_size=2,
     )
-    hearing = WhisperFeatureExtractor(
+    hearing = transformers.WhisperFeatureExtractor(
         feature_size=16,
         sampling_rate=16000,
         hop_length=160,
@@ -80,41 +85,36 @@ def processor(family):
         chunk_length=30,
         return_attention_mask=True,
     )
-    return Qwen3OmniMoeProcessor(
-        image_processor=Qwen2VLImageProcessor(**pixels),
-        tokenizer=build_tokenizer(),
-        chat_template=CHAT_TEMPLATE,
-        video_processor=Qwen2VLVideoProcessor(**pixels, do_sample_frames=False),
+    return transformers.Qwen3OmniMoeProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(**pixels),
+        tokenizer=load.build_tokenizer(),
+        chat_template=load.CHAT_TEMPLATE,
+        video_processor=transformers.Qwen2VLVideoProcessor(**pixels, do_sample_frames=False),
         feature_extractor=hearing,
     )
 
 
 def tight_processor():
     "The testbed's, with no spaces between start, placeholder and end, as 5.17 wants it."
-    from seats_analysis.testbed.load import build_processor
-
-    processor = build_processor()
+    processor = load.build_processor()
     for name in ("VIDEO", "AUDIO", "IMAGE"):
         processor.chat_template = processor.chat_template.replace(f" <|{name}|> ", f"<|{name}|>")
     return processor
 
 
 def _qwen25(layers):
-    from seats_analysis.testbed.load import build_config
-
-    config = build_config(layers=layers, tower=32)
-    config.vision_config.window_size = (
-        2 * 28
-    )  # windows of 2 x 2 cells, so that the tower does reorder its tokens
+    config = load.build_config(layers=layers, tower=32)
+    # windows of 2 x 2 cells, so that the tower does reorder its tokens
+    config.vision_config.window_size = 2 * 28
     return config
 
 
 def _qwen3(layers):
-    from transformers import Qwen3OmniMoeThinkerConfig
-    from seats_analysis.testbed.load import SPECIAL, vocabulary
+    ids = {w: i for i, w in enumerate(load.vocabulary())}
 
-    ids = {w: i for i, w in enumerate(vocabulary())}
-    token = lambda name: ids[SPECIAL[name]]
+    def token(name):
+        return ids[load.SPECIAL[name]]
+
     text = dict(
         vocab_size=len(ids),
         hidden_size=64,
@@ -156,7 +156,7 @@ def _qwen3(layers):
         output_dim=64,
         downsample_hidden_size=8,
     )
-    return Qwen3OmniMoeThinkerConfig(
+    return transformers.Qwen3OmniMoeThinkerConfig(
         text_config=text,
         vision_config=vision,
         audio_config=audio,
@@ -196,37 +196,44 @@ def randomise(model, seed=0):
 
 
 def thinker(family, layers=LAYERS, attention="sdpa", seed=0):
-    import transformers
-
-    name = {
-        "qwen2.5-omni": "Qwen2_5OmniThinkerForConditionalGeneration",
-        "qwen3-omni": "Qwen3OmniMoeThinkerForConditionalGeneration",
+    cls = {
+        "qwen2.5-omni": transformers.Qwen2_5OmniThinkerForConditionalGeneration,
+        "qwen3-omni": transformers.Qwen3OmniMoeThinkerForConditionalGeneration,
     }[family]
-    return randomise(
-        getattr(transformers, name)._from_config(
-            config(family, layers), attn_implementation=attention
-        ),
-        seed,
-    )
+    settings = config(family, layers)
+    return randomise(cls._from_config(settings, attn_implementation=attention), seed)
+
+
+def ratios(visual, audio):
+    return dict(visual=visual, audio=audio)
 
 
 def schedule(**changes):
     "A plan with all three stages for the tiny models."
-    from seats_analysis.schedules.schedule import Schedule
-
-    ratios = dict(visual=(0.8, 0.5), audio=(0.9, 0.6))
-    return Schedule(
-        **(
-            dict(
-                num_layers=LAYERS,
-                drop_layers=(2, 3),
-                late_start=5,
-                keep_ratios=ratios,
-                entering=dict(visual=0.3, audio=0.5),
-            )
-            | changes
-        )
+    stages = dict(
+        drop_layers=(2, 3),
+        late_start=5,
+        keep_ratios=ratios((0.8, 0.5), (0.9, 0.6)),
+        entering=ratios(0.3, 0.5),
     )
+    return Schedule(LAYERS, **stages | changes)
+
+
+PLANS = dict(
+    together=schedule(),
+    apart=schedule(late_start=ratios(4, 5)),
+    sound_first=schedule(late_start=ratios(6, 3)),
+    both_at_once=schedule(drop_layers=(2, 5)),
+    drop_after_one_left=schedule(
+        drop_layers=(2, 4), late_start=ratios(3, 5), keep_ratios=ratios((0.8, 1.0), (0.9, 0.6))
+    ),
+    no_late=schedule(late_start=None),
+    stage1=Schedule(LAYERS, entering=ratios(0.2, 0.4)),
+    stage1_visual=Schedule(LAYERS, entering=ratios(0.2, 1.0)),
+    stage2=Schedule(LAYERS, drop_layers=(1, 4), keep_ratios=ratios((0.3, 0.5), (0.6, 0.4))),
+    stage3=Schedule(LAYERS, late_start=3),
+    from_the_start=Schedule(LAYERS, late_start=0),
+)
 
 
 @torch.no_grad()
@@ -236,30 +243,15 @@ def tower_attention(model, inputs):
     from seats_analysis.models.attention import TowerAttention
     from seats_analysis.models.decoder import Decoder
 
-    seen, parts = {}, {m: TowerAttention(model, m) for m in ("visual", "audio")}
+    seen, hooks = {}, []
+    parts = {m: TowerAttention(model, m) for m in ("visual", "audio")}
+    for name, part in parts.items():
 
-    def before(name):
-        return lambda m, args, kwargs: seen.update(
-            {
-                name: (
-                    args[0] if args else kwargs["hidden_states"],
-                    kwargs.get("position_embeddings"),
-                    kwargs["cu_seqlens"],
-                )
-            }
-        )
+        def note(m, args, kwargs, output, name=name):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            seen[name] = hidden, kwargs.get("position_embeddings"), kwargs["cu_seqlens"], output
 
-    def after(name):
-        return lambda m, args, out: seen.update({name + " out": out})
-
-    hooks = [
-        h
-        for n, part in parts.items()
-        for h in (
-            part.module.register_forward_pre_hook(before(n), with_kwargs=True),
-            part.module.register_forward_hook(after(n)),
-        )
-    ]
+        hooks.append(part.module.register_forward_hook(note, with_kwargs=True))
     try:
         Decoder(model).inputs(inputs)
     finally:
@@ -267,23 +259,20 @@ def tower_attention(model, inputs):
             h.remove()
     found = {}
     for name, part in parts.items():
-        (hidden, rotary, cuts), m = seen[name], part.module
+        m = part.module
+        hidden, rotary, cuts, output = seen[name]
         q, k = part.heads([project(hidden) for project in part.projections], rotary)
-        values = (
-            m.v_proj(hidden)
-            if name == "audio"
-            else m.v(hidden)
-            if hasattr(m, "v")
-            else m.qkv(hidden).chunk(3, -1)[2]
-        )
-        values, got = values.unflatten(-1, (m.num_heads, -1)), []
-        for a, b in zip(cuts[:-1].tolist(), cuts[1:].tolist()):
-            weight = (
-                torch.einsum("ihd,jhd->hij", q[a:b], k[a:b]).mul(q.shape[-1] ** -0.5).softmax(-1)
-            )
-            got.append(torch.einsum("hij,jhd->ihd", weight, values[a:b]))
+        if hasattr(m, "qkv"):
+            values = m.qkv(hidden).chunk(3, -1)[2]
+        else:
+            values = (m.v_proj if name == "audio" else m.v)(hidden)
+        parts_of = [x.split(cuts.diff().tolist()) for x in (q, k, values.view(q.shape))]
+        got = [
+            torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in window))
+            for window in zip(*parts_of)
+        ]
         out = m.out_proj if name == "audio" else m.proj
-        found[name] = out(torch.cat(got).flatten(1)), seen[name + " out"]
+        found[name] = out(torch.cat(got, 1).transpose(0, 1).flatten(1)), output
     return found
 
 
@@ -345,9 +334,7 @@ def _speech3():
         speaker_id={"ethan": 3},
     )
     wave = dict(**small, codebook_size=64, num_quantizers=4, decoder_dim=32)
-    from seats_analysis.testbed.load import vocabulary
-
-    ids = {w: i for i, w in enumerate(vocabulary())}
+    ids = {w: i for i, w in enumerate(load.vocabulary())}
     return dict(
         talker_config=talker,
         code2wav_config=wave,
@@ -362,8 +349,6 @@ def _speech3():
 
 def full(family, speech=False, layers=LAYERS):
     "The model around the thinker, with or without talker."
-    import transformers
-
     name, more = {
         "qwen2.5-omni": ("Qwen2_5Omni", _speech25),
         "qwen3-omni": ("Qwen3OmniMoe", _speech3),
@@ -375,7 +360,43 @@ def full(family, speech=False, layers=LAYERS):
     )
     model = randomise(getattr(transformers, name + "ForConditionalGeneration")(settings))
     if speech and family == "qwen2.5-omni":
-        model.speaker_map = {
-            "Chelsie": dict(bos_token=1, cond=torch.zeros(1, 8), ref_mel=torch.zeros(1, 8, 8))
-        }
+        voice = dict(bos_token=1, cond=torch.zeros(1, 8), ref_mel=torch.zeros(1, 8, 8))
+        model.speaker_map = {"Chelsie": voice}
     return model
+
+
+def close(a, b, tol=1e-5):
+    torch.testing.assert_close(a, b, atol=tol, rtol=0)
+
+
+def answered(model, batch, plan, kv="evict", **options):
+    "Tokens that are generated, what was left of the prompt at every stage, and the logits."
+    lengths = dict(max_new_tokens=3, min_new_tokens=3)
+    with prune(model, plan, kv=kv) as run:
+        out = model.generate(
+            **batch.inputs, return_dict_in_generate=True, output_logits=True, **lengths | options
+        )
+    kept = {stage: [x.tolist() for x in rows] for stage, rows in run.kept.items()}
+    told = out.sequences.tolist(), kept, run.tokens_per_layer.tolist()
+    return told, torch.stack(out.logits).cpu(), run.timings
+
+
+def next_turn(model, batch):
+    "Logits of a further question on a cache of the pruned prompts."
+    ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+    with prune(model, PLANS["together"], kv="retain"):
+        cache = model(**batch.inputs, use_cache=True).past_key_values
+        whole = torch.cat([ids, ids[:, -4:]], 1)
+        mask = torch.nn.functional.pad(mask, (0, 4), value=1)
+        return model(**follow_up(cache, whole, mask)).logits.cpu()
+
+
+# how many of `three`, plan, kv and options of `generate`
+ANSWERS = [
+    *((3, name, "evict", {}) for name in ("together", "apart", "both_at_once", "from_the_start")),
+    (1, "together", "evict", {}),
+    (1, "apart", "retain", {}),
+    (3, "together", "retain", {}),
+    (3, "together", "evict", dict(num_beams=2)),
+    (3, "together", "evict", dict(num_beams=2, num_return_sequences=2)),
+]

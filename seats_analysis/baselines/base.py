@@ -234,7 +234,7 @@ class Baseline(Pruner):
             keep.append(mask), features.append(new)
         return (torch.cat(keep), torch.cat(features)) if merged else torch.cat(keep)
 
-    def drop(self, tokens, scores, step, windows):
+    def drop(self, tokens, scores, step, n_chunks):
         values = self.rank(tokens, scores, step)
         if set(self.prunes) != set(CODES):
             own = torch.stack([tokens.is_(m) for m in self.prunes]).any(0)

@@ -69,7 +69,7 @@ class FlatBudgets(Seats):
 
     name = "seats-flat-budgets"
 
-    def drop(self, tokens, scores, step, windows):
+    def drop(self, tokens, scores, step, n_chunks):
         return keep_best(scores, tokens, step)
 
 

@@ -65,7 +65,7 @@ class Uniform(Baseline):
         keep = torch.cat([torch.zeros(0, dtype=torch.bool), *keep])
         return on_device(keep, inputs.features.device, torch.bool)
 
-    def drop(self, tokens, scores, step, windows):
+    def drop(self, tokens, scores, step, n_chunks):
         keep = tokens.text
         for m in CODES:
             here, n = tokens.is_(m), on_device([[k[m]] for k in step.n_keep], keep.device)

@@ -123,7 +123,7 @@ def prepare_questions(
             after = group.positions(torch.arange(n, device=ids.device))[:, 0]
             padded = {
                 k: F.pad(getattr(encoded.layout, k)[:, :shared], (0, n), value=v)
-                for k, v in dict(modality=TEXT, window=-1, run=-1).items()
+                for k, v in dict(modality=TEXT, window=-1, chunk=-1).items()
             }
             all_ids = torch.cat([ids[:shared], new])
             at = torch.cat([positions[:, :shared], after], -1)
@@ -243,7 +243,7 @@ class DataShape:
         for clip in tqdm(clips_of(samples)[:32], **bar):
             some = [samples[i] for i in clip]
             for q in prepare_questions(model, processor, some, None, **limits):
-                parts = q.layout.modality, q.layout.window, q.layout.run
+                parts = q.layout.modality, q.layout.window, q.layout.chunk
                 found.setdefault(tuple(x.numpy().tobytes() for x in parts), []).append(q)
         alike = list(found.values())
         return cls(model, tuple(q[0] for q in alike), np.array([len(q) for q in alike], float))

@@ -169,7 +169,7 @@ def marks_of(stream, encoded, selectors) -> dict:  # name -> (B, N) bool
             return replace(front, mask=mask).through(0, layer).hidden[0]
 
         what = (
-            t[i, span] for t in (kind[None].expand_as(layout.modality), layout.window, layout.run)
+            t[i, span] for t in (kind[None].expand_as(layout.modality), layout.window, layout.chunk)
         )
         view = View(*what, sample.clip, len(decoder.layers), before)
         for name, selector in selectors.items():

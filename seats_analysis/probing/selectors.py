@@ -22,10 +22,11 @@ class View:
 
     kind: torch.Tensor  # (S,) int8 modality
     window: torch.Tensor  # (S,) int32 time window within the modality, -1 for text
-    run: torch.Tensor  # (S,) int32 ordinal among the runs of the same modality, -1 for text
+    chunk: torch.Tensor  # (S,) int32 ordinal among the chunks of the same modality, -1 for text
     clip: str  # id of the clip
     num_layers: int
     hidden: object = None  # function: layer -> (S, D) hidden states of the full run before it
+    run = property(lambda self: self.chunk)  # what `chunk` was called before
 
     @property
     def media(self):

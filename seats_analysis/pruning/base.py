@@ -142,7 +142,7 @@ class Tokens:
     column: torch.Tensor  # (B, S) int64 position in the prompt as it was given, padding included
     modality: torch.Tensor  # (B, S) int8, PAD in free slots
     window: torch.Tensor  # (B, S) int32 time window of stage I
-    run: torch.Tensor  # (B, S) int32 run of stage II, numbered in the full prompt
+    chunk: torch.Tensor  # (B, S) int32 chunk of stage II, numbered in the full prompt
     prompt: int  # columns of the prompt
     numbers: tuple  # ordinal of each sample since `prune` was entered, for reproducible chance
     padded: bool  # whether some row has free slots; known on the host
@@ -151,7 +151,7 @@ class Tokens:
     def of(cls, layout, numbers, device):  # a TokenLayout (B, S) on the CPU; ordinals of samples
         "The full prompt."
         grid = [
-            x.to(device, non_blocking=True) for x in (layout.modality, layout.window, layout.run)
+            x.to(device, non_blocking=True) for x in (layout.modality, layout.window, layout.chunk)
         ]
         column = torch.arange(layout.shape[1], device=device).expand(layout.shape)
         padded = bool((layout.modality == PAD).any())
@@ -160,7 +160,7 @@ class Tokens:
     def cut(self, keep, step):  # (B, S) bool -> index (B, width), the shorter Tokens
         "What is left after a step."
         index = right_align(keep, step.width)
-        names = "column", "modality", "window", "run"
+        names = "column", "modality", "window", "chunk"
         left = {name: take(getattr(self, name), index) for name in names}
         left["modality"] = left["modality"].masked_fill(~take(keep, index), PAD)
         return index, replace(self, **left, padded=step.padded)
@@ -307,12 +307,12 @@ class Pruner(ABC):
                 total += sum(2 * heads * (size + 1) * (rows * n) ** 2 for n in windows)
         last = self.schedule.query == "last"
         media = (layout.visual | layout.audio).int()
-        asks = 1 if last else media.flip(1).argmax().item()  # text behind the media
+        queries = 1 if last else media.flip(1).argmax().item()  # text behind the media
         for step in self.plan(layout, budgets):
             if step.stage == 2 and self.uses_scores:
                 wide = dims.heads * dims.head_dim
                 total += 2 * before * dims.hidden * dims.kv_heads * dims.head_dim
-                total += 2 * asks * wide * (dims.hidden + before)
+                total += 2 * queries * wide * (dims.hidden + before)
             before = step.width
         return total
 
@@ -321,7 +321,7 @@ class Pruner(ABC):
         "Stage I: (T,) bool, True = kept; or that and (T, D) new features, for methods that merge."
 
     @abstractmethod
-    def drop(self, tokens, scores, step, windows):
+    def drop(self, tokens, scores, step, n_chunks):
         "Stage II: (B, S) bool; text and padding do not matter."
 
     @classmethod

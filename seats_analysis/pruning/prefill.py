@@ -128,7 +128,7 @@ class Prefill:
     surplus: list = field(default_factory=list)  # (end, index): layers with more than is left
 
     def __post_init__(self):
-        self.windows = int(self.layout.run.max()) + 1  # runs of a modality, of whichever has more
+        self.n_chunks = int(self.layout.chunk.max()) + 1  # of the modality that has more
 
     @cached_property
     def behind(self):
@@ -211,7 +211,7 @@ class Prefill:
         if self.method.uses_scores:
             scores = self.scores(step.layer - 1, hidden, tables)
             self.checks.append(Check.of_scores(scores, step.layer))
-        return self.method.drop(tokens, scores, step, self.windows) & tokens.valid
+        return self.method.drop(tokens, scores, step, self.n_chunks) & tokens.valid
 
     def scores(self, layer, hidden, tables):  # layer: of the Decoder; (B, S, D)
         """(B, S) float32 attention to all positions of each sample's last text token (SEATS), or of
@@ -222,9 +222,9 @@ class Prefill:
         mask = tokens.valid if tokens.padded else None
         if self.method.schedule.query == "text":
             end = ((tokens.valid & ~tokens.text) * place).amax(1, keepdim=True)
-            asks = (tokens.text & (place > end))[:, -self.behind :]
+            queries = (tokens.text & (place > end))[:, -self.behind :]
             q = self.decoder.query(layer, *(x[:, -self.behind :] for x in (hidden, cos, sin)))
-            return text_scores(q, k, asks, mask)
+            return text_scores(q, k, queries, mask)
         last = (tokens.text * place).argmax(1, keepdim=True)
         q = self.decoder.query(layer, *(take(x, last) for x in (hidden, cos, sin)))[:, :, 0]
         return query_scores(q, k, mask)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .base import Pruner
-from .select import select_in_clip, select_in_windows
+from .select import select_in_clip, select_in_chunks
 from ..schedules.schedule import Schedule
 
 # %% ../../nbs/pruning/07_seats.ipynb #da274436
@@ -46,9 +46,9 @@ class Seats(Pruner):
         "Stage I: tokens that cover their window, weighted by attention where the plan says so."
         return select_in_clip(inputs.features, inputs.attention, inputs.sizes, inputs.keep)
 
-    def drop(self, tokens, scores, step, windows):  # -> (B, S) bool; text does not matter
-        "Stage II: one budget for both modalities, shared between `windows` runs of the prompt."
+    def drop(self, tokens, scores, step, n_chunks):  # -> (B, S) bool; text does not matter
+        "Stage II: one budget for both modalities, shared between the chunks of the prompt."
         ratio = self.drops[step.layer]["visual"]
-        return select_in_windows(
-            scores, tokens, windows, step.n_keep, self.schedule.temperature, ratio
+        return select_in_chunks(
+            scores, tokens, n_chunks, step.n_keep, self.schedule.temperature, ratio
         )

@@ -132,7 +132,7 @@ def query_scores(
 def text_scores(
     q: Tensor,  # (B, H, t, d) queries of the last t positions, after rotary
     k: Tensor,  # (B, K, S, d) keys of all positions, after rotary; K divides H
-    asks: Tensor,  # (B, t) bool, the positions whose queries count
+    queries: Tensor,  # (B, t) bool, the whose queries count
     mask: Tensor | None = None,  # (B, S) bool, False = padding; None = no padding
 ) -> Tensor:  # (B, S) float32 in [0, 1], 0 on padding
     "The highest attention (mean over heads) from any of several queries, each a causal row."
@@ -144,7 +144,7 @@ def text_scores(
     if mask is not None:
         unseen = unseen | ~mask[:, None, None, None]
     rows = torch.softmax(logits.masked_fill(unseen, -torch.inf), -1).mean((1, 2))
-    return rows.masked_fill(~asks[..., None], 0).amax(1)
+    return rows.masked_fill(~queries[..., None], 0).amax(1)
 
 # %% ../../nbs/pruning/06_select.ipynb #923b3275
 def water_fill(
@@ -165,7 +165,7 @@ def water_fill(
     return at + (movable & (rank < total - at.sum(1, keepdim=True)))
 
 # %% ../../nbs/pruning/06_select.ipynb #2eceade4
-def _window_budgets(
+def _chunk_totals(
     share,  # (B, W) float64, sums to 1
     cap,  # (B, W) int64 tokens per window
     total,  # (B, 1) int64 tokens kept
@@ -180,7 +180,7 @@ def _window_budgets(
     return water_fill(low, torch.where(few, cap, budget), total, priority)
 
 # %% ../../nbs/pruning/06_select.ipynb #8090fffd
-def plan_budgets(
+def plan_chunks(
     mean: Tensor,  # (B, 2, W) mean score of each window's visual and audio tokens, 0 for none
     size: Tensor,  # (B, 2, W) int64 visual and audio tokens per window
     total: Tensor,  # (B, 2) int64 visual and audio totals, at most what is there
@@ -192,7 +192,7 @@ def plan_budgets(
     # an emptied window takes no part
     mean = (mean.double() / temperature).masked_fill(cap[:, None] == 0, -torch.inf)
     share = torch.softmax(mean, -1)
-    budget = _window_budgets(share.mean(1), cap, total.sum(1, keepdim=True))
+    budget = _chunk_totals(share.mean(1), cap, total.sum(1, keepdim=True))
     weight = share * total[..., None]
     split = weight[:, 0] / (weight.sum(1) + 1e-12)
     one_each = ((size > 0).all(1) & (budget > 1)).long()  # room for a token of both
@@ -233,20 +233,20 @@ def divide_total(
     return torch.stack([visual, total - visual], 1)
 
 # %% ../../nbs/pruning/06_select.ipynb #d218660d
-def select_in_windows(
+def select_in_chunks(
     scores: Tensor,  # (B, S) float, from `query_scores`
-    tokens,  # `Tokens` or a `TokenLayout`: `modality` and `run` (B, S), of the full sequence
-    n_windows: int,  # W, windows of the full sequence
+    tokens,  # `Tokens` or a `TokenLayout`: `modality` and `chunk` (B, S), of the full sequence
+    n_chunks: int,  # W, chunks of the full sequence
     n_keep: Sequence[Mapping],  # per sample: modality -> total, at most what is there
     temperature: float = 0.1,  # tau of the window shares
     ratio: float | None = None,  # of the visual tokens: divide by what is there; None = as planned
 ) -> Tensor:  # (B, S) bool; True on as many media tokens as planned and on every other position
     """One stage II step: exactly the planned sum of tokens, shared between windows and modalities
     (SEATS, arXiv 2605.20035)."""
-    device, w = scores.device, max(n_windows, 1)
+    device, w = scores.device, max(n_chunks, 1)
     total = on_device([[n["visual"], n["audio"]] for n in n_keep], device)
     joint = (total > 0).all(1, keepdim=True)  # otherwise the sample is one window
-    window = torch.where(joint, tokens.run, 0).long()
+    window = torch.where(joint, tokens.chunk, 0).long()
     audio = torch.where(tokens.modality == AUDIO, w + window, 2 * w)
     group = torch.where(tokens.modality == VISUAL, window, audio)
     zero = torch.zeros(len(scores), 2 * w + 1, device=device, dtype=torch.float64)
@@ -256,5 +256,5 @@ def select_in_windows(
     mean, size = (x.unflatten(1, (2, w)) for x in (mean, size))
     if ratio is not None:
         total = torch.where(joint, divide_total(total, size.sum(2), ratio), total)
-    budget = plan_budgets(mean, size, total, temperature).flatten(1)
+    budget = plan_chunks(mean, size, total, temperature).flatten(1)
     return topk_in_groups(scores, group, budget) | (group == 2 * w)
