@@ -12,7 +12,6 @@ from pathlib import Path
 from ..boundaries.find import Boundaries, find_boundaries
 from ..inputs.layout import MODALITIES
 from .schedule import DEFAULT_LATE, PUBLISHED, Schedule
-from ..storage.files import shipped_folder
 from ..storage.schemas import load_profile
 
 # %% ../../nbs/schedules/03_choose.ipynb #39e92656
