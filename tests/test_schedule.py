@@ -87,9 +87,9 @@ def test_every_scale_in_the_feasible_range_is_solved_as_asked(plan, where):
     segments = Segments(layers, drops, late)
     low, high = segments.scales(target)
     entering = min(target * (low + where * (high - low)), 1.0)
-    e, ratios = segments.solve(target, entering=entering)
+    e, ratios = segments.keep_ratios(target, entering=entering)
     assert e == entering and math.prod(ratios) >= 1 - MAX_STRENGTH - 1e-9
-    nearest = segments.solve(target, low + where * (high - low), nearest=True)
+    nearest = segments.keep_ratios(target, low + where * (high - low), nearest=True)
     assert nearest[0] == pytest.approx(e) and nearest[1] == pytest.approx(ratios, abs=1e-6)
 
 
@@ -97,7 +97,7 @@ def test_every_scale_in_the_feasible_range_is_solved_as_asked(plan, where):
 def test_the_nearest_plan_meets_what_can_be_met(plan, target, equal):
     """From above where nothing is dropped, from below where all is; exactly between the two."""
     layers, drops, late, _ = plan
-    e, keep = Segments(layers, drops, late, equal).solve(target, nearest=True)
+    e, keep = Segments(layers, drops, late, equal).keep_ratios(target, nearest=True)
     level, levels = e, []
     for i in range(layers):
         level = level * keep[drops.index(i)] if i in drops else level

@@ -81,6 +81,34 @@ class Boundaries:
                 "MIDDLE,LATE`, or Boundaries(num_layers, shallow_end, late_start)"
             )
 
+    def late(self, rule: str) -> int:  # estimate or certified
+        "First layer of the late block under a rule; the estimate if nothing was assessed."
+        if rule not in ("estimate", "certified"):
+            raise ValueError(f"`late` must be estimate or certified, not {rule!r}")
+        certified = self.late_start_certified
+        return self.late_start if rule == "estimate" or certified is None else certified
+
+    def late_remark(self, rule: str) -> str:
+        "Which late block was taken, and why there is another; empty where both rules agree."
+        if self.late("estimate") == self.late("certified"):
+            return ""
+        certified = f"layer {self.late_start_certified + 1}"
+        if self.late_start_certified == self.num_layers:
+            certified = "none"
+            if "effective_clips" in self.parameters:
+                margin = self.parameters["margin"]
+                best = self.excludable_loss
+                certified += (
+                    f" ({self.n_clips} clips exclude a loss of {best:.2%} at best, not {margin:.2%})"
+                    if best > margin
+                    else f" ({self.n_clips} clips leave a loss of {margin:.2%} possible)"
+                )
+        said = [f"layer {self.late_start + 1} of {self.num_layers}, estimate"]
+        said.append(f"certified: {certified}")
+        if rule == "certified":
+            said = [f"{certified}, certified", f"estimate: {said[0].removesuffix(', estimate')}"]
+        return "late block: " + "; ".join(said)
+
     def to_dict(self) -> dict:
         "JSON-able, with its schema."
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}

@@ -25,9 +25,10 @@ from ..models.decoder import last_logits_only
 from ..models.encode import mean_tokens
 from ..models.families import adapter_for
 from ..models.provenance import provenance
+from ..testbed.load import TESTBEDS
 from ..boundaries.find import find_boundaries
 from ..boundaries.retention import derived_from
-from ..schedules.choose import blocks_of, profile_of, solve_schedules
+from ..schedules.choose import blocks_of, solve_schedules
 from ..schedules.schedule import Schedule
 from ..pruning.session import as_pruner
 from ..baselines.registry import METHODS, method_at
@@ -299,10 +300,9 @@ LADDER = (80, 60, 45, 35, 25, 15, 10, 5)  # TRR of the fixed shape that is certi
 
 def measured_bounds(model_name, profile=None):
     "Condition -> `Boundaries` of a model, and the clips that they were derived from."
-    source = profile_of(model_name, profile)
-    if source is None:
-        return dict(both=blocks_of(model_name)), ()
-    stored = load_profile(source)
+    if profile is None and model_name not in TESTBEDS:
+        return dict(both=blocks_of(model_name)[0]), ()
+    stored = load_profile(profile or model_name)
     removed = sorted({"visual", "audio", "both"} & set(stored["removed"].values.astype(str)))
     clips = derived_from(stored)["clip"].values.astype(str)
     return {r: find_boundaries(stored, r) for r in removed}, set(clips.tolist())
