@@ -162,6 +162,7 @@ def name_and_revision(model) -> tuple:  # name, revision or None
     return (name, revision) if revision and not Path(model).exists() else (model, None)
 
 # %% ../../nbs/cli/00_app.ipynb #9cd76be1
+CLIPS = "scratch-clips"  # in a checkpoint: made once for all processes, and for a run that goes on
 MAX_FRAMES = 128  # of a clip of one's own: a minute at 2 frames a second, as published
 
 
