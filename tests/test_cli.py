@@ -113,7 +113,7 @@ def clip(questions):
 @pytest.fixture
 def stubbed(monkeypatch, model):
     "`load_model` gives the random model under any name."
-    monkeypatch.setattr(shared, "check_model", lambda name, revision: None)
+    monkeypatch.setattr(shared, "check_model_name", lambda name, revision: None)
     for commands in (shared, studies):
         monkeypatch.setattr(commands, "load_model", lambda *args: model)
 

@@ -546,13 +546,13 @@ def hub(tmp_path, monkeypatch):
 @pytest.mark.parametrize("asked", [None, "main", "old", COMMITS["old"]])
 def test_a_revision_of_a_hub_id(hub, asked):
     "Configuration, weights and processor are of one commit, and stored results say of which."
-    from seats_analysis.evaluation.load import check_model, load_model
+    from seats_analysis.evaluation.load import check_model_name, load_model
     from seats_analysis.models.families import adapter_for
     from seats_analysis.models.provenance import provenance
 
     layers, name = (2, "old") if asked in ("old", COMMITS["old"]) else (3, "main")
     model, processor = load_model("some/model", "cpu", revision=asked)
-    assert check_model("some/model", asked) == adapter_for(model).num_layers(model) == layers
+    assert check_model_name("some/model", asked) == adapter_for(model).num_layers(model) == layers
     assert processor.chat_template.endswith(f"{{# {name} #}}")
     about = provenance(model, processor, [])
     assert (about["model"], about["revision"]) == ("some/model", COMMITS[name])

@@ -173,7 +173,7 @@ def stubbed(monkeypatch, tmp_path):
     given = tiny.thinker("qwen2.5-omni"), tiny.processor("qwen2.5-omni")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(commands, "LADDER", (60,))
-    monkeypatch.setattr(shared, "check_model", lambda name, revision: None)
+    monkeypatch.setattr(shared, "check_model_name", lambda name, revision: None)
     monkeypatch.setattr(shared, "load_model", lambda *args: given)
     profile = synthetic_profile({r: ramp(tiny.LAYERS, 1, 4) for r in ("visual", "audio", "both")})
     save_profile(profile, tmp_path / "p.nc")

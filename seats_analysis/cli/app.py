@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 from typer import Option
 from typer.core import TyperCommand, TyperGroup
-from ..evaluation.load import check_model, load_model
+from ..evaluation.load import check_model_name, load_model
 from ..storage.checkpoint import processes
 from ..storage.files import check_target, one_line, output_folder
 from ..storage.schemas import SCHEMAS, load_profile, schema_of
@@ -349,7 +349,7 @@ class ModelOptions:
 
     def depth(self):  # decoder layers, if the configuration says
         "ValueError for a model that cannot be had here; nothing heavy is imported."
-        return check_model(*name_and_revision(self.model))
+        return check_model_name(*name_and_revision(self.model))
 
     def load(self):  # model, processor
         prepare()

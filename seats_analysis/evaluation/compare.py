@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..storage.schemas import SCHEMAS, save_json
 from ..storage.provenance import hash_code
 from ..storage.checkpoint import Checkpoint, checkpoint_of, processes
-from ..inputs.samples import Sample
+from ..inputs.samples import Sample, check_ids
 from ..models.families import adapter_for
 from ..models.encode import encode
 from ..models.scoring import score_choices
@@ -33,10 +33,10 @@ from seats_analysis.evaluation.evaluate import (
 from seats_analysis.evaluation.prepared import (
     DataShape,
     PreparedBatch,
-    asks,
-    cached_flops,
+    causal_flops,
     clips_of,
     encoder_share,
+    noted_for,
     prepare_questions,
 )
 
@@ -75,9 +75,13 @@ def match_cost(
     highest: float,  # knob at which everything is kept
 ) -> dict:  # plans, share, setting, knob: fields of a `MethodRun`
     "Settings of a knob at which a method costs what another one does; the lowest one otherwise."
-    low, high = LOWEST, highest
+
+    def away(knob):
+        return abs(tried[knob] / target - 1)
+
+    low = LOWEST
+    high = highest
     tried = {k: cost(build(k)) for k in (low, high)}
-    away = lambda k: abs(tried[k] / target - 1)
     if tried[low] > target * (1 + TOLERANCE):
         return dict(plans=(build(low),), setting="lowest setting", knob=(low,))
     if tried[high] < target * (1 - TOLERANCE):
@@ -85,7 +89,10 @@ def match_cost(
     while high / low > 1.001 and min(map(away, tried)) > TOLERANCE / 4:
         middle = (low * high) ** 0.5
         tried[middle] = cost(build(middle))
-        low, high = (middle, high) if tried[middle] <= target else (low, middle)
+        if tried[middle] <= target:
+            low = middle
+        else:
+            high = middle
     near = min(tried, key=away)
     if away(near) <= TOLERANCE / 2 or not tried[low] <= target <= tried[high]:
         return dict(plans=(build(near),), knob=(near,))
@@ -120,36 +127,40 @@ def method_runs(
 ) -> list:  # of `MethodRun`
     "The full model, methods by their own rule, then for each TRR SEATS and the others."
 
-    def matched(name, trr, build, highest):
+    def matched(name, trr, target, build, highest):
         found = match_cost(build, shape.cost, target, highest)
-        kept, least = map(shape.retention, (found["plans"][-1], build(LOWEST)))
+        kept = shape.retention(found["plans"][-1])
+        lowest = shape.retention(build(LOWEST))
         ruled = getattr(found["plans"][0], "prunes", ())
-        floor = tuple(m for m in ruled if 0 < kept[m] <= least[m])
-        return MethodRun(name, name, trr, floor=floor, **found)
+        floor = tuple(m for m in ruled if 0 < kept[m] <= lowest[m])
+        return MethodRun(label=name, method=name, trr=trr, floor=floor, **found)
 
-    out = [MethodRun("full", "full", 100, (None,), setting="full")]
+    def scaled(pruner, knob):
+        return replace(pruner, schedule=pruner.schedule.times(knob))
+
+    out = [MethodRun("full", "full", 100, plans=(None,), setting="full")]
     for label, method in rules.items():
         trr = round(100 * shape.retention(method)["layers"], 1)
-        out.append(MethodRun(label, method.name, trr, (method,), setting="rule"))
+        out.append(MethodRun(label, method.name, trr, plans=(method,), setting="rule"))
     counts = shape.mean("visual"), shape.mean("audio")
-    pairs = [(trr, name) for trr in plans for name in names]  # `seats` is the first name
-    for trr, name in tqdm(pairs, desc="equal cost", unit="method", disable=not progress):
-        if name == "seats":
-            plan = plans[trr]
+    with tqdm(
+        total=len(plans) * len(names), desc="equal cost", unit="method", disable=not progress
+    ) as bar:
+        for trr, plan in plans.items():
             seats = method_at("seats", plan, counts)
             target = shape.cost(seats)
-            out.append(MethodRun("seats", "seats", trr, (seats,), knob=(1.0,)))
-            highest = 1 / min((t for t in plan.trr.values() if t), default=1.0)
-            for chain_of, chain in tuned.items():
+            out.append(MethodRun("seats", "seats", trr, plans=(seats,), knob=(1.0,)))
+            for name, chain in tuned.items():
                 near = min(chain, key=lambda p: abs(np.log(shape.cost(p) / target)))
-                build = lambda knob, near=near: replace(near, schedule=near.schedule.times(knob))
-                out.append(matched(f"{chain_of}+tuned", trr, build, 1 / LOWEST))
-        else:
-            out.append(matched(name, trr, partial(method_at, name, plan, counts), highest))
+                build = partial(scaled, near)
+                out.append(matched(f"{name}+tuned", trr, target, build, 1 / LOWEST))
+            bar.update()
+            highest = 1 / min((t for t in plan.trr.values() if t), default=1.0)
+            for name in names[1:]:  # `seats` is the first name
+                build = partial(method_at, name, plan, counts)
+                out.append(matched(name, trr, target, build, highest))
+                bar.update()
     return out
-
-# %% ../../nbs/evaluation/02_compare.ipynb #786a2034
-ANSWERS = "likelihood", "generate"
 
 # %% ../../nbs/evaluation/02_compare.ipynb #9f090820
 @dataclass(frozen=True, eq=False)
@@ -165,15 +176,13 @@ class Answering:
     max_new_tokens: int = 16  # of a written answer
     limits: Mapping = field(default_factory=dict)  # fps and max_frames, see `encode`
     title: str = "eval"  # of the bar
-    kinds: ClassVar[tuple] = ANSWERS  # that `answers` may be
+    kinds: ClassVar[tuple] = ("likelihood", "generate")  # that `answers` may be
     min_choices: ClassVar[int] = 2
 
     def __post_init__(self):
-        ids = [s.id for s in self.samples]
-        if not ids:
+        if not self.samples:
             raise ValueError("nothing to evaluate: no questions")
-        if len(set(ids)) < len(ids):
-            raise ValueError("sample ids repeat; answers could not be paired")
+        check_ids(self.samples)
         if bare := [s.id for s in self.samples if len(s.choices) < self.min_choices]:
             raise ValueError(
                 f"{len(bare)} questions have fewer than two choices, the first is {bare[0]!r}"
@@ -198,8 +207,12 @@ class Answering:
         if self.answers == "likelihood":
             rows = score_rows(score_choices(self.model, batch), batch.samples)
             return [
-                dict(pick=s.choices.index(r["prediction"]))
-                | {k: r[k] for k in ("correct", "margin", "nll")}
+                dict(
+                    pick=s.choices.index(r["prediction"]),
+                    correct=r["correct"],
+                    margin=r["margin"],
+                    nll=r["nll"],
+                )
                 for r, s in zip(rows, batch.samples)
             ]
         out = []
@@ -225,13 +238,12 @@ class Answering:
             with batch.prune(r.plan_for(number)) as (run, given):
                 run.samples = first
                 chosen = self.choose(given, out)
-            ms, layers = run.timings.ms, map(tuple, run.tokens_per_layer.tolist())
-            shares = [ms[section] / len(questions) for section in ("selection", "prefill")]
+            ms = {k: run.timings.ms[k] / len(questions) for k in ("selection", "prefill")}
+            layers = run.tokens_per_layer.tolist()
             for row, q, answer, tokens in zip(out, questions, chosen, layers):
-                flops = {c: cached_flops(tokens, dims, c) for c in ("counter", "causal")}
-                row.append(
-                    answer | flops | dict(ms=[q.clip.ms.get(asks(run.method), 0.0), *shares])
-                )
+                answer["flops_causal"] = causal_flops(tuple(tokens), dims)
+                answer["ms"] = [q.clip.ms.get(noted_for(run.method), 0.0), *ms.values()]
+                row.append(answer)
             tick(r)
         return out
 
@@ -243,13 +255,12 @@ class Answering:
         shard: tuple = (0, 1),  # number of this process, and how many share the checkpoint
         progress: bool = False,  # show a bar
         everyone: bool = False,  # all processes get the answers, not only the first
-    ) -> (
-        list | None
-    ):  # per question: outcomes of all runs; None in a process that does not get them
+    ) -> list | None:  # per question: outcomes of all runs; None where a process gets none
         "Every run's answers to every question. ValueError for a checkpoint of another comparison."
         if shard[1] > 1 and checkpoint is None:
             raise ValueError("shard: several processes need a checkpoint to share")
-        units, warm = self.units(), []
+        units = self.units()
+        warm = []
         first = np.cumsum([0, *map(len, units)]).tolist()
         methods = [p for r in self.runs for p in r.plans]
         prepare = partial(prepare_questions, self.model, self.processor, methods=methods)
@@ -273,7 +284,7 @@ class Answering:
     def _identity(self, about):
         "What the answers depend on."
         runs = [[r.label, r.trr, r.share, [p and repr(p) for p in r.plans]] for r in self.runs]
-        return dict(about) | dict(
+        own = dict(
             answers=self.answers,
             batch_size=self.batch_size,
             max_new_tokens=self.max_new_tokens,
@@ -282,6 +293,7 @@ class Answering:
             data=about.get("data_sha256"),
             samples=[[s.id] for s in self.samples],
         )
+        return {**about, **own}
 
 # %% ../../nbs/evaluation/02_compare.ipynb #640363a7
 APART = ("control",)  # families that do not count in the whole
@@ -303,14 +315,19 @@ class Outcomes:
         counts = ~np.isin(families, APART)
         if not counts.any():
             raise ValueError("no question counts: all families are set apart")
-        parts, rows = {f: families == f for f in sorted(set(families.tolist()))}, []
+        parts = {f: families == f for f in sorted(set(families.tolist()))}
+        rows = []
         for k, run in enumerate(self.runs):
             same = {r.label: i for i, r in enumerate(self.runs) if r.trr == run.trr}
-            seats, differences = same.get("seats"), {}
+            seats = same.get("seats")
             others = dict(full=0, seats=seats, tuned=same.get("seats+tuned"))
+            differences = {}
             for name, other in others.items():
-                keys = f"diff_{name}", f"diff_{name}_low", f"diff_{name}_high", f"mcnemar_p_{name}"
-                differences |= zip(keys, self._difference(k, other, counts))
+                found = self._difference(k, other, counts)
+                differences[f"diff_{name}"] = found["diff"]
+                differences[f"diff_{name}_low"] = found["low"]
+                differences[f"diff_{name}_high"] = found["high"]
+                differences[f"mcnemar_p_{name}"] = found["p"]
             rows.append(
                 dict(
                     method=run.method,
@@ -334,7 +351,8 @@ class Outcomes:
 
     def _accuracy(self, k, at):
         "Accuracy on some of the questions."
-        right, full = (self._of(i, "correct")[at] for i in (k, 0))
+        right = self._of(k, "correct")[at]
+        full = self._of(0, "correct")[at]
         clips = self._clips(at)
         low, high = accuracy_interval(right, clips, self.n_boot)
         return dict(
@@ -348,53 +366,65 @@ class Outcomes:
 
     def _family(self, k, seats, at):
         "Accuracy on a family, and plain differences: there are too few questions for more."
-        found, gain = self._accuracy(k, at), None
+        found = self._accuracy(k, at)
+        found["diff_full"] = found["accuracy"] - found["full_accuracy"]
+        found["diff_seats"] = None
         if seats is not None:
-            gain = found["accuracy"] - self._of(seats, "correct")[at].mean().item()
-        return found | dict(diff_full=found["accuracy"] - found["full_accuracy"], diff_seats=gain)
+            theirs = self._of(seats, "correct")[at].mean().item()
+            found["diff_seats"] = found["accuracy"] - theirs
+        return found
 
     def _difference(self, k, other, at):
         "Difference to another run, its interval and p; of a run to itself it is 0, to none None."
-        if other is None or other == k:
-            return [None] * 4 if other is None else [0.0, 0.0, 0.0, 1.0]
-        ours, theirs = (self._of(i, "correct")[at] for i in (k, other))
-        return paired_difference(ours, theirs, self._clips(at), self.n_boot).values()
+        if other is None:
+            return dict(diff=None, low=None, high=None, p=None)
+        if other == k:
+            return dict(diff=0.0, low=0.0, high=0.0, p=1.0)
+        ours = self._of(k, "correct")[at]
+        theirs = self._of(other, "correct")[at]
+        return paired_difference(ours, theirs, self._clips(at), self.n_boot)
 
     def _cost(self, k, seats):
         "FLOPs, retention, knob and time of a run; of what SEATS costs, whether they are the same."
-        run, kept = self.runs[k], [self.shape.retention(p) for p in self.runs[k].plans]
-        flops = lambda i, by: (self._of(i, by).sum() / self._of(0, by).sum()).item()
-        selection = lambda r: r.mean([self.shape.selection(p) for p in r.plans])
-        whole = lambda i: flops(i, "causal") + selection(self.runs[i])
-        ms, full_ms = (np.median(self._of(i, "ms"), 0) for i in (k, 0))
-        cost, target = whole(k), None if seats is None else whole(seats)
-        more = cost / target - 1 if target else np.inf
-        equal = run.setting == "matched" and abs(more) <= TOLERANCE
+        run = self.runs[k]
+        kept = [self.shape.retention(p) for p in run.plans]
+        decoder, whole = self._flops(k)
+        equal = False
+        if run.setting == "matched" and seats is not None:
+            equal = abs(whole / self._flops(seats)[1] - 1) <= TOLERANCE
         mixed = None
         if len(run.plans) > 1:
             costs = [self.shape.cost(p) for p in run.plans]
-            mixed = dict(share=run.share, knobs=list(run.knob), costs=costs)
+            mixed = dict(share=run.share, knobs=list(run.knob), flops_causal_with_selection=costs)
+        statistic, selection, prefill = np.median(self._of(k, "ms"), 0).tolist()
         return dict(
-            cost=cost,  # causal, selection included: what is matched
-            flops_target=target,
-            flops_fraction=flops(k, "counter"),
-            causal_fraction=flops(k, "causal"),
-            selection_fraction=selection(run),
+            flops_fraction_causal_with_selection=whole,  # what is matched
+            flops_fraction_causal_without_selection=decoder,
             **{f"retention_{m}": run.mean([x[m] for x in kept]) for m in kept[0]},
             knob=run.mean(run.knob) if run.knob else None,
             mixed=mixed,
             floor=list(run.floor),
             own_minimum=run.setting == "lowest setting" or bool(run.floor),
-            equal_cost=bool(equal),
-            ranked=bool(equal) and not run.floor,
-            ms=sum(ms.tolist()),
-            **dict(zip(("ms_statistic", "ms_selection", "ms_prefill"), ms.tolist())),
-            ms_full=sum(full_ms.tolist()),
+            equal_cost=equal,
+            ranked=equal and not run.floor,
+            ms=statistic + selection + prefill,
+            ms_statistic=statistic,
+            ms_selection=selection,
+            ms_prefill=prefill,
+            ms_full=np.median(self._of(0, "ms"), 0).sum().item(),
         )
+
+    def _flops(self, k):
+        "Causal FLOPs of a run over those of the full prefill, without and with selection."
+        run = self.runs[k]
+        decoder = self._of(k, "flops_causal").sum() / self._of(0, "flops_causal").sum()
+        selection = run.mean([self.shape.selection(p) for p in run.plans])
+        return decoder.item(), decoder.item() + selection
 
 # %% ../../nbs/evaluation/02_compare.ipynb #1ba0fd3c
 _LEVEL = 0.05  # of the whole family of tests
 _NAMES = dict(seats="seats", tuned="seats+tuned")
+FLOPS = "FLOPs, causal, with selection (% of full)"  # heading
 
 
 def _tested(rows, than="seats"):
@@ -443,10 +473,11 @@ def comparison_table(
     r = pd.DataFrame(rows).sort_values(
         ["trr", "ranked", "accuracy"], ascending=False, kind="stable", ignore_index=True
     )
-    text = lambda form, *columns: [
-        "" if pd.isna(values[0]) else form.format(*(100 * x for x in values))
-        for values in zip(*(r[c] for c in columns))
-    ]
+
+    def text(form, *columns):
+        parts = zip(*(r[c] for c in columns))
+        return ["" if pd.isna(p[0]) else form.format(*(100 * x for x in p)) for p in parts]
+
     fine = (r.setting == "full") | r.equal_cost
     note = r.setting.mask(r.setting == "matched", "not matched").mask(fine, "")
     note = note.mask(fine & r.own_minimum, "floor: " + r.floor.str.join(", "))
@@ -454,7 +485,7 @@ def comparison_table(
         {
             "kept (TRR)": [f"{t:g}" for t in r.trr],
             "method": r.label,
-            "FLOPs of full": 100 * r.cost,
+            FLOPS: 100 * r.flops_fraction_causal_with_selection,
             "tokens entering": 100 * r.retention_entry,
             "tokens over layers": 100 * r.retention_layers,
             "time of full": 100 * r.ms / r.ms_full,
@@ -497,14 +528,24 @@ def compare_methods(
     The same call goes on after an interruption."""
     names = method_names(names)
     shape = DataShape.of(model, processor, samples, progress, **limits)
-    runs = method_runs(names, plans, shape, rules, tuned, progress)
-    asked = Answering(model, processor, samples, runs, batch_size, answers, max_new_tokens, limits)
-    origin = provenance(
-        model, processor, samples, seed=0, answers=answers, batch_size=batch_size
-    ) | dict(schema=SCHEMAS["eval"].id, code_sha256=hash_code())
+    runs = method_runs(names, plans, shape, rules=rules, tuned=tuned, progress=progress)
+    asked = Answering(
+        model=model,
+        processor=processor,
+        samples=samples,
+        runs=runs,
+        batch_size=batch_size,
+        answers=answers,
+        max_new_tokens=max_new_tokens,
+        limits=limits,
+    )
+    origin = dict(
+        provenance(model, processor, samples, seed=0, answers=answers, batch_size=batch_size),
+        schema=SCHEMAS["eval"].id,
+        code_sha256=hash_code(),
+    )
     for plan in (*plans.values(), *(chain[0].schedule for chain in tuned.values())):
-        known = origin["num_layers"], origin["model"], lambda: origin["weights_sha256"]
-        plan.check_model(*known)
+        plan.check_model(origin["num_layers"], origin["model"], lambda: origin["weights_sha256"])
     with Checkpoint.hold(path and checkpoint_of(path)) as folder:
         answered = asked.answer_all(folder, origin, processes(), progress)
         if answered is None:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import islice, takewhile
 from ..inputs.media import Clip, decode_clip
-from ..inputs.samples import Sample
+from ..inputs.samples import Sample, check_ids
 from ..models.decoder import last_logits_only
 from ..models.encode import Encoded, encode, frame_resizer
 from ..models.families import adapter_for
@@ -105,9 +105,10 @@ def evaluate(
     import pandas as pd
     from tqdm.auto import tqdm
 
-    if len({s.id for s in samples}) < len(samples):
-        raise ValueError("sample ids repeat; rows could not be paired")
-    cached, rows, tokens = clip_cache(processor), [], []
+    check_ids(samples)
+    cached = clip_cache(processor)
+    rows = []
+    tokens = []
     starts = range(0, len(samples), batch_size)
     with prune(model, plan, kv=kv) as run:
         for i in tqdm(starts, desc="questions", unit="batch", disable=not progress):

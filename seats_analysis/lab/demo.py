@@ -183,7 +183,9 @@ def _demo_table(rows):
                 "accuracy": f"{r['accuracy']:.1%}",
                 "95 %": "{:.1%} to {:.1%}".format(*r["ci"]),
                 "of full": f"{r['kept']:.1%}",
-                "FLOPs (causal)": f"{r['flops_fraction']:.1%}",
+                "FLOPs, causal, with selection": (
+                    f"{r['flops_fraction_causal_with_selection']:.1%}"
+                ),
                 "tokens per layer": "/".join(map(number, r["tokens"].values())),
                 "time": f"{r['time_ratio']:.0%}",
             }

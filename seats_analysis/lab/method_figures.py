@@ -294,7 +294,7 @@ def comparison_figure(
     found,  # stored comparison of methods
     kind="published",  # late or tuned, see `kind_of`
 ):  # matplotlib Figure, two columns wide
-    "Accuracy of every method at equal FLOPs, one panel per budget."
+    "Accuracy of every method at equal causal FLOPs with selection, one panel per budget."
     rows = pick(found, kind)
     fig = _forest(rows, "accuracy")
     ours = {r["trr"]: r for r in rows if r["method"] == "seats"}
@@ -303,7 +303,8 @@ def comparison_figure(
         if seats := ours.get(trr):
             _, low, high = interval(seats)
             ax.axvspan(low, high, color=BLUE, alpha=0.15, linewidth=0, zorder=0)
-            flops = f"FLOPs {100 * seats['cost']:.0f} % of full"
+            share = 100 * seats["flops_fraction_causal_with_selection"]
+            flops = f"FLOPs (causal, with selection) {share:.0f} % of full"
             ax.set_title(f"TRR {trr:g} %, {flops}", fontsize=6.2)
     fig.supxlabel("Accuracy (%)")
     more = "; lines: 95 % intervals; band: SEATS; dashed: full model; open: outside the ranking"

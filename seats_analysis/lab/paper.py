@@ -159,6 +159,10 @@ def _percent(row, name):
     return f"{at} ({low} to {high})"
 
 
+_WITH = "flops_fraction_causal_with_selection"
+_WITHOUT = "flops_fraction_causal_without_selection"
+
+
 def eval_rows(found):
     "The whole comparison as a table: one dict of texts per method and budget."
     p_value = lambda p: "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
@@ -171,8 +175,8 @@ def eval_rows(found):
             "difference to full (points)": _percent(r, "diff_full"),
             "difference to SEATS (points)": _percent(r, "diff_seats"),
             "p (McNemar)": p_value(r["mcnemar_p_seats"]),
-            "FLOPs (% of full)": f"{100 * r['cost']:.1f}",
-            "selection (% of full)": f"{100 * r['selection_fraction']:.1f}",
+            "FLOPs, causal, with selection (% of full)": f"{100 * r[_WITH]:.1f}",
+            "FLOPs, causal, of selection (% of full)": f"{100 * (r[_WITH] - r[_WITHOUT]):.1f}",
             "floor": ", ".join(r["floor"]) or ("lowest setting" if r["own_minimum"] else ""),
             "time (% of full)": "" if np.isnan(time_share(r)) else f"{time_share(r):.0f}",
             "retention, layers (%)": f"{100 * r['retention_layers']:.1f}",
@@ -287,7 +291,8 @@ def tables(data):
         out[stem] = title, eval_rows(found)
         for kind, (name, what) in _KINDS.items():
             if kind in kinds_of(found):
-                title = f"Accuracy (%) {what}, equal FLOPs; a star: outside the ranking. {said}"
+                title = f"Accuracy (%) {what}, equal causal FLOPs with selection; a star: "
+                title += f"outside the ranking. {said}"
                 out[f"{stem}_{name}"] = title, accuracy_rows(found, kind)
         if rows:
             trr = budgets(rows)[-1]

@@ -42,7 +42,7 @@ def answer_rows(
     families, clips = (np.array([getattr(s, k) for s in samples]) for k in ("family", "clip"))
     at, rows = ~np.isin(families, APART), []
     of = lambda k, name: np.array([row[k][name] for row in answers], float)
-    part = lambda k, name: of(k, name).sum().item() / of(0, name).sum().item()
+    causal = lambda k: (of(k, "flops_causal").sum() / of(0, "flops_causal").sum()).item()
     for k, run in enumerate(runs):
         right, ms = of(k, "correct"), of(k, "ms").sum(0)
         kept, *kept_ci = share_interval(right[at], of(0, "correct")[at], clips[at])
@@ -59,8 +59,8 @@ def answer_rows(
                 kept_ci=kept_ci,
                 by_family={f: right[families == f].mean().item() for f in sorted({*families})},
                 tokens=per_block(tokens, bounds),
-                flops_fraction=part(k, "counter"),
-                causal_fraction=part(k, "causal"),
+                flops_fraction_causal_with_selection=causal(k) + shape.selection(run.plans[0]),
+                flops_fraction_causal_without_selection=causal(k),
                 time_ratio=(ms[1:].sum() / of(0, "ms")[:, 1:].sum()).item(),
                 ms=dict(zip(("encoders", "selection", "prefill"), ms.round(1).tolist())),
             )

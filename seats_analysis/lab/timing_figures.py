@@ -90,13 +90,14 @@ def speedup_figure(
     requests,  # of `pruned_requests`
 ):  # matplotlib Figure, one column wide, two from three models on; one panel per model
     """Speed-up of the prefill, selection included, and of the first token against TRR, beside what
-    the causal FLOPs promise."""
+    the causal FLOPs without selection promise."""
     fig = new_figure(COLUMN if len(requests) < 3 else PAGE, 2.3)
     axes = fig.subplots(1, len(requests), squeeze=False)[0]
     for ax, (model, table) in zip(axes, requests.items()):
         table = table.sort_values("trr")
-        promised = 1 / table.drop_duplicates("trr", keep="last").set_index("trr")["flops_fraction"]
-        ax.plot(promised, color="#aaaaaa", linewidth=2, label="FLOPs")
+        spent = table.drop_duplicates("trr", keep="last").set_index("trr")
+        promised = 1 / spent["flops_fraction_causal_without_selection"]
+        ax.plot(promised, color="#aaaaaa", linewidth=2, label="causal FLOPs without selection")
         for method, own in table.groupby("method", sort=False):
             look = method_look(method) | dict(linestyle="-")
             ax.plot(own["trr"], own["speedup"], label=f"{method}, prefill", **look)

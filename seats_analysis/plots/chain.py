@@ -58,7 +58,7 @@ def chain_figure(
     _tried(axes[0], found["search"])
     _certified(axes[1], found)
     for ax in axes:
-        ax.set_xlabel("FLOPs (% of full)")
+        ax.set_xlabel("FLOPs, causal, with selection (% of full)")
     legend_outside(fig, axes, 5)
     p = found["promise"]
     return say_source(

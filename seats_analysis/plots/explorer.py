@@ -102,8 +102,7 @@ class View:
             if (config := self.source.config) is None:
                 raise ValueError("FLOPs unknown: the model's configuration is not on this machine")
             counts = [round(self.source.tokens[m]) for m in (*MODALITIES, "text")]
-            price = lambda name: flops_fraction(self.plan, *counts, config, name)
-            self.flops = {name: price(name) for name in ("counter", "causal")}
+            self.flops = dict(causal=flops_fraction(self.plan, *counts, config, "causal"))
         except ValueError as error:
             self.trouble = str(error)
 
@@ -137,9 +136,9 @@ class View:
             table = self.plan.to_table().round(1).to_string(index=False)
             lines.append(f"Schedule for a TRR of {self.trr:g} %:\n{table}")
         if self.flops:
-            price = f"FLOPs: {100 * self.flops['counter']:.3g} % of the prefill "
-            price += f"(causal {100 * self.flops['causal']:.3g} %), so at most "
-            lines.append(f"{price}{1 / self.flops['causal']:.3g} times as fast.")
+            share = self.flops["causal"]
+            price = f"FLOPs (causal, without selection): {100 * share:.3g} % of the prefill, "
+            lines.append(f"{price}so at most {1 / share:.3g} times as fast.")
         return "\n".join([*lines, self.trouble]).strip()
 
     @house_style()

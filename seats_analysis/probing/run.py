@@ -17,7 +17,7 @@ from ..storage.provenance import digest
 from ..storage.checkpoint import Checkpoint, checkpoint_of, processes
 from ..storage.schemas import save_profile
 from ..inputs.layout import MODALITIES
-from ..inputs.samples import Sample
+from ..inputs.samples import Sample, check_ids
 from ..models.families import adapter_for
 from ..models.encode import encode, encode_questions
 from ..models.provenance import provenance, sample_rows
@@ -233,9 +233,7 @@ def _check_call(model, samples, layers, method, max_branch_tokens):
         raise ValueError(f"max_branch_tokens: {max_branch_tokens}, expected at least 1")
     if not samples:
         raise ValueError("probe_dependency needs at least one sample")
-    ids = sorted(s.id for s in samples)
-    if twice := [a for a, b in zip(ids, ids[1:]) if a == b]:
-        raise ValueError(f"sample id {twice[0]!r} occurs more than once")
+    check_ids(samples)
     if layers == "auto" and all(len(s.choices) < 2 for s in samples):
         raise ValueError(
             "layers: 'auto' follows the share of right answers, and no sample has choices"

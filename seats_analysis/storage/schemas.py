@@ -167,7 +167,12 @@ SCHEMAS = dict(
     boundaries=_json("boundaries", "a boundaries file"),
     coverage=_json("coverage", "a coverage study", "rows late_confidences"),
     needed=_json("questions_needed", "a study of questions needed", "rows sizes"),
-    results=_json("results", "a results file", "rows", "method accuracy flops_fraction"),
+    results=_json(
+        "results",
+        "a results file",
+        "rows",
+        "method accuracy flops_fraction_causal_without_selection",
+    ),
     sensitivity=_json("sensitivity", "a task-sensitivity table", "rows", "made_for used_on kept"),
     bench=_json("bench", "a benchmark", "rows", "config method trr batch tokens"),
     kept=_json("kept", "a file of kept positions", "clip grid audio_tokens audio_rate stages"),
@@ -179,7 +184,8 @@ SCHEMAS = dict(
         "eval",
         "a comparison of methods",
         "rows",
-        "method label trr setting cost selection_fraction floor ms ms_full n accuracy low high "
+        "method label trr setting flops_fraction_causal_with_selection "
+        "flops_fraction_causal_without_selection floor ms ms_full n accuracy low high "
         "full_accuracy "
         "diff_full diff_seats diff_seats_low diff_seats_high mcnemar_p_seats equal_cost ranked "
         "own_minimum families retention_layers retention_entry unparsable",
@@ -217,6 +223,28 @@ def schema_of(
     return next((name for name, schema in SCHEMAS.items() if schema.id == said), None)
 
 
+_OLD_FLOPS = dict(  # kind of file -> earlier keys -> what they meant
+    results=dict(causal_fraction="flops_fraction_causal_without_selection"),
+    eval=dict(
+        cost="flops_fraction_causal_with_selection",
+        causal_fraction="flops_fraction_causal_without_selection",
+    ),
+    bench=dict(
+        flops_fraction="flops_fraction_causal_without_selection",
+        flops_counter="flops_fraction_counter_without_selection",
+    ),
+)
+
+
+def _rename_flops(row, name):
+    "Give the FLOPs of an older file the keys that say how they are counted."
+    for old, new in _OLD_FLOPS.get(name, {}).items():
+        if old in row:
+            row[new] = row.pop(old)
+    for gone in ("flops_fraction", "flops_target", "selection_fraction"):
+        row.pop(gone, None)
+
+
 def load_json(
     path,  # JSON file
     name: str,  # key of SCHEMAS
@@ -231,6 +259,8 @@ def load_json(
             raise ValueError(f"it has no {', '.join(missing)}")
         if schema.row_keys:
             rows = data["rows"]
+            for row in rows:
+                _rename_flops(row, name)
             if not rows:
                 raise ValueError("it has no rows in `rows`")
             if missing := {k for k in schema.row_keys for row in rows if k not in row}:
