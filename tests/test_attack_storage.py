@@ -5,7 +5,6 @@ Nothing that was there is lost, nothing is silently wrong, and every refusal is 
 import errno
 import fcntl
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -21,13 +20,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from launch import FORK, ended, launch
 from typer.testing import CliRunner
 
 from seats_analysis.boundaries.retention import synthetic_profile
 from seats_analysis.cli import app as shared
 from seats_analysis.cli.main import app
-from seats_analysis.storage import checkpoint as checkpoints
-from seats_analysis.storage.checkpoint import Checkpoint, CheckpointWarning, checkpoint_of
+from seats_analysis.storage.checkpoint import (
+    Checkpoint,
+    CheckpointWarning,
+    checkpoint_of,
+    processes,
+)
 from seats_analysis.storage.files import atomic_write, new_neighbour
 from seats_analysis.storage.schemas import (
     SCHEMAS,
@@ -37,7 +42,6 @@ from seats_analysis.storage.schemas import (
     save_profile,
 )
 
-FORK = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.usefixtures("one_thread")
 UNITS = [[0, 1], [2], [3]]
 
@@ -47,9 +51,12 @@ def about(**changed):
     return dict(weights_sha256="a" * 64, seed=0, samples=samples) | changed
 
 
-def run(folder, identity, shard=(0, 1), say="row", units=UNITS):
-    work = lambda k, unit: [dict(nll=[0.25, i], text=say) for i in unit]
-    return Checkpoint(folder, identity, shard).run(units, work, desc="", disable=True)
+def run(folder, identity, shard=(0, 1), say="row", units=UNITS, **options):
+    def work(k, unit):
+        return [dict(nll=[0.25, i], text=say) for i in unit]
+
+    kept = Checkpoint(folder, identity, shard)
+    return kept.run(units, work, desc="", disable=True, **options)
 
 
 def forked(work, *args):
@@ -176,35 +183,57 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_processes_of_one_launch_share(tmp_path):
-    children = [forked(run, tmp_path / "j", about(), (rank, 3)) for rank in (1, 2)]
-    assert len(run(tmp_path / "j", about(), (0, 3))) == 4
-    for child in children:
-        child.join()
-    assert [c.exitcode for c in children] == [0, 0]
+def share(folder, work=run, everyone=False):
+    "What each process of a launch does: its share of one run."
+
+    def process(rank):
+        rows = work(folder, about(), processes(), everyone=everyone)
+        assert (rows is None) == (rank > 0 and not everyone)
+        assert everyone or rank or [r["nll"][1] for r in rows] == [0, 1, 2, 3]
+        if not rank:
+            Checkpoint.remove(folder)
+
+    return process
 
 
-def test_a_partner_that_is_not_there_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "_PATIENCE", 0.3)
-    with pytest.raises(ValueError, match="process 2 of 2 is not running; the same command goes on"):
+@pytest.mark.parametrize("everyone", [False, True])
+@pytest.mark.parametrize("of", [3, 5])  # with five, two have no share
+def test_processes_of_one_launch_share(tmp_path, of, everyone):
+    assert ended(launch(share(tmp_path / "j", everyone=everyone), of)) == [0] * of
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("ends", [lambda: 1 / 0, lambda: os.kill(os.getpid(), signal.SIGKILL)])
+def test_a_process_that_ends_early_is_told_of(tmp_path, ends):
+    "Nobody waits for it, and the same command goes on with what is there."
+
+    def process(rank):
+        processes()  # before they have met, the launcher itself ends the others
+        if rank:
+            ends()
+        with pytest.raises(ValueError, match="another process has ended.*the same command goes on"):
+            run(tmp_path / "j", about(), processes())
+
+    assert ended(launch(process))[0] == 0
+    assert names(tmp_path / "j") == ["000000.json", "000001.json", "000003.json", "run.json"]
+    assert ended(launch(share(tmp_path / "j"))) == [0, 0]
+
+
+def test_a_process_that_works_is_waited_for(tmp_path):
+    def slow(folder, identity, shard, **options):
+        time.sleep(shard[0])
+        return run(folder, identity, shard, **options)
+
+    assert ended(launch(share(tmp_path / "j", slow))) == [0, 0]
+
+
+def test_shares_by_hand_and_no_launcher(tmp_path):
+    "The other shares first; and nothing of torch.distributed begins."
+    with pytest.raises(ValueError, match="1 samples of .* are missing: removed, damaged, or the "):
         run(tmp_path, about(), (0, 2))
-
-
-def test_a_partner_that_works_is_waited_for(tmp_path, monkeypatch):
-    "Longer than the patience, for it is alive."
-    monkeypatch.setattr(checkpoints, "_PATIENCE", 0.3)
-
-    def slow():
-        with Checkpoint.hold(tmp_path / "j", 1):
-            held.set()
-            time.sleep(1.5)
-            run(tmp_path / "j", about(), (1, 2))
-
-    held = FORK.Event()
-    child = forked(slow)
-    assert held.wait(20)
-    assert len(run(tmp_path / "j", about(), (0, 2))) == 4
-    child.join()
+    assert run(tmp_path, about(), (1, 2)) is None
+    assert len(run(tmp_path, about(), (0, 2))) == 4
+    assert processes() == (0, 1) and not torch.distributed.is_initialized()
 
 
 # temporaries

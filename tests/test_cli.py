@@ -1126,7 +1126,7 @@ def test_the_other_processes_of_a_launch_may_come_late(tmp_path, monkeypatch):
     (tmp_path / "p.nc").write_text("done")
     with pytest.raises(ValueError, match="--overwrite"):
         check_new(tmp_path / "p.nc", False)
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("seats_analysis.cli.app.processes", lambda: (1, 2))
     check_new(tmp_path / "p.nc", False)
 
 

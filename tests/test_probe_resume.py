@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from launch import ended, launch
 from seats_analysis.cli.main import main
 from seats_analysis.probing import run as probe
 from seats_analysis.models.families import limit_pixels
@@ -359,7 +360,6 @@ def test_processes_share_the_work(model, processor, samples, whole, tmp_path, mo
     path, done = tmp_path / "p.nc", FORK.Queue()
 
     def work(rank):
-        os.environ.update(RANK=str(rank), WORLD_SIZE="2")
         ran, unit = [], ProbeRun.rows_of
         ProbeRun.rows_of = lambda self, part, *args: (
             ran.extend(s.id for s in part) or unit(self, part, *args)
@@ -368,12 +368,9 @@ def test_processes_share_the_work(model, processor, samples, whole, tmp_path, mo
             (rank, probe_to_file(model, processor, samples, path, progress=False) is None, ran)
         )
 
-    children = [FORK.Process(target=work, args=(rank,)) for rank in (0, 1)]
-    for c in children:
-        c.start()
+    children = launch(work)
     answers = sorted(done.get(timeout=300) for _ in children)
-    for c in children:
-        c.join()
+    assert ended(children) == [0, 0]
     assert [(rank, nothing) for rank, nothing, _ in answers] == [(0, False), (1, True)]
     assert [len(ran) for *_, ran in answers] == [6, 6] and sorted(
         sum((ran for *_, ran in answers), [])
@@ -386,7 +383,6 @@ def test_auto_is_shared_too(model, processor, samples, tmp_path):
     done = FORK.Queue()
 
     def work(rank):
-        os.environ.update(RANK=str(rank), WORLD_SIZE="2")
         done.put(
             (
                 rank,
@@ -397,28 +393,20 @@ def test_auto_is_shared_too(model, processor, samples, tmp_path):
             )
         )
 
-    children = [FORK.Process(target=work, args=(rank,)) for rank in (0, 1)]
-    for c in children:
-        c.start()
+    children = launch(work)
     assert sorted(done.get(timeout=300) for _ in children) == [(0, False), (1, True)]
-    for c in children:
-        c.join(300)
-    assert [c.exitcode for c in children] == [0, 0]
+    assert ended(children) == [0, 0]
     probe_to_file(model, processor, samples, tmp_path / "one.nc", layers="auto", progress=False)
     assert (tmp_path / "two.nc").read_bytes() == (tmp_path / "one.nc").read_bytes()
 
 
 @pytest.mark.parametrize("layers", [[1], "auto"])
-def test_a_process_without_work_leaves_nothing(
-    model, processor, samples, tmp_path, monkeypatch, layers
-):
-    "It comes when the first one, which did not have to wait for it, has long finished."
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in "01":
-        monkeypatch.setenv("RANK", rank)
-        probe_to_file(
-            model, processor, samples[:2], tmp_path / "p.nc", layers=layers, progress=False
-        )
+def test_a_process_without_work_leaves_nothing(model, processor, samples, tmp_path, layers):
+    def work(rank):
+        path = tmp_path / "p.nc"
+        probe_to_file(model, processor, samples[:2], path, layers=layers, progress=False)
+
+    assert ended(launch(work)) == [0, 0]
     assert [p.name for p in tmp_path.iterdir()] == ["p.nc"]
 
 
@@ -445,8 +433,6 @@ def forked(folder, path, processes=1):
     def run(rank):
         for number, name in ((1, f"out{rank}"), (2, f"err{rank}")):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
-        if processes > 1:
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes))
         sys.argv, sys.stdout, sys.stderr = (
             ["seats", *WORDS_OF_COMMAND, "--out", str(path)],
             os.fdopen(1, "w"),
@@ -454,13 +440,9 @@ def forked(folder, path, processes=1):
         )
         main()
 
-    children = [FORK.Process(target=run, args=(rank,)) for rank in range(processes)]
-    for c in children:
-        c.start()
-    for c in children:
-        c.join(300)
+    codes = ended(launch(run, processes))
     said = ("".join(p.read_text() for p in sorted(folder.glob(f"{n}?"))) for n in ("out", "err"))
-    return [c.exitcode for c in children], *said
+    return codes, *said
 
 
 def launched(folder, path):

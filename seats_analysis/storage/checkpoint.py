@@ -9,15 +9,14 @@ __all__ = ['checkpoint_of', 'processes', 'Checkpoint']
 import json
 import os
 import shutil
-import time
 import warnings
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from threading import get_ident
 from seats_analysis.storage.files import (
     atomic_write,
     hold_file,
-    is_held,
     neighbours,
     new_neighbour,
     refuse_links,
@@ -26,7 +25,7 @@ from .provenance import digest
 
 # %% ../../nbs/storage/02_checkpoint.ipynb #dcc06079
 class CheckpointWarning(UserWarning):
-    "What is said while a run goes on: samples that are run again, a process that is waited for."
+    "What is said of a run that goes on: samples that are run again, a folder without locks."
 
 # %% ../../nbs/storage/02_checkpoint.ipynb #1ff7a533
 _WORDS = dict(
@@ -46,22 +45,21 @@ def _differences(theirs, ours):
 
     out = []
     for key in sorted((theirs.keys() | ours.keys()) - {"samples", "data_sha256", "sha256"}):
-        a, b = theirs.get(key), ours.get(key)
-        if a != b:
-            out.append(f"other {_WORDS.get(key, key)} ({short(a)} there, {short(b)} now)")
-    a, b = theirs.get("samples", []), ours["samples"]
-    if a != b:
-        first = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-        name = (b if first < len(b) else a)[first][0]
+        there = theirs.get(key)
+        now = ours.get(key)
+        if there != now:
+            out.append(f"other {_WORDS.get(key, key)} ({short(there)} there, {short(now)} now)")
+    there = theirs.get("samples", [])
+    now = ours["samples"]
+    if there != now:
+        n = min(len(there), len(now))
+        first = next((i for i in range(n) if there[i] != now[i]), n)
+        name = (now if first < len(now) else there)[first][0]
         out.append(
-            f"other data ({len(a)} samples there, {len(b)} now; the first that differs is {name!r})"
+            f"other data ({len(there)} samples there, {len(now)} now; "
+            f"the first that differs is {name!r})"
         )
     return out
-
-
-def _lock_of(folder, number):
-    "What a process holds while it works in the folder."
-    return folder / f"process-{number}.lock"
 
 
 def checkpoint_of(path) -> Path:
@@ -69,12 +67,21 @@ def checkpoint_of(path) -> Path:
     return Path(f"{path}.checkpoint")
 
 # %% ../../nbs/storage/02_checkpoint.ipynb #5a73641a
+def _launch():
+    "The processes of this launch. Only meeting points: no tensors, so nothing on a GPU."
+    from accelerate import PartialState
+
+    return PartialState(cpu=True, timeout=timedelta(days=7))  # shares may differ by hours
+
+
 def processes() -> tuple:  # (number of this process, how many there are)
     "Which of several processes this is, as `accelerate launch` and `torchrun` say."
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    launch = _launch()
+    return launch.process_index, launch.num_processes
 
 # %% ../../nbs/storage/02_checkpoint.ipynb #db4841f8
-_PATIENCE = 600.0  # seconds without a sign of life after which another process is given up
 _HELD = set()  # folders that a thread of this process holds
 
 
@@ -87,8 +94,10 @@ class Checkpoint:
         identity: dict,  # what the run is, as JSON; `samples`: one list per sample, its id first
         shard: tuple = (0, 1),  # number of this process, and how many share the folder
     ):
-        self.folder, self.shard = None if folder is None else Path(folder), shard
-        self.identity, self.rows = json.loads(json.dumps(identity)), {}
+        self.folder = None if folder is None else Path(folder)
+        self.shard = shard
+        self.identity = json.loads(json.dumps(identity))
+        self.rows = {}
         self.digest = digest(sorted(self.identity.items()))
 
     @staticmethod
@@ -102,15 +111,14 @@ class Checkpoint:
         if folder is None or key in _HELD:
             yield folder
             return
-        folder, number = Path(folder), processes()[0] if number is None else number
+        folder = Path(folder)
         if folder.is_symlink():
             raise ValueError(f"{folder} is a link, expected a folder")
         refuse_links(folder.absolute())
-        busy = (
-            f"{folder} is in use: another run writes to this output; wait for it or choose another"
-        )
+        lock = folder / f"process-{processes()[0] if number is None else number}.lock"
+        busy = "is in use: another run writes to this output; wait for it or choose another"
         try:
-            with hold_file(_lock_of(folder, number), busy) as unlocked:
+            with hold_file(lock, f"{folder} {busy}") as unlocked:
                 if unlocked and not _HELD:
                     said = f"locks do not work in {folder.parent} ({unlocked}): "
                     said += "make sure that no second run writes there"
@@ -137,7 +145,8 @@ class Checkpoint:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        about, own = self.folder / "run.json", (".", "process-", "scratch-")
+        about = self.folder / "run.json"
+        own = (".", "process-", "scratch-")
         # looked for before `run.json`, which every process has written before anything else
         found = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith(own))
         anew = f"remove {self.folder} to begin anew, or choose another output"
@@ -147,10 +156,10 @@ class Checkpoint:
             return self._save(about, self.identity | dict(sha256=digest(self.identity)))
         try:
             theirs = json.loads(about.read_text())
-            said = theirs.pop("sha256")
+            whole = theirs.pop("sha256") == digest(theirs)
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-            theirs = said = None
-        if said is None or said != digest(theirs):
+            whole = False
+        if not whole:
             raise ValueError(f"{about} is damaged; {anew}")
         if differs := _differences(theirs, self.identity):
             raise ValueError(
@@ -198,15 +207,19 @@ class Checkpoint:
         ticks: int = 1,  # of the bar for each sample; with more of them, `work` makes them
         **bar,  # of tqdm
     ):  # list of rows; None in a process that need not know them
-        "What the checkpoint has, and what is missing from `work`."
+        """What the checkpoint has, and what is missing from `work`; all processes of a launch call
+        it. Raises ValueError where rows of other processes are not there."""
         number, of = self.shard
         mine = list(enumerate(units))[number::of]
-        if not mine:
-            return None  # the others may be done by now: opened again, the folder would stay
-        with self.hold(self.folder, number):
-            self.open()
-            self._finish(mine, work, ticks, bar)
-            return self.gather(units) if everyone or not number else None
+        if mine:  # or the folder would be made for nothing
+            with self.hold(self.folder, number):
+                self.open()
+                self._finish(mine, work, ticks, bar)
+        self._meet()
+        rows = self._gather() if everyone or not number else None
+        if everyone:  # the first removes the folder when all have read it
+            self._meet()
+        return rows
 
     def _finish(self, mine, work, ticks, bar):
         "Run the units of this process that have a row missing."
@@ -228,36 +241,24 @@ class Checkpoint:
                     self.write(i, row)
                 self.bar.update(len(unit) if ticks == 1 else 0)
 
-    def gather(
-        self,
-        units,  # as in `run`
-    ):  # list of rows; None if the folder was removed meanwhile, its run being complete
-        """All rows, in the order of the samples, once the other processes have written theirs.
+    def _meet(self):
+        "Wait for the other processes of the launch. Raises ValueError where one has ended."
+        if self.shard[1] == 1 or self.shard != processes():
+            return  # alone, or shared out by hand
+        try:
+            _launch().wait_for_everyone()
+        except RuntimeError:
+            raise ValueError(
+                f"another process has ended before its share of {self.folder} was done; "
+                "the same command goes on"
+            ) from None
 
-        Raises ValueError if there is none that would."""
-        number, of = self.shard
-        began = alive = time.monotonic()
-        before, said = None, False
-        while missing := [i for i in range(len(self.identity["samples"])) if self.read(i) is None]:
-            if self.folder is not None and not self.folder.exists():
-                return None
-            owners = {k % of for k, unit in enumerate(units) if set(missing) & set(unit)}
-            now, lost = time.monotonic(), f"{len(missing)} samples of {self.folder}"
-            if len(missing) != before or any(
-                is_held(_lock_of(self.folder, k)) for k in owners - {number}
-            ):
-                before, alive = len(missing), now
-            if number in owners:
-                raise ValueError(
-                    f"{lost} were removed or damaged; the same command runs them again"
-                )
-            names = f"process {', '.join(str(k + 1) for k in sorted(owners))} of {of}"
-            if now - alive > _PATIENCE:
-                raise ValueError(
-                    f"{lost} are missing, and {names} is not running; the same command goes on"
-                )
-            if not said and now - began > 10:
-                warnings.warn(f"waiting for {names}: {lost} are missing", CheckpointWarning)
-                said = True
-            time.sleep(0.2)
-        return [self.read(i) for i in range(len(self.identity["samples"]))]
+    def _gather(self):
+        "All rows, in the order of the samples."
+        rows = [self.read(i) for i in range(len(self.identity["samples"]))]
+        if missing := rows.count(None):
+            raise ValueError(
+                f"{missing} samples of {self.folder} are missing: removed, damaged, or the share "
+                "of a process that has not run; the same command runs them"
+            )
+        return rows

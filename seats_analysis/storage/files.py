@@ -7,7 +7,6 @@ __all__ = ['check_target', 'atomic_write', 'shipped_folder', 'output_folder', 'o
 
 # %% ../../nbs/storage/00_files.ipynb #86a9bc46
 import errno
-import fcntl
 import os
 import re
 import stat
@@ -26,22 +25,13 @@ def _here(fd, path):
 
 def _lock(path, flags=0):
     "An open file, and why it is not locked: EWOULDBLOCK where another one has it; 0 if it is."
+    from filelock import lock_descriptor
+
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | flags, 0o666)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return fd, 0 if lock_descriptor(fd, blocking=False) else errno.EWOULDBLOCK
     except OSError as error:
         return fd, error.errno
-    return fd, 0
-
-
-def is_held(path) -> bool:
-    "Whether a living process has the file in `hold_file`."
-    try:
-        fd, why = _lock(path)
-    except FileNotFoundError:
-        return False
-    os.close(fd)
-    return why == errno.EWOULDBLOCK
 
 
 @contextmanager

@@ -160,20 +160,10 @@ class Tuning:
         order = np.random.default_rng(0).permutation(len(clips))
         return [self.proposal[i] for k in order for i in clips[k]]
 
-    @cached_property
-    def _shard(self):
-        "Number of this process, and how many find work in every round."
-        first = self._searched[: rounds_of(len(self.proposal))[0]] or self.calibration
-        number, of = processes()
-        return number, min(of, len(self._asked(first).units()))
-
     def _answer(self, asked, place):
-        "Outcomes of all runs, in every process that has work."
-        number, of = self._shard
-        if number >= of:
-            return None
+        "Outcomes of all runs, in every process."
         folder = self.folder and self.folder / place
-        return asked.answer_all(folder, self.about, (number, of), self.progress, everyone=True)
+        return asked.answer_all(folder, self.about, processes(), self.progress, everyone=True)
 
     def _candidates(self, draw, fixed, budget):
         "Plans and their FLOPs fractions, as many as the budget pays for."
