@@ -53,8 +53,8 @@ def _run_text(answer):
         kept = [f"{m} {100 * k:.3g} % (target {100 * t:.3g} %)" for m, k, t in shares]
         lines.append("kept      " + (", ".join(kept) or "nothing to prune"))
         lines.append("per layer " + " ".join(map(str, report["tokens_per_layer"])))
-    share = f"{report['flops_fraction_causal']:.1%}"
-    lines.append(f"FLOPs     {share} of the full prefill (causal)")
+    share = f"{report['flops_fraction_causal_with_selection']:.1%}"
+    lines.append(f"FLOPs     {share} of the full prefill (causal, with selection)")
     lines.append("time      " + ", ".join(f"{k} {ms:.0f} ms" for k, ms in report["ms"].items()))
     return "\n".join(lines)
 
@@ -71,7 +71,9 @@ def _column(answer, blocks):
             span = f"tokens a layer, {block} ({start + 1} to {end})"
             lines[span] = f"{sum(tokens) / len(tokens):.0f}"
     ms = report["ms"]
-    lines["FLOPs of the prefill (causal)"] = f"{report['flops_fraction_causal']:.1%}"
+    lines["FLOPs (causal, with selection)"] = (
+        f"{report['flops_fraction_causal_with_selection']:.1%}"
+    )
     lines["prefill with selection"] = f"{ms['selection'] + ms['prefill']:.0f} ms"
     lines["encoders"] = f"{ms['encoders']:.0f} ms"
     lines["decoding"] = f"{ms['decode']:.0f} ms"

@@ -14,10 +14,12 @@ from statistics import median
 from ..inputs.media import decode_clip
 from ..inputs.samples import Sample
 from ..models.decoder import last_logits_only
+from ..models.encode import layout_of
 from ..models.families import adapter_for
 from ..models.scoring import score_choices
-from ..schedules.cost import prefill_flops
-from ..pruning.session import prune
+from ..schedules.cost import text_dims
+from ..pruning.session import as_pruner, prune
+from .prepared import causal_flops, tower_shapes
 
 # %% ../../nbs/evaluation/03_answer.ipynb #888a6bb0
 def clip_sample(
@@ -52,12 +54,19 @@ def report_of(model, encoded, run, plan):
     "What a run cost, for machines."
     counts = {m: n.item() for m, n in encoded.layout.counts().items() if m != "image"}
     tokens = run.tokens_per_layer[0].tolist()
-    config = adapter_for(model).config(model)
-    full = prefill_flops([encoded.shape[1]] * len(tokens), config, "causal")
+    dims = text_dims(adapter_for(model).config(model))
+    full = causal_flops((encoded.shape[1],) * dims.layers, dims)
+    decoder = causal_flops(tuple(tokens), dims)
+    selection = 0
+    if plan is not None:
+        method = as_pruner(plan)
+        layout = layout_of(model, encoded.inputs, "keep", method.grids, method.seconds)
+        selection = method.selection_flops(layout, dims, tower_shapes(model))
     report = dict(
         tokens=counts,
         tokens_per_layer=tokens,
-        flops_fraction_causal=prefill_flops(tokens, config, "causal") / full,
+        flops_fraction_causal_with_selection=(decoder + selection) / full,
+        flops_fraction_causal_without_selection=decoder / full,
         ms=run.timings.ms,
     )
     if plan is None:

@@ -64,7 +64,9 @@ class MethodRun:
         return (1 - self.share) * values[0] + self.share * values[-1] if self.share else values[0]
 
 # %% ../../nbs/evaluation/02_compare.ipynb #cceb46f0
-TOLERANCE = 0.02  # relative difference in FLOPs at which two methods cost the same
+TOLERANCE = (
+    0.02  # relative difference in causal FLOPs with selection at which two methods cost the same
+)
 LOWEST = 1e-4  # setting of the knob
 
 

@@ -8,7 +8,7 @@ __all__ = ['held_out', 'made_from', 'vtw_rule']
 # %% ../../nbs/evaluation/03_questions.ipynb #f1f88aaf
 from ..storage.provenance import digest
 from ..storage.schemas import load_profile
-from ..testbed.load import TESTBEDS, fresh_samples, testbed_samples
+from ..testbed.load import fresh_samples, testbed_samples
 from ..boundaries.retention import derived_from
 from ..baselines.attention import VTW
 
