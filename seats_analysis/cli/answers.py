@@ -89,7 +89,7 @@ def _compare_text(found, plan):
     full = _column(found["full"], blocks)
     pruned = _column(found["pruned"], blocks)
     rows = [{"": label, "full": full[label], "pruned": text} for label, text in pruned.items()]
-    fewer = 1 / found["pruned"].report["flops_fraction_causal"]
+    fewer = 1 / found["pruned"].report["flops_fraction_causal_with_selection"]
     before, after = (
         answer.report["ms"]["selection"] + answer.report["ms"]["prefill"]
         for answer in (found["full"], found["pruned"])
