@@ -251,7 +251,8 @@ def test_a_baseline_gets_the_same_search(questions, stubbed, tmp_path):
     assert found["questions_of_schedule"] == found["questions"]  # all of them made the chain
     rows = {r["label"]: r for r in found["rows"]}
     assert list(rows) == ["full", "seats", "fastv+late+tuned"], done.stderr
-    more = rows["fastv+late+tuned"]["cost"] / rows["seats"]["cost"] - 1
+    cost = "flops_fraction_causal_with_selection"
+    more = rows["fastv+late+tuned"][cost] / rows["seats"][cost] - 1
     assert rows["fastv+late+tuned"]["equal_cost"] == (more <= 0.02)
     assert "another chain of fastv+late" in refused(
         *ask, "--tuned", chain, "--tuned", chain, "--overwrite"
