@@ -13,7 +13,9 @@ from pathlib import Path
 from typer import Option
 
 from seats_analysis.cli.app import (
+    Json,
     app,
+    emit,
     names_of,
     note,
     numbers_of,
@@ -69,11 +71,6 @@ def bench(
         max=2**16,
         help="Shrink the model to this width; its depth and proportions stay.",
     ),
-    preset: str = Option(
-        "",
-        help="A request as of daily-omni, worldsense, omnivideobench, video-mme or "
-        "lvomnibench, or `hour`.",
-    ),
     frames: int | None = Option(None, help="Video frames; default: 128."),
     seconds: float | None = Option(None, help="Length of video and audio; default: 60."),
     methods: str = Option("seats,random", help="Methods, separated by commas."),
@@ -99,6 +96,7 @@ def bench(
         help="Begin the file anew; without it, rows that it holds are kept and an "
         "interrupted run goes on.",
     ),
+    as_json: Json = False,
 ):
     """Time the full model against every method.
 
@@ -109,10 +107,10 @@ def bench(
     from seats_analysis.lab.workloads import Request
     from seats_analysis.evaluation.load import check_device
 
-    asked = bool(preset) or frames is not None or seconds is not None
-    request = Request.of(preset, frames, seconds)
+    asked = frames is not None or seconds is not None
+    request = Request.of("", frames, seconds)
     if scaling is not None and asked:
-        raise ValueError("--scaling: without --preset, --frames or --seconds")
+        raise ValueError("--scaling: without --frames or --seconds")
     batches = numbers_of(batch, "--batch", "whole numbers, as 1,4", int) if batch else ()
     trrs = numbers_of(trr, "--trr", "percentages, as 25,10")
     if not all(1 <= size <= MAX_COUNT for size in batches):
@@ -138,4 +136,5 @@ def bench(
     file = BenchFile(out, setup, command, again)
     _measure(file, jobs, repeats=repeats, max_seconds=MAX_SECONDS)
     results = file.results(jobs)
-    print(_text(results, file.path, not cuda))
+    data = dict(device=file.about["device"], rows=results.report())
+    emit(as_json, data, _text(results, file.path, not cuda))

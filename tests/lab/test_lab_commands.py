@@ -108,6 +108,7 @@ def demo(monkeypatch, tmp_path):
     bounds = {"both": find_boundaries(data, "both")}
     plans = {trr: Schedule.from_trr(bounds["both"], trr, 128, 80) for trr in demo_commands.TARGETS}
     rows = [dict(method="seats", trr=10, wrong=["q3", "q8"], accuracy=0.9)]
+    rows[0]["flops_fraction_causal_without_selection"] = 0.1
     for part in ("profiles", "schedules", "results"):
         (tmp_path / part).mkdir()
     save_profile(data, tmp_path / "profiles" / "testbed.nc")

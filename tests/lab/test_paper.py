@@ -569,17 +569,7 @@ def test_the_command_writes_figures_and_tables_without_a_model(data, tmp_path):
         "sys.exit(r.exit_code)"
     )
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            code,
-            "figures",
-            "--data",
-            small,
-            "--out",
-            tmp_path / "out",
-            "--json",
-        ],
+        [sys.executable, "-c", code, "figures", "--data", small, "--out", tmp_path / "out"],
         capture_output=True,
         text=True,
         cwd=ROOT,
