@@ -12,8 +12,9 @@ import tiny
 from test_cli import refused, seats
 
 from seats_analysis.boundaries.find import Boundaries
-from seats_analysis.cli import answers, app as shared, tune as commands
+from seats_analysis.cli import answers, app as shared
 from seats_analysis.tuning import tune
+from seats_analysis.tuning.check import verdict_on
 from seats_analysis.tuning.tune import Tuning
 from seats_analysis.tuning.certificate import Promise
 from seats_analysis.schedules.schedule import Schedule, ScheduleWarning
@@ -45,7 +46,7 @@ def edited(data, place, value):
 
 @pytest.fixture
 def no_model(monkeypatch):
-    def load(*args):
+    def load(*args, **options):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(shared, "load_model", load)
@@ -187,7 +188,7 @@ def test_only_the_promise_of_the_file_stands_and_with_enough_clips(
 ):
     rows = [dict(changed=changed)]
     result = MEASURED | result | dict(chains=dict(given=dict(held=held, rows=rows)))
-    good, text = commands._verdict(result, promise, Schedule.load("testbed/tuned"))
+    good, text = verdict_on(result, promise, Schedule.load("testbed/tuned"))
     assert text.startswith(said) and good == (said.split(":")[0] in ("stands", "holds"))
 
 
@@ -195,7 +196,7 @@ def test_another_plan_never_stands():
     with pytest.warns(ScheduleWarning):
         plan = Schedule.load("testbed/tuned").times(0.05)
     result = MEASURED | dict(chains=dict(given=dict(held=0, rows=[dict(changed=0.0)])))
-    good, text = commands._verdict(result, Promise(), plan)
+    good, text = verdict_on(result, Promise(), plan)
     assert not good and text.startswith("not shown")
 
 
@@ -271,9 +272,14 @@ def test_a_number_that_is_none_is_refused_before_anything_is_made(
 def test_a_search_ends_at_its_most_schedules(monkeypatch):
     monkeypatch.setattr(tune, "MAX_SCHEDULES", 20)
     samples = [tiny.ask(str(k), tiny.clip(k, 1.0, size=(56, 56))) for k in range(2)]
-    given = tiny.thinker("qwen2.5-omni"), tiny.processor("qwen2.5-omni"), Promise(0.6, 0.5)
     space = SearchSpace.of(dict(both=Boundaries(tiny.LAYERS, 2, 5, shallow_end_ci=(1, 3))))
-    tuning = Tuning(*given, samples[:1], samples[1:])
+    tuning = Tuning(
+        model=tiny.thinker("qwen2.5-omni"),
+        processor=tiny.processor("qwen2.5-omni"),
+        promise=Promise(0.6, 0.5),
+        proposal=samples[:1],
+        calibration=samples[1:],
+    )
     with pytest.raises(ValueError, match="a budget of 900 pays for more than 20 schedules"):
         tuning.search(space.draw, (), 900)
     with pytest.raises(ValueError, match="must lie in 1.5 to 1000"):

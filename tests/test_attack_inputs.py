@@ -598,7 +598,7 @@ def test_python_of_a_checkpoint_is_not_run(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
-    refused(lambda: load_model(str(tmp_path), "cpu"), "--trust-remote-code")
+    refused(lambda: load_model(str(tmp_path), "cpu"), "trust_remote_code=True")
     assert not (tmp_path / "ran").exists()
     refused(lambda: load_model(str(tmp_path), "cpu", trust_remote_code=True), "no architecture")
     assert (tmp_path / "ran").exists()

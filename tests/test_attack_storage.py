@@ -616,12 +616,12 @@ def model():
 @pytest.fixture
 def few(model, monkeypatch):
     "`seats eval` with a random model; all of its questions are on fresh clips."
-    monkeypatch.setattr(shared, "load_model", lambda *args: model)
+    monkeypatch.setattr(shared, "load_model", lambda *args, **options: model)
     monkeypatch.setattr("seats_analysis.testbed.load.testbed_samples", lambda split: [])
 
 
 def command(out, limit=4):
-    words = "eval --methods random --trr 35 --batch 2 --threads 1 --limit"
+    words = "eval --methods random --trr 35 --limit"
     return CliRunner().invoke(app, [*words.split(), str(limit), "--out", str(out)])
 
 

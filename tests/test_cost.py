@@ -6,7 +6,6 @@ import pytest, torch
 from torch.utils.flop_counter import FlopCounterMode
 from seats_analysis.pruning import timing
 from seats_analysis.models.encode import encode
-from seats_analysis.models.decoder import last_logits_only
 from seats_analysis.baselines.registry import METHODS
 from seats_analysis.schedules.cost import TextDims, prefill_flops
 from seats_analysis.pruning.session import prune
@@ -160,38 +159,3 @@ def test_pruned(shipped, encoded, trr, name):
     extra = scoring(model.config, tokens, schedule.drop_layers) if name == "seats" else 0
     assert sum(layers) + head == pytest.approx(form + extra, rel=5e-3)
     assert extra < 0.02 * form
-
-
-@pytest.mark.parametrize("trr", [None, 10, pytest.param(35, marks=pytest.mark.nightly)])
-def test_bench(trr):
-    """The FLOPs that `seats bench` divides by, on a narrow model of the 7B's depth; stage II
-    itself may add up to 2 %."""
-    from seats_analysis.lab.bench import Job, Workload
-    from seats_analysis.lab.workloads import Request, bench_inputs, bench_processor, build_model
-
-    name, request = "qwen2.5-omni-7b", Request(8, 4, 30)
-    model = build_model(name, 64)
-    inputs = bench_inputs(model, bench_processor(name), request)
-    method = None if trr is None else Job(name, request).method("seats", trr)
-    facts = Workload(model, inputs).facts(method)
-    counter = FlopCounterMode(display=False)
-    with prune(model, method), last_logits_only(model), torch.no_grad(), counter:
-        model(**inputs, use_cache=True)
-    counts = {name: sum(by.values()) for name, by in counter.get_flop_counts().items()}
-    of = lambda suffix: next(n for name, n in counts.items() if name.endswith(suffix))
-    decoder = (
-        ".language_model.layers." if hasattr(model.model, "language_model") else ".model.layers."
-    )
-    found, form = (
-        sum(of(f"{decoder}{i}") for i in range(28)) + of(".lm_head"),
-        facts["flops"]["counter"],
-    )
-    if trr is None:
-        assert found == pytest.approx(form, rel=5e-3)
-    else:
-        assert form * 0.995 <= found <= form * 1.02
-    assert (
-        facts["flops"]["causal"]
-        == prefill_flops(facts["layer_tokens"], model.config, "causal")
-        < form
-    )

@@ -7,7 +7,6 @@ from seats_analysis.evaluation import evaluate as module
 from seats_analysis.models.encode import encode
 from seats_analysis.baselines.simple import Random
 from seats_analysis.baselines.registry import METHODS, method_at
-from seats_analysis.boundaries.find import Boundaries
 from seats_analysis.evaluation.evaluate import (
     accuracy_interval,
     accuracy_table,
@@ -15,7 +14,6 @@ from seats_analysis.evaluation.evaluate import (
     evaluate,
     load_samples,
 )
-from seats_analysis.lab.results import answer_rows
 from seats_analysis.inputs.media import Clip
 from seats_analysis.inputs.samples import Sample
 from seats_analysis.schedules.schedule import Schedule
@@ -121,16 +119,6 @@ def test_batch_size_does_not_show(testbed, plan):
     together, alone = (evaluate(*testbed, SAMPLES, plan, batch_size=n) for n in (5, 1))
     np.testing.assert_allclose(together.nll, alone.nll, atol=1e-5)
     np.testing.assert_allclose(together.attrs["tokens_per_layer"], alone.attrs["tokens_per_layer"])
-
-
-def test_tokens_per_block_of_the_demo(testbed):
-    "Means over questions, of which a clip may have several, as they were really processed."
-    bounds, samples = Boundaries(4, 1, 3), SAMPLES[:4] + [ask(5, clip(0))]  # as the first
-    rows = answer_rows(*testbed, samples, {40: PLAN}, bounds)
-    for row, plan in zip(rows, (None, PLAN, Random(PLAN))):
-        layers = evaluate(*testbed, samples, plan).attrs["tokens_per_layer"]
-        blocks = dict(shallow=layers[:1], middle=layers[1:3], late=layers[3:])
-        assert row["tokens"] == {k: pytest.approx(np.mean(v)) for k, v in blocks.items()}
 
 
 def test_pruning_is_what_changes(testbed):

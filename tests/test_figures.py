@@ -1,9 +1,6 @@
 """Figures: legible, the same bytes twice, drawn from stored data alone."""
 
 import itertools
-import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -12,20 +9,14 @@ import pytest
 
 from seats_analysis.boundaries.find import Boundaries, find_boundaries
 from seats_analysis.boundaries.retention import ramp, synthetic_profile
-from seats_analysis.inputs.media import Clip, encode_clip
+from seats_analysis.inputs.media import Clip
 from seats_analysis.plots import style
 from seats_analysis.plots.dependency import plot_dependency, family_figure, plot_retention
 from seats_analysis.plots.kept import plot_kept
-from seats_analysis.lab.method_figures import learning_curves_figure, read_log
-from seats_analysis.lab.paper import figure_jobs
 from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.storage.schemas import SCHEMAS, load_json, load_profile, save_profile
+from seats_analysis.storage.schemas import SCHEMAS, load_json, load_profile
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILIES = (
-    *("colour", "shape", "position", "tone", "pattern", "order"),
-    *("see_while_hear", "hear_while_see", "count", "sequence", "control"),
-)
 
 
 def made_up_bounds(profile):
@@ -74,18 +65,6 @@ def kept_of(n_visual=128, n_audio=80, grid=(8, 4, 4)):
     )
 
 
-def made_up_log(families=FAMILIES):
-    return [
-        dict(
-            step=s,
-            loss=3 * np.exp(-s / 900) + 0.2,
-            seconds=s,
-            accuracy={f: min(1.0, 0.25 + s / 4000) for f in families},
-        )
-        for s in range(0, 4001, 200)
-    ]
-
-
 def deep_profile(layers):
     "A profile for a model of the size of the real ones."
     s, l = layers // 2, layers - layers // 6
@@ -112,7 +91,6 @@ def every_figure(profile, clip):
         plot_retention(Schedule.from_boundaries(Boundaries(12, 3, 9), 0.1, 0.3)),
     )
     yield "kept", plot_kept(clip, kept_of())
-    yield "learning", learning_curves_figure(made_up_log())
 
 
 @pytest.fixture(scope="module")
@@ -227,21 +205,6 @@ def test_same_data_same_bytes_without_dates_in_any_style(clip, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_old_figure_survives_a_full_disk(tmp_path, monkeypatch):
-    old = style.save_figure(learning_curves_figure(made_up_log()), tmp_path / "a")
-    before = [p.read_bytes() for p in old]
-
-    def full(self, data):
-        with open(self, "wb") as f:
-            f.write(data[:10])
-        raise OSError(28, "No space left on device", str(self))
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError):
-        style.save_figure(learning_curves_figure(made_up_log()[:2]), tmp_path / "a")
-    assert [p.read_bytes() for p in old] == before and len(list(tmp_path.iterdir())) == 2
-
-
 @pytest.mark.parametrize("part", ["video", "audio"])
 def test_kept_figure_of_one_modality(clip, part):
     from dataclasses import replace
@@ -273,11 +236,22 @@ def test_long_clips_show_eight_frames(clip):
     assert fig.axes[0].images[0].get_array().shape[1] == 8 * 112
 
 
-def test_learning_curves_of_unknown_families_and_a_short_log():
-    names = [f"family{i}" for i in range(7)]
-    fig = learning_curves_figure(made_up_log([*names, "family0*"])[:2])
-    assert [ax.get_title(loc="left") for ax in fig.axes] == [*names, "loss (nats/token)"]
-    assert [len(ax.lines) for ax in fig.axes] == [3, *[2] * 6, 1]  # with chance
+PLAN = Schedule(4, late_start=3)
+
+
+def test_old_figure_survives_a_full_disk(tmp_path, monkeypatch):
+    old = style.save_figure(plot_retention(PLAN), tmp_path / "a")
+    before = [p.read_bytes() for p in old]
+
+    def full(self, data):
+        with open(self, "wb") as f:
+            f.write(data[:10])
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError):
+        style.save_figure(plot_retention({"other": PLAN}), tmp_path / "a")
+    assert [p.read_bytes() for p in old] == before and len(list(tmp_path.iterdir())) == 2
 
 
 def test_broken_data_is_refused_by_name(tmp_path):
@@ -285,7 +259,6 @@ def test_broken_data_is_refused_by_name(tmp_path):
         load_profile: "p.nc",
         partial(load_json, name="kept"): "k.json",
         partial(load_json, name="results"): "r.json",
-        read_log: "l.jsonl",
         Schedule.load: "s_trr10.json",
     }
     for read, name in cases.items():
@@ -294,68 +267,3 @@ def test_broken_data_is_refused_by_name(tmp_path):
             read(tmp_path / name)
         with pytest.raises((ValueError, FileNotFoundError), match=f"missing-{name}"):
             read(tmp_path / f"missing-{name}")
-
-
-def test_figures_from_a_data_folder(profile, clip, tmp_path):
-    data = tmp_path / "data"
-    for part in ("profiles", "schedules", "results", "testbed/qwen2.5-omni"):
-        (data / part).mkdir(parents=True)
-    save_profile(profile, data / "profiles" / "m.nc")
-    for trr in (35, 10):
-        Schedule.published("qwen2.5-omni-7b", trr).save(data / "schedules" / f"m_trr{trr}.json")
-    encode_clip(clip, data / "results" / "noise.mp4")
-    (data / "results" / "kept_testbed.json").write_text(json.dumps(kept_of()))
-    log = data / "testbed" / "qwen2.5-omni" / "train_log.jsonl"
-    log.write_text("\n".join(map(json.dumps, made_up_log())))
-    code = (
-        "import sys; from seats_analysis.lab.paper import make_figures; "
-        "print(len(make_figures(*sys.argv[1:]))); "
-        "assert not {'torch', 'transformers'} & set(sys.modules), 'a model library was imported'"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, data, tmp_path / "figures"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    names = [
-        "kept_testbed",
-        "m_dependency",
-        "m_dependency_corrected",
-        "m_dependency_test",
-        "m_families",
-        "m_retention",
-        "testbed_learning",
-    ]
-    assert done.stdout.strip() == str(2 * len(names) + 3)  # and the table of boundaries
-    files = {p.name for p in (tmp_path / "figures").iterdir()}
-    assert files == {f"{n}{s}" for n in names for s in (".png", ".pdf")} | {"tables"}
-
-
-def test_committed_figures_are_those_of_the_data():
-    "Whatever can be drawn from data/ is in figures/, and nothing else."
-    if not (ROOT / "data" / "profiles" / "testbed.nc").exists():
-        pytest.skip("no committed profile yet")
-    names = set(figure_jobs(ROOT / "data"))
-    assert (
-        {p.stem for p in (ROOT / "figures").glob("*.png")}
-        == names
-        == {p.stem for p in (ROOT / "figures").glob("*.pdf")}
-    )
-
-
-def test_a_model_that_only_guesses_still_gets_its_figures(tmp_path):
-    guess = synthetic_profile(full=0.25, clips=30)
-    (tmp_path / "profiles").mkdir()
-    save_profile(guess, tmp_path / "profiles" / "guess.nc")
-    jobs = figure_jobs(tmp_path)
-    assert set(jobs) == {
-        "guess_dependency",
-        "guess_dependency_test",
-        "guess_families",
-    }  # nothing is above chance, so nothing is corrected
-    for draw in jobs.values():
-        draw()
-    with pytest.raises(ValueError, match="not above chance"):
-        plot_dependency(guess, corrected=True)

@@ -167,11 +167,11 @@ def test_full_precision_agrees_or_refuses(case, modality):
     target, entering, drops, last, layers, ratios = recorded(case, modality)
     segments = Segments(layers, tuple(drops), last)
     if is_feasible(target, entering, drops, last, layers):
-        _, keep = segments.solve(target, entering=entering)
+        _, keep = segments.keep_ratios(target, entering=entering)
         assert keep == pytest.approx(ratios, abs=5.1e-5)
     else:
         with pytest.raises(ValueError, match="cannot be met|give an entering ratio"):
-            segments.solve(target, entering=entering)
+            segments.keep_ratios(target, entering=entering)
 
 
 @pytest.mark.parametrize("case", SOLVED)

@@ -316,7 +316,6 @@ def test_command_on_the_testbed(tmp_path):
         "both",
         "--out",
         out,
-        "--json",
     )
     assert result.exit_code == 0, result.stderr
     from seats_analysis.storage.schemas import load_profile
@@ -482,11 +481,11 @@ def test_a_revision_of_a_hub_id(hub, asked):
 @pytest.mark.parametrize(
     "model, says",
     [
-        ("testbed", "--revision new: testbed is here as it is"),
+        ("testbed", "revision new: testbed is here as it is"),
         (str(CLIPS), "is here as it is"),
         ("some/model", "'some/model' at new is not in the local cache"),
     ],
 )
 def test_a_revision_that_cannot_be_had(hub, model, says):
-    done = seats("probe", "--model", model, "--revision", "new")
+    done = seats("probe", "--model", f"{model}@new")
     assert done.exit_code == 2 and says in done.stderr and done.stderr.count("\n") == 1

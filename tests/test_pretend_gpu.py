@@ -6,7 +6,6 @@ import pytest, torch
 import tiny
 from pretend import Race, Wait, no_waits, pretend_gpu
 from tiny import PLANS
-from seats_analysis.lab import bench
 from seats_analysis.pruning import base, cache, encoders, prefill, seats, session
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode
@@ -190,31 +189,6 @@ def test_spread_over_devices(model, gpu, moved, devices):
     assert "\n" not in str(error.value)
     with prune(spread, None):
         pass
-
-
-# ---------------------------------------------------------------- what `seats bench` does there
-
-
-@pytest.mark.parametrize(
-    "config, width",
-    [
-        pytest.param("qwen2.5-omni-7b", 64, marks=pytest.mark.nightly),
-        ("testbed", None),
-        pytest.param("qwen3-omni-30b-a3b", 64, marks=pytest.mark.nightly),
-    ],
-)
-def test_bench(gpu, tmp_path, config, width):
-    "Weights made on the device, in bfloat16; times from events, memory from the allocator."
-    jobs = [
-        bench.Job(config, bench.Request(4, 2.0), width, plans=(("full", 100.0), ("seats", 40.0)))
-    ]
-    setup = bench.BenchSetup("cuda", torch.bfloat16, steps=1)
-    bench.BenchFile(tmp_path / "b.json", setup).run(jobs, repeats=1)
-    rows = bench.load_json(tmp_path / "b.json", "bench")["rows"]
-    assert len(rows) == 2 and all(
-        r["error"] is None and r["ttft_ms"] > 0 and r["decode_ms_per_token"] > 0 for r in rows
-    )
-    assert [r["method"] for r in rows if r["selection_ms"] > 0] == ["seats"]
 
 
 # ---------------------------------------------------------------- the pretended one can tell

@@ -423,7 +423,7 @@ def environment():
     )
 
 
-WORDS_OF_COMMAND = "probe --limit 6 --layers 0:16:4 --threads 1".split()
+WORDS_OF_COMMAND = "probe --limit 6 --layers 0:16:4".split()
 COMMAND = ["-c", "from seats_analysis.cli.main import main; main()", *WORDS_OF_COMMAND]
 
 

@@ -1,11 +1,13 @@
 """README followed literally, from an empty folder: its Python in one process, its shell lines
 one after another, its printed output compared."""
 
+import importlib
 import os
 import re
 import shlex
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,18 @@ def test_lines_that_take_more_are_at_least_commands(words):
     _, *words = words[words.index("seats") :]
     command = typer.main.get_command(cli.app).commands[words[0]]
     command.make_context(words[0], words[1:])
+
+
+WALK = (ROOT / "nbs" / "explanations" / "walk_tune.ipynb").read_text(encoding="utf-8")
+
+
+def test_places_of_the_walks_exist():
+    "Each walk has at most 25 places, and every one is a module with such a qualified name."
+    walks = WALK.split("## `seats ")[1:]
+    assert [walk[:4] for walk in walks] == ["eval", "tune"]
+    for walk in walks:
+        places = re.findall(r"\| `(\w+\.\w+)\.([\w.]+)` \|", walk)
+        assert 15 < len(places) <= 25
+        assert f"{len(places)} places in {len({m for m, _ in places})} files" in walk
+        for module, name in places:
+            attrgetter(name)(importlib.import_module(f"seats_analysis.{module}"))

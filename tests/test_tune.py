@@ -12,10 +12,10 @@ from test_cli import refused, seats
 
 from seats_analysis.boundaries.find import Boundaries
 from seats_analysis.boundaries.retention import ramp, synthetic_profile
-from seats_analysis.cli import app as shared, tune as commands
+from seats_analysis.cli import app as shared
 from seats_analysis.tuning import tune
 from seats_analysis.evaluation.prepared import PreparedBatch, prepare_questions
-from seats_analysis.tuning.tune import Paired, Tuning, better_half, chain_of
+from seats_analysis.tuning.tune import Paired, Tuning, better_half, chain_of, deal_clips
 from seats_analysis.inputs.samples import read_samples, write_samples
 from seats_analysis.tuning.certificate import Promise, draw_certificates
 from seats_analysis.schedules.schedule import Schedule
@@ -85,9 +85,16 @@ def family():
     return "qwen2.5-omni"
 
 
-def tuning(samples, folder=None, **kw):
-    given = tiny.thinker("qwen2.5-omni"), tiny.processor("qwen2.5-omni"), EASY
-    return Tuning(*given, samples[:6], samples[6:], {}, folder, 2, **kw)
+def tuning(samples, folder=None):
+    return Tuning(
+        model=tiny.thinker("qwen2.5-omni"),
+        processor=tiny.processor("qwen2.5-omni"),
+        promise=EASY,
+        proposal=samples[:6],
+        calibration=samples[6:],
+        folder=folder,
+        batch_size=2,
+    )
 
 
 @pytest.mark.usefixtures("no_grad")
@@ -112,7 +119,7 @@ def test_paired_kl_and_picks(samples):
 def test_an_interrupted_search_goes_on_and_the_chain_was_fixed_before(
     samples, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(tune, "FIRST", 3)  # two rounds
+    monkeypatch.setattr(tune, "FIRST_ROUND", 3)  # two rounds
     plan = SPACE.draw(np.random.default_rng(1))
     given = dict(draw=SPACE.draw, fixed=[plan, plan], budget=4)
     whole = tuning(samples).tune(**given)
@@ -142,13 +149,13 @@ def test_an_interrupted_search_goes_on_and_the_chain_was_fixed_before(
 def test_no_clip_serves_twice(samples):
     with pytest.raises(ValueError, match="both for the search and for calibration"):
         tuning([*samples[:5], samples[0], *samples[:6]])
-    proposal, calibration = Tuning.split(samples, EASY, made={"c5"})
+    proposal, calibration = deal_clips(samples, EASY, made={"c5"})
     sides = [{s.clip for s in side} for side in (proposal, calibration)]
     assert not sides[0] & sides[1] and "c5" in sides[0] and len(sides[0] | sides[1]) == 6
     named = [replace(s, split="derive" if s.clip < "c2" else "test") for s in samples]
-    assert {s.split for s in Tuning.split(named, EASY)[1]} == {"test"}
+    assert {s.split for s in deal_clips(named, EASY)[1]} == {"test"}
     with pytest.raises(ValueError, match=r"too few: .* takes 149 .* --max-change \d+"):
-        Tuning.split(samples, Promise())
+        deal_clips(samples, Promise())
 
 
 # ---------------------------------------------------------------- the commands
@@ -172,9 +179,9 @@ def stubbed(monkeypatch, tmp_path):
     "A tiny random model and a profile with known blocks, in the current folder."
     given = tiny.thinker("qwen2.5-omni"), tiny.processor("qwen2.5-omni")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(commands, "LADDER", (60,))
+    monkeypatch.setattr(tune, "LADDER", (60,))
     monkeypatch.setattr(shared, "check_model_name", lambda name, revision: None)
-    monkeypatch.setattr(shared, "load_model", lambda *args: given)
+    monkeypatch.setattr(shared, "load_model", lambda *args, **options: given)
     profile = synthetic_profile({r: ramp(tiny.LAYERS, 1, 4) for r in ("visual", "audio", "both")})
     save_profile(profile, tmp_path / "p.nc")
     return ["--model", "m", "--profile", tmp_path / "p.nc"]
@@ -209,8 +216,9 @@ def test_tune_and_check(questions, stubbed, tmp_path):
     done = seats(*check, moved, *strict)
     assert done.exit_code == 1 and "refused: other kinds of questions" in done.stdout
     chain = home / "results" / "tune_m.json"
-    done = seats("check", chain, "--model", "m", "--data", new, "--json")
-    found = json.loads(done.stdout)["chains"]
+    done = seats("check", chain, "--model", "m", "--data", new)
+    assert done.exit_code == 0, done.stderr
+    found = json.loads((tmp_path / "seats_out/new/results/check_tune_m.json").read_text())["chains"]
     stored = json.loads(chain.read_text())["chains"]
     assert {k: len(c["rows"]) for k, c in found.items()} == {
         k: len(c["rows"]) for k, c in stored.items()
@@ -219,7 +227,7 @@ def test_tune_and_check(questions, stubbed, tmp_path):
 
 
 def test_too_few_clips_are_refused_before_the_model_is_loaded(questions, stubbed, monkeypatch):
-    def load(*args):
+    def load(*args, **options):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(shared, "load_model", load)
@@ -238,8 +246,8 @@ def test_a_baseline_gets_the_same_search(questions, stubbed, tmp_path):
     assert "tune_m_fastv+late.json" in done.stdout or done.exit_code == 1
     # and what it found takes part in the comparison
     ask = "eval", *stubbed, "--data", questions, "--methods", "seats", "--trr", 30
-    done = seats(*ask, "--tuned", chain, "--json")
-    found = json.loads(done.stdout)
+    done = seats(*ask, "--tuned", chain, "--out", tmp_path / "eval.json")
+    found = json.loads((tmp_path / "eval.json").read_text())
     assert found["questions_of_schedule"] == found["questions"]  # all of them made the chain
     rows = {r["label"]: r for r in found["rows"]}
     assert list(rows) == ["full", "seats", "fastv+late+tuned"], done.stderr

@@ -16,6 +16,7 @@ from seats_analysis.boundaries.retention import (
     ClipCounts,
     clip_counts,
     family_needs,
+    known_split,
     plain_attrs,
     profile_hash,
     ratio,
@@ -60,8 +61,8 @@ class Boundaries:
     @property
     def excludable_loss(self) -> float:  # share of the performance
         "The least loss that so many clips can exclude, whatever they answer."
-        known = self.parameters
-        return float(loss_bound(0.0, 0.0, known["effective_clips"], known["critical"]))
+        clips = self.parameters["effective_clips"]
+        return float(loss_bound(0.0, 0.0, clips, self.parameters["critical"]))
 
     @property
     def unmeasurable(self) -> str:
@@ -81,6 +82,34 @@ class Boundaries:
                 "MIDDLE,LATE`, or Boundaries(num_layers, shallow_end, late_start)"
             )
 
+    def late(self, rule: str) -> int:  # estimate or certified
+        "First layer of the late block under a rule; the estimate if nothing was assessed."
+        if rule not in ("estimate", "certified"):
+            raise ValueError(f"`late` must be estimate or certified, not {rule!r}")
+        certified = self.late_start_certified
+        return self.late_start if rule == "estimate" or certified is None else certified
+
+    def late_remark(self, rule: str) -> str:
+        "Which late block was taken, and why there is another; empty where both rules agree."
+        if self.late("estimate") == self.late("certified"):
+            return ""
+        certified = f"layer {self.late_start_certified + 1}"
+        if self.late_start_certified == self.num_layers:
+            certified = "none"
+            if "effective_clips" in self.parameters:
+                margin = self.parameters["margin"]
+                best = self.excludable_loss
+                certified += (
+                    f" ({self.n_clips} clips exclude a loss of {best:.2%} at best, not {margin:.2%})"
+                    if best > margin
+                    else f" ({self.n_clips} clips leave a loss of {margin:.2%} possible)"
+                )
+        said = [f"layer {self.late_start + 1} of {self.num_layers}, estimate"]
+        said.append(f"certified: {certified}")
+        if rule == "certified":
+            said = [f"{certified}, certified", f"estimate: {said[0].removesuffix(', estimate')}"]
+        return "late block: " + "; ".join(said)
+
     def to_dict(self) -> dict:
         "JSON-able, with its schema."
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -89,7 +118,8 @@ class Boundaries:
     @classmethod
     def from_dict(cls, data):
         "Raises ValueError for missing or unknown fields."
-        known, given = {f.name for f in fields(cls)}, set(data) - {"schema"}
+        known = {f.name for f in fields(cls)}
+        given = set(data) - {"schema"}
         if given != known:
             raise ValueError(
                 f"boundaries file: missing {sorted(known - given)}, unknown {sorted(given - known)}"
@@ -106,7 +136,8 @@ class Boundaries:
         return cls.from_dict(load_json(path, "boundaries"))
 
 # %% ../../nbs/boundaries/01_find.ipynb #e3738e1f
-TOLERANCE, RISE = 0.01, 0.10  # the rule's defaults, see `find_boundaries`
+TOLERANCE = 0.01  # the rule's defaults, see `find_boundaries`
+RISE = 0.10
 LATE_CONFIDENCE = 0.9  # as `choose_late_confidence` of data/results/boundary_coverage.json has it
 
 
@@ -121,6 +152,10 @@ def integer_interval(replicates, estimate, confidence):
     low = np.quantile(replicates, tail, method="lower")
     high = np.quantile(replicates, 1 - tail, method="higher")
     return int(min(low, estimate)), int(max(high, estimate))
+
+
+def _rounded(values):
+    return tuple(round(float(value), 6) for value in values)
 
 # %% ../../nbs/boundaries/01_find.ipynb #3523a248
 @dataclass(frozen=True)
@@ -137,18 +172,19 @@ class Resampled:
         cls,
         profile,  # dependency profile, dims (sample, removed, layer)
         removed: str = "both",  # "visual", "audio" or "both"
-        split: str | None = "derive",  # None takes all samples
+        split: str = "derive",  # all samples where there is no such split, and for `all`
         families=None,  # None: those that need what was removed
         n_boot: int = 2000,  # resamples of the clips
         seed: int = 0,
     ):
         "Count and resample. Raises ValueError for what the profile does not hold."
         counts = clip_counts(profile, removed, split, families)
-        share = lambda values: tuple(round(float(value), 6) for value in values)
-        above = counts.accuracy[-1] > counts.chance
+        corrected = ()
+        if counts.accuracy[-1] > counts.chance:
+            corrected = _rounded(ratio(counts.accuracy, counts.chance))
         try:
             asked = [family for family, needs in family_needs(profile).items() if not needs]
-            control = ratio(clip_counts(profile, removed, split, asked).accuracy)
+            control = _rounded(ratio(clip_counts(profile, removed, split, asked).accuracy))
         except ValueError:
             control = ()  # none asked in this split, or none answered: it is for comparison only
         attrs = plain_attrs(profile)
@@ -159,15 +195,15 @@ class Resampled:
             n_clips=len(counts.asked),
             layers=tuple(map(int, counts.layers)),
             families=counts.families,
-            curve=share(ratio(counts.accuracy)),
-            corrected=share(ratio(counts.accuracy, counts.chance)) if above else (),
-            control=share(control),
+            curve=_rounded(ratio(counts.accuracy)),
+            corrected=corrected,
+            control=control,
             model=str(attrs.get("model", attrs.get("model_id", ""))),
             revision=attrs.get("revision", attrs.get("model_revision")) or None,
             seed=None if made is None else int(made),
             profile_hash=profile_hash(profile),
         )
-        parameters = dict(n_boot=n_boot, seed=seed, split=split)
+        parameters = dict(n_boot=n_boot, seed=seed, split=known_split(profile, split))
         if weights := attrs.get("weights_sha256"):
             parameters["weights_sha256"] = weights
         if "bypass_kl" in profile:
@@ -178,10 +214,11 @@ class Resampled:
             }
         drawn = cls(counts, counts.bootstrap(n_boot, seed), parameters, facts)
         if "kl" in profile:
-            chosen = dict(split=split, families=families, n_boot=n_boot, seed=seed)
-            parameters["kl"] = kl = kl_late_start(profile, removed, **chosen)
+            kl = kl_late_start(
+                profile, removed, n_boot=n_boot, seed=seed, split=split, families=families
+            )
             at = facts["layers"].index(kl["late_start"])
-            kl["retained"] = round(float(drawn.fit[at]), 6)
+            parameters["kl"] = kl | dict(retained=round(float(drawn.fit[at]), 6))
         return drawn
 
     @cached_property
@@ -194,8 +231,10 @@ class Resampled:
 
     def critical_value(self, confidence):  # standard errors
         "One-sided: sup-t over the layers that vary, never below the normal quantile."
-        curve, ratios = ratio(self.counts.accuracy), ratio(self.boot)
-        normal, se = float(ndtri(confidence)), ratios.std(0)
+        curve = ratio(self.counts.accuracy)
+        ratios = ratio(self.boot)
+        se = ratios.std(0)
+        normal = float(ndtri(confidence))
         live = se > 1e-9
         if not live.any():
             return normal
@@ -204,15 +243,17 @@ class Resampled:
 
     def lower_band(self, critical):  # (n,)
         "Lower confidence band of R around its fit; exactly 1 at L, where nothing is estimated."
-        loss, se = np.maximum(1 - self.fit, 0), ratio(self.boot).std(0)
+        loss = np.maximum(1 - self.fit, 0)
+        se = ratio(self.boot).std(0)
         lower = 1 - loss_bound(loss, se, self.counts.effective, critical)
         lower[-1] = 1.0
         return np.maximum(lower, 0.0)
 
     def blocks(self, tolerance=TOLERANCE, rise=RISE):
         "(shallow_end, late_start) of the sample, and those of each resample."
-        of = lambda fit: crossings(fit, self.counts.layers, tolerance, rise)
-        return tuple(map(int, of(self.fit))), of(self.fits)
+        layers = self.counts.layers
+        sample = crossings(self.fit, layers, tolerance, rise)
+        return tuple(map(int, sample)), crossings(self.fits, layers, tolerance, rise)
 
     def late_interval(self, late, lates, tolerance, confidence, late_confidence):
         "Percentiles; the upper end at least where the bound stays above 1 - tolerance."
@@ -231,7 +272,8 @@ class Resampled:
         late_confidence: float = LATE_CONFIDENCE,  # one-sided, of the upper end of late_start_ci
     ) -> Boundaries:
         "Blocks at a tolerance. Raises ValueError for shares outside (0, 1)."
-        margin, counts = tolerance if margin is None else margin, self.counts
+        margin = tolerance if margin is None else margin
+        counts = self.counts
         shares = dict(
             tolerance=tolerance,
             rise=rise,
@@ -258,39 +300,37 @@ class Resampled:
             effective_clips=round(counts.effective, 3),
             late_confidence=late_confidence,
         )
+        whole = int(counts.layers[0]), int(counts.layers[-1])
         if why := counts.unmeasurable:
             parameters["unmeasurable"] = why
-            spans = [(int(counts.layers[0]), int(counts.layers[-1]))] * 2
+            shallow_ci = whole
+            late_ci = whole
         else:
             parameters["stability"] = dict(
                 shallow_end=_same(shallows, shallow), late_start=_same(lates, late)
             )
-            spans = [
-                integer_interval(shallows, shallow, confidence),
-                self.late_interval(late, lates, tolerance, confidence, late_confidence),
-            ]
+            shallow_ci = integer_interval(shallows, shallow, confidence)
+            late_ci = self.late_interval(late, lates, tolerance, confidence, late_confidence)
+        certified = int(first_staying(lower, counts.layers, 1 - margin))
         return Boundaries(
-            int(counts.layers[-1]),
-            shallow,
-            late,
+            num_layers=whole[1],
+            shallow_end=shallow,
+            late_start=late,
             # a margin below the tolerance moves the certificate up, one above not down
-            max(late, int(first_staying(lower, counts.layers, 1 - margin))),
-            shallow_end_ci=spans[0],
-            late_start_ci=spans[1],
-            fitted=tuple(round(float(x), 6) for x in self.fit),
-            lower=tuple(round(float(x), 6) for x in lower),
+            late_start_certified=max(late, certified),
+            shallow_end_ci=shallow_ci,
+            late_start_ci=late_ci,
+            fitted=_rounded(self.fit),
+            lower=_rounded(lower),
             parameters=parameters,
             **self.facts,
         )
 
 # %% ../../nbs/boundaries/01_find.ipynb #73f83688
-KL_THRESHOLD = 0.01  # nats
-
-
 def kl_late_start(
     profile,  # dependency profile with the variable `kl`
     removed: str = "both",  # "visual", "audio" or "both"
-    threshold: float = KL_THRESHOLD,  # nats
+    threshold: float = 0.01,  # nats
     n_boot: int = 2000,  # resamples of the clips
     seed: int = 0,
     **chosen,  # split and families, see `find_boundaries`
@@ -315,11 +355,13 @@ def find_boundaries(
     confidence: float = 0.95,  # of intervals (two-sided) and of the certificate (one-sided)
     n_boot: int = 2000,  # resamples of the clips
     seed: int = 0,
-    split: str | None = "derive",  # None takes all samples
+    split: str = "derive",  # all samples where there is no such split, and for `all`
     families=None,  # None: those that need what was removed
     margin: float | None = None,  # loss that the certificate excludes; None: the tolerance
     late_confidence: float = LATE_CONFIDENCE,  # one-sided, of the upper end of late_start_ci
 ) -> Boundaries:
     "Shallow, middle and late blocks. Raises ValueError for what the profile does not hold."
-    drawn = Resampled.of(profile, removed, split, families, n_boot, seed)
-    return drawn.decide(tolerance, rise, margin, confidence, late_confidence)
+    drawn = Resampled.of(profile, removed, split=split, families=families, n_boot=n_boot, seed=seed)
+    return drawn.decide(
+        tolerance, rise, margin=margin, confidence=confidence, late_confidence=late_confidence
+    )

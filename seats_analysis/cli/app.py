@@ -148,18 +148,21 @@ def _group(
     pass
 
 # %% ../../nbs/cli/00_app.ipynb #53c15772
-def prepare(threads=None):
-    "Set the CPU threads, if given, and keep transformers' bars and advice out of our lines."
+def prepare():
+    "Keep transformers' bars and advice out of our lines."
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if threads:
-        import torch
 
-        torch.set_num_threads(threads)
+
+def name_and_revision(model) -> tuple:  # name, revision or None
+    "`owner/name@revision` in two; a folder is what it is called."
+    name, _, revision = model.partition("@")
+    return (name, revision) if revision and not Path(model).exists() else (model, None)
 
 # %% ../../nbs/cli/00_app.ipynb #9cd76be1
+CLIPS = "scratch-clips"  # in a checkpoint: made once for all processes, and for a run that goes on
 MAX_FRAMES = 128  # of a clip of one's own: a minute at 2 frames a second, as published
 
 
@@ -182,18 +185,6 @@ def limits_of(
         note(f"note: at most {MAX_FRAMES} frames of a clip are used; --max-frames changes that")
     asked = dict(fps=fps, max_frames=max_frames)
     return usual | {k: v for k, v in asked.items() if v is not None}
-
-
-def mean_tokens(model, processor, samples, **limits) -> dict:  # 'visual', 'audio', 'text'
-    "Mean tokens of a prompt, from one question on each of the first 16 clips."
-    from tqdm.auto import tqdm
-    from seats_analysis.models.encode import encode
-
-    first = list({s.clip: s for s in reversed(samples)}.values())[::-1][:16]
-    shown = tqdm(first, desc="mean tokens", unit="clip", delay=1)
-    counts = [encode(model, processor, [s], **limits).layout.counts() for s in shown]
-    kinds = ("visual", "audio", "text")
-    return {k: sum(c[k].item() for c in counts) / len(counts) for k in kinds}
 
 # %% ../../nbs/cli/00_app.ipynb #ea397fbf
 def writable(
@@ -274,6 +265,21 @@ def numbers_of(text, option, example, kind=float) -> tuple:
     return numbers
 
 
+def check_figure(path, overwrite):
+    "Raise ValueError unless a figure can be written as PNG and PDF."
+    stem = path.with_suffix("") if path.suffix in (".png", ".pdf") else path
+    for suffix in (".png", ".pdf"):
+        writable(f"{stem}{suffix}", overwrite=overwrite)
+
+
+def left_out(broken) -> str:
+    "What a summary says about broken clips; nothing without --skip-broken."
+    if broken is None:
+        return ""
+    questions = sum(len(b["questions"]) for b in broken)
+    return f"; {questions} questions on {len(broken)} broken clips are left out"
+
+
 def emit(
     as_json: bool,  # one JSON document instead of text
     data: dict,  # what a machine reads
@@ -287,31 +293,24 @@ def table(
     rows,  # dicts with the same keys
 ) -> str:
     "Text columns, aligned."
-    lines = [list(rows[0]), *(list(map(str, r.values())) for r in rows)]
+    lines = [list(rows[0])] + [[str(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * w for w in widths])
+    lines.insert(1, ["-" * width for width in widths])
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 # %% ../../nbs/cli/00_app.ipynb #5ee3f9ab
 Limit = Annotated[
     int | None, Option(min=1, max=10**6, help="Use only the first so many questions.")
 ]
-Batch = Annotated[int, Option(min=1, help="Questions per batch.")]
+BatchOfClip = Annotated[
+    int | None,
+    Option(min=1, help="Questions per batch; default: 4 of the testbed, else those on one clip."),
+]
 Seed = Annotated[int, Option(min=0, help="Seed of what is drawn at random.")]
-Device = Annotated[str, Option(help="cpu or cuda; by default a GPU where there is one.")]
 Overwrite = Annotated[
     bool, Option("--overwrite", help="Replace what an earlier run has written there.")
 ]
 Json = Annotated[bool, Option("--json", help="Print one JSON document instead of text.")]
-Threads = Annotated[
-    int | None,
-    Option(
-        min=1,
-        max=1024,
-        help="CPU threads; with the same count, the same command gives the same numbers on the "
-        "same machine.",
-    ),
-]
 Late = Annotated[
     str | None,
     Option(
@@ -326,11 +325,12 @@ class ModelOptions:
     "Options of every command that runs a model."
 
     model: Annotated[
-        str, Option(help="`testbed`, `testbed-qwen3`, a folder with a checkpoint, or a hub id.")
+        str,
+        Option(
+            help="`testbed`, `testbed-qwen3`, a folder with a checkpoint, or a hub id, as "
+            "owner/name or owner/name@revision."
+        ),
     ] = "testbed"
-    revision: Annotated[
-        str | None, Option(help="Branch, tag or commit of a hub id; default: its main branch.")
-    ] = None
     fps: Annotated[
         float | None, Option(min=0.01, max=1000, help="Frames a second; default: 2.")
     ] = None
@@ -346,20 +346,15 @@ class ModelOptions:
         str, Option(help="Weights as stored (`auto`), float32, bfloat16 or float16.")
     ] = "auto"
     attention: Annotated[str, Option(help="Attention: sdpa, eager or flash_attention_2.")] = "sdpa"
-    device: Device = ""
-    trust_remote_code: Annotated[
-        bool, Option("--trust-remote-code", help="Run Python that the checkpoint brings along.")
-    ] = False
-    threads: Threads = None
 
     def depth(self):  # decoder layers, if the configuration says
         "ValueError for a model that cannot be had here; nothing heavy is imported."
-        return check_model_name(self.model, self.revision)
+        return check_model_name(*name_and_revision(self.model))
 
     def load(self):  # model, processor
-        prepare(self.threads)
-        options = self.device, self.trust_remote_code, self.dtype, self.attention, self.revision
-        return load_model(self.model, *options)
+        prepare()
+        name, revision = name_and_revision(self.model)
+        return load_model(name, dtype=self.dtype, attention=self.attention, revision=revision)
 
 
 @dataclass(frozen=True)
@@ -404,8 +399,14 @@ class DataOptions(ModelOptions):
     def samples(self, split=None):
         from seats_analysis.evaluation.evaluate import load_samples
 
-        given = self.limit, self.root, self.allow_outside, self.broken
-        return load_samples(self.data, split, *given)
+        return load_samples(
+            self.data,
+            split,
+            limit=self.limit,
+            root=self.root,
+            allow_outside=self.allow_outside,
+            broken=self.broken,
+        )
 
     def limits(self, processor):
         return limits_of(self.data, processor, self.fps, self.max_frames)

@@ -6,9 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/cli/04_tune.ipynb #ebae319f
-import warnings
-from contextlib import suppress
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,12 +13,12 @@ import typer
 from typer import Option
 
 from seats_analysis.cli.app import (
+    BatchOfClip,
+    CLIPS,
     DataOptions,
-    Json,
     Overwrite,
     app,
-    emit,
-    mean_tokens,
+    left_out,
     name_of,
     note,
     output_file,
@@ -29,129 +26,70 @@ from seats_analysis.cli.app import (
     table,
     takes,
 )
-from seats_analysis.cli.analysis import derived_from, find_blocks, left_out
-from seats_analysis.cli.answers import CLIPS, check_blocks, check_origin, profile_of, solve
-from seats_analysis.evaluation.load import check_device
-from seats_analysis.storage.checkpoint import Checkpoint, checkpoint_of, processes
-from seats_analysis.storage.provenance import hash_code
-from seats_analysis.storage.schemas import SCHEMAS, load_profile, save_json, schema_of
+from seats_analysis.storage.checkpoint import Checkpoint, checkpoint_of
 
 # %% ../../nbs/cli/04_tune.ipynb #fa4fd932
-TUNE_SEED, CHECK_SEED = 5, 4  # of the testbed's fresh clips; eval has 2
-LADDER = 80, 60, 45, 35, 25, 15, 10, 5  # TRR of the fixed shape that is certified beside, percent
+TUNE_SEED = 5  # of the testbed's fresh clips; eval has 2
+CHECK_SEED = 4
 
 
-def _fresh(n, seed, folder):
-    "Questions on as many fresh clips of the testbed."
+def _fresh(asked, questions, seed, folder):
+    "Questions on as many fresh clips of the testbed; only so many as --limit says."
     from seats_analysis.testbed.load import fresh_samples
 
-    return fresh_samples(n, seed=seed, per_clip=1, folder=folder, progress=True)
+    n = asked.limit or questions
+    return fresh_samples(n, seed=seed, per_clip=1, folder=folder / CLIPS, progress=True)
 
 
-def _bounds(model, profile):  # -> condition -> Boundaries, clips that they were derived from
-    source = profile_of(model, profile)
-    if source is None:
-        return dict(both=check_blocks(model)[0]), ()
-    stored = load_profile(source)
-    known = {"visual", "audio", "both"} & set(stored["removed"].values.astype(str))
-    used = derived_from(stored)["clip"].values.astype(str)
-    return {r: find_blocks(stored, r) for r in sorted(known)}, set(used.tolist())
-
-
-def _draw(method, space, fixed, counts):
-    "Function that draws a candidate: SEATS within the boundaries, another method by its knobs."
-    from seats_analysis.baselines.registry import METHODS, method_at
-
-    if method == "seats":
-        return space.draw
-    knobs, plan = METHODS[method.removesuffix("+late")].knobs, fixed[-1]
-    highest = 1 / min(plan.trr.values())  # everything is kept
-
-    def draw(random):
-        for _ in range(100):
-            chosen = {name: values[random.integers(len(values))] for name, values in knobs.items()}
-            with suppress(ValueError):  # not for this depth, or this share
-                return method_at(method, plan, counts, highest * 0.02 ** random.uniform(), **chosen)
-        raise ValueError(f"--method {method}: no setting of it fits this model")
-
-    return draw
-
-
-def _tuning(asked, loaded, promise, questions, folder, batch):
-    "The questions with the model, and what a result says about its origin."
-    from seats_analysis.tuning.tune import Tuning
-    from seats_analysis.models.provenance import provenance
-
-    limits = asked.limits(loaded[1])
-    about = provenance(*loaded, sum(questions, []), seed=0) | dict(code_sha256=hash_code())
-    about |= dict(data=Path(asked.data).name)
-    batch = batch or (4 if asked.data == "testbed" else 1)
-    return Tuning(*loaded, promise, *questions, about, folder, batch, limits, progress=True)
+def _asked_options(asked, batch, processor):
+    "What both functions are told of the questions."
+    return dict(
+        data=Path(asked.data).name,
+        broken=asked.broken,
+        batch_size=batch or (4 if asked.data == "testbed" else 1),
+        progress=True,
+        **asked.limits(processor),
+    )
 
 # %% ../../nbs/cli/04_tune.ipynb #59ee090f
 def _chain_table(found):
     "What became of each schedule of a chain."
-    return table(
-        [
+    rows = []
+    for i, r in enumerate(found["rows"]):
+        rows.append(
             {
-                "FLOPs of full": f"{100 * r['cost']:.1f} %",
+                "FLOPs of full (causal)": f"{100 * r['cost']:.1f} %",
                 "changed": f"{100 * r['changed']:.2f} %",
                 "p": f"{r['p']:.3g}",
                 "": "holds" if i < found["held"] else "",
             }
-            for i, r in enumerate(found["rows"])
-        ]
-    )
-
-
-def _to_whom(result):
-    "Who may rely on a promise, in words."
-    families = [f for f in result["mix"]["families"] if f]
-    kinds = f" ({len(families)} kinds)" if len(families) > 1 else ""
-    return (
-        f"for questions like the {result['questions']} on {result['clips']} clips of "
-        f"{result['data']}{kinds}"
-    )
+        )
+    return table(rows)
 
 
 def _tune_text(result, promise, out):
     "The chain, and in one line what was promised to whom."
-    tuned, fixed = (result["chains"].get(k) for k in ("tuned", "fixed"))
+    from seats_analysis.tuning.check import to_whom
+
+    tuned = result["chains"]["tuned"]
+    whom = to_whom(result)
     lines = [_chain_table(tuned), ""]
     if held := tuned["held"]:
         cost = tuned["rows"][held - 1]["cost"]
-        lines.append(f"{promise}, {_to_whom(result)}: {100 * cost:.1f} % of the FLOPs; {out}")
+        lines.append(f"{promise}, {whom}: {100 * cost:.1f} % of the FLOPs (causal); {out}")
     else:
-        first = tuned["rows"][0]
-        needed = promise.clips(first["changed"])
+        changed = tuned["rows"][0]["changed"]
+        needed = promise.clips(changed)
         more = f"it takes some {needed} clips" if needed else "no number of clips will do"
-        said = f"the dearest changes {100 * first['changed']:.2f} %: {more}"
-        lines.append(f"no schedule holds ({promise}, {_to_whom(result)}); {said}")
+        said = f"the dearest changes {100 * changed:.2f} %: {more}"
+        lines.append(f"no schedule holds ({promise}, {whom}); {said}")
+    fixed = result["chains"].get("fixed")
     if fixed and fixed["held"]:
         cost = fixed["rows"][fixed["held"] - 1]["cost"]
         lines.append(f"with the same promise the fixed published shape takes {100 * cost:.1f} %")
     return "\n".join(lines) + left_out(result["broken"])
 
-
-def _certified(result):
-    "The cheapest schedule that holds, with its evidence."
-    from seats_analysis.schedules.schedule import Schedule
-
-    tuned = result["chains"]["tuned"]
-    row = tuned["rows"][tuned["held"] - 1]
-    evidence = dict(kind="tuned", weights_sha256=result["weights_sha256"])
-    plan = replace(Schedule.from_dict(row["schedule"]), evidence=evidence)
-    kept = "promise answers one_question_a_clip clips questions mix data known_clips".split()
-    found = {k: result[k] for k in kept} | {k: row[k] for k in ("cost", "changed", "p")}
-    return plan.certified(**found)
-
 # %% ../../nbs/cli/04_tune.ipynb #29212bc6
-BatchOfClip = Annotated[
-    int | None,
-    Option(min=1, help="Questions per batch; default: 4 of the testbed, else those on one clip."),
-]
-
-
 @app.command()
 @takes(DataOptions)
 def tune(
@@ -164,7 +102,10 @@ def tune(
         95, min=50, max=99.99, help="Percent of calibrations in which the promise holds."
     ),
     budget: float = Option(
-        10, help="FLOPs of the search, in passes of the full model over its questions; 1.5 to 1000."
+        10,
+        min=1.5,
+        max=1000,
+        help="FLOPs of the search, in passes of the full model over its questions.",
     ),
     method: str = Option(
         "seats", help="Another method to tune by its own knobs, also as fastv+late."
@@ -179,7 +120,6 @@ def tune(
     ),
     overwrite: Overwrite = False,
     batch: BatchOfClip = None,
-    as_json: Json = False,
 ):
     """Find the cheapest schedule that changes few answers.
 
@@ -194,102 +134,44 @@ def tune(
     usual = f"results/tune_{name}.json"
     evidence = output_file(evidence, asked.data, usual, "tune", overwrite)
     from seats_analysis.baselines.registry import METHODS
-    from seats_analysis.tuning.tune import Tuning
+    from seats_analysis.schedules.choose import blocks_of
     from seats_analysis.tuning.certificate import Promise
-    from seats_analysis.tuning.search import SearchSpace
+    from seats_analysis.tuning.tune import deal_clips, measured_bounds, tune_schedule
 
     promise = Promise(max_change / 100, confidence / 100)
-    Tuning.check_budget(budget)
-    check_device(asked.device)
     if method.removesuffix("+late") not in METHODS:
         raise ValueError(f"--method {method!r}: one of {', '.join(METHODS)}, or with +late behind")
-    check_blocks(asked.model, profile, num_layers)
-    bounds, made = _bounds(asked.model, profile)
-    space = SearchSpace.of(bounds)
+    blocks_of(asked.model, profile, num_layers)
     with Checkpoint.hold(checkpoint_of(evidence)) as folder:
         if asked.data == "testbed":
-            proposal = asked.samples("derive")
-            calibration = _fresh(asked.limit or 4 * promise.clips(), TUNE_SEED, folder / CLIPS)
-            Tuning.check_enough(calibration, promise)
+            samples = asked.samples("derive")
+            samples += _fresh(asked, 4 * promise.clips(), TUNE_SEED, folder)
         else:
             samples = asked.samples()
-            proposal, calibration = Tuning.split(samples, promise, made)
+        proposal, calibration = deal_clips(
+            samples, promise, measured_bounds(asked.model, profile)[1]
+        )
         note(f"{len(proposal)} questions to search on, {len(calibration)} to certify on")
-        loaded = asked.load()
-        tuning = _tuning(asked, loaded, promise, (proposal, calibration), folder, batch)
-        counts = mean_tokens(*loaded, proposal, **tuning.limits)
-        counts, fixed = (counts["visual"], counts["audio"]), []
-        for trr in LADDER:
-            with suppress(ValueError), warnings.catch_warnings():  # too high for the late block
-                warnings.simplefilter("ignore")
-                fixed += solve(asked.model, (trr,), counts, profile).values()
-        draw = _draw(method, space, fixed, counts)
+        model, processor = asked.load()
         with resumable(folder, "answers"):
-            result = tuning.tune(draw, fixed if method == "seats" else (), budget)
-        if result is None:
-            return
-        result |= tuning.about | dict(schema=SCHEMAS["tune"].id, method=method, broken=asked.broken)
-        held = result["chains"]["tuned"]["held"]
-        save_json(evidence, result)
-        if held and method == "seats":
-            _certified(result).save(out)
-        Checkpoint.remove(folder)
-    where = out if method == "seats" else evidence
-    emit(as_json, result, _tune_text(result, promise, where))
-    if not held:
+            result = tune_schedule(
+                model,
+                processor,
+                samples,
+                promise,
+                profile=profile,
+                name=asked.model,
+                method=method,
+                budget=budget,
+                path=evidence,
+                schedule_path=out,
+                **_asked_options(asked, batch, processor),
+            )
+    if result is None:
+        return
+    print(_tune_text(result, promise, out if method == "seats" else evidence))
+    if not result["chains"]["tuned"]["held"]:
         raise typer.Exit(1)
-
-# %% ../../nbs/cli/04_tune.ipynb #918e4878
-def _chains(path):
-    "Chains of a `tune` file, or the one schedule of a schedule file; its promise, and known clips."
-    from seats_analysis.tuning.tune import Tuning
-    from seats_analysis.tuning.certificate import Promise
-    from seats_analysis.schedules.schedule import Schedule
-
-    if not path.is_file() or schema_of(path) != "tune":
-        plan = Schedule.load(path)
-        proof = plan.certificate
-        made = (Promise(**proof.promise), proof.known_clips) if proof else (None, ())
-        return dict(given=[plan]), *made
-    stored, chains = Tuning.load(path)
-    if stored["method"] != "seats":
-        raise ValueError(f"{path} holds settings of {stored['method']}, which no file can hold")
-    plans = {name: [p.schedule for p in chain] for name, chain in chains.items()}
-    return plans, Promise(**stored["promise"]), stored["known_clips"]
-
-
-def _shift(result, plan):
-    "What tells model and questions from those of a certificate, in words; or nothing."
-    from seats_analysis.tuning.tune import Tuning
-
-    proof = plan.certificate
-    if proof is None:
-        return ""
-    if result["weights_sha256"] != plan.evidence.get("weights_sha256"):
-        return "another model, or other weights"
-    if result["answers"] != proof.answers:
-        return f"answers by {result['answers']}, where they were by {proof.answers}"
-    return Tuning.mix_shift(proof.mix, result["mix"])
-
-
-def _verdict(result, promise, plan):
-    "Whether the promise of a schedule holds for these questions, and a sentence that says so."
-    found, whom = result["chains"]["given"], _to_whom(result)
-    row = found["rows"][0]
-    changed = f"{100 * row['changed']:.2f} % of the answers change"
-    shift, proof = _shift(result, plan), plan.certificate
-    if found["held"]:
-        new = f"; not what it was made for: {shift}" if shift else ""
-        return True, f"holds: {promise}, {whom} ({changed}{new})"
-    needed = promise.clips(row["changed"])
-    more = f"it takes some {needed} clips" if needed else "no number of clips would show it"
-    if shift:
-        return False, f"refused: {shift}; its promise was for others. Here {changed}, {more}"
-    if proof and proof.promise == asdict(promise) and row["changed"] <= promise.max_change:
-        if result["clips"] < (enough := promise.clips()):
-            return False, f"too few to tell: {result['clips']} clips, it takes {enough}; {changed}"
-        return True, f"stands: {promise}, promised for such questions; {changed} {whom}"
-    return False, f"not shown: {promise}, {whom}: {changed}; {more}"
 
 # %% ../../nbs/cli/04_tune.ipynb #f15668d9
 @app.command()
@@ -317,9 +199,7 @@ def check(
         None, help="JSON file to write; default: seats_out/DATA/results/check_SCHEDULE.json."
     ),
     overwrite: Overwrite = False,
-    seed: int = Option(CHECK_SEED, min=0, help="Seed of the testbed's fresh clips."),
     batch: BatchOfClip = None,
-    as_json: Json = False,
 ):
     """Test the promise of a schedule on other questions.
 
@@ -330,42 +210,42 @@ def check(
     num_layers = asked.depth()
     usual = f"results/check_{schedule.stem}.json"
     out = output_file(out, asked.data, usual, "check", overwrite)
-    from seats_analysis.tuning.tune import Tuning
-    from seats_analysis.tuning.certificate import Promise
+    from dataclasses import replace
 
-    chains, promised, known_clips = _chains(schedule)
-    check_device(asked.device)
-    for plan in (p for chain in chains.values() for p in chain):
-        if num_layers:
+    from seats_analysis.tuning.certificate import Promise
+    from seats_analysis.tuning.check import check_questions, check_schedule, load_promised
+
+    chains, promised, known_clips = load_promised(schedule)
+    if num_layers:
+        for plan in (p for chain in chains.values() for p in chain):
             plan.check_model(num_layers)
     given = dict(max_change=max_change, confidence=confidence)
     given = {name: percent / 100 for name, percent in given.items() if percent is not None}
     promise = replace(promised or Promise(), **given)
     with Checkpoint.hold(checkpoint_of(out)) as folder:
         if asked.data == "testbed":
-            samples = _fresh(asked.limit or 2 * promise.clips(), seed, folder / CLIPS)
+            samples = _fresh(asked, 2 * promise.clips(), CHECK_SEED, folder)
         else:
             samples = asked.samples()
-        if promised:
-            Tuning.check_new(samples, known_clips)
-        else:
-            Tuning.check_enough(samples, promise)
+        check_questions(samples, promise, promised, known_clips)
         note(f"{len(samples)} questions; loading {asked.model}")
-        loaded = asked.load()
-        for plan in next(iter(chains.values()))[:1]:
-            check_origin(plan, loaded[0])
-        tuning = _tuning(asked, loaded, promise, ([], samples), folder, batch)
+        model, processor = asked.load()
         with resumable(folder, "answers"):
-            result = tuning.calibrate(chains)
-        if result is None or processes()[0]:
-            return
-        result |= tuning.about | dict(schema=SCHEMAS["check"].id, broken=asked.broken)
-        tables = [_chain_table(c) for c in result["chains"].values()]
-        good, said = True, "\n\n".join([*tables, f"{promise}, {_to_whom(result)}"])
-        if "given" in chains:
-            good, said = _verdict(result, promise, chains["given"][0])
-        save_json(out, result | dict(verdict=said))
-        Checkpoint.remove(folder)
-    emit(as_json, result | dict(verdict=said), f"{said}{left_out(asked.broken)}\n{out}")
-    if not good:
+            found = check_schedule(
+                model,
+                processor,
+                samples,
+                schedule,
+                promise,
+                path=out,
+                **_asked_options(asked, batch, processor),
+            )
+    if found is None:
+        return
+    holds, result = found
+    if "given" not in chains:
+        for chain in result["chains"].values():
+            print(f"{_chain_table(chain)}\n")
+    print(f"{result['verdict']}{left_out(asked.broken)}\n{out}")
+    if not holds:
         raise typer.Exit(1)

@@ -24,8 +24,8 @@ def _unknown(name, reason):
 
 def _untrusted(name):
     return ValueError(
-        f"{name} brings Python of its own, which is not run unless --trust-remote-code "
-        "(trust_remote_code=True) is given"
+        f"{name} brings Python of its own, which no command runs, and `load_model` only "
+        "with trust_remote_code=True"
     )
 
 
@@ -64,9 +64,7 @@ def check_model_name(
     folder = shipped_folder("testbed") / TESTBEDS[name] if shipped else Path(name)
     path = folder / "config.json"
     if revision and (shipped or folder.is_dir()):
-        raise ValueError(
-            f"--revision {revision}: {name} is here as it is; only hub ids have others"
-        )
+        raise ValueError(f"revision {revision}: {name} is here as it is; only hub ids have others")
     if not shipped and not path.is_file():
         if folder.is_dir():
             raise _unknown(name, f"{name} has no config.json")

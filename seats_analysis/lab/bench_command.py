@@ -8,17 +8,12 @@ __all__ = []
 # %% ../../nbs/lab/11_bench_command.ipynb #6cb3894f
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from typer import Option
 
 from seats_analysis.cli.app import (
-    Device,
     Json,
-    Seed,
-    Threads,
     app,
     emit,
     names_of,
@@ -29,7 +24,6 @@ from seats_analysis.cli.app import (
     table,
     writable,
 )
-from ..evaluation.load import check_device
 
 # %% ../../nbs/lab/11_bench_command.ipynb #d6c8462c
 def _measure(file, jobs, **options):
@@ -61,6 +55,7 @@ def _text(results, path, ratios):
 
 # %% ../../nbs/lab/11_bench_command.ipynb #2d5fe2e3
 MAX_COUNT = 4096  # timings, decoded tokens, questions at once
+MAX_SECONDS = 60.0  # a request that would take longer is left out
 
 
 @app.command()
@@ -75,11 +70,6 @@ def bench(
         min=32,
         max=2**16,
         help="Shrink the model to this width; its depth and proportions stay.",
-    ),
-    preset: str = Option(
-        "",
-        help="A request as of daily-omni, worldsense, omnivideobench, video-mme or "
-        "lvomnibench, or `hour`.",
     ),
     frames: int | None = Option(None, help="Video frames; default: 128."),
     seconds: float | None = Option(None, help="Length of video and audio; default: 60."),
@@ -96,17 +86,6 @@ def bench(
         5, min=1, max=MAX_COUNT, help="Timings of each row, in turns; their median is reported."
     ),
     steps: int = Option(8, min=1, max=MAX_COUNT, help="Tokens to decode."),
-    kv: Literal["evict", "retain"] = Option("evict", help="Cache policy."),
-    attention: str = Option("sdpa", help="Attention implementation, for the full model too."),
-    encoders: str = Option(
-        "",
-        help="Options for the towers, separated by commas: batch, repeats, overlap. The model "
-        "with its towers as they are is timed beside them.",
-    ),
-    most_seconds: float = Option(60.0, min=0, help="Leave out requests that would take longer."),
-    seed: Seed = 0,
-    device: Device = "",
-    threads: Threads = None,
     out: Path | None = Option(
         None, help="JSON file, or a folder for bench_DEVICE.json; default: seats_out/bench/results."
     ),
@@ -126,24 +105,21 @@ def bench(
     names = names_of(config, "--config") if config else ()
     from seats_analysis.lab.bench import BenchFile, BenchSetup, Job
     from seats_analysis.lab.workloads import Request
-    from seats_analysis.pruning.encoders import ENCODERS
+    from seats_analysis.evaluation.load import check_device
 
-    asked = bool(preset) or frames is not None or seconds is not None
-    request = Request.of(preset, frames, seconds)
+    asked = frames is not None or seconds is not None
+    request = Request.of("", frames, seconds)
     if scaling is not None and asked:
-        raise ValueError("--scaling: without --preset, --frames or --seconds")
+        raise ValueError("--scaling: without --frames or --seconds")
     batches = numbers_of(batch, "--batch", "whole numbers, as 1,4", int) if batch else ()
     trrs = numbers_of(trr, "--trr", "percentages, as 25,10")
     if not all(1 <= size <= MAX_COUNT for size in batches):
         raise ValueError(f"--batch {batch!r}: from 1 to {MAX_COUNT}")
-    towers = names_of(encoders, "--encoders") if encoders else ()
-    if bad := [e for e in towers if e not in ENCODERS]:
-        raise ValueError(f"--encoders {bad[0]!r}: {', '.join(ENCODERS)}")
-    plans, device = Job.pairs(names_of(methods, "--methods"), trrs), check_device(device)
-    prepare(threads)
-    setup = BenchSetup(device, attention=attention, kv=kv, seed=seed, steps=steps)
+    plans = Job.pairs(names_of(methods, "--methods"), trrs)
+    prepare()
+    setup = BenchSetup(check_device(""), steps=steps)
     cuda = setup.cuda
-    if names or asked or width or batches or scaling or towers:
+    if names or asked or width or batches or scaling:
         sizes = (1,) if scaling else batches or ((1, 4, 16) if cuda else (1,))
         jobs = [
             Job(name, r, width, size, plans)
@@ -153,15 +129,12 @@ def bench(
         ]
     else:
         jobs = Job.defaults(cuda, plans)
-    if towers:
-        only_full = [replace(j, plans=(("full", 100.0),)) for j in jobs]
-        jobs = only_full + [replace(j, encoders=towers) for j in jobs]
     ours = sys.argv[1:2] == ["bench"]
     command = shlex.join(["seats", *sys.argv[1:]]) if ours else "seats bench"
     name = out / setup.default_path.name if out and out.is_dir() else out or setup.default_path
     out = writable(name, "bench", overwrite=True)  # its rows are kept
     file = BenchFile(out, setup, command, again)
-    _measure(file, jobs, repeats=repeats, max_seconds=most_seconds)
+    _measure(file, jobs, repeats=repeats, max_seconds=MAX_SECONDS)
     results = file.results(jobs)
     data = dict(device=file.about["device"], rows=results.report())
     emit(as_json, data, _text(results, file.path, not cuda))

@@ -8,27 +8,13 @@ __all__ = []
 # %% ../../nbs/lab/12_demo.ipynb #22edf584
 import json
 from pathlib import Path
-from shutil import copy2
 
 import typer
 from typer import Option
 
 from ..testbed.load import TESTBEDS
-from seats_analysis.cli.app import (
-    Batch,
-    Json,
-    Overwrite,
-    Threads,
-    app,
-    check_new,
-    emit,
-    note,
-    prepare,
-    table,
-)
+from ..cli.app import Overwrite, app, check_new, note, prepare, table
 from ..evaluation.load import load_model
-from ..cli.analysis import boundary_row, find_blocks, probe_file, stored_tokens
-from ..cli.answers import kept_positions
 from .studies import origin
 from ..storage.files import output_folder, shipped_folder
 from ..storage.schemas import SCHEMAS, load_profile, save_json
@@ -47,7 +33,6 @@ def figures(
         "seats_out/DATA/figures.",
     ),
     overwrite: Overwrite = False,
-    as_json: Json = False,
 ):
     """Draw every figure and table that stored data allow.
 
@@ -59,12 +44,12 @@ def figures(
     if not source.is_dir() and source.suffix != ".nc" and (home.is_dir() or data != "testbed"):
         source = home
     out = out or home / "figures"
-    written = [str(p) for p in make_figures(source, out, progress=True, overwrite=overwrite)]
-    emit(as_json, dict(figures=written), "\n".join(written))
+    for path in make_figures(source, out, progress=True, overwrite=overwrite):
+        print(path)
 
 # %% ../../nbs/lab/12_demo.ipynb #0b095b7b
-def _train_config(path, **changes):
-    "A TrainConfig from a JSON file with some of its fields, changed by the options given."
+def _train_config(path, family=None):
+    "A TrainConfig from a JSON file with some of its fields."
     from dataclasses import fields
     from seats_analysis.lab.train import TrainConfig
 
@@ -72,7 +57,8 @@ def _train_config(path, **changes):
     known = sorted(f.name for f in fields(TrainConfig))
     if bad := sorted(set(given) - set(known)):
         raise ValueError(f"{path}: unknown {', '.join(bad)}; known: {', '.join(known)}")
-    given |= {k: v for k, v in changes.items() if v is not None}
+    if family:
+        given["family"] = family
     return TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 
@@ -85,9 +71,6 @@ def train_testbed(
     overwrite: Overwrite = False,
     config: Path | None = Option(None, help="JSON file with fields of TrainConfig."),
     family: str | None = Option(None, help="qwen2.5-omni or qwen3-omni."),
-    seed: int | None = Option(None, help="Seed of weights and clips."),
-    steps: int | None = Option(None, min=1, max=10**7, help="Steps to train."),
-    threads: Threads = None,
 ):
     """Train an embedded model from a seed.
 
@@ -97,7 +80,7 @@ def train_testbed(
     from seats_analysis.plots.style import save_figure
     from seats_analysis.lab import train
 
-    chosen = _train_config(config, family=family, seed=seed, steps=steps, threads=threads)
+    chosen = _train_config(config, family)
     if not (out / "checkpoint.pt").exists():
         check_new(out / "train.json", overwrite)
     prepare()
@@ -120,6 +103,7 @@ def _kept_example(model, processor, samples, plan):
     from seats_analysis.models.encode import encode
     from seats_analysis.models.families import adapter_for
     from seats_analysis.models.scoring import score_choices
+    from seats_analysis.plots.kept import kept_data
     from seats_analysis.pruning.session import prune
 
     fused = [s for s in samples if s.family == "see_while_hear" and not s.lettered]
@@ -127,35 +111,55 @@ def _kept_example(model, processor, samples, plan):
     encoded = encode(model, processor, [sample])
     with prune(model, plan) as ran:
         best = score_choices(model, encoded).best[0].item()
-    clip = f"clips/{Path(sample.video).name}"
-    kept = kept_positions(model, encoded, ran, sample.choices[best], clip)
-    return kept | dict(model=adapter_for(model).name(model), revision=None, seed=0)
+    adapter = adapter_for(model)
+    return kept_data(
+        ran,
+        encoded,
+        adapter.rates(model),
+        clip=f"clips/{Path(sample.video).name}",
+        model=adapter.name(model),
+        revision=None,
+        question=sample.question,
+        answered=sample.choices[best],
+        seed=0,
+    )
 
 
-def _demo(name, out, limit, whole, batch):
+def _demo(name, out, limit):
     "Do the main job and write everything below `out`: (profile, bounds, plans, rows)."
+    from seats_analysis.boundaries.find import find_boundaries
+    from seats_analysis.boundaries.report import boundary_row
     from seats_analysis.evaluation.evaluate import load_samples
+    from seats_analysis.models.encode import mean_tokens
+    from seats_analysis.probing.run import probe_to_file
+    from seats_analysis.schedules.choose import stored_tokens
+    from seats_analysis.testbed.task import NEEDS
     from seats_analysis.lab.results import answer_rows
     from seats_analysis.lab.paper import make_figures
     from seats_analysis.schedules.schedule import Schedule
 
-    derive, test = (load_samples("testbed", split, limit) for split in ("derive", "test"))
+    derive = load_samples("testbed", "derive", limit)
+    test = load_samples("testbed", "test", limit)
     model, processor = load_model(name, "cpu")
-    probed = [*derive, *test] if whole else derive
-    note(f"probe: {len(probed)} questions, removal before every layer")
+    note(f"probe: {len(derive)} questions, removal before every layer")
     probe_to, results_to, kept_to, *schedules_to = (out / file for file in _files(name))
-    profile = probe_file(model, processor, probed, probe_to, testbed=True, batch_size=batch)
-    bounds = {str(r): find_blocks(profile, str(r)) for r in profile["removed"].values}
+
+    def more():
+        return dict(tokens=json.dumps(mean_tokens(model, processor, derive)))
+
+    profile = probe_to_file(model, processor, derive, probe_to, more, needs=NEEDS)
+    bounds = {str(r): find_boundaries(profile, str(r)) for r in profile["removed"].values}
     note(table([boundary_row(b) for b in bounds.values()]))
-    tokens, both = stored_tokens(profile), bounds["both"]
+    both = bounds["both"]
     if both.unmeasurable:
         note(f"note: {both.unmeasurable}; the schedules are made from the shipped profile")
-        both = find_blocks(load_profile(name), "both")
+        both = find_boundaries(load_profile(name), "both")
+    tokens = stored_tokens(profile)
     plans = {trr: Schedule.from_trr(both, trr, *tokens) for trr in TARGETS}
     for plan, file in zip(plans.values(), schedules_to):
         plan.save(file)
     note(f"answers: {len(test)} questions of the test split")
-    rows = answer_rows(model, processor, test, plans, both, batch)
+    rows = answer_rows(model, processor, test, plans, both, 16)
     about = dict(schema=SCHEMAS["results"].id, **origin(profile), split="test", rows=rows)
     save_json(results_to, about)
     kept = _kept_example(model, processor, test, plans[min(plans)])
@@ -167,7 +171,10 @@ def _demo(name, out, limit, whole, batch):
 
 def _demo_table(rows):
     "The results for people."
-    number = lambda v: "-" if v is None else f"{v:.0f}"
+
+    def number(value):
+        return "-" if value is None else f"{value:.0f}"
+
     return table(
         [
             {
@@ -200,15 +207,6 @@ def demo(
     data: Path | None = Option(
         None, help="Folder with the committed results to compare with; default: a checkout's."
     ),
-    whole: bool = Option(False, "--whole", help="Probe the test split as well."),
-    update: bool = Option(
-        False,
-        "--update",
-        help="Replace the committed results in --data by these (with --whole, without --limit).",
-    ),
-    batch: Batch = 16,
-    threads: Threads = None,
-    as_json: Json = False,
 ):
     """Do the whole job on an embedded testbed.
 
@@ -219,26 +217,16 @@ def demo(
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
-    if update and limit:
-        raise ValueError(
-            "--update and --limit exclude each other: what is committed covers all questions"
-        )
-    if update and data is None:
-        raise ValueError("--update: name the folder of the committed results with --data")
     data = data or shipped_folder("testbed").parent
     if model not in TESTBEDS:
         raise ValueError(f"--model {model!r}: the demo knows {' and '.join(TESTBEDS)}")
-    files = _files(model)
-    for name in files:
+    for name in _files(model):
         check_new(out / name, overwrite)
     start = perf_counter()
-    prepare(threads)
+    prepare()
     from seats_analysis.lab.agreement import agreement
 
-    profile, bounds, plans, rows = _demo(model, out, limit, whole or update, batch)
-    for name in files if update else ():
-        (data / name).parent.mkdir(parents=True, exist_ok=True)
-        copy2(out / name, data / name)
+    profile, bounds, plans, rows = _demo(model, out, limit)
     checks, agrees, said = agreement(data, profile, bounds, plans, rows, whole=limit is None)
     mark = {True: "agrees ", False: "DIFFERS", None: "note   "}
     lines = [
@@ -249,7 +237,6 @@ def demo(
         f"\n{out}: profile, schedules, results, figures ({perf_counter() - start:.0f} s)",
         said,
     ]
-    found = dict(rows=rows, agrees=agrees, checks=[list(c) for c in checks])
-    emit(as_json, found, "\n".join(lines))
+    print("\n".join(lines))
     if not agrees:
         raise typer.Exit(1)

@@ -13,22 +13,17 @@ from typer import Option
 
 from ..testbed.load import TESTBEDS
 from seats_analysis.cli.app import (
-    Batch,
-    Json,
     Limit,
     Overwrite,
     Seed,
-    Threads,
     app,
     check_trr,
-    emit,
     note,
     numbers_of,
     output_file,
     prepare,
     table,
 )
-from ..cli.analysis import stored_tokens
 from ..evaluation.load import load_model
 from ..storage.schemas import SCHEMAS, load_profile, save_json
 
@@ -62,7 +57,6 @@ def simulate(
     replicates: int = Option(200, min=10, max=10**5, help="Bootstrap replicates in each."),
     sizes: Sizes = "50,100,200,500,1000",
     seed: Seed = 0,
-    as_json: Json = False,
 ):
     """Check the intervals of boundaries on planted curves.
 
@@ -73,7 +67,9 @@ def simulate(
     from seats_analysis.lab.simulate import choose_late_confidence, coverage_study, coverage_table
 
     stored = load_profile(profile)
-    study = coverage_study(stored, sizes, trials, replicates, seed, progress=True)
+    study = coverage_study(
+        stored, sizes, trials=trials, n_boot=replicates, seed=seed, progress=True
+    )
     save_json(out, study)
     chosen = choose_late_confidence(study, study["goal"])
     least = "no confidence has" if chosen is None else f"{chosen:g} is the least that has"
@@ -81,7 +77,7 @@ def simulate(
         f"{out}; one-sided confidence for the upper end of late_start: {least} "
         f"{study['goal']:.0%} coverage everywhere"
     )
-    emit(as_json, study, f"{coverage_table(study).round(2).to_string()}\n\n{verdict}")
+    print(f"{coverage_table(study).round(2).to_string()}\n\n{verdict}")
 
 
 @app.command("sample-size")
@@ -93,7 +89,6 @@ def sample_size(
     trials: Trials = 200,
     sizes: Sizes = "25,50,100,200,400,800,1600,3200,6400",
     seed: Seed = 0,
-    as_json: Json = False,
 ):
     """Count how many questions a boundary takes.
 
@@ -104,21 +99,27 @@ def sample_size(
     from seats_analysis.lab.simulate import needed_study
 
     stored = load_profile(profile)
-    study = needed_study(stored, sizes, trials, within, seed=seed, progress=True)
+    study = needed_study(stored, sizes, trials, within=within, seed=seed, progress=True)
     if "pilot" in study:
         note(f"note: the pilot's own curve is left out: {study['pilot']}")
     save_json(out, study)
-    columns = {"middle begins": "shallow_end", "late begins": "late_start"}
-    many = lambda n: f"more than {sizes[-1]}" if n is None else n
+
+    def many(needed):
+        return f"more than {sizes[-1]}" if needed is None else needed
+
     rows = [
-        {"curve": r["curve"]} | {head: many(r["needed"][b]) for head, b in columns.items()}
+        {
+            "curve": r["curve"],
+            "middle begins": many(r["needed"]["shallow_end"]),
+            "late begins": many(r["needed"]["late_start"]),
+        }
         for r in study["rows"]
     ]
     said = (
         f"questions for an estimate within {within} of the truth in {study['share']:.0%} of "
         f"{trials} experiments; {out}"
     )
-    emit(as_json, study, f"{table(rows)}\n\n{said}")
+    print(f"{table(rows)}\n\n{said}")
 
 # %% ../../nbs/lab/10_studies.ipynb #71410050
 def origin(profile) -> dict:
@@ -153,9 +154,6 @@ def transfer(
     trr: float = Option(10, help="Percent of all tokens that every schedule keeps."),
     by: Literal["needs", "family"] = Option("needs", help="What makes kinds of questions."),
     limit: Limit = None,
-    batch: Batch = 16,
-    threads: Threads = None,
-    as_json: Json = False,
 ):
     """Use schedules on questions that they were not made for.
 
@@ -166,10 +164,11 @@ def transfer(
     from seats_analysis.evaluation.evaluate import load_samples
     from seats_analysis.lab.transfer import TaskSchedules
     from seats_analysis.models.families import hash_weights
+    from seats_analysis.schedules.choose import stored_tokens
 
     stored = load_profile(profile)
     made = TaskSchedules.of(stored, trr, by, stored_tokens(stored))
-    prepare(threads)
+    prepare()
     name = str(stored.attrs["model"])
     model, processor = load_model(name if name in TESTBEDS else "testbed", "cpu")
     if stored.attrs.get("weights_sha256") != hash_weights(model):
@@ -179,13 +178,21 @@ def transfer(
         )
     families = made.kinds["all"]
     samples = [s for s in load_samples("testbed", "test") if s.family in families][:limit]
-    rows = made.compare(model, processor, samples, batch)
+    rows = made.compare(model, processor, samples, 16)
     command = f"seats transfer --trr {trr:g} --by {by}" + (f" --limit {limit}" if limit else "")
-    about = dict(schema=SCHEMAS["sensitivity"].id, command=command, **origin(stored), split="test")
-    about |= dict(trr=trr, by=by, **made.to_dict(), rows=rows)
+    about = dict(
+        schema=SCHEMAS["sensitivity"].id,
+        command=command,
+        **origin(stored),
+        split="test",
+        trr=trr,
+        by=by,
+        **made.to_dict(),
+        rows=rows,
+    )
     save_json(out, about)
     said = (
         f"of the full accuracy, 95 % over clips, with {trr:g} % of the tokens kept; "
         f"late starts are estimates, certified or not; {out}"
     )
-    emit(as_json, about, f"{_sensitivity_text(rows)}\n\n{said}")
+    print(f"{_sensitivity_text(rows)}\n\n{said}")

@@ -67,7 +67,8 @@ class Segments:
 
     def scales(self, target):  # lowest and highest feasible entering / TRR
         "Range of scales that can meet a target. Raises ValueError if there is none."
-        L, R = self.num_layers, self.late_start
+        L = self.num_layers
+        R = self.late_start
         if target > R / L + ROUND_OFF:
             raise ValueError(
                 f"a TRR of {100 * target:.6g} % cannot be met, as the late block begins at layer "
@@ -75,30 +76,76 @@ class Segments:
             )
         return L / R, max(L / R, min(1 / target, L / (R - MAX_STRENGTH * self.room)))
 
-    def solve(self, target, scale=1.4, entering=None, nearest=False):  # e, keep ratio of each drop
-        "Entering ratio and keep ratios for a target, with the feasible scale nearest to `scale`."
-        L, R = self.num_layers, self.late_start
-        if nearest:  # what can be met, instead of an error
+    def keep_ratios(
+        self,
+        target,  # TRR, fraction
+        scale=1.4,  # entering / TRR that is wanted; the nearest feasible one is taken
+        entering=None,  # explicit entering ratio, instead of a scale
+        nearest=False,  # what can be met, instead of an error
+    ) -> tuple:  # entering ratio, keep ratio of each drop
+        "The ratios that average a target. Raises ValueError with the feasible range."
+        L = self.num_layers
+        R = self.late_start
+        if nearest:
             if not R:
                 return 1.0, (1.0,) * len(self.drops)
             target = max(min(target, R / L), 1e-9)
         elif not scale >= 1:
             raise ValueError(f"`scale` is entering ratio / TRR, so at least 1, not {scale}")
         low, high = self.scales(target)
-        e = min(float(np.clip(scale, low, high)) * target, 1.0) if entering is None else entering
-        excess = e * R - target * L  # token layers to save
-        strength = excess / (e * self.room) if self.room else 0.0
+        if entering is None:
+            entering = min(float(np.clip(scale, low, high)) * target, 1.0)
+        excess = entering * R - target * L  # token layers to save
+        strength = excess / (entering * self.room) if self.room else 0.0
         if nearest:
-            strength = min(max(strength, 0.0), MAX_STRENGTH)
-        elif not -1e-9 <= strength < 1 or not 0 < e <= 1 or not (self.room or abs(excess) <= 1e-9):
+            strength = min(strength, MAX_STRENGTH)
+        elif (
+            not -1e-9 <= strength < 1
+            or not 0 < entering <= 1
+            or not (self.room or abs(excess) <= 1e-9)
+        ):
             raise ValueError(
-                f"an entering ratio of {e:.6g} cannot average {target:.6g} over {L} layers with "
-                f"drops before {self.active} and late block from {R}: give an entering ratio from "
-                f"{low * target:.6g} to {high * target:.6g}"
+                f"an entering ratio of {entering:.6g} cannot average {target:.6g} over {L} layers "
+                f"with drops before {self.active} and late block from {R}: give an entering ratio "
+                f"from {low * target:.6g} to {high * target:.6g}"
             )
         levels = 1 - max(strength, 0.0) * np.r_[0.0, self.shares]
         keep = (levels[1:] / levels[:-1]).tolist()
-        return e, tuple(keep) + (1.0,) * (len(self.drops) - len(keep))
+        return entering, tuple(keep) + (1.0,) * (len(self.drops) - len(keep))
+
+# %% ../../nbs/schedules/00_solve.ipynb #1c5a2991
+def split_trr(
+    trr,  # headline TRR, fraction
+    tokens,  # (visual, audio) tokens of the data
+    caps,  # modality -> highest feasible TRR, fraction
+    setting,  # published one, whose pairs to interpolate
+) -> dict:  # modality -> TRR, fraction; `trr` is their token-weighted average
+    "A TRR for each modality. Raises ValueError with the highest headline that the caps allow."
+    n_visual, n_audio = tokens
+    n = n_visual + n_audio
+    if min(tokens) < 0 or n <= 0:
+        raise ValueError(f"needs token counts, not {n_visual} visual and {n_audio} audio")
+    if trr == 1:
+        return dict(visual=1.0, audio=1.0)  # exactly, whatever the counts round to; no cap holds
+    shares = np.array(setting["tokens"]) / sum(setting["tokens"])
+    pairs = np.array([*sorted(setting["pairs"].values()), (1.0, 1.0)])
+    log_ratio = np.log(pairs[:, 1] / pairs[:, 0])
+    ratio = math.exp(np.interp(math.log(trr), np.log(pairs @ shares), log_ratio))
+
+    total = trr * n
+    visual = min(total / (n_visual + ratio * n_audio), 1.0)
+    audio = min(ratio * visual, caps["audio"])
+    if n_visual:
+        visual = (total - n_audio * audio) / n_visual
+    visual = min(visual, caps["visual"])
+    if n_audio:
+        audio = min((total - n_visual * visual) / n_audio, caps["audio"])
+    if abs(n_visual * visual + n_audio * audio - total) > 1e-9 * n:
+        raise ValueError(
+            f"a TRR of {100 * trr:g} % cannot be met, as the late block sees no token: "
+            + too_high((n_visual * caps["visual"] + n_audio * caps["audio"]) / n)
+        )
+    return dict(visual=visual, audio=audio)
 
 # %% ../../nbs/schedules/00_solve.ipynb #09995a15
 def equal_ratio(
@@ -114,6 +161,6 @@ def equal_ratio(
         return ratio
     from scipy.optimize import brentq
 
-    lengths = np.diff([0, *drops, num_layers])
-    excess = lambda r: np.polyval(lengths[::-1], r) - target * num_layers
-    return float(brentq(excess, 0, 1, xtol=1e-15))
+    lengths = np.diff([0, *drops, num_layers]).astype(float)
+    lengths[0] -= target * num_layers  # what the layers before the first drop miss of the total
+    return float(brentq(lambda r: np.polyval(lengths[::-1], r), 0, 1, xtol=1e-15))

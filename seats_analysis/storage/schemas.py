@@ -9,13 +9,14 @@ __all__ = ['SCHEMAS', 'save_json', 'schema_of', 'load_json', 'save_profile', 'lo
 import json
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from reprlib import repr as in_short
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from .files import atomic_write, read_file, shipped_folder
 from .provenance import digest
@@ -28,6 +29,9 @@ def record(closed=True, **fields):
     return with_config(config)(TypedDict("record", fields))
 
 
+_reader = cache(TypeAdapter)  # it takes milliseconds to make one
+
+
 def wrong_with(
     value,  # as JSON gives it
     form,  # a type, as pydantic knows them
@@ -35,7 +39,7 @@ def wrong_with(
 ):  # text, empty where nothing is wrong
     "The first value that is not of a form, in words."
     try:
-        TypeAdapter(form).validate_python(value)
+        _reader(form).validate_python(value)
         return ""
     except ValidationError as error:
         found = error.errors(include_url=False)[0]
@@ -95,6 +99,42 @@ _TUNED = record(
     search=Annotated[list[_TRIED], Field(min_length=1)],
 )
 
+# %% ../../nbs/storage/03_schemas.ipynb #48d47a62
+_FRACTION = Annotated[float, Field(gt=0, le=1)]  # kept; not percent
+_POSITIVE = Annotated[float, Field(gt=0)]
+_LAYER = Annotated[int, Field(ge=0, le=10_000)]
+
+
+def _pair(form):
+    return record(visual=form, audio=form)
+
+
+_PLAN = record(
+    num_layers=Annotated[int, Field(ge=1, le=10_000)],
+    shallow_end=_LAYER,
+    drop_layers=list[_LAYER],
+    late_start=_pair(_LAYER) | None,
+    keep_ratios=_pair(list[_FRACTION]) | None,
+    entering=_pair(_FRACTION) | None,
+    trr=_pair(_SHARE) | None,
+    scale=_pair(float) | None,
+    temperature=_POSITIVE,
+    query=Literal["last", "text"],
+    weighted=bool,
+    windows=record(visual_grids=Annotated[int, Field(ge=1, le=10_000)], seconds=_POSITIVE),
+    model=str,
+    revision=str | None,
+    seed=Annotated[int, Field(ge=-(2**63), lt=2**64)] | None,
+    evidence=dict[str, Any],
+)
+_EVIDENCE = record(
+    closed=False,
+    kind=NotRequired[str | None],
+    scale_requested=NotRequired[_POSITIVE | None],
+    weights_sha256=NotRequired[str | None],
+    certificate=NotRequired[_CERTIFICATE | None],
+)
+
 # %% ../../nbs/storage/03_schemas.ipynb #cd7a781d
 @dataclass(frozen=True)
 class Schema:
@@ -122,7 +162,8 @@ SCHEMAS = dict(
         ("correct", "removed", "layer", "family", "clip"),
     ),
     schedule=_json("schedule", "a usable schedule"),
-    certificate=Schema("seats_analysis/certificate/1", "a certificate", form=_CERTIFICATE),
+    plan=Schema("seats_analysis/plan/1", "the fields of a schedule", form=_PLAN),
+    evidence=Schema("seats_analysis/evidence/1", "the evidence of a schedule", form=_EVIDENCE),
     boundaries=_json("boundaries", "a boundaries file"),
     coverage=_json("coverage", "a coverage study", "rows late_confidences"),
     needed=_json("questions_needed", "a study of questions needed", "rows sizes"),

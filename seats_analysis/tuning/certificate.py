@@ -46,7 +46,8 @@ class Promise:
         from scipy.special import rel_entr
         from scipy.stats import binom
 
-        changed, n = np.sum(losses, -1), np.shape(losses)[-1]
+        changed = np.sum(losses, -1)
+        n = np.shape(losses)[-1]
         whole = np.ceil(changed - 1e-9)  # of fractions that were added up
         bentkus = binom.cdf(whole, n, self.max_change)
         if exact:
@@ -79,6 +80,16 @@ class Promise:
         "The smallest `max_change` that so many clips could certify at this confidence."
         return float(1 - (1 - self.confidence) ** (1 / clips)) if clips else 1.0
 
+    def check_enough(self, samples):  # questions to certify on
+        "Raise ValueError where even without a change there would be no certificate."
+        n = len({s.clip for s in samples})
+        if n < self.clips():
+            lowest = np.ceil(1000 * self.possible(n)) / 10
+            raise ValueError(
+                f"{n} clips to certify on are too few: {self} takes {self.clips()} without a "
+                f"change; so many could show --max-change {lowest:g} at best"
+            )
+
 # %% ../../nbs/tuning/00_certificate.ipynb #ab1d93d3
 def draw_certificates(
     promise: Promise,
@@ -91,8 +102,11 @@ def draw_certificates(
     "What comes of many calibrations, on clips drawn with replacement."
     from scipy.stats import binomtest
 
-    random, rows, losses = np.random.default_rng(0), [], np.asarray(losses)
-    risks, costs = np.r_[0.0, losses.mean(1)], np.r_[1.0, costs]  # first: none holds, full model
+    random = np.random.default_rng(0)
+    losses = np.asarray(losses)
+    risks = np.r_[0.0, losses.mean(1)]  # first: none holds
+    costs = np.r_[1.0, costs]  # and the full model runs
+    rows = []
     for n in sizes:
         drawn = losses[:, random.integers(losses.shape[1], size=(draws, n))]
         held = promise.certify(drawn, exact)

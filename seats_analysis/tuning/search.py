@@ -15,9 +15,14 @@ from ..schedules.schedule import Schedule
 from ..schedules.solve import drop_positions
 
 # %% ../../nbs/tuning/01_search.ipynb #276056e3
-_TEMPERATURES, _QUERIES, _GRIDS = (0.03, 0.1, 0.3, 1.0), ("last", "text"), (1, 2, 4, 8)
+_TEMPERATURES = (0.03, 0.1, 0.3, 1.0)
+_QUERIES = ("last", "text")
+_GRIDS = (1, 2, 4, 8)
 _MARGIN = 2  # layers, where a boundary has no interval
-_KEPT, _MORE_AUDIO, _SCALE, _MAX_DROPS = 0.02, 8.0, 3.0, 3
+_MIN_KEPT = 0.02  # of the visual tokens
+_MORE_AUDIO = 8.0  # share of the audio tokens over that of the visual ones, at most
+_MAX_SCALE = 3.0
+_MAX_DROPS = 3
 
 
 @dataclass(frozen=True)
@@ -35,39 +40,50 @@ class SearchSpace:
         bounds: Mapping,  # what was removed: visual, audio or both -> `Boundaries`
     ):
         "As the intervals of measured boundaries allow. Raises ValueError where they are not."
-        L, known = next(iter(bounds.values())).num_layers, {}
         for b in bounds.values():
             b.check_measured()
-        near = lambda at, ci: ci or (at - _MARGIN, at + _MARGIN)
-
-        def span(intervals, low):  # that holds all of them
-            ends = zip(*intervals)
-            return tuple(min(max(pick(e), low), L) for pick, e in zip((min, max), ends))
-
-        for m in MODALITIES:
-            here = [b for name, b in bounds.items() if name in (m, "both")]
-            known[m] = span([near(b.late_start, b.late_start_ci) for b in here], 1)
-        starts = [near(b.shallow_end, b.shallow_end_ci) for b in bounds.values()]
         origin = next(iter(bounds.values()))
+        layers = origin.num_layers
+
+        def near(layer, interval):
+            return interval or (layer - _MARGIN, layer + _MARGIN)
+
+        def span(intervals, lowest):  # that holds all of them, within the model
+            low = min(low for low, _ in intervals)
+            high = max(high for _, high in intervals)
+            return min(max(low, lowest), layers), min(max(high, lowest), layers)
+
+        late = {}
+        for m in MODALITIES:
+            here = [b for removed, b in bounds.items() if removed in (m, "both")]
+            late[m] = span([near(b.late_start, b.late_start_ci) for b in here], 1)
+        middle = span([near(b.shallow_end, b.shallow_end_ci) for b in bounds.values()], 0)
         weights = origin.parameters.get("weights_sha256")
-        facts = dict(model=origin.model, revision=origin.revision, seed=origin.seed)
-        facts["evidence"] = dict(kind="searched", weights_sha256=weights)
-        return cls(L, span(starts, 0), known, facts)
+        facts = dict(
+            model=origin.model,
+            revision=origin.revision,
+            seed=origin.seed,
+            evidence=dict(kind="searched", weights_sha256=weights),
+        )
+        return cls(layers, middle, late, facts)
 
     def draw(
         self,
         random,  # numpy Generator
     ) -> Schedule:
         "A schedule of this space."
-        whole = lambda ends: int(random.integers(ends[0], ends[1] + 1))
-        late = {m: whole(ends) for m, ends in self.late.items()}
+
+        def whole(low, high):
+            return int(random.integers(low, high + 1))
+
+        late = {m: whole(*ends) for m, ends in self.late.items()}
         end = min(late.values())
-        drops = drop_positions(min(whole(self.middle), end), end, whole((0, _MAX_DROPS)))
-        highest = {m: layer / self.num_layers for m, layer in late.items()}
-        visual = float(
-            np.exp(random.uniform(np.log(min(_KEPT, highest["visual"])), np.log(highest["visual"])))
-        )
-        audio = min(visual * _MORE_AUDIO ** random.uniform(), highest["audio"])
+        first = min(whole(*self.middle), end)
+        drops = drop_positions(first, end, whole(0, _MAX_DROPS))
+        most = {m: layer / self.num_layers for m, layer in late.items()}
+        least = min(_MIN_KEPT, most["visual"])
+        visual = float(np.exp(random.uniform(np.log(least), np.log(most["visual"]))))
+        audio = min(visual * _MORE_AUDIO ** random.uniform(), most["audio"])
         grids = int(random.choice(_GRIDS))
         return Schedule.solve(
             self.num_layers,
@@ -75,7 +91,7 @@ class SearchSpace:
             late,
             visual,
             audio,
-            scale=random.uniform(1, _SCALE),
+            scale=random.uniform(1, _MAX_SCALE),
             temperature=float(random.choice(_TEMPERATURES)),
             query=str(random.choice(_QUERIES)),
             weighted=bool(random.integers(2)),

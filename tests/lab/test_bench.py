@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretend import pretend_gpu
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from seats_analysis.lab import bench
@@ -13,6 +15,7 @@ from seats_analysis.cli import main as cli
 from seats_analysis.lab import paper, timing_figures as timing
 from seats_analysis.storage.schemas import load_json
 from seats_analysis.models.families import adapter_for
+from seats_analysis.models.decoder import last_logits_only
 from seats_analysis.models.encode import encode
 from seats_analysis.baselines.registry import METHODS
 from seats_analysis.lab.bench import TIMES, BenchRows, BenchSetup, Job, Workload
@@ -27,7 +30,7 @@ from seats_analysis.lab.workloads import (
 from seats_analysis.schedules.cost import kv_bytes, prefill_flops, text_dims
 from seats_analysis.pruning.session import prune
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHORT = Request(4, 2, 30)
 NAMED = (
     "method",
@@ -408,38 +411,7 @@ def test_more_repeats_and_more_rows_add_to_what_is_there(clock, tmp_path):
     ] == [("full", 100), ("seats", 25)]
 
 
-def test_options_for_the_towers_stand_beside_the_untouched_model(clock, tmp_path):
-    asked = (
-        *ASKED[:-4],
-        "--trr",
-        10,
-        "--repeats",
-        1,
-        "--out",
-        tmp_path / "b.json",
-        "--encoders",
-        "batch,overlap",
-    )
-    rows = json.loads(seats(*asked, "--json").stdout)["rows"]
-    assert [(r["method"], r["encoders"]) for r in rows] == [
-        ("full", ""),
-        ("full", "batch+overlap"),
-        ("seats", "batch+overlap"),
-        ("random", "batch+overlap"),
-    ]
-    assert all(
-        r["ttft_ms"] and r["speedup"] is r["realised_fraction"] is None for r in rows[1:]
-    )  # selection in the tower's time cannot be told apart
-    assert "seats +batch+overlap" in seats(*asked).stdout and clock.calls == 4
-    rows = json.loads(seats(*asked[:-1], "batch", "--json").stdout)["rows"]
-    assert [r["speedup"] for r in rows[2:]] == [pytest.approx(9 / 3)] * 2  # of the untouched model
-    refused = seats(*asked[:-1], "quick")
-    assert (
-        refused.exit_code == 2 and "--encoders 'quick': batch, repeats, overlap" in refused.stderr
-    )
-
-
-@pytest.mark.parametrize("change", [("--kv", "retain"), ("--steps", 4), ("--seed", 1)])
+@pytest.mark.parametrize("change", [("--steps", 4)])
 def test_rows_of_other_circumstances_are_not_lost(clock, tmp_path, change):
     seats(*ASKED, "--out", tmp_path / "b.json")
     before = (tmp_path / "b.json").read_bytes()
@@ -683,8 +655,6 @@ def test_on_a_gpu(name, tmp_path):
             "--repeats",
             2,
             "--json",
-            "--device",
-            "cuda",
             "--out",
             tmp_path / "b.json",
         ).stdout
@@ -707,13 +677,9 @@ def test_width_and_other_input_is_checked(tmp_path):
     for args, says in (
         (("--config", "testbed", "--width", 100), "multiples of 128"),
         (("--config", "qwen2.5-omni-7b", "--width", 4000), "from 32 to 3584"),
-        (("--preset", "hour", "--frames", 8), "not both"),
         (("--scaling", 2048, "--frames", 8), "--scaling"),
-        (("--device", "cuda:9"), "no GPU"),
         (("--kv", "keep"), "--kv"),
     ):
-        if says == "no GPU" and torch.cuda.is_available():
-            continue
         result = seats(
             *args, "--out", "/nowhere/at/all.json" if says == "--kv" else tmp_path / "never.json"
         )
@@ -722,3 +688,63 @@ def test_width_and_other_input_is_checked(tmp_path):
             result.stderr,
         )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("trr", [None, 10, pytest.param(35, marks=pytest.mark.nightly)])
+def test_flops_are_those_that_torch_counts(trr):
+    """The FLOPs that `seats bench` divides by, on a narrow model of the 7B's depth; stage II
+    itself may add up to 2 %."""
+    name, request = "qwen2.5-omni-7b", Request(8, 4, 30)
+    model = build_model(name, 64)
+    inputs = bench_inputs(model, bench_processor(name), request)
+    method = None if trr is None else Job(name, request).method("seats", trr)
+    facts = Workload(model, inputs).facts(method)
+    counter = FlopCounterMode(display=False)
+    with prune(model, method), last_logits_only(model), torch.no_grad(), counter:
+        model(**inputs, use_cache=True)
+    counts = {name: sum(by.values()) for name, by in counter.get_flop_counts().items()}
+    of = lambda suffix: next(n for name, n in counts.items() if name.endswith(suffix))
+    decoder = (
+        ".language_model.layers." if hasattr(model.model, "language_model") else ".model.layers."
+    )
+    found, form = (
+        sum(of(f"{decoder}{i}") for i in range(28)) + of(".lm_head"),
+        facts["flops"]["counter"],
+    )
+    if trr is None:
+        assert found == pytest.approx(form, rel=5e-3)
+    else:
+        assert form * 0.995 <= found <= form * 1.02
+    assert (
+        facts["flops"]["causal"]
+        == prefill_flops(facts["layer_tokens"], model.config, "causal")
+        < form
+    )
+
+
+@pytest.fixture
+def gpu():
+    with torch.no_grad(), pretend_gpu() as gpu:
+        yield gpu
+
+
+@pytest.mark.parametrize(
+    "config, width",
+    [
+        pytest.param("qwen2.5-omni-7b", 64, marks=pytest.mark.nightly),
+        ("testbed", None),
+        pytest.param("qwen3-omni-30b-a3b", 64, marks=pytest.mark.nightly),
+    ],
+)
+def test_on_a_pretended_gpu(gpu, tmp_path, config, width):
+    "Weights made on the device, in bfloat16; times from events, memory from the allocator."
+    jobs = [
+        bench.Job(config, bench.Request(4, 2.0), width, plans=(("full", 100.0), ("seats", 40.0)))
+    ]
+    setup = bench.BenchSetup("cuda", torch.bfloat16, steps=1)
+    bench.BenchFile(tmp_path / "b.json", setup).run(jobs, repeats=1)
+    rows = bench.load_json(tmp_path / "b.json", "bench")["rows"]
+    assert len(rows) == 2 and all(
+        r["error"] is None and r["ttft_ms"] > 0 and r["decode_ms_per_token"] > 0 for r in rows
+    )
+    assert [r["method"] for r in rows if r["selection_ms"] > 0] == ["seats"]

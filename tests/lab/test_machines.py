@@ -14,7 +14,7 @@ import pytest
 from seats_analysis.lab.agreement import TOLERANCE, compare_profiles
 from seats_analysis.storage.schemas import load_profile
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = 4
 MACHINES = {
     "one-thread": dict(OMP_NUM_THREADS="1"),

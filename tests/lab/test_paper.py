@@ -10,17 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_figures import visible_texts
+from test_figures import kept_of, visible_texts
 
 from seats_analysis.lab import method_figures as M
 from seats_analysis.lab import paper as P
 from seats_analysis.plots import style
 from seats_analysis.lab.simulate import needed_figure
 from seats_analysis.boundaries.retention import synthetic_profile
+from seats_analysis.inputs.media import Clip, encode_clip
+from seats_analysis.plots.dependency import plot_dependency
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.schemas import SCHEMAS, load_json, save_json, save_profile
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 METHODS = [m for m in M.NAMES if m not in ("full", "vtw")]
 LATE = tuple(f"{m}+late" for m in METHODS if m != "seats")
 TUNED = "seats+tuned", "fastv-om+late+tuned"
@@ -179,7 +181,8 @@ def texts(fig):
 
 
 def test_no_text_overlaps_or_is_cut(drawn):
-    check_texts(drawn)
+    learning = M.learning_curves_figure(made_up_log())
+    check_texts(drawn | dict(learning=learning))
 
 
 def check_texts(figs):
@@ -566,17 +569,7 @@ def test_the_command_writes_figures_and_tables_without_a_model(data, tmp_path):
         "sys.exit(r.exit_code)"
     )
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            code,
-            "figures",
-            "--data",
-            small,
-            "--out",
-            tmp_path / "out",
-            "--json",
-        ],
+        [sys.executable, "-c", code, "figures", "--data", small, "--out", tmp_path / "out"],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -609,3 +602,98 @@ def test_the_command_writes_figures_and_tables_without_a_model(data, tmp_path):
 def test_committed_tables_are_those_of_the_data(tmp_path):
     fresh = {p.name: p.read_bytes() for p in P.write_tables(P.tables(ROOT / "data"), tmp_path)}
     assert {p.name: p.read_bytes() for p in (ROOT / "figures" / "tables").iterdir()} == fresh
+
+
+def made_up_log(families=FAMILIES):
+    return [
+        dict(
+            step=s,
+            loss=3 * np.exp(-s / 900) + 0.2,
+            seconds=s,
+            accuracy={f: min(1.0, 0.25 + s / 4000) for f in families},
+        )
+        for s in range(0, 4001, 200)
+    ]
+
+
+def test_learning_curves_of_unknown_families_and_a_short_log():
+    names = [f"family{i}" for i in range(7)]
+    fig = M.learning_curves_figure(made_up_log([*names, "family0*"])[:2])
+    assert [ax.get_title(loc="left") for ax in fig.axes] == [*names, "loss (nats/token)"]
+    assert [len(ax.lines) for ax in fig.axes] == [3, *[2] * 6, 1]  # with chance
+
+
+def test_figures_from_a_data_folder(tmp_path):
+    data = tmp_path / "data"
+    for part in ("profiles", "schedules", "results", "testbed/qwen2.5-omni"):
+        (data / part).mkdir(parents=True)
+    save_profile(synthetic_profile(clips=40), data / "profiles" / "m.nc")
+    for trr in (35, 10):
+        Schedule.published("qwen2.5-omni-7b", trr).save(data / "schedules" / f"m_trr{trr}.json")
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 255, (16, 112, 112, 3)).astype("uint8")
+    wave = (0.1 * rng.standard_normal(128000)).astype("float32")
+    noise = Clip("noise", frames, 2.0, wave, 16000)
+    encode_clip(noise, data / "results" / "noise.mp4")
+    (data / "results" / "kept_testbed.json").write_text(json.dumps(kept_of()))
+    log = data / "testbed" / "qwen2.5-omni" / "train_log.jsonl"
+    log.write_text("\n".join(map(json.dumps, made_up_log())))
+    code = (
+        "import sys; from seats_analysis.lab.paper import make_figures; "
+        "print(len(make_figures(*sys.argv[1:]))); "
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'a model library was imported'"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, data, tmp_path / "figures"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    names = [
+        "kept_testbed",
+        "m_dependency",
+        "m_dependency_corrected",
+        "m_dependency_test",
+        "m_families",
+        "m_retention",
+        "testbed_learning",
+    ]
+    assert done.stdout.strip() == str(2 * len(names) + 3)  # and the table of boundaries
+    files = {p.name for p in (tmp_path / "figures").iterdir()}
+    assert files == {f"{n}{s}" for n in names for s in (".png", ".pdf")} | {"tables"}
+
+
+def test_committed_figures_are_those_of_the_data():
+    "Whatever can be drawn from data/ is in figures/, and nothing else."
+    if not (ROOT / "data" / "profiles" / "testbed.nc").exists():
+        pytest.skip("no committed profile yet")
+    names = set(P.figure_jobs(ROOT / "data"))
+    assert (
+        {p.stem for p in (ROOT / "figures").glob("*.png")}
+        == names
+        == {p.stem for p in (ROOT / "figures").glob("*.pdf")}
+    )
+
+
+def test_a_model_that_only_guesses_still_gets_its_figures(tmp_path):
+    guess = synthetic_profile(full=0.25, clips=30)
+    (tmp_path / "profiles").mkdir()
+    save_profile(guess, tmp_path / "profiles" / "guess.nc")
+    jobs = P.figure_jobs(tmp_path)
+    assert set(jobs) == {
+        "guess_dependency",
+        "guess_dependency_test",
+        "guess_families",
+    }  # nothing is above chance, so nothing is corrected
+    for draw in jobs.values():
+        draw()
+    with pytest.raises(ValueError, match="not above chance"):
+        plot_dependency(guess, corrected=True)
+
+
+@pytest.mark.parametrize("text", ['{"broken": \n{}\n', '{"loss": 1}\n'])
+def test_a_broken_log_is_refused_by_name(tmp_path, text):
+    (tmp_path / "l.jsonl").write_text(text)
+    with pytest.raises(ValueError, match="l.jsonl"):
+        M.read_log(tmp_path / "l.jsonl")
