@@ -459,7 +459,7 @@ def test_running_out_of_memory_halves_the_budget_and_goes_on(
     def tight(decoder, hidden, *args, **kw):
         tried.append(hidden.shape[0] * hidden.shape[1])
         if tried[-1] > 130:
-            raise torch.OutOfMemoryError("out of memory (made up)")
+            raise torch.OutOfMemoryError("CUDA out of memory. (made up)")
         return plain_run(decoder, hidden, *args, **kw)
 
     expected = probe_dependency(
