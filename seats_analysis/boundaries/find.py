@@ -99,11 +99,10 @@ class Boundaries:
             if "effective_clips" in self.parameters:
                 margin = self.parameters["margin"]
                 best = self.excludable_loss
-                certified += (
-                    f" ({self.n_clips} clips exclude a loss of {best:.2%} at best, not {margin:.2%})"
-                    if best > margin
-                    else f" ({self.n_clips} clips leave a loss of {margin:.2%} possible)"
-                )
+                why = f"leave a loss of {margin:.2%} possible"
+                if best > margin:
+                    why = f"exclude a loss of {best:.2%} at best, not {margin:.2%}"
+                certified += f" ({self.n_clips} clips {why})"
         said = [f"layer {self.late_start + 1} of {self.num_layers}, estimate"]
         said.append(f"certified: {certified}")
         if rule == "certified":
@@ -361,9 +360,7 @@ def find_boundaries(
     late_confidence: float = LATE_CONFIDENCE,  # one-sided, of the upper end of late_start_ci
 ) -> Boundaries:
     "Shallow, middle and late blocks. Raises ValueError for what the profile does not hold."
-    drawn = Resampled.of(
-        profile, removed, split=split, families=families, n_boot=n_boot, seed=seed
-    )
+    drawn = Resampled.of(profile, removed, split=split, families=families, n_boot=n_boot, seed=seed)
     return drawn.decide(
         tolerance, rise, margin=margin, confidence=confidence, late_confidence=late_confidence
     )

@@ -285,9 +285,7 @@ class Condition:
         self.mask = None
         if len(self.own):
             self.mask = walk.mask(causal[self.front :])
-        sees_context = torch.ones(
-            len(walk.tail.ids), len(keep), dtype=torch.bool, device=device
-        )
+        sees_context = torch.ones(len(walk.tail.ids), len(keep), dtype=torch.bool, device=device)
         self.tail_mask = walk.mask(torch.cat([sees_context, walk.tail.allowed], 1))
 
     def branch_off(self, layer, full, max_tokens):

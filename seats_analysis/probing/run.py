@@ -309,9 +309,7 @@ def probe_dependency(
             max_branch_tokens = CPU_TOKENS if on_cpu else MAX_TOKENS
         settings["max_branch_tokens"] = max_branch_tokens
         limit = TokenLimit(max_branch_tokens)
-    settings |= dict(
-        fps=fps, max_frames=max_frames or 0, seed=seed, needs=json.dumps(needs or {})
-    )
+    settings |= dict(fps=fps, max_frames=max_frames or 0, seed=seed, needs=json.dumps(needs or {}))
     own = {
         name: describe(selector, checkpoint is not None)
         for name, selector in removed.items()

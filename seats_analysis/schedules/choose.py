@@ -8,7 +8,6 @@ __all__ = ['stored_tokens', 'blocks_of', 'stated_blocks', 'solve_schedules', 'de
 # %% ../../nbs/schedules/03_choose.ipynb #65eb684d
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..inputs.layout import MODALITIES
 from ..storage.schemas import load_profile
@@ -22,9 +21,7 @@ def stored_tokens(
 ) -> tuple:  # mean visual and audio tokens of its clips
     "How many tokens the data has. Raises ValueError where the profile does not say."
     if "tokens" not in profile.attrs:
-        raise ValueError(
-            "the profile does not say how many visual and audio tokens its clips have"
-        )
+        raise ValueError("the profile does not say how many visual and audio tokens its clips have")
     counts = json.loads(profile.attrs["tokens"])
     return tuple(counts[m] for m in MODALITIES)
 
@@ -90,9 +87,7 @@ def solve_schedules(
     return plans
 
 # %% ../../nbs/schedules/03_choose.ipynb #c202284d
-def describe(
-    plan: Schedule,
-) -> str:  # layers printed from 1
+def describe(plan: Schedule) -> str:  # layers printed from 1
     "A schedule in a few lines."
     drops = "none: all that enters stays until it leaves as a whole"
     if plan.drop_layers:

@@ -186,8 +186,6 @@ def checked(
         trr=trr,
         scale=joined(stated),
         temperature=float(plain["temperature"]),
-        windows=FrozenDict(
-            visual_grids=windows["visual_grids"], seconds=float(windows["seconds"])
-        ),
+        windows=FrozenDict(visual_grids=windows["visual_grids"], seconds=float(windows["seconds"])),
         evidence=checked_evidence(plain["evidence"]),
     )

@@ -294,10 +294,7 @@ class Schedule:
                 wanted = asked if abs(solved - self.entering[m]) < 1e-6 else wanted
             segments = Segments(self.num_layers, drops, late[m], equal_drops)
             enters[m], keep[m] = segments.keep_ratios(
-                target,
-                scale=scale or wanted,
-                entering=None if 1 in stages else 1.0,
-                nearest=True,
+                target, scale=scale or wanted, entering=None if 1 in stages else 1.0, nearest=True
             )
         return replace(
             self,
