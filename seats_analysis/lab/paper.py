@@ -92,7 +92,8 @@ def overview_figure(
     )
     fig = new_figure(PAGE, 2.9)
     ax = fig.subplots()
-    layers, total = np.arange(1, plan.num_layers + 1), np.zeros(plan.num_layers)
+    layers = np.arange(1, plan.num_layers + 1)
+    total = np.zeros(plan.num_layers)
     for kind, kept in counts.items():
         look = dict(width=0.78, edgecolor="white", linewidth=0.3, zorder=3) | _FILLS[kind]
         ax.bar(layers, kept, bottom=total, label=kind, **look)
@@ -161,7 +162,12 @@ def _percent(row, name):
 
 def eval_rows(found):
     "The whole comparison as a table: one dict of texts per method and budget."
-    p_value = lambda p: "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+    def p_value(p):
+        if p is None:
+            return ""
+        return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
     return [
         {
             "method": name_of(r),
@@ -238,31 +244,38 @@ def boundary_rows(profile):
     "Where the blocks begin under each condition, layers from 1."
     from seats_analysis.boundaries.find import find_boundaries
 
-    rows, split = [], derive_split(profile)
+    rows = []
+    split = derive_split(profile)
     for removed in map(str, profile["removed"].values):
         with suppress(ValueError):  # no question is answered
             b = find_boundaries(profile, removed, split=split)
-            layer = lambda at: "" if at is None else "none" if at >= b.num_layers else str(at + 1)
-            span = lambda ends: " to ".join(map(layer, ends or ())).replace("none", "end")
-            same, kl = b.parameters.get("stability", {}), b.parameters.get("kl", {})
-            agree = lambda name: f"{100 * same[name]:.0f}" if name in same else ""
+            kl = b.parameters.get("kl", {})
+            same = {k: f"{100 * v:.0f}" for k, v in b.parameters.get("stability", {}).items()}
             known = {
-                "middle from layer": layer(b.shallow_end),
-                "middle, 95 % interval": span(b.shallow_end_ci),
-                "middle, resamples that agree (%)": agree("shallow_end"),
-                "late from layer": layer(b.late_start),
-                "late, 95 % interval": span(b.late_start_ci),
-                "late, resamples that agree (%)": agree("late_start"),
-                "late, by KL": layer(kl.get("late_start")),
-                "late, by KL, 95 % interval": span(kl.get("interval")),
-                "late, certified": layer(b.late_start_certified),
+                "middle from layer": _layer(b, b.shallow_end),
+                "middle, 95 % interval": _span(b, b.shallow_end_ci),
+                "middle, resamples that agree (%)": same.get("shallow_end", ""),
+                "late from layer": _layer(b, b.late_start),
+                "late, 95 % interval": _span(b, b.late_start_ci),
+                "late, resamples that agree (%)": same.get("late_start", ""),
+                "late, by KL": _layer(b, kl.get("late_start")),
+                "late, by KL, 95 % interval": _span(b, kl.get("interval")),
+                "late, certified": _layer(b, b.late_start_certified),
             }
             if b.unmeasurable:
                 known = dict.fromkeys(known, "not measurable")
-            rows.append(
-                {"removed": removed} | known | {"questions": b.n_samples, "clips": b.n_clips}
-            )
+            rows.append(dict(removed=removed, **known, questions=b.n_samples, clips=b.n_clips))
     return rows
+
+
+def _layer(b, at):
+    if at is None:
+        return ""
+    return "none" if at >= b.num_layers else str(at + 1)
+
+
+def _span(b, ends):
+    return " to ".join(_layer(b, at) for at in ends or ()).replace("none", "end")
 
 
 _KINDS = dict(  # kind of rows -> name of the table, what it holds
@@ -275,14 +288,16 @@ _KINDS = dict(  # kind of rows -> name of the table, what it holds
 
 def tables(data):
     "Every table that the files in a data folder allow: name -> (title, rows)."
-    data, out = Path(data), {}
+    data = Path(data)
+    out = {}
     for path in profile_paths(data):
         profile = load_profile(path)
         if rows := boundary_rows(profile):
             said = f"Measured here on {profile.attrs.get('model', 'a model')}; layers from 1."
             out[f"{path.stem}_boundaries"] = f"Blocks of a profile. {said}", rows
     for stem, found in stored_results(data)["eval"].items():
-        said, rows = source_of(found) + ".", pick(found)
+        said = source_of(found) + "."
+        rows = pick(found)
         title = f"{said} 95 % intervals; differences paired over the same questions."
         out[stem] = title, eval_rows(found)
         for kind, (name, what) in _KINDS.items():
@@ -361,9 +376,10 @@ def _measured(path):
     from seats_analysis.boundaries.find import find_boundaries
 
     profile = load_profile(path)
-    conditions, split = map(str, profile["removed"].values), derive_split(profile)
+    split = derive_split(profile)
+    conditions = profile["removed"].values.astype(str)
     try:
-        bounds = {r: find_boundaries(profile, r, split=split) for r in conditions}
+        bounds = {r: find_boundaries(profile, r, split=split) for r in map(str, conditions)}
     except ValueError as error:
         return warnings.warn(f"{path}: no figure, for {error}", FigureWarning)
     return profile, {r: b for r, b in bounds.items() if not b.unmeasurable}
@@ -371,12 +387,14 @@ def _measured(path):
 
 def _profile_jobs(stem, profile, bounds):
     "Figures of one profile: both splits, chance-corrected, and the families."
-    splits, derive = profile["split"].values.astype(str), derive_split(profile)
+    splits = profile["split"].values.astype(str)
+    derive = derive_split(profile)
 
     def job(draw, split, more="", **options):
         part = profile if split is None else profile.isel(sample=np.flatnonzero(splits == split))
-        n, clips = part.sizes["sample"], len(np.unique(part["clip"].values))
-        said = f"Measured here on {profile.attrs.get('model', 'a model')}: {n} questions, "
+        clips = len(np.unique(part["clip"].values))
+        said = f"Measured here on {profile.attrs.get('model', 'a model')}: "
+        said += f"{part.sizes['sample']} questions, "
         said += f"{clips} clips{f', {split} split' if split else ''}; 95 % bands{more}"
         return _with_source(said, draw, profile, bounds, split=split, **options)
 
@@ -401,7 +419,8 @@ def _schedule_jobs(data):
         said = f"Computed from {_origin(least)} of {least.model or 'a model'}; layers from 1"
         named = {f"TRR {percent:g} %": plans[percent] for percent in sorted(plans, reverse=True)}
         yield f"{name}_retention", _with_source(said, plot_retention, named)
-        profile, tokens = data / "profiles" / f"{name}.nc", None
+        profile = data / "profiles" / f"{name}.nc"
+        tokens = None
         if name in PUBLISHED:
             tokens = dict(zip(("visual", "audio", "text"), (*PUBLISHED[name]["tokens"], 150)))
         elif profile.is_file():
@@ -426,7 +445,8 @@ def _result_jobs(data, results):
         said = f"Measured here on {found.get('model', 'a model')}; cells: % of the full accuracy"
         yield name, _with_source(said, sensitivity_figure, found["rows"])
     for name, found in results["bench"].items():
-        rows, said = found["rows"], f"Measured here on {found['device']}"
+        rows = found["rows"]
+        said = f"Measured here on {found['device']}"
         said += "; random weights, except the testbed at its own width"
         timings = partial(timings_figure, shares=found.get("threads") is not None)  # on a CPU
         for kind, draw, requests in (
@@ -489,7 +509,10 @@ def make_figures(
     Raises ValueError if that is nothing, or, before anything is drawn, where a file is there."""
     from tqdm import tqdm
 
-    jobs, found, written, out = figure_jobs(data), tables(data), [], Path(out)
+    jobs = figure_jobs(data)
+    found = tables(data)
+    written = []
+    out = Path(out)
     names = [out / f"{name}{suffix}" for name in jobs for suffix in (".png", ".pdf")]
     names += [out / "tables" / f"{name}.csv" for name in found]
     if not overwrite and (there := [name for name in names if name.exists()]):
