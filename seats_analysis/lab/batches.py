@@ -155,6 +155,7 @@ def patchify(
     frames,  # (N, 16, 112, 168, 3) uint8 tensor
 ):  # (N*768, 1176) float32, in the order of Qwen2VLVideoProcessor
     "Normalise and cut frames into patches as the video processor does, for a batch at once."
+    import torch
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     n, t, h, w, _ = frames.shape
@@ -169,6 +170,7 @@ _extractor = cache(build_feature_extractor)
 
 def features(scenes, family):
     "Pixel patches and mel features (N, 64, frames), straight from the renderer: no codec."
+    import torch
 
     patches = patchify(torch.from_numpy(np.stack([render_frames(s) for s in scenes])))
     how = dict(padding="longest", truncation=False, return_attention_mask=True)
@@ -191,6 +193,7 @@ def hints(
     scenes,  # of one length
 ):  # name -> (B, tokens of its tower) int64 classes, -100 where nothing is asked
     "What is to be read from each token of the towers."
+    import torch
 
     cells = ROWS * COLS
     seconds = int(scenes[0].seconds)
