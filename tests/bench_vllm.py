@@ -21,7 +21,6 @@ from statistics import median
 import torch
 from vllm.benchmarks import serve
 
-from seats_analysis.lab.bench import BenchSetup
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.provenance import versions
 from seats_analysis.storage.schemas import SCHEMAS, save_json
@@ -124,12 +123,13 @@ def main():
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # of the servers
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(args, Path(folder))
-    setup = BenchSetup()
+    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    device = found[1].strip() if found else "CPU"
     data = dict(
         schema=SCHEMAS["vllm"].id,
         model="qwen2.5-omni",
         revision="the testbed's towers and vocabulary, random weights",
-        device=setup.device_name,
+        device=device,
         threads=torch.get_num_threads(),
         dtype="float32",
         versions=versions("vllm", "torch", "transformers"),
@@ -138,8 +138,8 @@ def main():
         settings=vars(args) | dict(entering=ENTERING, server=" ".join(SERVER)),
         rows=rows,
     )
-    name = setup.default_path.name.replace("bench_", "vllm_")
-    print(save_json(TESTS.parent / "data" / "results" / name, data))
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    print(save_json(TESTS.parent / "data" / "results" / f"vllm_{slug}.json", data))
 
 
 if __name__ == "__main__":

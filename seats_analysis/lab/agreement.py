@@ -44,7 +44,8 @@ def compare_profiles(
         return [("profile", False, "of other weights or other questions")]
     cells = dict(sample=common, removed=ours["removed"], layer=ours["layer"])
     ours, theirs = (p.sel(cells).transpose(*cells, ...) for p in (ours, theirs))
-    turned, worst, where = {}, 0.0, ""
+    turned = {}
+    worst = 0.0
     for name in ("correct", "correct_letter", "nll", "margin", "kl"):
         if name not in ours or name not in theirs:
             continue
@@ -54,15 +55,19 @@ def compare_profiles(
         if name.startswith("correct"):
             turned |= dict.fromkeys(_place(ours, at) for at in np.argwhere(apart))
         elif (largest := apart.max(initial=0.0)) > worst:
-            place = _place(ours, np.unravel_index(apart.argmax(), apart.shape))
-            worst, where = largest, f"{name} of {place}"
-    n = [ours.sizes[d] for d in cells]
-    same = "all of {} questions, {} conditions and {} layers the same".format(*n)
-    decisions = "decisions", not turned, f"turned: {_named(turned)}" if turned else same
-    said = f"within {TOLERANCE:g} nats (largest difference {worst:.1e})"
-    if worst > TOLERANCE:  # a remark
-        said = f"up to {worst:.2g} nats apart ({where}), more than {TOLERANCE:g}"
-    return [decisions, ("numbers", True if worst <= TOLERANCE else None, said)]
+            worst = largest
+            where = f"{name} of {_place(ours, np.unravel_index(apart.argmax(), apart.shape))}"
+    if turned:
+        said = f"turned: {_named(turned)}"
+    else:
+        n = [ours.sizes[d] for d in cells]
+        said = "all of {} questions, {} conditions and {} layers the same".format(*n)
+    checks = [("decisions", not turned, said)]
+    if worst <= TOLERANCE:
+        said = f"within {TOLERANCE:g} nats (largest difference {worst:.1e})"
+        return [*checks, ("numbers", True, said)]
+    said = f"up to {worst:.2g} nats apart ({where}), more than {TOLERANCE:g}"
+    return [*checks, ("numbers", None, said)]  # a remark
 
 # %% ../../nbs/lab/04_agreement.ipynb #3a4ffa09
 def _compared(claim, ours, theirs):  # what each says -> (claim, holds, detail)
@@ -94,7 +99,8 @@ def compare_answers(
     theirs,  # committed rows
 ):  # list of (claim, holds, detail)
     "Whether every method got the same questions right."
-    stored, checks = {(r["method"], r["trr"]): set(r["wrong"]) for r in theirs}, []
+    stored = {(r["method"], r["trr"]): set(r["wrong"]) for r in theirs}
+    checks = []
     for r in rows:
         turned = sorted(set(r["wrong"]) ^ stored[r["method"], r["trr"]])
         detail = f"the same answers, {len(r['wrong'])} wrong"
@@ -119,7 +125,8 @@ def agreement(
     from seats_analysis.schedules.schedule import Schedule
     from seats_analysis.storage.schemas import load_json, load_profile
 
-    data, name = Path(data), profile.attrs["model"]
+    data = Path(data)
+    name = profile.attrs["model"]
     names = [f"profiles/{name}.nc"]
     if whole:
         names += [f"results/{name}.json", *(f"schedules/{name}_trr{trr}.json" for trr in plans)]

@@ -13,10 +13,11 @@ import torch
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from ..storage.files import output_folder
 from ..storage.schemas import SCHEMAS, load_json, save_json
-from ..storage.provenance import hash_code, versions
+from ..storage.provenance import digest, hash_code, versions
 from ..models.families import adapter_for
 from ..models.decoder import last_logits_only
 from ..schedules.cost import prefill_flops
@@ -25,6 +26,8 @@ from ..pruning.received import triton_kernels
 from ..pruning.session import prune
 from ..baselines.registry import METHODS, method_at
 from ..evaluation.evaluate import greedy
+from . import workloads
+from .bench_rows import compared, row_key
 from seats_analysis.lab.workloads import (
     Request,
     bench_inputs,
@@ -34,9 +37,6 @@ from seats_analysis.lab.workloads import (
 )
 
 # %% ../../nbs/lab/06_bench.ipynb #492d4764
-TIMES = "encoder_ms", "selection_ms", "prefill_ms", "ttft_ms", "decode_ms_per_token"
-
-
 def peak_bytes(model, inputs, body):  # body: function without arguments
     """What `body` returns, and the most bytes held while it ran, weights and inputs included.
 
@@ -71,7 +71,8 @@ class Workload:
     @contextmanager
     def _running(self, method):  # yields the `Timings`, and the `Run` or None
         "The model under a method, or as it is with its towers timed."
-        adapter, model = adapter_for(self.model), self.model
+        model = self.model
+        adapter = adapter_for(model)
         with ExitStack() as stack:
             stack.enter_context(last_logits_only(model))
             if method is not None or self.encoders:
@@ -79,11 +80,12 @@ class Workload:
                 yield run.timings, run
                 return
             timings = Timings(str(self.inputs["input_ids"].device))
-            start, stop = lambda *_: timings.start("encoders"), lambda *_: timings.stop()
             stack.callback(timings.stop)
             for tower in (adapter.visual(model), adapter.audio_tower(model)):
-                stack.callback(tower.register_forward_pre_hook(start).remove)
-                stack.callback(tower.register_forward_hook(stop).remove)
+                before = tower.register_forward_pre_hook(lambda *_: timings.start("encoders"))
+                after = tower.register_forward_hook(lambda *_: timings.stop())
+                stack.callback(before.remove)
+                stack.callback(after.remove)
             yield timings, None
 
     @torch.no_grad()
@@ -91,7 +93,8 @@ class Workload:
         self, method=None
     ) -> dict:  # TIMES -> milliseconds; the fourth is the first three's sum
         "One request on the clock. `method` is a `Pruner`, or None for the full model."
-        tokens, device = greedy(self.model, self.inputs), self.inputs["input_ids"].device
+        tokens = greedy(self.model, self.inputs)
+        device = self.inputs["input_ids"].device
         with self._running(method) as (timings, _):
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -102,15 +105,21 @@ class Workload:
                 for _ in range(self.steps):
                     next(tokens)
             after = sum(timings.ms.values())
-        spent = [first[s] for s in ("encoders", "selection", "prefill")]
-        decode = (after - sum(spent)) / max(self.steps, 1)
-        return dict(zip(TIMES, [*spent, sum(spent), decode]))
+        ttft = first["encoders"] + first["selection"] + first["prefill"]
+        return dict(
+            encoder_ms=first["encoders"],
+            selection_ms=first["selection"],
+            prefill_ms=first["prefill"],
+            ttft_ms=ttft,
+            decode_ms_per_token=(after - ttft) / max(self.steps, 1),
+        )
 
     @torch.no_grad()
     def facts(self, method=None) -> dict:  # all of the whole batch, but tokens of a layer: a mean
         "What one prefill computes and holds: flops, kv_bytes, peak_bytes, layer_tokens."
-        model, adapter = self.model, adapter_for(self.model)
-        prefill = lambda: adapter.thinker(model)(**self.inputs, use_cache=True)
+        model = self.model
+        adapter = adapter_for(model)
+        prefill = partial(adapter.thinker(model), **self.inputs, use_cache=True)
         with self._running(method) as (_, run):
             out, peak = peak_bytes(model, self.inputs, prefill)
         if run is not None:
@@ -118,23 +127,17 @@ class Workload:
         else:
             lengths = self.inputs["attention_mask"].sum(1).tolist()
             layers = np.repeat([lengths], adapter.num_layers(model), 0).T
-        flops = lambda c: sum(prefill_flops(row, adapter.config(model), c) for row in layers)
         return dict(
-            flops={c: flops(c) for c in ("causal", "counter")},
+            flops={
+                c: sum(prefill_flops(row, adapter.config(model), c) for row in layers)
+                for c in ("causal", "counter")
+            },
             kv_bytes=sum(x.keys.nbytes + x.values.nbytes for x in out.past_key_values.layers),
             peak_bytes=peak,
             layer_tokens=layers.mean(0).tolist(),
         )
 
 # %% ../../nbs/lab/06_bench.ipynb #4474f4a3
-_KEY = "config", "width", "batch", "frames", "seconds", "method", "trr", "encoders"  # of a row
-_GROUP = _KEY[:5]  # rows that share a full model, with its towers as they are
-
-
-def _key(row, fields=_KEY):
-    return tuple(row.get(f) for f in fields)
-
-
 @dataclass(frozen=True)
 class Job:
     "One request to one model, for several methods."
@@ -194,9 +197,9 @@ class Job:
         plans: Sequence,  # of `pairs`
     ) -> list:  # of `Job`
         "What `seats bench` measures when nothing is asked for."
-        plans, least = tuple(plans), min(t for _, t in plans)
+        plans = tuple(plans)
         ours = tuple(p for p in plans if p[0] in ("full", "seats"))
-        lean = tuple(p for p in ours if p[1] in (100, least))
+        lean = tuple(p for p in ours if p[1] in (100, min(trr for _, trr in plans)))
         big = "qwen2.5-omni-7b"
         if cuda:
             return [
@@ -205,7 +208,8 @@ class Job:
                 *(cls(big, r, plans=lean) for r in Request.scaling(big)),
                 cls("qwen3-omni-30b-a3b", plans=lean),
             ]
-        half, few = Request(64, 30.0), Request(8, 4.0)
+        half = Request(64, 30.0)
+        few = Request(8, 4.0)
         sizes = (big, 128), ("testbed", None), ("testbed", 512)
         return [
             cls(big, half, 128, plans=plans),
@@ -215,134 +219,6 @@ class Job:
             *(cls("testbed", few, batch=b, plans=lean) for b in (1, 4, 16)),
             *(cls("testbed", r, plans=lean) for r in Request.scaling("testbed", 16384)),
         ]
-
-# %% ../../nbs/lab/06_bench.ipynb #9cd808c0
-_COMPARED = (
-    "flops_fraction_causal_without_selection",
-    "flops_fraction_counter_without_selection",
-    "speedup",
-    "realised_fraction",
-    "realised_counter",
-    "ttft_speedup",
-)
-ROW_KEYS = (  # what `seats bench --json` prints
-    "method",
-    "trr",
-    "config",
-    "batch",
-    "tokens",
-    "flops_fraction_causal_without_selection",
-    *TIMES,
-    "peak_bytes",
-    "kv_bytes",
-    "speedup",
-    "realised_fraction",
-    "realised_counter",
-    "encoders",
-    "width",
-    "frames",
-    "seconds",
-)
-
-
-def _medians(row):
-    "The row with the medians of its times, and 'spread': time -> [lower, upper quartile]."
-    if not row.get("samples"):
-        return dict(row)
-    by = {t: [s[t] for s in row["samples"]] for t in TIMES}
-    return dict(
-        row,
-        **{t: float(np.median(v)) for t, v in by.items()},
-        spread={t: np.quantile(v, [0.25, 0.75]).tolist() for t, v in by.items()},
-        repeats=len(row["samples"]),
-    )
-
-
-def _compared(row, full):  # full: the row of the full model, or None where it did not fit
-    "The row with what became of the FLOPs saving; None where there is nothing to compare."
-    out = row | dict.fromkeys(_COMPARED)
-    if full is None or "flops" not in full or "flops" not in row:
-        return out
-    causal, counter = (row["flops"][c] / full["flops"][c] for c in ("causal", "counter"))
-    out["flops_fraction_causal_without_selection"] = causal
-    out["flops_fraction_counter_without_selection"] = counter
-    if not (row.get("samples") and full.get("samples")):
-        return out
-    out["ttft_speedup"] = full["ttft_ms"] / row["ttft_ms"]
-    # in the overlap the statistic runs in the tower's time: only the whole can be compared
-    if "overlap" not in row["encoders"].split("+"):
-        speedup = full["prefill_ms"] / (row["selection_ms"] + row["prefill_ms"])
-        # 1: all of the saving became time, by either way of counting
-        realised = dict(realised_fraction=speedup * causal, realised_counter=speedup * counter)
-        out |= dict(speedup=speedup, **realised)
-    return out
-
-
-class BenchRows:
-    "Rows with medians, compared with the full model of their group."
-
-    def __init__(self, rows: Sequence[Mapping]):  # with `samples`, dicts of TIMES
-        rows = [_medians(r) for r in rows]
-        plain = [r for r in rows if r["method"] == "full" and not r["encoders"]]
-        self.full = {_key(r, _GROUP): r for r in plain}
-        self.rows = [_compared(r, self.full.get(_key(r, _GROUP))) for r in rows]
-
-    def report(self) -> list:  # of dicts with `ROW_KEYS`
-        "The rows as `seats bench --json` prints them; rows without times are left out."
-        return [{k: r.get(k) for k in ROW_KEYS} for r in self.rows if r.get("samples")]
-
-    def table(
-        self,
-        ratios: bool,  # shares of the full time to first token instead of milliseconds
-    ) -> list:  # of dicts of texts
-        "The rows for people."
-        return [self._line(r, ratios) for r in self.rows]
-
-    def _line(self, r, ratios):
-        full = self.full.get(_key(r, _GROUP), {})
-        unit = full.get("ttft_ms")
-
-        def text(name, form, scale=1):
-            return "-" if r.get(name) is None else form.format(r[name] / scale)
-
-        def time(name):
-            if not ratios:
-                return text(name, "{:.1f}")
-            return text(name, "{:.1f} %", unit / 100) if unit else "-"
-
-        line = {
-            "config": r["config"] + (f" (width {r['width']})" if r["width"] else ""),
-            "batch": str(r["batch"]),
-            "tokens": f"{r['tokens']:,}",
-            "method": r["method"] + (f" +{r['encoders']}" if r["encoders"] else ""),
-            "kept (TRR)": f"{r['trr']:g} %",
-            "FLOPs, causal, without selection": text(
-                "flops_fraction_causal_without_selection", "{:.1%}"
-            ),
-            "encoders": time("encoder_ms"),
-            "selection": time("selection_ms"),
-            "prefill": time("prefill_ms"),
-            "first token": time("ttft_ms"),
-            "a token": time("decode_ms_per_token"),
-            "KV MB": text("kv_bytes", "{:.1f}", 1e6),
-            "peak MB": text("peak_bytes", "{:.0f}", 1e6),
-            "speed-up": text("speedup", "{:.2f}"),
-            "of ideal": text("realised_fraction", "{:.2f}"),
-            "by counter": text("realised_counter", "{:.2f}"),
-            "first token x": text("ttft_speedup", "{:.2f}"),
-        }
-        note = r.get("error") or _does_not_pay(r, full)
-        return line | ({"note": note} if note else {})
-
-
-def _does_not_pay(r, full):
-    "Why pruning does not pay in this row, or None."
-    if r["method"] == "full" or r.get("speedup") is None:
-        return None
-    if r["ttft_speedup"] >= 1.05:
-        return "bound by the encoders" if r["encoder_ms"] > 0.5 * r["ttft_ms"] else None
-    too_short = r["selection_ms"] >= 0.8 * (full["prefill_ms"] - r["prefill_ms"])
-    return "does not pay: the prompt is too short" if too_short else "hardly pays"
 
 # %% ../../nbs/lab/06_bench.ipynb #c9a5d84c
 @dataclass(frozen=True)
@@ -387,6 +263,10 @@ class BenchSetup:
         "Everything that times depend on, apart from the request."
         dtype = self.dtype or (torch.bfloat16 if self.cuda else torch.float32)
         cuda = dict(cuda=torch.version.cuda) if self.cuda else {}
+        folder = Path(workloads.__file__).parent
+        own = [
+            (folder / f"{name}.py").read_text(encoding="utf-8") for name in ("workloads", "bench")
+        ]
         return dict(
             device=self.device_name,
             versions=versions("torch", "transformers") | cuda,
@@ -397,13 +277,10 @@ class BenchSetup:
             seed=self.seed,
             decoded=self.steps,
             kernels="torch" if triton_kernels(self.device) is None else "triton",
-            code_sha256=hash_code(),
+            code_sha256=digest([hash_code(), *own]),
         )
 
 # %% ../../nbs/lab/06_bench.ipynb #0749a920
-_FULL, _LEFT = "out of memory", "left out: longer than"
-
-
 class BenchFile:
     "Rows on disk, and how they come there."
 
@@ -415,7 +292,9 @@ class BenchFile:
         again: bool = False,  # begin anew, whatever is there
     ):
         "Raises ValueError for a file whose rows were made in other circumstances."
-        self.path, self.setup, self.rows = Path(path), setup, {}
+        self.path = Path(path)
+        self.setup = setup
+        self.rows = {}
         self.about = setup.about() | dict(command=command)
         stored = load_json(path, "bench") if self.path.is_file() else None
         if stored is None or again:
@@ -427,7 +306,7 @@ class BenchFile:
                 f"{', '.join(str(self.about[k]) for k in other)}; name another file, or begin "
                 "anew with --again"
             )
-        self.rows = {_key(r): r for r in stored["rows"]}
+        self.rows = {row_key(r): r for r in stored["rows"]}
 
     def save(self):
         "Write all rows, with their medians."
@@ -436,16 +315,14 @@ class BenchFile:
             model=sorted({r["config"] for r in self.rows.values()}),
             revision="real sizes, random weights; the testbed has its own",
             **self.about,
-            rows=BenchRows(self.rows.values()).rows,
+            rows=compared(self.rows.values()),
         )
         save_json(self.path, data)
 
-    def results(self, jobs: Sequence[Job]) -> BenchRows:
-        "What is known of these jobs, with the full models that it is compared with."
-        wanted = {_key(j.row(*p)) for j in jobs for p in j.plans}
-        found = BenchRows(self.rows.values())
-        found.rows = [r for r in found.rows if _key(r) in wanted]
-        return found
+    def results(self, jobs: Sequence[Job]) -> list:  # of `compared`
+        "Rows of these jobs, compared with the full models that are known."
+        wanted = {row_key(j.row(*p)) for j in jobs for p in j.plans}
+        return [r for r in compared(self.rows.values()) if row_key(r) in wanted]
 
     def run(
         self,
@@ -480,11 +357,11 @@ class BenchFile:
         due = {}
         for plan in job.plans:
             row = job.row(*plan)
-            key = _key(row)
+            key = row_key(row)
             if self.rows.get(key, {}).get("error"):
                 del self.rows[key]
             if key not in self.rows and self._takes_longer(row, max_seconds):
-                error = f"{_LEFT} {max_seconds:g} s"
+                error = f"left out: longer than {max_seconds:g} s"
                 self.rows[key] = dict(row, samples=[], error=error)
             elif len(self.rows.setdefault(key, row).get("samples", ())) < repeats:
                 due[plan] = self.rows[key]
@@ -492,18 +369,19 @@ class BenchFile:
 
     def _takes_longer(self, row, max_seconds):
         "Whether this row would, by the same method's largest request so far that is smaller."
-        same, size = ("config", "width", "method", "trr", "encoders"), ("tokens", "batch")
+        same = ("config", "width", "method", "trr", "encoders")
+        size = ("tokens", "batch")
         smaller = [
             r
             for r in self.rows.values()
             if r.get("samples")
-            and _key(r, same) == _key(row, same)
-            and _key(r, size) != _key(row, size)
+            and row_key(r, same) == row_key(row, same)
+            and row_key(r, size) != row_key(row, size)
             and all(r[k] <= row[k] for k in size)
         ]
         if not smaller:
             return False
-        last = max(smaller, key=lambda r: _key(r, size))
+        last = max(smaller, key=lambda r: row_key(r, size))
         grown = (row["tokens"] / last["tokens"]) ** 2 * row["batch"] / last["batch"]
         return min(s["ttft_ms"] for s in last["samples"]) / 1e3 * grown > max_seconds
 
@@ -539,6 +417,6 @@ def _tried(rows, step):
         if "can't allocate memory" not in str(error):
             raise
     for row in rows:
-        row.update(error=_FULL, samples=[])
+        row.update(error="out of memory", samples=[])
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # outside the handler, whose traceback holds the tensors

@@ -30,7 +30,7 @@ def _measure(file, jobs, **options):
     "Run the jobs, with a bar for what is going on."
     from tqdm import tqdm
 
-    if stored := sum(bool(r.get("samples")) for r in file.results(jobs).rows):
+    if stored := sum(bool(r.get("samples")) for r in file.results(jobs)):
         note(
             f"{stored} rows are in {file.path} from before and are only completed; "
             "--again begins the file anew"
@@ -42,15 +42,17 @@ def _measure(file, jobs, **options):
 
 def _text(results, path, ratios):
     "The rows for people."
-    lines = results.table(ratios)
-    head = dict.fromkeys((k for line in lines for k in line), "")
+    from seats_analysis.lab.bench_rows import lines
+
+    found = lines(results, ratios)
+    head = dict.fromkeys((k for line in found for k in line), "")
     unit = "times in ms"
     if ratios:
         unit = (
             "times as shares of the full time to first token "
             "(a CPU says nothing about milliseconds elsewhere)"
         )
-    shown = table([head | line for line in lines])
+    shown = table([head | line for line in found])
     return f"{shown}\n{unit}; medians of interleaved runs\n{path}"
 
 # %% ../../nbs/lab/11_bench_command.ipynb #2d5fe2e3
@@ -104,6 +106,7 @@ def bench(
     """
     names = names_of(config, "--config") if config else ()
     from seats_analysis.lab.bench import BenchFile, BenchSetup, Job
+    from seats_analysis.lab.bench_rows import report
     from seats_analysis.lab.workloads import Request
     from seats_analysis.evaluation.load import check_device
 
@@ -136,5 +139,5 @@ def bench(
     file = BenchFile(out, setup, command, again)
     _measure(file, jobs, repeats=repeats, max_seconds=MAX_SECONDS)
     results = file.results(jobs)
-    data = dict(device=file.about["device"], rows=results.report())
+    data = dict(device=file.about["device"], rows=report(results))
     emit(as_json, data, _text(results, file.path, not cuda))

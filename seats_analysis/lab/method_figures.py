@@ -33,7 +33,9 @@ from seats_analysis.plots.style import (
 
 # %% ../../nbs/lab/07_method_figures.ipynb #8aa4bbb1
 CHANCE = 0.25  # accuracy of a guess among four choices
-_BROWN, _GREY, _SKY = "#ca9161", "#7a7a7a", "#56b4e9"
+_BROWN = "#ca9161"
+_GREY = "#7a7a7a"
+_SKY = "#56b4e9"
 _LOOKS = {  # name in print, colour, marker (open where a sibling prunes both modalities), line
     "full": ("full", INK, "P", ""),
     "seats": ("SEATS", BLUE, "o", "-"),
@@ -124,12 +126,12 @@ def kinds_of(found):
 def pick(found, kind="published", trr=None):
     """Rows of a kind (`kind_of`), of all budgets or one; a method by its own rule belongs to each,
     SEATS beside the other methods."""
-    beside = lambda r: kind in ("late", "tuned") and r["method"] == "seats"
+    beside = "seats" if kind in ("late", "tuned") else None
     return [
         r
         for r in found["rows"]
         if r["method"] != "full"
-        and (kind_of(r) == kind or beside(r))
+        and (kind_of(r) == kind or r["method"] == beside)
         and (trr in (None, r["trr"]) or by_rule(r))
     ]
 
@@ -209,7 +211,8 @@ def _published_times(ax, rows):
 def _measured_times(ax, found):
     """All methods of a comparison and the full model, a line with 95 % bars each; rings around what
     runs at the floor of its own rule."""
-    full, shown = full_model(found), pick(found)
+    full = full_model(found)
+    shown = pick(found)
     curves = {}
     for r in [full, *shown]:
         curves.setdefault(name_of(r), []).append(r)
@@ -254,7 +257,8 @@ def time_figure(
         panels.append((title, said, _measured_times, found))
     if not panels:
         raise ValueError("neither published numbers nor a measured comparison: nothing to draw")
-    both, sources = len(panels) == 2, []
+    both = len(panels) == 2
+    sources = []
     fig = new_figure(PAGE if both else COLUMN, 2.9 if both else 3.4)
     axes = fig.subplots(1, len(panels), squeeze=False)[0]
     for ax, letter, (title, said, draw, numbers) in zip(axes, "ab", panels):
@@ -268,20 +272,22 @@ def time_figure(
 # %% ../../nbs/lab/07_method_figures.ipynb #cb67d331
 def _forest(rows, value):
     "One panel per budget, one line per name, the best first: a fraction with its interval."
-    names, trrs, parts = names_by(rows, value), budgets(rows), kind_of(rows[0]) == "ablation"
+    names = names_by(rows, value)
+    trrs = budgets(rows)
+    parts = kind_of(rows[0]) == "ablation"
     fig = new_figure(PAGE, 0.155 * len(names) + 0.75)
     axes = fig.subplots(1, len(trrs), sharey=True, sharex=True, squeeze=False)[0]
     for ax, trr in zip(axes, trrs):
         for r in rows:
             if r["trr"] != trr and not by_rule(r):
                 continue
-            look = method_look("seats" if kind_of(r) == "ablation" else r["method"])
-            look |= dict(linestyle="", elinewidth=1.1)
             at, low, high = interval(r, value)
             full = r["ranked"] if value == "accuracy" else not low <= 0 <= high
-            look |= dict(markerfacecolor=look["color"] if full else "white")
+            look = method_look("seats" if parts else r["method"])
+            look.update(linestyle="", elinewidth=1.1)
+            look["markerfacecolor"] = look["color"] if full else "white"
             if parts and not r["equal_cost"]:
-                look |= dict(marker="x")
+                look["marker"] = "x"
             span = [[max(at - low, 0)], [max(high - at, 0)]]
             ax.errorbar(at, names.index(name_of(r)), xerr=span, **look)
         ax.set_title(f"TRR {trr:g} %")
@@ -335,9 +341,9 @@ def sensitivity_figure(
     import seaborn
 
     table = pd.DataFrame(rows).replace("_", " ", regex=True)
-    made_for, used_on = table["made_for"].unique(), table["used_on"].unique()
     values = table.pivot(index="made_for", columns="used_on", values="kept").astype(float)
-    values = 100 * values.reindex(index=made_for, columns=used_on)
+    used_on = table["used_on"].unique()
+    values = 100 * values.reindex(index=table["made_for"].unique(), columns=used_on)
     fig = new_figure(COLUMN, 0.26 * len(values) + 0.8)
     ax = fig.subplots()
     look = dict(cmap="Blues", vmin=50, vmax=110, cbar=False, annot_kws=dict(fontsize=6.5))

@@ -38,13 +38,22 @@ def answer_rows(
     runs += [MethodRun("seats", "seats", trr, (Seats(plan),)) for trr, plan in plans.items()]
     runs.append(MethodRun("random", "random", least, (Random(plans[least]),)))
     asked = Answering(model, processor, samples, runs, batch_size, title="answers")
-    answers, shape = asked.answer_all(progress=True), DataShape.of(model, processor, samples)
-    families, clips = (np.array([getattr(s, k) for s in samples]) for k in ("family", "clip"))
-    at, rows = ~np.isin(families, APART), []
-    of = lambda k, name: np.array([row[k][name] for row in answers], float)
-    causal = lambda k: (of(k, "flops_causal").sum() / of(0, "flops_causal").sum()).item()
+    answers = asked.answer_all(progress=True)
+    shape = DataShape.of(model, processor, samples)
+    families = np.array([s.family for s in samples])
+    clips = np.array([s.clip for s in samples])
+    at = ~np.isin(families, APART)
+
+    def of(k, name):  # of all questions under the k-th method
+        return np.array([row[k][name] for row in answers], float)
+
+    def causal(k):  # part of the full model's FLOPs
+        return of(k, "flops_causal").sum().item() / of(0, "flops_causal").sum().item()
+
+    rows = []
     for k, run in enumerate(runs):
-        right, ms = of(k, "correct"), of(k, "ms").sum(0)
+        right = of(k, "correct")
+        ms = of(k, "ms").sum(0)
         kept, *kept_ci = share_interval(right[at], of(0, "correct")[at], clips[at])
         tokens = shape.weights @ sum(shape.plans(run.plans[0]).values()) / shape.weights.sum()
         rows.append(

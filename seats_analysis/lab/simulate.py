@@ -103,7 +103,8 @@ class Noise:
 
     def columns(self, planted):
         "(L+1,) column of the ranks for each planted layer: the same block, stretched to fit."
-        last, end = len(planted.share) - 1, self.ranks.shape[1] - 1
+        last = len(planted.share) - 1
+        end = self.ranks.shape[1] - 1
         knots = sorted({(0, 0), *zip(planted.blocks, self.blocks), (last, end)})
         knots = [k for i, k in enumerate(knots) if i == 0 or k[0] > knots[i - 1][0]]
         knots[-1] = last, end
@@ -192,7 +193,7 @@ def coverage_row(
     planted = Planted(SHAPES[shape](noise.num_layers))
     rng = np.random.default_rng([seed, questions, list(SHAPES).index(shape)])
     runs = [_trial(planted, noise, questions, rng, n_boot) for _ in range(trials)]
-    get = lambda key: [r[key] for r in runs]
+    found = {key: [r[key] for r in runs] for key in runs[0]}
     shallow, late = planted.blocks
     return dict(
         shape=shape,
@@ -200,12 +201,12 @@ def coverage_row(
         trials=trials,
         shallow_end=shallow,
         late_start=late,
-        shallow_interval=_covered(get("shallow_ci"), shallow, noise.num_layers),
+        shallow_interval=_covered(found["shallow_ci"], shallow, noise.num_layers),
         late_interval={
             str(late_confidence): _covered(intervals, late, noise.num_layers)
-            for late_confidence, intervals in zip(LATE_CONFIDENCES, zip(*get("late_ci")))
+            for late_confidence, intervals in zip(LATE_CONFIDENCES, zip(*found["late_ci"]))
         },
-        errors=dict(shallow=_errors(get("shallow"), shallow), late=_errors(get("late"), late)),
+        errors=dict(shallow=_errors(found["shallow"], shallow), late=_errors(found["late"], late)),
     )
 
 # %% ../../nbs/lab/01_simulate.ipynb #00df819a
@@ -262,17 +263,11 @@ def choose_late_confidence(
     goal: float = 0.93,  # coverage that every shape and size must have
 ):  # one of the study's, or None
     "The least one whose intervals of late_start meet the goal everywhere: the narrowest."
-    covers = lambda late_confidence: [
-        r["late_interval"][str(late_confidence)]["coverage"] for r in study["rows"]
-    ]
-    return next(
-        (
-            late_confidence
-            for late_confidence in study["late_confidences"]
-            if min(covers(late_confidence)) >= goal
-        ),
-        None,
-    )
+    for late_confidence in study["late_confidences"]:
+        intervals = [r["late_interval"][str(late_confidence)] for r in study["rows"]]
+        if min(i["coverage"] for i in intervals) >= goal:
+            return late_confidence
+    return None
 
 
 def coverage_table(
@@ -321,7 +316,8 @@ _SHARE = 0.95  # of experiments that must come close
 
 def _precision(planted, noise, questions, within=1, trials=200, seed=0):
     "Share of experiments with shallow_end within so many layers, and with late_start."
-    rng, layers = np.random.default_rng([seed, questions]), np.arange(len(planted.share))
+    rng = np.random.default_rng([seed, questions])
+    layers = np.arange(len(planted.share))
     curves = [ratio(noise.draw(planted, questions, rng).accuracy) for _ in range(trials)]
     found = crossings(monotone_fit(curves), layers, TOLERANCE, RISE)
     return [float((np.abs(f - t) <= within).mean()) for f, t in zip(found, planted.blocks)]
@@ -349,12 +345,15 @@ def questions_needed(
     "Questions needed for a boundary to within so many layers."
     if boundary not in _BOUNDARIES:
         raise ValueError(f"`boundary` must be shallow_end or late_start, not {boundary!r}")
-    noise, which = noise_of(profile), _BOUNDARIES.index(boundary)
+    noise = noise_of(profile)
     if isinstance(curve, str):
         curve = _curve(curve, profile, noise.num_layers)
     planted = Planted(curve)
-    close = lambda n: _precision(planted, noise, n, within, **options)[which]
-    return next((n for n in sizes if close(n) >= _SHARE), None)
+    for n in sizes:
+        close = _precision(planted, noise, n, within, **options)
+        if close[_BOUNDARIES.index(boundary)] >= _SHARE:
+            return n
+    return None
 
 # %% ../../nbs/lab/01_simulate.ipynb #c4d90cf9
 def needed_study(
@@ -368,20 +367,20 @@ def needed_study(
     "Questions needed for each boundary, for every shape and for the profile's own curve."
     from tqdm import tqdm
 
-    noise, rows = noise_of(profile), []
+    noise = noise_of(profile)
+    rows = []
     pilot = find_boundaries(profile, split=None, n_boot=100).unmeasurable
     names = [*SHAPES] if pilot else [MEASURED, *SHAPES]
     for name in tqdm(names, desc="questions", unit="curve", disable=not progress):
         planted = Planted(_curve(name, profile, noise.num_layers))
         close = [_precision(planted, noise, n, within, trials, seed) for n in sizes]
-        reached = dict(zip(_BOUNDARIES, map(list, zip(*close))))
-        enough = lambda shares: next((n for n, p in zip(sizes, shares) if p >= _SHARE), None)
-        rows.append(
-            dict(curve=name, **dict(zip(_BOUNDARIES, planted.blocks)), within=reached)
-            | dict(needed={b: enough(shares) for b, shares in reached.items()})
-        )
-    command = f"sample-size --trials {trials} --within {within}"
-    return _head("needed", command, profile, seed, sizes) | dict(
+        row = dict(curve=name, **dict(zip(_BOUNDARIES, planted.blocks)), within={}, needed={})
+        for boundary, shares in zip(_BOUNDARIES, zip(*close)):
+            row["within"][boundary] = list(shares)
+            enough = [n for n, p in zip(sizes, shares) if p >= _SHARE]
+            row["needed"][boundary] = enough[0] if enough else None
+        rows.append(row)
+    study = dict(
         removed="both",
         num_layers=noise.num_layers,
         trials=trials,
@@ -389,8 +388,11 @@ def needed_study(
         share=_SHARE,
         sizes=list(sizes),
         rows=rows,
-        **({"pilot": pilot} if pilot else {}),  # why its own curve is left out
     )
+    if pilot:
+        study["pilot"] = pilot  # why its own curve is left out
+    command = f"sample-size --trials {trials} --within {within}"
+    return _head("needed", command, profile, seed, sizes) | study
 
 # %% ../../nbs/lab/01_simulate.ipynb #41a65e11
 @house_style()
@@ -410,8 +412,8 @@ def coverage_figure(
     axes = fig.subplots(1, 4)
     for ax, (column, (title, unit)) in zip(axes, panels.items()):
         for (shape, rows), look in zip(table.groupby("shape", sort=False), SERIES):
-            rows, scale = rows.sort_values("questions"), 1 if column == "late width" else 100
-            ax.plot(rows["questions"], scale * rows[column], label=shape, **look)
+            curve = rows.set_index("questions")[column].sort_index()
+            ax.plot(curve if column == "late width" else 100 * curve, label=shape, **look)
         ax.set(xlabel="Questions", ylabel=unit, title=title)
         log_axis(ax, sizes)
     for ax in axes[:2]:

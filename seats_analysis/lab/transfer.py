@@ -18,7 +18,8 @@ def task_kinds(
     from seats_analysis.boundaries.retention import needed_families
 
     needed = {m: needed_families(profile, m) for m in ("visual", "audio")}
-    both, kinds = needed_families(profile, "both"), {}
+    both = needed_families(profile, "both")
+    kinds = {}
     for family in both:
         needs = " and ".join(m for m in needed if family in needed[m])
         kinds.setdefault(family if by == "family" else needs, []).append(family)
@@ -33,20 +34,29 @@ def sensitivity_rows(
     "Every schedule on every kind of question, relative to the full model."
     from seats_analysis.evaluation.evaluate import share_interval
 
-    full, rows = frames["full"].set_index("id"), []
+    full = frames["full"].set_index("id")
+    rows = []
     for made_for, frame in frames.items():
         for used_on, families in kinds.items():
             part = frame[frame.family.isin(families)]
             if part.empty:
                 continue
-            base, kept, ci = full.loc[part.id].correct, None, None
+            base = full.loc[part.id].correct
+            share = None  # of nothing
             if base.any():
-                kept, *ci = share_interval(part.correct, base, part["clip"])
+                share = share_interval(part.correct, base, part["clip"])
                 if made_for == "full":
-                    kept, ci = 1.0, [1.0, 1.0]
-            accuracy = float(part.correct.mean())
-            row = dict(made_for=made_for, used_on=used_on, n=len(part), accuracy=accuracy)
-            rows.append(row | dict(kept=kept, kept_ci=ci))
+                    share = (1.0, 1.0, 1.0)
+            rows.append(
+                dict(
+                    made_for=made_for,
+                    used_on=used_on,
+                    n=len(part),
+                    accuracy=float(part.correct.mean()),
+                    kept=share and share[0],
+                    kept_ci=share and list(share[1:]),
+                )
+            )
     return rows
 
 # %% ../../nbs/lab/02_transfer.ipynb #04e618c0
@@ -72,7 +82,10 @@ class TaskSchedules:
         from seats_analysis.schedules.schedule import Schedule, ScheduleWarning
 
         split = "derive" if "derive" in profile["split"].values.astype(str) else None
-        kinds, bounds, plans, missing = task_kinds(profile, by), {}, {}, {}
+        kinds = task_kinds(profile, by)
+        bounds = {}
+        plans = {}
+        missing = {}
         for kind, families in kinds.items():
             try:
                 bounds[kind] = find_boundaries(profile, split=split, families=tuple(families))

@@ -58,7 +58,8 @@ def _released(config):
     "A thinker's configuration, with the testbed's vocabulary for media."
     from seats_analysis.testbed.load import build_config
 
-    own, qwen3 = build_config().to_dict(), _family(config) == "qwen3-omni"
+    own = build_config().to_dict()
+    qwen3 = _family(config) == "qwen3-omni"
     tokens = {k: v for k, v in own.items() if "_token_i" in k}
     tokens |= {f"{m}_token_id": own[f"{m}_token_index"] for m in ("image", "video", "audio")}
     rope = dict(mrope_section=[16, 24, 24])
@@ -80,8 +81,8 @@ def _released(config):
         tie_word_embeddings=False,
         **tokens,
     )
-    hidden = made.text_config.hidden_size
-    made.vision_config.out_hidden_size = made.audio_config.output_dim = hidden
+    made.vision_config.out_hidden_size = made.text_config.hidden_size
+    made.audio_config.output_dim = made.text_config.hidden_size
     return made
 
 # %% ../../nbs/lab/05_workloads.ipynb #326b0276
@@ -92,21 +93,22 @@ def _multiple(x, least=8):
 
 def _narrow(config, width):
     "Shrink a configuration in place. ValueError below 32 or above the real width."
-    text, vision, audio = config.text_config, config.vision_config, config.audio_config
+    text = config.text_config
+    vision = config.vision_config
+    audio = config.audio_config
     if width == text.hidden_size:
         return
     if not 32 <= width < text.hidden_size:
         raise ValueError(f"--width {width}: from 32 to {text.hidden_size}")
-    scale, grouping = (
-        width / text.hidden_size,
-        text.num_attention_heads // text.num_key_value_heads,
-    )
+    scale = width / text.hidden_size
+    grouping = text.num_attention_heads // text.num_key_value_heads
     kv = max(1, round(text.num_key_value_heads * scale))
     size = text.num_attention_heads * text.head_dim * scale / (kv * grouping)
     half = _multiple(size, least=16) // 2
     side = half * text.rope_parameters["mrope_section"][2] // (text.head_dim // 2)
     text.rope_parameters["mrope_section"] = [half - 2 * side, side, side]
-    text.num_key_value_heads, text.num_attention_heads = kv, kv * grouping
+    text.num_key_value_heads = kv
+    text.num_attention_heads = kv * grouping
     text.head_dim = 2 * half
     widths = "hidden_size", "intermediate_size", "moe_intermediate_size"
     plain = [(text, w) for w in widths] + [(audio, "downsample_hidden_size")]
@@ -122,7 +124,8 @@ def _narrow(config, width):
     for part, name in plain:
         if hasattr(part, name):
             setattr(part, name, _multiple(getattr(part, name) * scale))
-    vision.out_hidden_size = audio.output_dim = text.hidden_size
+    vision.out_hidden_size = text.hidden_size
+    audio.output_dim = text.hidden_size
 
 
 def config_of(
@@ -195,7 +198,8 @@ def bench_processor(config: str):
     import transformers
     from seats_analysis.testbed.load import build_processor
 
-    made, processor = config_of(config), build_processor(_family(config))
+    made = config_of(config)
+    processor = build_processor(_family(config))
     if config not in TESTBEDS:
         vision = made.vision_config
         names = "patch_size", "temporal_patch_size"
@@ -262,10 +266,10 @@ class Request:
 
     def tokens(self, config: str) -> dict:  # 'visual', 'audio', 'text'
         "What it is to a model, without making it."
-        family, audio = FAMILIES[_family(config)], config_of(config).audio_config
+        family = FAMILIES[_family(config)]
         mel = bench_processor(config).feature_extractor
         frames = round(self.seconds * (mel.sampling_rate // mel.hop_length))
-        rows = family.audio_rows(frames, audio)
+        rows = family.audio_rows(frames, config_of(config).audio_config)
         return dict(
             visual=self.frames // 2 * _CELLS[0] * _CELLS[1],
             audio=rows // family.rows_per_token,
@@ -274,12 +278,14 @@ class Request:
 
     def sample(self, processor) -> Sample:
         "A clip of noise, and as many words as asked for."
-        rng, video = np.random.default_rng(0), processor.video_processor
+        rng = np.random.default_rng(0)
+        video = processor.video_processor
         size = [n * video.patch_size * video.merge_size for n in _CELLS]
         rate = processor.feature_extractor.sampling_rate
         frames = rng.integers(0, 255, (self.frames, *size, 3), dtype="uint8")
         wave = 0.1 * rng.standard_normal(round(self.seconds * rate), dtype="float32")
-        clip = Clip("noise", frames, self.frames / self.seconds, wave, rate)
+        fps = self.frames / self.seconds
+        clip = Clip("noise", frames, fps=fps, waveform=wave, sample_rate=rate)
         words = "what colour is seen with the low sound ?".split() * self.text
         question = " ".join(words[: self.text - _FRAME])
         return Sample("request", clip, question, ("red", "blue"), 0)

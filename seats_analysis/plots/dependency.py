@@ -70,9 +70,12 @@ def curves_of(profile, conditions=None, families=None, **options):
 
 def draw_curve(ax, curve, name, **look):
     "One condition in percent against printed layers, its band behind it."
-    x, look = curve["layer"] + 1, LOOKS[name] | look
-    bounds = 100 * curve["low"], 100 * curve["high"]
-    ax.fill_between(x, *bounds, color=look["color"], alpha=0.18, linewidth=0)
+    x = curve["layer"] + 1
+    look = LOOKS[name] | look
+    color = look["color"]
+    ax.fill_between(
+        x, 100 * curve["low"], 100 * curve["high"], color=color, alpha=0.18, linewidth=0
+    )
     ax.plot(x, 100 * curve["value"], label=name, zorder=3, **look)
 
 
@@ -97,7 +100,8 @@ def draw_dependency(fig, curves, bounds, corrected=False):
         shade_blocks(ax, (main.shallow_end, main.late_start, n_layers))
         _boundary_strip(strip, bounds)
     else:
-        ax = strip = fig.subplots()
+        ax = fig.subplots()
+        strip = ax
     for name, curve in curves.items():
         draw_curve(ax, curve, name)
     chance_line(ax, first["chance"])
@@ -111,15 +115,16 @@ def draw_dependency(fig, curves, bounds, corrected=False):
 def _boundary_strip(ax, bounds):
     "One row per condition: middle start (open), late start (full), certified one (tick)."
     for row, (removed, b) in enumerate(bounds.items()):
-        key = lambda label: None if row else label
+        hidden = "_" if row else ""  # the legend has one entry for all rows
         for late, name in enumerate(("shallow_end", "late_start")):
-            at, said = getattr(b, name), f"{'late' if late else 'middle'} starts (95 %)"
+            at = getattr(b, name)
             low, high = getattr(b, f"{name}_ci") or (at, at)
-            draw_boundary(ax, row, (low, at, high), removed, late, key(said))
+            label = f"{hidden}{'late' if late else 'middle'} starts (95 %)"
+            draw_boundary(ax, row, (low, at, high), removed, late, label)
         if b.late_start_certified is not None:
             look = dict(color=LOOKS[removed]["color"], linestyle="", marker="|", markersize=9)
-            at = b.late_start_certified + 1
-            ax.plot(at, row, markeredgewidth=1.6, label=key("late, certified"), **look)
+            label = f"{hidden}late, certified"
+            ax.plot(b.late_start_certified + 1, row, markeredgewidth=1.6, label=label, **look)
     row_axis(ax, bounds)
     legend_outside(ax.figure, [ax], 3, "lower", fontsize=6, handlelength=1.6, columnspacing=1.1)
 
@@ -163,11 +168,14 @@ def family_figure(
 ):  # matplotlib Figure, one column wide, one panel per family
     """The dependency curves of each question family apart; the title of a panel gives its full
     accuracy and its number of questions."""
-    order, needs = [{"visual"}, {"audio"}, {"visual", "audio"}, set()], family_needs(profile)
+    order = [{"visual"}, {"audio"}, {"visual", "audio"}, set()]
+    needs = family_needs(profile)
     families = sorted(needs, key=lambda family: (order.index(needs[family]), family))
-    main, n_layers = (boundaries or {}).get("both"), int(profile["layer"].values.max())
-    columns, top = min(3, len(families)), 115
+    main = (boundaries or {}).get("both")
+    n_layers = int(profile["layer"].values.max())
+    columns = min(3, len(families))
     rows = -(-len(families) // columns)
+    top = 115
     names = {f: wrapped(f.replace("_", " ") or "unnamed", 57 // columns) for f in families}
     longest = max(name.count("\n") for name in names.values())
     fig = new_figure(COLUMN, max(1.9, (0.98 + 0.1 * longest) * rows + 0.4))  # room for the label

@@ -54,15 +54,15 @@ class Source:
     "One profile, what is looked up in it again and again, and what its schedules cost."
 
     def __init__(self, path, n_boot=2000):  # NetCDF file, resamples of each interval
-        path, self.n_boot = Path(path), n_boot
-        self.profile = profile = load_profile(path)
-        self.name = path.stem
-        model = str(profile.attrs.get("model", ""))
-        self.tokens = json.loads(profile.attrs.get("tokens", "null"))  # means of a prompt
-        self.config = model_config(model)
-        self.conditions = tuple(conditions_of(profile))
-        needed = [needed_families(profile, name) for name in self.conditions]
-        self.families = (ALL, *dict.fromkeys(sum(map(list, needed), [])))
+        self.name = Path(path).stem
+        self.n_boot = n_boot
+        self.profile = load_profile(path)
+        about = self.profile.attrs
+        self.tokens = json.loads(about.get("tokens", "null"))  # means of a prompt
+        self.config = model_config(str(about.get("model", "")))
+        self.conditions = tuple(conditions_of(self.profile))
+        needed = [f for name in self.conditions for f in needed_families(self.profile, name)]
+        self.families = (ALL, *dict.fromkeys(needed))
 
     @cache
     def drawn(self, removed, family=ALL):
@@ -90,8 +90,10 @@ class View:
     trr: float = 10.0  # percent of all tokens to keep, in (0, 100]
     late: str = DEFAULT_LATE  # or "certified"
 
-    bounds = plan = None  # Boundaries of that condition and family, Schedule
-    curves = flops = None  # of `curves_of`; convention -> share of the full prefill's FLOPs
+    bounds = None  # Boundaries of that condition and family
+    plan = None  # Schedule
+    curves = None  # of `curves_of`
+    flops = None  # share of the full prefill, causal, without selection
     trouble = ""
 
     def __post_init__(self):
@@ -102,13 +104,14 @@ class View:
             if (config := self.source.config) is None:
                 raise ValueError("FLOPs unknown: the model's configuration is not on this machine")
             counts = [round(self.source.tokens[m]) for m in (*MODALITIES, "text")]
-            self.flops = dict(causal=flops_fraction(self.plan, *counts, config, "causal"))
+            self.flops = flops_fraction(self.plan, *counts, config)
         except ValueError as error:
             self.trouble = str(error)
 
     def _solve(self):
         "The schedule; with one modality removed, each gets the late start of its own curve."
-        source, bounds = self.source, self.bounds
+        source = self.source
+        bounds = self.bounds
         if source.tokens is None:
             raise ValueError(
                 "no schedule: the profile does not say how many tokens its prompts have"
@@ -136,9 +139,8 @@ class View:
             table = self.plan.to_table().round(1).to_string(index=False)
             lines.append(f"Schedule for a TRR of {self.trr:g} %:\n{table}")
         if self.flops:
-            share = self.flops["causal"]
-            price = f"FLOPs (causal, without selection): {100 * share:.3g} % of the prefill, "
-            lines.append(f"{price}so at most {1 / share:.3g} times as fast.")
+            price = f"FLOPs (causal, without selection): {100 * self.flops:.3g} % of the prefill, "
+            lines.append(f"{price}so at most {1 / self.flops:.3g} times as fast.")
         return "\n".join([*lines, self.trouble]).strip()
 
     @house_style()
@@ -163,23 +165,29 @@ class Explorer:
     def __init__(self, paths, out, n_boot):  # {name: path of a profile}, folder for schedules
         import ipywidgets as w
 
-        self.out, self._opened = Path(out), cache(lambda name: Source(paths[name], n_boot))
-        wide = dict(style=dict(description_width="70px"), layout=w.Layout(width="330px"))
-        wide["continuous_update"] = False
-        choice = lambda name, options: w.Dropdown(description=name, options=options, **wide)
-        slider = lambda name, value, low, high, step, form: w.FloatSlider(
-            value, min=low, max=high, step=step, readout_format=form, description=name, **wide
-        )
+        self.out = Path(out)
+        self._opened = cache(lambda name: Source(paths[name], n_boot))
+        look = dict(style=dict(description_width="70px"), layout=w.Layout(width="330px"))
+
+        def choice(name, options):
+            return w.Dropdown(description=name, options=options, **look)
+
+        def slider(name, form, **values):
+            look_of = dict(look, description=name, readout_format=form, continuous_update=False)
+            return w.FloatSlider(**values, **look_of)
+
         self.profile = choice("profile", list(paths))
         self.settings = dict(
             removed=choice("removed", self.source.conditions),
             family=choice("family", self.source.families),
-            tolerance=slider("tolerance", 0.01, 0.001, 0.2, 0.001, ".1%"),
-            trr=slider("kept (%)", 10, 1, 60, 0.5, ".1f"),
+            tolerance=slider("tolerance", ".1%", value=0.01, min=0.001, max=0.2, step=0.001),
+            trr=slider("kept (%)", ".1f", value=10, min=1, max=60, step=0.5),
             late=choice("late start", ("estimate", "certified")),
         )
         self.settings["late"].value = DEFAULT_LATE
-        self.picture, self.words, self.status = w.Image(), w.HTML(), w.HTML()
+        self.picture = w.Image()
+        self.words = w.HTML()
+        self.status = w.HTML()
         self.button = w.Button(description="Save schedule", icon="save")
         controls = [self.profile, *self.settings.values()]
         below = [self.picture, self.words, w.HBox([self.button, self.status])]
@@ -204,7 +212,8 @@ class Explorer:
         self.view = self.source.view(**{k: control.value for k, control in self.settings.items()})
         self.picture.value = _png(self.view.figure())
         self.words.value = f"<pre>{escape(self.view.text())}</pre>"
-        self.button.disabled, self.status.value = self.view.plan is None, ""
+        self.button.disabled = self.view.plan is None
+        self.status.value = ""
 
     def save(self):
         "Save the schedule that is shown under a name of its settings; never replaces a file."
@@ -242,9 +251,9 @@ def explore(
 ):  # Explorer, or the figure where ipywidgets is not installed
     "Explore every profile of a folder, or one profile. Raises ValueError if there is none."
     paths = sorted(Path(data).glob("profiles/*.nc")) or [Path(data)]
-    paths, out = {path.stem: path for path in paths}, out or output_folder(data) / "schedules"
     try:
         import ipywidgets  # noqa: F401
     except ImportError:
-        return Source(next(iter(paths.values())), n_boot).view().figure()
-    return Explorer(paths, out, n_boot)
+        return Source(paths[0], n_boot).view().figure()
+    out = out or output_folder(data) / "schedules"
+    return Explorer({path.stem: path for path in paths}, out, n_boot)

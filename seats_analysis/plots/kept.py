@@ -41,7 +41,8 @@ def kept_data(
     )
 
 # %% ../../nbs/plots/02_kept.ipynb #8ea4e004
-_MAX_KHZ, _MAX_FRAMES = 4, 8  # shown
+_MAX_KHZ = 4  # shown
+_MAX_FRAMES = 8
 
 
 @house_style()
@@ -68,12 +69,9 @@ def plot_kept(
     for stage, panels in zip(stages, axes.reshape(len(stages), -1)):
         counts = f"{len(stage['visual'])} visual, {len(stage['audio'])} audio"
         if not stage["stage"]:
-            said = (
-                f"“{kept['question']}”  {kept.get('answered', '')}\n"
-                if kept.get("question")
-                else ""
-            )
-            said += f"all tokens: {counts}"
+            said = f"all tokens: {counts}"
+            if kept.get("question"):
+                said = f"“{kept['question']}”  {kept.get('answered', '')}\n{said}"
         else:
             said = f"stage {'I' * stage['stage']}, from layer {stage['layer'] + 1}: {counts}"
         panels[0].set_title(said, fontsize=6.5)
@@ -103,7 +101,8 @@ def _draw_frames(ax, frames, grid, kept):
     per_grid = max(1, len(frames) // grids)
     frames = frames[np.minimum(shown * per_grid, len(frames) - 1)]
     _, height, width, _ = frames.shape
-    row, col = np.arange(height) * rows // height, np.arange(width) * cols // width
+    row = np.arange(height) * rows // height  # of each pixel
+    col = np.arange(width) * cols // width
     clear = mask[:, row][:, :, col, None]
     frames = np.where(clear, frames, (0.18 * frames + 0.82 * 255).astype("uint8"))
     extent = (0, len(shown), 0, 1)
@@ -131,9 +130,10 @@ def _spectrogram(waveform, rate):
 
 def _draw_audio(ax, image, seconds, kept, audio):
     "The spectrogram of one stage; spans of removed audio tokens are faded, kept ones marked below."
-    extent, n, rate = (0, seconds, 0, _MAX_KHZ), kept["audio_tokens"], kept["audio_rate"]
+    n = kept["audio_tokens"]
+    rate = kept["audio_rate"]
     look = dict(origin="lower", aspect="auto", cmap="Greys", vmin=-60, vmax=0)
-    ax.imshow(image, extent=extent, **look)
+    ax.imshow(image, extent=(0, seconds, 0, _MAX_KHZ), **look)
     if len(audio) < n:
         removed = [(j / rate, 1 / rate) for j in np.setdiff1d(range(n), audio)]
         ax.broken_barh(removed, (0, _MAX_KHZ), color="white", alpha=0.85, linewidth=0)

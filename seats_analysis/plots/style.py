@@ -13,8 +13,13 @@ from pathlib import Path
 from ..storage.files import atomic_write
 
 # %% ../../nbs/plots/00_style.ipynb #c774fef4
-COLUMN, PAGE = 3.5, 7.2  # widths in inches: one journal column, two columns
-BLUE, ORANGE, GREEN, RED, PURPLE = "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc"
+COLUMN = 3.5  # inches: one journal column
+PAGE = 7.2  # two columns
+BLUE = "#0173b2"
+ORANGE = "#de8f05"
+GREEN = "#029e73"
+RED = "#d55e00"
+PURPLE = "#cc78bc"
 INK = "#222222"
 LOOKS = {
     "both": dict(color=INK, linestyle="-", marker="o"),
@@ -147,8 +152,8 @@ def shade_blocks(
             continue
         ax.axvspan(lo + 0.5, hi + 0.5, color=shade, linewidth=0, zorder=0)
         if inches * (hi - lo) / (edges[-1] + 1) > 0.048 * len(name):
-            at, above = (lo + hi) / 2 + 0.5, ax.get_xaxis_transform()
-            ax.text(at, 1.015, name, transform=above, ha="center", va="bottom", fontsize=6.5)
+            look = dict(transform=ax.get_xaxis_transform(), ha="center", va="bottom")
+            ax.text((lo + hi) / 2 + 0.5, 1.015, name, fontsize=6.5, **look)
 
 
 def layer_axis(ax, n_layers, label="Tokens removed before layer", most_ticks=14):
@@ -186,7 +191,15 @@ def row_axis(ax, names):
 
 def chance_line(ax, chance):
     "Where a guess lies, as a fraction."
-    at, right = (1, 100 * chance), ax.get_yaxis_transform()
     ax.axhline(100 * chance, **DOTTED | dict(linewidth=0.8))
-    look = dict(ha="right", va="bottom", fontsize=6, color="#555555")
-    ax.annotate("chance", at, (-2, 1.5), xycoords=right, textcoords="offset points", **look)
+    ax.annotate(
+        "chance",
+        xy=(1, 100 * chance),
+        xytext=(-2, 1.5),
+        xycoords=ax.get_yaxis_transform(),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=6,
+        color="#555555",
+    )

@@ -10,6 +10,7 @@ import numpy as np
 import os
 import torch
 from collections.abc import Mapping, Sequence
+from collections import defaultdict
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -54,9 +55,13 @@ def prompt_of(
     if [m["role"] for m in messages] != ["user"]:
         roles = ", ".join(m["role"] for m in messages)
         raise ValueError(f"{id}: turns of {roles or 'nobody'}, expected one of the user")
-    content, parts = messages[0]["content"], []
-    for part in [dict(type="text", text=content)] if isinstance(content, str) else content:
-        kind, source = part["type"], part.get("url")
+    content = messages[0]["content"]
+    if isinstance(content, str):
+        content = [dict(type="text", text=content)]
+    parts = []
+    for part in content:
+        kind = part["type"]
+        source = part.get("url")
         if kind == "text":
             parts.append(part["text"])
         elif kind == "video":  # with its audio, or with that of a separate file
@@ -127,9 +132,12 @@ def generation_options(
     given: Mapping,  # generation_kwargs of a task
 ) -> dict:  # arguments of an `Answerer`
     "Length and end of answers; they are greedy, whatever the task says of sampling."
-    until, tokens = given.get("until") or [], given.get("max_new_tokens")
-    until = [until] if isinstance(until, str) else list(until)
-    return dict(max_new_tokens=16 if tokens is None else tokens, until=until)
+    until = given.get("until") or []
+    tokens = given.get("max_new_tokens")
+    return dict(
+        max_new_tokens=16 if tokens is None else tokens,
+        until=[until] if isinstance(until, str) else list(until),
+    )
 
 
 def answer_requests(
@@ -140,19 +148,21 @@ def answer_requests(
     done=lambda n: None,  # called with the number of questions answered
 ) -> list:  # of str, in order
     "Answer what lmms-eval asks, requests with equal settings together."
-    groups, out = {}, {}
+    groups = defaultdict(list)  # settings -> indices of requests
     for i, r in enumerate(requests):
-        groups.setdefault(repr(sorted(dict(r.args[2]).items())), []).append(i)
-    batches = [g[k : k + batch_size] for g in groups.values() for k in range(0, len(g), batch_size)]
-    for places in batches:
-        prompts = []
-        for i in places:
-            _, messages, _, doc, task, split = requests[i].args
-            prompts.append(answerer.prompt(messages(docs[task][split][doc]), f"{task} {doc}"))
-        options = generation_options(requests[places[0]].args[2])
-        out |= zip(places, answerer(prompts, **options))
-        done(len(places))
-    return [out[i] for i in range(len(requests))]
+        groups[repr(sorted(r.args[2].items()))].append(i)
+    out = [None] * len(requests)
+    for group in groups.values():
+        for start in range(0, len(group), batch_size):
+            places = group[start : start + batch_size]
+            prompts = []
+            for i in places:
+                _, messages, given, doc, task, split = requests[i].args
+                prompts.append(answerer.prompt(messages(docs[task][split][doc]), f"{task} {doc}"))
+            for i, answer in zip(places, answerer(prompts, **generation_options(given))):
+                out[i] = answer
+            done(len(places))
+    return out
 
 # %% ../../nbs/serving/02_lmms.ipynb #a2ccb53b
 def _number(name, value, kind):
@@ -197,17 +207,27 @@ class ModelArgs:
 
     def answerer(self) -> Answerer:
         "The model with its method. Raises ValueError for values that do not go together."
-        counts = self.n_visual, self.n_audio
         chosen = method_for(
-            self.pretrained, self.method, self.trr, self.schedule, self.knob, counts
+            self.pretrained,
+            method=self.method,
+            trr=self.trr,
+            schedule=self.schedule,
+            knob=self.knob,
+            tokens=(self.n_visual, self.n_audio),
         )
         model, processor = load_model(self.pretrained, self.device)
-        fps, max_frames = self.fps, self.max_frames
+        limits = self
         if self.preset is not None:
             limits = preset_for(self.preset)
-            fps, max_frames = limits.fps, limits.max_frames
             limit_pixels(processor, *limits.grid_tokens)
-        return Answerer(model, processor, chosen, fps, max_frames, self.kv)
+        return Answerer(
+            model=model,
+            processor=processor,
+            method=chosen,
+            fps=limits.fps,
+            max_frames=limits.max_frames,
+            kv=self.kv,
+        )
 
 # %% ../../nbs/serving/02_lmms.ipynb #c6086240
 @cache
@@ -224,7 +244,8 @@ def omni_class():
             from accelerate import Accelerator
 
             super().__init__()
-            self.batch_size, self.accelerator = int(batch_size), Accelerator()
+            self.batch_size = int(batch_size)
+            self.accelerator = Accelerator()
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
             no_gpu = str(device).startswith("cuda") and not torch.cuda.is_available()
@@ -344,16 +365,14 @@ def task_class():
         "A task whose documents our loaders read; `dataset_kwargs` are arguments of `task_docs`."
 
         def __init__(self, config=None, model_name=None):
-            super().__init__(
-                config={k: v for k, v in config.items() if k != "class"}, model_name=model_name
-            )
+            config = {k: v for k, v in config.items() if k != "class"}
+            super().__init__(config=config, model_name=model_name)
 
         def download(self, dataset_kwargs=None):
             import datasets
 
-            self.dataset = datasets.DatasetDict(
-                test=datasets.Dataset.from_list(task_docs(**dataset_kwargs))
-            )
+            docs = datasets.Dataset.from_list(task_docs(**dataset_kwargs))
+            self.dataset = datasets.DatasetDict(test=docs)
             self.dataset_no_image = self.dataset
 
     return SampleTask

@@ -58,7 +58,8 @@ class PrunedProcessor(Qwen2_5OmniThinkerMultiModalProcessor):
         return super().apply(inputs, timing_ctx)
 
     def _without_audio(self, prompt):
-        c, ids = self.info.get_hf_config(), list(prompt)
+        c = self.info.get_hf_config()
+        ids = list(prompt)
         own = [c.audio_start_token_id, c.audio_token_id, c.audio_end_token_id]
         while c.audio_token_id in ids:
             at = ids.index(c.audio_token_id)
@@ -105,17 +106,25 @@ class PrunedProcessor(Qwen2_5OmniThinkerMultiModalProcessor):
                 raise ValueError(f"{modality} {i + 1} is too short for a token")
             return PromptUpdateDetails.select_token_ids(ids, self.media_ids.tolist())
 
-        stock = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
-        pruned = lambda u: PromptReplacement(
-            u.modality, u.target, partial(kept, modality=u.modality)
-        )
-        return [u if u.modality == "image" else pruned(u) for u in stock]
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        return [
+            u
+            if u.modality == "image"
+            else PromptReplacement(u.modality, u.target, partial(kept, modality=u.modality))
+            for u in updates
+        ]
 
     def _derive_audio_from_video_placeholders(self, placeholders, mm_prompt_updates):
         found = dict(super()._derive_audio_from_video_placeholders(placeholders, mm_prompt_updates))
-        here = lambda p: torch.isin(torch.tensor(p.tokens), self.media_ids)
-        found["video"] = [replace(p, is_embed=here(p)) for p in found["video"]]
-        found["audio"] = [replace(p, is_embed=here(p) & False) for p in found["audio"]]
+        for modality in ("video", "audio"):  # all rows come with the video
+            found[modality] = [
+                replace(
+                    p,
+                    is_embed=torch.isin(torch.tensor(p.tokens), self.media_ids)
+                    & (modality == "video"),
+                )
+                for p in found[modality]
+            ]
         return found
 
 # %% ../../nbs/serving/01_omni.ipynb #5f120007
@@ -135,13 +144,16 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
                 "size of 1, or without a schedule"
             )
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        method, model = method_of_environment(), vllm_config.model_config
+        method = method_of_environment()
+        model = vllm_config.model_config
         method.schedule.check_model(self.config.text_config.num_hidden_layers)
-        self.planner, self.width = Planner(self.config, method), model.get_inputs_embeds_size()
+        self.planner = Planner(self.config, method)
+        self.width = model.get_inputs_embeds_size()
         # runners only ask whether it is above 0; then they take positions from the embeddings
         model.multimodal_config.video_pruning_rate = 0.5
-        c, attention = self.config, self.visual.blocks[-1].attn
+        c = self.config
         self.media_ids = torch.tensor([c.video_token_id, c.audio_token_id, c.image_token_id])
+        attention = self.visual.blocks[-1].attn
         attention.num_heads = attention.num_attention_heads_per_partition  # as in transformers
         entering = method.schedule.entering
         logging.getLogger("vllm.seats").info(
@@ -155,7 +167,8 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
         "Rows of every medium; those of videos and audio after stage I, with their positions."
         images = self._parse_and_validate_image_input(**kwargs)
         found = [] if images is None else [*self._process_image_input(images)]
-        video, inside = self._parse_and_validate_video_input(**kwargs), None
+        video = self._parse_and_validate_video_input(**kwargs)
+        inside = None
         if "clip_audio_features" in kwargs:
             inside = dict(
                 input_features=kwargs["clip_audio_features"],
@@ -167,8 +180,9 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
         return found if audio is None else found + self._select(None, audio)
 
     def _select(self, video, audio, seconds=None):  # -> one tensor per medium
-        rows, device = {}, str(self.visual.device)
-        with watch_encoders(self, Timings(device), self.planner.method) as watch:
+        rows = {}
+        timings = Timings(str(self.visual.device))
+        with watch_encoders(self, timings, self.planner.method) as watch:
             if video is not None:
                 rows["visual"] = self._process_video_input(video)
             if audio is not None:
@@ -190,20 +204,25 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
     def get_mrope_input_positions(self, input_tokens, mm_features):
         "Those of the full prompt; the rows of a medium bring their own once it is encoded."
         positions = torch.zeros(3, len(input_tokens), dtype=torch.long)
-        at = end = 0
+        at = 0  # of the prompt: so far
+        end = 0  # of the positions
         for feature in sorted(mm_features, key=lambda f: f.mm_position.offset):
-            here, plan = feature.mm_position, self.planner.of_item(feature.data)
+            here = feature.mm_position
             if not here.get_num_embeds():
                 continue  # audio that its video holds
-            start, stop = here.offset, here.offset + here.length
+            plan = self.planner.of_item(feature.data)
+            start = here.offset
+            stop = start + here.length
             positions[:, at:start] = torch.arange(start - at) + end
             own = plan.positions + end + start - at - 1  # its first token is in the prompt already
             positions[:, start:stop] = own[:, 1:-1].amax()
             if feature.modality == "image":
                 positions[:, start:stop] = own[:, 1:-1]
             elif not plan.media[1]:
-                positions[:, start], positions[:, stop - 1] = own[:, 1], own[:, -2]
-            at, end = stop, int(own[0, -1])
+                positions[:, start] = own[:, 1]
+                positions[:, stop - 1] = own[:, -2]
+            at = stop
+            end = int(own[0, -1])
         positions[:, at:] = torch.arange(len(input_tokens) - at) + end
         return positions, int(positions.max()) + 1 - len(input_tokens)
 
@@ -211,13 +230,17 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
         self, input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
     ):
         "Positions that came with the embeddings of this chunk, put where these go."
-        ids, positions = torch.as_tensor(input_ids).cpu(), mrope_positions.clone()
-        media, slot, found = torch.isin(ids, self.media_ids), torch.arange(len(ids)), []
+        ids = torch.as_tensor(input_ids).cpu()
+        positions = mrope_positions.clone()
+        media = torch.isin(ids, self.media_ids)
+        slot = torch.arange(len(ids))
         before = torch.where(media, 0, slot).cummax(0).values  # the last token of no medium
         slots = slot[media & (slot >= num_computed_tokens)]
+        found = []
         for rows in multimodal_embeddings:
             rows, own = unpack(rows, self.width)
-            here, slots = slots[: len(rows)], slots[len(rows) :]
+            here = slots[: len(rows)]
+            slots = slots[len(rows) :]
             if own is not None:
                 base = positions[:, before[here].to(positions.device)]
                 positions[:, here.to(positions.device)] = base + own.to(base)

@@ -68,7 +68,9 @@ class Planner:
 
         with torch.device("meta"):  # for its arithmetic of positions, without weights
             self.thinker = Qwen2_5OmniThinkerForConditionalGeneration(config)
-        self.config, self.method, self.adapter = config, method, adapter_for(self.thinker)
+        self.config = config
+        self.method = method
+        self.adapter = adapter_for(self.thinker)
         self.plan = lru_cache(maxsize=256)(self._plan)
 
     @property
@@ -78,12 +80,12 @@ class Planner:
 
     def of_item(self, item) -> MediumPlan:  # mapping: field -> object with `data`
         "The plan of what the engine's processor made of one medium."
-        find = lambda name: item[name].data if name in item else None
-        if (image := find("image_grid_thw")) is not None:
+        found = {name: field.data for name, field in item.items()}
+        if (image := found.get("image_grid_thw")) is not None:
             return self.plan(tuple(image.tolist()), None, None)
-        grid, seconds = find("video_grid_thw"), find("second_per_grid_ts")
-        frames = find("audio_feature_lengths" if grid is None else "clip_audio_lengths")
-        return self.of_shape(grid, frames, seconds)
+        grid = found.get("video_grid_thw")
+        frames = found.get("audio_feature_lengths" if grid is None else "clip_audio_lengths")
+        return self.of_shape(grid, frames, found.get("second_per_grid_ts"))
 
     def of_shape(
         self,
@@ -99,7 +101,8 @@ class Planner:
         )
 
     def _plan(self, grid, frames, seconds):  # seconds: None for an image
-        ids, video = self._ids(grid, frames, seconds), grid and seconds is not None
+        ids = self._ids(grid, frames, seconds)
+        video = grid and seconds is not None
         grids = torch.tensor([grid]) if grid else None
         inputs = dict(
             input_ids=ids[None],
@@ -115,14 +118,17 @@ class Planner:
         )
         if frames:
             inputs["feature_attention_mask"] = torch.ones(1, frames, dtype=torch.long)
-        grids_per_window, length = self.method.grids, self.method.seconds
-        layout = layout_of(self.thinker, inputs, "keep", grids_per_window, length)
+        layout = layout_of(self.thinker, inputs, "keep", self.method.grids, self.method.seconds)
         budgets = self.method.window_budgets(layout, 0)
         return MediumPlan(ids, positions[:, 0].long(), layout, budgets)
 
     def _ids(self, grid, frames, seconds):  # -> (N,) int64
         "The medium as the family's processor writes it: chunk by chunk, visual before audio."
-        c, rates, ids, chunks, around = self.config, self.adapter.rates(self.thinker), [], [], []
+        c = self.config
+        rates = self.adapter.rates(self.thinker)
+        ids = []
+        chunks = []
+        around = []
         if grid:
             time = torch.arange(grid[0]) * (seconds or 1.0) * rates.positions_per_second
             time = time.repeat_interleave(grid[1] * grid[2] // rates.merge_size**2)
@@ -140,8 +146,10 @@ class Planner:
 
     def _chunks(self, time):  # (T,) ascending M-RoPE times -> (T,) int64
         "A new chunk begins where the time passes the end of the one before: one step at a time."
-        rates, out, chunk = self.adapter.rates(self.thinker), [], 0
+        rates = self.adapter.rates(self.thinker)
         size = int(rates.positions_per_second * rates.seconds_per_chunk)
+        out = []
+        chunk = 0
         for t in time.tolist():
             chunk += t >= (chunk + 1) * size
             out.append(chunk)

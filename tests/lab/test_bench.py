@@ -18,7 +18,9 @@ from seats_analysis.models.families import adapter_for
 from seats_analysis.models.decoder import last_logits_only
 from seats_analysis.models.encode import encode
 from seats_analysis.baselines.registry import METHODS
-from seats_analysis.lab.bench import TIMES, BenchRows, BenchSetup, Job, Workload
+from seats_analysis.lab import bench_rows
+from seats_analysis.lab.bench import BenchSetup, Job, Workload
+from seats_analysis.lab.bench_rows import TIMES, compared
 from seats_analysis.lab.workloads import (
     SIZES,
     Request,
@@ -243,10 +245,6 @@ def row(method, trr, encoder, selection, prefill, causal, **more):
     )
 
 
-def compared(rows):
-    return BenchRows(rows).rows
-
-
 def test_realised_fraction_by_hand():
     "The published run: 935 ms become 215 with selection, at 1/11.3 of the FLOPs."
     full, pruned = compared(
@@ -281,9 +279,9 @@ def test_rows_are_compared_within_their_group():
 
 
 def test_printed_rows_have_the_named_keys():
-    assert bench.ROW_KEYS == NAMED
+    assert bench_rows.ROW_KEYS == NAMED
     none = dict(row("seats", 10, 0, 0, 1, 1.0), samples=[])
-    (only,) = BenchRows([row("full", 100, 0, 0, 1, 1.0), none]).report()
+    (only,) = bench_rows.report(compared([row("full", 100, 0, 0, 1, 1.0), none]))
     assert only.keys() == set(NAMED)
 
 
@@ -435,7 +433,8 @@ def test_kernels_and_code_are_circumstances(clock, tmp_path, monkeypatch):
     assert "kernels torch, now triton" in seats(*ASKED, "--out", tmp_path / "b.json").stderr
     monkeypatch.delenv("SEATS_TRITON")
     monkeypatch.setattr(bench, "hash_code", lambda: "changed")
-    assert "now changed" in seats(*ASKED, "--out", tmp_path / "b.json").stderr and clock.calls == 15
+    said = seats(*ASKED, "--out", tmp_path / "b.json").stderr
+    assert "made with code_sha256" in said and clock.calls == 15
 
 
 def test_another_file_is_not_overwritten(clock, tmp_path):
