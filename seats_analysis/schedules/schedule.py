@@ -232,10 +232,8 @@ class Schedule:
         )
         if plan.keeps_all:
             return plan
-        remarks = []
-        for m, b in given.items():
-            if remark := b.late_remark(late):
-                remarks.append(remark if m == "both" else f"{m}: {remark}")
+        said = {m: b.late_remark(late) for m, b in given.items()}
+        remarks = [text if m == "both" else f"{m}: {text}" for m, text in said.items() if text]
         if drops and not plan.drop_layers:
             remarks.append(
                 f"stage II drops nothing: with so early a late block the target takes a scale of "
@@ -491,10 +489,8 @@ class Schedule:
             files = sorted(shipped_folder("schedules").glob("*_*.json"))
             shipped = {f.stem.replace("_trr", "_").replace("_", "/"): f for f in files}
             if str(path) not in shipped:
-                known = ", ".join(shipped)
-                raise ValueError(
-                    f"{path}: neither a file nor a shipped schedule; those are {known}"
-                )
+                said = f"{path}: neither a file nor a shipped schedule; those are "
+                raise ValueError(said + ", ".join(shipped))
             file = shipped[str(path)]
         data = load_json(file, "schedule")
         try:
