@@ -55,10 +55,10 @@ class _Preset:
 
     fps: float = 2.0  # frames per second
     max_frames: int = 128  # longer clips are sampled more sparsely
-    grid_tokens: tuple = (128, 144)  # least and most merged visual tokens in a temporal grid
+    grid_tokens: tuple = (128, 144)  # min and max merged visual tokens in a temporal grid
 
     @property
-    def most_tokens(self):
+    def max_tokens(self):
         "Visual tokens of the longest clip; a grid is two frames."
         return self.max_frames // 2 * self.grid_tokens[1]
 
@@ -95,7 +95,10 @@ def _worldsense(data):  # questions `task0`, `task1`, ... nested under videos, o
             for task, q in about.items()
             if re.fullmatch(r"task\d+", task)
         ]
-    video = lambda q: q.get("video_path") or q.get("video")
+
+    def video(q):
+        return q.get("video_path") or q.get("video")
+
     return [(q.get("index", i), video(q), q) for i, q in enumerate(data)]
 
 
@@ -109,7 +112,9 @@ def _videomme(data):  # videos are named after `videoID`, not `video_id`
 
 
 def _lvomnibench(data):
-    key = lambda i, q: q.get("question_id", f"{q.get('video_id')}-{i}")
+    def key(i, q):
+        return q.get("question_id", f"{q.get('video_id')}-{i}")
+
     return [(key(i, q), q.get("video_id"), q) for i, q in enumerate(data)]
 
 
@@ -161,16 +166,16 @@ _BENCHMARKS = {
     ),
 }
 
+# %% ../../nbs/inputs/02_benchmarks.ipynb #a230ddca
+BENCHMARKS = tuple(_BENCHMARKS)
 
+# %% ../../nbs/inputs/02_benchmarks.ipynb #086741dc
 def preset_for(
     data,  # name of a benchmark or of a preset; anything else (a JSONL file, the testbed) has none
-):  # fps, max_frames, grid_tokens and most_tokens; or None
+):  # fps, max_frames, grid_tokens and max_tokens; or None
     "The limits that a benchmark is published with."
     bench = _BENCHMARKS.get(str(data))
     return _PRESETS.get(bench.preset if bench else str(data))
-
-# %% ../../nbs/inputs/02_benchmarks.ipynb #a230ddca
-BENCHMARKS = tuple(_BENCHMARKS)
 
 # %% ../../nbs/inputs/02_benchmarks.ipynb #046d31db
 def _cached(repo):
@@ -185,7 +190,8 @@ def _cached(repo):
 
 def _find(name, root):
     "(folder, annotation files). ValueError that says what was looked for, and how to get it."
-    bench, places = _BENCHMARKS[name], [Path(root)] if root else []
+    bench = _BENCHMARKS[name]
+    places = [Path(root)] if root else []
     if not root:
         if data := os.environ.get("SEATS_DATA"):
             places += [Path(data) / n for n in (name, *(r.split("/")[1] for r in bench.repos))]
@@ -279,13 +285,15 @@ def load_benchmark(
     "Questions of a benchmark from its folder. Raises ValueError saying what is wrong, and where."
     if name not in BENCHMARKS:
         raise ValueError(f"no benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
-    (folder, files), bench = _find(name, root), _BENCHMARKS[name]
+    (folder, files) = _find(name, root)
+    bench = _BENCHMARKS[name]
     data = _parsed(files)
     try:
         rows = bench.questions(data)
     except (AttributeError, TypeError) as error:
         raise ValueError(f"{files[0]}: not laid out as {name} is ({error})") from error
-    samples, gone = [], {}
+    samples = []
+    gone = {}
     for key, video, asked in rows[:limit]:
         try:
             sample = _sample(bench, folder, key, video, asked, allow_outside)

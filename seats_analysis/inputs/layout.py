@@ -66,7 +66,10 @@ class TokenLayout:
         layouts: Sequence[TokenLayout],  # batches of any size and length
     ):
         "One batch from several."
-        rows = lambda name: [row for l in layouts for row in getattr(l, name)]
+
+        def rows(name):
+            return [row for l in layouts for row in getattr(l, name)]
+
         return cls(*(pad_left(rows(f.name), -1) for f in fields(cls)))
 
     def __len__(self):
@@ -121,7 +124,7 @@ class Medium:
         return [cls(t * n, grids_per_window * n) for t, n in per_grid]
 
     @classmethod
-    def sounds(
+    def audio(
         cls,
         lengths: Sequence[int],  # tokens of each audio track
         per_second: float,  # audio tokens per second: `position_id_per_seconds`
@@ -140,16 +143,19 @@ def _windows(modality, kind, media):
     "Time window of every token of one kind, counted over a sample's media. (B, S) int32"
     import torch
 
-    out, media = torch.full(modality.shape, -1, dtype=torch.int32), list(media)
+    out = torch.full(modality.shape, -1, dtype=torch.int32)
+    media = list(media)
     for row, here in enumerate(modality == kind):
-        left, ids = int(here.sum()), []
+        left = int(here.sum())
+        ids = []
         while left:
             if not media or media[0].tokens > left:
                 raise ValueError(
                     f"sample {row} has {left} {_NAMES[kind]} tokens that no medium of the "
                     "processor output explains"
                 )
-            m, first = media.pop(0), ids[-1] + 1 if ids else 0
+            m = media.pop(0)
+            first = ids[-1] + 1 if ids else 0
             ids += [first + i // m.per_window for i in range(m.tokens)]
             left -= m.tokens
         out[row, here] = torch.tensor(ids, dtype=torch.int32)
@@ -164,9 +170,11 @@ def _windows(modality, kind, media):
 def _images_as_visual(layout, images):
     import torch
 
-    here, number = layout.image, _windows(layout.modality, IMAGE, images)
+    here = layout.image
+    number = _windows(layout.modality, IMAGE, images)
     modality = layout.modality.masked_fill(here, VISUAL)
-    key, window = torch.where(here, -2 - number, layout.window), layout.window.clone()
+    key = torch.where(here, -2 - number, layout.window)
+    window = layout.window.clone()
     for row, visual in enumerate(modality == VISUAL):
         _, order = torch.unique_consecutive(key[row, visual], return_inverse=True)
         window[row, visual] = order.int()
@@ -182,5 +190,8 @@ def pad_left(
     import torch
 
     length = max(r.shape[-1] for r in rows)
-    pad = lambda r: torch.nn.functional.pad(r, (length - r.shape[-1], 0), value=value)
+
+    def pad(r):
+        return torch.nn.functional.pad(r, (length - r.shape[-1], 0), value=value)
+
     return torch.stack([pad(r) for r in rows])

@@ -38,16 +38,20 @@ class Clip:
     def __post_init__(self):
         if self.frames is None and self.waveform is None:
             raise ValueError(f"clip {self.id!r}: neither frames nor waveform")
-        said = lambda x: f"shape {tuple(getattr(x, 'shape', ()))} {getattr(x, 'dtype', type(x))}"
-        if (x := self.frames) is not None:
-            shape = getattr(x, "shape", ())
-            if len(shape) != 4 or shape[-1] != 3 or 0 in shape or x.dtype != np.uint8:
-                raise ValueError(f"frames: {said(x)}, expected (T, H, W, 3) uint8, not empty")
+
+        def said(x):
+            return f"shape {tuple(getattr(x, 'shape', ()))} {getattr(x, 'dtype', type(x))}"
+
+        if self.frames is not None:
+            shape = getattr(self.frames, "shape", ())
+            if len(shape) != 4 or shape[-1] != 3 or 0 in shape or self.frames.dtype != np.uint8:
+                expected = "expected (T, H, W, 3) uint8, not empty"
+                raise ValueError(f"frames: {said(self.frames)}, {expected}")
             _check_fps(self.fps)
-        if (x := self.waveform) is not None:
-            if len(getattr(x, "shape", ())) != 1 or x.dtype != np.float32:
-                raise ValueError(f"waveform: {said(x)}, expected (N,) float32, mono")
-            if not np.isfinite(x).all():
+        if self.waveform is not None:
+            if np.ndim(self.waveform) != 1 or self.waveform.dtype != np.float32:
+                raise ValueError(f"waveform: {said(self.waveform)}, expected (N,) float32, mono")
+            if not np.isfinite(self.waveform).all():
                 raise ValueError("waveform: holds values that are not finite")
             if not self.sample_rate > 0:
                 raise ValueError(
@@ -62,7 +66,8 @@ class Clip:
         return max(video, 0 if self.waveform is None else len(self.waveform) / self.sample_rate)
 
     def __repr__(self):
-        video, audio = "no video", "no audio"
+        video = "no video"
+        audio = "no audio"
         if self.frames is not None:
             t, h, w = self.frames.shape[:3]
             video = f"{t} frames {w}x{h} at {self.fps:g} fps"
@@ -78,7 +83,9 @@ def _video_packets(stream, frames):
 
     for k, pixels in enumerate(frames):
         frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
-        frame.pts, frame.time_base, frame.duration = k, stream.codec_context.time_base, 1
+        frame.pts = k
+        frame.time_base = stream.codec_context.time_base
+        frame.duration = 1
         yield from stream.encode(frame)
     yield from stream.encode(None)
 
@@ -90,12 +97,15 @@ def _audio_packets(stream, waveform, rate, size=1024):
     for start in range(0, len(waveform), size):
         block = np.ascontiguousarray(waveform[None, start : start + size])
         frame = av.AudioFrame.from_ndarray(block, "fltp", "mono")
-        frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
+        frame.sample_rate = rate
+        frame.pts = start
+        frame.time_base = Fraction(1, rate)
         yield from stream.encode(frame)
     yield from stream.encode(None)
 
 
 def _encode(clip, crf, bit_rate):
+    "The bytes of an mp4 file."
     import av
 
     memory = io.BytesIO()  # written to disk in one piece: a muxer would swallow a full disk
@@ -105,9 +115,11 @@ def _encode(clip, crf, bit_rate):
             options = dict(crf=str(crf), preset="slow")
             video = out.add_stream("libx264", rate=rate, options=options)
             video.height, video.width = clip.frames.shape[1:3]
-            video.pix_fmt, video.time_base = "yuv420p", 1 / rate
-            codec = video.codec_context
-            codec.time_base, codec.thread_count, codec.max_b_frames = 1 / rate, 1, 0
+            video.pix_fmt = "yuv420p"
+            video.time_base = 1 / rate
+            video.codec_context.time_base = 1 / rate
+            video.codec_context.thread_count = 1
+            video.codec_context.max_b_frames = 0
         if clip.waveform is not None:
             audio = out.add_stream("aac", rate=clip.sample_rate, layout="mono")
             audio.bit_rate = bit_rate
@@ -127,11 +139,11 @@ def encode_clip(
     "Write a clip as mp4 (H.264 `yuv420p`, AAC mono). Raises ValueError if it cannot be encoded."
     import av
 
-    h, w = (0, 0) if clip.frames is None else clip.frames.shape[1:3]
-    if h % 2 or w % 2:
-        raise ValueError(
-            f"clip {clip.id!r}: frames of {w}x{h}, H.264 needs an even width and height"
-        )
+    if clip.frames is not None:
+        h, w = clip.frames.shape[1:3]
+        if h % 2 or w % 2:
+            size = f"frames of {w}x{h}, H.264 needs an even width and height"
+            raise ValueError(f"clip {clip.id!r}: {size}")
     try:
         data = _encode(clip, crf, bit_rate)
     except (av.error.FFmpegError, OverflowError) as e:
@@ -160,7 +172,7 @@ def _open_media(
         raise ValueError(f"{path}: {wrong}, expected a video or audio file")
     options = dict(format_whitelist=_FORMATS)
     try:
-        # The prefix keeps a colon in a name from being read as a protocol; titles in old
+        # the prefix keeps a colon in a name from being read as a protocol; titles in old
         # encodings are no reason to refuse a film.
         try:
             file = av.open(f"file:{path}", container_options=options, metadata_errors="replace")
@@ -194,7 +206,8 @@ def _decode(
     stream = _media_streams(file)[kind == "audio"]
     codec = stream.codec_context
     if kind == "video":
-        stream.thread_type, codec.options = "AUTO", dict(max_pixels=str(_MAX_PIXELS))
+        stream.thread_type = "AUTO"
+        codec.options = dict(max_pixels=str(_MAX_PIXELS))
     elif channels := codec.layout.nb_channels:
         # PyAV 18.1 frees a layout that names its channels one by one twice; none is asked for
         codec.layout = f"{channels} channels"
@@ -209,15 +222,6 @@ def _empty(path, kind):
     )
 
 
-@dataclass(frozen=True)
-class _Spans:
-    "Where the streams of a file lie on its own clock, in seconds; None for a missing stream."
-
-    start: float  # when playing starts: our 0
-    video: tuple | None  # (begin, end) of the first real video stream
-    audio: tuple | None  # (begin, end) of the first audio stream
-
-
 _MAX_GAP = 3600.0  # seconds from one packet to the next
 _MAX_PIXELS = 2**26  # of a stored frame, twice those of 8K
 _MAX_RATE = 2**20  # samples per second of stored audio, above every recorder; filters grow with it
@@ -226,7 +230,8 @@ _MAX_BYTES = 2**32  # of a clip's frames at their final size, and of its wavefor
 
 def _span(times):
     "(begin, end) of [(time stamp, duration), ...] in seconds."
-    first, (last, lasts) = min(times)[0], max(times)
+    first, _ = min(times)
+    last, lasts = max(times)
     gap = (last - first) / max(len(times) - 1, 1)  # for a last packet of unknown duration
     return first, max(last + (lasts or gap), max(at + length for at, length in times))
 
@@ -245,7 +250,8 @@ def _check_end(path, file, end, whole):
     "Refuse a file whose packets end far from where the container says; before it only if `whole`."
     if not file.format.name.startswith(("mov", "matroska")):
         return  # others do not say it, or FFmpeg estimates
-    start, promised = (file.start_time or 0) / 1e6, (file.duration or 0) / 1e6
+    start = (file.start_time or 0) / 1e6
+    promised = (file.duration or 0) / 1e6
     if file.format.name.startswith("mov"):
         promised += start  # a length there; Matroska as libavformat writes it says when the end is
     if whole and promised - end > max(0.5, 0.02 * (promised - start)):
@@ -267,9 +273,11 @@ def _check_bytes(path, shape, what):
 
 
 def _scan(path):
-    "Spans of the streams, from packets alone. ValueError for a broken, cut off or other file."
+    """Where `video` and `audio` (if there) begin and end on the file's clock, and the `start` of
+    playing, in seconds, from packets alone. ValueError for a broken, cut off or other file."""
     with _open_media(path) as file:
-        streams, times = [s for s in _media_streams(file) if s], {}
+        streams = [s for s in _media_streams(file) if s]
+        times = {}
         if not streams:
             raise ValueError(f"{path}: holds neither video nor audio")
         if unknown := [s.type for s in streams if s.codec_context is None]:
@@ -280,16 +288,17 @@ def _scan(path):
             if p.pts is not None:
                 span = float(p.pts * p.time_base), float((p.duration or 0) * p.time_base)
                 times.setdefault(p.stream.type, []).append(span)
-        start, spans = (file.start_time or 0) / 1e6, {kind: _span(t) for kind, t in times.items()}
+        spans = {kind: _span(t) for kind, t in times.items()}
         if not spans:
             raise ValueError(f"{path}: holds no packet with a time stamp")
         if empty := [s.type for s in streams if s.type not in spans]:
             raise _empty(path, empty[0])
-        end, whole = max(end for _, end in spans.values()), len(streams) == len(file.streams)
-        _check_end(path, file, end, whole)
+        end = max(end for _, end in spans.values())
+        _check_end(path, file, end, whole=len(streams) == len(file.streams))
+        start = (file.start_time or 0) / 1e6
         for kind, t in times.items():
             _check_gaps(path, kind, [start, *(at for at, _ in t), spans[kind][1]])
-        return _Spans(start, spans.get("video"), spans.get("audio"))
+        return spans | dict(start=start)
 
 # %% ../../nbs/inputs/00_media.ipynb #051f3306
 def _grid(
@@ -310,7 +319,8 @@ def _on_screen(
     fps,  # of them
 ):  # yields n frames, or none
     "For every time k / fps the frame that is on screen then; before the first one, the first."
-    shown, k = None, 0
+    shown = None
+    k = 0
     for at, frame in frames:
         while shown is not None and k < n and k / fps < at - 1e-3:
             yield shown
@@ -331,13 +341,14 @@ def _turn(
         return pixels
     a, b, c, d = (int(matrix[i]) for i in (0, 1, 3, 4))
     if abs(a) < abs(b):
-        pixels, a, d = pixels.transpose(1, 0, 2), c, b
+        pixels = pixels.transpose(1, 0, 2)
+        a, d = c, b
     return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
 def _decode_frames(
     path,  # media file with video
-    spans,  # its _Spans
+    spans,  # from `_scan`
     fps,  # frames per second asked for
     max_frames,  # upper limit, or None
     resize=None,  # as in `decode_clip`
@@ -345,11 +356,13 @@ def _decode_frames(
     "Frames that are on screen on a regular grid of times. ValueError if none can be decoded."
     from av.sidedata.sidedata import Type
 
-    n, fps = _grid(spans.video[1] - spans.start, fps, max_frames)
+    n, fps = _grid(spans["video"][1] - spans["start"], fps, max_frames)
     _check_bytes(path, (n, 4096), f"{n} frames")  # of 37 x 37 pixels; hours at any usual rate
     with _open_media(path) as file:
-        frames, out, last = _decode(file, "video"), None, None
-        timed = ((f.time - spans.start, f) for f in frames if f.time is not None)
+        frames = _decode(file, "video")
+        timed = ((f.time - spans["start"], f) for f in frames if f.time is not None)
+        out = None
+        last = None
         for k, frame in enumerate(_on_screen(timed, n, fps)):
             if frame is last:
                 out[k] = out[k - 1]
@@ -359,66 +372,67 @@ def _decode_frames(
                 matrix = frame.side_data.get(Type.DISPLAYMATRIX)
                 matrix = None if matrix is None else np.frombuffer(bytes(matrix), "<i4")
             pixels = _turn(frame.to_ndarray(format="rgb24", **size), matrix)
-            pixels = pixels if resize is None else resize(pixels, n)
+            if resize is not None:
+                pixels = resize(pixels, n)
             if out is None:
                 h, w = pixels.shape[:2]
                 _check_bytes(path, (n, h, w, 3), f"{n} frames of {w}x{h}")
                 out = np.empty((n, h, w, 3), np.uint8)
-            out[k], last = pixels, frame
+            out[k] = pixels
+            last = frame
     if out is None:
         raise _empty(path, "video")
     return out, fps
 
 # %% ../../nbs/inputs/00_media.ipynb #999efa89
-class _Track:
-    "A waveform in the making: what is laid later wins, silence between; cut at 0 and at the end."
-
-    def __init__(self, n):  # samples at which the stream ends
-        self.out, self.at, self.end = np.zeros(n, np.float32), 0, 0
-
-    def lay(self, parts):  # (n,) float32 each, from position `at` on
-        for part in parts:
-            begin, end = max(self.at, 0), min(self.at + len(part), len(self.out))
-            if begin < end:
-                self.out[begin:end] = part[begin - self.at : end - self.at]
-                self.end = max(self.end, end)
-            self.at += len(part)
-
-
 def _decode_waveform(
     path,  # media file with audio
-    spans,  # its _Spans
+    spans,  # from `_scan`
     sample_rate,  # samples per second wanted
 ):  # (N,) float32 mono
     "The audio of a file on the clip's clock."
     import av
 
-    def mono(frames):
-        "Channels are averaged here: FFmpeg's own mix of floats is louder and can clip."
-        for frame in frames:
-            yield frame.to_ndarray().reshape(-1, frame.layout.nb_channels).mean(1)
-
-    n = round((spans.audio[1] - spans.start) * sample_rate)
+    n = round((spans["audio"][1] - spans["start"]) * sample_rate)
     _check_bytes(path, (n, 4), f"{n / sample_rate:.0f} s of audio")
-    track, resampler, kind, expected = _Track(max(n, 0)), None, None, spans.start
+    out = np.zeros(max(n, 0), np.float32)
+    at = 0  # where the next samples go; what comes later wins
+    filled = 0  # samples up to the last one
+
+    def lay(frames):
+        "Channels are averaged here: FFmpeg's own mix of floats is louder and can clip."
+        nonlocal at, filled
+        for frame in frames:
+            part = frame.to_ndarray().reshape(-1, frame.layout.nb_channels).mean(1)
+            first = max(at, 0)
+            stop = min(at + len(part), len(out))
+            if first < stop:
+                out[first:stop] = part[first - at : stop - at]
+                filled = max(filled, stop)
+            at += len(part)
+
+    resampler = None
+    kind = None
+    expected = spans["start"]  # time of the next frame, in seconds
     with _open_media(path) as file:
         for frame in _decode(file, "audio"):
             this = frame.format.name, frame.layout.name, frame.sample_rate
-            at = expected if frame.time is None else frame.time
-            if this != kind or abs(at - expected) > 0.05:
+            time = expected if frame.time is None else frame.time
+            if this != kind or abs(time - expected) > 0.05:
                 if resampler:
-                    track.lay(mono(resampler.resample(None)))
-                kind, expected = this, at
+                    lay(resampler.resample(None))
                 # packed: PyAV 18.1 looks for the planes of 8 or more channels behind their end
                 resampler = av.AudioResampler("flt", rate=sample_rate)
-                track.at = round((at - spans.start) * sample_rate)
-            track.lay(mono(resampler.resample(frame)))
+                kind = this
+                expected = time
+                at = round((time - spans["start"]) * sample_rate)
+            lay(resampler.resample(frame))
             expected += frame.samples / frame.sample_rate
         if resampler:
-            track.lay(mono(resampler.resample(None)))
-    if not track.end:
+            lay(resampler.resample(None))
+    if not filled:
         raise _empty(path, "audio")
-    return track.out[: track.end]
+    return out[:filled]
 
 # %% ../../nbs/inputs/00_media.ipynb #3d7c8591
 def decode_clip(
@@ -439,13 +453,15 @@ def decode_clip(
         raise ValueError(f"sample_rate: {sample_rate!r}, expected a positive whole number")
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"max_frames: {max_frames!r}, expected at least 1, or None")
-    path, frames, waveform = Path(path), None, None
-    spans, fps = _scan(path), float(fps)
-    if spans.video:
-        frames, fps = _decode_frames(path, spans, fps, max_frames, resize)
-    if spans.audio:
-        waveform = _decode_waveform(path, spans, sample_rate)
-    return Clip(path.stem, frames, fps, waveform, sample_rate, resize is not None)
+    spans = _scan(path)
+    clip = dict(id=Path(path).stem, sample_rate=sample_rate, resized=resize is not None)
+    if "video" in spans:
+        clip["frames"], clip["fps"] = _decode_frames(path, spans, fps, max_frames, resize)
+    else:
+        clip["fps"] = float(fps)
+    if "audio" in spans:
+        clip["waveform"] = _decode_waveform(path, spans, sample_rate)
+    return Clip(**clip)
 
 # %% ../../nbs/inputs/00_media.ipynb #fc8502af
 def check_media(
@@ -454,10 +470,10 @@ def check_media(
 ):
     "Raise ValueError unless the file is whole, holds that kind, and the begin of all decodes."
     spans = _scan(path)
-    if getattr(spans, kind) is None:
+    if kind not in spans:
         other = "; a file with sound alone is named by `audio`" if kind == "video" else ""
         raise ValueError(f"{path}: holds no {kind}{other}")
-    for listed in ("video", "audio"):
+    for listed in spans.keys() - {"start"}:
         with _open_media(path) as file:
-            if getattr(spans, listed) and next(_decode(file, listed), None) is None:
+            if next(_decode(file, listed), None) is None:
                 raise _empty(path, listed)

@@ -181,7 +181,10 @@ def _check_row(row, unlabelled):
         missing.remove("video")
     if missing:
         raise ValueError(f"missing field {missing[0]!r} (needed: {', '.join(_NEEDED)})")
-    text = lambda x: isinstance(x, str) and bool(x.strip())
+
+    def text(x):
+        return isinstance(x, str) and bool(x.strip())
+
     choices = row.get("choices", [])
     if not isinstance(choices, list) or not (choices or unlabelled) or not all(map(text, choices)):
         raise ValueError(f"choices {choices!r}, expected a list of texts")
@@ -246,7 +249,8 @@ class BrokenClips(ValueError):
     "Media files that cannot be read; `lines` for people."
 
     def __init__(self, broken):  # list of dict, see `check_clips`
-        self.lines, without = [], "goes on without: --skip-broken (broken=[])"
+        self.lines = []
+        without = "goes on without: --skip-broken (broken=[])"
         for b in broken[:10]:
             first, *others = b["questions"]
             more = f" and {len(others)} more" if others else ""
@@ -270,7 +274,8 @@ def check_clips(
     `questions` are. Raises `BrokenClips` that names all at once."""
     from tqdm.auto import tqdm
 
-    files, found = {}, {}
+    files = {}
+    found = {}
     for s in samples:
         for kind, path in (("video", s.video), ("audio", s.audio)):
             if isinstance(path, str):
@@ -278,7 +283,8 @@ def check_clips(
     for path, kind in tqdm(files, desc="clips", unit="clip", delay=1, disable=not opened):
         try:
             if not os.path.isfile(path):
-                name, place = os.path.basename(path), Path(path).parent
+                name = os.path.basename(path)
+                place = Path(path).parent
                 raise ValueError(f"{kind} {name!r}: no such file in {place}")
             if opened:
                 check_media(path, kind)
@@ -303,7 +309,9 @@ def read_samples(
 ):  # list of Sample
     """Read questions. Raises ValueError that names file and line for a missing field, a wrong
     value, or a media file that is not there or lies outside."""
-    path, samples, ids = Path(path), [], set()
+    path = Path(path)
+    samples = []
+    ids = set()
     if path.exists() and not path.is_file():
         what = "a folder, a pipe or a device"  # to read from a pipe could take for ever
         raise ValueError(f"{path}: is {what}, expected a JSONL file of questions")
@@ -353,8 +361,12 @@ def write_samples(
 ):  # Path of the file
     """Write questions so that `read_samples` gives them back; with `allow_outside` where media lie
     outside of the file's folder. Raises ValueError for a clip that exists only in memory."""
-    path, lines = Path(path), []
-    name = lambda p: p and Path(os.path.relpath(p, path.parent)).as_posix()
+    path = Path(path)
+    lines = []
+
+    def name(p):
+        return p and Path(os.path.relpath(p, path.parent)).as_posix()
+
     for s in samples:
         if isinstance(s.video, Clip):
             raise ValueError(

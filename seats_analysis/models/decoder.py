@@ -64,7 +64,9 @@ class _LayerKeys:
     "In place of a cache, for one call of one layer: puts earlier keys and values in front."
 
     def __init__(self, before=None, only=False):
-        self.before, self.only, self.kv = before, only, None
+        self.before = before
+        self.only = only
+        self.kv = None
 
     def update(self, keys, values, *args, **kwargs):
         "What attention asks of a cache."
@@ -84,8 +86,10 @@ class Decoder:
 
     def __init__(self, model):
         adapter = adapter_for(model)
-        self.thinker, self.module = adapter.thinker(model), adapter.decoder(model)
-        self.layers, self.head = self.module.layers, adapter.lm_head(model)
+        self.thinker = adapter.thinker(model)
+        self.module = adapter.decoder(model)
+        self.layers = self.module.layers
+        self.head = adapter.lm_head(model)
         self.config = adapter.config(model).get_text_config()
 
     def inputs(
@@ -122,7 +126,8 @@ class Decoder:
         branch: torch.Tensor | None = None,  # (B, S) int, -1 in the part that all branches see
     ) -> torch.Tensor:  # (B, 1, S, S) bool, True = may look; padding looks at itself only
         "Which query (row) may look at which key (column)."
-        S, device = valid.shape[1], valid.device
+        S = valid.shape[1]
+        device = valid.device
         mask = torch.ones(S, S, dtype=torch.bool, device=device).tril() & valid[:, None, :]
         if branch is not None:
             mask = mask & ((branch[:, None, :] < 0) | (branch[:, None, :] == branch[:, :, None]))
@@ -230,7 +235,9 @@ class Decoder:
 @torch.no_grad()
 def _first_nonfinite(model, inputs):
     "Where NaN or infinity begins in a pass over these inputs; one more pass."
-    decoder, adapter, found = Decoder(model), adapter_for(model), []
+    decoder = Decoder(model)
+    adapter = adapter_for(model)
+    found = []
 
     def look(place, values):
         values = [values] if isinstance(values, torch.Tensor) else values
@@ -277,13 +284,17 @@ def last_logits_only(
     """Within the context, `model(...)` returns logits of the last position: (B, 1, vocabulary).
 
     Raises ValueError at its end where some were not finite."""
-    head, finite = adapter_for(model).lm_head(model), []
+    head = adapter_for(model).lm_head(model)
+    finite = []
 
     def note(module, args, out):
         finite.append(out[:, -1].isfinite().all(-1))
 
     with ExitStack() as stack:
-        keep = lambda module, args: (args[0][:, -1:], *args[1:])
+
+        def keep(module, args):
+            return (args[0][:, -1:], *args[1:])
+
         stack.callback(head.register_forward_pre_hook(keep).remove)
         if encoded is not None:
             stack.callback(head.register_forward_hook(note).remove)

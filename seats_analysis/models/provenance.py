@@ -18,8 +18,10 @@ from .families import adapter_for, hash_weights
 from .encode import chat_prompt
 
 # %% ../../nbs/models/05_provenance.ipynb #cd106c08
-def sample_rows(samples):
-    "What each sample is, as JSON: content of the media, question, choices, answer."
+def sample_rows(
+    samples: Sequence[Sample],  # media as files or in memory
+) -> list:  # per sample: id, sha256 of video and audio, question, choices, answer, and the rest
+    "What each sample is, as JSON. Two rows are equal if and only if a run computes the same."
 
     def content(medium):
         if medium is None:
@@ -30,20 +32,24 @@ def sample_rows(samples):
         return digest(b"|".join([*parts, f"{medium.fps} {medium.sample_rate}".encode()]))
 
     media = {m: content(m) for s in samples for m in (s.video, s.audio)}
-    said = lambda s: (s.question, s.choices, s.answer, s.family, s.split, s.lettered)
+
+    def said(s):
+        return (s.question, s.choices, s.answer, s.family, s.split, s.lettered)
+
     return [[s.id, media[s.video], media[s.audio], *said(s)] for s in samples]
 
-
+# %% ../../nbs/models/05_provenance.ipynb #36864bf7
 def provenance(
     model,
-    processor,
+    processor,  # its pixel limits are among what is hashed
     samples: Sequence[Sample],
     data_sha256: str | None = None,  # of the samples, where it is known
     **settings,  # to add
-) -> dict:
+) -> dict:  # as JSON or NetCDF can hold it
     "Attributes of a profile or a result: everything that its numbers depend on."
     adapter = adapter_for(model)
-    weight, config = adapter.lm_head(model).weight, adapter.config(model).get_text_config()
+    weight = adapter.lm_head(model).weight
+    config = adapter.config(model).get_text_config()
     # a lettered example through the chat template; pixel limits are among the processor's settings
     example = Sample("example", None, "question", ("first", "second"), 0, lettered=True)
     prompt = chat_prompt(processor, example, ("video", "audio")), example.answer_texts

@@ -41,12 +41,14 @@ def _log_prob(logits, tokens):
 
 def _continue(thinker, encoded, out, texts):
     "Log-probability of one choice per sample behind the prompt's pass. texts (B, T), -1 = none"
-    mask, at = encoded.inputs["attention_mask"], encoded.position_ids[..., -1:]
+    mask = encoded.inputs["attention_mask"]
+    at = encoded.position_ids[..., -1:]
     cache = copy.copy(out.past_key_values)
     cache.layers = [copy.copy(layer) for layer in cache.layers]
     total = _log_prob(out.logits[:, -1], texts[:, 0])
     for fed, token in zip(texts.T, texts.T[1:]):
-        mask, at = torch.nn.functional.pad(mask, (0, 1), value=1), at + 1
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        at = at + 1
         step = thinker(
             input_ids=fed.clamp(min=0)[:, None],
             attention_mask=mask,
@@ -70,7 +72,8 @@ def score_choices(
     ids = encoded.choice_ids
     if empty := [s.id for s, row in zip(encoded.samples, ids) if not row or not all(row)]:
         raise ValueError(f"samples without choices, or with an empty one: {', '.join(empty[:5])}")
-    thinker, device = adapter_for(model).thinker(model), encoded.inputs["input_ids"].device
+    thinker = adapter_for(model).thinker(model)
+    device = encoded.inputs["input_ids"].device
     choices = []  # per choice: (B, longest of the batch), -1 where a sample has no token
     for c in range(max(map(len, ids))):
         texts = [torch.tensor(row[c] if c < len(row) else (), dtype=torch.long) for row in ids]
@@ -82,5 +85,8 @@ def score_choices(
     tokens = torch.stack([(t >= 0).sum(-1) for t in choices], -1).cpu()
     letters = torch.stack([_log_prob(out.logits[:, -1], t[:, 0]) for t in choices], -1).cpu()
     lettered = torch.tensor([s.lettered for s in encoded.samples])[:, None]
-    known = lambda x, where: x.masked_fill(~where, torch.nan)
+
+    def known(x, where):
+        return x.masked_fill(~where, torch.nan)
+
     return ChoiceScores(known(total, tokens > 0), tokens, known(letters, (tokens > 0) & lettered))

@@ -54,7 +54,8 @@ def bootstrap_accuracy(
     seed: int = 0,
 ):  # (n_boot or fewer, n) accuracy
     "Accuracy when clips are drawn with replacement, of replicates with right answers at the end."
-    n, random = len(asked), np.random.default_rng(seed)
+    n = len(asked)
+    random = np.random.default_rng(seed)
     weights = random.multinomial(n, np.full(n, 1 / n), size=n_boot).astype(float)
     accuracy = (weights @ right) / (weights @ asked)[:, None]
     return accuracy[accuracy[:, -1] > 0]
@@ -86,5 +87,6 @@ def mcnemar(
     from scipy.stats import binomtest
 
     a, b = np.asarray(a, bool), np.asarray(b, bool)
-    wins, losses = int((a & ~b).sum()), int((b & ~a).sum())
+    wins = int((a & ~b).sum())
+    losses = int((b & ~a).sum())
     return binomtest(wins, wins + losses).pvalue if wins + losses else 1.0

@@ -216,7 +216,7 @@ class Checkpoint:
                 self.open()
                 self._finish(mine, work, ticks, bar)
         self._meet()
-        rows = self._gather() if everyone or not number else None
+        rows = self.gather() if everyone or not number else None
         if everyone:  # the first removes the folder when all have read it
             self._meet()
         return rows
@@ -253,8 +253,8 @@ class Checkpoint:
                 "the same command goes on"
             ) from None
 
-    def _gather(self):
-        "All rows, in the order of the samples."
+    def gather(self):
+        "All rows, in the order of the samples. Raises ValueError where one is missing."
         rows = [self.read(i) for i in range(len(self.identity["samples"]))]
         if missing := rows.count(None):
             raise ValueError(

@@ -53,6 +53,9 @@ def versions(
     *packages: str,  # names as they are imported
 ) -> dict:  # name -> version, this package last
     "Versions of what computes the numbers."
+
     # asked of the modules themselves: metadata may be those of another installation
-    own = lambda name: import_module(name).__version__.partition("+")[0]
+    def own(name):
+        return import_module(name).__version__.partition("+")[0]
+
     return {name: own(name) for name in (*packages, "seats_analysis")}

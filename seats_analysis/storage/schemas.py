@@ -293,7 +293,8 @@ def _without_checksum(data):
 
 _SEAL = "content_sha256"  # the attribute
 _DIMS = ("sample", "removed", "layer")
-_TEXT, _WHOLE = "OUT", "iu"  # kinds of numpy types
+_TEXT = "OUT"
+_WHOLE = "iu"  # kinds of numpy types
 _LABELS = dict(
     removed=("removed", _TEXT),
     layer=("layer", _WHOLE),
@@ -307,7 +308,8 @@ _METRICS = dict.fromkeys(("correct_letter", "nll", "margin", "kl"), "bf") | dict
 
 def _wrong_with(profile):
     "What keeps a dataset from being a profile, in words; nothing for a profile."
-    schema, variables = SCHEMAS["profile"], profile.variables
+    schema = SCHEMAS["profile"]
+    variables = profile.variables
     if str(said := profile.attrs.get("schema", schema.id)) != schema.id:
         return f"its `schema` is {said!r}, expected {schema.id!r}"
     if missing := [k for k in schema.keys if k not in variables]:
@@ -341,7 +343,8 @@ def _check_profile(profile, where):
 
 def _content(profile):
     "sha256 of labels, numbers and attributes of a profile that was read from a file."
-    variables, attrs = sorted(profile.variables.items()), sorted(profile.attrs.items())
+    variables = sorted(profile.variables.items())
+    attrs = sorted(profile.attrs.items())
     values = [[name, v.dims, str(v.values.tolist())] for name, v in variables]
     return digest([values, [[name, str(v)] for name, v in attrs if name != _SEAL]])
 

@@ -143,7 +143,8 @@ def build_processor(family: str = "qwen2.5-omni"):  # or "qwen3-omni"
 # %% ../../nbs/testbed/01_load.ipynb #1c52c1b8
 def _token_fields():
     "Ids of the special tokens, under both names that the configurations use."
-    ids, tokens = word_ids(), {}
+    ids = word_ids()
+    tokens = {}
     for kind in ("image", "video", "audio"):
         tokens |= {f"{kind}_token_{end}": ids[SPECIAL[f"{kind}_token"]] for end in ("id", "index")}
     for kind in ("vision", "audio"):
@@ -240,10 +241,8 @@ def load_testbed(
     folder=None,  # another folder of the same make; default: the shipped one
 ):  # (model in eval mode, processor)
     "The small thinker of a family and its processor, by `from_pretrained`, without a network."
-    thinker, processor = (
-        _class(family, "ThinkerForConditionalGeneration"),
-        _class(family, "Processor"),
-    )
+    thinker = _class(family, "ThinkerForConditionalGeneration")
+    processor = _class(family, "Processor")
     home = Path(folder or shipped_folder("testbed") / family)
     if not (home / "model.safetensors").exists():
         raise ValueError(
@@ -296,7 +295,8 @@ def clip_samples(
     **kw,  # of `Sample`
 ) -> list:
     "Questions about one scene, of families drawn without replacement."
-    rng, samples = random.Random(f"questions {scene.seed}"), []
+    rng = random.Random(f"questions {scene.seed}")
+    samples = []
     pool = [f for f in NEEDS if can_ask(scene, f)]
     for family in rng.sample(pool, min(n, len(pool))):
         samples.append(ask(scene, family, rng, lettered=rng.random() < 0.5, **kw))
@@ -317,7 +317,8 @@ def fresh_samples(
     "As many held-out questions as wanted, on clips that nobody has seen."
     from tqdm.auto import tqdm
 
-    out, k = [], 0
+    out = []
+    k = 0
     with tqdm(total=n, desc="clips", unit="question", disable=not progress) as bar:
         while len(out) < n:
             scene = _held_out(seed, k)
@@ -335,9 +336,12 @@ def make_clips(
     seed: int = 0,
 ):
     "Write the shipped clips with their questions and captions."
-    folder, samples, captions = Path(folder), [], []
+    folder = Path(folder)
+    samples = []
+    captions = []
     for k in range(n):
-        scene, split = _held_out(seed, k), "derive" if k < 3 * n // 5 else "test"
+        scene = _held_out(seed, k)
+        split = "derive" if k < 3 * n // 5 else "test"
         video = _write_clip(scene, folder / "clips")
         samples += clip_samples(scene, per_clip, video=video, split=split)
         about = dict(video=f"clips/{Path(video).name}", split=split, question=CAPTION)

@@ -117,10 +117,16 @@ def make_scene(
 ) -> Scene:
     "Draw a scene: at least one object and one sound, at most one of each in a window."
     rng = random.Random(f"scene {seed}")
-    n_things, n_sounds = rng.randint(1, windows), rng.randint(1, windows)
-    places = lambda n: sorted(rng.sample(range(windows), n))
-    colours, shapes = rng.sample(list(COLOURS), n_things), rng.sample(SHAPES, n_things)
-    pitches, kinds = rng.sample(list(PITCHES), n_sounds), rng.sample(KINDS, n_sounds)
+    n_things = rng.randint(1, windows)
+    n_sounds = rng.randint(1, windows)
+
+    def places(n):
+        return sorted(rng.sample(range(windows), n))
+
+    colours = rng.sample(list(COLOURS), n_things)
+    shapes = rng.sample(SHAPES, n_things)
+    pitches = rng.sample(list(PITCHES), n_sounds)
+    kinds = rng.sample(KINDS, n_sounds)
     things = tuple(
         Thing(w, rng.randrange(2), rng.randrange(ROWS), rng.randrange(COLS), c, s)
         for w, c, s in zip(places(n_things), colours, shapes)
@@ -134,14 +140,16 @@ def make_scene(
 def _stencil(shape, radius, dy, dx):
     "Boolean mask of a shape inside one cell, off centre by (dy, dx) pixels."
     y, x = np.mgrid[:CELL, :CELL] - (CELL - 1) / 2
-    y, x = y - dy, x - dx
+    y = y - dy
+    x = x - dx
     if shape == "circle":
         return y * y + x * x <= radius * radius
     if shape == "square":
         return np.maximum(abs(y), abs(x)) <= 0.85 * radius
     if shape == "triangle":
         return (y <= 0.8 * radius) & (y >= -radius + 2 * abs(x))
-    thin, long = np.minimum(abs(y), abs(x)), np.maximum(abs(y), abs(x))
+    thin = np.minimum(abs(y), abs(x))
+    long = np.maximum(abs(y), abs(x))
     return (thin <= 0.3 * radius) & (long <= radius)
 
 
@@ -190,7 +198,8 @@ def render_waveform(scene: Scene) -> np.ndarray:  # (128000,) float32 mono at 16
     n = round(scene.windows * WINDOW_SECONDS * SAMPLE_RATE)
     wave = rng.standard_normal(n, "float32") * rng.uniform(0.001, 0.004)
     for s in scene.sounds:
-        sound, at = _waveform(s, rng), int((s.window * WINDOW_SECONDS + s.onset) * SAMPLE_RATE)
+        sound = _waveform(s, rng)
+        at = int((s.window * WINDOW_SECONDS + s.onset) * SAMPLE_RATE)
         wave[at : at + len(sound)] += sound.astype("float32")
     return wave
 
