@@ -17,7 +17,8 @@ from seats_analysis.inputs.media import Clip
 from seats_analysis.inputs.samples import Sample
 from seats_analysis.models.families import hash_weights
 from seats_analysis.storage.schemas import load_profile, save_profile
-from seats_analysis.probing.run import PROBE_METHODS, _sample_rows, probe_dependency
+from seats_analysis.models.provenance import sample_rows
+from seats_analysis.probing.run import PROBE_METHODS, probe_dependency
 from seats_analysis.storage.provenance import digest
 
 LAYERS = 3
@@ -233,7 +234,7 @@ def test_coordinates_and_attributes(model, samples, profile):
     assert profile.correct.dtype == bool and profile.nll.attrs["units"] == "nats"
     assert profile.attrs["weights_sha256"] == hash_weights(model) and profile.attrs[
         "data_sha256"
-    ] == digest(_sample_rows(samples))
+    ] == digest(sample_rows(samples))
     assert {
         "model",
         "revision",
@@ -256,9 +257,9 @@ def test_hashes_notice_changes(model, samples):
     with torch.no_grad():
         weight[0, 0] = kept  # subtracting again would leave a rounding error
     assert changed != before
-    assert _sample_rows([replace(samples[0], answer=0)]) != _sample_rows(samples[:1])
-    assert _sample_rows([replace(samples[0], video=make_clip(3, 9))]) != _sample_rows(samples[:1])
-    assert _sample_rows([replace(samples[0], video=make_clip(3, 0))]) == _sample_rows(samples[:1])
+    assert sample_rows([replace(samples[0], answer=0)]) != sample_rows(samples[:1])
+    assert sample_rows([replace(samples[0], video=make_clip(3, 9))]) != sample_rows(samples[:1])
+    assert sample_rows([replace(samples[0], video=make_clip(3, 0))]) == sample_rows(samples[:1])
 
 
 def test_model_is_left_alone(model, processor, samples):

@@ -459,7 +459,7 @@ def test_running_out_of_memory_halves_the_budget_and_goes_on(
     def tight(decoder, hidden, *args, **kw):
         tried.append(hidden.shape[0] * hidden.shape[1])
         if tried[-1] > 130:
-            raise torch.OutOfMemoryError("out of memory (made up)")
+            raise torch.OutOfMemoryError("CUDA out of memory. (made up)")
         return plain_run(decoder, hidden, *args, **kw)
 
     expected = probe_dependency(
@@ -517,7 +517,7 @@ def plain_form(model, one):
     "Closed form of the plain method: a context that is the whole prompt but its last token."
     after = 1 + sum(len(ids) - 1 for ids in one.choice_ids[0])
     dims, length = adapter_for(model).config(model), one.shared + len(one.tails[0]) - 1
-    return probe_flops(dims, length, after, kept(walk_of(model, one)), "plain", logits=after)
+    return probe_flops(dims, length, after, kept(walk_of(model, one)), "plain", after, "counter")
 
 
 @torch.no_grad()
@@ -527,7 +527,9 @@ def test_cost_has_a_closed_form(model, processor, samples):
     (one,) = encode_questions(model, processor, samples[:1])
     single, walk = encode(model, processor, samples[:1]), walk_of(model, q)
     encoders, tail = flops(lambda: walk_of(model, q)), walk.tail
-    form = probe_flops(dims, q.shared, len(tail.ids), kept(walk), logits=len(tail.wanted))
+    form = probe_flops(
+        dims, q.shared, len(tail.ids), kept(walk), "branch", len(tail.wanted), "counter"
+    )
     branch = flops(lambda: branch_scores(model, q, NAMES, layers))
     assert form == pytest.approx(branch - encoders, rel=0.005)
     plain = flops(lambda: removal_scores(model, single, NAMES, layers))

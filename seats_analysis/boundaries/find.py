@@ -99,11 +99,10 @@ class Boundaries:
             if "effective_clips" in self.parameters:
                 margin = self.parameters["margin"]
                 best = self.excludable_loss
-                certified += (
-                    f" ({self.n_clips} clips exclude a loss of {best:.2%} at best, not {margin:.2%})"
-                    if best > margin
-                    else f" ({self.n_clips} clips leave a loss of {margin:.2%} possible)"
-                )
+                why = f"leave a loss of {margin:.2%} possible"
+                if best > margin:
+                    why = f"exclude a loss of {best:.2%} at best, not {margin:.2%}"
+                certified += f" ({self.n_clips} clips {why})"
         said = [f"layer {self.late_start + 1} of {self.num_layers}, estimate"]
         said.append(f"certified: {certified}")
         if rule == "certified":

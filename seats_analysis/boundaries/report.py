@@ -47,8 +47,8 @@ def explain(
         lines.append(
             f"The answers move by less than {kl['threshold']:g} nats (mean KL) from layer "
             f"{place(kl['late_start'])} on (interval {low + 1} to {place(high)}, "
-            f"{100 * kl['stability']:.0f} % of resamples agree), where {100 * kl['retained']:.1f} % "
-            "of the performance is left: an estimate."
+            f"{100 * kl['stability']:.0f} % of resamples agree), where "
+            f"{100 * kl['retained']:.1f} % of the performance is left: an estimate."
         )
     if b.unmeasurable:
         return "\n".join(lines)

@@ -55,10 +55,13 @@ class Tail:
         "Put questions and choices side by side. Raises ValueError for a choice without tokens."
         if bad := [i for i, row in enumerate(choice_ids) if not all(row)]:
             raise ValueError(f"question {bad[0]} has a choice without tokens")
-        tokens, wanted, first = [], [], []
+        tokens = []  # (id, question, choice, depth)
+        wanted = []
+        first = []
         longest = max([1] + [len(ids) for row in choice_ids for ids in row])
         shape = len(tails), max(1, *map(len, choice_ids)), longest
-        source, target = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
+        source = torch.zeros(shape, dtype=torch.long)
+        target = torch.full(shape, -1)
         for q, (tail, choices) in enumerate(zip(tails, choice_ids)):
             tokens += [(t, q, -1, i) for i, t in enumerate(tail)]
             first.append(len(wanted))
@@ -69,9 +72,18 @@ class Tail:
                 target[q, c, : len(ids)] = torch.tensor(ids)
                 wanted += range(len(tokens), len(tokens) + len(rows))
                 tokens += [(t, q, c, len(tail) + i) for i, t in enumerate(ids[:-1])]
-        columns = torch.tensor(tokens, dtype=torch.long).reshape(-1, 4).T
-        parts = (*columns, torch.tensor(wanted), torch.tensor(first), source, target)
-        return cls(*(t.to(device) for t in parts))
+        ids, question, choice, depth = torch.tensor(tokens, dtype=torch.long).reshape(-1, 4).T
+        parts = dict(
+            ids=ids,
+            question=question,
+            choice=choice,
+            depth=depth,
+            wanted=torch.tensor(wanted),
+            first=torch.tensor(first),
+            source=source,
+            target=target,
+        )
+        return cls(**{name: part.to(device) for name, part in parts.items()})
 
     @property
     def allowed(self):  # (n, n) bool, True = may look
@@ -83,9 +95,9 @@ class Tail:
 
     def score(self, decoder, hidden):  # (k, m, D) at `wanted`, after the last layer -> k Scores
         "Log-probabilities of all choices, in float32. Raises ValueError if they are not finite."
-        target, out = self.target.cpu(), []
-        there, length = target[..., 0] >= 0, (target >= 0).sum(-1)
-        nan = lambda x: x.masked_fill(~there, torch.nan).numpy()
+        target = self.target.cpu()
+        length = (target >= 0).sum(-1)
+        out = []
         at_once = max(1, LOGITS // (len(self.wanted) * len(decoder.head.weight)))
         for part in hidden.split(at_once):
             logp = decoder.logits(part).float().log_softmax(-1)
@@ -93,8 +105,15 @@ class Tail:
                 raise ValueError("the model gives logits that are not finite")
             tokens = logp[:, self.source, self.target.clamp(min=0)].double().cpu()
             for each, answer in zip(tokens.masked_fill(target < 0, 0), logp[:, self.first].cpu()):
+                each = each.masked_fill((length == 0)[..., None], torch.nan)
                 total = each.sum(-1)
-                out.append(Scores(nan(total), nan(total / length), nan(each[..., 0]), answer))
+                scores = Scores(
+                    total=total.numpy(),
+                    mean=(total / length).numpy(),
+                    first=each[..., 0].numpy(),
+                    answer=answer,
+                )
+                out.append(scores)
         return out
 
 # %% ../../nbs/probing/01_branches.ipynb #589771b8
@@ -122,12 +141,17 @@ class Stream:
         hidden = torch.cat([start, after.to(start.dtype)], 1)
         positions = torch.cat([encoded.position_ids[..., :shared], positions], -1)
         deep = (pad(e[:, :shared], (0, 0, 0, ids.shape[1])) for e in DeepStack.terms(prompt))
-        return cls(decoder, hidden, decoder.rotary_tables(hidden, positions), tuple(deep))
+        rotary = decoder.rotary_tables(hidden, positions)
+        return cls(decoder=decoder, hidden=hidden, rotary=rotary, extra=tuple(deep))
 
     def map(self, f):
         "The same done to states and tables of all positions."
-        rotary, extra = (tuple(map(f, tables)) for tables in (self.rotary, self.extra))
-        return Stream(self.decoder, f(self.hidden), rotary, extra)
+        return Stream(
+            decoder=self.decoder,
+            hidden=f(self.hidden),
+            rotary=tuple(map(f, self.rotary)),
+            extra=tuple(map(f, self.extra)),
+        )
 
     def through(self, start, stop):
         "Layers `start` to `stop`, half-open."
@@ -146,11 +170,12 @@ class Stream:
         before = self.through(0, layer).hidden
         return replace(self, hidden=self.inject(before, layer))
 
-
+# %% ../../nbs/probing/01_branches.ipynb #41ef356f
 def marks_of(stream, encoded, selectors) -> dict:  # name -> (B, N) bool
     "What each selector removes from prompts that a stream begins with."
     removed = {name: torch.zeros(stream.hidden.shape[:2], dtype=torch.bool) for name in selectors}
-    layout, decoder = encoded.layout, stream.decoder
+    layout = encoded.layout
+    decoder = stream.decoder
     for i, sample in enumerate(encoded.samples):
         kind = layout.modality[i]
         start = int((kind == PAD).sum())
@@ -162,16 +187,18 @@ def marks_of(stream, encoded, selectors) -> dict:  # name -> (B, N) bool
             front = stream.map(lambda x: x[i : i + 1, span])
             if not len(media):
                 return front.hidden[0]
-            alone = torch.ones(
-                front.hidden.shape[:2], dtype=torch.bool, device=stream.hidden.device
-            )
+            alone = torch.ones_like(front.hidden[..., 0], dtype=torch.bool)
             mask = decoder.mask(decoder.causal_pattern(alone), stream.hidden.dtype)
             return replace(front, mask=mask).through(0, layer).hidden[0]
 
-        what = (
-            t[i, span] for t in (kind[None].expand_as(layout.modality), layout.window, layout.run)
+        view = View(
+            kind=kind[span],
+            window=layout.window[i, span],
+            run=layout.run[i, span],
+            clip=sample.clip,
+            num_layers=len(decoder.layers),
+            hidden=before,
         )
-        view = View(*what, sample.clip, len(decoder.layers), before)
         for name, selector in selectors.items():
             removed[name][i, span] = mark(selector, view)
     return removed
@@ -187,12 +214,18 @@ def removal_scores(
 ) -> dict:  # (condition, layer) -> Scores; (None, layer): full run without that layer;
     # (None, number of layers): full run
     "Remove each condition's tokens before each layer and score the answers: the plain method."
-    device, n = encoded.inputs["input_ids"].device, len(encoded.samples)
+    device = encoded.inputs["input_ids"].device
+    n = len(encoded.samples)
     tail = Tail.pack([()] * n, encoded.choice_ids, device)
     counts = torch.bincount(tail.question, minlength=n).tolist()
-    rows = lambda x, filling: pad_sequence(x.split(counts), True, filling)
-    ids, choice = rows(tail.ids, 0), rows(tail.choice, -1)
-    after, end = encoded.position_ids[..., -1:] + 1 + rows(tail.depth, 0), ids.shape[1]
+
+    def rows(x, filling):
+        return pad_sequence(x.split(counts), True, filling)
+
+    ids = rows(tail.ids, 0)
+    choice = rows(tail.choice, -1)
+    end = ids.shape[1]
+    after = encoded.position_ids[..., -1:] + 1 + rows(tail.depth, 0)
     whole = Stream.enter(model, encoded, encoded.shape[1], ids, after)
     valid = torch.cat([encoded.layout.valid.to(device), choice >= 0], 1)
     branch = torch.cat([torch.full(encoded.shape, -1, device=device), choice], 1)
@@ -211,7 +244,8 @@ def removal_scores(
 
     marks = marks_of(whole, encoded, check_removed(removed))
     cuts = {name: cut(valid & ~gone.to(device)) for name, gone in marks.items()}
-    (_, full), out = cut(valid), {}
+    _, full = cut(valid)
+    out = {}
     for layer in layers[:-1]:
         for name, (keep, part) in cuts.items():
             part = replace(part, hidden=pick(full.through(0, layer).hidden, keep))
@@ -237,41 +271,46 @@ class Condition:
     "The streams in which the same positions are removed from the context."
 
     def __init__(self, walk, removed, names=()):  # Traversal, (c,) bool, conditions
-        decoder, context, tail = walk.decoder, walk.context, walk.tail
+        context = walk.context
         device = context.hidden.device
         keep = (~removed).nonzero()[:, 0].to(device)
         front = int(removed.nonzero()[0]) if removed.any() else 0
-        self.walk, self.names, self.batches = walk, names, []
+        self.walk = walk
+        self.names = names
+        self.batches = []
         self.front = front if front >= SHARE * len(keep) else 0  # positions of the full stream's
         self.own = keep[self.front :]  # (n,) int64 positions that are run apart
         self.tables = context.map(lambda x: x[:, self.own])
-        ones = lambda *shape: torch.ones(*shape, dtype=torch.bool, device=device)
-        mask = lambda allowed: decoder.mask(allowed[None, None], context.hidden.dtype)
-        causal = ones(len(keep), len(keep)).tril()[self.front :]
-        self.mask = mask(causal) if len(self.own) else None
-        self.tail_mask = mask(torch.cat([ones(len(tail.ids), len(keep)), tail.allowed], 1))
+        causal = torch.ones(len(keep), len(keep), dtype=torch.bool, device=device).tril()
+        self.mask = None
+        if len(self.own):
+            self.mask = walk.mask(causal[self.front :])
+        sees_context = torch.ones(len(walk.tail.ids), len(keep), dtype=torch.bool, device=device)
+        self.tail_mask = walk.mask(torch.cat([sees_context, walk.tail.allowed], 1))
 
     def branch_off(self, layer, full, max_tokens):
         "Cut one more stream from the full one, into a batch of at most so many tokens."
-        self.join(Batch([layer], full.context[:, self.own], full.tail), max_tokens)
+        self.join(layer, full.context[:, self.own], full.tail, max_tokens)
 
     def bypass(self, layer, before, max_tokens):
         "One more stream that has missed a layer, from the full one before that layer."
-        missed = self.tables.inject(before.context, layer)
-        self.join(Batch([layer], missed, before.tail), max_tokens)
+        self.join(layer, self.tables.inject(before.context, layer), before.tail, max_tokens)
 
-    def join(self, new, max_tokens):
-        "Into the last batch if that stays below so many tokens."
-        length, last = new.context.shape[1] + new.tail.shape[1], self.batches and self.batches[-1]
-        if not last or (len(last.layers) + 1) * length > max_tokens:
-            return self.batches.append(new)
-        last.layers = last.layers + new.layers
-        last.context = torch.cat([last.context, new.context])
-        last.tail = torch.cat([last.tail, new.tail])
+    def join(self, layer, context, tail, max_tokens):
+        "A stream into the last batch if that stays below so many tokens."
+        last = self.batches[-1] if self.batches else None
+        length = context.shape[1] + tail.shape[1]
+        if last is None or (len(last.layers) + 1) * length > max_tokens:
+            self.batches.append(Batch([layer], context, tail))
+            return
+        last.layers = [*last.layers, layer]
+        last.context = torch.cat([last.context, context])
+        last.tail = torch.cat([last.tail, tail])
 
     def advance(self, layer, front=None):
         "One layer behind keys and values of the front; gives those of the last batch's context."
-        decoder, kv = self.walk.decoder, front
+        decoder = self.walk.decoder
+        kv = front
         for batch in self.batches:
             if len(self.own) and layer == len(decoder.layers) - 1:
                 kv = decoder.layer_keys(batch.context, self.tables.rotary, layer, front)
@@ -290,16 +329,22 @@ class Traversal:
 
     def __init__(self, stream, tail, marks):  # marks: name -> (N,) bool what it removes
         c = stream.hidden.shape[1] - len(tail.ids)
-        self.decoder, self.tail = stream.decoder, tail
-        self.context, self.after = stream.map(lambda x: x[:, :c]), stream.map(lambda x: x[:, c:])
+        self.decoder = stream.decoder
+        self.tail = tail
+        self.context = stream.map(lambda x: x[:, :c])
+        self.after = stream.map(lambda x: x[:, c:])
         groups = {}
         for name, removed in marks.items():
             if removed.any():
                 groups.setdefault(tuple(removed.nonzero()[:, 0].tolist()), []).append(name)
         self.conditions = [Condition(self, marks[names[0]][:c], names) for names in groups.values()]
-        self.full = Condition(self, torch.zeros(c, dtype=torch.bool))
+        nothing = torch.zeros(c, dtype=torch.bool)
+        self.full = Condition(self, nothing)
         self.full.batches = [Batch([], self.context.hidden, self.after.hidden)]
-        self.bypassed = Condition(self, torch.zeros(c, dtype=torch.bool), [None])
+        self.bypassed = Condition(self, nothing, [None])
+
+    def mask(self, allowed):  # (n, m) bool, True = may look
+        return self.decoder.mask(allowed[None, None], self.context.hidden.dtype)
 
     @classmethod
     def of(cls, model, questions, selectors):
@@ -328,7 +373,10 @@ class Traversal:
                 self.bypassed.bypass(layer, before, max_tokens)
 
     def scores(self):  # (condition, layer) -> Scores over the questions
-        score = lambda batch: self.tail.score(self.decoder, batch.tail[:, self.tail.wanted])
+
+        def score(batch):
+            return self.tail.score(self.decoder, batch.tail[:, self.tail.wanted])
+
         out = {(None, len(self.decoder.layers)): score(self.full.batches[0])[0]}
         for condition in [*self.conditions, self.bypassed]:
             for batch in condition.batches:

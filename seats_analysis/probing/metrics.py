@@ -30,13 +30,14 @@ METRICS = {  # name -> unit, description
 
 def _kl(full, removed):
     "KL divergence per row of log-probabilities. (B, V), (B, V) -> (B,) float64"
-    p, q = full.double(), removed.double()
-    return (p.exp() * (p - q)).sum(-1).clamp(min=0).cpu().numpy()
+    p = full.double()
+    return (p.exp() * (p - removed.double())).sum(-1).clamp(min=0).cpu().numpy()
 
 
 def _over_best(x, answer):
     "The right choice's value minus the best other one's; NaN if there is none. (B, C) -> (B,)"
-    rows, rest = np.arange(len(x)), x.copy()
+    rows = np.arange(len(x))
+    rest = x.copy()
     rest[rows, answer] = np.nan
     best = np.where(np.isnan(rest), -np.inf, rest).max(-1)
     return np.where(np.isfinite(best), x[rows, answer] - best, np.nan)

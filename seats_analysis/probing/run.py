@@ -8,7 +8,6 @@ __all__ = ['probe_dependency', 'probe_to_file', 'family_curves']
 # %% ../../nbs/probing/03_run.ipynb #788dda06
 import json
 import numpy as np
-import torch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from ..storage.provenance import digest
 from ..storage.checkpoint import Checkpoint, checkpoint_of, processes
 from ..storage.schemas import save_profile
 from ..inputs.layout import MODALITIES
-from ..inputs.samples import Sample, check_ids
+from ..inputs.samples import Sample
 from ..models.families import adapter_for
 from ..models.encode import encode, encode_questions
 from ..models.provenance import provenance, sample_rows
@@ -30,39 +29,40 @@ from .metrics import METRICS, answer_metrics
 PROBE_METHODS = ("branch", "plain")
 # tokens of a batch of streams: small enough for the caches of a CPU; elsewhere large enough to be
 # efficient, where the MLP of a 7B then takes some 10 GB
-CPU_TOKENS, MAX_TOKENS = 4_096, 65_536
+CPU_TOKENS = 4_096
+MAX_TOKENS = 65_536
 MAX_QUESTIONS = 32  # of one clip in one traversal
 BYPASS_CLIPS = 12  # over which each layer is bypassed as well, spread over all
 
 
 def units_of(samples, method, batch_size):
     "Lists of indices that run at once."
-    if method == "branch":
-        size, groups = MAX_QUESTIONS, {}
-        for i, s in enumerate(samples):
-            groups.setdefault((s.video, s.audio), []).append(i)
-    else:  # splits apart; lettered prompts too, as they are longer
-        size, groups = batch_size, {}
-        for i, s in enumerate(samples):
-            groups.setdefault((s.split, s.lettered), []).append(i)
+    size = MAX_QUESTIONS if method == "branch" else batch_size
+    groups = {}
+    for i, s in enumerate(samples):
+        # plain: splits apart; lettered prompts too, as they are longer
+        alike = (s.video, s.audio) if method == "branch" else (s.split, s.lettered)
+        groups.setdefault(alike, []).append(i)
+    if method == "plain":
         groups = dict(sorted(groups.items(), key=lambda kind: kind[0][1]))
     return [g[i : i + size] for g in groups.values() for i in range(0, len(g), size)]
 
 
-@dataclass
 class TokenLimit:
-    "Tokens that run as one batch; halved when memory runs out."
+    "Tokens that run as one batch; halved when memory runs out, for good."
 
-    tokens: int
+    def __init__(self, tokens):
+        self.tokens = tokens
 
     def run(self, work, min_tokens):  # work: function of the limit; min_tokens: of one stream
         "Result of `work` at a limit that fits. Raises MemoryError if one stream is too long."
+        from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
         while True:
             try:
                 return work(self.tokens)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                cuda = isinstance(error, torch.OutOfMemoryError)
-                if not cuda and "can't allocate memory" not in str(error):
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
                     raise
             # outside of the handler, whose traceback would hold on to the tensors
             if self.tokens <= min_tokens:
@@ -71,38 +71,32 @@ class TokenLimit:
                     f"shorter clips or fewer frames would"
                 )
             self.tokens = max(self.tokens // 2, 1)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            clear_device_cache()
 
 # %% ../../nbs/probing/03_run.ipynb #df13ee87
-_GUARD, _TOLERANCE, _RISE = 1, 0.01, 0.1  # layers on either side of a crossing, the two levels
-
-
-def _answered(profile, name, needs):
-    "Samples whose family needs what is removed, those of `derive` if there are any."
-    families = profile["family"].values.astype(str)
-    wanted = {name} & set(MODALITIES) or set(MODALITIES)
-    unsaid = lambda family: () if family == "control" else wanted
-    use = np.array([bool(wanted & set(needs.get(f, unsaid(f)))) for f in families])
-    use = use if use.any() else np.ones(len(families), bool)
-    derive = use & (profile["split"].values.astype(str) == "derive")
-    return derive if derive.any() else use
-
-
 def next_layers(
     profile,  # xr.Dataset of the layers scanned so far, the number of layers among them
     needs: Mapping | None = None,  # family -> modalities
 ) -> list:  # layers to scan next, empty when the boundaries are pinned down
     "Where to look next: unscanned layers around each crossing of each condition."
-    layers, wanted = profile["layer"].values.tolist(), set()
+    layers = profile["layer"].values.tolist()
+    families = profile["family"].values.astype(str)
+    derive = profile["split"].values.astype(str) == "derive"
+    wanted = set()
     for name in map(str, profile["removed"].values):
-        use = _answered(profile, name, needs or {})
+        removed = {name} & set(MODALITIES) or set(MODALITIES)
+        unsaid = dict.fromkeys(families, removed) | dict(control=())
+        needed = unsaid | dict(needs or {})
+        use = np.array([bool(removed & set(needed[f])) for f in families])
+        use = use if use.any() else np.ones(len(families), bool)
+        use = use & derive if (use & derive).any() else use
         curve = profile["correct"].sel(removed=name).values[use].mean(0)
         fit = monotone_fit(curve / (curve[-1] or 1))
-        for at in map(int, crossings(fit, layers, _TOLERANCE, _RISE)):
+        for at in map(int, crossings(fit, layers, tolerance=0.01, rise=0.1)):
             below = max((l for l in layers if l < at), default=0)
-            wanted |= set(range(at - _GUARD, at + _GUARD + 1))
-            wanted |= {(below + at) // 2} if at - below > 1 else set()
+            wanted |= {at - 1, at, at + 1}
+            if at - below > 1:
+                wanted.add((below + at) // 2)
     return sorted({l for l in wanted if 0 <= l < layers[-1]} - set(layers))
 
 # %% ../../nbs/probing/03_run.ipynb #7236378c
@@ -114,10 +108,8 @@ class ProbeRun:
     processor: object
     samples: Sequence
     removed: dict  # name -> selector
-    method: str
     units: list  # of lists of sample indices
-    media: dict  # fps, max_frames
-    limit: TokenLimit
+    limit: TokenLimit | None  # None: the plain method
     about: dict  # identity of the run
     checkpoint: Path | None
     shard: tuple  # (number of this process, how many there are)
@@ -128,38 +120,46 @@ class ProbeRun:
         identity = self.about | dict(removed=list(self.removed), layers=layers)
         folder = self.checkpoint and self.checkpoint / part
         checkpoint = Checkpoint(folder, identity, self.shard)
-
         spread = np.linspace(0, len(self.units) - 1, min(BYPASS_CLIPS, len(self.units)))
         bypassed = set(spread.round().astype(int))
 
         def work(number, unit):
-            before = self.limit.tokens
+            before = self.limit and self.limit.tokens
             rows = self.rows_of([self.samples[i] for i in unit], layers, number in bypassed)
-            if self.limit.tokens < before:
+            if self.limit and self.limit.tokens < before:
                 said = f"out of memory, now {self.limit.tokens} tokens a batch"
                 checkpoint.bar.set_postfix_str(said)
             return rows
 
-        bar = dict(unit="sample", desc="probe", disable=not self.progress, smoothing=0.1)
-        rows = checkpoint.run(self.units, work, everyone=wait, **bar)
+        rows = checkpoint.run(
+            self.units,
+            work,
+            everyone=wait,
+            unit="sample",
+            desc="probe",
+            disable=not self.progress,
+            smoothing=0.1,
+        )
         return rows and self.dataset(rows, layers)
 
     def rows_of(self, samples, layers, bypass):  # of one unit
         "Per sample: metric -> (conditions, layers) nested lists."
-        if self.method == "plain":
-            encoded = encode(self.model, self.processor, samples, **self.media)
+        media = dict(fps=self.about["fps"], max_frames=self.about["max_frames"] or None)
+        if self.limit is None:
+            encoded = encode(self.model, self.processor, samples, **media)
             scores = removal_scores(self.model, encoded, self.removed, layers, bypass)
             return self.table(samples, scores, layers)
         rows = []
-        for q in encode_questions(self.model, self.processor, samples, **self.media):
+        for q in encode_questions(self.model, self.processor, samples, **media):
             run = partial(branch_scores, self.model, q, self.removed, layers, bypass=bypass)
-            scores = self.limit.run(run, q.shared + sum(map(len, q.tails)))
+            scores = self.limit.run(run, min_tokens=q.shared + sum(map(len, q.tails)))
             rows += self.table(q.samples, scores, layers)
         return rows
 
     def table(self, samples, scores, layers):
         "What a condition does not change is as in the full run."
-        full, out = scores[None, layers[-1]], [{k: [] for k in METRICS} for _ in samples]
+        full = scores[None, layers[-1]]
+        out = [{k: [] for k in METRICS} for _ in samples]
         if (None, layers[0]) in scores:
             bypassed = [answer_metrics(samples, scores[None, i], full)["kl"] for i in layers]
             for i, row in enumerate(out):
@@ -168,35 +168,45 @@ class ProbeRun:
             grid = [answer_metrics(samples, scores.get((name, i), full), full) for i in layers]
             for i, row in enumerate(out):
                 for k in METRICS:
-                    row[k].append([g[k][i].item() for g in grid])
+                    row[k].append([metrics[k][i].item() for metrics in grid])
         return out
 
     def dataset(self, rows, layers):
         "The profile as xarray."
         import xarray as xr
 
-        dims, samples = ("sample", "removed", "layer"), self.samples
-        text = lambda name: ("sample", np.array([getattr(s, name) for s in samples], dtype=object))
+        def text(name):
+            return "sample", np.array([getattr(s, name) for s in self.samples], dtype=object)
+
+        dims = ("sample", "removed", "layer")
         variables = {}
         for k, (units, description) in METRICS.items():
             values = np.array([r[k] for r in rows], dtype=bool if k == "correct" else "float32")
             variables[k] = dims, values, dict(units=units, description=description)
         unasked = [np.nan] * len(layers)
-        values = np.array([r.get("bypass_kl", unasked) for r in rows], "float32")
-        said = "KL(full || this layer bypassed, nothing removed) at the answer position"
-        said += f"; NaN where it was not asked ({BYPASS_CLIPS} clips are)"
-        variables["bypass_kl"] = ("sample", "layer"), values, dict(units="nats", description=said)
+        variables["bypass_kl"] = (
+            ("sample", "layer"),
+            np.array([r.get("bypass_kl", unasked) for r in rows], "float32"),
+            dict(
+                units="nats",
+                description="KL(full || this layer bypassed, nothing removed) at the answer "
+                f"position; NaN where it was not asked ({BYPASS_CLIPS} clips are)",
+            ),
+        )
         before = f"removed before this layer, 0-based; {layers[-1]} = nothing removed"
-        number = "choices of the question; with fewer than two, `correct` and `margin` say nothing"
-        about = lambda description: dict(description=description, units="1")
+        choices = "choices of the question; with fewer than two, `correct` and `margin` say nothing"
         coords = dict(
             sample=text("id"),
             removed=("removed", np.array(list(self.removed), dtype=object)),
-            layer=("layer", np.array(layers, "int64"), about(before)),
+            layer=("layer", np.array(layers, "int64"), dict(description=before, units="1")),
             family=text("family"),
             clip=text("clip"),
             split=text("split"),
-            n_choices=("sample", np.array([len(s.choices) for s in samples]), about(number)),
+            n_choices=(
+                "sample",
+                np.array([len(s.choices) for s in self.samples]),
+                dict(description=choices, units="1"),
+            ),
         )
         attrs = {k: v for k, v in self.about.items() if k != "samples"}
         return xr.Dataset(variables, coords, attrs)
@@ -208,17 +218,24 @@ class ProbeRun:
         if self.checkpoint is not None and self.units[self.shard[0] :: self.shard[1]]:
             identity = self.about | dict(removed=list(self.removed), layers="auto")
             Checkpoint(self.checkpoint, identity).open()  # where a run with layers would look
-        step, profile = max(2, round(num_layers**0.5)), None
-        layers, scans = list(range(0, num_layers, step)), 0
-        same = dict(data_vars="minimal", coords="minimal", compat="override", join="override")
+        layers = list(range(0, num_layers, max(2, round(num_layers**0.5))))
+        parts = []
         while layers:
             # all processes need the curves to go on
-            part = self.scan([*layers, num_layers], f"scan{scans}", wait=True)
+            part = self.scan([*layers, num_layers], f"scan{len(parts)}", wait=True)
             if part is None:
                 return None
-            parts = [part] if profile is None else [profile, part.sel(layer=layers)]
-            profile = xr.concat(parts, "layer", combine_attrs="override", **same).sortby("layer")
-            layers, scans = next_layers(profile, needs), scans + 1
+            parts.append(part.sel(layer=layers) if parts else part)
+            profile = xr.concat(
+                parts,
+                "layer",
+                data_vars="minimal",
+                coords="minimal",
+                compat="override",
+                join="override",
+                combine_attrs="override",
+            ).sortby("layer")
+            layers = next_layers(profile, needs)
         return None if self.shard[0] else profile.assign_attrs(scan="auto")
 
 # %% ../../nbs/probing/03_run.ipynb #6e834337
@@ -233,7 +250,11 @@ def _check_call(model, samples, layers, method, max_branch_tokens):
         raise ValueError(f"max_branch_tokens: {max_branch_tokens}, expected at least 1")
     if not samples:
         raise ValueError("probe_dependency needs at least one sample")
-    check_ids(samples)
+    seen = set()
+    for sample in samples:
+        if sample.id in seen:
+            raise ValueError(f"sample id {sample.id!r} occurs more than once")
+        seen.add(sample.id)
     if layers == "auto" and all(len(s.choices) < 2 for s in samples):
         raise ValueError(
             "layers: 'auto' follows the share of right answers, and no sample has choices"
@@ -269,46 +290,48 @@ def probe_dependency(
     progress: bool = True,  # show a bar
 ):  # xr.Dataset with dims (sample, removed, layer)
     "Remove tokens before every layer and score the answers. Raises ValueError for bad arguments."
-    removed, num_layers = check_removed(removed), adapter_for(model).num_layers(model)
+    removed = check_removed(removed)
+    num_layers = adapter_for(model).num_layers(model)
     _check_call(model, samples, layers, method, max_branch_tokens)
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard: {shard}, expected a process number below the number of processes")
     if shard[1] > 1 and checkpoint is None:
         raise ValueError("shard: several processes need a checkpoint to share")
     layers = layers if layers == "auto" else _check_layers(layers, num_layers)
-    if max_branch_tokens is None:
-        on_cpu = next(model.parameters()).device.type == "cpu"
-        max_branch_tokens = CPU_TOKENS if on_cpu else MAX_TOKENS
+
+    settings = dict(method=method)
+    limit = None
+    if method == "plain":
+        settings["batch_size"] = batch_size
+    else:
+        if max_branch_tokens is None:
+            on_cpu = next(model.parameters()).device.type == "cpu"
+            max_branch_tokens = CPU_TOKENS if on_cpu else MAX_TOKENS
+        settings["max_branch_tokens"] = max_branch_tokens
+        limit = TokenLimit(max_branch_tokens)
+    settings |= dict(fps=fps, max_frames=max_frames or 0, seed=seed, needs=json.dumps(needs or {}))
     own = {
-        name: describe(s, checkpoint is not None)
-        for name, s in removed.items()
-        if s != every_token((name,))
+        name: describe(selector, checkpoint is not None)
+        for name, selector in removed.items()
+        if selector != every_token((name,))
     }
-    settings = dict(
-        method=method,
-        **({"batch_size": batch_size} if method == "plain" else {}),
-        **({"max_branch_tokens": max_branch_tokens} if method == "branch" else {}),
-        fps=fps,
-        max_frames=max_frames or 0,
-        seed=seed,
-        needs=json.dumps(needs or {}),
-        **({"selectors": json.dumps(own)} if own else {}),
-    )
+    if own:
+        settings["selectors"] = json.dumps(own)
     rows = sample_rows(samples)
+    about = provenance(model, processor, samples, digest(rows), **settings)
+    about["samples"] = [[s.id, digest(row)] for s, row in zip(samples, rows)]
+
     run = ProbeRun(
-        model,
-        processor,
-        samples,
-        removed,
-        method,
-        units_of(samples, method, batch_size),
-        dict(fps=fps, max_frames=max_frames),
-        TokenLimit(max_branch_tokens),
-        provenance(model, processor, samples, digest(rows), **settings)
-        | dict(samples=[[s.id, digest(row)] for s, row in zip(samples, rows)]),
-        checkpoint and Path(checkpoint),
-        shard,
-        progress,
+        model=model,
+        processor=processor,
+        samples=samples,
+        removed=removed,
+        units=units_of(samples, method, batch_size),
+        limit=limit,
+        about=about,
+        checkpoint=checkpoint and Path(checkpoint),
+        shard=shard,
+        progress=progress,
     )
     return run.scan_auto(num_layers, needs) if layers == "auto" else run.scan(layers)
 
@@ -318,7 +341,8 @@ def probe_to_file(
     processor,
     samples: Sequence[Sample],  # see `probe_dependency`
     path,  # NetCDF file to write
-    more=dict,  # function that gives attributes to add
+    attributes=dict,  # function that gives attributes to store, as `tokens`; called at the end
+    broken=None,  # clips that were left out, as a list for JSON; stored where it is given
     **options,  # of `probe_dependency`
 ):  # xr.Dataset, or None in all processes but the first
     "Probe and store the profile; the same call goes on after an interruption."
@@ -327,7 +351,9 @@ def probe_to_file(
             model, processor, samples, checkpoint=folder, shard=processes(), **options
         )
         if profile is not None:
-            profile.attrs |= more()
+            profile.attrs |= attributes()
+            if broken is not None:
+                profile.attrs["broken"] = json.dumps(broken)
             save_profile(profile, path)
             Checkpoint.remove(folder)
     return profile

@@ -8,7 +8,6 @@ __all__ = ['stored_tokens', 'blocks_of', 'stated_blocks', 'solve_schedules', 'de
 # %% ../../nbs/schedules/03_choose.ipynb #65eb684d
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..inputs.layout import MODALITIES
 from ..storage.schemas import load_profile
