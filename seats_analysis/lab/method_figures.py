@@ -304,9 +304,8 @@ def comparison_figure(
             _, low, high = interval(seats)
             ax.axvspan(low, high, color=BLUE, alpha=0.15, linewidth=0, zorder=0)
             share = 100 * seats["flops_fraction_causal_with_selection"]
-            flops = f"FLOPs (causal, with selection) {share:.0f} % of full"
-            ax.set_title(f"TRR {trr:g} %, {flops}", fontsize=6.2)
-    fig.supxlabel("Accuracy (%)")
+            ax.set_title(f"TRR {trr:g} %, causal FLOPs {share:.0f} %", fontsize=6.2)
+    fig.supxlabel("Accuracy (%); FLOPs are causal, with selection, of the full prefill")
     more = "; lines: 95 % intervals; band: SEATS; dashed: full model; open: outside the ranking"
     return say_source(fig, source_of(found, more))
 

@@ -39,7 +39,7 @@ NAMED = (
     "config",
     "batch",
     "tokens",
-    "flops_fraction",
+    "flops_fraction_causal_without_selection",
     "encoder_ms",
     "selection_ms",
     "prefill_ms",
@@ -254,13 +254,20 @@ def test_realised_fraction_by_hand():
         [row("full", 100, 300, 0, 935, 113.0), row("seats", 10, 300, 20, 195, 10.0)]
     )
     assert pruned["speedup"] == pytest.approx(935 / 215) and pruned[
-        "flops_fraction"
+        "flops_fraction_causal_without_selection"
     ] == pytest.approx(10 / 113)
-    assert pruned["realised_counter"] == pytest.approx(pruned["speedup"] * pruned["flops_counter"])
+    assert pruned["realised_counter"] == pytest.approx(
+        pruned["speedup"] * pruned["flops_fraction_counter_without_selection"]
+    )
     assert pruned["realised_fraction"] == pytest.approx(0.38486, abs=1e-5) and pruned[
         "ttft_speedup"
     ] == pytest.approx(1235 / 515)
-    assert full["speedup"] == full["realised_fraction"] == full["flops_fraction"] == 1
+    assert (
+        full["speedup"]
+        == full["realised_fraction"]
+        == full["flops_fraction_causal_without_selection"]
+        == 1
+    )
 
 
 def test_rows_are_compared_within_their_group():
@@ -271,7 +278,7 @@ def test_rows_are_compared_within_their_group():
             dict(row("seats", 10, 0, 0, 90, 9.0), batch=4),
         ]
     )
-    assert rows[2]["speedup"] == 10 and rows[2]["flops_fraction"] == 0.1
+    assert rows[2]["speedup"] == 10 and rows[2]["flops_fraction_causal_without_selection"] == 0.1
 
 
 def test_printed_rows_have_the_named_keys():
@@ -343,7 +350,8 @@ def test_json_and_file(clock, tmp_path):
         ("random", 10),
     ]
     assert all(
-        r["realised_fraction"] == pytest.approx(r["speedup"] * r["flops_fraction"])
+        r["realised_fraction"]
+        == pytest.approx(r["speedup"] * r["flops_fraction_causal_without_selection"])
         for r in said["rows"]
     )
     stored = json.loads((tmp_path / "b.json").read_text())
@@ -591,7 +599,9 @@ def test_committed_benchmark(path):
     for r in rows:
         assert r["encoder_ms"] > 0 and r["kv_bytes"] > 0
         if r["speedup"]:
-            assert r["realised_fraction"] == pytest.approx(r["speedup"] * r["flops_fraction"])
+            assert r["realised_fraction"] == pytest.approx(
+                r["speedup"] * r["flops_fraction_causal_without_selection"]
+            )
     if "testbed" in stored["model"]:
         assert (
             max(

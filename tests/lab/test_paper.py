@@ -41,6 +41,10 @@ FAMILIES = (
 )
 
 
+WITH = "flops_fraction_causal_with_selection"
+FLOPS = "FLOPs, causal, with selection (% of full)"
+
+
 def row(method, trr, accuracy, label=None, setting="matched", cost=None, diff=None):
     cost = trr / 100 if cost is None else cost
     clip = lambda x: float(np.clip(x, 0, 1))
@@ -59,13 +63,10 @@ def row(method, trr, accuracy, label=None, setting="matched", cost=None, diff=No
         label=label or method,
         trr=trr,
         setting=setting,
-        cost=cost,
-        flops_fraction=cost,
-        causal_fraction=cost,
-        selection_fraction=0.01,
+        flops_fraction_causal_with_selection=cost,
+        flops_fraction_causal_without_selection=cost - 0.01,
         floor=[],
         equal_cost=setting == "matched",
-        flops_target=trr / 100,
         retention_layers=trr / 100,
         retention_entry=1.4 * trr / 100,
         ms=10 * cost + (trr < 100),
@@ -464,9 +465,7 @@ def test_tables_hold_the_same_numbers_in_all_formats(data, tmp_path):
         assert float(r["accuracy (%)"].split()[0]) == pytest.approx(
             100 * stored["accuracy"], abs=0.051
         )
-        assert r["FLOPs (% of full)"] == f"{100 * stored['flops_fraction']:.1f}" and r[
-            "origin"
-        ].startswith("Measured here")
+        assert r[FLOPS] == f"{100 * stored[WITH]:.1f}" and r["origin"].startswith("Measured here")
     md, tex = written["eval_testbed.md"].read_text(), written["eval_testbed.tex"].read_text()
     assert md.count("\n| ") == len(rows) + 1 and "Measured here" in md
     assert tex.count(r"\\") == len(rows) + 1 and "Measured here" in tex
@@ -496,7 +495,8 @@ def test_late_removal_and_tuned_methods_have_tables_of_their_own():
     table = {r["method"]: r for r in P.accuracy_rows(found)}
     assert all(table["VisionZip"][f"TRR {t} %"].endswith("*") for t in (35, 25, 15, 10))
     rows = [r for r in P.eval_rows(found) if r["method"] == "VisionZip"]
-    assert [(r["floor"], r["selection (% of full)"]) for r in rows] == [("visual", "1.0")] * 4
+    of_selection = "FLOPs, causal, of selection (% of full)"
+    assert [(r["floor"], r[of_selection]) for r in rows] == [("visual", "1.0")] * 4
 
 
 def test_a_star_marks_what_is_not_ranked():
