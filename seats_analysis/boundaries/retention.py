@@ -352,9 +352,3 @@ def profile_hash(
         digest.update(head.encode() + _canonical(variable.values))
     digest.update(json.dumps(plain_attrs(profile), sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
-
-# %% ../../nbs/boundaries/00_retention.ipynb #4cf27bfc
-def derived_from(profile):
-    "The samples that boundaries are derived from: the split `derive`, or all where there is none."
-    derive = profile["split"].values.astype(str) == "derive"
-    return profile.isel(sample=derive) if derive.any() else profile

@@ -109,9 +109,7 @@ def probe(
     limits = asked.limits(processor)
 
     def more():
-        counts = mean_tokens(model, processor, samples, **limits)
-        found = {} if asked.broken is None else dict(broken=json.dumps(asked.broken))
-        return dict(tokens=json.dumps(counts), **found)
+        return dict(tokens=json.dumps(mean_tokens(model, processor, samples, **limits)))
 
     with resumable(checkpoint_of(out), "samples"):
         profile = probe_to_file(
@@ -119,7 +117,8 @@ def probe(
             processor,
             samples,
             out,
-            more,
+            attributes=more,
+            broken=asked.broken,
             removed=conditions,
             layers=chosen,
             max_branch_tokens=max_branch_tokens,

@@ -174,17 +174,18 @@ def limits_of(
 ) -> dict:  # fps and max_frames for `encode`
     """What was asked for, else what a benchmark is published with: frames for `encode`, pixels on
     the processor. Clips of one's own are cut to MAX_FRAMES, and that is said."""
-    from seats_analysis.inputs.benchmarks import preset_for
-    from seats_analysis.models.families import limit_pixels
+    from seats_analysis.models.families import published_limits
 
-    usual = dict(fps=2.0, max_frames=None if data == "testbed" else MAX_FRAMES)
-    if preset := preset_for(data):
-        limit_pixels(processor, *preset.grid_tokens)
-        usual = dict(fps=preset.fps, max_frames=preset.max_frames)
-    elif data != "testbed" and max_frames is None:
-        note(f"note: at most {MAX_FRAMES} frames of a clip are used; --max-frames changes that")
-    asked = dict(fps=fps, max_frames=max_frames)
-    return usual | {k: v for k, v in asked.items() if v is not None}
+    limits = published_limits(data, processor)
+    if not limits:
+        limits = dict(fps=2.0, max_frames=None if data == "testbed" else MAX_FRAMES)
+        if data != "testbed" and max_frames is None:
+            note(f"note: at most {MAX_FRAMES} frames of a clip are used; --max-frames changes that")
+    if fps is not None:
+        limits["fps"] = fps
+    if max_frames is not None:
+        limits["max_frames"] = max_frames
+    return limits
 
 # %% ../../nbs/cli/00_app.ipynb #ea397fbf
 def writable(

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from seats_analysis.lab import bench
 from seats_analysis.cli import main as cli
+from seats_analysis.lab import bench_command
 from seats_analysis.lab import paper, timing_figures as timing
 from seats_analysis.storage.schemas import load_json
 from seats_analysis.models.families import adapter_for
@@ -520,7 +521,7 @@ def test_batches_cost_in_proportion():
     assert longer(0.159, tokens=4000) and not longer(0.161, tokens=4000)
 
 
-def test_what_takes_too_long_is_left_out(clock, tmp_path):
+def test_what_takes_too_long_is_left_out(clock, tmp_path, monkeypatch):
     "The full model takes 10 ms, pruned 4; of twice the tokens four times as much is expected."
     asked = (
         "--config",
@@ -539,13 +540,15 @@ def test_what_takes_too_long_is_left_out(clock, tmp_path):
     left = lambda: [
         r["method"] for r in load_json(tmp_path / "b.json", "bench")["rows"] if r.get("error")
     ]
-    said = seats(*asked, "--most-seconds", 0.03)  # doubling the tokens: 40 ms and 16 ms
+    monkeypatch.setattr(bench_command, "MAX_SECONDS", 0.03)  # doubling the tokens: 40 and 16 ms
+    said = seats(*asked)
     assert (
         "left out: longer than 0.03 s" in said.stdout
         and left() == ["full"] * 3
         and clock.calls == 5
     )
-    seats(*asked, "--most-seconds", 1)  # asked again with more patience
+    monkeypatch.setattr(bench_command, "MAX_SECONDS", 1)  # asked again with more patience
+    seats(*asked)
     assert left() == [] and clock.calls == 8
 
 
