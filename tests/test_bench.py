@@ -304,9 +304,7 @@ def clock(monkeypatch):
         )
 
     monkeypatch.setattr(BenchSetup, "build", lambda self, config, width: "model")
-    monkeypatch.setattr(
-        BenchSetup, "workload", lambda self, job, model: Workload(model, {}, encoders=job.encoders)
-    )
+    monkeypatch.setattr(BenchSetup, "workload", lambda self, job, model: Workload(model, {}))
     monkeypatch.setattr(Workload, "time", time)
     monkeypatch.setattr(Workload, "facts", facts)
     return clock
@@ -398,37 +396,6 @@ def test_more_repeats_and_more_rows_add_to_what_is_there(clock, tmp_path):
     assert clock.calls == 25 + 3 and [
         (r["method"], r["trr"]) for r in json.loads(more.stdout)["rows"]
     ] == [("full", 100), ("seats", 25)]
-
-
-def test_options_for_the_towers_stand_beside_the_untouched_model(clock, tmp_path):
-    asked = (
-        *ASKED[:-4],
-        "--trr",
-        10,
-        "--repeats",
-        1,
-        "--out",
-        tmp_path / "b.json",
-        "--encoders",
-        "batch,overlap",
-    )
-    rows = json.loads(seats(*asked, "--json").stdout)["rows"]
-    assert [(r["method"], r["encoders"]) for r in rows] == [
-        ("full", ""),
-        ("full", "batch+overlap"),
-        ("seats", "batch+overlap"),
-        ("random", "batch+overlap"),
-    ]
-    assert all(
-        r["ttft_ms"] and r["speedup"] is r["realised_fraction"] is None for r in rows[1:]
-    )  # selection in the tower's time cannot be told apart
-    assert "seats +batch+overlap" in seats(*asked).stdout and clock.calls == 4
-    rows = json.loads(seats(*asked[:-1], "batch", "--json").stdout)["rows"]
-    assert [r["speedup"] for r in rows[2:]] == [pytest.approx(9 / 3)] * 2  # of the untouched model
-    refused = seats(*asked[:-1], "quick")
-    assert (
-        refused.exit_code == 2 and "--encoders 'quick': batch, repeats, overlap" in refused.stderr
-    )
 
 
 @pytest.mark.parametrize("change", [("--kv", "retain"), ("--steps", 4), ("--seed", 1)])

@@ -5,7 +5,7 @@ import copy
 import pytest, torch
 import tiny
 from seats_analysis.pruning import prefill
-from pretend import Race, Wait, no_waits, pretend_gpu
+from pretend import Wait, no_waits, pretend_gpu
 from test_hot_path import PLANS
 from seats_analysis.lab import bench
 from seats_analysis.pruning import encoders, session
@@ -111,39 +111,6 @@ def test_methods(model, there, batches, strict, name):
 @pytest.mark.parametrize("how", [dict(num_beams=2), dict(num_beams=2, num_return_sequences=2)])
 def test_beams(model, there, batches, strict, how):
     same(model, there, batches[3], PLANS["together"], **how)
-
-
-@pytest.mark.parametrize("options", ["batch", "repeats", "overlap", encoders.ENCODERS])
-def test_encoder_options(model, there, batches, options):
-    same(model, there, batches[1], PLANS["together"], dict(encoders=options))
-
-
-def test_video_in_another_stream_is_waited_for(there, gpu, batches, monkeypatch):
-    "Where the thinker takes encoded video; without the wait the use of it is found."
-    batch = batches[1].to("cuda")
-    with prune(there, PLANS["together"], encoders="overlap"):
-        there(**batch.inputs)
-    if not gpu.kept_for:
-        pytest.skip("this transformers encodes in one stream")
-    monkeypatch.setattr(encoders.SideStream, "join", lambda self: None)
-    with pytest.raises(Race), prune(there, PLANS["together"], encoders="overlap"):
-        there(**batch.inputs)
-
-
-def test_one_stream_for_all_requests(there, gpu, batches, monkeypatch):
-    """The allocator keeps what is freed for the stream that it was made in: a second stream would
-    reserve the tower's memory again."""
-    batch, made, Stream = batches[1].to("cuda"), [], torch.cuda.Stream
-    encoders._side_stream.cache_clear()
-    monkeypatch.setattr(
-        torch.cuda, "Stream", lambda device: made.append(Stream(device)) or made[-1]
-    )
-    for _ in range(2):
-        with prune(there, PLANS["together"], encoders="overlap"):
-            for _ in range(3):
-                there(**batch.inputs)
-            there.generate(**batch.inputs, max_new_tokens=2)
-    assert len(made) == 1
 
 
 def test_a_longer_clip_does_not_wait_more(model, there, gpu):

@@ -8,7 +8,6 @@ __all__ = []
 # %% ../../nbs/lab/11_bench_command.ipynb #6cb3894f
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -98,11 +97,6 @@ def bench(
     steps: int = Option(8, min=1, max=MAX_COUNT, help="Tokens to decode."),
     kv: Literal["evict", "retain"] = Option("evict", help="Cache policy."),
     attention: str = Option("sdpa", help="Attention implementation, for the full model too."),
-    encoders: str = Option(
-        "",
-        help="Options for the towers, separated by commas: batch, repeats, overlap. The model "
-        "with its towers as they are is timed beside them.",
-    ),
     most_seconds: float = Option(60.0, min=0, help="Leave out requests that would take longer."),
     seed: Seed = 0,
     device: Device = "",
@@ -126,7 +120,6 @@ def bench(
     names = names_of(config, "--config") if config else ()
     from seats_analysis.lab.bench import BenchFile, BenchSetup, Job
     from seats_analysis.lab.workloads import Request
-    from seats_analysis.pruning.encoders import ENCODERS
 
     asked = bool(preset) or frames is not None or seconds is not None
     request = Request.of(preset, frames, seconds)
@@ -136,14 +129,11 @@ def bench(
     trrs = numbers_of(trr, "--trr", "percentages, as 25,10")
     if not all(1 <= size <= MAX_COUNT for size in batches):
         raise ValueError(f"--batch {batch!r}: from 1 to {MAX_COUNT}")
-    towers = names_of(encoders, "--encoders") if encoders else ()
-    if bad := [e for e in towers if e not in ENCODERS]:
-        raise ValueError(f"--encoders {bad[0]!r}: {', '.join(ENCODERS)}")
     plans, device = Job.pairs(names_of(methods, "--methods"), trrs), check_device(device)
     prepare(threads)
     setup = BenchSetup(device, attention=attention, kv=kv, seed=seed, steps=steps)
     cuda = setup.cuda
-    if names or asked or width or batches or scaling or towers:
+    if names or asked or width or batches or scaling:
         sizes = (1,) if scaling else batches or ((1, 4, 16) if cuda else (1,))
         jobs = [
             Job(name, r, width, size, plans)
@@ -153,9 +143,6 @@ def bench(
         ]
     else:
         jobs = Job.defaults(cuda, plans)
-    if towers:
-        only_full = [replace(j, plans=(("full", 100.0),)) for j in jobs]
-        jobs = only_full + [replace(j, encoders=towers) for j in jobs]
     ours = sys.argv[1:2] == ["bench"]
     command = shlex.join(["seats", *sys.argv[1:]]) if ours else "seats bench"
     name = out / setup.default_path.name if out and out.is_dir() else out or setup.default_path

@@ -17,14 +17,15 @@ from torch import Tensor
 
 # %% ../../nbs/pruning/04_received.ipynb #e3dbfaad
 def on_device(
-    values,  # host numbers, nested sequences allowed
+    values,  # host numbers, nested sequences allowed, or a tensor
     device,  # where they are needed
-    dtype=torch.long,
+    dtype: torch.dtype | None = torch.long,  # None = as the values are
 ) -> Tensor:
     "Host numbers as a device tensor, without a host sync."
-    # only from pinned memory is a copy sure not to wait
-    pin = torch.device(device).type == "cuda"
-    return torch.tensor(values, dtype=dtype, pin_memory=pin).to(device, non_blocking=True)
+    there = torch.as_tensor(values, dtype=dtype)
+    if torch.device(device).type == "cuda" and there.device.type == "cpu":
+        there = there.pin_memory()  # only from such memory is a copy sure not to wait
+    return there.to(device, non_blocking=True)
 
 
 class _FullPrecision:
