@@ -34,13 +34,16 @@ class _FullPrecision:
     places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 
     def __init__(self):
-        self.lock, self.inside, self.found = Lock(), 0, {}
+        self.lock = Lock()
+        self.inside = 0  # blocks that are open
+        self.found = {}  # place -> its setting before
 
     def __enter__(self):
         with self.lock:
             for place in self.places:
                 if (now := place.fp32_precision) not in ("none", "ieee"):
-                    self.found[place], place.fp32_precision = now, "ieee"
+                    self.found[place] = now
+                    place.fp32_precision = "ieee"
             self.inside += 1
 
     def __exit__(self, *error):
@@ -102,8 +105,10 @@ def _received(
     block,  # (row, column) pairs held at once
 ):  # (N, w)
     "Column sums of a softmax over rows: rows are divided by their sums while they are added up."
-    width, out = q.shape[1], []
-    rows, queries = max(1, block // width**2), min(width, max(1, block // width))
+    width = q.shape[1]
+    rows = max(1, block // width**2)
+    queries = min(width, max(1, block // width))
+    out = []
     for a, b in zip(q.split(rows), k.split(rows)):
         total = 0
         for part in a.split(queries, 1):
@@ -127,7 +132,8 @@ def attention_received(
         starts = list(accumulate(sizes, initial=0))[:-1]
         return kernels.attention_received(q, k, on_device([starts, sizes], q.device), max(sizes))
     block = block or (2**20 if q.device.type == "cpu" else 2**24)  # 4 or 64 MiB in float32
-    q, out = q.float() * (q.shape[-1] ** -0.5 / math.log(2)), []
+    q = q.float() * (q.shape[-1] ** -0.5 / math.log(2))
+    out = []
     with true_float32(q.device):
         for start, count, size in equal_runs(sizes):
             at = slice(start, start + count * size)
