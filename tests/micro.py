@@ -117,74 +117,12 @@ def eviction():
     return before, after
 
 
-# ---------------------------------------------------------------- towers
-
-
-def tower():
-    """A vision tower of Qwen2.5-Omni, its width 320 and its depth 8 instead of 1280 and 32, on 16
-    frames of 336x336."""
-    from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
-    from seats_analysis.testbed.load import build_config
-
-    config = build_config(layers=1)
-    config.vision_config.update(
-        dict(
-            depth=8,
-            hidden_size=320,
-            num_heads=4,
-            intermediate_size=856,
-            window_size=112,
-            fullatt_block_indexes=[3, 7],
-        )
-    )
-    model = Thinker._from_config(config, attn_implementation="sdpa").eval()
-    return model, model.model.visual, torch.tensor([[8, 24, 24]])
-
-
-def windows():
-    "One call of attention per window, against one per size."
-    from seats_analysis.pruning.encoders import batched_windows
-
-    model, visual, grid = tower()
-    pixels = torch.randn(8 * 24 * 24, 1176)
-
-    def after():
-        with batched_windows(model):
-            visual(pixels, grid_thw=grid)
-
-    return lambda: visual(pixels, grid_thw=grid), after
-
-
-def repeats(new=4):
-    "A clip in which every second temporal grid repeats the one before it."
-    from seats_analysis.pruning.encoders import find_repeats
-
-    model, visual, grid = tower()
-    pixels = torch.randn(new, 24 * 24 * 1176).repeat_interleave(8 // new, 0).view(-1, 1176)
-
-    def after():
-        found = find_repeats(pixels, grid.tolist(), 4)
-        out = visual(
-            pixels if found is None else pixels[found.first],
-            grid_thw=grid if found is None else torch.tensor(found.grids),
-        )
-        if found is not None:
-            found.spread(out)
-
-    return lambda: visual(pixels, grid_thw=grid), after
-
-
-def no_repeats():
-    "What looking for repeated grids costs where there are none."
-    return repeats(new=8)
-
-
 # ---------------------------------------------------------------- a whole request
 
 
 def request(seconds=240):
     """The embedded model on a clip of 4,575 tokens: processor ms by section of the timings, for
-    the full prompt and for 10 %, with and without the options for the towers."""
+    the full prompt and for 10 %."""
     from pathlib import Path
     import numpy as np
     from seats_analysis.pruning import timing
@@ -217,15 +155,10 @@ def request(seconds=240):
     plan = Schedule.load(Path(__file__).parents[1] / "data" / "schedules" / "testbed_trr10.json")
     timing.perf_counter = time.process_time  # the timings counts the processor's time here
     rows = {}
-    for name, p, options in (
-        ("full", None, {}),
-        ("10 %", plan, {}),
-        ("10 %, batch", plan, dict(encoders="batch")),
-        ("full, batch", None, dict(encoders="batch")),
-    ):
+    for name, p in (("full", None), ("10 %", plan)):
         found = []
         for _ in range(3):
-            with last_logits_only(model), prune(model, p, **options) as run:
+            with last_logits_only(model), prune(model, p) as run:
                 model(**inputs)
             found.append(run.timings.ms)
         rows[name] = {
@@ -274,14 +207,7 @@ VIEWS = (
 ).split()
 
 PARTS = dict(
-    stage1=stage1,
-    statistic=statistic,
-    projections=projections,
-    scores=scores,
-    eviction=eviction,
-    windows=windows,
-    repeats=repeats,
-    no_repeats=no_repeats,
+    stage1=stage1, statistic=statistic, projections=projections, scores=scores, eviction=eviction
 )
 OTHERS = dict(launches=launches, request=request)
 

@@ -286,6 +286,8 @@ class Calls(_Mode, TorchFunctionMode):
             return args[0].cpu().tolist()  # torch refuses it for every subclass
         if func is torch.Tensor.__getitem__ and isinstance(args[1], list):
             args = args[0], torch.tensor(args[1])
+        if func is torch.Tensor.pin_memory:
+            return args[0]
         if func is torch.tensor and _cuda(kwargs.get("device")):
             return func(
                 *_mapped(args, OnGpu, lambda x: x.item()), **{**kwargs, "device": "cpu"}

@@ -527,7 +527,6 @@ def test_prunes_at_random(family, seed, no_grad):
     for _ in range(50):
         start, handle = time.perf_counter(), None
         options = dict(kv=draw.choice(["evict", "retain"]), images=draw.choice(["keep", "prune"]))
-        options |= dict(encoders=draw.sample(["batch", "repeats", "overlap"], draw.randint(0, 3)))
         try:
             with prune(model, some_method(draw), **options):
                 for _ in range(draw.randint(1, 2)):

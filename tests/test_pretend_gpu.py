@@ -4,7 +4,7 @@ mixed, our hooks do not wait, streams are waited for."""
 import copy
 import pytest, torch
 import tiny
-from pretend import Race, Wait, no_waits, pretend_gpu
+from pretend import Wait, no_waits, pretend_gpu
 from tiny import PLANS
 from seats_analysis.pruning import base, cache, encoders, prefill, seats, session
 from seats_analysis.models.families import adapter_for
@@ -87,43 +87,6 @@ def test_pruned_answers(model, there, batches, strict, n, name, kv, options):
 def test_methods(model, there, batches, strict, name):
     method = METHODS[name].for_trr(tiny.LAYERS, 0.5, 0.6, 18, 30)
     same(model, there, batches[3], method, max_new_tokens=1, min_new_tokens=1)
-
-
-@pytest.mark.parametrize("options", ["batch", "repeats", "overlap", encoders.ENCODERS])
-def test_encoder_options(model, there, batches, options):
-    found = []
-    for m, batch in ((model, batches[1]), (there, batches[1].to("cuda"))):
-        with prune(m, PLANS["together"], encoders=options) as run:
-            found.append(m.generate(**batch.inputs, max_new_tokens=2).tolist())
-    assert found[0] == found[1] and run.kept
-
-
-def test_video_in_another_stream_is_waited_for(there, gpu, batches, monkeypatch):
-    "Where the thinker takes encoded video; without the wait the use of it is found."
-    batch = batches[1].to("cuda")
-    with prune(there, PLANS["together"], encoders="overlap"):
-        there(**batch.inputs)
-    if not gpu.kept_for:
-        pytest.skip("this transformers encodes in one stream")
-    monkeypatch.setattr(encoders.SideStream, "join", lambda self: None)
-    with pytest.raises(Race), prune(there, PLANS["together"], encoders="overlap"):
-        there(**batch.inputs)
-
-
-def test_one_stream_for_all_requests(there, gpu, batches, monkeypatch):
-    """The allocator keeps what is freed for the stream that it was made in: a second stream would
-    reserve the tower's memory again."""
-    batch, made, Stream = batches[1].to("cuda"), [], torch.cuda.Stream
-    encoders._side_stream.cache_clear()
-    monkeypatch.setattr(
-        torch.cuda, "Stream", lambda device: made.append(Stream(device)) or made[-1]
-    )
-    for _ in range(2):
-        with prune(there, PLANS["together"], encoders="overlap"):
-            for _ in range(3):
-                there(**batch.inputs)
-            there.generate(**batch.inputs, max_new_tokens=2)
-    assert len(made) == 1
 
 
 def test_a_longer_clip_does_not_wait_more(model, there, gpu):

@@ -19,6 +19,7 @@ from seats_analysis.pruning.base import (
     window_tokens,
     stage1_counts,
 )
+from ..pruning.received import on_device
 from ..pruning.select import topk_in_groups
 from ..schedules.schedule import Schedule
 
@@ -73,15 +74,6 @@ def random_budget(
     "One draw from all tokens of a modality."
     n = sum(sizes)
     return ((n,), (random_count(n, ratio),)) if n else ((), ())
-
-
-def on_device(
-    values,  # host numbers, nested sequences allowed
-    device,  # where they are needed
-    dtype=torch.long,
-) -> torch.Tensor:
-    "Host numbers as a device tensor, without waiting."
-    return torch.as_tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def random_numbers(

@@ -66,7 +66,6 @@ class Workload:
     inputs: Mapping  # of `bench_inputs`
     kv: str = "evict"  # see `prune`
     steps: int = 8  # tokens to decode after the first
-    encoders: Sequence[str] = ()  # options for the towers, see `prune`
 
     @contextmanager
     def _running(self, method):  # yields the `Timings`, and the `Run` or None
@@ -75,8 +74,8 @@ class Workload:
         adapter = adapter_for(model)
         with ExitStack() as stack:
             stack.enter_context(last_logits_only(model))
-            if method is not None or self.encoders:
-                run = stack.enter_context(prune(model, method, kv=self.kv, encoders=self.encoders))
+            if method is not None:
+                run = stack.enter_context(prune(model, method, kv=self.kv))
                 yield run.timings, run
                 return
             timings = Timings(str(self.inputs["input_ids"].device))
@@ -147,7 +146,6 @@ class Job:
     width: int | None = None  # of a narrower model of the same depth
     batch: int = 1
     plans: tuple = (("full", 100.0),)  # of `pairs`; 'full' is the untouched model
-    encoders: tuple = ()  # options for the towers, see `prune`; the full model gets them too
 
     def __post_init__(self):
         self.request.tokens(self.config)  # raises ValueError for an unknown configuration
@@ -162,7 +160,7 @@ class Job:
             seconds=float(self.request.seconds),
             method=method,
             trr=float(trr),
-            encoders="+".join(self.encoders),
+            encoders="",  # the towers as they are: files of earlier versions know options for them
             tokens=sum(tokens.values()),
             visual_tokens=tokens["visual"],
             audio_tokens=tokens["audio"],
@@ -178,8 +176,7 @@ class Job:
     def __str__(self):
         wide = f" at width {self.width}" if self.width else ""
         what = f"{self.request.frames} frames, {self.request.seconds:g} s, batch {self.batch}"
-        towers = f", towers with {'+'.join(self.encoders)}" if self.encoders else ""
-        return f"{self.config}{wide}, {what}{towers}"
+        return f"{self.config}{wide}, {what}"
 
     @staticmethod
     def pairs(methods: Sequence[str], trrs: Sequence[float]) -> tuple:  # of (method, TRR)
@@ -204,18 +201,15 @@ class Job:
         if cuda:
             return [
                 *(cls(big, batch=b, plans=plans) for b in (1, 4, 16)),
-                *(cls(big, plans=lean, encoders=e) for e in (("batch",), ("batch", "overlap"))),
                 *(cls(big, r, plans=lean) for r in Request.scaling(big)),
                 cls("qwen3-omni-30b-a3b", plans=lean),
             ]
         half = Request(64, 30.0)
         few = Request(8, 4.0)
-        sizes = (big, 128), ("testbed", None), ("testbed", 512)
         return [
             cls(big, half, 128, plans=plans),
             cls("testbed", half, plans=plans),
             cls("testbed", half, 512, plans=ours),
-            *(cls(name, half, width, plans=lean, encoders=("batch",)) for name, width in sizes),
             *(cls("testbed", few, batch=b, plans=lean) for b in (1, 4, 16)),
             *(cls("testbed", r, plans=lean) for r in Request.scaling("testbed", 16384)),
         ]
@@ -257,7 +251,7 @@ class BenchSetup:
 
     def workload(self, job: Job, model) -> Workload:
         inputs = bench_inputs(model, bench_processor(job.config), job.request, job.batch)
-        return Workload(model, inputs, self.kv, self.steps, job.encoders)
+        return Workload(model, inputs, self.kv, self.steps)
 
     def about(self) -> dict:
         "Everything that times depend on, apart from the request."

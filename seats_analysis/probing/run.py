@@ -16,7 +16,7 @@ from ..storage.provenance import digest
 from ..storage.checkpoint import Checkpoint, checkpoint_of, processes
 from ..storage.schemas import save_profile
 from ..inputs.layout import MODALITIES
-from ..inputs.samples import Sample
+from ..inputs.samples import Sample, check_ids
 from ..models.families import adapter_for
 from ..models.encode import encode, encode_questions
 from ..models.provenance import provenance, sample_rows

@@ -58,35 +58,37 @@ class PruneStep:
         return len(set(self.widths)) > 1 or not all(self.exact)
 
 # %% ../../nbs/pruning/03_base.ipynb #09ea8625
-@dataclass
-class _Count:
-    "Running count of one sample."
-
-    text: int  # tokens that always stay
-    n_keep: dict  # modality -> planned tokens
-    upper: dict  # modality -> at most so many in fact
-    split: bool = True  # whether each modality has exactly what was planned
-    exact: bool = True  # whether both together have
-
-    def drop(self, ratios):
-        planned = stage2_counts(*self.n_keep.values(), *(ratios[m] for m in CODES))
-        n_keep = dict(zip(CODES, planned))
-        if n_keep == self.n_keep:
-            return
-        both, self.n_keep = min(self.n_keep.values()) > 0, n_keep
-        self.split, self.exact = self.split and not both, self.exact and (both or self.split)
-        total = sum(n_keep.values())
-        self.upper = {m: min(n, total) for m, n in self.upper.items()} if both else dict(n_keep)
-
-    def remove(self, removed):
-        for counts in (self.n_keep, self.upper):
-            counts.update(dict.fromkeys(removed, 0))
-        self.split |= not any(self.n_keep.values())
-        self.exact = self.split
-
-    @property
-    def width(self):
-        return self.text + sum((self.n_keep if self.exact else self.upper).values())
+def sample_counts(
+    text: int,  # tokens that always stay
+    entering: dict,  # modality -> tokens that enter layer 0
+    todo: list,  # of (layer, stage, fractions kept, or modalities that leave)
+):  # yields (modality -> planned tokens, width, whether the width is exact), step by step
+    "The counts of one sample."
+    n_keep = dict(entering)
+    upper = dict(entering)  # at most so many of a modality in fact
+    split = True  # whether each modality has exactly what was planned
+    exact = True  # whether both together have
+    for _, stage, what in todo:
+        if stage == 2:
+            ratios = [what[m] for m in CODES]
+            planned = dict(zip(CODES, stage2_counts(*n_keep.values(), *ratios)))
+            if planned != n_keep:
+                total = sum(planned.values())
+                if min(n_keep.values()) > 0:  # scores divide one total between both modalities
+                    split = False
+                    upper = {m: min(n, total) for m, n in upper.items()}
+                else:
+                    exact = exact and split
+                    upper = dict(planned)
+                n_keep = planned
+        if stage == 3:
+            gone = dict.fromkeys(what, 0)
+            n_keep = {**n_keep, **gone}
+            upper = {**upper, **gone}
+            if not any(n_keep.values()):
+                split = True
+            exact = split
+        yield n_keep, text + sum((n_keep if exact else upper).values()), exact
 
 
 def plan_steps(
@@ -96,22 +98,27 @@ def plan_steps(
     late_start: dict,  # modality -> first layer without it; None = it stays
 ) -> list:  # of `PruneStep` in the order of the layers; empty where nothing would change
     "Every count of a forward pass, for all samples of a batch."
-    counts = [_Count(f["text"], dict(e), dict(e)) for f, e in zip(full, entering)]
-    late = {l: [m for m in CODES if late_start[m] == l] for l in late_start.values()}
-    todo = [(0, 1, "stage1", ()), *((l, 2, f"drop{l}", ratios) for l, ratios in drops.items())]
-    todo += [(l, 3, f"late{l}", tuple(ms)) for l, ms in late.items() if l is not None]
-    before, steps = tuple({m: f[m] for m in CODES} for f in full), []
-    for layer, stage, name, what in sorted(todo, key=lambda s: s[:2]):
-        for c in counts:
-            if stage == 2:
-                c.drop(what)
-            if stage == 3:
-                c.remove(what)
-        n_keep = tuple(dict(c.n_keep) for c in counts)
+    todo = [(0, 1, ()), *((layer, 2, ratios) for layer, ratios in drops.items())]
+    for layer in set(late_start.values()) - {None}:
+        todo.append((layer, 3, tuple(m for m in CODES if late_start[m] == layer)))
+    todo.sort(key=lambda step: step[:2])
+    samples = [sample_counts(f["text"], n, todo) for f, n in zip(full, entering)]
+    before = tuple({m: f[m] for m in CODES} for f in full)
+    steps = []
+    for (layer, stage, what), *counts in zip(todo, *samples):
+        n_keep, widths, exact = zip(*counts)
         if n_keep != before:
-            widths, exact = tuple(c.width for c in counts), tuple(c.exact for c in counts)
-            removed = what if stage == 3 else ()
-            steps.append(PruneStep(name, stage, layer, n_keep, widths, exact, removed))
+            name = {1: "stage1", 2: f"drop{layer}", 3: f"late{layer}"}[stage]
+            step = PruneStep(
+                name=name,
+                stage=stage,
+                layer=layer,
+                n_keep=n_keep,
+                widths=widths,
+                exact=exact,
+                removed=what if stage == 3 else (),
+            )
+            steps.append(step)
         before = n_keep
     return steps
 
@@ -150,20 +157,28 @@ class Tokens:
     @classmethod
     def of(cls, layout, numbers, device):  # a TokenLayout (B, S) on the CPU; ordinals of samples
         "The full prompt."
-        grid = [
-            x.to(device, non_blocking=True) for x in (layout.modality, layout.window, layout.chunk)
-        ]
-        column = torch.arange(layout.shape[1], device=device).expand(layout.shape)
-        padded = bool((layout.modality == PAD).any())
-        return cls(column, *grid, layout.shape[1], tuple(numbers), padded)
+        return cls(
+            column=torch.arange(layout.shape[1], device=device).expand(layout.shape),
+            modality=layout.modality.to(device, non_blocking=True),
+            window=layout.window.to(device, non_blocking=True),
+            chunk=layout.chunk.to(device, non_blocking=True),
+            prompt=layout.shape[1],
+            numbers=tuple(numbers),
+            padded=bool((layout.modality == PAD).any()),
+        )
 
     def cut(self, keep, step):  # (B, S) bool -> index (B, width), the shorter Tokens
         "What is left after a step."
         index = right_align(keep, step.width)
-        names = "column", "modality", "window", "chunk"
-        left = {name: take(getattr(self, name), index) for name in names}
-        left["modality"] = left["modality"].masked_fill(~take(keep, index), PAD)
-        return index, replace(self, **left, padded=step.padded)
+        left = replace(
+            self,
+            column=take(self.column, index),
+            modality=take(self.modality, index).masked_fill(~take(keep, index), PAD),
+            window=take(self.window, index),
+            chunk=take(self.chunk, index),
+            padded=step.padded,
+        )
+        return index, left
 
     @property
     def valid(self):
@@ -181,7 +196,10 @@ def window_tokens(
     layout: TokenLayout,  # (B, S) on the CPU
 ) -> list:  # per sample: modality -> tokens of each of its time windows
     "Sizes of the stage I windows."
-    sizes = lambda b, here: tuple(torch.bincount(layout.window[b, here]).tolist())
+
+    def sizes(b, here):
+        return tuple(torch.bincount(layout.window[b, here]).tolist())
+
     return [
         {m: sizes(b, layout.modality[b] == code) for m, code in CODES.items()}
         for b in range(len(layout))
@@ -263,21 +281,23 @@ class Pruner(ABC):
 
     @property
     def late(self):  # modality -> first layer without it; None = it stays
-        starts, never = {m: self.schedule.late(m) for m in CODES}, self.schedule.num_layers
-        return {m: None if l == never else l for m, l in starts.items()}
+        starts = {m: self.schedule.late(m) for m in CODES}
+        return {m: None if l == self.schedule.num_layers else l for m, l in starts.items()}
 
     def window_budgets(self, layout, first):  # -> tuple of `WindowBudget`, visual before audio
         "What stage I keeps of every window; `first` is the ordinal of the first sample."
-        windows, ratio = window_tokens(layout), self.schedule.entering
-        return tuple(
-            WindowBudget(m, first + b, w[m], stage1_counts(w[m], ratio[m]))
-            for m in CODES
-            for b, w in enumerate(windows)
-        )
+        budgets = []
+        windows = window_tokens(layout)
+        for m in CODES:
+            for b, sizes in enumerate(windows):
+                keep = stage1_counts(sizes[m], self.schedule.entering[m])
+                budgets.append(WindowBudget(m, number=first + b, sizes=sizes[m], keep=keep))
+        return tuple(budgets)
 
     def plan(self, layout, budgets):  # -> list of `PruneStep`
         "Every count of a forward pass over this layout."
-        n, B = {k: v.tolist() for k, v in layout.counts().items()}, len(layout)
+        n = {k: v.tolist() for k, v in layout.counts().items()}
+        B = len(layout)
         full = [
             dict(text=n["text"][b] + n["image"][b], visual=n["visual"][b], audio=n["audio"][b])
             for b in range(B)
@@ -298,7 +318,9 @@ class Pruner(ABC):
     def selection_flops(self, layout, dims, towers):  # of one sample; `TextDims`; see `DataShape`
         """FLOPs of choosing the tokens of one sample: attention received in the encoders, stage I,
         scores of stage II. Matrix products only, a multiply-add counts 2."""
-        budgets, before, total = self.window_budgets(layout, 0), layout.shape[1], 0
+        budgets = self.window_budgets(layout, 0)
+        before = layout.shape[1]
+        total = 0
         if min(self.schedule.entering.values()) < 1:
             keys = {m: size for m, (_, _, size) in towers.items()}
             total += self.select_flops(budgets, dims.hidden, keys)

@@ -30,15 +30,21 @@ class Slots:
     @classmethod
     def after_prefill(cls, p):  # a `Prefill`
         "What the layers of the cache hold now."
-        layers, removed = p.layers, ()
+        layers = p.layers
+        removed = []
         if p.kv == "evict":
-            layers, left = [p.tokens] * len(p.layers), p.steps[-1].n_keep
-            had = {m: [sum(b.sizes) for b in p.budgets if b.modality == m] for m in CODES}
-            lost = lambda m: any(n and not kept[m] for n, kept in zip(had[m], left))
-            removed = tuple(m for m in CODES if lost(m))
-        valid = tuple(t.valid if t.padded else None for t in layers)
-        lengths = tuple(t.column.shape[1] for t in layers)
-        return cls(valid, lengths, p.layout.shape[1], p.position, removed=removed)
+            layers = [p.tokens] * len(p.layers)
+            for m in CODES:
+                had = [sum(b.sizes) for b in p.budgets if b.modality == m]
+                if any(n and not kept[m] for n, kept in zip(had, p.steps[-1].n_keep)):
+                    removed.append(m)
+        return cls(
+            valid=tuple(t.valid if t.padded else None for t in layers),
+            lengths=tuple(t.column.shape[1] for t in layers),
+            prompt=p.layout.shape[1],
+            position=p.position,
+            removed=tuple(removed),
+        )
 
     @property
     def padded(self):
@@ -64,7 +70,8 @@ class Slots:
                 "came with it: prune the whole conversation again"
             )
         new = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
-        q, theirs = new.shape[1], given.get("position_ids")
+        q = new.shape[1]
+        theirs = given.get("position_ids")
         if q == 1 and theirs is not None:
             return {}  # every step of `generate`
         self.check_media_left(q)
@@ -108,7 +115,8 @@ class Slots:
 
     def next_positions(self, cache, q, tail=None):  # -> (3, B, q) int64
         "M-RoPE positions of the next q tokens; `tail` as of `columns_after`."
-        done, device = self.after(cache), self.position.device
+        done = self.after(cache)
+        device = self.position.device
         step = done + torch.arange(q, device=device)
         if tail is not None:
             step = (tail.to(device).long().cumsum(1)[:, done:] - 1).clamp(min=0)
@@ -116,7 +124,8 @@ class Slots:
 
     def masks(self, config, hidden, mask, cache) -> list:  # one per layer
         "The masks of a decode step; `mask` is the caller's. Layers that hold the same share one."
-        tail, seen = self.columns_after(mask, cache, hidden.shape[1]), {}
+        tail = self.columns_after(mask, cache, hidden.shape[1])
+        seen = {}
         keys = [(id(v), n) for v, n in zip(self.valid, self.lengths)]
         for i, key in enumerate(keys):
             if key not in seen:
@@ -125,12 +134,15 @@ class Slots:
 
     def mask(self, config, hidden, tail, cache, layer):  # hidden (B, q, D); tail as above
         "Mask of one layer in a decode step; None where there is nothing to hide."
-        valid, n, q = self.valid[layer], self.lengths[layer], hidden.shape[1]
-        if valid is None and tail is None and q == 1:
+        held = self.valid[layer]
+        n, q = self.lengths[layer], hidden.shape[1]
+        if held is None and tail is None and q == 1:
             return None
-        ones = lambda n: torch.ones(len(hidden), n, dtype=torch.bool, device=hidden.device)
-        held = ones(n) if valid is None else valid
-        new = ones(cache.get_seq_length(layer) + q - n) if tail is None else tail
+        if held is None:
+            held = torch.ones(len(hidden), n, dtype=torch.bool, device=hidden.device)
+        new = tail
+        if tail is None:
+            new = held.new_ones(len(hidden), cache.get_seq_length(layer) + q - n)
         return stock_mask(config, hidden, torch.cat([held, new], 1), cache, layer)
 
 
@@ -156,7 +168,8 @@ def shorten_cache(
         return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
     for layer in layers:
-        layer.keys, layer.values = kept(layer.keys), kept(layer.values)
+        layer.keys = kept(layer.keys)
+        layer.values = kept(layer.values)
 
 
 def evict(cache, surplus):  # surplus: of a `Prefill`
@@ -171,9 +184,11 @@ class LogicalLength:
     "What a pruned cache does differently from its class."
 
     def get_seq_length(self, layer_idx=None):  # None: of the cache as a whole
-        own, slots = super().get_seq_length(layer_idx or 0), slots_of(self)
-        whole = layer_idx is None and slots is not None and own
-        return slots.prompt + own - slots.lengths[0] if whole else own
+        own = super().get_seq_length(layer_idx or 0)
+        slots = slots_of(self)
+        if layer_idx is None and slots is not None and own:
+            return slots.prompt + own - slots.lengths[0]
+        return own
 
     def update(self, *args, **kwargs):
         slots = slots_of(self)
@@ -186,7 +201,8 @@ class LogicalLength:
         return super().update(*args, **kwargs)
 
     def crop(self, n):  # n > 0: to n columns; otherwise: by -n columns
-        drop, slots = (self.get_seq_length() - n if n > 0 else -n), slots_of(self)
+        drop = self.get_seq_length() - n if n > 0 else -n
+        slots = slots_of(self)
         if slots is not None and drop > slots.after(self):
             raise ValueError(
                 f"cannot take {drop} columns from a pruned cache: only {slots.after(self)} came "
@@ -279,7 +295,8 @@ def follow_up(
     slots = slots_of(cache)
     if slots is None:
         raise ValueError("nothing was pruned from this cache; continue it without `follow_up`")
-    known, (B, T) = cache.get_seq_length(), input_ids.shape
+    known = cache.get_seq_length()
+    B, T = input_ids.shape
     if T <= known:
         raise ValueError(
             f"`input_ids` has {T} columns, of which the cache knows {known}: pass the whole "

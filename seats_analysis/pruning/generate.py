@@ -30,7 +30,8 @@ def repeat_order(
     times: int,  # copies of each row
 ) -> list:  # of indices into the media
     "The media of repeated rows. Raises ValueError if placeholders and media do not match."
-    order, left = [], list(range(len(sizes)))
+    order = []
+    left = list(range(len(sizes)))
     for row, n in enumerate(tokens):
         mine = []
         while n > 0 and left:
@@ -60,22 +61,34 @@ def pick_media(
 # %% ../../nbs/pruning/02_generate.ipynb #8486fb6c
 def repeat_encoded(calls, output, order, sizes):  # calls: of the vision tower, added to
     "What a tower returned, for repeated rows; what was noted about that call is repeated, too."
-    pick = lambda x: None if x is None else pick_media(x, order, sizes)
+
+    def pick(x):
+        return None if x is None else pick_media(x, order, sizes)
+
     new = copy.copy(output)
     new.pooler_output = pick(output.pooler_output)
     if getattr(output, "deepstack_features", None) is not None:
         new.deepstack_features = [pick(level) for level in output.deepstack_features]
     for call in [c for c in calls if c.output is not None and c.output() is output]:
-        shape, tokens = [call.shape[j] for j in order], sum(sizes[j] for j in order)
-        seen = dict(received=pick(call.received), keys=pick(call.keys), order=None)
-        calls.append(replace(call, shape=shape, tokens=tokens, output=ref(new), **seen))
+        repeated = replace(
+            call,
+            shape=[call.shape[j] for j in order],
+            tokens=sum(sizes[j] for j in order),
+            received=pick(call.received),
+            keys=pick(call.keys),
+            output=ref(new),
+            order=None,
+        )
+        calls.append(repeated)
     return new
 
 
 def repeat_media(model, calls, input_ids, given, times) -> dict:  # -> inputs to change
     "The media of `generate`'s inputs, encoded or not, for `times` copies of each row."
-    adapter, out = adapter_for(model), {}
-    ids, encoded = adapter.token_ids(model), dict(given.get("mm_encoder_outputs") or {})
+    adapter = adapter_for(model)
+    ids = adapter.token_ids(model)
+    encoded = dict(given.get("mm_encoder_outputs") or {})
+    out = {}
     for name, (modality, _, shape, *_) in MEDIA.items():
         if encoded.get(name) is not None and name != "audio":
             sizes = [len(x) for x in encoded[name].pooler_output]

@@ -17,10 +17,8 @@ from .select import query_scores, text_scores
 # %% ../../nbs/pruning/08_prefill.ipynb #da1d6e34
 def finite_rows(
     values: torch.Tensor,  # (N, ...) what a choice is made from, any float dtype
-) -> (
-    torch.Tensor
-):  # (N,) bool, False where a row holds NaN or infinity, or its norm overflows float32
-    "Rows that may be chosen from."
+) -> torch.Tensor:  # (N,) bool
+    "Rows that may be chosen from: without NaN and infinity, and of a norm that float32 holds."
     return torch.isfinite(torch.linalg.vector_norm(values.flatten(1).float(), dim=1))
 
 # %% ../../nbs/pruning/08_prefill.ipynb #94156ce7
@@ -36,14 +34,16 @@ class Check:
     @classmethod
     def of_inputs(cls, inputs):  # of a `Stage1Inputs`
         "Features and attention of stage I, for every sample and modality."
-        ok, B = finite_rows(inputs.features), len(inputs.budgets) // len(CODES)
+        ok = finite_rows(inputs.features)
+        B = len(inputs.budgets) // len(CODES)
         if inputs.attention is not None:
             ok = ok & finite_rows(inputs.attention[:, None])
         if inputs.keys is not None:
             ok = ok & torch.cat([finite_rows(x) for x in inputs.keys.values()])
         flags = [part.all() for part in ok.split([sum(b.sizes) for b in inputs.budgets])]
-        of = enumerate(inputs.budgets)
-        rows = tuple(f"the {b.modality} features of sample {i % B}" for i, b in of)
+        rows = tuple(
+            f"the {b.modality} features of sample {i % B}" for i, b in enumerate(inputs.budgets)
+        )
         return cls("stage I, before layer 0", rows, torch.stack(flags))
 
     @classmethod
@@ -133,7 +133,8 @@ class Prefill:
     @cached_property
     def behind(self):
         "Columns behind the media, of the sample that has most; on the host."
-        kind, S = self.layout.modality, self.layout.shape[1]
+        kind = self.layout.modality
+        S = self.layout.shape[1]
         media = torch.isin(kind, torch.tensor(list(CODES.values())))
         ends = (media * torch.arange(S)).amax(1)[media.any(1)]
         return max(1, S - 1 - int(ends.min()))
@@ -142,7 +143,8 @@ class Prefill:
 
     def stage1(self, kwargs, encoders) -> dict:  # the decoder's keyword arguments, changed
         "Shorten what enters layer 0."
-        embeds, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
+        embeds = kwargs["inputs_embeds"]
+        positions = kwargs.get("position_ids")
         self.deep, kwargs = DeepStack.take_out(kwargs)  # the session adds them behind each layer
         if positions is None:
             positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
@@ -164,10 +166,12 @@ class Prefill:
 
     def select(self, embeds, encoders):  # -> (B, S) bool; embeds, changed where the method merges
         "Ask the method, put its answer into the sequence."
-        method, n = self.method, dict.fromkeys(CODES, 0)
+        method = self.method
+        n = dict.fromkeys(CODES, 0)
         for budget in self.budgets:
             n[budget.modality] += sum(budget.sizes)
-        attention = keys = None
+        attention = None
+        keys = None
         if method.uses_attention:
             attention = torch.cat(list(encoders.noted("received", n, self.order).values()))
         if method.uses_keys:
@@ -205,7 +209,8 @@ class Prefill:
 
     def choose(self, step, hidden, tables):  # -> (B, S) bool
         "What a step inside the decoder keeps."
-        tokens, scores = self.tokens, None
+        tokens = self.tokens
+        scores = None
         if step.stage == 3:
             return tokens.valid & ~torch.stack([tokens.is_(m) for m in step.removed]).any(0)
         if self.method.uses_scores:
@@ -216,7 +221,8 @@ class Prefill:
     def scores(self, layer, hidden, tables):  # layer: of the Decoder; (B, S, D)
         """(B, S) float32 attention to all positions of each sample's last text token (SEATS), or of
         all text behind its media, as the schedule's `query` says."""
-        tokens, (cos, sin) = self.tokens, tables
+        tokens = self.tokens
+        cos, sin = tables
         place = torch.arange(hidden.shape[1], device=hidden.device)
         k = self.decoder.key(layer, hidden, cos, sin)
         mask = tokens.valid if tokens.padded else None

@@ -33,9 +33,9 @@ def _second_smallest(table):  # (G, N, N) -> (G, N)
     if table.shape[1] < 2:
         return torch.full_like(table[:, 0], torch.inf)
     at = table.argmin(1, keepdim=True)
-    least = table.gather(1, at)
+    smallest = table.gather(1, at)
     second = table.scatter_(1, at, torch.inf).amin(1)
-    table.scatter_(1, at, least)  # changed meanwhile, which spares a copy
+    table.scatter_(1, at, smallest)  # changed meanwhile, which spares a copy
     return second
 
 
@@ -47,7 +47,8 @@ def _tables(
     elements=2**22,  # features normalised at once, on a CPU; elsewhere 16 times as many
 ):  # yields (g, size, size) views of it
     "Distances within the windows, some windows of one size at a time."
-    done, limit = 0, elements * (1 if features.device.type == "cpu" else 16)
+    done = 0
+    limit = elements * (1 if features.device.type == "cpu" else 16)
     for start, count, size in runs:
         step = max(1, limit // (size * features.shape[1]))
         for first in range(0, count, step):
@@ -70,7 +71,10 @@ def _take_diverse(
     "The greedy choice in all windows, step by step. What is taken, or outside, is at -infinity."
     start, size, count, block = windows[..., None]
     slot = torch.arange(width, device=keep.device)
-    outside, row, order, never = slot >= size, block + slot, [], -torch.inf
+    outside = slot >= size
+    row = block + slot
+    order = []
+    never = -torch.inf
     for x in gap, distance:  # made comparable, so that what is taken stays taken
         x.nan_to_num_(torch.inf, torch.inf, never)
     gap = gap[(size.cumsum(0) - size + slot).clamp(max=len(gap) - 1)].masked_fill(outside, never)
@@ -103,7 +107,8 @@ def select_in_clip(
         return keep
     start, size, count = zip(*windows)
     *block, end = accumulate((s**2 for s in size), initial=0)
-    width, host = max(size), on_device([start, size, count, block], device)
+    width = max(size)
+    host = on_device([start, size, count, block], device)
     distance = features.new_empty(end + width, dtype=torch.float32)
     distance[end:] = 0
     tables = _tables(features, attention, equal_runs(sizes, chosen), distance)
@@ -148,8 +153,8 @@ def text_scores(
 
 # %% ../../nbs/pruning/06_select.ipynb #923b3275
 def water_fill(
-    low: Tensor,  # (B, W) int64, least of each window
-    high: Tensor,  # (B, W) int64, most of each window, high >= low
+    low: Tensor,  # (B, W) int64, min of each chunk
+    high: Tensor,  # (B, W) int64, max of each chunk, high >= low
     total: Tensor,  # (B, 1) int64, between the sums of `low` and `high`
     priority: Tensor,  # (B, W) numbers, larger is served first; equal: lowest index first
 ) -> Tensor:  # (B, W) int64 between `low` and `high` with the sum `total`
@@ -157,8 +162,10 @@ def water_fill(
     levels = torch.cat((low, high), 1)  # g is linear between these
     filled = levels[..., None].clamp(low[:, None], high[:, None]).sum(-1)  # (B, 2W): g at each
     level = torch.where(filled <= total, levels, -1).amax(1, keepdim=True)
-    at, movable = level.clamp(low, high), (low <= level) & (level < high)
-    rest, slope = total - at.sum(1, keepdim=True), movable.sum(1, keepdim=True).clamp(min=1)
+    at = level.clamp(low, high)
+    movable = (low <= level) & (level < high)
+    rest = total - at.sum(1, keepdim=True)
+    slope = movable.sum(1, keepdim=True).clamp(min=1)
     at = (level + rest // slope).clamp(low, high)
     ranked = torch.where(movable, priority.double(), -torch.inf)
     rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(1)
@@ -173,7 +180,8 @@ def _chunk_totals(
     "Tokens per window: rounded shares, repaired by a water level until their sum is exact."
     floor = cap.clamp(max=1)
     budget = torch.round(total * share).long().clamp(floor, cap)
-    few, poor = budget.sum(1, keepdim=True) < total, floor.sum(1, keepdim=True) > total
+    few = budget.sum(1, keepdim=True) < total
+    poor = floor.sum(1, keepdim=True) > total
     index = torch.arange(cap.shape[1], device=cap.device, dtype=share.dtype).expand_as(share)
     priority = torch.where(few, -index, torch.where(poor, share, index))
     low = torch.where(few, budget, torch.where(poor, 0, floor))
@@ -196,10 +204,8 @@ def plan_chunks(
     weight = share * total[..., None]
     split = weight[:, 0] / (weight.sum(1) + 1e-12)
     one_each = ((size > 0).all(1) & (budget > 1)).long()  # room for a token of both
-    low, high = (
-        torch.maximum(one_each, budget - size[:, 1]),
-        torch.minimum(size[:, 0], budget - one_each),
-    )
+    low = torch.maximum(one_each, budget - size[:, 1])
+    high = torch.minimum(size[:, 0], budget - one_each)
     visual = torch.round(budget * split).long().clamp(low, high)
     return torch.stack([visual, budget - visual], 1)
 
@@ -215,7 +221,8 @@ def topk_in_groups(
     order = by_score.take_along_dim(by_group, 1)
     budget = F.pad(budget, (0, 1))  # the group of everything else keeps nothing here
     sizes = torch.zeros_like(budget).scatter_add(1, group, torch.ones_like(group))
-    starts, grouped = sizes.cumsum(1) - sizes, group.take_along_dim(order, 1)
+    starts = sizes.cumsum(1) - sizes
+    grouped = group.take_along_dim(order, 1)
     rank = torch.arange(group.shape[1], device=group.device) - starts.take_along_dim(grouped, 1)
     best = rank < budget.take_along_dim(grouped, 1)
     return torch.zeros_like(group, dtype=torch.bool).scatter(1, order, best)
@@ -227,7 +234,8 @@ def divide_total(
     ratio: float,  # fraction of the visual tokens kept
 ) -> Tensor:  # (B, 2) int64 with the planned sum
     "The planned sum, divided by the counts that an earlier step's split has left (SEATS)."
-    total, n = planned.sum(1), there[:, 0]
+    total = planned.sum(1)
+    n = there[:, 0]
     wanted = torch.round(ratio * n.double()).long().clamp(min=1)
     visual = torch.maximum(torch.minimum(wanted, torch.minimum(n, total)), total - there[:, 1])
     return torch.stack([visual, total - visual], 1)
@@ -243,7 +251,8 @@ def select_in_chunks(
 ) -> Tensor:  # (B, S) bool; True on as many media tokens as planned and on every other position
     """One stage II step: exactly the planned sum of tokens, shared between windows and modalities
     (SEATS, arXiv 2605.20035)."""
-    device, w = scores.device, max(n_chunks, 1)
+    device = scores.device
+    w = max(n_chunks, 1)
     total = on_device([[n["visual"], n["audio"]] for n in n_keep], device)
     joint = (total > 0).all(1, keepdim=True)  # otherwise the sample is one window
     window = torch.where(joint, tokens.chunk, 0).long()

@@ -8,7 +8,6 @@ __all__ = ['as_pruner', 'prune']
 # %% ../../nbs/pruning/10_session.ipynb #1727f3fd
 import inspect
 import torch
-from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,12 +30,10 @@ from seats_analysis.pruning.cache import (
     slots_of,
 )
 from seats_analysis.pruning.encoders import (
-    ENCODED,
-    ENCODERS,
     COMPILED,
+    ENCODED,
     EncoderWatch,
     Hooks,
-    batched_windows,
     refuse_compiled,
     visual_order,
 )
@@ -64,8 +61,11 @@ class Run:
         if self.layout is None:
             return {}
         pads = (self.layout.valid.cumsum(1) == 0).sum(1).tolist()  # the layout lives on the host
-        rows = lambda t: zip(t.column.cpu(), t.valid.cpu(), pads)
-        return {name: [c[v] - p for c, v, p in rows(tokens)] for name, tokens in self._stages}
+        kept = {}
+        for name, tokens in self._stages:
+            rows = zip(tokens.column.cpu(), tokens.valid.cpu(), pads)
+            kept[name] = [column[valid] - pad for column, valid, pad in rows]
+        return kept
 
     def _per_layer(self, count):  # count: (Tokens or layout) -> (B,); -> (B, L) int64
         if self.layout is None:
@@ -90,17 +90,22 @@ class Run:
 class Session:
     "The hooks of one `prune` block, in the order in which they fire."
 
-    def __init__(self, model, method, kv, images="keep", encoders=()):
-        self.model, self.method, self.images, self.encoder_options = model, method, images, encoders
+    def __init__(self, model, method, kv, images="keep"):
+        self.model = model
+        self.method = method
+        self.images = images
         self.decoder = Decoder(model)
-        self.thinker, self.layers = self.decoder.thinker, self.decoder.layers
+        self.thinker = self.decoder.thinker
+        self.layers = self.decoder.layers
         self.token_ids = adapter_for(model).token_ids(model)
         self.signature = inspect.signature(self.thinker.forward)
         self.timings = Timings(str(next(model.parameters()).device))
         self.run = Run(method, kv, self.timings)
-        asks = method and method.uses_attention and min(method.schedule.entering.values()) < 1
-        self.hooks, noting = Hooks(), method if asks else None
-        self.encoders = EncoderWatch(model, self.timings, noting, self.hooks, encoders)
+        self.hooks = Hooks()
+        # towers are only timed where stage I keeps everything, or does not look at attention
+        chooses = method is not None and min(method.schedule.entering.values()) < 1
+        noting = method if chooses and method.uses_attention else None
+        self.encoders = EncoderWatch(model, self.timings, noting, self.hooks)
         self.slots = None
         self.reset()
 
@@ -125,37 +130,33 @@ class Session:
 
     def install(self, stack):
         "Register all hooks; leaving the stack undoes everything."
-        for undo in self.encoders.forget, self.reset, self.encoders.join:
-            stack.callback(undo)
-        replaced = {"_expand_inputs_for_generation": self.expand_inputs}
-        if "overlap" in self.encoder_options:  # older versions encode in the thinker only
-            ahead = self.encoders.encode_for_generate
-            replaced["_prepare_multimodal_encoder_kwargs_for_generation"] = ahead
-        for name, function in replaced.items():
-            if (stock := getattr(self.thinker, name, None)) is not None:
-                stack.enter_context(patch.object(self.thinker, name, partial(function, stock)))
-        if "batch" in self.encoder_options:
-            stack.enter_context(batched_windows(self.model))
+        stack.callback(self.encoders.forget)
+        stack.callback(self.reset)
+        name = "_expand_inputs_for_generation"
+        expand = partial(self.expand_inputs, getattr(self.thinker, name))
+        stack.enter_context(patch.object(self.thinker, name, expand))
         self.encoders.install(stack)
-        before = [(self.thinker, self.before_thinker), (self.decoder.module, self.before_decoder)]
-        before += [(m, partial(self.before_layer, i)) for i, m in enumerate(self.layers)]
+        decoder = self.decoder.module
+        self.hooks.before(stack, self.thinker, self.before_thinker)
+        self.hooks.before(stack, decoder, self.before_decoder)
+        for i, layer in enumerate(self.layers):
+            self.hooks.before(stack, layer, partial(self.before_layer, i))
         tower = adapter_for(self.model).visual(self.model)
         levels = len(getattr(tower, "deepstack_visual_indexes", ()))
-        after = [(m, partial(self.after_layer, i)) for i, m in enumerate(self.layers[:levels])]
-        for module, hook in before:
-            self.hooks.before(stack, module, hook)
-        for module, hook in [*after, (self.decoder.module, self.after_decoder)]:
-            self.hooks.after(stack, module, hook)
+        for i, layer in enumerate(self.layers[:levels]):
+            self.hooks.after(stack, layer, partial(self.after_layer, i))
+        self.hooks.after(stack, decoder, self.after_decoder)
         last = self.thinker.register_forward_hook(self.after_thinker, always_call=True)
         stack.callback(last.remove)
-        decoder = self.decoder.module  # see `Hooks`
-        stack.enter_context(patch.object(decoder, "forward", decoder.forward))
+        self.hooks.retrace(stack, decoder)
 
     def reset(self):
         "Forget the forward pass in hand, finished or not."
         if self.slots is not None:
             self.slots.open = False
-        self.prefill = self.masks = self.slots = None
+        self.prefill = None  # in a prefill that is being pruned
+        self.masks = None  # per layer, in a decode step on a pruned cache
+        self.slots = None  # of that cache
         self.entered = 0  # layers
         self.timings.stop()
 
@@ -164,15 +165,16 @@ class Session:
     def expand_inputs(
         self, stock, expand_size=1, is_encoder_decoder=False, input_ids=None, **given
     ):  # -> input_ids, inputs
-        "Several rows for every sample; `stock` is the model's own way, which is right for rows."
+        """Runs in `generate`, in place of the thinker's own method `stock`, which is right for
+        rows: makes several rows of every sample, together with its media."""
         settings = dict(expand_size=expand_size, is_encoder_decoder=is_encoder_decoder)
         if expand_size == 1 or input_ids is None:
             return stock(**settings, input_ids=input_ids, **given)
-        self.encoders.join()  # what was encoded is repeated now
-        calls, cache = self.encoders.calls["visual"], given.get("past_key_values")
+        calls = self.encoders.calls["visual"]
         media = repeat_media(self.model, calls, input_ids, given, expand_size)
         others = {k: v for k, v in given.items() if k not in media}
         ids, rest = stock(**settings, input_ids=input_ids, **others)
+        cache = given.get("past_key_values")
         if cache is not None:
             rest["past_key_values"] = repeat_cache(cache, len(input_ids), expand_size)
         return ids, {**rest, **media, COPIES: expand_size}
@@ -180,15 +182,16 @@ class Session:
     # ---- before the thinker: a prefill is planned, or a decode step goes on
 
     def before_thinker(self, module, args, kwargs):
+        """Fires first in every forward pass: plans a prefill, or checks what follows on a cache.
+        Takes out our own arguments, and may give the thinker its positions."""
         self.hooks.claim()
         self.reset()
         refuse_compiled(module)
         kwargs = dict(kwargs)
-        copies, noted = kwargs.pop(COPIES, 1), kwargs.pop(ENCODED, None)
+        copies = kwargs.pop(COPIES, 1)
+        noted = kwargs.pop(ENCODED, None)
         given = self.signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.pop("kwargs", {})}
-        if not (given.get("mm_encoder_outputs") and given.get("input_features") is not None):
-            self.encoders.join()
         cache = given.get("past_key_values")
         if cache is not None and cache.get_seq_length():
             kwargs.update(self.go_on(given, cache))
@@ -198,8 +201,6 @@ class Session:
                 self.plan(given, cache, copies)
         if noted is not None:
             self.encoders.calls = noted
-        elif "pixel_values_videos" in kwargs:
-            kwargs.update(self.encoders.encode_ahead(given))
         return args, kwargs
 
     def plan(self, given, cache, copies):
@@ -209,8 +210,12 @@ class Session:
                 "prune reads from `input_ids` which positions are visual and audio; pass them, "
                 "not `inputs_embeds` alone"
             )
-        layout, run, first = self.read_layout(given), self.run, self.run.samples
-        run.layout, run._stages, run._layers = layout, [], [None] * len(self.layers)
+        layout = self.read_layout(given)
+        run = self.run
+        first = run.samples
+        run.layout = layout
+        run._stages = []
+        run._layers = [None] * len(self.layers)
         run.samples += len(layout) // copies
         if cache is not None:
             forget_slots(cache)
@@ -223,6 +228,28 @@ class Session:
         if not steps:
             return  # the forward pass is left alone
         check_cache(cache)
+        self.refuse(given)
+        # the last that goes to the device before the first layer
+        device = next(self.decoder.module.parameters()).device
+        media = [(layout.modality == code).flatten().nonzero()[:, 0] for code in CODES.values()]
+        order = visual_order(given["input_ids"], layout, self.token_ids[IMAGE])
+        if order is not None:
+            order = order.to(device, non_blocking=True)
+        numbers = [b.number for b in budgets if b.modality == "visual"]
+        self.prefill = Prefill(
+            decoder=self.decoder,
+            method=self.method,
+            kv=run.kv,
+            layout=layout,
+            budgets=budgets,
+            steps=steps,
+            tokens=Tokens.of(layout, numbers, device),
+            media=torch.cat(media).to(device, non_blocking=True),
+            order=order,
+        )
+
+    def refuse(self, given):
+        "Raise ValueError for inputs that no pruned prefill can serve."
         if given.get("output_hidden_states"):
             raise ValueError(
                 "pruned layers have hidden states of different lengths, with which neither "
@@ -232,11 +259,8 @@ class Session:
             )
         layer = self.layers[0]
         again = getattr(layer, "gradient_checkpointing", False) and layer.training
-        if (
-            again
-            and torch.is_grad_enabled()
-            and type(layer).__call__ is not torch.nn.Module.__call__
-        ):
+        stock_call = type(layer).__call__ is torch.nn.Module.__call__
+        if again and torch.is_grad_enabled() and not stock_call:
             raise ValueError(
                 "this version of transformers calls the hooks of a layer again in the backward "
                 "pass: prune without gradient checkpointing, or update transformers"
@@ -246,29 +270,13 @@ class Session:
                 "a pruned prompt has fewer logits than `labels`: take the loss from the logits of "
                 "its last positions, or leave the `prune` block"
             )
-        # the last that goes to the device before the first layer
-        device = next(self.decoder.module.parameters()).device
-        there = lambda x: None if x is None else x.to(device, non_blocking=True)
-        numbers = [b.number for b in budgets if b.modality == "visual"]
-        media = [(layout.modality == code).flatten().nonzero()[:, 0] for code in CODES.values()]
-        order = visual_order(given["input_ids"], layout, self.token_ids[IMAGE])
-        tokens = Tokens.of(layout, numbers, device)
-        self.prefill = Prefill(
-            self.decoder,
-            self.method,
-            run.kv,
-            layout,
-            budgets,
-            steps,
-            tokens,
-            there(torch.cat(media)),
-            there(order),
-        )
 
     def read_layout(self, given) -> TokenLayout:
         "The layout, also where images and videos were encoded before; images as the block says."
-        encoded, watch = given.get("mm_encoder_outputs") or {}, self.encoders
-        image, video = watch.call_of(encoded.get("image")), encoded.get("video")
+        encoded = given.get("mm_encoder_outputs") or {}
+        watch = self.encoders
+        image = watch.call_of(encoded.get("image"))
+        video = encoded.get("video")
         call = watch.forget_but(video)  # leaves the calls that belong to these inputs
         if image is not None:
             watch.calls["visual"].insert(0, image)
@@ -319,6 +327,8 @@ class Session:
     # ---- before the decoder: stage I, or the masks of a decode step
 
     def before_decoder(self, module, args, kwargs):
+        """Fires when the towers are done, before layer 0: stage I, which gives the decoder a
+        shorter sequence; in a decode step on a pruned cache, the masks of all layers."""
         self.hooks.claim()
         refuse_compiled(module)
         cache = kwargs.get("past_key_values")
@@ -326,35 +336,45 @@ class Session:
         if self.prefill is not None:
             with self.timings.time("selection"):
                 return args, self.prefill.stage1(kwargs, self.encoders)
-        if (slots := slots_of(cache)) is not None:
+        slots = slots_of(cache)
+        if slots is not None:
             return args, self.decode_step(kwargs, slots, cache)
 
     def decode_step(self, kwargs, slots, cache) -> dict:  # the decoder's keyword arguments
-        embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        "Make the masks of all layers, and let them read the cache."
+        embeds = kwargs["inputs_embeds"]
+        mask = kwargs.get("attention_mask")
         self.masks = slots.masks(self.decoder.module.config, embeds, mask, cache)
-        self.slots, slots.open = slots, True
+        self.slots = slots
+        slots.open = True
         return {**kwargs, "attention_mask": self.masks[0]}
 
     # ---- around every decoder layer: stages II and III, DeepStack
 
     def before_layer(self, layer, module, args, kwargs):
+        """Fires before every decoder layer: stages II and III cut what this layer gets, and every
+        later layer gets what is left with its rotary tables and mask; in a decode step on a pruned
+        cache, a layer gets its own mask."""
         self.entered += 1
         if self.masks is not None:
             return args, {**kwargs, "attention_mask": self.masks[layer]}
-        if (p := self.prefill) is None:
+        prefill = self.prefill
+        if prefill is None:
             return None
         hidden = args[0]
-        if steps := [s for s in p.steps if s.stage > 1 and s.layer == layer]:
+        steps = [s for s in prefill.steps if s.stage > 1 and s.layer == layer]
+        if steps:
             with self.timings.time("selection"):
-                hidden = p.shorten(steps, hidden, kwargs["position_embeddings"])
-        p.layers.append(p.tokens)
-        if p.tables is None:
+                hidden = prefill.shorten(steps, hidden, kwargs["position_embeddings"])
+        prefill.layers.append(prefill.tokens)
+        if prefill.tables is None:
             return None
-        cut = dict(attention_mask=p.mask, position_embeddings=p.tables, position_ids=None)
-        return (hidden,), {**kwargs, **cut}
+        kwargs = {**kwargs, "position_embeddings": prefill.tables, "position_ids": None}
+        return (hidden,), {**kwargs, "attention_mask": prefill.mask}
 
     def after_layer(self, layer, module, args, output):
-        "DeepStack: what the text model would have added to this layer's output."
+        """Fires after each of the layers that DeepStack reaches: adds to its output what the text
+        model would have added."""
         if self.prefill is None or self.prefill.deep is None:
             return None
         if isinstance(output, tuple):
@@ -364,21 +384,26 @@ class Session:
     # ---- after the decoder
 
     def after_decoder(self, module, args, output):
-        "Evict, check, label the cache, fill in the run. Raises ValueError for a wrong choice."
+        """Fires after the last layer: shortens the cache and notes what it holds, checks all
+        choices (ValueError), fills in the run. The output stays as it is."""
         if (self.prefill or self.masks) and self.entered != len(self.layers):
             raise ValueError(COMPILED)
-        if (p := self.prefill) is not None:
+        prefill = self.prefill
+        if prefill is not None:
             cache = getattr(output, "past_key_values", None)
             if cache is not None:
                 with self.timings.time("selection"):
-                    evict(cache, p.surplus)
-            Check.read(p.checks)
+                    evict(cache, prefill.surplus)
+            Check.read(prefill.checks)
             if cache is not None:
-                label_cache(cache, Slots.after_prefill(p))
-            self.run._stages, self.run._layers = p.stages, p.layers
+                label_cache(cache, Slots.after_prefill(prefill))
+            self.run._stages = prefill.stages
+            self.run._layers = prefill.layers
         self.reset()
 
-    def after_thinker(self, module, args, output):  # after an exception, too; then there is none
+    def after_thinker(self, module, args, output):
+        """Fires last, after an exception too (then without output): forgets the pass and lets
+        other threads go on. Raises ValueError where the decoder's hooks never fired."""
         if self.hooks.owner is not current_thread():
             return
         passed_by = output is not None and self.prefill is not None
@@ -388,8 +413,8 @@ class Session:
             raise ValueError(COMPILED)
 
 # %% ../../nbs/pruning/10_session.ipynb #c38f3cbd
-_KV, _IMAGES = ("evict", "retain"), ("keep", "prune")
-_ACTIVE, _ENTERING = WeakSet(), Lock()  # thinkers in a block; one thread at a time enters
+_ACTIVE = WeakSet()  # thinkers in a block
+_ENTERING = Lock()  # one thread at a time enters
 
 
 def as_pruner(plan) -> Pruner | None:
@@ -407,21 +432,15 @@ def prune(
     plan: Schedule | Pruner | None,  # a schedule (SEATS), a method, or None to only measure
     kv: str = "evict",  # 'evict': a step also shortens earlier caches; 'retain': it does not
     images: str = "keep",  # 'keep': images are never pruned; 'prune': they count as visual tokens
-    encoders: Sequence[str] = (),  # any of `ENCODERS`: 'batch', 'repeats', 'overlap'
 ):
     """Within the block every forward pass and `generate` of the model is pruned. Yields a `Run`;
     undone on exit (SEATS, arXiv 2605.20035)."""
-    encoders = (encoders,) if isinstance(encoders, str) else tuple(encoders)
-    given = (
-        ("kv", kv, _KV),
-        ("images", images, _IMAGES),
-        *(("encoders", e, ENCODERS) for e in encoders),
-    )
+    given = ("kv", kv, ("evict", "retain")), ("images", images, ("keep", "prune"))
     for name, value, choices in given:
         if value not in choices:
             known = ", ".join(map(repr, choices))
             raise ValueError(f"`{name}` must be one of {known}, not {value!r}")
-    session = Session(model, as_pruner(plan), kv, images, encoders)
+    session = Session(model, as_pruner(plan), kv, images)
     with ExitStack() as stack:
         with _ENTERING:
             session.check_model()

@@ -51,7 +51,8 @@ class Timings:
 
     def __post_init__(self):
         self._cuda = self.device if str(self.device).startswith("cuda") else None
-        self._total, self.calls = dict.fromkeys(self.sections, 0.0), dict.fromkeys(self.sections, 0)
+        self._total = dict.fromkeys(self.sections, 0.0)
+        self.calls = dict.fromkeys(self.sections, 0)
 
     @contextmanager
     def time(self, section, name=None):  # torch's profiler shows the range as `seats::name`

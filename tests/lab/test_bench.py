@@ -313,9 +313,7 @@ def clock(monkeypatch):
         )
 
     monkeypatch.setattr(BenchSetup, "build", lambda self, config, width: "model")
-    monkeypatch.setattr(
-        BenchSetup, "workload", lambda self, job, model: Workload(model, {}, encoders=job.encoders)
-    )
+    monkeypatch.setattr(BenchSetup, "workload", lambda self, job, model: Workload(model, {}))
     monkeypatch.setattr(Workload, "time", time)
     monkeypatch.setattr(Workload, "facts", facts)
     return clock
@@ -410,7 +408,11 @@ def test_more_repeats_and_more_rows_add_to_what_is_there(clock, tmp_path):
     ] == [("full", 100), ("seats", 25)]
 
 
+<<<<<<< HEAD:tests/lab/test_bench.py
 @pytest.mark.parametrize("change", [("--steps", 4)])
+=======
+@pytest.mark.parametrize("change", [("--kv", "retain"), ("--steps", 4), ("--seed", 1)])
+>>>>>>> prune:tests/test_bench.py
 def test_rows_of_other_circumstances_are_not_lost(clock, tmp_path, change):
     seats(*ASKED, "--out", tmp_path / "b.json")
     before = (tmp_path / "b.json").read_bytes()
