@@ -408,11 +408,7 @@ def test_more_repeats_and_more_rows_add_to_what_is_there(clock, tmp_path):
     ] == [("full", 100), ("seats", 25)]
 
 
-<<<<<<< HEAD:tests/lab/test_bench.py
 @pytest.mark.parametrize("change", [("--steps", 4)])
-=======
-@pytest.mark.parametrize("change", [("--kv", "retain"), ("--steps", 4), ("--seed", 1)])
->>>>>>> prune:tests/test_bench.py
 def test_rows_of_other_circumstances_are_not_lost(clock, tmp_path, change):
     seats(*ASKED, "--out", tmp_path / "b.json")
     before = (tmp_path / "b.json").read_bytes()
