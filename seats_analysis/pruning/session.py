@@ -82,9 +82,12 @@ class Run:
     def trr(self):  # -> modality -> (B,) float64; nan for a sample without such tokens
         """Fraction of each modality's tokens that was really kept, averaged over the layers.
         Windows keep whole tokens, so it can lie above the schedule's."""
-        of = lambda code: lambda t: (t.modality == code).sum(1)
-        kept = {m: self._per_layer(of(code)).double().mean(1) for m, code in CODES.items()}
-        return {m: (n / of(CODES[m])(self.layout)).numpy() for m, n in kept.items()}
+        trr = {}
+        for modality, code in CODES.items():
+            kept = self._per_layer(lambda tokens: (tokens.modality == code).sum(1))
+            there = (self.layout.modality == code).sum(1)
+            trr[modality] = (kept.double().mean(1) / there).numpy()
+        return trr
 
 # %% ../../nbs/pruning/10_session.ipynb #005bb6bc
 class Session:
