@@ -13,7 +13,7 @@ import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from seats_analysis.evaluation import compare
+from seats_analysis.evaluation import compare, table
 from seats_analysis.models.families import adapter_for, hash_weights
 from seats_analysis.models.encode import encode
 from seats_analysis.models.scoring import score_choices
@@ -620,12 +620,12 @@ def test_few_clips_conclude_nothing():
     )
     for others in (1, 4, 50):
         rows = lambda n: [row("seats", n), *(row(f"m{i}", n) for i in range(others))]
-        needed = compare.clips_needed(rows(1))
+        needed = table.clips_needed(rows(1))
         assert mcnemar([1] * needed, [0] * needed) * others < 0.05
         assert mcnemar([1] * (needed - 1), [0] * (needed - 1)) * others >= 0.05
-        assert not compare.significantly_better(rows(needed - 1))
-        assert len(compare.significantly_better(rows(needed))) == others
-        assert compare.clips_needed(rows(needed)) == 0
+        assert not table.significantly_better(rows(needed - 1))
+        assert len(table.significantly_better(rows(needed))) == others
+        assert table.clips_needed(rows(needed)) == 0
 
 
 def test_progress_counts_every_run_of_a_unit(small, samples, capsys):
@@ -644,7 +644,7 @@ def test_stored_comparison(name):
     "SEATS is never significantly below chance or stride, and nothing is above tuned SEATS."
     found = json.loads((ROOT / "data" / "results" / f"eval_{name}.json").read_text())
     assert any(r["label"] == "seats+tuned" for r in found["rows"])
-    assert not compare.significantly_better(found["rows"], "tuned")
+    assert not table.significantly_better(found["rows"], "tuned")
     known = {r["method"] for r in found["rows"]}
     assert found["questions"] >= 1000 and known >= {"full", *METHODS} - {"visionzip-om-wide"}
     for r in found["rows"]:

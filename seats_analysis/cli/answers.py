@@ -214,7 +214,7 @@ def _tuned(paths, num_layers):  # -> method -> its chain, clips that made them
 
 def _eval_text(result, out):
     "The table, and what it says about SEATS."
-    from seats_analysis.evaluation.compare import comparison_table
+    from seats_analysis.evaluation.table import comparison_table
 
     frame = comparison_table(result["rows"])
     for name in frame.select_dtypes("float"):

@@ -141,14 +141,26 @@ def load_model(
     for option, value, known in (("dtype", dtype, _DTYPES), ("attention", attention, _ATTENTION)):
         if value not in known:
             raise ValueError(f"{option} {value!r}: {', '.join(known)}")
+    import torch
+    from huggingface_hub import hf_hub_download
     from safetensors import SafetensorError
+    from seats_analysis.testbed.load import load_testbed
+    from transformers import AutoProcessor
 
     try:
         if name in TESTBEDS:
-            return _testbed(name, device, dtype, attention)
-        commit = None if Path(name).is_dir() else _commit(name, revision)
-        model, processor = _checkpoint(name, commit, trust_remote_code, dtype, attention)
-        return model.eval().to(device), processor
+            model, processor = load_testbed(TESTBEDS[name])
+            model.set_attn_implementation(attention)
+            return model.to(device, None if dtype == "auto" else getattr(torch, dtype)), processor
+        pinned = dict(trust_remote_code=trust_remote_code)
+        if not Path(name).is_dir():  # the commit that the revision is now; of the cache, offline
+            config = hf_hub_download(name, "config.json", revision=revision)
+            pinned["revision"] = Path(config).parent.name
+        stock = dict(dtype=dtype, attn_implementation=attention)
+        model = _architecture(name, **pinned).from_pretrained(name, **stock, **pinned)
+        # newer versions of transformers do not say
+        model.config._commit_hash = pinned.get("revision")
+        return model.eval().to(device), AutoProcessor.from_pretrained(name, **pinned)
     except ImportError as error:
         raise ValueError(f"{name} cannot be used here: {one_line(error)}") from None
     except SafetensorError as error:
@@ -157,31 +169,3 @@ def load_model(
         ) from None
     except ValueError as error:
         raise _untrusted(name) if "trust_remote_code" in str(error) else error from None
-
-
-def _testbed(name, device, dtype, attention):
-    import torch
-    from seats_analysis.testbed.load import load_testbed
-
-    model, processor = load_testbed(TESTBEDS[name])
-    model.set_attn_implementation(attention)
-    return model.to(device, None if dtype == "auto" else getattr(torch, dtype)), processor
-
-
-def _commit(name, revision):
-    "The commit that a revision of a hub model is now; of the cache, without a network."
-    from huggingface_hub import hf_hub_download
-
-    return Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
-
-
-def _checkpoint(name, commit, trust, dtype, attention):
-    "Weights and processor of one commit, which the configuration then names."
-    from transformers import AutoProcessor
-
-    pinned = dict(trust_remote_code=trust) | (dict(revision=commit) if commit else {})
-    model = _architecture(name, **pinned).from_pretrained(
-        name, dtype=dtype, attn_implementation=attention, **pinned
-    )
-    model.config._commit_hash = commit  # newer versions of transformers do not say
-    return model, AutoProcessor.from_pretrained(name, **pinned)
