@@ -34,7 +34,7 @@ from .evaluation.load import load_model as load_model
 from .evaluation.evaluate import accuracy_table as accuracy_table
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.compare import compare_methods as compare_methods
-from .evaluation.compare import comparison_table as comparison_table
+from .evaluation.table import comparison_table as comparison_table
 from .plots.dependency import plot_dependency as plot_dependency
 from .plots.dependency import plot_retention as plot_retention
 from .plots.kept import kept_data as kept_data

@@ -25,6 +25,7 @@ from seats_analysis.evaluation.compare import (
 )
 from seats_analysis.evaluation.evaluate import evaluate
 from seats_analysis.evaluation.prepared import DataShape, PreparedBatch, prepare_questions
+from seats_analysis.evaluation.table import clips_needed, significantly_better
 from seats_analysis.models.encode import encode
 from seats_analysis.models.families import adapter_for, hash_weights
 from seats_analysis.models.scoring import score_choices
@@ -501,12 +502,12 @@ def test_few_clips_conclude_nothing(others):
     names = ["seats", *map(str, range(others))]
     about = dict(equal_cost=True, mcnemar_p_seats=0.0, diff_seats_low=1)
     rows = lambda n: [dict(about, label=name, clips=n) for name in names]
-    needed = compare.clips_needed(rows(1))
+    needed = clips_needed(rows(1))
     assert mcnemar([1] * needed, [0] * needed) * others < 0.05
     assert mcnemar([1] * (needed - 1), [0] * (needed - 1)) * others >= 0.05
-    assert not compare.significantly_better(rows(needed - 1))
-    assert len(compare.significantly_better(rows(needed))) == others
-    assert compare.clips_needed(rows(needed)) == 0
+    assert not significantly_better(rows(needed - 1))
+    assert len(significantly_better(rows(needed))) == others
+    assert clips_needed(rows(needed)) == 0
 
 
 # ---------------------------------------------------------------- the stored results
@@ -517,7 +518,7 @@ def test_stored_comparison(name):
     "SEATS is never significantly below chance or stride, and nothing is above tuned SEATS."
     found = json.loads((ROOT / "data" / "results" / f"eval_{name}.json").read_text())
     assert any(r["label"] == "seats+tuned" for r in found["rows"])
-    assert not compare.significantly_better(found["rows"], "tuned")
+    assert not significantly_better(found["rows"], "tuned")
     known = {r["method"] for r in found["rows"]}
     assert found["questions"] >= 1000 and known >= {"full", *METHODS} - {"visionzip-om-wide"}
     for r in found["rows"]:

@@ -22,10 +22,10 @@ class EqualDrops(Baseline):
     uses_scores = True
 
     @classmethod
-    def with_drops(cls, num_layers, drops, visual, audio, *counts, **options):
+    def with_drops(cls, drops, num_layers, visual, audio, n_visual, n_audio, **options):
         "The method with given drops; at least one token of each modality is left."
-        pair = [equal_ratio(t, num_layers, drops) for t in (visual, audio)]
-        pair = cls.fair_pair(*pair, *counts)
+        ratios = [equal_ratio(trr, num_layers, drops) for trr in (visual, audio)]
+        pair = cls.fair_pair(*ratios, n_visual, n_audio)
         keep = {m: (r,) * len(drops) for m, r in pair.items()}
         return cls(Schedule(num_layers, drop_layers=drops, keep_ratios=keep), **options)
 
@@ -39,8 +39,8 @@ class FastVOm(EqualDrops):
     knobs = Baseline.knobs | dict(layer=(1, 2, 3, 4, 6, 8))
 
     @classmethod
-    def for_trr(cls, num_layers, visual, audio, n_visual, n_audio, layer=2, **options):
-        return cls.with_drops(num_layers, (layer,), visual, audio, n_visual, n_audio, **options)
+    def for_trr(cls, num_layers, *target, layer=2, **options):
+        return cls.with_drops((layer,), num_layers, *target, **options)
 
 # %% ../../nbs/baselines/02_attention.ipynb #6cead3aa
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class PyramidDrop(EqualDrops):
     knobs = Baseline.knobs | dict(parts=(2, 3, 4, 6))
 
     @classmethod
-    def for_trr(cls, num_layers, visual, audio, n_visual, n_audio, parts=4, **options):
+    def for_trr(cls, num_layers, *target, parts=4, **options):
         ends = {round(num_layers * i / parts) for i in range(1, parts)}
         drops = tuple(sorted(ends - {0, num_layers}))
-        return cls.with_drops(num_layers, drops, visual, audio, n_visual, n_audio, **options)
+        return cls.with_drops(drops, num_layers, *target, **options)
 
 # %% ../../nbs/baselines/02_attention.ipynb #bb8dec3f
 @dataclass(frozen=True)
@@ -92,6 +92,6 @@ class VTW(Baseline):
     @classmethod
     def for_trr(cls, num_layers, visual, audio, n_visual=0, n_audio=0, **options):
         "Each modality leaves at the layer that is nearest to its target, after the first one."
-        nearest = lambda t: min(max(round(t * num_layers), 1), num_layers)
-        late = dict(visual=nearest(visual), audio=nearest(audio))
+        target = dict(visual=visual, audio=audio)
+        late = {m: min(max(round(trr * num_layers), 1), num_layers) for m, trr in target.items()}
         return cls(Schedule(num_layers, late_start=late), **options)

@@ -63,7 +63,7 @@ def random_count(
     "Tokens that the published random baseline keeps. Raises ValueError outside [0, 1]."
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio is the fraction kept and must lie in [0, 1], not {ratio!r}")
-    return n if ratio == 1 else min(n, max(1, int(ratio * n))) if ratio else 0
+    return min(n, max(1, int(ratio * n))) if ratio else 0
 
 
 def random_budget(
@@ -145,9 +145,12 @@ def by_modality(inputs: Stage1Inputs) -> dict:  # modality -> `Stage1Inputs` wit
     "What stage I may look at, modality by modality."
     budgets = {m: tuple(b for b in inputs.budgets if b.modality == m) for m in CODES}
     sizes = [sum(sum(b.sizes) for b in own) for own in budgets.values()]
-    split = lambda x: (None, None) if x is None else x.split(sizes)
-    tensors = zip(split(inputs.features), split(inputs.attention))
-    return {m: Stage1Inputs(*x, budgets[m], inputs.keys) for m, x in zip(CODES, tensors)}
+    features = inputs.features.split(sizes)
+    attention = [None] * len(CODES) if inputs.attention is None else inputs.attention.split(sizes)
+    return {
+        m: replace(inputs, features=x, attention=received, budgets=budgets[m])
+        for m, x, received in zip(CODES, features, attention)
+    }
 
 # %% ../../nbs/baselines/00_base.ipynb #5f2bf23c
 @dataclass(frozen=True)
@@ -195,7 +198,8 @@ class Baseline(Pruner):
         drops = {d: keep for d, keep in self.drops.items() if d < max(late.values())}
         keep = {m: tuple(k[m] if d < late[m] else 1.0 for d, k in drops.items()) for m in CODES}
         own = dict(drop_layers=tuple(drops), keep_ratios=keep, late_start=late)
-        return replace(self, schedule=replace(self.schedule, trr=None, scale=None, **own))
+        schedule = replace(self.schedule, trr=None, scale=None, **own)
+        return replace(self, schedule=schedule)
 
     def budget(self, modality, sizes):  # -> sizes of the windows it chooses in, kept of each
         "What to keep, from the sizes of the time windows."
@@ -204,15 +208,16 @@ class Baseline(Pruner):
         return sizes, stage1_counts(sizes, self.schedule.entering[modality])
 
     def window_budgets(self, layout, first):
-        windows, ratio = window_tokens(layout), self.schedule.entering
-        budget = lambda m, sizes: (
-            self.budget(m, sizes) if m in self.prunes else random_budget(ratio[m], sizes)
-        )
-        return tuple(
-            WindowBudget(m, first + b, *budget(m, sizes[m]))
-            for m in CODES
-            for b, sizes in enumerate(windows)
-        )
+        windows = window_tokens(layout)
+        found = []
+        for m in CODES:
+            for number, sizes in enumerate((w[m] for w in windows), first):
+                if m in self.prunes:
+                    sizes, keep = self.budget(m, sizes)
+                else:
+                    sizes, keep = random_budget(self.schedule.entering[m], sizes)
+                found.append(WindowBudget(modality=m, number=number, sizes=sizes, keep=keep))
+        return tuple(found)
 
     def pick(self, inputs):  # -> (T,) bool; or that and (T, D) new features
         "Which tokens of one modality stay before the decoder."
@@ -223,7 +228,9 @@ class Baseline(Pruner):
         return scores
 
     def select(self, inputs):
-        keep, features, merged = [], [], False
+        keep = []
+        features = []
+        merged = False
         for m, own in by_modality(inputs).items():
             if m in self.prunes:
                 kept = self.pick(own)
@@ -231,7 +238,8 @@ class Baseline(Pruner):
                 kept = random_tokens(own.budgets, self.seed, own.features.device)
             mask, new = kept if isinstance(kept, tuple) else (kept, own.features)
             merged |= new is not own.features
-            keep.append(mask), features.append(new)
+            keep.append(mask)
+            features.append(new)
         return (torch.cat(keep), torch.cat(features)) if merged else torch.cat(keep)
 
     def drop(self, tokens, scores, step, windows):

@@ -62,8 +62,9 @@ def nearest_anchor(
     "Which anchor each token would join; any slot where there is none."
     unit = keys / (keys.norm(dim=-1, keepdim=True) + 1e-6)
     similar = (unit @ unit.mT).masked_fill(~anchor[:, None], -torch.inf)
-    best, slots = similar.amax(-1, keepdim=True), torch.arange(keys.shape[1], device=keys.device)
-    return torch.where((similar == best) & anchor[:, None], slots, keys.shape[1] - 1).amin(-1)
+    best = (similar == similar.amax(-1, keepdim=True)) & anchor[:, None]
+    slots = torch.arange(keys.shape[1], device=keys.device)
+    return slots.where(best, keys.shape[1] - 1).amin(-1)
 
 
 def select_visionzip(
@@ -77,7 +78,8 @@ def select_visionzip(
     strong = best_in_windows(attention, sizes, [d for d, _ in counts])
     if not sum(sizes):
         return strong, features.float()
-    rest, x = to_rows(~strong, sizes), to_rows(features.float(), sizes)
+    rest = to_rows(~strong, sizes)
+    x = to_rows(features.float(), sizes)
     n_rest = on_device([n - d for n, (d, _) in zip(sizes, counts)], x.device)
     anchor = anchors_among(rest, n_rest, on_device([c for _, c in counts], x.device))
     to = nearest_anchor(to_rows(keys, sizes), anchor)[..., None]
@@ -222,23 +224,25 @@ def audio_anchors(
     g: int = 3,  # tokens that an anchor takes in
 ) -> tuple:  # (N,) bool; (N, D) float32 features, changed at the anchors that took something in
     "Salient audio tokens, and anchors for what goes with something visual (OmniZip)."
-    n, x, device = len(audio), audio.float(), audio.device
+    n = len(audio)
+    x = audio.float()
     if dominant + contextual == n:
         return x.new_ones(n, dtype=torch.bool), x
-    unit, seen = normalize(x, dim=-1), normalize(visual.float(), dim=-1)
+    unit = normalize(x, dim=-1)
+    seen = normalize(visual.float(), dim=-1)
     strong = best_in_windows(attention, (n,), (dominant,))
-    counts = on_device([[n - dominant], [contextual]], device)
-    anchor = anchors_among(~strong[None], *counts)
-    to = nearest_anchor(unit[None], anchor)[0]
+    counts = on_device([[n - dominant], [contextual]], x.device)
+    anchor = anchors_among(~strong[None], *counts)[0]
+    to = nearest_anchor(unit[None], anchor[None])[0]
     value = (unit @ seen.mT).amax(-1) if len(seen) else (unit * unit[to]).sum(-1)
-    follows = ~(strong | anchor[0])
-    limit = torch.full((1, n), g, device=device)
-    taken = topk_in_groups(value[None], torch.where(follows, to, n)[None], limit)[0]
+    group = to.masked_fill(strong | anchor, n)
+    limit = torch.full((1, n), g, device=x.device)
+    taken = topk_in_groups(value[None], group[None], limit)[0]
     weight = torch.where(taken, value.exp(), 0.0)
     total = x.new_zeros(n).scatter_add(0, to, weight)
     brought = torch.zeros_like(unit).index_add(0, to, weight[:, None] * x)
     merged = (x + brought / total.clamp(min=1e-12)[:, None]) / 2
-    return strong | anchor[0], torch.where((anchor[0] & (total > 0))[:, None], merged, x)
+    return strong | anchor, torch.where((anchor & (total > 0))[:, None], merged, x)
 
 
 def visual_shares(
@@ -248,14 +252,19 @@ def visual_shares(
     bounds: tuple = (0.35, 0.75),  # minimum and maximum that a group loses
 ) -> torch.Tensor:  # (G,) float64 fraction kept, whose mean over tokens is what was planned
     "How much of each time group stays (OmniZip), with one factor for all groups."
-    (low, high), sizes, retained = bounds, sizes.double(), retained.double()
-    guided, mean = ~retained.isnan(), (1 - keep / sizes.sum()).clamp(low, high)
-    first, weight = high + (low - high) * retained.nan_to_num(0.0), sizes * guided
-    left, right = torch.zeros_like(mean), torch.full_like(mean, high / low)
+    low, high = bounds
+    sizes = sizes.double()
+    guided = ~retained.isnan()
+    weight = sizes * guided
+    mean = (1 - keep / sizes.sum()).clamp(low, high)
+    first = high + (low - high) * retained.double().nan_to_num(0.0)
+    left = torch.zeros_like(mean)
+    right = torch.full_like(mean, high / low)
     for _ in range(60):  # bisection on the device, where nothing is waited for
         middle = (left + right) / 2
         few = ((first * middle).clamp(low, high) * weight).sum() < mean * weight.sum()
-        left, right = torch.where(few, middle, left), torch.where(few, right, middle)
+        left = torch.where(few, middle, left)
+        right = torch.where(few, right, middle)
     share = 1 - torch.where(guided, (first * right).clamp(low, high), mean)
     return share * keep / (share * sizes).sum()
 
@@ -274,7 +283,8 @@ def density_peaks(
     k: int = 5,  # neighbours
 ) -> torch.Tensor:  # (F, P) float32, higher for tokens in a dense place far from denser ones
     "Density, by the mean cosine distance to k neighbours, times the distance to the next denser."
-    unit, both = normalize(x.float(), dim=-1), valid[:, None] & valid[:, :, None]
+    unit = normalize(x.float(), dim=-1)
+    both = valid[:, None] & valid[:, :, None]
     itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
     distance = (1 - unit @ unit.mT).masked_fill(~both | itself, torch.inf)
     near = distance.topk(min(k, max(x.shape[1] - 1, 1)), -1, largest=False).values
@@ -297,6 +307,25 @@ def frame_values(
     here = on_device([r for r, n in zip(second, sizes) for _ in range(n)], features.device)
     return torch.where(here > 0, -similarity(features, sizes, second), from_rows(peaks, sizes))
 
+
+def guided(
+    features: torch.Tensor,  # (T, D) visual tokens of one sample
+    budget,  # its `WindowBudget`; a window is a frame
+    heard: Sequence[torch.Tensor],  # for each time window of the audio: (n,) bool, kept or not
+    bounds: tuple,  # see `visual_shares`
+) -> torch.Tensor:  # (T,) bool
+    "Visual tokens that stay where the audio says (OmniZip)."
+    if sum(budget.keep) == len(features):
+        return features.new_ones(len(features), dtype=torch.bool)
+    frames = on_device(budget.sizes, features.device)
+    groups = torch.stack([pair.sum() for pair in frames.split(2)])
+    retained = torch.full_like(groups, torch.nan, dtype=torch.float32)
+    for i, kept in enumerate(heard[: len(groups)]):
+        retained[i] = kept.float().mean()
+    share = visual_shares(retained, groups, sum(budget.keep), bounds)
+    wanted = whole_counts(share.repeat_interleave(2)[: len(frames)] * frames)
+    return best_in_windows(frame_values(features, budget.sizes), budget.sizes, wanted)
+
 # %% ../../nbs/baselines/04_merging.ipynb #44947c82
 @dataclass(frozen=True)
 class OmniZip(Baseline):
@@ -317,7 +346,8 @@ class OmniZip(Baseline):
     @classmethod
     def nearest_pair(cls, pair, bounds=(0.35, 0.75), contextual=0.05, **options):
         "Visual tokens within the bounds of a group, audio above the anchors' share; all is all."
-        (low, high), visual = bounds, pair["visual"]
+        low, high = bounds
+        visual = pair["visual"]
         if visual != 1:
             visual = min(max(visual, 1 - high), 1 - low)
         return dict(visual=visual, audio=max(pair["audio"], contextual))
@@ -333,28 +363,22 @@ class OmniZip(Baseline):
         return 2 * width * (few * n * (n + seen) + some * sum(s**2 for s in budgets[0].sizes))
 
     def select(self, inputs):
-        B, sizes = len(inputs.budgets) // 2, [sum(p.sizes) for p in inputs.budgets]
-        features, attention = list(inputs.features.split(sizes)), inputs.attention.split(sizes)
-        keep = [None] * 2 * B  # visual tokens of all samples, then their audio tokens
-        for v in range(B):
-            a = B + v
-            part, n_keep = inputs.budgets[a], sum(inputs.budgets[a].keep)
+        sizes = [sum(b.sizes) for b in inputs.budgets]
+        features = list(inputs.features.split(sizes))
+        attention = inputs.attention.split(sizes)
+        keep = [None] * len(sizes)  # visual tokens of all samples, then their audio tokens
+        for v in range(len(sizes) // 2):
+            a = len(sizes) // 2 + v
+            n_keep = sum(inputs.budgets[a].keep)
             anchors = min(round(self.contextual * sizes[a]), n_keep) if n_keep < sizes[a] else 0
             keep[a], features[a] = audio_anchors(
-                features[a], features[v], attention[a], n_keep - anchors, anchors, self.g
+                audio=features[a],
+                visual=features[v],
+                attention=attention[a],
+                dominant=n_keep - anchors,
+                contextual=anchors,
+                g=self.g,
             )
-            keep[v] = self.pick_visual(inputs.budgets[v], features[v], keep[a].split(part.sizes))
+            heard = keep[a].split(inputs.budgets[a].sizes)
+            keep[v] = guided(features[v], inputs.budgets[v], heard, self.bounds)
         return torch.cat(keep), torch.cat([x.float() for x in features])
-
-    def pick_visual(self, part, features, audio):  # audio: kept or not, of each time window
-        if sum(part.keep) == len(features):
-            return features.new_ones(len(features), dtype=torch.bool)
-        frames, device = part.sizes, features.device
-        groups = [sum(frames[i : i + 2]) for i in range(0, len(frames), 2)]
-        retained = [kept.float().mean() for kept in audio][: len(groups)]
-        unheard = features.new_full((), torch.nan, dtype=torch.float32)
-        retained += [unheard] * (len(groups) - len(retained))
-        kept, groups = torch.stack(retained), on_device(groups, device)
-        share = visual_shares(kept, groups, sum(part.keep), self.bounds)
-        wanted = share.repeat_interleave(2)[: len(frames)] * on_device(frames, device)
-        return best_in_windows(frame_values(features, frames), frames, whole_counts(wanted))

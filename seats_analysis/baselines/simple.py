@@ -28,8 +28,8 @@ class Random(Baseline):
     stages = (1, 2, 3)
 
     @classmethod
-    def for_trr(cls, *args, **options):
-        return super().for_trr(*args, **dict(in_windows=False) | options)
+    def for_trr(cls, *args, in_windows=False, **options):
+        return super().for_trr(*args, in_windows=in_windows, **options)
 
     def budget(self, modality, sizes):
         if self.in_windows:
@@ -68,7 +68,8 @@ class Uniform(Baseline):
     def drop(self, tokens, scores, step, windows):
         keep = tokens.text
         for m in CODES:
-            here, n = tokens.is_(m), on_device([[k[m]] for k in step.n_keep], keep.device)
-            ordinal, total = here.cumsum(1) - 1, here.sum(1, keepdim=True).clamp(min=1)
-            keep = keep | here & evenly(ordinal, n, total)
+            here = tokens.is_(m)
+            n = on_device([[k[m]] for k in step.n_keep], keep.device)
+            total = here.sum(1, keepdim=True).clamp(min=1)
+            keep = keep | here & evenly(here.cumsum(1) - 1, n, total)
         return keep

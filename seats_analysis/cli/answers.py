@@ -373,7 +373,7 @@ def _made_from(samples, profile, known=()):
 
 def _eval_text(result, out):
     "The table, and what it says about SEATS."
-    from seats_analysis.evaluation.compare import comparison_table
+    from seats_analysis.evaluation.table import comparison_table
 
     frame = comparison_table(result["rows"])
     for name in frame.select_dtypes("float"):

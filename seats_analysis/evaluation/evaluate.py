@@ -50,8 +50,12 @@ def load_samples(
 # %% ../../nbs/evaluation/00_evaluate.ipynb #b7f3f5c5
 def clip_cache(processor):  # function: Sample -> the sample with its video decoded
     "Decodes each media file once as long as questions about it follow one another; holds 16."
-    rate, resize = processor.feature_extractor.sampling_rate, frame_resizer(processor)
-    decode = lru_cache(16)(lambda path: decode_clip(path, sample_rate=rate, resize=resize))
+    rate = processor.feature_extractor.sampling_rate
+    resize = frame_resizer(processor)
+
+    @lru_cache(16)
+    def decode(path):
+        return decode_clip(path, sample_rate=rate, resize=resize)
 
     def cached(sample):
         if sample.video is None or isinstance(sample.video, Clip):
@@ -66,12 +70,12 @@ def score_rows(
     samples: Sequence[Sample],
 ) -> list:  # of dict
     "What became of each question. Ties do not count as right."
-    mean, letters, rows = scores.mean.numpy(), scores.letters.numpy(), []
+    rows = []
     for i, s in enumerate(samples):
-        n, right = len(s.choices), s.answer
+        mean, letters = (x[i, : len(s.choices)].numpy() for x in (scores.mean, scores.letters))
 
         def margin(values):  # of the right choice over the best wrong one
-            return values[i, right] - np.delete(values[i, :n], right).max(initial=-np.inf)
+            return float(values[s.answer] - np.delete(values, s.answer).max(initial=-np.inf))
 
         rows.append(
             dict(
@@ -79,13 +83,13 @@ def score_rows(
                 clip=s.clip,
                 family=s.family,
                 split=s.split,
-                correct=bool(margin(mean) > 0),
-                letter_correct=bool(margin(letters) > 0) if s.lettered else None,
-                nll=-float(scores.total[i, right]),
-                margin=float(margin(mean)),
-                prediction=s.choices[int(mean[i, :n].argmax())],
-                answer=s.choices[right],
-                chance=1 / n,
+                correct=margin(mean) > 0,
+                letter_correct=margin(letters) > 0 if s.lettered else None,
+                nll=-float(scores.total[i, s.answer]),
+                margin=margin(mean),
+                prediction=s.choices[mean.argmax()],
+                answer=s.choices[s.answer],
+                chance=1 / len(s.choices),
             )
         )
     return rows
@@ -142,7 +146,8 @@ def parse_answer(
     lettered: bool = False,  # whether the prompt lists them as A., B., ...
 ) -> int | None:  # index of the choice; None where the text does not say exactly one
     "The choice that an answer names, if it names one and no other."
-    said, plain = _LEAD.sub("", text.strip().strip("*` ")), [_plain(c) for c in choices]
+    said = _LEAD.sub("", text.strip().strip("*` "))
+    plain = [_plain(c) for c in choices]
     if plain.count(_plain(said)) == 1:
         return plain.index(_plain(said))
     found = _LETTER.match(said) if lettered else None
@@ -162,11 +167,13 @@ def greedy(
 ):  # yields (B,) int64, the next token of every row
     "Tokens that the model writes, without end. The first takes the prefill, each other a step."
     thinker = adapter_for(model).thinker(model)
-    mask, at = inputs["attention_mask"], inputs["position_ids"][..., -1:]
+    mask = inputs["attention_mask"]
+    at = inputs["position_ids"][..., -1:]
     while True:
         out = thinker(**inputs, use_cache=True)
         yield (token := out.logits[:, -1].argmax(-1))
-        mask, at = torch.nn.functional.pad(mask, (0, 1), value=1), at + 1
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        at = at + 1
         inputs = dict(
             input_ids=token[:, None],
             attention_mask=mask,
@@ -182,8 +189,9 @@ def write_answers(
     max_new_tokens: int = 16,
 ) -> list:  # of str
     "Greedy answers of a batch. Raises ValueError for logits that are not finite."
-    thinker, tokenizer = adapter_for(model).thinker(model), processor.tokenizer
-    ends = getattr(getattr(thinker, "generation_config", None), "eos_token_id", None)
+    tokenizer = processor.tokenizer
+    config = getattr(adapter_for(model).thinker(model), "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     texts = [[] for _ in batch.samples]
     with last_logits_only(model, batch):
@@ -243,9 +251,9 @@ def share_interval(
     """Share of a reference's accuracy with its 95 % interval over clips.
 
     Where nothing differs, Wilson over clips: few of them cannot show that nothing is ever lost."""
-    got, full, clips = np.asarray(got, float), np.asarray(full, float), np.asarray(clips)
+    got, full = (np.asarray(right, float) for right in (got, full))
     if (got == full).all():
-        return 1.0, *_alike(1.0, clips[full > 0])
+        return 1.0, *_alike(1.0, np.asarray(clips)[full > 0])
     return float(got.sum() / full.sum()), *_interval(got, full, clips, n_boot)
 
 
@@ -296,7 +304,8 @@ def accuracy_table(
 
     if reference not in frames:
         raise ValueError(f"no run {reference!r} among {', '.join(frames)}")
-    base, rows = frames[reference].set_index("id"), {}
+    base = frames[reference].set_index("id")
+    rows = {}
     for name, frame in frames.items():
         if differ := set(frame.id) ^ set(base.index):
             raise ValueError(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from tqdm.auto import tqdm
 from ..inputs.samples import Sample
@@ -27,18 +27,8 @@ from ..pruning.session import as_pruner, prune
 
 # %% ../../nbs/evaluation/01_prepared.ipynb #d8cff688
 @dataclass(frozen=True, eq=False)
-class EncodedClip:
-    "A clip as the decoder gets it."
-
-    embeds: torch.Tensor  # (T, D) `inputs_embeds` at visual, audio and image tokens, in sequence
-    deepstack: tuple  # of (T_visual, D), added after the first layers; () in families without it
-    calls: Mapping  # `noted_for` a method -> modality -> `EncoderCall` of this clip alone
-    ms: Mapping  # likewise -> milliseconds that this took, the towers apart
-
-
-@dataclass(frozen=True, eq=False)
 class Question:
-    "A question on an encoded clip."
+    "A question on a clip, which is encoded unless only counts matter."
 
     sample: Sample
     ids: torch.Tensor  # (S,) int64
@@ -46,7 +36,12 @@ class Question:
     layout: TokenLayout  # (1, S)
     choices: tuple  # per choice: token ids of the answer text
     shapes: Mapping  # those of `_SHAPES` that the clip has
-    clip: EncodedClip | None  # None while only counts matter
+    # the clip as the decoder gets it, the same for all questions on it
+    embeds: torch.Tensor | None = None  # (T, D) visual, audio and image tokens, in sequence
+    deepstack: tuple = ()  # of (T_visual, D), added after the first layers in some families
+    calls: Mapping = field(default_factory=dict)  # `noted_for` a method -> modality ->
+    # `EncoderCall` of this clip alone
+    ms: Mapping = field(default_factory=dict)  # likewise -> milliseconds, the towers apart
 
 
 _SHAPES = "video_grid_thw", "feature_attention_mask"  # inputs that say how large the media are
@@ -64,7 +59,7 @@ def encode_clip(
     model,
     encoded: Encoded,  # one sample
     methods: Sequence = (),  # of `Pruner` or None; what stage I of any of them reads is noted
-) -> EncodedClip:
+) -> dict:  # embeds, deepstack, calls and ms of a `Question`
     "Run the towers once on the clip of a sample, and note what stage I of every method will read."
     device = str(encoded.inputs["input_ids"].device)
     timings = {noted_for(m): Timings(device) for m in methods if noted_for(m)}
@@ -79,7 +74,7 @@ def encode_clip(
             noted: {m: replace(c[-1], output=None) for m, c in watch.calls.items() if c}
             for noted, watch in watches.items()
         }
-    return EncodedClip(
+    return dict(
         embeds=seen["inputs_embeds"][0, (encoded.layout.modality[0] > TEXT).to(device)],
         deepstack=tuple(seen.get("deepstack_visual_embeds") or ()),
         calls=calls,
@@ -112,22 +107,30 @@ def prepare_questions(
     **limits,  # fps and max_frames, see `encode`
 ) -> list:  # of `Question`, in order
     "Questions on clips, each of which is encoded once."
-    out, clips = [], ([samples[i] for i in clip] for clip in clips_of(samples))
+    out = []
+    clips = ([samples[i] for i in clip] for clip in clips_of(samples))
     for group in (g for c in clips for g in encode_questions(model, processor, c, **limits)):
-        encoded, shared = group.encoded, group.shared
-        clip = None if methods is None else encode_clip(model, encoded, methods)
+        encoded = group.encoded
+        clip = {} if methods is None else encode_clip(model, encoded, methods)
         shapes = {k: encoded.inputs[k] for k in _SHAPES if k in encoded.inputs}
-        ids, positions = encoded.inputs["input_ids"][0], encoded.position_ids[:, 0]
+        ids = encoded.inputs["input_ids"][0, : group.shared]
+        positions = encoded.position_ids[:, 0, : group.shared]
         for sample, tail, choices in zip(group.samples, group.tails, group.choice_ids):
-            n, new = len(tail), torch.tensor(tail).to(ids)
-            after = group.positions(torch.arange(n, device=ids.device))[:, 0]
+            after = group.positions(torch.arange(len(tail), device=ids.device))[:, 0]
             padded = {
-                k: F.pad(getattr(encoded.layout, k)[:, :shared], (0, n), value=v)
+                k: F.pad(getattr(encoded.layout, k)[:, : group.shared], (0, len(tail)), value=v)
                 for k, v in dict(modality=TEXT, window=-1, run=-1).items()
             }
-            all_ids = torch.cat([ids[:shared], new])
-            at = torch.cat([positions[:, :shared], after], -1)
-            out.append(Question(sample, all_ids, at, TokenLayout(**padded), choices, shapes, clip))
+            question = Question(
+                sample=sample,
+                ids=torch.cat([ids, torch.tensor(tail).to(ids)]),
+                positions=torch.cat([positions, after], -1),
+                layout=TokenLayout(**padded),
+                choices=choices,
+                shapes=shapes,
+                **clip,
+            )
+            out.append(question)
     return out
 
 
@@ -150,12 +153,12 @@ class PreparedBatch:
     @classmethod
     @torch.no_grad()
     def of(cls, model, processor, questions):
-        layout, device = TokenLayout.stack([q.layout for q in questions]), questions[0].ids.device
+        layout = TokenLayout.stack([q.layout for q in questions])
         ids = pad_left([q.ids for q in questions], processor.tokenizer.pad_token_id)
         positions = pad_left([q.positions for q in questions], 1).transpose(0, 1).contiguous()
         embeds = adapter_for(model).thinker(model).get_input_embeddings()(ids)
-        rows = torch.cat([q.clip.embeds for q in questions])
-        embeds[(layout.modality > TEXT).to(device)] = rows.to(embeds)
+        rows = torch.cat([q.embeds for q in questions])
+        embeds[(layout.modality > TEXT).to(ids.device)] = rows.to(embeds)
         mask = pad_left([torch.ones_like(q.ids) for q in questions], 0)
         inputs = dict(
             input_ids=ids, attention_mask=mask, position_ids=positions, inputs_embeds=embeds
@@ -165,23 +168,28 @@ class PreparedBatch:
                 longest = max(x.shape[-1] for x in found)
                 inputs[name] = torch.cat([F.pad(x, (0, longest - x.shape[-1])) for x in found])
         deltas = positions.amax((0, 2))[:, None] + 1 - mask.sum(1, keepdim=True)
-        choices = tuple(q.choices for q in questions)
-        samples = tuple(q.sample for q in questions)
-        return cls(model, questions, Encoded(inputs, layout, deltas, samples, choices))
+        encoded = Encoded(
+            inputs=inputs,
+            layout=layout,
+            rope_deltas=deltas,
+            samples=tuple(q.sample for q in questions),
+            choice_ids=tuple(q.choices for q in questions),
+        )
+        return cls(model, questions, encoded)
 
     def _calls(self, method):  # -> modality -> list of one `EncoderCall`, or none
         "What the towers would have noted about the media of all questions together."
         noted = noted_for(method)
         out = dict(visual=[], audio=[])
         for m in out if noted else ():
-            calls = [q.clip.calls[noted][m] for q in self.questions if m in q.clip.calls[noted]]
+            calls = [q.calls[noted][m] for q in self.questions if m in q.calls[noted]]
             out[m] = [join_calls(calls)] if calls else []
         return out
 
     @contextmanager
     def _deepstack(self):
         "Within the block the text model gets DeepStack embeddings."
-        deep = [q.clip.deepstack for q in self.questions if q.clip.deepstack]
+        deep = [q.deepstack for q in self.questions if q.deepstack]
         if not deep:
             yield
             return
@@ -239,14 +247,15 @@ class DataShape:
     @classmethod
     def of(cls, model, processor, samples, progress=False, **limits):  # see `prepare_questions`
         "From the questions on the first 32 clips; no tower runs."
-        found, bar = {}, dict(desc="token counts", unit="clip", disable=not progress)
-        for clip in tqdm(clips_of(samples)[:32], **bar):
+        found = {}
+        clips = clips_of(samples)[:32]
+        for clip in tqdm(clips, desc="token counts", unit="clip", disable=not progress):
             some = [samples[i] for i in clip]
-            for q in prepare_questions(model, processor, some, None, **limits):
+            for q in prepare_questions(model, processor, some, methods=None, **limits):
                 parts = q.layout.modality, q.layout.window, q.layout.run
                 found.setdefault(tuple(x.numpy().tobytes() for x in parts), []).append(q)
-        alike = list(found.values())
-        return cls(model, tuple(q[0] for q in alike), np.array([len(q) for q in alike], float))
+        weights = np.array([len(alike) for alike in found.values()], float)
+        return cls(model, tuple(alike[0] for alike in found.values()), weights)
 
     @cached_property
     def dims(self):
@@ -262,7 +271,8 @@ class DataShape:
         method,  # a schedule is SEATS; None = the full model
     ):  # -> 'visual', 'audio', 'text' -> (N, L) int64; images count as text, they stay
         "Tokens of each kind that every layer is planned to process."
-        method, size = as_pruner(method), (len(self.questions), self.dims.layers)
+        method = as_pruner(method)
+        size = len(self.questions), self.dims.layers
         out = {m: np.zeros(size, int) for m in ("visual", "audio", "text")}
         windows = (method.grids, method.seconds) if method else ()
         for row, layout in enumerate(self._layouts(*windows)):
@@ -301,12 +311,10 @@ class DataShape:
 
     def retention(self, method):  # -> layers, visual, audio: mean over layers; entry: what enters
         "Fractions of the visual and audio tokens that are kept, by both definitions."
-        kept, there = (
-            {m: self.weights @ p[m] for m in CODES}  # (L,)
-            for p in (self.plans(method), self.full)
-        )
-        for tokens in (kept, there):
-            tokens["layers"] = tokens["visual"] + tokens["audio"]
-            tokens["entry"] = tokens["layers"][:1]
-        share = lambda m: float(kept[m].sum() / max(there[m].sum(), 1e-12))
-        return {m: share(m) for m in ("layers", "entry", "visual", "audio")}
+        totals = []
+        for plans in (self.plans(method), self.full):
+            tokens = {m: self.weights @ plans[m] for m in CODES}  # (L,)
+            layers = tokens["visual"] + tokens["audio"]
+            totals.append(dict(layers=layers, entry=layers[:1], **tokens))
+        kept, there = totals
+        return {m: float(kept[m].sum() / max(there[m].sum(), 1e-12)) for m in kept}
