@@ -211,10 +211,13 @@ def flag_of(file, entry):
 @pytest.mark.parametrize("case", cases("fastv_setting_ratio.json"))
 def test_fastv_ratio(case):
     given = case["inputs"]
-    both = lambda: [
-        equal_ratio(given[f"avg_{m}_ratio"], given["num_layers"], (given["fastv_k"],))
-        for m in ("video", "audio")
-    ]
+
+    def both():
+        return [
+            equal_ratio(given[f"avg_{m}_ratio"], given["num_layers"], (given["fastv_k"],))
+            for m in ("video", "audio")
+        ]
+
     if "exception" in case:
         with pytest.raises(ValueError):
             both()
@@ -272,20 +275,25 @@ def test_random_counts():
                 random_count(case["T"], case["ratio"])
 
 
+def dims_of(given, **others):
+    return dict(
+        hidden_size=given["hidden_size"],
+        num_attention_heads=given["num_heads"],
+        num_key_value_heads=given["num_kv_heads"],
+        intermediate_size=given["intermediate_size"],
+        **others,
+    )
+
+
 @pytest.mark.parametrize("case", cases("cost_metrics.json"))
 def test_reference_flops(case):
     g = case["inputs"]
-    dims = dict(
-        hidden_size=g["hidden_size"],
-        num_attention_heads=g["num_heads"],
-        num_key_value_heads=g["num_kv_heads"],
-        vocab_size=g["vocab_size"],
-        intermediate_size=g["intermediate_size"],
-        num_hidden_layers=g["num_layers"],
-    )
-    tokens, final = [g["initial_seq_len"]] * g["num_layers"], g["initial_seq_len"]
+    layers, final = g["num_layers"], g["initial_seq_len"]
+    dims = dims_of(g, vocab_size=g["vocab_size"], num_hidden_layers=layers)
+    tokens = [final] * layers
     for i, after in sorted(g["drop_events"] or [], key=lambda e: e[0]):
-        tokens[max(i + 1, 0) :], final = [after] * len(tokens[max(i + 1, 0) :]), after
+        final = after
+        tokens = tokens[: max(i + 1, 0)] + [after] * len(tokens[max(i + 1, 0) :])
     flops = g["batch_size"] * prefill_flops(tokens, dims, "reference", logits=final)
     if flag_of("cost_metrics.json", case["name"]):
         assert 0 < flops < case["flops"]
@@ -296,20 +304,11 @@ def test_reference_flops(case):
 def test_reference_flops_of_one_layer():
     for case in index("cost_metrics.json", "single_layer"):
         g = case["inputs"]
-        dims = dict(
-            hidden_size=g["hidden_size"],
-            num_attention_heads=g["num_heads"],
-            num_key_value_heads=g["num_kv_heads"],
-            vocab_size=1,
-            intermediate_size=g["intermediate_size"],
-            num_hidden_layers=1,
-        )
+        flops = 0
         if min(g["seq_len"], g["hidden_size"]) > 0:
-            assert prefill_flops([g["seq_len"]], dims, "reference", logits=0) == pytest.approx(
-                case["flops"], rel=1e-12
-            )
-        else:
-            assert case["flops"] == 0
+            dims = dims_of(g, vocab_size=1, num_hidden_layers=1)
+            flops = prefill_flops([g["seq_len"]], dims, "reference", logits=0)
+        assert flops == pytest.approx(case["flops"], rel=1e-12)
 
 
 # -------------------- choices for given scores and statistics
@@ -481,22 +480,18 @@ def run_method(model, method, inputs, next_token=None):
     try:
         with torch.no_grad(), prune(model, Watched(**vars(method))) as run:
             out = model(**inputs, use_cache=True)
-            lengths, positions, per_layer = (
-                [out.past_key_values.get_seq_length(i) for i in range(len(layers))],
-                run.kept,
-                run.tokens_per_layer[0].tolist(),
+            lengths = [out.past_key_values.get_seq_length(i) for i in range(len(layers))]
+            kept = next(
+                (v[0] for v in run.kept.values()), torch.arange(inputs["input_ids"].shape[1])
             )
-            decode = (
-                None
-                if next_token is None
-                else model(
-                    input_ids=next_token.view(1, 1), past_key_values=out.past_key_values
-                ).logits[0, -1]
-            )
+            per_layer = run.tokens_per_layer[0].tolist()
+            decode = None
+            if next_token is not None:
+                step = dict(input_ids=next_token.view(1, 1), past_key_values=out.past_key_values)
+                decode = model(**step).logits[0, -1]
     finally:
         for handle in handles:
             handle.remove()
-    kept = next((v[0] for v in positions.values()), torch.arange(inputs["input_ids"].shape[1]))
     return SimpleNamespace(
         kept=kept,
         seen=seen,
@@ -525,13 +520,10 @@ def test_whole_runs(model, case):
         assert pair[0] == case["video_ratio_used"]
     check_for_trr(case, method, n)
     run = run_method(model, method, whole.inputs, whole.out["full.next_token"])
-    counts = {
-        f: int((whole.types[run.kept] == k).sum()) for k, f in enumerate(("text", "video", "audio"))
-    }
-    assert (
-        counts == case["kept_counts"]
-        and run.lengths == case["cache_lengths"] == t["cache_lengths"].tolist()
-    )
+    names = enumerate(("text", "video", "audio"))
+    counts = {f: int((whole.types[run.kept] == k).sum()) for k, f in names}
+    assert counts == case["kept_counts"]
+    assert run.lengths == case["cache_lengths"] == t["cache_lengths"].tolist()
     gaps = [v for k, v in case.items() if k.startswith("margin") and v is not None]
     if any(map(near, gaps)):
         return
@@ -554,28 +546,15 @@ def test_whole_runs(model, case):
 def check_for_trr(case, method, n):
     """The door for comparisons makes the recorded ratios of the same averages: FastV exchanges its
     setting ratios, VisionZip the averages."""
-    option = (
-        dict(layer=case["fastv_k"])
-        if case["method"].startswith("fastv")
-        else dict(contextual=case["contextual_ratio"])
-    )
-    ours, recorded = (
-        type(method)
-        .for_trr(
-            method.schedule.num_layers,
-            case["avg_video_ratio"],
-            case["avg_audio_ratio"],
-            *n,
-            **option,
-        )
-        .schedule,
-        method.schedule,
-    )
-    assert (ours.drop_layers, ours.keep_ratios, ours.entering) == (
-        recorded.drop_layers,
-        recorded.keep_ratios,
-        recorded.entering,
-    )
+    if case["method"].startswith("fastv"):
+        option = dict(layer=case["fastv_k"])
+    else:
+        option = dict(contextual=case["contextual_ratio"])
+    recorded = method.schedule
+    pair = case["avg_video_ratio"], case["avg_audio_ratio"]
+    ours = type(method).for_trr(recorded.num_layers, *pair, *n, **option).schedule
+    for field in ("drop_layers", "keep_ratios", "entering"):
+        assert getattr(ours, field) == getattr(recorded, field)
 
 
 def check_entry_of(run, t, case):
@@ -623,11 +602,11 @@ def test_odd_baseline_setting(model, case):
     given = dict(zip(keys, case["settings"]), method=case["method"])
     if kind == "refused":
         with pytest.raises(ValueError):
-            METHODS[our_name(case["method"])](
-                settings_schedule(given, layers)
-            ) if "visionzip" in case["method"] else settings_of(
-                given, n["visual"], n["audio"], layers
-            )
+            if "visionzip" in case["method"]:
+                ratios = dict(visual=given["avg_video_ratio"], audio=given["avg_audio_ratio"])
+                METHODS[our_name(case["method"])](Schedule(layers, entering=ratios))
+            else:
+                settings_of(given, n["visual"], n["audio"], layers)
         return
     method, pair = settings_of(given, n["visual"], n["audio"], layers)
     before = model.config._attn_implementation
@@ -645,23 +624,13 @@ def test_odd_baseline_setting(model, case):
     if kind == "same" and case["equal_to_full"]:
         assert len(run.kept) == inputs["input_ids"].shape[1]
     if kind == "works":
-        planned = method.plan(
-            layout_of(model, inputs, "keep", method.grids, method.seconds),
-            method.window_budgets(
-                layout_of(model, inputs, "keep", method.grids, method.seconds), 0
-            ),
-        )
+        layout = layout_of(model, inputs, "keep", method.grids, method.seconds)
+        planned = method.plan(layout, method.window_budgets(layout, 0))
         assert (
             sum(found.values()) == sum(planned[-1].n_keep[0].values())
             and min(found[f] for f, m in (("video", "visual"), ("audio", "audio")) if n[m]) >= 1
         )
     assert torch.isfinite(run.logits).all()
-
-
-def settings_schedule(given, layers):
-    return Schedule(
-        layers, entering=dict(visual=given["avg_video_ratio"], audio=given["avg_audio_ratio"])
-    )
 
 
 # ---------------------------------------------------------------- nothing is skipped silently
