@@ -91,18 +91,11 @@ def recorded(case, modality):
 def is_feasible(target, entering, drops, last, layers):
     """Whether levels of the recorded form can average the target, from their definition: strength 0
     gives the most, strength 1 the least."""
-    average = lambda strength: (
-        float(
-            np.diff([0, *drops, last])
-            @ (entering * (1 - strength * np.r_[0, drop_shares(len(drops))]))
-        )
-        / layers
-    )
-    return (
-        entering <= 1
-        and average(1.0) < target <= average(0.0)
-        and (bool(drops) or math.isclose(target, average(0.0), rel_tol=1e-9))
-    )
+    lengths, shares = np.diff([0, *drops, last]), np.r_[0, drop_shares(len(drops))]
+    most = entering * lengths.sum() / layers
+    least = entering * float(lengths @ (1 - shares)) / layers
+    exact = bool(drops) or math.isclose(target, most, rel_tol=1e-9)
+    return entering <= 1 and least < target <= most and exact
 
 
 # ---------------------------------------------------------------- end to end
@@ -121,20 +114,13 @@ def e2e_model():
     names = set(model.state_dict())
 
     def found(name):
-        return next(
-            n
-            for n in (name.replace("model.", "model.language_model.", 1), "model." + name, name)
-            if n in names
-        )
+        known = (name.replace("model.", "model.language_model.", 1), "model." + name, name)
+        return next(n for n in known if n in names)
 
-    weights = {
-        found(name): value for name, value in read_tensors("e2e_weights.safetensors").items()
-    }
+    recorded = read_tensors("e2e_weights.safetensors").items()
+    weights = {found(name): value for name, value in recorded}
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert not unexpected and all("rotary" in n or "inv_freq" in n for n in missing), (
-        missing,
-        unexpected,
-    )
+    assert not unexpected and all("rotary" in n or "inv_freq" in n for n in missing), missing
     return model
 
 
@@ -149,58 +135,49 @@ class Stage:
     ratios: tuple | None  # at a drop: fractions of visual and audio tokens kept
     gap: float | None  # recorded relative distance of its closest decision
 
+    @property
+    def media(self):  # recorded (visual, audio) tokens left
+        return self.counts["video"], self.counts["audio"]
+
 
 class Case:
     "One end-to-end case."
 
     def __init__(self, entry):
-        every, self.entry, self.name, self.seats = (
-            read_tensors("e2e_cases.safetensors"),
-            entry,
-            entry["name"],
-            entry["seats"],
-        )
-        part = lambda kind: {
-            k.removeprefix(f"{self.name}.{kind}."): v
-            for k, v in every.items()
-            if k.startswith(f"{self.name}.{kind}.")
-        }
-        self.inputs, self.out = (
-            {**part("in"), "use_audio_in_video": entry["use_audio_in_video"]},
-            part("out"),
-        )
-        ids, tokens = self.inputs["input_ids"][0], read_json("e2e_index.json")["token_ids"]
-        self.types = (ids == tokens["video"]) + 2 * (
-            ids == tokens["audio"]
-        )  # 0 text, 1 video, 2 audio
+        self.entry = entry
+        self.name = entry["name"]
+        self.seats = entry["seats"]
+        every = read_tensors("e2e_cases.safetensors")
+
+        def part(kind):
+            prefix = f"{self.name}.{kind}."
+            return {k.removeprefix(prefix): v for k, v in every.items() if k.startswith(prefix)}
+
+        self.inputs = {**part("in"), "use_audio_in_video": entry["use_audio_in_video"]}
+        self.out = part("out")
+        ids = self.inputs["input_ids"][0]
+        special = read_json("e2e_index.json")["token_ids"]
+        # 0 text, 1 video, 2 audio
+        self.types = (ids == special["video"]) + 2 * (ids == special["audio"])
         self.stages = tuple(self._stages())
         self.drops = tuple(s for s in self.stages if s.ratios)
 
     def _stages(self):
-        margins, counts = self.entry["margins"], self.entry["counts"]
-        gap = lambda start: min(
-            (v for k, v in margins.items() if k.startswith(start)), default=None
-        )
-        yield Stage(
-            "stage1", 0, self.out["kept.stage1"], counts["kept.stage1"], None, gap("stage1_")
-        )
+        def stage(name, layer, key, margin, ratios=None):
+            gaps = [v for k, v in self.entry["margins"].items() if k.startswith(margin)]
+            counts, gap = self.entry["counts"][key], min(gaps, default=None)
+            return Stage(name, layer, self.out[key], counts=counts, ratios=ratios, gap=gap)
+
+        yield stage("stage1", 0, "kept.stage1", "stage1_")
         for kind, d, n in self.entry["schedule"]:
             key = f"kept.after_layer{d}.{kind}"
             assert len(self.out[key]) == n
-            yield Stage(
-                f"{kind}{d}",
-                d,
-                self.out[key],
-                counts[key],
-                self._ratios(d) if kind == "drop" else None,
-                gap(f"{kind}_after_layer{d}_"),
-            )
+            ratios = self._ratios(d) if kind == "drop" else None
+            yield stage(f"{kind}{d}", d, key, f"{kind}_after_layer{d}_", ratios)
 
     def _ratios(self, d):
-        step, lists = (
-            self.seats["drop_layers"].index(d),
-            [self.seats[f"{m}_inner_progressive_ratio_list"] for m in FILE_NAME.values()],
-        )
+        step = self.seats["drop_layers"].index(d)
+        lists = [self.seats[f"{m}_inner_progressive_ratio_list"] for m in FILE_NAME.values()]
         return tuple(r[step] if step < len(r) else 0.85 for r in lists)
 
     def plan(self, layers):
@@ -219,54 +196,40 @@ class Case:
     def totals(self):
         """Per drop: (visual, audio) totals from the recorded counts before it, and as ours plans
         them from the stage I counts alone."""
-        after = lambda ratios, n: tuple(min(k, max(1, round(r * k))) for r, k in zip(ratios, n))
-        two = lambda counts: (counts["video"], counts["audio"])
-        before, planned = two(self.stages[0].counts), two(self.stages[0].counts)
+
+        def after(ratios, n):
+            return tuple(min(k, max(1, round(r * k))) for r, k in zip(ratios, n))
+
+        before = planned = self.stages[0].media
         for s in self.drops:
-            recorded, planned = after(s.ratios, before), after(s.ratios, planned)
-            yield s, recorded, planned
-            before = two(s.counts)
+            planned = after(s.ratios, planned)
+            yield s, after(s.ratios, before), planned
+            before = s.media
 
     def flags(self):
         """stage name -> (field, value, reason) where the recorded choice is not what ours should
         be; every later stage inherits it."""
-        found, full, _here = {}, runs_of(self.types.tolist())[0], self.types
-        if near(self.stages[0].gap):
-            found["stage1"] = (
-                "margins",
-                self.stages[0].gap,
-                "near tie: decided by the order of summation",
-            )
-        before = self.stages[0].kept
+        tie = "near tie: decided by the order of summation"
+        full = runs_of(self.types.tolist())[0]
+        first = self.stages[0]
+        found = {first.name: ("margins", first.gap, tie)} if near(first.gap) else {}
+        before = first.kept
         for s, recorded, planned in self.totals():
             runs = runs_of(self.types[before].tolist())[0]
             pairs = {(int(a), int(b)) for a, b in zip(full[before], runs) if a >= 0}
-            shifted = len({a for a, _ in pairs}) != len(pairs) or len({b for _, b in pairs}) != len(
-                pairs
-            )
-            kept = s.counts["video"] + s.counts["audio"]
-            if kept != sum(recorded):
-                found[s.name] = (
-                    "counts",
-                    kept,
-                    f"the reference kept {kept} where its own totals are {sum(recorded)}",
-                )
-            elif sum(recorded) != sum(planned):
-                found[s.name] = (
-                    "counts",
-                    list(recorded),
-                    f"the split of the drop before rounds to {sum(recorded)}; ours keeps "
-                    f"the {sum(planned)} planned from stage I",
-                )
-            elif shifted:
-                found[s.name] = (
-                    "kept",
-                    len(before),
-                    "a run emptied before shifts the pairing of runs; ours are fixed on "
-                    "the full prompt",
-                )
+            kept, theirs, ours = sum(s.media), sum(recorded), sum(planned)
+            if kept != theirs:
+                why = f"the reference kept {kept} where its own totals are {theirs}"
+                found[s.name] = "counts", kept, why
+            elif theirs != ours:
+                why = f"the split of the drop before rounds to {theirs}; ours keeps "
+                why += f"the {ours} planned from stage I"
+                found[s.name] = "counts", list(recorded), why
+            elif any(len(set(side)) != len(pairs) for side in zip(*pairs)):
+                why = "a run emptied before shifts the pairing of runs; ours are fixed on the full"
+                found[s.name] = "kept", len(before), f"{why} prompt"
             elif near(s.gap):
-                found[s.name] = ("margins", s.gap, "near tie: decided by the order of summation")
+                found[s.name] = "margins", s.gap, tie
             before = s.kept
         return found
 
@@ -301,14 +264,13 @@ def run_pruned(model, case, kv="evict"):
             return super().drop(tokens, scores, step, windows)
 
     layers = adapter_for(model).layers(model)
-    note = lambda name: (
-        lambda m, args, out: hidden.update(
-            {name: (out if isinstance(out, torch.Tensor) else out[0])[0]}
-        )
-    )
-    handles = [
-        layers[s.layer - 1].register_forward_hook(note(s.name)) for s in case.stages if s.layer
-    ]
+    handles = []
+    for s in case.stages[1:]:
+
+        def note(m, args, out, name=s.name):
+            hidden[name] = (out if isinstance(out, torch.Tensor) else out[0])[0]
+
+        handles.append(layers[s.layer - 1].register_forward_hook(note))
     try:
         with torch.no_grad(), prune(model, Watched(case.plan(len(layers))), kv=kv) as run:
             out = model(**case.inputs, use_cache=True)
@@ -391,31 +353,21 @@ class Flag:
     ours: str  # what is tested instead
 
 
-def _flagged_schedules():
-    for case in index("schedule.json"):
+def _flagged_schedules(file="schedule.json"):
+    for case in index(file):
         if "exception" in case:
-            yield Flag(
-                "schedule.json",
-                case["name"],
-                "exception",
-                case["exception"],
-                case["message"],
-                "the copy of the solver in the tests raises the same; ours has no such argument",
-            )
+            ours = "ours has no such argument"
+            found = case["exception"], case["message"]
+            yield Flag(file, case["name"], "exception", *found, ours)
             continue
         for m in MODALITIES:
             target, entering, drops, last, layers, _ = recorded(case, m)
             if not is_feasible(target, entering, drops, last, layers):
-                yield Flag(
-                    "schedule.json",
-                    case["name"],
-                    f"{FILE_NAME[m]}_ratio",
-                    round(target, 6),
-                    f"cannot be reached with encoder ratio {entering:.4g}, drops {drops} "
-                    f"and late start {last}: clipped silently",
-                    "refused with the feasible range; the solver copied into the tests "
-                    "matches the record",
-                )
+                why = f"cannot be reached with encoder ratio {entering:.4g}, drops {drops} "
+                why += f"and late start {last}: clipped silently"
+                ours = "refused with the feasible range; our rule with its strength clipped gives the record"
+                field = f"{FILE_NAME[m]}_ratio"
+                yield Flag(file, case["name"], field, round(target, 6), why, ours)
 
 
 def _flagged_diversity():
@@ -423,79 +375,50 @@ def _flagged_diversity():
         for field in ("min_rel_gap_per_row", "min_rel_gap_per_window"):
             for i, gap in enumerate(case.get(field) or ()):
                 if near(gap):
-                    yield Flag(
-                        "windivprune_index.json",
-                        label(case),
-                        f"{field}[{i}]",
-                        gap,
-                        "near tie: decided by the order of summation",
-                        "exact count",
-                    )
+                    entry = "windivprune_index.json", label(case), f"{field}[{i}]"
+                    why = "near tie: decided by the order of summation"
+                    yield Flag(*entry, gap, why, "exact count")
     for case in index("windivprune_ties.json"):
         if case["exact_arithmetic"]:
             continue
-        lost = case["num_retained"] - case["num_distinct_kept"]
-        yield Flag(
-            "windivprune_ties.json",
-            label(case),
-            "num_distinct_kept" if lost else "exact_arithmetic",
-            case["num_distinct_kept"] if lost else False,
-            f"a token is picked more than once, so {case['num_distinct_kept']} of "
-            f"{case['num_retained']} are kept"
-            if lost
-            else "distances equal but for rounding noise",
-            f"exactly {case['num_retained']} distinct tokens",
-        )
+        n, distinct = case["num_retained"], case["num_distinct_kept"]
+        field, value, why = "exact_arithmetic", False, "distances equal but for rounding noise"
+        if n != distinct:
+            why = f"a token is picked more than once, so {distinct} of {n} are kept"
+            field, value = "num_distinct_kept", distinct
+        ours = f"exactly {n} distinct tokens"
+        yield Flag("windivprune_ties.json", label(case), field, value, why, ours)
 
 
 def _flagged_drops():
     for case in index("topdown_index.json"):
-        flag = lambda field, value, reason, ours: Flag(
-            "topdown_index.json", label(case), field, value, reason, ours
-        )
+        total, kept = case["intended_total"], case["kept_total"]
         if case["total_mismatch"]:
-            yield flag(
-                "total_mismatch",
-                case["total_mismatch"],
-                f"window floors keep {case['kept_total']} where {case['intended_total']} "
-                "are planned",
-                f"exactly {case['intended_total']}, no window over its size",
-            )
+            field, why = "total_mismatch", f"window floors keep {kept} where {total} are planned"
+            ours = f"exactly {total}, no window over its size"
         elif near(case.get("min_distance_to_rounding_tie")):
-            yield flag(
-                "min_distance_to_rounding_tie",
-                case["min_distance_to_rounding_tie"],
-                "a window's budget is a rounding tie",
-                "exact total",
-            )
+            field, why = "min_distance_to_rounding_tie", "a window's budget is a rounding tie"
+            ours = "exact total"
         elif not case["tie_order_defined"]:
-            yield flag(
-                "tie_order_defined",
-                False,
-                "equal scores: which token stays is not defined",
-                "counts per window, and the multiset of kept scores",
-            )
+            field, why = "tie_order_defined", "equal scores: which token stays is not defined"
+            ours = "counts per window, and the multiset of kept scores"
+        else:
+            continue
+        yield Flag("topdown_index.json", label(case), field, case[field], why, ours)
 
 
 def _flagged_e2e():
     for case in e2e_cases():
-        for name, (field, value, reason) in case.flags().items():
-            yield Flag(
-                "e2e_index.json",
-                f"{case.name} {name}",
-                field,
-                value,
-                reason,
-                "our planned totals from here on",
-            )
+        for name, what in case.flags().items():
+            ours = "our planned totals from here on"
+            yield Flag("e2e_index.json", f"{case.name} {name}", *what, ours)
     for name, result in index("e2e_quirks.json", "results").items():
-        ours, first = QUIRKS[name], result[0] if isinstance(result, list) else result
-        what = (
-            f"lengths {[n for _, n in first['drops']]}"
-            if first["ok"]
-            else f"{first['exception']}: {first['message']}"
-        )
-        yield Flag("e2e_quirks.json", name, "ok", first["ok"], what, ours)
+        first = result[0] if isinstance(result, list) else result
+        if first["ok"]:
+            what = f"lengths {[n for _, n in first['drops']]}"
+        else:
+            what = f"{first['exception']}: {first['message']}"
+        yield Flag("e2e_quirks.json", name, "ok", first["ok"], what, QUIRKS[name])
 
 
 def flagged():
