@@ -365,7 +365,10 @@ def _flagged_schedules(file="schedule.json"):
             if not is_feasible(target, entering, drops, last, layers):
                 why = f"cannot be reached with encoder ratio {entering:.4g}, drops {drops} "
                 why += f"and late start {last}: clipped silently"
-                ours = "refused with the feasible range; our rule with its strength clipped gives the record"
+                ours = (
+                    "refused with the feasible range; "
+                    "our rule with its strength clipped gives the record"
+                )
                 field = f"{FILE_NAME[m]}_ratio"
                 yield Flag(file, case["name"], field, round(target, 6), why, ours)
 
