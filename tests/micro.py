@@ -3,9 +3,9 @@ Run by hand, it is no test.
 
     OMP_NUM_THREADS=1 python tests/micro.py [PART ...]
 
-Processor milliseconds, the least of some runs. "before" is the plain way written out here. Shapes
-are those of Qwen2.5-Omni-7B with a video of 64 frames and 32 s of audio where nothing else is said.
-The notes on them are in data/results/bench_notes.md."""
+Processor milliseconds, the least of some runs: "before", the plain way written out here where there
+is one, and after. Shapes are those of Qwen2.5-Omni-7B with a video of 64 frames and 32 s of audio
+where nothing else is said. The notes on them are in data/results/bench_notes.md."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ import torch
 from plain import stage2
 from seats_analysis.pruning.base import stage1_counts
 from seats_analysis.pruning.received import attention_received
-from seats_analysis.pruning.select import _distances, select_in_clip
+from seats_analysis.pruning.select import select_in_clip
 
 WINDOWS = 16  # of 2 s
 
@@ -36,32 +36,12 @@ def cpu_ms(call, runs=3):
 # ---------------------------------------------------------------- selection
 
 
-def padded(features, attention, n, sizes):
-    """Stage I with all windows (G, N) padded to one width: distances to padding, a mask over them,
-    and steps for whole windows, too."""
-    valid = torch.arange(features.shape[1]) < torch.tensor(sizes)[:, None]
-    distance, taken, order = _distances(features, attention), ~valid, []
-    gap = distance.masked_fill(taken[..., None], torch.inf).topk(2, 1, largest=False).values[:, -1]
-    for step in range(max(n)):
-        order.append(gap.masked_fill(taken, -torch.inf).argmax(1, keepdim=True))
-        row = distance.take_along_dim(order[-1][..., None], 1)[:, 0]
-        gap, taken = torch.minimum(gap, row) if step else row, taken.scatter(1, order[-1], True)
-    order = torch.cat(order, 1).masked_fill(
-        torch.arange(max(n)) >= torch.tensor(n)[:, None], features.shape[1]
-    )
-    return torch.zeros(len(n), features.shape[1] + 1, dtype=torch.bool).scatter(1, order, True)[
-        :, :-1
-    ]
-
-
 def stage1():
-    "Windows of both modalities, padded to one width, against tables of their own size."
+    "Stage I over the windows of both modalities."
     sizes = [288] * WINDOWS + [50] * WINDOWS
     x, a = torch.randn(sum(sizes), 3584), torch.rand(sum(sizes))
     n = stage1_counts(sizes[:WINDOWS], 0.084) + stage1_counts(sizes[WINDOWS:], 0.49)
-    starts = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)
-    table = (starts[:, None] + torch.arange(288)).clamp(max=len(x) - 1)
-    return lambda: padded(x[table], a[table], n, sizes), lambda: select_in_clip(x, a, sizes, n)
+    return [lambda: select_in_clip(x, a, sizes, n)]
 
 
 def statistic():
@@ -188,7 +168,7 @@ def launches():
     window = torch.arange(WINDOWS).repeat_interleave(48)[None]
     scores, half = torch.rand(1, 48 * WINDOWS), [12 * WINDOWS]
     return {
-        "stage I": count(stage1()[1]),
+        "stage I": count(stage1()[0]),
         "stage II, a drop": count(
             lambda: stage2(scores, modality, window, WINDOWS, half, half, ratio=0.5)
         ),
@@ -212,8 +192,7 @@ def main(names):
     torch.manual_seed(0)
     for name in names:
         if name in PARTS:
-            before, after = (round(cpu_ms(call), 1) for call in PARTS[name]())
-            found = dict(before=before, after=after)
+            found = [round(cpu_ms(call), 1) for call in PARTS[name]()]
         else:
             found = OTHERS[name]()
         print(json.dumps({name: found}), flush=True)
