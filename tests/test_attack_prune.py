@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 import tiny
 import torch
-from test_undo import state
+from test_undo import Broken, last, state
 
 from seats_analysis.baselines.merging import OmniZip
 from seats_analysis.baselines.registry import METHODS, method_at
@@ -72,24 +72,15 @@ def spoilt(module, value, rows=slice(None)):
         handle.remove()
 
 
-def last(model, batch):
-    return model(**batch.inputs, use_cache=False).logits[:, -1]
-
-
 # ---------------------------------------------------------------- logits that are not finite
 
 
-def written(model, processor, samples):
-    return compare_methods(
-        model, processor, samples, {20: tiny.schedule()}, "vtw", answers="generate"
-    )
-
-
+PLANS = {20: tiny.schedule()}
 ANSWERS = dict(
     evaluate=lambda *a: evaluate(*a, tiny.schedule()),
-    full=lambda *a: evaluate(*a),
-    compare=lambda *a: compare_methods(*a, {20: tiny.schedule()}, "vtw"),
-    written=written,
+    full=evaluate,
+    compare=lambda *a: compare_methods(*a, PLANS, "vtw"),
+    written=lambda *a: compare_methods(*a, PLANS, "vtw", answers="generate"),
 )
 
 
@@ -153,7 +144,7 @@ def test_seats_run_prints_no_nan(model, processor, monkeypatch, unchanged):
 def test_an_answer_has_a_token(model, processor):
     given = dict(answers="generate", max_new_tokens=0)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, not 0"):
-        compare_methods(model, processor, tiny.three(), {20: tiny.schedule()}, "vtw", **given)
+        compare_methods(model, processor, tiny.three(), PLANS, "vtw", **given)
     assert generation_options(dict(max_new_tokens=0))["max_new_tokens"] == 0  # not 16
     assert Answerer(model, processor)([Prompt("p", ("where ?",))], 0) == [""]
 
@@ -161,41 +152,22 @@ def test_an_answer_has_a_token(model, processor):
 # ---------------------------------------------------------------- torch.compile
 
 
-def whole(model):
-    model.compile(backend="eager")
+COMPILED = "whole wrapped function forward inner decoder decoder_forward".split()
+
+
+def compiled(model, how):
+    "What is called after a model was compiled in one of these ways."
+    if how == "wrapped":
+        return torch.compile(model, backend="eager")
+    if how == "function":
+        return torch.compile(lambda **given: model(**given), backend="eager")
+    parts = dict(inner=model.model, decoder=adapter_for(model).decoder(model))
+    module = parts.get(how.split("_")[0], model)
+    if "forward" in how:
+        module.forward = torch.compile(module.forward, backend="eager")
+    else:
+        module.compile(backend="eager")
     return model
-
-
-def forward(model):
-    model.forward = torch.compile(model.forward, backend="eager")
-    return model
-
-
-def decoder(model):
-    adapter_for(model).decoder(model).compile(backend="eager")
-    return model
-
-
-def decoder_forward(model):
-    module = adapter_for(model).decoder(model)
-    module.forward = torch.compile(module.forward, backend="eager")
-    return model
-
-
-def inner(model):
-    model.model.compile(backend="eager")
-    return model
-
-
-COMPILED = dict(
-    whole=whole,
-    wrapped=lambda model: torch.compile(model, backend="eager"),
-    function=lambda model: torch.compile(lambda **given: model(**given), backend="eager"),
-    forward=forward,
-    inner=inner,
-    decoder=decoder,
-    decoder_forward=decoder_forward,
-)
 
 
 @pytest.fixture
@@ -213,12 +185,12 @@ SHORT |= dict(keep_ratios=dict(visual=(0.5,), audio=(0.5,)), entering=dict(visua
 
 def refused_when_compiled(model, batch, how, when):
     plan, full = Schedule(**SHORT), last(model, batch)
-    call = COMPILED[how](model) if when != "inside" else None
+    call = compiled(model, how) if when != "inside" else None
     if when == "warm":
         assert torch.allclose(last(call, batch), full, atol=1e-4)
     for _ in range(2):
         with pytest.raises(ValueError, match="compiled? .*one by one"), prune(model, plan):
-            last(COMPILED[how](model) if call is None else call, batch)
+            last(call or compiled(model, how), batch)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     if call is not None:
         assert torch.allclose(last(call, batch), full, atol=1e-4)  # no hook was traced
@@ -252,29 +224,28 @@ def test_compiled_in_every_way(fresh, batch, how, when):
     refused_when_compiled(fresh, batch, how, when)
 
 
-def test_a_compiled_layer_is_pruned(fresh, batch):
-    compiled_layers(fresh, batch, [Schedule(**SHORT)], slice(1, 2))
-
-
-@pytest.mark.nightly
-def test_compiled_layers_are_pruned(fresh, batch):
-    plans = [Schedule(**SHORT), Schedule(**SHORT | dict(late_start=None))]
-    compiled_layers(fresh, batch, plans, slice(None))
-
-
-def compiled_layers(fresh, batch, plans, which):
+@pytest.mark.parametrize(
+    "starts, which",
+    [([2], slice(1, 2)), pytest.param([2, None], slice(None), marks=pytest.mark.nightly)],
+)
+def test_compiled_layers_are_pruned(fresh, batch, starts, which):
     "Called before, in and between blocks; every block has its own counts."
-    full, want = last(fresh, batch), []
-    for plan in plans:
-        with prune(fresh, plan) as run:
-            want.append((last(fresh, batch), run.tokens_per_layer.tolist()))
+    plans = [Schedule(**SHORT | dict(late_start=start)) for start in starts]
+
+    def pruned():
+        for plan in plans:
+            full.append(last(fresh, batch))
+            with prune(fresh, plan) as run:
+                yield last(fresh, batch), run.tokens_per_layer.tolist()
+
+    full = []
+    want = list(pruned())
     for layer in adapter_for(fresh).layers(fresh)[which]:
         layer.compile(backend="eager")
-    for plan, (logits, tokens) in [*zip(plans, want), *zip(plans, want)]:
-        assert torch.allclose(last(fresh, batch), full, atol=1e-4)
-        with prune(fresh, plan) as run:
-            assert torch.allclose(last(fresh, batch), logits, atol=1e-4)
-        assert run.tokens_per_layer.tolist() == tokens
+    got = [*pruned(), *pruned()]
+    for (logits, tokens), (alone, counts) in zip(got, want * 2, strict=True):
+        assert torch.allclose(logits, alone, atol=1e-4) and tokens == counts
+    assert all(torch.allclose(logits, full[0], atol=1e-4) for logits in full)
 
 
 def test_a_decoder_that_is_passed_by(model, batch, unchanged):
@@ -316,11 +287,11 @@ def in_thread(job, started=None):
     def work():
         if started is not None:
             started.wait()
-        try:
-            with torch.no_grad():
+        with torch.no_grad():
+            try:
                 out.append(job())
-        except Exception as error:
-            out.append(error)
+            except Exception as error:
+                out.append(error)
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -389,11 +360,11 @@ def test_autocast(model, batch, name, unchanged):
 
 
 def gradients(model, batch, method, inside=True):
-    with torch.enable_grad(), prune(model, method):
+    with torch.enable_grad(), ExitStack() as block:
+        block.enter_context(prune(model, method))
         loss = last(model, batch).logsumexp(-1).sum()
-        if inside:
-            loss.backward()
-    if not inside:
+        if not inside:
+            block.close()
         loss.backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -450,29 +421,10 @@ def test_a_method_that_merges_without_gradients_says_so(model, batch):
 # ---------------------------------------------------------------- at random
 
 
-class Broken(Exception):
-    pass
-
-
-def some_plan(draw):
-    "A schedule at random; now and then one that does not fit."
-    layers = tiny.LAYERS + draw.choice([0] * 20 + [1])
-    drops = tuple(sorted(draw.sample(range(1, layers), draw.randint(0, 3))))
-    ratios = lambda: tuple(round(draw.uniform(0.02, 1), 3) for _ in drops)
-    start = drops[-1] + 1 if drops else 1
-    late = draw.choice([None, *range(start, layers + 1)])
-    enter = lambda: draw.choice([1.0, round(draw.uniform(0.02, 1), 3)])
-    return Schedule(
-        layers,
-        drop_layers=drops,
-        keep_ratios=dict(visual=ratios(), audio=ratios()) if drops else {},
-        late_start=late,
-        entering=dict(visual=enter(), audio=enter()),
-    )
-
-
 def some_method(draw):
-    plan = some_plan(draw)
+    "A method at random; now and then a schedule that does not fit."
+    plans = [*tiny.PLANS.values()]
+    plan = draw.choice([*plans, *plans, Schedule(tiny.LAYERS + 1, late_start=2)])
     name = draw.choice([None, "seats", "seats", *METHODS])
     return plan if name is None else method_at(name, plan, (40.0, 40.0), draw.uniform(0.3, 1.5))
 
@@ -515,11 +467,7 @@ def test_prunes_at_random(family, seed, no_grad):
     """Fifty blocks with one or two calls each: after every one the model is the stock model, and
     what went wrong is of a kind that a caller expects."""
     draw, processor, model = random.Random(seed), tiny.processor(family), tiny.thinker(family)
-    questions = [
-        *tiny.three(),
-        tiny.ask("heard", tiny.clip(3, 2.0, sight=False)),
-        tiny.ask("text", None),
-    ]
+    questions = tiny.medley()
     batches = [encode(model, processor, draw.sample(questions, n)) for n in (1, 1, 2, 3)]
     model(**batches[0].inputs, output_hidden_states=True)  # transformers sets hooks once
     before, full = state(model), [last(model, b) for b in batches]

@@ -23,15 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_parity_on_random_shapes(cases, greedy, statistic):
     """In a process of its own; with other numbers for the kernels most cases differ (windows kept
     whole, or not at all, cannot)."""
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "TRITON_INTERPRET": "0" if torch.cuda.is_available() else "1",
-        "OMP_NUM_THREADS": "1",
-    }
+    interpret = "0" if torch.cuda.is_available() else "1"
+    settings = dict(PYTHONPATH=str(ROOT), TRITON_INTERPRET=interpret, OMP_NUM_THREADS="1")
     run = subprocess.run(
         [sys.executable, ROOT / "tests" / "interpreted.py", str(cases)],
-        env=env,
+        env={**os.environ, **settings},
         capture_output=True,
         text=True,
     )
@@ -61,19 +57,15 @@ def test_when_kernels_run(monkeypatch, setting, device, on):
 
 
 def test_without_triton_pytorch_does_it(monkeypatch):
-    monkeypatch.setitem(
-        sys.modules, "seats_analysis.pruning.kernels", None
-    )  # an import of it fails
-    monkeypatch.delattr("seats_analysis.pruning.kernels", raising=False)
-    monkeypatch.setenv("SEATS_TRITON", "1")
-    assert received.triton_kernels("cuda") is None
-    assert select.select_in_clip(torch.randn(8, 4), None, (8,), (3,)).sum() == 3
-
-
-def test_windows_too_large_for_the_kernel_are_taken_by_pytorch(monkeypatch):
-    kernels = pytest.importorskip("seats_analysis.pruning.kernels")
+    "Nor for windows that are too large for the kernel."
+    name = "seats_analysis.pruning.kernels"
+    kernels = pytest.importorskip(name)
     monkeypatch.setenv("SEATS_TRITON", "1")
     monkeypatch.setattr(kernels, "LARGEST", 7)
+    assert select.select_in_clip(torch.randn(8, 4), None, (8,), (3,)).sum() == 3
+    monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+    monkeypatch.delattr(name, raising=False)
+    assert received.triton_kernels("cuda") is None
     assert select.select_in_clip(torch.randn(8, 4), None, (8,), (3,)).sum() == 3
 
 
@@ -100,32 +92,21 @@ def assembled(kernel, types, constants, arch, warps=4):
     from triton.backends.nvidia.compiler import get_ptxas
 
     signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
+    fixed = {(kernel.arg_names.index(n),): v for n, v in constants.items()}
     built = triton.compile(
-        triton.compiler.ASTSource(
-            kernel,
-            signature,
-            constexprs={(kernel.arg_names.index(n),): v for n, v in constants.items()},
-        ),
+        triton.compiler.ASTSource(kernel, signature, constexprs=fixed),
         target=GPUTarget("cuda", arch, 32),
         options=dict(num_warps=warps),
     )
+    name = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
     said = subprocess.run(
-        [
-            get_ptxas(arch).path,
-            "-v",
-            f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}",
-            "-",
-            "-o",
-            os.devnull,
-        ],
+        [get_ptxas(arch).path, "-v", name, "-", "-o", os.devnull],
         input=built.asm["ptx"],
         capture_output=True,
         text=True,
-    )
-    return built.metadata.shared, *(
-        int(re.search(p, said.stderr)[1])
-        for p in (r"Used (\d+) registers", r"(\d+) bytes spill loads")
-    )
+    ).stderr
+    patterns = r"Used (\d+) registers", r"(\d+) bytes spill loads"
+    return built.metadata.shared, *(int(re.search(p, said)[1]) for p in patterns)
 
 
 INDEX = dict.fromkeys(("start", "size", "count", "block"), "*i64")
@@ -156,30 +137,19 @@ def test_kernels_fit_a_gpu(arch, widths, dims):
     for wide in (*widths, kernels.LARGEST):
         constants = kernels.greedy_launch(wide)
         warps = constants.pop("num_warps")
-        found["take", wide] = assembled(
-            kernels._take_diverse, dict(INDEX, distance="*fp32", keep="*u8"), constants, arch, warps
-        )
+        types = dict(INDEX, distance="*fp32", keep="*u8")
+        found["take", wide] = assembled(kernels._take_diverse, types, constants, arch, warps)
+
+    def statistic(name, short, rows, dim):
+        types = dict(INDEX, q=f"*{short}", k=f"*{short}", **SHAPE)
+        return assembled(getattr(kernels, name), types, dict(ROWS=rows, DIM=dim), arch)
+
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for dim in dims:  # heads of the embedded model, of the audio and of the vision tower
             for name in ("_log_sums", "_column_sums"):
-                types = dict(INDEX, q=f"*{short}", k=f"*{short}", **SHAPE)
-                found[name, short, dim] = assembled(
-                    getattr(kernels, name),
-                    types,
-                    dict(ROWS=kernels.tile_rows(dtype), DIM=dim),
-                    arch,
-                )
+                rows = kernels.tile_rows(dtype)
+                found[name, short, dim] = statistic(name, short, rows, dim)
     assert max(shared for shared, *_ in found.values()) <= 48 * 1024, found
-    spilt = {k: v for k, v in found.items() if v[2]}
-    assert all(bytes_ <= 256 for *_, bytes_ in spilt.values()) and not any(
-        "bf16" in k for k in spilt
-    ), spilt
-    assert (
-        assembled(
-            kernels._column_sums,
-            dict(INDEX, q="*fp32", k="*fp32", **SHAPE),
-            dict(ROWS=64, DIM=128),
-            arch,
-        )[2]
-        > 4096
-    )  # and it can tell
+    for program, (*_, spilt) in found.items():
+        assert spilt <= (0 if "bf16" in program else 256), program
+    assert statistic("_column_sums", "fp32", 64, 128)[2] > 4096  # and it can tell

@@ -4,8 +4,9 @@ threads keep out of each other's way."""
 import copy
 import gc
 import weakref
-from contextlib import ExitStack, contextmanager
-from threading import Barrier, Thread
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
+from threading import Barrier
 
 import pytest
 import tiny
@@ -70,29 +71,19 @@ def last(model, batch):
 def state(model):
     """Hooks and attributes of all modules (by identity), their classes' methods, weights; all but
     `rope_deltas`, which stock calls write."""
-    out, same = {}, lambda d: {k: id(v) for k, v in d.items() if k != "rope_deltas"}
+
+    def same(d):
+        return [(k, id(v)) for k, v in d.items() if k != "rope_deltas"]
+
+    out = {}
     for name, m in model.named_modules():
-        out[name] = dict(
-            vars=same(vars(m)),
-            parts={
-                k: same(v) for k, v in vars(m).items() if isinstance(v, dict) and "hooks" not in k
-            },
-            hooks={
-                k: [(i, id(h)) for i, h in v.items()]
-                for k, v in vars(m).items()
-                if "hooks" in k and isinstance(v, dict)
-            },
-            methods=[same(vars(c)) for c in type(m).__mro__],
-            training=m.training,
-        )
-    out["weights"] = [
-        (p.data_ptr(), p._version, p.requires_grad) for p in (*model.parameters(), *model.buffers())
-    ]
-    out["configs"] = (
-        model.config.to_dict(),
-        model.generation_config.to_dict(),
-        model.config._attn_implementation,
-    )
+        parts = {k: same(v) for k, v in vars(m).items() if isinstance(v, dict)}
+        classes = [dict(same(vars(c))) for c in type(m).__mro__]
+        out[name] = dict(same(vars(m))), parts, classes, m.training
+    weights = *model.parameters(), *model.buffers()
+    out["weights"] = [(p.data_ptr(), p._version, p.requires_grad) for p in weights]
+    configs = model.config.to_dict(), model.generation_config.to_dict()
+    out["configs"] = *configs, model.config._attn_implementation
     return out
 
 
@@ -100,25 +91,20 @@ def tensors(x):
     "All tensors in what a module returned."
     if isinstance(x, torch.Tensor):
         yield x
+    elif hasattr(x, "values"):
+        yield from tensors(tuple(x.values()))
     elif isinstance(x, (tuple, list)):
         for y in x:
-            yield from tensors(y)
-    elif hasattr(x, "values"):
-        for y in x.values():
             yield from tensors(y)
 
 
 @contextmanager
 def listening(model, note):  # note(module name, output)
-    handles = [
-        m.register_forward_hook(lambda m, a, out, n=n: note(n, out))
-        for n, m in model.named_modules()
-    ]
-    try:
+    with ExitStack() as stack:
+        for name, m in model.named_modules():
+            handle = m.register_forward_hook(lambda m, a, out, name=name: note(name, out))
+            stack.callback(handle.remove)
         yield
-    finally:
-        for h in handles:
-            h.remove()
 
 
 def everything(model, batch):
@@ -137,29 +123,19 @@ def equal(a, b):
 
 def test_the_snapshot_sees(model, other, batch):
     "Hooks, attributes, methods, weights and outputs: a change of any of them shows."
-    before, outputs, layer = (
-        state(model),
-        everything(model, batch),
-        adapter_for(model).layers(model)[1],
-    )
-    assert (
-        state(model) == before
-        and equal(everything(model, batch), outputs)
-        and not equal(everything(other, batch), outputs)
-    )
+    before, outputs = state(model), everything(model, batch)
+    assert state(model) == before and equal(everything(model, batch), outputs)
+    assert not equal(everything(other, batch), outputs)
     with prune(model, PLAN):
         assert len({n for n, s in state(model).items() if s != before.get(n)}) >= LAYERS + 6
-    for do, undo in (
-        (lambda: setattr(layer, "x", 1), lambda: delattr(layer, "x")),
-        (lambda: layer.train(), lambda: layer.eval()),
-        (lambda: setattr(type(layer), "y", 1), lambda: delattr(type(layer), "y")),
-    ):
-        do()
-        assert state(model) != before
-        undo()
-        assert state(model) == before
     changed = copy.deepcopy(model)
-    before = state(changed)
+    layer = adapter_for(changed).layers(changed)[1]
+    for place, name, value in ((layer, "x", 1), (layer, "training", True), (type(layer), "y", 1)):
+        before = state(changed)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(place, name, value, raising=False)
+            assert state(changed) != before
+        assert state(changed) == before
     next(changed.parameters()).mul_(1)
     assert state(changed) != before
 
@@ -167,34 +143,24 @@ def test_the_snapshot_sees(model, other, batch):
 # ---------------------------------------------------------------- undone, wherever it ends
 
 
-def raising(when=lambda *args: True):
-    "Makes a function raise where `when` says so."
-
-    def wrap(function):
-        def broken(*args, **kwargs):
-            if when(*args):
-                raise Broken
-            return function(*args, **kwargs)
-
-        return broken
-
-    return wrap
+def always(*args):
+    return True
 
 
 FUNCTIONS = dict(
-    planning=(session, "layout_of", raising()),
-    statistics=(encoders, "attention_received", raising()),
-    stage1=(seats, "select_in_clip", raising()),
-    scores=(Prefill, "scores", raising()),
-    stage2=(seats, "select_in_chunks", raising()),
-    stage3=(Prefill, "choose", raising(lambda s, step, *a: step.stage == 3)),
-    eviction=(cache_module, "shorten_cache", raising()),
-    masks=(prefill, "stock_mask", raising()),
-    label=(session, "label_cache", raising()),
-    copies=(session, "repeat_media", raising()),
-    beams=(Slots, "rows", raising()),
-    decode_masks=(Slots, "mask", raising()),
-    positions=(Slots, "go_on", raising()),
+    planning=(session, "layout_of", always),
+    statistics=(encoders, "attention_received", always),
+    stage1=(seats, "select_in_clip", always),
+    scores=(Prefill, "scores", always),
+    stage2=(seats, "select_in_chunks", always),
+    stage3=(Prefill, "choose", lambda s, step, *a: step.stage == 3),
+    eviction=(cache_module, "shorten_cache", always),
+    masks=(prefill, "stock_mask", always),
+    label=(session, "label_cache", always),
+    copies=(session, "repeat_media", always),
+    beams=(Slots, "rows", always),
+    decode_masks=(Slots, "mask", always),
+    positions=(Slots, "go_on", always),
 )
 MODULES = dict(
     vision=lambda ad, m: ad.visual(m).blocks[0],
@@ -202,28 +168,38 @@ MODULES = dict(
     middle=lambda ad, m: ad.layers(m)[2].self_attn,
     late=lambda ad, m: ad.layers(m)[5].mlp,
     head=lambda ad, m: ad.lm_head(m),
+    decode_layer=lambda ad, m: ad.layers(m)[3],
 )
 
 
 @contextmanager
 def fault(model, where, monkeypatch):
     "Something that raises `Broken` while a prompt is pruned and continued."
-    with monkeypatch.context() as patch, ExitStack() as stack:
+    handle, fails = None, always
+    with monkeypatch.context() as patch:
         if where in FUNCTIONS:
-            place, name, wrap = FUNCTIONS[where]
-            patch.setattr(place, name, wrap(getattr(place, name)))
-        elif where == "decode_layer":  # the prompt passes, the next token does not
-            fails = raising(lambda m, a: a[0].shape[1] == 1)(lambda *a: None)
-            stack.callback(
-                adapter_for(model).layers(model)[3].register_forward_pre_hook(fails).remove
-            )
+            place, name, fails = FUNCTIONS[where]
+            stock = getattr(place, name)
+
+            def broken(*args, **kwargs):
+                if fails(*args):
+                    raise Broken
+                return stock(*args, **kwargs)
+
+            patch.setattr(place, name, broken)
         else:
-            stack.callback(
-                MODULES[where](adapter_for(model), model)
-                .register_forward_hook(raising()(None))
-                .remove
-            )
+            # the prompt passes a layer of a decode step, the next token does not
+            decode = where == "decode_layer"
+
+            def broken(m, args):
+                if not decode or args[0].shape[1] == 1:
+                    raise Broken
+
+            module = MODULES[where](adapter_for(model), model)
+            handle = module.register_forward_pre_hook(broken)
         yield
+        if handle is not None:
+            handle.remove()
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +211,7 @@ def untouched(model, batch):
             return before, outputs, everything(model, batch)
 
 
-@pytest.mark.parametrize("where", [*FUNCTIONS, *MODULES, "decode_layer"])
+@pytest.mark.parametrize("where", [*FUNCTIONS, *MODULES])
 def test_undone_after_an_exception(model, batch, where, monkeypatch, untouched):
     """The same fault, once leaving the block and once caught inside; then everything is as before,
     and pruning works as before."""
@@ -255,10 +231,9 @@ def test_undone_after_an_exception(model, batch, where, monkeypatch, untouched):
 def test_undone_after_the_body_raises(model, batch, error):
     before = state(model)
     # a generator cannot hand on the last of them as it is
-    with pytest.raises((error, RuntimeError)):
-        with prune(model, PLAN):
-            generate(model, batch)
-            raise error
+    with pytest.raises((error, RuntimeError)), prune(model, PLAN):
+        generate(model, batch)
+        raise error
     assert state(model) == before
 
 
@@ -296,17 +271,24 @@ def test_what_others_did_stays(model, batch):
     "Hooks of the caller, set before or within, and an expansion of its own, are still there."
     before, calls, name = state(model), [], "_expand_inputs_for_generation"
     stock, layer = getattr(model, name), adapter_for(model).layers(model)[1]
-    mine = lambda **kwargs: calls.append("expanded") or stock(**kwargs)
+
+    def mine(**kwargs):
+        calls.append("expanded")
+        return stock(**kwargs)
+
+    def hook(when):
+        return layer.register_forward_hook(lambda *a: calls.append(when))
+
     setattr(model, name, mine)
-    handles = [layer.register_forward_hook(lambda *a: calls.append("before"))]
+    handles = [hook("before")]
     with prune(model, PLAN):
-        handles.append(layer.register_forward_hook(lambda *a: calls.append("within")))
+        handles.append(hook("within"))
         generate(model, batch)
-        assert {"before", "within", "expanded"} <= set(calls)
+    assert {"before", "within", "expanded"} <= set(calls)
     assert vars(model)[name] is mine and len(layer._forward_hooks) == 2
     delattr(model, name)
-    for h in handles:
-        h.remove()
+    for handle in handles:
+        handle.remove()
     assert state(model) == before
 
 
@@ -318,10 +300,8 @@ def deltas(model):
 
 
 def call(model, one, how):
-    stock = {
-        **{k: v for k, v in one.inputs.items() if k != "position_ids"},
-        "use_audio_in_video": True,
-    }
+    stock = {**one.inputs, "use_audio_in_video": True}
+    del stock["position_ids"]
     if how == "forward":
         return model(**stock)
     if how == "given positions":
@@ -340,18 +320,19 @@ def call(model, one, how):
 @pytest.mark.parametrize("how", ["forward", "steps", "generate", "beams", "given positions"])
 def test_rope_deltas_are_those_of_an_unpruned_call(model, processor, batch, how):
     one = encode(model, processor, batch.samples[:1])
-    plain, pruned = (copy.deepcopy(model) for _ in range(2))
-    for m in (plain, pruned):
-        for n in deltas(m):
-            vars(dict(m.named_modules())[n])["rope_deltas"] = None
-    call(plain, one, how)
-    with prune(pruned, PLAN):
-        call(pruned, one, how)
-    want, got = deltas(plain), deltas(pruned)
-    assert list(got) == list(want) and len(want) >= 1
-    for n in want:
-        assert got[n] is want[n] is None if want[n] is None else torch.equal(got[n], want[n])
-    assert any(d is not None for d in want.values()) or how == "given positions"
+    model = copy.deepcopy(model)
+    found = []
+    for plan in (None, PLAN):
+        for n in deltas(model):
+            model.get_submodule(n).rope_deltas = None
+        with prune(model, plan) if plan else nullcontext():
+            call(model, one, how)
+        found.append(deltas(model))
+    plain, pruned = found
+    assert plain and list(pruned) == list(plain)
+    for n, want in plain.items():
+        assert pruned[n] is None if want is None else torch.equal(pruned[n], want)
+    assert any(d is not None for d in plain.values()) or how == "given positions"
 
 
 # ---------------------------------------------------------------- nothing is held back
@@ -360,13 +341,15 @@ def test_rope_deltas_are_those_of_an_unpruned_call(model, processor, batch, how)
 def float_storages(model):
     "Storages of all floating point tensors that are alive, but the model's own."
     gc.collect()
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     alive = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.is_floating_point()]
-    return {
-        t.untyped_storage().data_ptr(): tuple(t.shape)
-        for t in alive
-        if t.untyped_storage().data_ptr() not in own
-    }
+    found = {t.untyped_storage().data_ptr(): tuple(t.shape) for t in alive}
+    for t in (*model.parameters(), *model.buffers()):
+        found.pop(t.untyped_storage().data_ptr(), None)
+    return found
+
+
+def new_storages(model, before):
+    return [shape for p, shape in float_storages(model).items() if p not in before]
 
 
 def one_call(model, batch, where, monkeypatch):
@@ -379,7 +362,7 @@ def one_call(model, batch, where, monkeypatch):
             generate(model, batch)
         except Broken:
             return
-    raise AssertionError("the fault did not show")
+    pytest.fail("the fault did not show")
 
 
 @pytest.mark.parametrize(
@@ -397,31 +380,25 @@ def test_no_hidden_state_survives(model, batch, where, kv, monkeypatch):
     its run still there; afterwards no new tensor is left."""
     generate(model, batch)  # what is made once and kept, such as tables
     refs, before = [], float_storages(model)
+
+    def note(name, out):
+        refs.extend((name, weakref.ref(t)) for t in tensors(out))
+
     with prune(model, PLAN, kv=kv) as run:
-        with listening(
-            model, lambda name, out: refs.extend((name, weakref.ref(t)) for t in tensors(out))
-        ):
+        with listening(model, note):
             one_call(model, batch, where, monkeypatch)
         gc.collect()
         assert len(refs) > 50 and not {name for name, r in refs if r() is not None}
         hidden = model.config.get_text_config().hidden_size
-        assert not [
-            s for p, s in float_storages(model).items() if p not in before and s[-1:] == (hidden,)
-        ]
-    left = {p: s for p, s in float_storages(model).items() if p not in before}
-    assert not left and run.layout is not None
+        assert not [shape for shape in new_storages(model, before) if shape[-1:] == (hidden,)]
+    assert not new_storages(model, before) and run.layout is not None
 
 
 def test_the_search_for_survivors_finds_them(model, batch):
     before, kept = float_storages(model), []
-    with listening(
-        model,
-        lambda name, out: (
-            kept.append(next(tensors(out), None)) if name.endswith("layers.3") else None
-        ),
-    ):
+    with listening(model, lambda name, out: kept.extend(tensors(out))):
         last(model, batch)
-    assert any(s[-1:] == (128,) for p, s in float_storages(model).items() if p not in before)
+    assert any(shape[-1:] == (128,) for shape in new_storages(model, before))
 
 
 # ---------------------------------------------------------------- several models, several threads
@@ -437,23 +414,18 @@ def test_two_models_one_pruned(model, other, batch):
 
 def test_blocks_that_overlap(model, other, batch):
     "Two models, whose blocks are left in the order in which they were entered."
-    states, wants = (
-        [state(m) for m in (model, other)],
-        [everything(m, batch) for m in (model, other)],
-    )
+    models = model, other
+    states = [state(m) for m in models]
+    wants = [everything(m, batch) for m in models]
     first, second = prune(model, PLAN), prune(other, PLAN, kv="retain")
-    first.__enter__(), second.__enter__()
-    both = [generate(m, batch) for m in (model, other)]
+    first.__enter__()
+    second.__enter__()
+    pruned = generate(other, batch)
     first.__exit__(None, None, None)
-    assert (
-        state(model) == states[0]
-        and equal(everything(model, batch), wants[0])
-        and torch.equal(generate(other, batch), both[1])
-    )
+    assert state(model) == states[0] and equal(everything(model, batch), wants[0])
+    assert torch.equal(generate(other, batch), pruned)
     second.__exit__(None, None, None)
-    assert [state(m) for m in (model, other)] == states and equal(
-        everything(other, batch), wants[1]
-    )
+    assert [state(m) for m in models] == states and equal(everything(other, batch), wants[1])
 
 
 def test_one_block_at_a_time(model, batch):
@@ -472,23 +444,16 @@ def test_one_block_at_a_time(model, batch):
 
 
 def together(*jobs):
-    "Run functions in threads that start at the same moment; what they returned or raised."
-    out, gate = [None] * len(jobs), Barrier(len(jobs))
+    "Run functions in threads that start at the same moment; what they returned."
+    gate = Barrier(len(jobs))
 
-    def work(i, job):
+    def work(job):
         gate.wait()
-        try:
-            with torch.no_grad():
-                out[i] = job()
-        except Exception as e:
-            out[i] = e
+        with torch.no_grad():
+            return job()
 
-    threads = [Thread(target=work, args=a) for a in enumerate(jobs)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    return out
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return list(pool.map(work, jobs))
 
 
 def test_threads_on_two_models(model, other, batch):
@@ -500,22 +465,13 @@ def test_threads_on_two_models(model, other, batch):
         out = []
         for _ in range(6):
             with prune(m, plan, kv=kv) as run:
-                out.append((generate(m, batch), run.tokens_per_layer.tolist(), run.timings.calls))
+                tokens = generate(m, batch).tolist()
+                out.append((tokens, run.tokens_per_layer.tolist(), run.timings.calls))
         return out
 
     jobs = [lambda: job(model, PLAN, "retain"), lambda: job(other, early, "evict")]
     before, wants = [state(m) for m in (model, other)], [j() for j in jobs]
-    for got, want in zip(together(*jobs), wants):
-        if isinstance(got, Exception):
-            raise got
-        for (tokens, counts, calls), (tokens_alone, counts_alone, calls_alone) in zip(
-            got, want, strict=True
-        ):
-            assert (
-                torch.equal(tokens, tokens_alone)
-                and counts == counts_alone
-                and calls == calls_alone
-            )
+    assert together(*jobs) == wants
     assert [state(m) for m in (model, other)] == before
 
 
