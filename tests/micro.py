@@ -1,11 +1,11 @@
 """Before and after, part by part: what each change to the hot path gains on this machine's CPU.
 Run by hand, it is no test.
 
-    OMP_NUM_THREADS=1 python tests/micro.py [PART ...]
+    OMP_NUM_THREADS=1 python tests/micro.py [--json] [PART ...]
 
-Processor milliseconds, the least of some runs: "before", the plain way written out here where there
-is one, and after. Shapes are those of Qwen2.5-Omni-7B with a video of 64 frames and 32 s of audio
-where nothing else is said. The notes on them are in data/results/bench_notes.md."""
+Processor milliseconds, the least of some runs. "before" is the plain way written out here. Shapes
+are those of Qwen2.5-Omni-7B with a video of 64 frames and 32 s of audio where nothing else is said.
+The notes on them are in data/results/bench_notes.md."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ import torch
 from plain import stage2
 from seats_analysis.pruning.base import stage1_counts
 from seats_analysis.pruning.received import attention_received
-from seats_analysis.pruning.select import select_in_clip
+from seats_analysis.pruning.select import _distances, select_in_clip
 
 WINDOWS = 16  # of 2 s
 
@@ -36,12 +36,32 @@ def cpu_ms(call, runs=3):
 # ---------------------------------------------------------------- selection
 
 
+def padded(features, attention, n, sizes):
+    """Stage I with all windows (G, N) padded to one width: distances to padding, a mask over them,
+    and steps for whole windows, too."""
+    valid = torch.arange(features.shape[1]) < torch.tensor(sizes)[:, None]
+    distance, taken, order = _distances(features, attention), ~valid, []
+    gap = distance.masked_fill(taken[..., None], torch.inf).topk(2, 1, largest=False).values[:, -1]
+    for step in range(max(n)):
+        order.append(gap.masked_fill(taken, -torch.inf).argmax(1, keepdim=True))
+        row = distance.take_along_dim(order[-1][..., None], 1)[:, 0]
+        gap, taken = torch.minimum(gap, row) if step else row, taken.scatter(1, order[-1], True)
+    order = torch.cat(order, 1).masked_fill(
+        torch.arange(max(n)) >= torch.tensor(n)[:, None], features.shape[1]
+    )
+    return torch.zeros(len(n), features.shape[1] + 1, dtype=torch.bool).scatter(1, order, True)[
+        :, :-1
+    ]
+
+
 def stage1():
-    "Stage I over the windows of both modalities."
+    "Windows of both modalities, padded to one width, against tables of their own size."
     sizes = [288] * WINDOWS + [50] * WINDOWS
     x, a = torch.randn(sum(sizes), 3584), torch.rand(sum(sizes))
     n = stage1_counts(sizes[:WINDOWS], 0.084) + stage1_counts(sizes[WINDOWS:], 0.49)
-    return [lambda: select_in_clip(x, a, sizes, n)]
+    starts = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)
+    table = (starts[:, None] + torch.arange(288)).clamp(max=len(x) - 1)
+    return lambda: padded(x[table], a[table], n, sizes), lambda: select_in_clip(x, a, sizes, n)
 
 
 def statistic():
@@ -57,61 +77,44 @@ def statistic():
     return before, lambda: attention_received(*flat, [1152] * WINDOWS)
 
 
-# ---------------------------------------------------------------- towers
+def projections():
+    """Queries and keys of the last vision layer projected once more for the statistic, against
+    nothing."""
+    layers, x = [torch.nn.Linear(1280, 1280) for _ in range(2)], torch.randn(WINDOWS * 1152, 1280)
+    return lambda: [layer(x) for layer in layers], lambda: None
 
 
-def tower():
-    """A vision tower of Qwen2.5-Omni, its width 320 and its depth 8 instead of 1280 and 32, on 16
-    frames of 336x336."""
-    from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
-    from seats_analysis.testbed.load import build_config
-
-    config = build_config(layers=1)
-    changes = dict(depth=8, hidden_size=320, num_heads=4, intermediate_size=856, window_size=112)
-    config.vision_config.update({**changes, "fullatt_block_indexes": [3, 7]})
-    model = Thinker._from_config(config, attn_implementation="sdpa").eval()
-    grid = torch.tensor([[8, 24, 24]])
-
-    def call(pixels, grids=grid):
-        return model.model.visual(pixels, grid_thw=grids)
-
-    return model, call, grid
+def scores():
+    """Queries of all positions, against the query of one (the keys are needed either way and are
+    in neither)."""
+    layer, x = torch.nn.Linear(3584, 3584), torch.randn(900, 3584)
+    return lambda: layer(x), lambda: layer(x[-1:])
 
 
-def windows():
-    "One call of attention per window, against one per size."
-    from seats_analysis.pruning.encoders import batched_windows
+def eviction():
+    """Caches of all earlier layers at every cut, against each layer once; the published plan at 10
+    % (cuts at 16, 18, 20 and 23 of 28)."""
+    lengths, starts = [1300, 1220, 1000, 380, 80], [0, 16, 18, 20, 23, 28]
+    owner = [i for i, (a, b) in enumerate(zip(starts, starts[1:])) for _ in range(a, b)]
+    full = [(torch.randn(1, 4, lengths[i], 128), torch.randn(1, 4, lengths[i], 128)) for i in owner]
+    cuts = [torch.randperm(a)[:b].sort().values[None] for a, b in zip(lengths, lengths[1:])]
 
-    model, visual, _ = tower()
-    pixels = torch.randn(8 * 24 * 24, 1176)
-
-    def after():
-        with batched_windows(model):
-            visual(pixels)
-
-    return lambda: visual(pixels), after
-
-
-def repeats(new=4):
-    "A clip in which every second temporal grid repeats the one before it."
-    from seats_analysis.pruning.encoders import find_repeats
-
-    _, visual, grid = tower()
-    pixels = torch.randn(new, 24 * 24 * 1176).repeat_interleave(8 // new, 0).view(-1, 1176)
+    def before():
+        kv = list(full)
+        for i, index in enumerate(cuts):
+            for l in range(starts[i + 1]):
+                kv[l] = tuple(
+                    x.transpose(1, 2).index_select(1, index[0]).transpose(1, 2) for x in kv[l]
+                )
 
     def after():
-        found = find_repeats(pixels, grid.tolist(), 4)
-        if found is None:
-            visual(pixels)
-        else:
-            found.spread(visual(pixels[found.first], torch.tensor(found.grids)))
+        held = []
+        for i, index in enumerate(cuts):
+            held = [h.gather(1, index) for h in held] + [index]
+        for l in range(starts[-2]):
+            [x.index_select(2, held[owner[l]][0]) for x in full[l]]
 
-    return lambda: visual(pixels), after
-
-
-def no_repeats():
-    "What looking for repeated grids costs where there are none."
-    return repeats(new=8)
+    return before, after
 
 
 # ---------------------------------------------------------------- a whole request
@@ -119,31 +122,48 @@ def no_repeats():
 
 def request(seconds=240):
     """The embedded model on a clip of 4,575 tokens: processor ms by section of the timings, for
-    the full prompt and for 10 %, with and without the options for the towers."""
-    import tiny
+    the full prompt and for 10 %."""
+    from pathlib import Path
+    import numpy as np
     from seats_analysis.pruning import timing
     from seats_analysis.models.encode import encode
     from seats_analysis.models.decoder import last_logits_only
+    from seats_analysis.inputs.media import Clip
+    from seats_analysis.inputs.samples import Sample
     from seats_analysis.pruning.session import prune
     from seats_analysis.schedules.schedule import Schedule
     from seats_analysis.testbed.load import load_testbed
 
     model, processor = load_testbed()
-    question = tiny.ask("x", tiny.clip(0, seconds, size=(84, 84)))
-    inputs = encode(model, processor, [question]).inputs
-    plan = Schedule.load("data/schedules/testbed_trr10.json")
+    rng = np.random.default_rng(0)
+    clip = Clip(
+        "noise",
+        rng.integers(0, 255, (2 * seconds, 84, 84, 3), dtype="uint8"),
+        2.0,
+        (rng.standard_normal(16000 * seconds) * 0.1).astype("float32"),
+        16000,
+    )
+    inputs = encode(
+        model,
+        processor,
+        [
+            Sample(
+                "x", clip, question="what colour is the circle ?", choices=("red", "blue"), answer=0
+            )
+        ],
+    ).inputs
+    plan = Schedule.load(Path(__file__).parents[1] / "data" / "schedules" / "testbed_trr10.json")
     timing.perf_counter = time.process_time  # the timings counts the processor's time here
     rows = {}
-    for name, p in {"full": None, "10 %": plan}.items():
-        for encoders in ((), "batch"):
-            found = []
-            for _ in range(3):
-                with last_logits_only(model), prune(model, p, encoders=encoders) as run:
-                    model(**inputs)
-                found.append(run.timings.ms)
-            parts = "encoders", "selection", "prefill"
-            least = {k: round(min(ms[k] for ms in found), 1) for k in parts}
-            rows[f"{name} {encoders or ''}"] = least
+    for name, p in (("full", None), ("10 %", plan)):
+        found = []
+        for _ in range(3):
+            with last_logits_only(model), prune(model, p) as run:
+                model(**inputs)
+            found.append(run.timings.ms)
+        rows[name] = {
+            k: round(min(ms[k] for ms in found), 1) for k in ("encoders", "selection", "prefill")
+        }
     return rows
 
 
@@ -157,18 +177,21 @@ def launches():
     def count(call):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
             call()
-        names = Counter()
-        for e in seen.events():
-            inner = any(c.name.startswith("aten::") for c in e.cpu_children)
-            if e.name.startswith("aten::") and not inner:
-                names[e.name] += 1
-        return sum(n for name, n in names.items() if name not in VIEWS)
+        leaves = [
+            e
+            for e in seen.events()
+            if e.name.startswith("aten::")
+            and not any(c.name.startswith("aten::") for c in e.cpu_children)
+        ]
+        return sum(Counter(e.name for e in leaves if e.name not in VIEWS).values())
 
-    modality = torch.tensor([[1] * 24 + [2] * 24]).repeat(1, WINDOWS)
-    window = torch.arange(WINDOWS).repeat_interleave(48)[None]
+    modality, window = (
+        torch.tensor([[1] * 24 + [2] * 24]).repeat(1, WINDOWS),
+        torch.arange(WINDOWS).repeat_interleave(48)[None],
+    )
     scores, half = torch.rand(1, 48 * WINDOWS), [12 * WINDOWS]
     return {
-        "stage I": count(stage1()[0]),
+        "stage I": count(stage1()[1]),
         "stage II, a drop": count(
             lambda: stage2(scores, modality, window, WINDOWS, half, half, ratio=0.5)
         ),
@@ -183,20 +206,33 @@ VIEWS = (
     "aten::reshape aten::_unsafe_view aten::narrow aten::lift_fresh aten::_reshape_alias"
 ).split()
 
-PARTS = {call.__name__: call for call in (stage1, statistic, windows, repeats, no_repeats)}
+PARTS = dict(
+    stage1=stage1, statistic=statistic, projections=projections, scores=scores, eviction=eviction
+)
 OTHERS = dict(launches=launches, request=request)
 
 
-@torch.no_grad()
-def main(names):
+def main(names, others):
     torch.manual_seed(0)
-    for name in names:
-        if name in PARTS:
-            found = [round(cpu_ms(call), 1) for call in PARTS[name]()]
-        else:
-            found = OTHERS[name]()
-        print(json.dumps({name: found}), flush=True)
+    rows = {}
+    with torch.no_grad():
+        for name in names:
+            before, after = PARTS[name]()
+            rows[name] = dict(before=round(cpu_ms(before), 1), after=round(cpu_ms(after), 1))
+            if "--json" not in sys.argv:
+                print(
+                    f"{name:12} {rows[name]['before']:9.1f} {rows[name]['after']:9.1f} ms   ",
+                    PARTS[name].__doc__,
+                    flush=True,
+                )
+        for name in others:
+            rows[name] = OTHERS[name]()
+            if "--json" not in sys.argv:
+                print(name, *(f"{k}: {v}" for k, v in rows[name].items()), sep="\n    ", flush=True)
+    if "--json" in sys.argv:
+        print(json.dumps(rows))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or [*PARTS, *OTHERS])
+    asked = [a for a in sys.argv[1:] if a != "--json"] or [*PARTS, *OTHERS]
+    main([a for a in asked if a in PARTS], [a for a in asked if a in OTHERS])

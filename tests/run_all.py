@@ -274,23 +274,28 @@ sys.meta_path.insert(0, NoLab())
 """
 
 
-def delete_lab(folder):
-    "A copy of the package without its laboratory, in a folder for PYTHONPATH."
+def without_lab(folder):
+    "The project in a folder, its package without the laboratory."
     ignored = shutil.ignore_patterns("lab", "__pycache__")
-    shutil.copytree(ROOT / "seats_analysis", folder / "seats_analysis", ignore=ignored)
+    for path in ROOT.iterdir():
+        if path.name in ("seats_analysis", "tests"):  # tests look for the project beside them
+            shutil.copytree(path, folder / path.name, ignore=ignored)
+        else:
+            (folder / path.name).symlink_to(path)
     (folder / "sitecustomize.py").write_text(NO_LAB, encoding="utf-8")
 
 
 def run_pytest(args):
     options = ["-n", WORKERS, "--dist", "worksteal", *(["--nightly"] if args.nightly else [])]
-    core = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if p.name not in WHOLE]
-    whole = [ROOT / "tests" / name for name in WHOLE]
+    core = [p.name for p in sorted(ROOT.glob("tests/test_*.py")) if p.name not in WHOLE]
     heading("pytest tests of the core, without the laboratory")
     with tempfile.TemporaryDirectory() as folder:
-        delete_lab(Path(folder))
-        counts = [pytest("core", *core, *options, env=environment(PYTHONPATH=folder))]
+        without_lab(Path(folder))
+        files = [f"tests/{name}" for name in core]
+        env = environment(PYTHONPATH=folder)
+        counts = [pytest("core", *files, *options, env=env, cwd=folder)]
     heading("pytest tests of the laboratory and of the project")
-    counts.append(pytest("whole", *whole, *options))
+    counts.append(pytest("whole", *(f"tests/{name}" for name in WHOLE), *options))
     return tuple(map(sum, zip(*counts)))
 
 

@@ -633,7 +633,9 @@ def schedules():
 def test_schedules_with_unusable_fields(tmp_path, change):
     path = tmp_path / "s.json"
     path.write_text(json.dumps(schedules()[0] | change))
-    refused(lambda: Schedule.load(path), "s.json is not a usable schedule: ", "must be ")
+    refused(
+        lambda: Schedule.load(path), "s.json is not a usable schedule: ", f"`{next(iter(change))}"
+    )
 
 
 def test_schedule_nested_too_deeply(tmp_path):
