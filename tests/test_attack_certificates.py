@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from test_cli import refused, seats
+from test_cli import refused
 
 from seats_analysis.boundaries.find import Boundaries
 from seats_analysis.cli import answers, app as shared
@@ -235,16 +235,6 @@ def test_a_search_without_its_fields_is_refused_in_one_line(tmp_path, place, val
     with pytest.raises(ValueError) as error:
         answers._tuned([file], None)
     assert f"seats: {error.value}\n" == said
-    if (place, value) not in RATHER:
-        assert refused("figures", "--data", tmp_path, "--out", tmp_path / "figures") == said
-
-
-def test_a_chain_of_another_name_is_drawn(tmp_path):
-    data = json.loads(CHAIN.read_text())
-    data["chains"]["mine"] = data["chains"]["fixed"]
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "tune_t.json").write_text(json.dumps(data))
-    assert "tune_t.png" in seats("figures", "--data", tmp_path, "--out", tmp_path / "f").stdout
 
 
 # ---------------------------------------------------------------- numbers

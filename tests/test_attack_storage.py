@@ -364,7 +364,7 @@ def test_links_to_folders_that_others_put_there_are_not_followed(tmp_path, monke
         for write in (lambda: save_json(place / "b.json", {}), lambda: run(place / "j", about())):
             with pytest.raises(ValueError, match="shared/out: is a link in a folder that every"):
                 write()
-        assert "is a link in a folder" in refused("simulate", "--out", place / "b.json")
+        assert "is a link in a folder" in refused("eval", "--out", place / "b.json")
     assert names(home) == ["a.json"]
 
 
@@ -528,15 +528,12 @@ def test_outputs_do_not_replace_inputs(stored, tmp_path):
         ("schedule", stored, "--trr", 10, "--out", stored),
         ("eval", "--profile", stored, "--out", stored),
         ("eval", "--data", data, "--out", data),
-        ("simulate", "--profile", stored, "--out", stored),
-        ("sample-size", "--profile", stored, "--out", stored),
-        ("transfer", "--profile", stored, "--out", stored),
         ("run", data, "--question", "?", "--kept", data),
         ("run", data, "--question", "?", "--schedule", plan, "--kept", plan),
     ):
         assert "exists and is not a" in refused(*args), args
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
-    assert "exists and is not" in refused("simulate", "--out", "/dev/null")
+    assert "exists and is not" in refused("eval", "--out", "/dev/null")
 
 
 def listening(path):
@@ -561,7 +558,7 @@ def test_what_is_no_file_is_neither_written_nor_read(stored, tmp_path, monkeypat
     before, old = names(tmp_path), signal.signal(signal.SIGALRM, lambda *args: 1 / 0)
     signal.alarm(60)
     for args in (
-        ("simulate", "--out", "odd"),
+        ("eval", "--out", "odd"),
         ("schedule", stored, "--trr", 10, "--out", "odd"),
         ("probe", "--out", "odd"),
         ("boundaries", "odd"),
@@ -586,7 +583,7 @@ def test_links_to_nothing_are_followed_and_what_cannot_be_read_stays(tmp_path, m
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "read_bytes", closed)
-    assert "Permission denied" in refused("simulate", "--out", tmp_path / "link.json")
+    assert "Permission denied" in refused("eval", "--out", tmp_path / "link.json")
 
 
 def test_names_that_are_too_long_are_refused_first(tmp_path):

@@ -189,3 +189,36 @@ def test_demo_on_a_few_questions(tmp_path, monkeypatch):
     plans = [("seats", t) for t in demo_commands.TARGETS]
     found = [(r["method"], r["trr"]) for r in rows]
     assert found == [("full", 100), *plans, ("random", 10)]
+
+
+@pytest.mark.parametrize("command", ["simulate", "sample-size", "transfer"])
+def test_outputs_of_studies_do_not_replace_their_profile(command, tmp_path):
+    stored = tmp_path / "p.nc"
+    shutil.copy(ROOT / "data" / "profiles" / "testbed.nc", stored)
+    before = stored.read_bytes()
+    assert "exists and is not a" in refused(command, "--profile", stored, "--out", stored)
+    assert stored.read_bytes() == before
+
+
+def stored_search(folder, change):
+    "A folder of results with the testbed's search, changed."
+    found = json.loads((ROOT / "data" / "results" / "tune_testbed.json").read_text())
+    change(found)
+    (folder / "results").mkdir()
+    path = folder / "results" / "tune_t.json"
+    path.write_text(json.dumps(found))
+    return path
+
+
+def test_a_search_without_its_fields_is_not_drawn(tmp_path):
+    path = stored_search(tmp_path, lambda found: found.pop("promise"))
+    said = refused("figures", "--data", tmp_path, "--out", tmp_path / "figures")
+    assert f"{path} is not a tuned chain: " in said
+
+
+def test_a_chain_of_another_name_is_drawn(tmp_path):
+    def change(found):
+        found["chains"]["mine"] = found["chains"]["fixed"]
+
+    stored_search(tmp_path, change)
+    assert "tune_t.png" in seats("figures", "--data", tmp_path, "--out", tmp_path / "f").stdout
