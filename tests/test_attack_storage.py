@@ -27,6 +27,8 @@ from typer.testing import CliRunner
 from seats_analysis.boundaries.retention import synthetic_profile
 from seats_analysis.cli import app as shared
 from seats_analysis.cli.main import app
+from seats_analysis.inputs.media import Clip, encode_clip
+from seats_analysis.inputs.samples import Sample, write_samples
 from seats_analysis.storage.checkpoint import (
     Checkpoint,
     CheckpointWarning,
@@ -282,6 +284,20 @@ def test_only_a_dead_writers_temporary_is_removed(tmp_path, locks):
         child.join()
 
 
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_a_writer_that_is_stopped_costs_nothing(tmp_path, stop):
+    "The old file is whole; Ctrl-C leaves nothing beside it, a kill at most what is hidden."
+    path, started = tmp_path / "a.txt", FORK.Event()
+    path.write_text("old")
+    child = forked(half_written, path, started)
+    assert started.wait(20)
+    os.kill(child.pid, stop)
+    child.join(20)
+    assert child.exitcode and path.read_text() == "old"
+    left = set(names(tmp_path)) - {"a.txt"}
+    assert all(name.startswith(".") for name in left) and not (left and stop == signal.SIGINT)
+
+
 def test_writers_of_one_file_do_not_mix(tmp_path, locks):
     "The first one ends while the second one is half-way."
     path = tmp_path / "p.nc"
@@ -380,21 +396,43 @@ def profile():
     return made.assign_attrs(tokens='{"visual": 128, "audio": 80}')
 
 
-def full_disk(profile, path, size):
+def encoded(path):
+    noise = np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), np.uint8)
+    encode_clip(Clip("c", noise), path)
+
+
+WRITERS = dict(
+    bytes=lambda path: save_bytes(path, bytes(20_000)),
+    clip=encoded,
+    questions=lambda path: write_samples([Sample("s", None, "x" * 20_000, ("a", "b"), 0)], path),
+)
+
+
+def save_bytes(path, data):
+    with atomic_write(path) as part:
+        part.write_bytes(data)
+
+
+def full_disk(write, path, size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     with pytest.raises(OSError, match="File too large") as found:
-        save_profile(profile, path)
-    assert found.value.filename == str(path)
+        write(path)
+    assert write in WRITERS.values() or found.value.filename == str(path)
 
 
-@pytest.mark.parametrize("size", [0, 4096, 30_000])
+@pytest.mark.parametrize("size", [0, 4096, 30_000, *WRITERS])
 def test_full_disk_costs_nothing(profile, tmp_path, size):
     "HDF5 itself ends the process here."
-    before = save_profile(profile.isel(layer=[0, -1]), tmp_path / "p.nc").read_bytes()
-    child = forked(full_disk, profile, tmp_path / "p.nc", size)
+    path = tmp_path / "p.nc"
+    before = save_profile(profile.isel(layer=[0, -1]), path).read_bytes()
+    write = WRITERS.get(size, lambda path: save_profile(profile, path))
+    child = forked(full_disk, write, path, 4096 if size in WRITERS else size)
     child.join(60)
     assert child.exitcode == 0
-    assert names(tmp_path) == ["p.nc"] and (tmp_path / "p.nc").read_bytes() == before
+    assert names(tmp_path) == ["p.nc"] and path.read_bytes() == before
+    if size in WRITERS:  # the same with room
+        write(path)
+        assert path.stat().st_size > 4096
 
 
 # damaged profiles
