@@ -44,8 +44,8 @@ MUTATIONS = (
     ),
     (
         "inputs.media",  # audio is laid without the time at which playing starts
-        "round((at - spans.start) * sample_rate)",
-        "round(at * sample_rate)",
+        'round((time - spans["start"]) * sample_rate)',
+        "round(time * sample_rate)",
     ),
     (
         "inputs.samples",  # media above the folder of the questions are read
@@ -84,8 +84,8 @@ MUTATIONS = (
     ),
     (
         "probing.branches",  # a bypassed layer takes its DeepStack term with it
-        "missed = self.tables.inject(before.context, layer)",
-        "missed = before.context",
+        "self.join(layer, self.tables.inject(before.context, layer), before",
+        "self.join(layer, before.context, before",
     ),
     (
         "probing.metrics",  # a tie counts as right
@@ -94,8 +94,8 @@ MUTATIONS = (
     ),
     (
         "probing.run",  # the automatic scan looks at the test split
-        "return derive if derive.any() else use",
-        "return use",
+        "use = use & derive if (use & derive).any() else use",
+        "use = use if (use & derive).any() else use",
     ),
     (
         "probing.selectors",  # every clip loses the same draw of tokens
@@ -128,9 +128,9 @@ MUTATIONS = (
         "min(b.shallow_end for b in pair.values())",
     ),
     (
-        "schedules.schedule",  # a certificate that was changed by hand is read
-        'if _digest(own) != data["sha256"]:',
-        'if not data["sha256"]:',
+        "schedules.file",  # a certificate that was changed by hand is read
+        "if _digest(proof) != stated:",
+        "if not stated:",
     ),
     (
         "tuning.certificate",  # tests after a failed one of the sequence count
@@ -139,8 +139,8 @@ MUTATIONS = (
     ),
     (
         "schedules.cost",  # the last layer is priced like all others
-        "last = i == d.layers - 1",
-        "last = i == d.layers",
+        "    last = d.layers - 1\n\n    def whole",
+        "    last = d.layers\n\n    def whole",
     ),
     (
         "pruning.base",  # free slots of shorter samples pass for tokens
@@ -174,13 +174,13 @@ MUTATIONS = (
     ),
     (
         "pruning.session",  # a patched method stays after the block
-        "stack.enter_context(patch.object(self.thinker, name, partial(function, stock)))",
-        "setattr(self.thinker, name, partial(function, stock))",
+        "stack.enter_context(patch.object(self.thinker, name, expand))",
+        "setattr(self.thinker, name, expand)",
     ),
     (
         "pruning.encoders",  # windows of audio rows are as many rows as tokens
-        "(n, group * int(r.positions_per_second * seconds))",
-        "(n, int(r.positions_per_second * seconds))",
+        "window = group * int(rates.positions_per_second",
+        "window = int(rates.positions_per_second",
     ),
     (
         "baselines.base",  # all samples get the same random drop

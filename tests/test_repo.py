@@ -19,6 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 import measure
+import mutations
 import pins
 import run_all
 
@@ -461,6 +462,10 @@ RULES = (
 def test_project_keeps(rule):
     found = rule(ROOT)
     assert not found, f"{rule.__doc__}\n" + "\n".join(found)
+
+
+def test_the_named_mutations_are_there():
+    assert mutations.missing(ROOT) == []
 
 
 def test_the_reference_page_has_every_command():

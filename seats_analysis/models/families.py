@@ -118,11 +118,14 @@ def _half(n):
     return (n - 1) // 2 + 1
 
 
+def _thrice_halved(n):
+    return _half(_half(_half(n)))
+
+
 def _chunked_rows(frames, config):
     "Chunks of `2*n_window` frames, each through three convolutions of stride 2."
-    rows = lambda n: _half(_half(_half(n)))
     chunk = 2 * config.n_window
-    return frames // chunk * rows(chunk) + rows(frames % chunk)
+    return frames // chunk * _thrice_halved(chunk) + _thrice_halved(frames % chunk)
 
 
 _PATHS = dict(
