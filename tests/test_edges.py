@@ -22,6 +22,8 @@ from seats_analysis.schedules.solve import Segments
 from seats_analysis.serving.lmms import by_family
 from seats_analysis.storage.files import atomic_write
 from seats_analysis.testbed.load import testbed_samples as shipped_samples
+from seats_analysis.tuning.certificate import Promise
+from seats_analysis.tuning.tune import Tuning
 
 
 def test_a_tie_is_no_right_answer():
@@ -92,6 +94,14 @@ def test_a_thinned_video_with_separate_audio_keeps_its_rate():
     clip = Sample("1", path, "?", (), -1, audio=path).load_media(max_frames=3)
     assert clip.fps == decode_clip(path, max_frames=3).fps
     assert len(clip.frames) == 3
+
+
+def test_a_clip_is_for_the_search_or_for_calibration():
+    first, second = (Sample(name, "same.mp4", "?", ("a", "b"), 0) for name in "12")
+    with pytest.raises(ValueError, match="both for the search and for calibration"):
+        Tuning(
+            model=None, processor=None, promise=Promise(), proposal=[first], calibration=[second]
+        )
 
 
 def test_a_file_that_is_replaced_keeps_its_mode(tmp_path):
