@@ -144,7 +144,7 @@ MUTATIONS = (
     ),
     (
         "pruning.base",  # free slots of shorter samples pass for tokens
-        ".masked_fill(~take(keep, index), PAD)",
+        ".masked_fill(~take(keep, index), Modality.PAD)",
         "",
     ),
     (

@@ -34,7 +34,7 @@ from seats_analysis.cli.app import (
     takes,
     writable,
 )
-from ..inputs.layout import MODALITIES
+from ..inputs.layout import Modality
 from ..storage.checkpoint import Checkpoint, checkpoint_of
 from ..storage.schemas import save_json
 
@@ -82,7 +82,7 @@ def _column(answer, blocks):
 
 def _compare_text(found, plan):
     "Both answers side by side, tokens block by block, FLOPs and time."
-    late = min(map(plan.late, MODALITIES))
+    late = min(map(plan.late, Modality.CODES))
     blocks = dict(
         shallow=(0, plan.shallow_end), middle=(plan.shallow_end, late), late=(late, plan.num_layers)
     )
@@ -147,7 +147,7 @@ def run(
     model, processor = asked.load()
     encoded = encode(model, processor, [sample], **limits)
     if trr is not None:
-        counts = [encoded.layout.counts()[m].item() for m in MODALITIES]
+        counts = [encoded.layout.counts()[m].item() for m in Modality.CODES]
         plan = solve_schedules(asked.model, (trr,), counts, profile)[trr]
     adapter = adapter_for(model)
     name = adapter.name(model)

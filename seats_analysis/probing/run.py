@@ -15,7 +15,7 @@ from pathlib import Path
 from ..storage.provenance import digest
 from ..storage.checkpoint import Checkpoint, checkpoint_of, processes
 from ..storage.schemas import save_profile
-from ..inputs.layout import MODALITIES
+from ..inputs.layout import Modality
 from ..inputs.samples import Sample, check_ids
 from ..models.families import adapter_for
 from ..models.encode import encode, encode_questions
@@ -84,7 +84,7 @@ def next_layers(
     derive = profile["split"].values.astype(str) == "derive"
     wanted = set()
     for name in map(str, profile["removed"].values):
-        removed = {name} & set(MODALITIES) or set(MODALITIES)
+        removed = {name} & set(Modality.CODES) or set(Modality.CODES)
         unsaid = dict.fromkeys(families, removed) | dict(control=())
         needed = unsaid | dict(needs or {})
         use = np.array([bool(removed & set(needed[f])) for f in families])

@@ -10,7 +10,7 @@ import numpy as np
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..inputs.layout import MODALITIES
+from ..inputs.layout import Modality
 from ..schedules.schedule import Schedule
 from ..schedules.solve import drop_positions
 
@@ -54,7 +54,7 @@ class SearchSpace:
             return min(max(low, lowest), layers), min(max(high, lowest), layers)
 
         late = {}
-        for m in MODALITIES:
+        for m in Modality.CODES:
             here = [b for removed, b in bounds.items() if removed in (m, "both")]
             late[m] = span([near(b.late_start, b.late_start_ci) for b in here], 1)
         middle = span([near(b.shallow_end, b.shallow_end_ci) for b in bounds.values()], 0)
