@@ -28,7 +28,7 @@ MUTATIONS = (
         "part.chmod(0o600)",
     ),
     (
-        "storage.checkpoint",  # rows of another run are taken for this one's
+        "storage.files",  # rows of another run are taken for this one's
         'dict(run=self.digest, id=self.identity["samples"][i][0], row=row)',
         'dict(id=self.identity["samples"][i][0], row=row)',
     ),

@@ -32,7 +32,7 @@ from seats_analysis.cli.app import (
     takes,
 )
 from ..inputs.layout import Modality
-from ..storage.checkpoint import checkpoint_of
+from ..storage.files import Checkpoint
 from ..storage.schemas import load_profile
 
 # %% ../../nbs/cli/01_analysis.ipynb #5d1079fd
@@ -111,7 +111,7 @@ def probe(
     def more():
         return dict(tokens=json.dumps(mean_tokens(model, processor, samples, **limits)))
 
-    with resumable(checkpoint_of(out), "samples"):
+    with resumable(Checkpoint.folder_of(out), "samples"):
         profile = probe_to_file(
             model,
             processor,

@@ -35,7 +35,7 @@ from seats_analysis.cli.app import (
     writable,
 )
 from ..inputs.layout import Modality
-from ..storage.checkpoint import Checkpoint, checkpoint_of
+from ..storage.files import Checkpoint
 from ..storage.schemas import save_json
 
 # %% ../../nbs/cli/02_answers.ipynb #d1de3283
@@ -294,7 +294,7 @@ def eval_(
     chains, known = _tuned(tuned, num_layers)
     blocks_of(model_name, profile, num_layers)
     source = profile or (model_name if model_name in TESTBEDS else None)
-    with Checkpoint.hold(checkpoint_of(out)) as folder:
+    with Checkpoint.hold(Checkpoint.folder_of(out)) as folder:
         if data == "testbed":
             samples = held_out(asked.limit, split, folder / CLIPS, seed)
         else:

@@ -15,7 +15,7 @@ from typing import ClassVar
 from tqdm.auto import tqdm
 from ..storage.schemas import SCHEMAS, save_json
 from ..storage.provenance import hash_code
-from ..storage.checkpoint import Checkpoint, checkpoint_of, processes
+from ..storage.files import Checkpoint, processes
 from ..inputs.samples import Sample, check_ids
 from ..models.families import adapter_for
 from ..models.encode import encode
@@ -464,7 +464,7 @@ def compare_methods(
     )
     for plan in (*plans.values(), *(chain[0].schedule for chain in tuned.values())):
         plan.check_model(origin["num_layers"], origin["model"], lambda: origin["weights_sha256"])
-    with Checkpoint.hold(path and checkpoint_of(path)) as folder:
+    with Checkpoint.hold(path and Checkpoint.folder_of(path)) as folder:
         answered = asked.answer_all(folder, origin, processes(), progress)
         if answered is None:
             return None

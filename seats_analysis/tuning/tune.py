@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
-from ..storage.checkpoint import Checkpoint, checkpoint_of, processes
+from ..storage.files import Checkpoint, processes
 from ..storage.provenance import digest, hash_code
 from ..storage.schemas import SCHEMAS, load_json, load_profile, save_json
 from ..inputs.benchmarks import split_of
@@ -356,7 +356,7 @@ def tune_schedule(
     fixed = fixed_shapes(name, counts, profile)
     seats = method == "seats"
     draw = space.draw if seats else drawn_settings(method, fixed[-1], counts)
-    with Checkpoint.hold(path and checkpoint_of(path)) as folder:
+    with Checkpoint.hold(path and Checkpoint.folder_of(path)) as folder:
         tuning = Tuning(
             model=model,
             processor=processor,
