@@ -79,3 +79,8 @@ def refused(call, *parts):
     for part in parts:
         assert part in text, text
     return text
+
+
+def more_at_night(few, many):
+    "Runs a test with `n` cases, and with many in `make nightly`."
+    return pytest.mark.parametrize("n", [few, pytest.param(many, marks=pytest.mark.nightly)])

@@ -12,13 +12,11 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-av = pytest.importorskip("av", reason="decoding needs PyAV")
+from clips import audio_frame, av, blocks, more_at_night, refused, write_clip
 
 from seats_analysis.inputs import media
 from seats_analysis.inputs.benchmarks import load_benchmark
@@ -30,49 +28,24 @@ from seats_analysis.storage.schemas import load_profile, save_profile
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def refused(call, *parts):
-    "A ValueError of one line that holds all parts."
-    with pytest.raises(ValueError) as caught:
-        call()
-    text = str(caught.value)
-    assert all(part in text for part in parts) and "\n" not in text, text
-
-
 # ---------------------------------------------------------------- clips
 
 
-def sound(seconds):
-    "(first sample, block) pairs of a silent track at 16 kHz."
-    return [(s, np.zeros(1024, np.float32)) for s in range(0, int(seconds * 16000), 1024)]
+SECOND = np.zeros(16000, np.float32)
 
 
-def write_clip(path, times, blocks=(), size=(64, 64)):
-    "Grey frames at `times` (s) and blocks of audio at their positions, as the muxer takes them."
-    with av.open(str(path), "w") as out:
-        v = out.add_stream("libx264", rate=10, options=dict(preset="ultrafast", crf="30"))
-        (v.width, v.height), v.pix_fmt = size, "yuv420p"
-        v.codec_context.time_base, v.codec_context.max_b_frames = Fraction(1, 1000), 0
-        v.codec_context.thread_count = 1
-        a = out.add_stream("aac", rate=16000, layout="mono") if blocks else None
-        for k, at in enumerate(times):
-            grey = np.full((size[1], size[0], 3), 7 * k % 250, np.uint8)
-            frame = av.VideoFrame.from_ndarray(grey, "rgb24")
-            frame.pts, frame.time_base = round(1000 * at), Fraction(1, 1000)
-            out.mux(v.encode(frame))
-        out.mux(v.encode(None))
-        for at, block in blocks:
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block[None]), "fltp", "mono")
-            frame.sample_rate, frame.pts, frame.time_base = 16000, at, Fraction(1, 16000)
-            out.mux(a.encode(frame))
-        if a:
-            out.mux(a.encode(None))
-    return path
+def film(path, times, seconds=8, **options):
+    "Frames at `times` (s) and a silent track."
+    return write_clip(
+        path, range(len(times)), times, sound=blocks(np.tile(SECOND, seconds)), **options
+    )
 
 
-def patch(path, box, offset, value):
-    "Overwrite a 32-bit number behind the first box of a name."
+def patch(path, box, offset, *values, last=False):
+    "Overwrite 32-bit numbers behind the first (or last) box of a name."
     data = bytearray(path.read_bytes())
-    struct.pack_into(">I", data, data.index(box) + offset, value)
+    at = (data.rindex if last else data.index)(box)
+    struct.pack_into(f">{len(values)}I", data, at + offset, *values)
     path.write_bytes(data)
     return path
 
@@ -84,15 +57,17 @@ LATE = [k / 10 + (36000 if k >= 40 else 0) for k in range(80)]
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
 @pytest.mark.parametrize("times", [LATE, [*EVEN[:-1], 36000.0]], ids=["jump", "last"])
 def test_video_time_stamps_that_jump_by_hours(tmp_path, name, times):
-    path = write_clip(tmp_path / name, times, sound(8))
-    with pytest.raises(ValueError, match=rf"{name}: a corrupt time stamp, its video jumps from "):
-        decode_clip(path)
+    path = film(tmp_path / name, times)
+    refused(lambda: decode_clip(path), f"{name}: a corrupt time stamp, its video jumps from ")
 
 
 def test_audio_time_stamps_that_jump_by_hours(tmp_path):
-    blocks = [(at + (16000 * 36000 if at > 64000 else 0), block) for at, block in sound(8)]
-    with pytest.raises(ValueError, match="a.mkv: a corrupt time stamp, its audio jumps from 3."):
-        decode_clip(write_clip(tmp_path / "a.mkv", EVEN, blocks))
+    sound = [
+        (at + (16000 * 36000 if at > 64000 else 0), block)
+        for at, block in blocks(np.tile(SECOND, 8))
+    ]
+    path = write_clip(tmp_path / "a.mkv", range(80), EVEN, sound=sound)
+    refused(lambda: decode_clip(path), "a.mkv: a corrupt time stamp, its audio jumps from 3.")
 
 
 @pytest.mark.parametrize(
@@ -101,35 +76,34 @@ def test_audio_time_stamps_that_jump_by_hours(tmp_path):
     ids=["time scale of 1", "length of a frame"],
 )
 def test_seconds_that_the_container_does_not_know_of(tmp_path, box, offset, value):
-    path = patch(write_clip(tmp_path / "a.mp4", EVEN, sound(8)), box, offset, value)
-    with pytest.raises(ValueError, match=r"its packets end at \d+.\d+ s, its container says 8.0"):
-        decode_clip(path)
+    path = patch(film(tmp_path / "a.mp4", EVEN), box, offset, value)
+    refused(lambda: decode_clip(path), "its packets end at ", " s, its container says 8.0")
 
 
 def test_a_clip_that_would_not_fit(tmp_path, monkeypatch):
     "Frames at their final size, the waveform, and frames however small they are."
-    path = write_clip(tmp_path / "a.mkv", EVEN, sound(8))
+    path = film(tmp_path / "a.mkv", EVEN)
     monkeypatch.setattr(media, "_MAX_BYTES", 2**20)
     assert decode_clip(path).frames.nbytes == 16 * 64 * 64 * 3
-    with pytest.raises(ValueError, match="a.mkv: 160 frames of 64x64 would take .* fewer frames"):
-        decode_clip(path, fps=20)
-    with pytest.raises(ValueError, match="a.mkv: 8 s of audio would take"):
-        decode_clip(path, sample_rate=48000)
-    with pytest.raises(ValueError, match="a.mkv: 8000 frames would take"):
-        decode_clip(path, fps=1000)
+    for said, options in (
+        ("160 frames of 64x64 would take ", dict(fps=20)),
+        ("8 s of audio would take", dict(sample_rate=48000)),
+        ("8000 frames would take", dict(fps=1000)),
+    ):
+        refused(lambda: decode_clip(path, **options), f"a.mkv: {said}", "ask for fewer frames")
     assert len(decode_clip(path, fps=1000, max_frames=3).frames) == 3
 
 
 def test_frames_larger_than_any_camera(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "a.mkv", [0], size=(256, 256))
     monkeypatch.setattr(media, "_MAX_PIXELS", 2**14)
-    with pytest.raises(ValueError, match="a.mkv: "):
-        decode_clip(path)
+    refused(lambda: decode_clip(path), "a.mkv: ")
 
 
 def test_memory_is_what_is_kept(tmp_path):
     "Large frames, shown for long: at no time more than the clip and a few frames in passing."
-    path, size = write_clip(tmp_path / "a.mkv", [0, 1, 2, 300], size=(640, 480)), 640 * 480 * 3
+    path = write_clip(tmp_path / "a.mkv", range(4), [0, 1, 2, 300], size=(640, 480))
+    size = 640 * 480 * 3
     tracemalloc.start()
     clip = decode_clip(path, max_frames=40)
     peak = tracemalloc.get_traced_memory()[1]
@@ -225,12 +199,12 @@ def decoded(paths, kind="video"):
     return rows
 
 
-@pytest.mark.parametrize("n", [30, pytest.param(400, marks=pytest.mark.nightly)])
+@more_at_night(30, 400)
 def test_damaged_clips(tmp_path, n):
     "Read, with each stream that is listed, or refused."
     r, whole, paths = random.Random(6), [], []
     for suffix in ("mp4", "mkv", "mov", "avi", "ts"):
-        whole.append(write_clip(tmp_path / f"whole.{suffix}", EVEN[:20], sound(2)))
+        whole.append(film(tmp_path / f"whole.{suffix}", EVEN[:20], 2))
     for k in range(n):
         source = r.choice(whole)
         paths.append(tmp_path / f"bad{k}{source.suffix}")
@@ -255,21 +229,11 @@ def write_tone(path, codec, layout):
             samples = np.round(32767 * 0.02 * wave * np.arange(1, n + 1)).astype(np.int16)
             for at in range(0, 48000, 960):
                 block = samples[at : at + 960].reshape(1, -1)
-                frame = av.AudioFrame.from_ndarray(block, "s16", layout)
-                frame.sample_rate, frame.pts, frame.time_base = 48000, at, Fraction(1, 48000)
-                out.mux(a.encode(frame))
+                out.mux(a.encode(audio_frame(block, at, 48000, layout, "s16")))
             out.mux(a.encode(None))
     except (av.error.FFmpegError, ValueError):
         return None  # not this number of channels, or not in this FFmpeg
     return n
-
-
-def name_each_channel(path):
-    "Let a mov of three channels name them one by one: centre, left, right."
-    data = bytearray(path.read_bytes())
-    struct.pack_into(">3I", data, data.index(b"chan") + 8, 114 << 16 | 3, 0, 0)
-    path.write_bytes(data)
-    return path
 
 
 def test_a_sample_rate_that_no_recorder_has(tmp_path):
@@ -297,7 +261,9 @@ def test_any_number_of_channels(tmp_path, cases):
         if n := write_tone(path, codec, layout):
             means[path] = codec, n
             if path.suffix == ".mov" and layout == "3.0":
-                name_each_channel(path)
+                patch(
+                    path, b"chan", 8, 114 << 16 | 3, 0, 0
+                )  # named one by one: centre, left, right
     for row in decoded(means, "audio"):
         codec, n = means[Path(row["path"])]
         assert row["error"] is None and row["tone"] == pytest.approx(0.01 * (n + 1), rel=0.05), row
@@ -308,7 +274,7 @@ def test_any_number_of_channels(tmp_path, cases):
         assert sum(len(set(found)) >= 6 for found in seen.values()) >= 5, seen
 
 
-@pytest.mark.parametrize("n", [20, pytest.param(400, marks=pytest.mark.nightly)])
+@more_at_night(20, 400)
 def test_flipped_bytes_in_sound(tmp_path, n):
     "One byte can turn a frame into one of more channels, and a layout into one of named places."
     r, whole, paths = random.Random(9), [], []
@@ -352,7 +318,7 @@ def test_lists_of_other_files(tmp_path, suffix):
     folder, paths = tmp_path / "data", []
     folder.mkdir()
     for secret in (tmp_path / "secret.ts", folder / "beside.ts"):
-        write_clip(secret, EVEN[:20])
+        write_clip(secret, range(20))
         assert len(decode_clip(secret).frames) >= 4
     for name, text in LISTS.items():
         own = dict(beside=".ffconcat", dash=".mpd", sdp=".sdp", vobsub=".idx", text=".txt")
@@ -365,42 +331,22 @@ def test_lists_of_other_files(tmp_path, suffix):
             assert "is read (mp4, mov" in row["error"] and "a playlist, a text" in row["error"], row
 
 
-def write_half(path, empty):
-    "A film of two listed streams, of which one gets no packet."
-    with av.open(str(path), "w") as out:
-        v, a = out.add_stream("mpeg4", rate=10), out.add_stream("pcm_s16le", 16000, layout="mono")
-        v.width, v.height, v.pix_fmt = 64, 64, "yuv420p"
-        if empty == "audio":
-            for k in range(20):
-                frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), k, np.uint8), "rgb24")
-                frame.pts, frame.time_base = k, Fraction(1, 10)
-                out.mux(v.encode(frame))
-            out.mux(v.encode(None))
-        else:
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.int16), "s16", "mono")
-            frame.sample_rate, frame.pts, frame.time_base = 16000, 0, Fraction(1, 16000)
-            out.mux(a.encode(frame))
-    return path
-
-
 @pytest.mark.parametrize("name", ["a.mkv", "a.avi", "cut.mp4"])
 @pytest.mark.parametrize("empty", ["audio", "video"])
 def test_streams_that_deliver_nothing(tmp_path, name, empty):
     "Listed, and without a packet or with all of it cut away: never taken for missing."
     path, other = tmp_path / name, "video" if empty == "audio" else "audio"
     if name == "cut.mp4":  # begins to play behind its end
-        data = bytearray(write_clip(path, EVEN[:20], sound(2)).read_bytes())
-        boxes = dict(video=data.index(b"elst"), audio=data.rindex(b"elst"))
-        struct.pack_into(">I", data, boxes[empty] + 16, 10**6)
-        path.write_bytes(data)
+        patch(film(path, EVEN[:20], 2), b"elst", 16, 10**6, last=empty == "audio")
     else:
-        write_half(path, empty)
+        frames, sound = (range(20), []) if empty == "audio" else ([], blocks(SECOND))
+        write_clip(path, frames, sound=sound, codec="mpeg4", voice="pcm_s16le")
     said = path.name, f"its {empty} stream delivers nothing", f"`ffmpeg -i IN -{empty[0]}n -c copy"
     refused(lambda: decode_clip(path), *said)
     refused(lambda: check_media(path, other), *said)
-    asked, broken = Sample("s", str(path), "?", ("a", "b"), 0), []
-    if other == "audio":
-        asked = Sample("s", None, "?", ("a", "b"), 0, audio=str(path))
+    broken = []
+    named = dict(video=None) | {other: str(path)}
+    asked = Sample("s", question="?", choices=("a", "b"), answer=0, **named)
     assert check_clips([asked], broken, opened=True) == [] and said[1] in broken[0]["why"]
 
 
@@ -476,7 +422,7 @@ def assert_storable(samples, path):
         assert back[name].values.tolist() == said[key]
 
 
-@pytest.mark.parametrize("n", [200, pytest.param(5000, marks=pytest.mark.nightly)])
+@more_at_night(200, 5000)
 def test_any_label_is_refused_or_can_be_saved(tmp_path, n):
     r, read = random.Random(11), []
     ranges = (0x20, 0x7F), (0, 0x20), (0x80, 0x800), (0xD700, 0xE000), (0xFFF0, 0x10FFFF)
@@ -557,7 +503,7 @@ def mutated(r, data, values):
     return data
 
 
-@pytest.mark.parametrize("n", [30, pytest.param(300, marks=pytest.mark.nightly)])
+@more_at_night(30, 300)
 def test_mutated_questions(questions, tmp_path, n):
     "Read, and then usable, or refused in one line with its number; media never from outside."
     r, read = random.Random(7), []
@@ -649,7 +595,7 @@ NUMBERS_AND_MORE += [[], {}, {"visual": 0.5, "audio": 10**400}, {"visual": "a", 
 NUMBERS_AND_MORE += [[["a", 1]], "a" * 5000, "\ud800", float("inf"), {"scale_requested": "x"}]
 
 
-@pytest.mark.parametrize("n", [120, pytest.param(500, marks=pytest.mark.nightly)])
+@more_at_night(120, 500)
 @pytest.mark.filterwarnings("ignore")
 def test_mutated_schedules(tmp_path, n):
     "Refused in one line, or a plan with which everything works and that comes back from its file."
