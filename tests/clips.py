@@ -1,5 +1,6 @@
 """Video and audio files for tests, in any container, and how a refusal must read."""
 
+import struct
 from fractions import Fraction
 
 import numpy as np
@@ -67,6 +68,15 @@ def write_clip(
                 out.mux(audio.encode(None))
     except (av.error.FFmpegError, ValueError) as error:
         pytest.skip(f"this FFmpeg cannot write {path.name}: {error}")
+    return path
+
+
+def patch(path, box, offset, *values, last=False):
+    "Overwrite 32-bit numbers behind the first (or last) box of a name."
+    data = bytearray(path.read_bytes())
+    at = (data.rindex if last else data.index)(box)
+    struct.pack_into(f">{len(values)}I", data, at + offset, *values)
+    path.write_bytes(data)
     return path
 
 

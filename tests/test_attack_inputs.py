@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import random
-import struct
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clips import audio_frame, av, blocks, more_at_night, refused, write_clip
+from clips import audio_frame, av, blocks, more_at_night, patch, refused, write_clip
 
 from seats_analysis.inputs import media
 from seats_analysis.inputs.benchmarks import load_benchmark
@@ -39,15 +38,6 @@ def film(path, times, seconds=8, **options):
     return write_clip(
         path, range(len(times)), times, sound=blocks(np.tile(SECOND, seconds)), **options
     )
-
-
-def patch(path, box, offset, *values, last=False):
-    "Overwrite 32-bit numbers behind the first (or last) box of a name."
-    data = bytearray(path.read_bytes())
-    at = (data.rindex if last else data.index)(box)
-    struct.pack_into(f">{len(values)}I", data, at + offset, *values)
-    path.write_bytes(data)
-    return path
 
 
 EVEN = [k / 10 for k in range(80)]

@@ -5,16 +5,15 @@ import hashlib
 import json
 import math
 import os
-import struct
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from clips import av, blocks, picture, refused, write_clip
+from clips import av, blocks, patch, picture, refused, write_clip
 
 from seats_analysis.inputs.media import Clip, decode_clip, encode_clip
 from seats_analysis.inputs.samples import Sample, read_samples, write_samples
@@ -155,13 +154,6 @@ def test_cover_picture_is_not_video(tmp_path):
 # ---------------------------------------------------------------- time
 
 
-def test_variable_rate_follows_time_stamps(tmp_path):
-    times = [0, 0.033, 0.05, 0.4, 0.9, 1.45, 1.49, 2.6]
-    clip = decode_clip(write_clip(tmp_path / "a.mkv", range(0, 240, 30), times), fps=4)
-    shown = [sum(t <= k / 4 + 1e-3 for t in times) - 1 for k in range(len(clip.frames))]
-    assert len(shown) > 10 and levels(clip) == [30 * i for i in shown]
-
-
 @pytest.mark.parametrize(
     "name, written, fps, shown",
     [
@@ -226,12 +218,9 @@ def test_rotation(tmp_path, matrix, turn):
     frame[4:16, 8:40] = 250
     frame[30:40, 60:70] = (250, 30, 30)
     path = encode_clip(Clip("r", np.stack([frame] * 4)), tmp_path / "r.mp4")
-    data = bytearray(path.read_bytes())
-    a, b, c, d = (65536 * v for v in matrix)
+    a, b, c, d = (65536 * v % 2**32 for v in matrix)
     # version 0: times and ids, then reserved, layer, group, volume
-    at = data.index(b"tkhd") + 4 + 4 + 20 + 16
-    struct.pack_into(">9i", data, at, a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    path.write_bytes(data)
+    patch(path, b"tkhd", 4 + 4 + 20 + 16, a, b, 0, c, d, 0, 0, 0, 1 << 30)
     shown = decode_clip(path).frames[0]
     assert shown.shape == turn(frame).shape
     assert np.abs(shown.astype(int) - turn(frame)).mean() < 6
@@ -242,15 +231,6 @@ def test_rotation(tmp_path, matrix, turn):
 
 
 # ---------------------------------------------------------------- our own files
-
-
-def test_round_trip(tmp_path):
-    clip = made(8, 112)
-    back = decode_clip(encode_clip(clip, tmp_path / "a.mp4"))
-    assert (back.frames.shape, back.fps) == (clip.frames.shape, 2.0)
-    assert len(back.waveform) == len(clip.waveform)
-    assert np.abs(back.frames.astype(int) - clip.frames).max() <= 4
-    assert onset(back) == pytest.approx(1.0, abs=0.002)
 
 
 def test_small_and_standard(tmp_path):
@@ -378,38 +358,22 @@ def test_meaningless_requests(file, name, values):
 # ------------------------ writes appear whole or not at all (kills: test_attack_storage.py)
 
 
-@pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt()])
-def test_failure_keeps_the_old_file(tmp_path, error):
-    path = tmp_path / "a.json"
-    path.write_text("old")
-    with pytest.raises(type(error)), atomic_write(path) as part:
-        part.write_text("half")
-        raise error
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
 def test_readers_never_see_half(tmp_path):
     "While one thread replaces a file again and again, a reader always finds one whole version."
     path = tmp_path / "a.txt"
-    stop = threading.Event()
-    seen = set()
     path.write_text("0" * 10_000)
 
-    def read():
-        while not stop.is_set():
-            text = path.read_text()
-            seen.add((len(text), len(set(text))))
+    def write():
+        for k in range(50):
+            with atomic_write(path) as part, open(part, "w", buffering=1000) as file:
+                file.write(str(k % 10) * 10_000)
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    for k in range(50):
-        with atomic_write(path) as part, open(part, "w") as file:
-            for _ in range(10):
-                file.write(str(k % 10) * 1000)
-                file.flush()
-    stop.set()
-    reader.join()
-    assert seen == {(10_000, 1)}
+    with ThreadPoolExecutor() as pool:
+        writing = pool.submit(write)
+        while not writing.done():
+            text = path.read_text()
+            assert (len(text), len(set(text))) == (10_000, 1)
+    writing.result()
 
 
 def test_suffix_is_kept_and_nothing_written_is_an_error(tmp_path):
@@ -422,6 +386,13 @@ def test_suffix_is_kept_and_nothing_written_is_an_error(tmp_path):
 
 
 GOOD = dict(video=None, question="?", choices=["a", "b"], answer="a")
+
+
+def asked(folder, *rows):
+    "A file of questions."
+    path = folder / "q.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
 
 
 def test_samples_round_trip(tmp_path):
@@ -477,15 +448,12 @@ def test_wrong_and_missing_fields_name_line_and_value(tmp_path, case):
     else:
         change, message = case.split(" | ")
         bad = GOOD | json.loads("{" + change + "}")
-    path = tmp_path / "q.jsonl"
-    path.write_text(json.dumps(GOOD) + "\n\n" + json.dumps(bad) + "\n")
+    path = asked(tmp_path, GOOD, GOOD, bad)
     refused(lambda: read_samples(path), "q.jsonl, line 3", message)
 
 
 def test_unlabelled_questions_come_back(tmp_path):
-    rows = [dict(video=None, question="?"), GOOD]
-    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    read = read_samples(tmp_path / "q.jsonl")
+    read = read_samples(asked(tmp_path, dict(video=None, question="?"), GOOD))
     assert [(s.choices, s.answer) for s in read] == [((), -1), (("a", "b"), 0)]
     assert read_samples(write_samples(read, tmp_path / "copy.jsonl")) == read
 
@@ -497,9 +465,8 @@ def test_equal_file_names_are_different_clips(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         encode_clip(made(), tmp_path / name)
     videos = "001/video.mp4", "002/video.mp4", "002/../001/video.mp4", "002/other.mp4"
-    rows = [GOOD | dict(video=v) for v in videos] + [GOOD | dict(audio="002/video.mp4")]
-    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    read = read_samples(tmp_path / "q.jsonl")
+    rows = [GOOD | dict(video=v) for v in videos]
+    read = read_samples(asked(tmp_path, *rows, GOOD | dict(audio="002/video.mp4")))
     names = ["001/video", "002/video", "001/video", "other", "002/video"]
     assert [s.clip for s in read] == [s.load_media().id for s in read] == names
     copy = write_samples(read, tmp_path / "sub" / "copy.jsonl")
