@@ -16,7 +16,7 @@ import numpy as np
 
 from ..inputs.samples import Sample
 from ..models.encode import encode
-from ..models.families import adapter_for, hash_weights
+from ..models.families import adapter_for
 from ..storage.files import atomic_write
 from .batches import Batch, TrainConfig
 from ..testbed.load import build_model, build_processor, text_ids
@@ -349,6 +349,8 @@ def train_testbed(
             raise
     save_testbed(run.model, config, folder)
     *rows, last = run.log.read_text().splitlines()
-    last = json.dumps(json.loads(last) | dict(weights_sha256=hash_weights(run.model)))
+    last = json.dumps(
+        json.loads(last) | dict(weights_sha256=adapter_for(run.model).hash_weights(run.model))
+    )
     run.log.write_text("\n".join([*rows, last]) + "\n")
     return run.model
