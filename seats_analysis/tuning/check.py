@@ -14,7 +14,7 @@ from ..storage.files import Checkpoint, processes
 from ..storage.provenance import digest, hash_code
 from ..storage.schemas import SCHEMAS, save_json, schema_of
 from ..inputs.samples import Sample
-from ..models.families import adapter_for, hash_weights
+from ..models.families import adapter_for
 from ..models.provenance import provenance
 from ..schedules.schedule import Schedule
 from .certificate import Promise
@@ -136,7 +136,9 @@ def check_schedule(
     check_questions(samples, promise, promised, known_clips)
     adapter = adapter_for(model)
     first, *others = (plan for chain in chains.values() for plan in chain)
-    first.check_model(adapter.num_layers(model), adapter.name(model), lambda: hash_weights(model))
+    first.check_model(
+        adapter.num_layers(model), adapter.name(model), lambda: adapter.hash_weights(model)
+    )
     for plan in others:
         plan.check_model(adapter.num_layers(model))
     origin = provenance(model, processor, samples, seed=0)
