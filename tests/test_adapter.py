@@ -14,10 +14,12 @@ from seats_analysis.models.encode import encode, layout_of
 from seats_analysis.models.attention import TowerAttention
 from seats_analysis.models.decoder import Decoder, last_logits_only
 from seats_analysis.models.scoring import score_choices
-from seats_analysis.inputs.layout import AUDIO, TEXT, VISUAL
+from seats_analysis.inputs.layout import Modality
 from seats_analysis.inputs.media import Clip
 from seats_analysis.inputs.samples import Sample
 from seats_analysis.testbed.load import build_config, build_processor
+
+VISUAL, AUDIO, TEXT, IMAGE, PAD = Modality
 
 LAYERS = 3
 

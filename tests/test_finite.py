@@ -15,12 +15,10 @@ from seats_analysis.pruning.session import prune
 
 PLAN = tiny.schedule()
 NAN, INF = float("nan"), float("inf")
-pytestmark = pytest.mark.usefixtures("no_grad")
-
-
-@pytest.fixture(scope="session")
-def family():
-    return "qwen2.5-omni"
+pytestmark = [
+    pytest.mark.usefixtures("no_grad"),
+    pytest.mark.parametrize("family", ["qwen2.5-omni"], indirect=True, scope="session"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode
 from seats_analysis.models.decoder import Decoder
-from seats_analysis.inputs.layout import AUDIO, VISUAL
+from seats_analysis.inputs.layout import Modality
 from seats_analysis.inputs.media import Clip
 from seats_analysis.inputs.samples import Sample
 from seats_analysis.models.families import hash_weights
@@ -20,6 +20,8 @@ from seats_analysis.storage.schemas import load_profile, save_profile
 from seats_analysis.models.provenance import sample_rows
 from seats_analysis.probing.run import PROBE_METHODS, probe_dependency
 from seats_analysis.storage.provenance import digest
+
+VISUAL, AUDIO = Modality.CODES.values()
 
 LAYERS = 3
 KINDS = {"visual": (VISUAL,), "audio": (AUDIO,), "both": (VISUAL, AUDIO)}

@@ -13,7 +13,7 @@ from seats_analysis.probing import branches, run
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode, encode_questions
 from seats_analysis.schedules.cost import probe_flops
-from seats_analysis.inputs.layout import AUDIO, TEXT, VISUAL, chunk_ids
+from seats_analysis.inputs.layout import Modality, chunk_ids
 from seats_analysis.inputs.media import Clip
 from seats_analysis.inputs.samples import Sample
 from seats_analysis.probing.selectors import (
@@ -28,6 +28,8 @@ from seats_analysis.probing.selectors import (
 from seats_analysis.probing.branches import Tail, Traversal, branch_scores, removal_scores
 from seats_analysis.statistics.intervals import crossings, monotone_fit
 from seats_analysis.probing.run import TokenLimit, family_curves, next_layers, probe_dependency
+
+VISUAL, AUDIO, TEXT, IMAGE, PAD = Modality
 
 LAYERS, NAMES = 4, ("visual", "audio", "both")
 WORDS = ("red", "green circle", "blue", "upper-left red square")

@@ -23,7 +23,7 @@ from seats_analysis.probing import run as probe
 from seats_analysis.models.families import limit_pixels
 from seats_analysis.inputs.media import Clip
 from seats_analysis.inputs.samples import Sample
-from seats_analysis.storage.checkpoint import Checkpoint, checkpoint_of
+from seats_analysis.storage.files import Checkpoint
 from seats_analysis.probing.run import ProbeRun, probe_dependency, probe_to_file
 from seats_analysis.probing.selectors import random_fraction
 
@@ -83,7 +83,7 @@ def whole(model, processor, samples, tmp_path_factory):
 
 
 def rows_of(path):
-    return sorted(p.name for p in checkpoint_of(path).glob("[0-9]*.json"))
+    return sorted(p.name for p in Checkpoint.folder_of(path).glob("[0-9]*.json"))
 
 
 def killed(run, path, rows, seconds):
@@ -213,7 +213,7 @@ def test_killed_while_the_file_is_written(model, processor, samples, whole, tmp_
     monkeypatch.setattr(probe, "save_profile", save)
     monkeypatch.setattr(ProbeRun, "rows_of", lambda *args: pytest.fail("nothing is left to run"))
     probe_to_file(model, processor, samples, path, progress=False)
-    assert path.read_bytes() == whole.read_bytes() and not checkpoint_of(path).exists()
+    assert path.read_bytes() == whole.read_bytes() and not Checkpoint.folder_of(path).exists()
 
 
 # onto something else
@@ -342,12 +342,12 @@ def test_a_run_with_other_layers_is_not_swept_away(
         patched.setattr(Checkpoint, "write", stop)
         with pytest.raises(KeyboardInterrupt):
             ask(first)
-    before = sorted(checkpoint_of(tmp_path / "p.nc").rglob("*"))
+    before = sorted(Checkpoint.folder_of(tmp_path / "p.nc").rglob("*"))
     with pytest.raises(
         ValueError, match="holds an unfinished run that cannot be continued: other layers"
     ):
         ask(second)
-    assert sorted(checkpoint_of(tmp_path / "p.nc").rglob("*")) == before
+    assert sorted(Checkpoint.folder_of(tmp_path / "p.nc").rglob("*")) == before
     ask(first)
     assert [p.name for p in tmp_path.iterdir()] == ["p.nc"]
 
@@ -375,7 +375,7 @@ def test_processes_share_the_work(model, processor, samples, whole, tmp_path, mo
     assert [len(ran) for *_, ran in answers] == [6, 6] and sorted(
         sum((ran for *_, ran in answers), [])
     ) == sorted(s.id for s in samples)
-    assert path.read_bytes() == whole.read_bytes() and not checkpoint_of(path).exists()
+    assert path.read_bytes() == whole.read_bytes() and not Checkpoint.folder_of(path).exists()
 
 
 def test_auto_is_shared_too(model, processor, samples, tmp_path):

@@ -34,8 +34,8 @@ from seats_analysis.cli.app import (
     takes,
     writable,
 )
-from ..inputs.layout import MODALITIES
-from ..storage.checkpoint import Checkpoint, checkpoint_of
+from ..inputs.layout import Modality
+from ..storage.files import Checkpoint
 from ..storage.provenance import digest
 from ..storage.schemas import load_profile, save_json
 
@@ -83,7 +83,7 @@ def _column(answer, blocks):
 
 def _compare_text(found, plan):
     "Both answers side by side, tokens block by block, FLOPs and time."
-    late = min(map(plan.late, MODALITIES))
+    late = min(map(plan.late, Modality.CODES))
     blocks = dict(
         shallow=(0, plan.shallow_end), middle=(plan.shallow_end, late), late=(late, plan.num_layers)
     )
@@ -148,7 +148,7 @@ def run(
     model, processor = asked.load()
     encoded = encode(model, processor, [sample], **limits)
     if trr is not None:
-        counts = [encoded.layout.counts()[m].item() for m in MODALITIES]
+        counts = [encoded.layout.counts()[m].item() for m in Modality.CODES]
         plan = solve_schedules(asked.model, (trr,), counts, profile)[trr]
     adapter = adapter_for(model)
     name = adapter.name(model)
@@ -339,7 +339,7 @@ def eval_(
     chains, known = _tuned(tuned, num_layers)
     blocks_of(model_name, profile, num_layers)
     source = profile or (model_name if model_name in TESTBEDS else None)
-    with Checkpoint.hold(checkpoint_of(out)) as folder:
+    with Checkpoint.hold(Checkpoint.folder_of(out)) as folder:
         if data == "testbed":
             samples = held_out(asked.limit, split, folder / CLIPS, seed)
         else:

@@ -21,7 +21,7 @@ import typer
 from typer import Option
 from typer.core import TyperCommand, TyperGroup
 from ..evaluation.load import check_model_name, load_model
-from ..storage.checkpoint import processes
+from ..storage.files import processes
 from ..storage.files import check_target, one_line, output_folder
 from ..storage.schemas import SCHEMAS, load_profile, schema_of
 

@@ -26,7 +26,7 @@ from seats_analysis.cli.app import (
     table,
     takes,
 )
-from seats_analysis.storage.checkpoint import Checkpoint, checkpoint_of
+from seats_analysis.storage.files import Checkpoint
 
 # %% ../../nbs/cli/04_tune.ipynb #fa4fd932
 TUNE_SEED = 5  # of the testbed's fresh clips; eval has 2
@@ -140,7 +140,7 @@ def tune(
     if method.removesuffix("+late") not in METHODS:
         raise ValueError(f"--method {method!r}: one of {', '.join(METHODS)}, or with +late behind")
     blocks_of(asked.model, profile, num_layers)
-    with Checkpoint.hold(checkpoint_of(evidence)) as folder:
+    with Checkpoint.hold(Checkpoint.folder_of(evidence)) as folder:
         if asked.data == "testbed":
             samples = asked.samples("derive")
             samples += _fresh(asked, 4 * promise.clips(), TUNE_SEED, folder)
@@ -218,7 +218,7 @@ def check(
     given = dict(max_change=max_change, confidence=confidence)
     given = {name: percent / 100 for name, percent in given.items() if percent is not None}
     promise = replace(promised or Promise(), **given)
-    with Checkpoint.hold(checkpoint_of(out)) as folder:
+    with Checkpoint.hold(Checkpoint.folder_of(out)) as folder:
         if asked.data == "testbed":
             samples = _fresh(asked, 2 * promise.clips(), CHECK_SEED, folder)
         else:

@@ -13,7 +13,7 @@ from functools import partial
 from tqdm.auto import tqdm
 from ..storage.schemas import SCHEMAS, save_json
 from ..storage.provenance import hash_code
-from ..storage.checkpoint import Checkpoint, checkpoint_of, processes
+from ..storage.files import Checkpoint, processes
 from ..inputs.samples import Sample
 from ..models.encode import encode
 from ..models.provenance import provenance
@@ -286,7 +286,7 @@ def compare_methods(
     )
     for plan in (*plans.values(), *(chain[0].schedule for chain in tuned.values())):
         plan.check_model(origin["num_layers"], origin["model"], lambda: origin["weights_sha256"])
-    with Checkpoint.hold(path and checkpoint_of(path)) as folder:
+    with Checkpoint.hold(path and Checkpoint.folder_of(path)) as folder:
         answered = asked.answer_all(folder, origin, processes(), progress)
         if answered is None:
             return None

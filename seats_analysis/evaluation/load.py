@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from ..storage.checkpoint import processes
+from ..storage.files import processes
 from ..storage.files import one_line, shipped_folder
 from ..testbed.load import TESTBEDS
 

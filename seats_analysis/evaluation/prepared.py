@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import ClassVar
 from tqdm.auto import tqdm
-from ..storage.checkpoint import Checkpoint
+from ..storage.files import Checkpoint
 from ..inputs.samples import Sample, check_ids
-from ..inputs.layout import CODES, TEXT, TokenLayout, pad_left
+from ..inputs.layout import Modality, TokenLayout, pad_left
 from ..models.attention import TowerAttention
 from ..models.decoder import Decoder, last_logits_only
 from ..models.encode import Encoded, encode_questions, layout_of
@@ -79,7 +79,7 @@ def encode_clip(
             for noted, watch in watches.items()
         }
     return dict(
-        embeds=seen["inputs_embeds"][0, (encoded.layout.modality[0] > TEXT).to(device)],
+        embeds=seen["inputs_embeds"][0, (encoded.layout.modality[0] > Modality.TEXT).to(device)],
         deepstack=tuple(seen.get("deepstack_visual_embeds") or ()),
         calls=calls,
         ms={noted: timing.ms["selection"] for noted, timing in timings.items()},
@@ -114,7 +114,7 @@ def prepare_questions(
             after = group.positions(torch.arange(len(tail), device=ids.device))[:, 0]
             padded = {
                 k: F.pad(getattr(encoded.layout, k)[:, : group.shared], (0, len(tail)), value=v)
-                for k, v in dict(modality=TEXT, window=-1, chunk=-1).items()
+                for k, v in dict(modality=Modality.TEXT, window=-1, chunk=-1).items()
             }
             question = Question(
                 sample=sample,
@@ -146,7 +146,7 @@ class PreparedBatch:
         positions = pad_left([q.positions for q in questions], 1).transpose(0, 1).contiguous()
         embeds = adapter_for(model).thinker(model).get_input_embeddings()(ids)
         rows = torch.cat([q.embeds for q in questions])
-        embeds[(layout.modality > TEXT).to(ids.device)] = rows.to(embeds)
+        embeds[(layout.modality > Modality.TEXT).to(ids.device)] = rows.to(embeds)
         mask = pad_left([torch.ones_like(q.ids) for q in questions], 0)
         inputs = dict(
             input_ids=ids, attention_mask=mask, position_ids=positions, inputs_embeds=embeds
@@ -250,7 +250,7 @@ class DataShape:
             for m, n in layout.counts().items():
                 out["text" if m == "image" else m][row] += n.item()
             for step in method.plan(layout, method.window_budgets(layout, 0)) if method else ():
-                for m in CODES:
+                for m in Modality.CODES:
                     out[m][row, step.layer :] = step.n_keep[0][m]
         return out
 
@@ -305,7 +305,7 @@ class DataShape:
         "Fractions of the visual and audio tokens that are kept, by both definitions."
         totals = []
         for plans in (self.plans(method), self.full):
-            tokens = {m: self.weights @ plans[m] for m in CODES}  # (L,)
+            tokens = {m: self.weights @ plans[m] for m in Modality.CODES}  # (L,)
             layers = tokens["visual"] + tokens["audio"]
             totals.append(dict(layers=layers, entry=layers[:1], **tokens))
         kept, there = totals

@@ -9,11 +9,15 @@ __all__ = ['time_window', 'random_fraction', 'all_but_sinks']
 import torch
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
-from ..inputs.layout import AUDIO, IMAGE, VISUAL
+from ..inputs.layout import Modality
 from ..storage.provenance import digest
 
 # %% ../../nbs/probing/00_selectors.ipynb #ec847a1f
-REMOVED = {"visual": (VISUAL,), "audio": (AUDIO,), "both": (VISUAL, AUDIO)}
+REMOVED = {
+    "visual": (Modality.VISUAL,),
+    "audio": (Modality.AUDIO,),
+    "both": (Modality.VISUAL, Modality.AUDIO),
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class View:
 
     @property
     def media(self):
-        return (self.kind == VISUAL) | (self.kind == AUDIO)
+        return (self.kind == Modality.VISUAL) | (self.kind == Modality.AUDIO)
 
     def among(self, modalities):  # names -> (S,) bool
         "The positions of some modalities."
@@ -127,6 +131,6 @@ def mark(selector, view) -> torch.Tensor:  # (S,) bool
             f"{selector}: gave {removed.dtype} of shape {tuple(removed.shape)}, "
             f"expected one bool for each of the {len(view.kind)} positions"
         )
-    if (removed & ~view.media & (view.kind != IMAGE)).any():
+    if (removed & ~view.media & (view.kind != Modality.IMAGE)).any():
         raise ValueError(f"{selector}: removes text; only media tokens can be removed")
     return removed

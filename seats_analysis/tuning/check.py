@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ..storage.checkpoint import Checkpoint, checkpoint_of, processes
+from ..storage.files import Checkpoint, processes
 from ..storage.provenance import hash_code
 from ..storage.schemas import SCHEMAS, load_json, save_json, schema_of
 from ..inputs.samples import Sample
@@ -142,7 +142,7 @@ def check_schedule(
         plan.check_model(adapter.num_layers(model))
     origin = provenance(model, processor, samples, seed=0)
     origin |= dict(code_sha256=hash_code(), data=data)
-    with Checkpoint.hold(path and checkpoint_of(path)) as folder:
+    with Checkpoint.hold(path and Checkpoint.folder_of(path)) as folder:
         tuning = Tuning(
             model=model,
             processor=processor,

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
-from ..storage.checkpoint import Checkpoint, checkpoint_of, processes
+from ..storage.files import Checkpoint, processes
 from ..storage.provenance import digest, hash_code
 from ..storage.schemas import SCHEMAS, load_profile, save_json
 from ..inputs.benchmarks import split_of
-from ..inputs.layout import MODALITIES
+from ..inputs.layout import Modality
 from ..inputs.samples import Sample
 from ..models.encode import mean_tokens
 from ..models.families import adapter_for
@@ -74,7 +74,7 @@ class SearchSpace:
             return min(max(low, lowest), layers), min(max(high, lowest), layers)
 
         late = {}
-        for m in MODALITIES:
+        for m in Modality.CODES:
             here = [b for removed, b in bounds.items() if removed in (m, "both")]
             late[m] = span([near(b.late_start, b.late_start_ci) for b in here], 1)
         middle = span([near(b.shallow_end, b.shallow_end_ci) for b in bounds.values()], 0)
@@ -417,7 +417,7 @@ def tune_schedule(
     fixed = fixed_shapes(name, counts, profile)
     seats = method == "seats"
     draw = space.draw if seats else drawn_settings(method, fixed[-1], counts)
-    with Checkpoint.hold(path and checkpoint_of(path)) as folder:
+    with Checkpoint.hold(path and Checkpoint.folder_of(path)) as folder:
         tuning = Tuning(
             model=model,
             processor=processor,
