@@ -203,7 +203,7 @@ MUTATIONS = (
         'min(1.0, knob * plan.trr["audio"])',
     ),
     (
-        "evaluation.compare",  # every unit of questions draws the same random tokens
+        "evaluation.prepared",  # every unit of questions draws the same random tokens
         "run.samples = first",
         "run.samples = 0",
     ),
