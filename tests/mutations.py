@@ -88,7 +88,7 @@ MUTATIONS = (
         "self.join(layer, before.context, before",
     ),
     (
-        "probing.metrics",  # a tie counts as right
+        "probing.branches",  # a tie counts as right
         "correct=margin > 0,",
         "correct=margin >= 0,",
     ),
@@ -203,7 +203,7 @@ MUTATIONS = (
         'min(1.0, knob * plan.trr["audio"])',
     ),
     (
-        "evaluation.compare",  # every unit of questions draws the same random tokens
+        "evaluation.prepared",  # every unit of questions draws the same random tokens
         "run.samples = first",
         "run.samples = 0",
     ),

@@ -398,7 +398,7 @@ class DataOptions(ModelOptions):
         return [] if self.skip_broken else None
 
     def samples(self, split=None):
-        from seats_analysis.evaluation.evaluate import load_samples
+        from seats_analysis.evaluation.load import load_samples
 
         return load_samples(
             self.data,

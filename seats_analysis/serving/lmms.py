@@ -18,13 +18,13 @@ from ..storage.files import shipped_folder
 from ..inputs.media import Clip, decode_clip
 from ..inputs.samples import Sample
 from ..inputs.benchmarks import preset_for
-from ..models.families import limit_pixels
+from ..models.families import published_limits
 from ..models.encode import Prompt, encode, frame_resizer
 from ..schedules.schedule import PUBLISHED, Schedule
 from ..pruning.session import prune
 from ..baselines.registry import method_at
-from ..evaluation.evaluate import load_samples, parse_answer, write_answers
-from ..evaluation.load import load_model
+from ..evaluation.evaluate import parse_answer, write_answers
+from ..evaluation.load import load_model, load_samples
 
 # %% ../../nbs/serving/02_lmms.ipynb #e358b22e
 def _audio(source, rate):
@@ -216,18 +216,10 @@ class ModelArgs:
             tokens=(self.n_visual, self.n_audio),
         )
         model, processor = load_model(self.pretrained, self.device)
-        limits = self
+        limits = dict(fps=self.fps, max_frames=self.max_frames)
         if self.preset is not None:
-            limits = preset_for(self.preset)
-            limit_pixels(processor, *limits.grid_tokens)
-        return Answerer(
-            model=model,
-            processor=processor,
-            method=chosen,
-            fps=limits.fps,
-            max_frames=limits.max_frames,
-            kv=self.kv,
-        )
+            limits = published_limits(self.preset, processor)
+        return Answerer(model=model, processor=processor, method=chosen, kv=self.kv, **limits)
 
 # %% ../../nbs/serving/02_lmms.ipynb #c6086240
 @cache
