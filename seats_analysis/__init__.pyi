@@ -4,8 +4,8 @@ from .storage.schemas import load_profile as load_profile
 from .inputs.media import Clip as Clip
 from .inputs.media import decode_clip as decode_clip
 from .inputs.samples import Sample as Sample
-from .inputs.samples import read_samples as read_samples
-from .inputs.benchmarks import load_benchmark as load_benchmark
+from .inputs.questions import read_samples as read_samples
+from .inputs.questions import load_benchmark as load_benchmark
 from .models.encode import encode as encode
 from .models.families import adapter_for as adapter_for
 from .testbed.load import load_testbed as load_testbed

@@ -48,7 +48,7 @@ MUTATIONS = (
         "round(time * sample_rate)",
     ),
     (
-        "inputs.samples",  # media above the folder of the questions are read
+        "inputs.questions",  # media above the folder of the questions are read
         'if elsewhere or ".." in inner.parts:',
         "if elsewhere:",
     ),

@@ -28,8 +28,9 @@ from typer.testing import CliRunner
 from seats_analysis.boundaries.retention import synthetic_profile
 from seats_analysis.cli import app as shared
 from seats_analysis.cli.main import app
-from seats_analysis.inputs.media import Clip, encode_clip
-from seats_analysis.inputs.samples import Sample, write_samples
+from seats_analysis.inputs.media import Clip
+from seats_analysis.inputs.samples import Sample
+from seats_analysis.inputs.questions import write_samples
 from seats_analysis.storage.files import (
     Checkpoint,
     CheckpointWarning,
@@ -406,7 +407,7 @@ def profile():
 
 def encoded(path):
     noise = np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), np.uint8)
-    encode_clip(Clip("c", noise), path)
+    Clip("c", noise).save(path)
 
 
 WRITERS = dict(

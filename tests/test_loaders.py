@@ -10,8 +10,10 @@ import pytest
 from clips import refused
 from typer.testing import CliRunner
 
-from seats_analysis.inputs import benchmarks as K
-from seats_analysis.inputs.samples import Sample, write_samples
+from seats_analysis.inputs import questions as K
+from seats_analysis.inputs.benchmarks import preset_for
+from seats_analysis.inputs.samples import Sample
+from seats_analysis.inputs.questions import write_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIPS = ROOT / "data" / "testbed" / "clips"
@@ -302,7 +304,7 @@ def test_longest_clip_of_the_preset_fits_its_count(seven_billion):
     from seats_analysis.models.families import limit_pixels
 
     _, processor = seven_billion
-    preset = K.preset_for("worldsense")
+    preset = preset_for("worldsense")
     limit_pixels(processor, *preset.grid_tokens)
     video = processor.video_processor
     for height, width in ((90, 160), (240, 320), (1080, 1920)):

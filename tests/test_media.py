@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from clips import av, blocks, patch, picture, refused, write_clip
 
-from seats_analysis.inputs.media import Clip, decode_clip, encode_clip
-from seats_analysis.inputs.samples import Sample, read_samples, write_samples
+from seats_analysis.inputs.media import Clip, decode_clip
+from seats_analysis.inputs.samples import Sample
+from seats_analysis.inputs.questions import read_samples, write_samples
 from seats_analysis.storage.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +56,7 @@ def made(seconds=2, size=64):
 
 @pytest.fixture
 def file(tmp_path):
-    return encode_clip(made(), tmp_path / "a.mp4")
+    return made().save(tmp_path / "a.mp4")
 
 
 # ---------------------------------------------------------------- containers and codecs
@@ -115,13 +116,13 @@ def test_odd_size_and_length(tmp_path, codec):
 def test_one_frame(tmp_path):
     assert len(decode_clip(write_clip(tmp_path / "a.mp4", [80])).frames) == 1
     clip = Clip("one", np.full((1, 32, 32, 3), 90, np.uint8), 0.5)
-    back = decode_clip(encode_clip(clip, tmp_path / "one.mp4"), fps=0.5)
+    back = decode_clip(clip.save(tmp_path / "one.mp4"), fps=0.5)
     assert (len(back.frames), back.fps) == (1, 0.5)
 
 
 def test_names_that_look_like_urls(tmp_path, monkeypatch):
     for name in ("a:b.mp4", "video 1 (ä ö) %20.mp4", "-i.mp4", "é'\".mp4"):
-        assert decode_clip(encode_clip(made(), tmp_path / name)).id == Path(name).stem
+        assert decode_clip(made().save(tmp_path / name)).id == Path(name).stem
     monkeypatch.chdir(tmp_path)
     assert decode_clip("-i.mp4").id == "-i"
 
@@ -188,7 +189,7 @@ def test_max_frames_spreads_over_the_clip(tmp_path):
 def test_fractional_rate(tmp_path):
     fps = 30000 / 1001
     clip = Clip("ntsc", np.stack([np.full((32, 32, 3), 2 * k, np.uint8) for k in range(90)]), fps)
-    back = decode_clip(encode_clip(clip, tmp_path / "a.mp4"), fps=fps)
+    back = decode_clip(clip.save(tmp_path / "a.mp4"), fps=fps)
     assert len(back.frames) == 90
     assert np.abs(back.frames.mean((1, 2, 3)) - clip.frames.mean((1, 2, 3))).max() < 3
 
@@ -217,7 +218,7 @@ def test_rotation(tmp_path, matrix, turn):
     frame = np.full((48, 80, 3), 20, np.uint8)
     frame[4:16, 8:40] = 250
     frame[30:40, 60:70] = (250, 30, 30)
-    path = encode_clip(Clip("r", np.stack([frame] * 4)), tmp_path / "r.mp4")
+    path = Clip("r", np.stack([frame] * 4)).save(tmp_path / "r.mp4")
     a, b, c, d = (65536 * v % 2**32 for v in matrix)
     # version 0: times and ids, then reserved, layer, group, volume
     patch(path, b"tkhd", 4 + 4 + 20 + 16, a, b, 0, c, d, 0, 0, 0, 1 << 30)
@@ -239,7 +240,7 @@ def test_small_and_standard(tmp_path):
     r = np.random.default_rng(0)
     frames = r.integers(40, 52, (16, 112, 112, 3), dtype=np.uint8)
     sound = 0.1 * r.standard_normal(128000, np.float32)
-    path = encode_clip(Clip("n", frames, 2.0, sound), tmp_path / "n.mp4")
+    path = Clip("n", frames, 2.0, sound).save(tmp_path / "n.mp4")
     assert path.stat().st_size < 150_000
     with av.open(str(path)) as file:
         v = file.streams.video[0].codec_context
@@ -251,10 +252,10 @@ def test_small_and_standard(tmp_path):
 
 ENCODE = """
 import sys, numpy as np
-from seats_analysis.inputs.media import Clip, encode_clip
+from seats_analysis.inputs.media import Clip
 r = np.random.default_rng(1)
 frames = r.integers(0, 255, (8, 96, 64, 3), dtype=np.uint8)
-encode_clip(Clip("x", frames, 2.0, 0.1 * r.standard_normal(64000, "float32")), sys.argv[1])
+Clip("x", frames, 2.0, 0.1 * r.standard_normal(64000, "float32")).save(sys.argv[1])
 """
 
 
@@ -463,7 +464,7 @@ def test_equal_file_names_are_different_clips(tmp_path):
     copy, and data without such files keep theirs."""
     for name in ("sub/x.mp4", "001/video.mp4", "002/video.mp4", "002/other.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        encode_clip(made(), tmp_path / name)
+        made().save(tmp_path / name)
     videos = "001/video.mp4", "002/video.mp4", "002/../001/video.mp4", "002/other.mp4"
     rows = [GOOD | dict(video=v) for v in videos]
     read = read_samples(asked(tmp_path, *rows, GOOD | dict(audio="002/video.mp4")))
@@ -481,6 +482,6 @@ def test_media_of_a_sample(tmp_path, file):
     sample = Sample("s", str(file), "?", ("a", "b"), 0)
     assert sample.load_media().frames.shape == clip.frames.shape
     assert replace(sample, video=clip).load_media() is clip
-    other = encode_clip(Clip("other", waveform=click(3.0)), tmp_path / "other.mp4")
+    other = Clip("other", waveform=click(3.0)).save(tmp_path / "other.mp4")
     both = replace(sample, audio=str(other)).load_media()
     assert (both.id, len(both.frames), len(both.waveform)) == ("a", len(clip.frames), 48000)

@@ -16,7 +16,7 @@ from seats_analysis.cli import app as shared
 from seats_analysis.tuning import tune
 from seats_analysis.evaluation.prepared import Answering, PreparedBatch
 from seats_analysis.tuning.tune import Tuning, better_half, chain_of, deal_clips
-from seats_analysis.inputs.samples import read_samples, write_samples
+from seats_analysis.inputs.questions import read_samples, write_samples
 from seats_analysis.tuning.certificate import Promise, draw_certificates
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.tuning.tune import SearchSpace
@@ -167,12 +167,10 @@ def test_no_clip_serves_twice(samples, monkeypatch):
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
     "One question on each of ten small clips."
-    from seats_analysis.inputs.media import encode_clip
-
     folder, out = tmp_path_factory.mktemp("clips"), []
     for k in range(10):
         path = folder / f"q{k}.mp4"
-        encode_clip(tiny.clip(k, 1.0, size=(56, 56)), path)
+        tiny.clip(k, 1.0, size=(56, 56)).save(path)
         out.append(tiny.ask(f"{k}", str(path), family="colour"))
     return write_samples(out, folder / "questions.jsonl")
 

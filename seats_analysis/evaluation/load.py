@@ -186,7 +186,7 @@ def load_samples(
 
         samples = testbed_samples()
     else:
-        from seats_analysis.inputs.benchmarks import load_questions
+        from seats_analysis.inputs.questions import load_questions
 
         first = None if split else limit
         samples = load_questions(name, root, first, broken, allow_outside)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from ..inputs.samples import read_samples, write_samples
+from ..inputs.questions import read_samples, write_samples
 from ..storage.files import shipped_folder
 from .task import POOLS, Scene
 
@@ -268,12 +268,10 @@ def _held_out(seed, k):
 
 def _write_clip(scene, folder, again=True):
     "Render and encode one scene, or take what is there; its path."
-    from seats_analysis.inputs.media import encode_clip
-
     path = Path(folder) / f"scene{scene.seed}.mp4"
     path.parent.mkdir(parents=True, exist_ok=True)
     if again or not path.is_file():
-        encode_clip(scene.clip(), path, crf=30, bit_rate=32000)
+        scene.clip().save(path, crf=30, bit_rate=32000)
     return str(path)
 
 

@@ -18,7 +18,7 @@ from seats_analysis.lab import tables as T
 from seats_analysis.plots import style
 from seats_analysis.lab.simulate import needed_figure
 from seats_analysis.boundaries.retention import synthetic_profile
-from seats_analysis.inputs.media import Clip, encode_clip
+from seats_analysis.inputs.media import Clip
 from seats_analysis.plots.dependency import plot_dependency
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.schemas import SCHEMAS, load_json, save_json, save_profile
@@ -635,7 +635,7 @@ def test_figures_from_a_data_folder(tmp_path):
     frames = rng.integers(0, 255, (16, 112, 112, 3)).astype("uint8")
     wave = (0.1 * rng.standard_normal(128000)).astype("float32")
     noise = Clip("noise", frames, 2.0, wave, 16000)
-    encode_clip(noise, data / "results" / "noise.mp4")
+    noise.save(data / "results" / "noise.mp4")
     (data / "results" / "kept_testbed.json").write_text(json.dumps(kept_of()))
     log = data / "testbed" / "qwen2.5-omni" / "train_log.jsonl"
     log.write_text("\n".join(map(json.dumps, made_up_log())))
