@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # figures and boundaries read the names below without torch
     import torch
 
 # %% auto #0
-__all__ = ['Modality', 'TokenLayout', 'Medium', 'pad_left']
+__all__ = ['Modality', 'TokenLayout', 'pad_left']
 
 # %% ../../nbs/inputs/03_layout.ipynb #3e4f1ad8
 class Modality(IntEnum):
@@ -54,7 +54,7 @@ class TokenLayout:
         input_ids: torch.Tensor,  # (B, S) int64
         attention_mask: torch.Tensor | None,  # (B, S), 0 at padding; None = no padding
         token_ids: Mapping,  # modality -> id of its placeholder token
-        media: Mapping,  # modality -> each `Medium` of the batch, samples in order
+        media: Mapping,  # modality -> (tokens, tokens in a window) of each medium, samples in order
     ):
         """The layout of a batch; with IMAGE among the `media`, images count as visual tokens.
         Raises ValueError if tokens and media do not match."""
@@ -71,6 +71,31 @@ class TokenLayout:
         layout = cls(modality, window, chunk_ids(modality))
         images = media.get(Modality.IMAGE)
         return layout if images is None else _images_as_visual(layout, images)
+
+    @staticmethod
+    def video_media(
+        grid_thw: torch.Tensor | None,  # (n, 3) temporal grids, patches in height and width
+        merge_size: int,  # patches per side of one merged token
+        grids_per_window: int = 2,  # temporal grids in one window (SEATS, arXiv 2605.20035)
+    ) -> list:  # (tokens, tokens in one of its windows) of each
+        "The videos (or images) of a batch, from the processor's grids."
+        grids = [] if grid_thw is None else grid_thw.tolist()
+        per_grid = [(t, h * w // merge_size**2) for t, h, w in grids]
+        return [(t * n, grids_per_window * n) for t, n in per_grid]
+
+    @staticmethod
+    def audio_media(
+        lengths: Sequence[int],  # tokens of each audio track
+        per_second: float,  # audio tokens per second: `position_id_per_seconds`
+        seconds: float = 2.0,  # length of a window: `seconds_per_chunk`
+    ) -> list:  # (tokens, tokens in one of its windows) of each
+        "The audio tracks of a batch. Raises ValueError for windows too short for one token."
+        per_window = int(per_second * seconds)
+        if per_window < 1:
+            raise ValueError(
+                f"{per_second} audio tokens a second leave no token in a window of {seconds} s"
+            )
+        return [(int(n), per_window) for n in lengths]
 
     @classmethod
     def stack(
@@ -115,41 +140,6 @@ def chunk_ids(
         out = torch.where(here, (starts.cumsum(-1) - 1).int(), out)
     return out
 
-# %% ../../nbs/inputs/03_layout.ipynb #be646578
-@dataclass(frozen=True)
-class Medium:
-    "One video, image or audio track, as it lies in the sequence."
-
-    tokens: int  # tokens it puts into the sequence
-    per_window: int  # tokens in one of its time windows; the last window may be short
-
-    @classmethod
-    def videos(
-        cls,
-        grid_thw: torch.Tensor | None,  # (n, 3) temporal grids, patches in height and width
-        merge_size: int,  # patches per side of one merged token
-        grids_per_window: int = 2,  # temporal grids in one window (SEATS, arXiv 2605.20035)
-    ) -> list:
-        "The videos (or images) of a batch, from the processor's grids."
-        grids = [] if grid_thw is None else grid_thw.tolist()
-        per_grid = [(t, h * w // merge_size**2) for t, h, w in grids]
-        return [cls(t * n, grids_per_window * n) for t, n in per_grid]
-
-    @classmethod
-    def audio(
-        cls,
-        lengths: Sequence[int],  # tokens of each audio track
-        per_second: float,  # audio tokens per second: `position_id_per_seconds`
-        seconds: float = 2.0,  # length of a window: `seconds_per_chunk`
-    ) -> list:
-        "The audio tracks of a batch. Raises ValueError for windows too short for one token."
-        per_window = int(per_second * seconds)
-        if per_window < 1:
-            raise ValueError(
-                f"{per_second} audio tokens a second leave no token in a window of {seconds} s"
-            )
-        return [cls(int(n), per_window) for n in lengths]
-
 # %% ../../nbs/inputs/03_layout.ipynb #bd4f841b
 def _windows(modality, kind, media):
     "Time window of every token of one kind, counted over a sample's media. (B, S) int32"
@@ -162,17 +152,17 @@ def _windows(modality, kind, media):
         left = int(here.sum())
         ids = []
         while left:
-            if not media or media[0].tokens > left:
+            if not media or media[0][0] > left:
                 raise ValueError(
                     f"sample {row} has {left} {name} tokens that no medium of the "
                     "processor output explains"
                 )
-            m = media.pop(0)
+            tokens, per_window = media.pop(0)
             first = ids[-1] + 1 if ids else 0
-            ids += [first + i // m.per_window for i in range(m.tokens)]
-            left -= m.tokens
+            ids += [first + i // per_window for i in range(tokens)]
+            left -= tokens
         out[row, here] = torch.tensor(ids, dtype=torch.int32)
-    if any(m.tokens for m in media):
+    if any(tokens for tokens, _ in media):
         raise ValueError(
             f"{len(media)} {name} media are left over: no token of the prompt belongs to them"
         )
