@@ -21,15 +21,7 @@ from ..models.families import adapter_for
 from ..schedules.schedule import Schedule
 from .base import Pruner, Tokens
 from .cache import Slots
-from seats_analysis.pruning.encoders import (
-    COMPILED,
-    ENCODED,
-    EncoderWatch,
-    Hooks,
-    refuse_compiled,
-    visual_order,
-)
-from .generate import COPIES, MEDIA, repeat_media
+from .encoders import COMPILED, ENCODED, EncoderWatch, Hooks, visual_order
 from .prefill import Check, Prefill
 from .seats import Seats
 from .timing import Timings
@@ -82,10 +74,15 @@ class Run:
         return trr
 
 # %% ../../nbs/pruning/10_session.ipynb #005bb6bc
+# keyword argument that travels through `generate` to the thinker's pre-hook, which takes it out
+COPIES = "seats_copies"
+
+
 class Session:
     "The hooks of one `prune` block, in the order in which they fire."
 
     def __init__(self, model, method, kv, images="keep"):
+        self.hooks = Hooks()  # first: whoever copies a session meets its refusal before all else
         self.model = model
         self.method = method
         self.images = images
@@ -96,7 +93,6 @@ class Session:
         self.signature = inspect.signature(self.thinker.forward)
         self.timings = Timings(str(next(model.parameters()).device))
         self.run = Run(method, kv, self.timings)
-        self.hooks = Hooks()
         # towers are only timed where stage I keeps everything, or does not look at attention
         chooses = method is not None and min(method.schedule.entering.values()) < 1
         noting = method if chooses and method.uses_attention else None
@@ -165,8 +161,7 @@ class Session:
         settings = dict(expand_size=expand_size, is_encoder_decoder=is_encoder_decoder)
         if expand_size == 1 or input_ids is None:
             return stock(**settings, input_ids=input_ids, **given)
-        calls = self.encoders.calls["visual"]
-        media = repeat_media(self.model, calls, input_ids, given, expand_size)
+        media = self.encoders.repeat_media(input_ids, given, expand_size)
         others = {k: v for k, v in given.items() if k not in media}
         ids, rest = stock(**settings, input_ids=input_ids, **others)
         cache = given.get("past_key_values")
@@ -181,7 +176,7 @@ class Session:
         Takes out our own arguments, and may give the thinker its positions."""
         self.hooks.claim()
         self.reset()
-        refuse_compiled(module)
+        self.hooks.refuse_compiled(module)
         kwargs = dict(kwargs)
         copies = kwargs.pop(COPIES, 1)
         noted = kwargs.pop(ENCODED, None)
@@ -303,12 +298,7 @@ class Session:
 
     def go_on(self, given, cache) -> dict:  # keyword arguments to change
         "What follows on a cache that is not empty: an answer, or a further question."
-        encoded = given.get("mm_encoder_outputs") or {}
-        media = [
-            name
-            for name, (_, raw, *_) in MEDIA.items()
-            if given.get(raw) is not None or encoded.get(name) is not None
-        ]
+        media = self.encoders.media_of(given)
         if (slots := Slots.of(cache)) is not None:
             return slots.go_on(given, cache, media)
         refused = [m for m in media if self.method and (m != "image" or self.images == "prune")]
@@ -327,7 +317,7 @@ class Session:
         """Fires when the towers are done, before layer 0: stage I, which gives the decoder a
         shorter sequence; in a decode step on a pruned cache, the masks of all layers."""
         self.hooks.claim()
-        refuse_compiled(module)
+        self.hooks.refuse_compiled(module)
         cache = kwargs.get("past_key_values")
         self.timings.start("decode" if cache is not None and cache.get_seq_length() else "prefill")
         if self.prefill is not None:
