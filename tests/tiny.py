@@ -71,6 +71,24 @@ def three():
     ]
 
 
+WORDS = ("red", "green circle", "blue", "upper-left red square")
+
+
+def probed():
+    "Three questions on one clip that differ in length, letters and choices; silent, audio, text."
+    one, silent = (clip(i, 3 - i, sound=not i, size=(112, 112)) for i in (0, 1))
+    asked = [
+        ("open", one, "what colour is the circle ?", WORDS, 3, "a", "derive"),
+        ("letters", one, "what is it ?", WORDS[:3], 1, "a", "derive", True),
+        ("where", one, "where is the red object ?", WORDS[:2], 0, "b", "derive"),
+        ("silent", silent, "where is the red object ?", WORDS[:2], 0, "b", "test"),
+        ("heard", clip(2, 2.5, sight=False), "what is heard ?", WORDS[1:], 1, "b", "test"),
+        ("text", None, "what day comes after monday ?", ("tuesday", "friday"), 0, "c", "test"),
+    ]
+    names = "id video question choices answer family split lettered".split()
+    return [Sample(**dict(zip(names, row))) for row in asked]
+
+
 def processor(family):
     made = load.build_processor(family)
     if family == "qwen3-omni":
