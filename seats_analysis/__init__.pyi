@@ -34,9 +34,9 @@ from .evaluation.load import load_model as load_model
 from .evaluation.evaluate import accuracy_table as accuracy_table
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.compare import compare_methods as compare_methods
-from .evaluation.table import comparison_table as comparison_table
+from .evaluation.compare import comparison_table as comparison_table
 from .tuning.certificate import Promise as Promise
-from .tuning.search import SearchSpace as SearchSpace
+from .tuning.tune import SearchSpace as SearchSpace
 from .tuning.tune import tune_schedule as tune_schedule
 from .tuning.check import check_schedule as check_schedule
 from .plots.dependency import plot_dependency as plot_dependency

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from seats_analysis.inputs.layout import MODALITIES
+from seats_analysis.inputs.layout import Modality
 from seats_analysis.schedules.solve import drop_shares
 from seats_analysis.schedules.schedule import Schedule
+
+MODALITIES = tuple(Modality.CODES)
 
 GOLDEN = Path(os.environ.get("SEATS_GOLDEN") or Path(__file__).parent / "fixtures" / "golden")
 NEAR_TIE = 2e-5  # closer decisions than this depend on the order of summation

@@ -28,7 +28,7 @@ MUTATIONS = (
         "part.chmod(0o600)",
     ),
     (
-        "storage.checkpoint",  # rows of another run are taken for this one's
+        "storage.files",  # rows of another run are taken for this one's
         'dict(run=self.digest, id=self.identity["samples"][i][0], row=row)',
         'dict(id=self.identity["samples"][i][0], row=row)',
     ),
@@ -144,7 +144,7 @@ MUTATIONS = (
     ),
     (
         "pruning.base",  # free slots of shorter samples pass for tokens
-        ".masked_fill(~take(keep, index), PAD)",
+        ".masked_fill(~take(keep, index), Modality.PAD)",
         "",
     ),
     (
@@ -203,7 +203,7 @@ MUTATIONS = (
         'min(1.0, knob * plan.trr["audio"])',
     ),
     (
-        "evaluation.compare",  # every unit of questions draws the same random tokens
+        "evaluation.prepared",  # every unit of questions draws the same random tokens
         "run.samples = first",
         "run.samples = 0",
     ),

@@ -6,8 +6,10 @@ from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as qwen25
 
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.decoder import Decoder
-from seats_analysis.inputs.layout import AUDIO, VISUAL
+from seats_analysis.inputs.layout import Modality
 from plain import naive_order, stage2
+
+VISUAL, AUDIO = Modality.CODES.values()
 
 CODE = dict(visual=VISUAL, audio=AUDIO)
 

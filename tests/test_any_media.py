@@ -6,9 +6,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import Prompt, encode, layout_of, rope_index
-from seats_analysis.inputs.layout import AUDIO, IMAGE, VISUAL
+from seats_analysis.inputs.layout import Modality
 from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.schedule import Schedule
+
+VISUAL, AUDIO, TEXT, IMAGE, PAD = Modality
 
 L = tiny.LAYERS
 PLAN = Schedule(

@@ -18,7 +18,7 @@ from seats_analysis.tuning.check import verdict_on
 from seats_analysis.tuning.tune import Tuning
 from seats_analysis.tuning.certificate import Promise
 from seats_analysis.schedules.schedule import Schedule, ScheduleWarning
-from seats_analysis.tuning.search import SearchSpace
+from seats_analysis.tuning.tune import SearchSpace
 
 ROOT = Path(__file__).resolve().parents[1]
 TUNED, OTHER = (

@@ -29,12 +29,7 @@ from seats_analysis.cli import app as shared
 from seats_analysis.cli.main import app
 from seats_analysis.inputs.media import Clip, encode_clip
 from seats_analysis.inputs.samples import Sample, write_samples
-from seats_analysis.storage.checkpoint import (
-    Checkpoint,
-    CheckpointWarning,
-    checkpoint_of,
-    processes,
-)
+from seats_analysis.storage.files import Checkpoint, CheckpointWarning, processes
 from seats_analysis.storage.files import atomic_write, new_neighbour
 from seats_analysis.storage.schemas import (
     SCHEMAS,
@@ -173,15 +168,15 @@ def hold(folder, held):
 
 def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
     out, held = tmp_path / "r.json", FORK.Event()
-    child = forked(hold, checkpoint_of(out), held)
+    child = forked(hold, Checkpoint.folder_of(out), held)
     assert held.wait(20)
     with pytest.raises(ValueError, match="is in use: another run"):
-        run(checkpoint_of(out), about())
+        run(Checkpoint.folder_of(out), about())
     assert "is in use: another run writes to this output" in refused("eval", "--out", out)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
-    assert len(run(checkpoint_of(out), about())) == 4
-    Checkpoint.remove(checkpoint_of(out))
+    assert len(run(Checkpoint.folder_of(out), about())) == 4
+    Checkpoint.remove(Checkpoint.folder_of(out))
     assert names(tmp_path) == []
 
 
@@ -355,9 +350,9 @@ def test_modes_stay_and_links_of_others_are_not_followed(tmp_path):
     tmp_path.chmod(0o1777)
     with pytest.raises(ValueError, match="is a link in a folder that everybody can write to"):
         save_json(tmp_path / "link.json", {})
-    checkpoint_of(tmp_path / "p.nc").symlink_to(tmp_path, target_is_directory=True)
+    Checkpoint.folder_of(tmp_path / "p.nc").symlink_to(tmp_path, target_is_directory=True)
     with pytest.raises(ValueError, match="is a link, expected a folder"):
-        run(checkpoint_of(tmp_path / "p.nc"), about())
+        run(Checkpoint.folder_of(tmp_path / "p.nc"), about())
     assert json.loads(secret.read_text()) == dict(a=1)
     mask = os.umask(0o027)
     assert save_json(tmp_path / "new.json", {}).stat().st_mode & 0o777 == 0o640
@@ -661,7 +656,7 @@ def command(out, limit=4):
 
 
 def test_what_a_killed_eval_left_is_swept(few, tmp_path):
-    out, kept = tmp_path / "r.json", checkpoint_of(tmp_path / "r.json")
+    out, kept = tmp_path / "r.json", Checkpoint.folder_of(tmp_path / "r.json")
     removed = new_neighbour(kept)
     own = ("scratch-0/scene7.mp4", "process-0.lock", new_neighbour(kept / "run.json").name)
     for path in (*(kept / name for name in own), removed / "000000.json"):
@@ -694,7 +689,7 @@ def test_eval_killed_twenty_times(few, tmp_path):
     while kills < 20:
         out.unlink(missing_ok=True)  # it came through: begin again
         child, rows = alone(out), draw.randrange(5)
-        count = lambda: len(list(checkpoint_of(out).glob("[0-9]*.json")))
+        count = lambda: len(list(Checkpoint.folder_of(out).glob("[0-9]*.json")))
         until(lambda: count() >= rows or child.poll() is not None, 120)
         time.sleep(draw.uniform(0, 5) if not rows else draw.uniform(0, 0.1))
         kills += child.poll() is None

@@ -20,9 +20,11 @@ from seats_analysis.boundaries.retention import (
     retained,
     synthetic_profile,
 )
-from seats_analysis.inputs.layout import MODALITIES
+from seats_analysis.inputs.layout import Modality
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.schemas import save_profile
+
+MODALITIES = tuple(Modality.CODES)
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILE = ROOT / "data" / "profiles" / "testbed.nc"

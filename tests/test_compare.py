@@ -12,20 +12,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from seats_analysis.baselines.registry import ABLATIONS, METHODS
-from seats_analysis.evaluation import compare
+from seats_analysis.evaluation import prepared as module
 from seats_analysis.evaluation.compare import (
+    _LATE as LATE,
     TOLERANCE,
-    Answering,
-    MethodRun,
     Outcomes,
+    clips_needed,
     compare_methods,
     match_cost,
     method_names,
     method_runs,
+    significantly_better,
 )
 from seats_analysis.evaluation.evaluate import evaluate
-from seats_analysis.evaluation.prepared import DataShape, PreparedBatch, prepare_questions
-from seats_analysis.evaluation.table import clips_needed, significantly_better
+from seats_analysis.evaluation.prepared import Answering, DataShape, MethodRun, PreparedBatch
 from seats_analysis.models.encode import encode
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.scoring import score_choices
@@ -41,7 +41,6 @@ from seats_analysis.testbed.load import TESTBEDS, load_testbed
 ROOT = Path(__file__).resolve().parents[1]
 L = tiny.LAYERS
 PLAN = tiny.schedule(drop_layers=(1, 3), keep_ratios=dict(visual=(0.8, 0.6), audio=(0.8, 0.6)))
-LATE = compare._LATE
 NAMES = *METHODS, *ABLATIONS, "fastv-om+late"
 
 
@@ -79,12 +78,8 @@ def samples():
 # ---------------------------------------------------------------- encoded once
 
 
-def prepared(model, processor, samples, methods=()):
-    return PreparedBatch.of(model, processor, prepare_questions(model, processor, samples, methods))
-
-
 def test_inputs_are_those_of_encode(model, processor, samples):
-    ours = prepared(model, processor, samples).encoded
+    ours = PreparedBatch.of(model, processor, samples).encoded
     theirs = encode(model, processor, samples)
     names = "input_ids", "attention_mask", "position_ids"
     for key in (*names, "video_grid_thw", "feature_attention_mask"):
@@ -101,7 +96,7 @@ def batches(model, processor, samples):
     "Four questions for which every method has noted what it asks, and the same from `encode`."
     some = [s for s in samples if s.clip in ("c0", "c3")]  # some methods need both modalities
     methods = [method_of(n) for n in ("full", *NAMES)]
-    return prepared(model, processor, some, methods), encode(model, processor, some)
+    return PreparedBatch.of(model, processor, some, methods), encode(model, processor, some)
 
 
 @pytest.mark.parametrize("name", ("full", *NAMES))
@@ -316,7 +311,7 @@ def test_windows_of_a_method_s_own(model, processor, samples, options):
     with torch.no_grad(), prune(model, method) as plain:
         model(**encode(model, processor, samples[:1]).inputs)
     for order in ([other, method], [method, other]):
-        with prepared(model, processor, samples[:1], order).prune(method) as (run, given):
+        with PreparedBatch.of(model, processor, samples[:1], order).prune(method) as (run, given):
             model(**given.inputs)
         assert kept_lists(run)["stage1"] == kept_lists(plain)["stage1"]
     planned = sum(DataShape.of(model, processor, samples[:1]).plans(method).values())
@@ -355,12 +350,12 @@ def test_interrupted_runs_go_on(small, samples, tmp_path, monkeypatch):
     stop_after = [2]  # units
     real = Answering.answer_unit
 
-    def noted(self, questions, number, first, runs, *tick):
+    def noted(self, batch, number, first, runs, *tick):
         if len(runs) > 2:  # no warm-up
             if len(asked) == stop_after[0]:
                 raise KeyboardInterrupt
-            asked.append([q.sample.id for q in questions])
-        return real(self, questions, number, first, runs, *tick)
+            asked.append([q.sample.id for q in batch.questions])
+        return real(self, batch, number, first, runs, *tick)
 
     def compared(name):
         given = {30: PLAN}, ("seats", "random"), tmp_path / name
@@ -485,8 +480,8 @@ def test_columns_say_what_happened(shape):
 
 def test_unparsable_is_wrong_and_counted(small, samples, monkeypatch):
     says = iter(["red", "hm", "blue or red", "blue"] * 2)  # once to warm up
-    real = compare.write_answers
-    monkeypatch.setattr(compare, "write_answers", lambda *args: [next(says) for _ in real(*args)])
+    real = module.write_answers
+    monkeypatch.setattr(module, "write_answers", lambda *args: [next(says) for _ in real(*args)])
     some = [replace(s, lettered=False) for s in samples[:4]]
     runs = [MethodRun("full", "full", 100, (None,))]
     found = Answering(*small, some, runs, batch_size=8, answers="generate").answer_all()

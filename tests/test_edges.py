@@ -80,9 +80,9 @@ def test_knob_of_the_audio_tokens():
 
 
 def test_no_difference_is_still_an_interval():
-    found = paired_difference([1, 0, 1, 1], [1, 0, 1, 1], list("abcd"))
-    assert found["diff"] == 0
-    assert found["low"] == -found["high"] < 0
+    diff, low, high, _ = paired_difference([1, 0, 1, 1], [1, 0, 1, 1], list("abcd"))
+    assert diff == 0
+    assert low == -high < 0
 
 
 def test_families_count_the_same_in_the_harness():

@@ -15,14 +15,14 @@ from scipy.special import ndtri
 from seats_analysis.baselines.simple import Random
 from seats_analysis.evaluation import evaluate as module
 from seats_analysis.evaluation.evaluate import (
-    accuracy_interval,
     accuracy_table,
     clip_weights,
     evaluate,
-    load_samples,
+    over_clips,
     paired_difference,
     parse_answer,
 )
+from seats_analysis.evaluation.load import load_samples
 from seats_analysis.models.encode import encode
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.statistics.intervals import mcnemar
@@ -163,10 +163,11 @@ def test_interval_is_a_cluster_bootstrap():
     clips = np.arange(60) // 4
     right = rng.random(60) < 0.7
     means = right.reshape(15, 4)[rng.integers(0, 15, (4000, 15))].mean((1, 2))
-    found = accuracy_interval(right, clips, n_boot=4000)
+    share, *found = over_clips(right, clips, n_boot=4000)
+    assert share == right.mean()
     np.testing.assert_allclose(found, np.quantile(means, [0.025, 0.975]), atol=0.015)
     for share in (0, 1):  # the score interval of 5 clips, not of 20 questions, in closed form
-        found = accuracy_interval(np.full(20, share), np.arange(20) // 4)
+        _, *found = over_clips(np.full(20, share), np.arange(20) // 4)
         end = ndtri(0.975) ** 2 / (5 + ndtri(0.975) ** 2)
         np.testing.assert_allclose(found, (1 - end, 1) if share else (0, end), atol=1e-9)
 
@@ -176,17 +177,16 @@ def test_difference_is_paired_and_over_clips():
     rng = np.random.default_rng(0)
     base = rng.random(400) < 0.7
     other = base & (rng.random(400) < 0.97)
-    width = lambda i: i["high"] - i["low"]
-    found = paired_difference(other, base, np.arange(400) // 2)
-    assert width(found) < np.ptp(accuracy_interval(base, np.arange(400) // 2))
-    assert found["high"] < 0
+    _, low, high, _ = paired_difference(other, base, np.arange(400) // 2)
+    assert high - low < np.ptp(over_clips(base, np.arange(400) // 2)[1:])
+    assert high < 0
     a, b, clips = (np.repeat(x, 6) for x in (other[:30], base[100:130], np.arange(30)))
     clustered, loose = (paired_difference(a, b, c) for c in (clips, np.arange(180)))
-    assert clustered["diff"] == loose["diff"]
-    assert width(clustered) > 2 * width(loose)
+    assert clustered[0] == loose[0]
+    assert np.ptp(clustered[1:3]) > 2 * np.ptp(loose[1:3])
     same = paired_difference(base, base, np.arange(400) // 2)
     end = ndtri(0.975) ** 2 / (200 + ndtri(0.975) ** 2)
-    assert (same["low"], same["high"]) == pytest.approx((-end, end), abs=1e-9)
+    assert same == pytest.approx((0, -end, end, 1), abs=1e-9)
 
 
 def frame(right):

@@ -5,14 +5,16 @@ from dataclasses import replace
 
 import naive, numpy as np, pytest, tiny, torch
 
+from seats_analysis.inputs.layout import Modality
 from seats_analysis.models.attention import TowerAttention
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode
 from seats_analysis.models.decoder import Decoder, last_logits_only
 from seats_analysis.models.scoring import score_choices
-from seats_analysis.inputs.layout import AUDIO, TEXT, VISUAL
 from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.schedule import Schedule
+
+VISUAL, AUDIO, TEXT, *_ = Modality
 
 L = tiny.LAYERS
 

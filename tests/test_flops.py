@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from seats_analysis.evaluation.table import FLOPS
+from seats_analysis.evaluation.compare import FLOPS
 from seats_analysis.evaluation.prepared import DataShape
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.schemas import SCHEMAS, load_json

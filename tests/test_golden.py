@@ -43,10 +43,12 @@ from seats_analysis.pruning.received import attention_received, pool_groups, win
 from seats_analysis.pruning.seats import Seats
 from seats_analysis.pruning.session import prune
 from plain import stage2
-from seats_analysis.inputs.layout import MODALITIES
+from seats_analysis.inputs.layout import Modality
 from seats_analysis.schedules.solve import Segments, drop_shares
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.pruning.select import query_scores, select_in_clip
+
+MODALITIES = tuple(Modality.CODES)
 
 
 @pytest.fixture(autouse=True)

@@ -386,7 +386,7 @@ def test_same_path_at_the_size_of_the_7b(tmp_path, seven_billion):
     from seats_analysis.models.encode import encode
     from seats_analysis.models.decoder import Decoder
     from seats_analysis.cli.app import limits_of
-    from seats_analysis.evaluation.evaluate import load_samples
+    from seats_analysis.evaluation.load import load_samples
 
     model, processor = seven_billion
     worldsense(tmp_path)

@@ -13,14 +13,15 @@ import torch
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode
 from seats_analysis.models.decoder import Decoder
-from seats_analysis.inputs.layout import AUDIO, VISUAL
+from seats_analysis.inputs.layout import Modality
 from seats_analysis.storage.schemas import load_profile, save_profile
 from seats_analysis.models.provenance import sample_rows
 from seats_analysis.probing.run import PROBE_METHODS, probe_dependency
 from seats_analysis.storage.provenance import digest
 
 LAYERS = 3
-KINDS = {"visual": (VISUAL,), "audio": (AUDIO,), "both": (VISUAL, AUDIO)}
+KINDS = {name: (code,) for name, code in Modality.CODES.items()}
+KINDS["both"] = tuple(Modality.CODES.values())
 
 
 @pytest.fixture(scope="module")

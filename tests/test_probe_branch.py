@@ -20,7 +20,7 @@ from seats_analysis.probing import branches, run
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode, encode_questions
 from seats_analysis.schedules.cost import probe_flops
-from seats_analysis.inputs.layout import AUDIO, TEXT, VISUAL, chunk_ids
+from seats_analysis.inputs.layout import Modality, chunk_ids
 from seats_analysis.probing.selectors import (
     View,
     all_but_sinks,
@@ -34,6 +34,7 @@ from seats_analysis.statistics.intervals import crossings, monotone_fit
 from seats_analysis.testbed.load import load_testbed, testbed_samples as shipped_samples
 from seats_analysis.probing.run import family_curves, next_layers, probe_dependency, within_memory
 
+VISUAL, AUDIO, TEXT, *_ = Modality
 LAYERS, NAMES, WORDS = 4, ("visual", "audio", "both"), tiny.WORDS
 
 

@@ -23,7 +23,7 @@ from launch import ended, launch
 from seats_analysis.cli.main import main
 from seats_analysis.probing import run as probe
 from seats_analysis.models.families import limit_pixels
-from seats_analysis.storage.checkpoint import Checkpoint, checkpoint_of
+from seats_analysis.storage.files import Checkpoint
 from seats_analysis.probing.run import ProbeRun, probe_dependency, probe_to_file
 from seats_analysis.probing.selectors import random_fraction
 
@@ -73,7 +73,7 @@ def whole(to_file, tmp_path_factory):
 
 
 def rows_of(path):
-    return sorted(p.name for p in checkpoint_of(path).glob("[0-9]*.json"))
+    return sorted(p.name for p in Checkpoint.folder_of(path).glob("[0-9]*.json"))
 
 
 def names_in(folder):
@@ -208,7 +208,7 @@ def test_killed_while_the_file_is_written(to_file, samples, whole, tmp_path, mon
     monkeypatch.setattr(probe, "save_profile", save)
     ran.clear()
     to_file(path)
-    assert path.read_bytes() == whole and not ran and not checkpoint_of(path).exists()
+    assert path.read_bytes() == whole and not ran and not Checkpoint.folder_of(path).exists()
 
 
 # onto something else
@@ -316,11 +316,11 @@ def test_a_run_with_other_layers_is_not_swept_away(to_file, tmp_path, first, sec
     path = tmp_path / "p.nc"
     with stopped_at(2):
         to_file(path, layers=first)
-    before = sorted(checkpoint_of(path).rglob("*"))
+    before = sorted(Checkpoint.folder_of(path).rglob("*"))
     says = "holds an unfinished run that cannot be continued: other layers"
     with pytest.raises(ValueError, match=says):
         to_file(path, layers=second)
-    assert sorted(checkpoint_of(path).rglob("*")) == before
+    assert sorted(Checkpoint.folder_of(path).rglob("*")) == before
     to_file(path, layers=first)
     assert names_in(tmp_path) == ["p.nc"]
 
@@ -343,7 +343,7 @@ def test_processes_share_the_work(to_file, samples, whole, tmp_path, ran):
     (first, ours), (second, theirs) = by_two(lambda: (to_file(path) is None, sum(ran, [])))
     assert (first, second) == (False, True) and len(ours) == len(theirs) == 6
     assert sorted(ours + theirs) == sorted(s.id for s in samples)
-    assert path.read_bytes() == whole and not checkpoint_of(path).exists()
+    assert path.read_bytes() == whole and not Checkpoint.folder_of(path).exists()
 
 
 def test_auto_is_shared_too(to_file, tmp_path):

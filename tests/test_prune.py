@@ -11,7 +11,7 @@ import torch
 from tiny import PLANS, close
 from transformers import DynamicCache, StaticCache
 
-from seats_analysis.inputs.layout import AUDIO, CODES
+from seats_analysis.inputs.layout import Modality
 from seats_analysis.models.encode import encode, layout_of
 from seats_analysis.models.scoring import score_choices
 from seats_analysis.pruning import encoders
@@ -81,7 +81,11 @@ def check_cache(cache, one, sets, kv, config):
         held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
         assert held == kv_bytes([len(s) for s in sets], config, kv, 4)
     kind = one.layout.modality[0]
-    gone = [m for m, c in CODES.items() if (kind == c).any() and not (kind[sets[-1]] == c).any()]
+    gone = [
+        m
+        for m, c in Modality.CODES.items()
+        if (kind == c).any() and not (kind[sets[-1]] == c).any()
+    ]
     assert list(slots.removed) == (gone if kv == "evict" else [])
 
 
@@ -166,7 +170,7 @@ def test_audio_windows_follow_the_schedule(model, singles, monkeypatch, seconds)
     with prune(model, tiny.schedule(windows=dict(visual_grids=2, seconds=seconds))) as run:
         last(model, singles[BOTH])
     windows = [int(5 * seconds)] * int(4 / seconds)
-    heard = run.layout.window[0][run.layout.modality[0] == AUDIO]
+    heard = run.layout.window[0][run.layout.modality[0] == Modality.AUDIO]
     assert heard.bincount().tolist() == windows
     assert [2 * n for n in windows] in asked  # rows of the tower: two for each token
     usual = layout_of(model, singles[BOTH].inputs, "keep").window

@@ -14,12 +14,12 @@ from seats_analysis.boundaries.find import Boundaries
 from seats_analysis.boundaries.retention import ramp, synthetic_profile
 from seats_analysis.cli import app as shared
 from seats_analysis.tuning import tune
-from seats_analysis.evaluation.prepared import PreparedBatch, prepare_questions
-from seats_analysis.tuning.tune import Paired, Tuning, better_half, chain_of, deal_clips
+from seats_analysis.evaluation.prepared import Answering, PreparedBatch
+from seats_analysis.tuning.tune import Tuning, better_half, chain_of, deal_clips
 from seats_analysis.inputs.samples import read_samples, write_samples
 from seats_analysis.tuning.certificate import Promise, draw_certificates
 from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.tuning.search import SearchSpace
+from seats_analysis.tuning.tune import SearchSpace
 from seats_analysis.storage.schemas import save_profile
 
 EASY = Promise(0.6, 0.5)  # one clip is enough
@@ -103,9 +103,7 @@ def test_paired_kl_and_picks(samples):
     t, plan = tuning(samples), SPACE.draw(np.random.default_rng(1))
     bare = [replace(s, choices=(), answer=-1) for s in samples[:2]]
     rows = t._asked(bare, [tune.as_pruner(plan)]).answer_all()
-    batch = PreparedBatch.of(
-        t.model, t.processor, prepare_questions(t.model, t.processor, bare, [tune.as_pruner(plan)])
-    )
+    batch = PreparedBatch.of(t.model, t.processor, bare, [tune.as_pruner(plan)])
     logp = []
     for p in (None, plan):
         with batch.prune(p) as (_, given):
@@ -124,7 +122,7 @@ def test_an_interrupted_search_goes_on_and_the_chain_was_fixed_before(
     given = dict(draw=SPACE.draw, fixed=[plan, plan], budget=4)
     whole = tuning(samples).tune(**given)
     assert len(whole["chains"]["fixed"]["rows"]) == 1  # a chain, in which nothing stands twice
-    real, calls = Paired.answer_unit, []
+    real, calls = Answering.answer_unit, []
 
     def dies(self, *args):
         calls.append(self.title)
@@ -134,7 +132,7 @@ def test_an_interrupted_search_goes_on_and_the_chain_was_fixed_before(
             raise KeyboardInterrupt
         return real(self, *args)
 
-    monkeypatch.setattr(Paired, "answer_unit", dies)
+    monkeypatch.setattr(Answering, "answer_unit", dies)
     with pytest.raises(KeyboardInterrupt):
         tuning(samples, tmp_path).tune(**given)
     searched = [c for c in calls if c != "calibration"]
@@ -146,10 +144,15 @@ def test_an_interrupted_search_goes_on_and_the_chain_was_fixed_before(
     assert 3.5 < spent < 5.5  # as the budget says, roughly
 
 
-def test_no_clip_serves_twice(samples):
+def test_no_clip_serves_twice(samples, monkeypatch):
     with pytest.raises(ValueError, match="both for the search and for calibration"):
         tuning([*samples[:5], samples[0], *samples[:6]])
-    proposal, calibration = deal_clips(samples, EASY, made={"c5"})
+    profile = synthetic_profile({"both": ramp(tiny.LAYERS, 1, 4)})
+    clips = np.repeat("c5", profile.sizes["sample"])
+    monkeypatch.setattr(
+        tune, "load_profile", lambda name: profile.assign_coords(clip=("sample", clips))
+    )
+    proposal, calibration = deal_clips(samples, EASY, profile="p.nc")
     sides = [{s.clip for s in side} for side in (proposal, calibration)]
     assert not sides[0] & sides[1] and "c5" in sides[0] and len(sides[0] | sides[1]) == 6
     named = [replace(s, split="derive" if s.clip < "c2" else "test") for s in samples]

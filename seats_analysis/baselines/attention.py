@@ -9,7 +9,7 @@ __all__ = ['VTW']
 from dataclasses import dataclass
 
 from .base import Baseline
-from ..inputs.layout import CODES
+from ..inputs.layout import Modality
 from ..schedules.schedule import Schedule
 from ..schedules.solve import equal_ratio
 
@@ -86,7 +86,7 @@ class VTW(Baseline):
         kl = profile.kl.sel(removed=removed).mean("sample")
         small = (kl < threshold).values
         layer = int(kl.layer.values[small.argmax() if small.any() else -1])
-        gone = {m: layer if removed in (m, "both") else num_layers for m in CODES}
+        gone = {m: layer if removed in (m, "both") else num_layers for m in Modality.CODES}
         return cls(Schedule(num_layers, late_start=gone))
 
     @classmethod

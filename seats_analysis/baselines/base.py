@@ -11,7 +11,7 @@ import torch
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from ..inputs.layout import CODES
+from ..inputs.layout import Modality
 from seats_analysis.pruning.base import (
     Pruner,
     Stage1Inputs,
@@ -95,7 +95,7 @@ def random_tokens(
     "As many tokens of each budget as are planned, by chance."
     keep = [torch.zeros(0, dtype=torch.bool)]
     for b in budgets:
-        order = random_numbers(sum(b.sizes), seed, b.number, CODES[b.modality]).argsort()
+        order = random_numbers(sum(b.sizes), seed, b.number, Modality.CODES[b.modality]).argsort()
         keep.append(order.argsort() < sum(b.keep))
     return on_device(torch.cat(keep), device, torch.bool)
 
@@ -106,7 +106,7 @@ def random_scores(
     layer: int,  # of the drop, at least 1
 ) -> torch.Tensor:  # (B, S) float64
     "A random number for every position of the sequence."
-    key = max(CODES.values()) + layer  # other numbers than before the decoder
+    key = max(Modality.CODES.values()) + layer  # other numbers than before the decoder
     draw = torch.stack([random_numbers(tokens.prompt, seed, n, key) for n in tokens.numbers])
     column = tokens.column
     return on_device(draw, column.device, None).gather(1, tokens.prompt - 1 - column)
@@ -119,7 +119,7 @@ def keep_best(
 ) -> torch.Tensor:  # (B, S) bool
     "The planned number of each modality, the best of the whole sequence, lowest position first."
     group = 2 - tokens.is_("visual") * 2 - tokens.is_("audio").long()
-    budget = on_device([[n[m] for m in CODES] for n in step.n_keep], values.device)
+    budget = on_device([[n[m] for m in Modality.CODES] for n in step.n_keep], values.device)
     return topk_in_groups(values, group, budget) | tokens.text
 
 
@@ -135,13 +135,15 @@ def best_in_windows(
 
 def by_modality(inputs: Stage1Inputs) -> dict:  # modality -> `Stage1Inputs` with its tokens only
     "What stage I may look at, modality by modality."
-    budgets = {m: tuple(b for b in inputs.budgets if b.modality == m) for m in CODES}
+    budgets = {m: tuple(b for b in inputs.budgets if b.modality == m) for m in Modality.CODES}
     sizes = [sum(sum(b.sizes) for b in own) for own in budgets.values()]
     features = inputs.features.split(sizes)
-    attention = [None] * len(CODES) if inputs.attention is None else inputs.attention.split(sizes)
+    attention = (
+        [None] * len(Modality.CODES) if inputs.attention is None else inputs.attention.split(sizes)
+    )
     return {
         m: replace(inputs, features=x, attention=received, budgets=budgets[m])
-        for m, x, received in zip(CODES, features, attention)
+        for m, x, received in zip(Modality.CODES, features, attention)
     }
 
 # %% ../../nbs/baselines/00_base.ipynb #5f2bf23c
@@ -153,7 +155,7 @@ class Baseline(Pruner):
     name = "baseline"
     # 1 before the decoder, 2 between layers, 3 none from a layer on, for which no rule is needed
     stages = (1, 3)
-    prunes: ClassVar[tuple] = tuple(CODES)  # modalities that it has a rule for
+    prunes: ClassVar[tuple] = tuple(Modality.CODES)  # modalities that it has a rule for
     min_visual: ClassVar[float] = MIN_VISUAL  # below it audio pays, where it has no rule
     in_windows: ClassVar[bool] = True  # whether it chooses in every time window, or at once
     knobs = dict(audio=(0.5, 0.75, 1.0, 1.5, 2.0))  # its share of the tokens
@@ -186,9 +188,11 @@ class Baseline(Pruner):
 
     def leaving(self, plan):  # Schedule
         "The same method with late removal: its tokens leave where those of a plan do."
-        late = {m: plan.late(m) for m in CODES}
+        late = {m: plan.late(m) for m in Modality.CODES}
         drops = {d: keep for d, keep in self.drops.items() if d < max(late.values())}
-        keep = {m: tuple(k[m] if d < late[m] else 1.0 for d, k in drops.items()) for m in CODES}
+        keep = {
+            m: tuple(k[m] if d < late[m] else 1.0 for d, k in drops.items()) for m in Modality.CODES
+        }
         own = dict(drop_layers=tuple(drops), keep_ratios=keep, late_start=late)
         schedule = replace(self.schedule, trr=None, scale=None, **own)
         return replace(self, schedule=schedule)
@@ -202,7 +206,7 @@ class Baseline(Pruner):
     def window_budgets(self, layout, first):
         windows = window_tokens(layout)
         found = []
-        for m in CODES:
+        for m in Modality.CODES:
             for number, sizes in enumerate((w[m] for w in windows), first):
                 if m in self.prunes:
                     sizes, keep = self.budget(m, sizes)
@@ -236,7 +240,7 @@ class Baseline(Pruner):
 
     def drop(self, tokens, scores, step, n_chunks):
         values = self.rank(tokens, scores, step)
-        if set(self.prunes) != set(CODES):
+        if set(self.prunes) != set(Modality.CODES):
             own = torch.stack([tokens.is_(m) for m in self.prunes]).any(0)
             values = values.double().where(own, random_scores(tokens, self.seed, step.layer))
         return keep_best(values, tokens, step)

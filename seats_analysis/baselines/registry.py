@@ -14,7 +14,7 @@ from .base import Baseline, best_in_windows, keep_best
 from .diversity import DivPrune, DivPruneOm
 from .merging import DyCoke, OmniZip, VisionZip, VisionZipOm, VisionZipWide
 from .simple import Random, Uniform
-from ..inputs.layout import CODES
+from ..inputs.layout import Modality
 from ..pruning.base import Pruner
 from ..pruning.seats import Seats
 from ..schedules.schedule import Schedule
@@ -30,7 +30,7 @@ class Ablation(Seats):
 
     def __post_init__(self):
         super().__post_init__()
-        for m in CODES if self.equal_drops else ():
+        for m in Modality.CODES if self.equal_drops else ():
             late = self.schedule.late(m)
             pairs = zip(self.schedule.keep_ratios[m], self.schedule.drop_layers)
             removed = np.diff(1 - np.cumprod([r for r, d in pairs if d < late]), prepend=0)

@@ -16,7 +16,7 @@ from seats_analysis.baselines.base import (
     random_tokens,
     random_scores,
 )
-from ..inputs.layout import CODES
+from ..inputs.layout import Modality
 
 # %% ../../nbs/baselines/01_simple.ipynb #d3a65f0b
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Uniform(Baseline):
 
     def drop(self, tokens, scores, step, n_chunks):
         keep = tokens.text
-        for m in CODES:
+        for m in Modality.CODES:
             here = tokens.is_(m)
             n = on_device([[k[m]] for k in step.n_keep], keep.device)
             total = here.sum(1, keepdim=True).clamp(min=1)

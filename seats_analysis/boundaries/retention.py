@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 from dataclasses import dataclass
 from scipy.special import ndtri
-from ..inputs.layout import MODALITIES
+from ..inputs.layout import Modality
 from seats_analysis.statistics.intervals import (
     bootstrap_accuracy,
     effective_clips,
@@ -36,7 +36,7 @@ _NEEDS = {"colour": ["visual"], "tone": ["audio"], "two_hop": ["visual", "audio"
 
 def _asked(removed):
     "The modalities that a condition removes."
-    return set(MODALITIES) if removed == "both" else {removed}
+    return set(Modality.CODES) if removed == "both" else {removed}
 
 
 def synthetic_profile(
@@ -86,7 +86,7 @@ def family_needs(
             f"profile attribute `needs` says nothing about the families {missing}; "
             f"it knows {sorted(stated)}"
         )
-    unstated = dict.fromkeys(present, MODALITIES) | dict(control=())
+    unstated = dict.fromkeys(present, Modality.CODES) | dict(control=())
     return {name: set(stated.get(name, unstated[name])) for name in present}
 
 

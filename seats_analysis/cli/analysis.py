@@ -31,8 +31,8 @@ from seats_analysis.cli.app import (
     table,
     takes,
 )
-from ..inputs.layout import MODALITIES
-from ..storage.checkpoint import checkpoint_of
+from ..inputs.layout import Modality
+from ..storage.files import Checkpoint
 from ..storage.schemas import load_profile
 
 # %% ../../nbs/cli/01_analysis.ipynb #5d1079fd
@@ -98,7 +98,7 @@ def probe(
     num_layers = asked.depth()
     usual = f"profiles/{name_of(asked.model)}.nc"
     out = output_file(out, asked.data, usual, "profile", overwrite)
-    conditions = names_of(removed, "--removed", (*MODALITIES, "both"))
+    conditions = names_of(removed, "--removed", (*Modality.CODES, "both"))
     chosen = _layer_list(layers, num_layers)
     samples = asked.samples()
     model, processor = asked.load()
@@ -111,7 +111,7 @@ def probe(
     def more():
         return dict(tokens=json.dumps(mean_tokens(model, processor, samples, **limits)))
 
-    with resumable(checkpoint_of(out), "samples"):
+    with resumable(Checkpoint.folder_of(out), "samples"):
         profile = probe_to_file(
             model,
             processor,
@@ -232,7 +232,7 @@ def schedule(
     if blocks:
         bounds = _stated(blocks, stored)
     elif apart:
-        bounds = {m: find_boundaries(stored, m, tolerance) for m in MODALITIES}
+        bounds = {m: find_boundaries(stored, m, tolerance) for m in Modality.CODES}
     else:
         bounds = find_boundaries(stored, "both", tolerance)
     plan = Schedule.from_trr(bounds, trr, *stored_tokens(stored), late=late or DEFAULT_LATE)

@@ -34,9 +34,10 @@ from seats_analysis.cli.app import (
     takes,
     writable,
 )
-from ..inputs.layout import MODALITIES
-from ..storage.checkpoint import Checkpoint, checkpoint_of
-from ..storage.schemas import save_json
+from ..inputs.layout import Modality
+from ..storage.files import Checkpoint
+from ..storage.provenance import digest
+from ..storage.schemas import load_profile, save_json
 
 # %% ../../nbs/cli/02_answers.ipynb #d1de3283
 def _run_text(answer):
@@ -82,7 +83,7 @@ def _column(answer, blocks):
 
 def _compare_text(found, plan):
     "Both answers side by side, tokens block by block, FLOPs and time."
-    late = min(map(plan.late, MODALITIES))
+    late = min(map(plan.late, Modality.CODES))
     blocks = dict(
         shallow=(0, plan.shallow_end), middle=(plan.shallow_end, late), late=(late, plan.num_layers)
     )
@@ -129,7 +130,7 @@ def run(
     num_layers = asked.depth()
     if kept:
         writable(kept, "kept", overwrite)
-    from seats_analysis.evaluation.answer import answer_clip, clip_sample, compare_answers
+    from seats_analysis.evaluation.answer import Answer, clip_sample
     from seats_analysis.models.encode import encode
     from seats_analysis.models.families import adapter_for
     from seats_analysis.schedules.choose import blocks_of, solve_schedules
@@ -147,19 +148,19 @@ def run(
     model, processor = asked.load()
     encoded = encode(model, processor, [sample], **limits)
     if trr is not None:
-        counts = [encoded.layout.counts()[m].item() for m in MODALITIES]
+        counts = [encoded.layout.counts()[m].item() for m in Modality.CODES]
         plan = solve_schedules(asked.model, (trr,), counts, profile)[trr]
     adapter = adapter_for(model)
     name = adapter.name(model)
     if plan:
         plan.check_model(adapter.num_layers(model), name, lambda: adapter.hash_weights(model))
     if compare:
-        found = compare_answers(model, processor, encoded, plan, max_new_tokens=max_tokens)
+        found = Answer.compared(model, processor, encoded, plan, max_new_tokens=max_tokens)
         answer = found["pruned"]
         data = {name: a.to_dict() for name, a in found.items()}
         text = _compare_text(found, plan)
     else:
-        answer = answer_clip(model, processor, encoded, plan, max_new_tokens=max_tokens)
+        answer = Answer.of(model, processor, encoded, plan, max_new_tokens=max_tokens)
         data = answer.to_dict()
         text = _run_text(answer)
     if kept:
@@ -177,6 +178,51 @@ def run(
         )
         save_json(kept, positions)
     emit(as_json, data, text)
+
+# %% ../../nbs/cli/02_answers.ipynb #0859a35f
+def held_out(
+    limit,  # questions; None: 1,000
+    split=None,  # only this split of what is shipped
+    folder=None,  # for fresh clips
+    seed=2,
+) -> list:  # of `Sample`
+    "Questions of the testbed that made no schedule: of its test split, or on fresh clips."
+    from seats_analysis.testbed.load import fresh_samples, testbed_samples
+
+    limit = limit or 1000
+    shipped = testbed_samples(split or "test")
+    if split or limit <= len(shipped):
+        return shipped[:limit]
+    return fresh_samples(limit, seed=seed, per_clip=2, folder=folder, progress=True)
+
+
+def made_from(
+    samples,
+    profile=None,  # NetCDF file or name of the profile that made the boundaries
+    known_clips=(),  # digests of clips that made a chain
+) -> int:
+    "How many of the questions made the boundaries (same id, clip and split), or a chain (clip)."
+    from seats_analysis.boundaries.retention import derived_from
+
+    made = set()
+    if profile is not None:
+        stored = derived_from(load_profile(profile))
+        if "sample" in stored.coords:
+            ids, clips = (stored[k].values.astype(str).tolist() for k in ("sample", "clip"))
+            made.update(zip(ids, clips))
+    return sum((s.id, s.clip) in made or digest(s.clip)[:12] in known_clips for s in samples)
+
+
+def vtw_rule(
+    profile,  # NetCDF file or name
+) -> dict:  # label -> `Pruner`, see `compare_methods`
+    "VTW at the layer that its rule picks from a profile's `derive` split."
+    from seats_analysis.baselines.attention import VTW
+    from seats_analysis.boundaries.retention import derived_from
+
+    stored = load_profile(profile)
+    rule = VTW.from_profile(derived_from(stored), int(stored["layer"].max()))
+    return {"vtw (rule)": rule}
 
 # %% ../../nbs/cli/02_answers.ipynb #658b7f66
 SEED = 2  # of the testbed's fresh clips by default: no other result has used them
@@ -196,7 +242,7 @@ def _trr_list(text):
 
 def _tuned(paths, num_layers):  # -> method -> its chain, clips that made them
     "What `seats tune` found for methods. ValueError for two files of one method."
-    from seats_analysis.tuning.tune import load_chains
+    from seats_analysis.tuning.check import load_chains
 
     found = {}
     known = set()
@@ -214,7 +260,7 @@ def _tuned(paths, num_layers):  # -> method -> its chain, clips that made them
 
 def _eval_text(result, out):
     "The table, and what it says about SEATS."
-    from seats_analysis.evaluation.table import comparison_table
+    from seats_analysis.evaluation.compare import comparison_table
 
     frame = comparison_table(result["rows"])
     for name in frame.select_dtypes("float"):
@@ -285,7 +331,6 @@ def eval_(
     usual = f"results/eval_{name_of(model_name)}.json"
     out = output_file(out, asked.data, usual, "eval", overwrite)
     from seats_analysis.evaluation.compare import compare_methods, method_names
-    from seats_analysis.evaluation.questions import held_out, made_from, vtw_rule
     from seats_analysis.models.encode import mean_tokens
     from seats_analysis.schedules.choose import blocks_of, solve_schedules
     from seats_analysis.testbed.load import TESTBEDS
@@ -294,7 +339,7 @@ def eval_(
     chains, known = _tuned(tuned, num_layers)
     blocks_of(model_name, profile, num_layers)
     source = profile or (model_name if model_name in TESTBEDS else None)
-    with Checkpoint.hold(checkpoint_of(out)) as folder:
+    with Checkpoint.hold(Checkpoint.folder_of(out)) as folder:
         if data == "testbed":
             samples = held_out(asked.limit, split, folder / CLIPS, seed)
         else:

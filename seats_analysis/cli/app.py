@@ -21,7 +21,7 @@ import typer
 from typer import Option
 from typer.core import TyperCommand, TyperGroup
 from ..evaluation.load import check_model_name, load_model
-from ..storage.checkpoint import processes
+from ..storage.files import processes
 from ..storage.files import check_target, one_line, output_folder
 from ..storage.schemas import SCHEMAS, load_profile, schema_of
 
@@ -398,7 +398,7 @@ class DataOptions(ModelOptions):
         return [] if self.skip_broken else None
 
     def samples(self, split=None):
-        from seats_analysis.evaluation.evaluate import load_samples
+        from seats_analysis.evaluation.load import load_samples
 
         return load_samples(
             self.data,

@@ -26,7 +26,7 @@ from seats_analysis.cli.app import (
     table,
     takes,
 )
-from seats_analysis.storage.checkpoint import Checkpoint, checkpoint_of
+from seats_analysis.storage.files import Checkpoint
 
 # %% ../../nbs/cli/04_tune.ipynb #fa4fd932
 TUNE_SEED = 5  # of the testbed's fresh clips; eval has 2
@@ -69,10 +69,8 @@ def _chain_table(found):
 
 def _tune_text(result, promise, out):
     "The chain, and in one line what was promised to whom."
-    from seats_analysis.tuning.check import to_whom
-
     tuned = result["chains"]["tuned"]
-    whom = to_whom(result)
+    whom = promise.to_whom(result)
     lines = [_chain_table(tuned), ""]
     if held := tuned["held"]:
         cost = tuned["rows"][held - 1]["cost"]
@@ -136,21 +134,19 @@ def tune(
     from seats_analysis.baselines.registry import METHODS
     from seats_analysis.schedules.choose import blocks_of
     from seats_analysis.tuning.certificate import Promise
-    from seats_analysis.tuning.tune import deal_clips, measured_bounds, tune_schedule
+    from seats_analysis.tuning.tune import deal_clips, tune_schedule
 
     promise = Promise(max_change / 100, confidence / 100)
     if method.removesuffix("+late") not in METHODS:
         raise ValueError(f"--method {method!r}: one of {', '.join(METHODS)}, or with +late behind")
     blocks_of(asked.model, profile, num_layers)
-    with Checkpoint.hold(checkpoint_of(evidence)) as folder:
+    with Checkpoint.hold(Checkpoint.folder_of(evidence)) as folder:
         if asked.data == "testbed":
             samples = asked.samples("derive")
             samples += _fresh(asked, 4 * promise.clips(), TUNE_SEED, folder)
         else:
             samples = asked.samples()
-        proposal, calibration = deal_clips(
-            samples, promise, measured_bounds(asked.model, profile)[1]
-        )
+        proposal, calibration = deal_clips(samples, promise, asked.model, profile)
         note(f"{len(proposal)} questions to search on, {len(calibration)} to certify on")
         model, processor = asked.load()
         with resumable(folder, "answers"):
@@ -213,7 +209,7 @@ def check(
     from dataclasses import replace
 
     from seats_analysis.tuning.certificate import Promise
-    from seats_analysis.tuning.check import check_questions, check_schedule, load_promised
+    from seats_analysis.tuning.check import check_schedule, load_promised
 
     chains, promised, known_clips = load_promised(schedule)
     if num_layers:
@@ -222,12 +218,12 @@ def check(
     given = dict(max_change=max_change, confidence=confidence)
     given = {name: percent / 100 for name, percent in given.items() if percent is not None}
     promise = replace(promised or Promise(), **given)
-    with Checkpoint.hold(checkpoint_of(out)) as folder:
+    with Checkpoint.hold(Checkpoint.folder_of(out)) as folder:
         if asked.data == "testbed":
             samples = _fresh(asked, 2 * promise.clips(), CHECK_SEED, folder)
         else:
             samples = asked.samples()
-        check_questions(samples, promise, promised, known_clips)
+        promise.check_clips(samples, known_clips, enough=promised is None)
         note(f"{len(samples)} questions; loading {asked.model}")
         model, processor = asked.load()
         with resumable(folder, "answers"):

@@ -6,36 +6,46 @@
 from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from enum import IntEnum, nonmember
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # figures and boundaries read the names below without torch
     import torch
 
 # %% auto #0
-__all__ = ['PAD', 'TEXT', 'VISUAL', 'AUDIO', 'IMAGE', 'CODES', 'MODALITIES', 'TokenLayout', 'Medium', 'pad_left']
+__all__ = ['Modality', 'TokenLayout', 'Medium', 'pad_left']
 
 # %% ../../nbs/inputs/03_layout.ipynb #3e4f1ad8
-PAD, TEXT, VISUAL, AUDIO, IMAGE = -1, 0, 1, 2, 3
-CODES = {"visual": VISUAL, "audio": AUDIO}
-MODALITIES = tuple(CODES)
-_NAMES = {VISUAL: "visual", AUDIO: "audio", TEXT: "text", IMAGE: "image"}
+class Modality(IntEnum):
+    "What a position of a prompt is."
+
+    VISUAL = 1
+    AUDIO = 2
+    TEXT = 0
+    IMAGE = 3
+    PAD = -1
+
+    CODES = nonmember({"visual": VISUAL, "audio": AUDIO})
+
+# %% ../../nbs/inputs/03_layout.ipynb #af58f415
+CODES = Modality.CODES  # as it was called, and as a page showed it
 
 # %% ../../nbs/inputs/03_layout.ipynb #f55f4188
 @dataclass(frozen=True)
 class TokenLayout:
     "What each position of a left-padded batch is."
 
-    modality: torch.Tensor  # (B, S) int8, one of PAD, TEXT, VISUAL, AUDIO, IMAGE
+    modality: torch.Tensor  # (B, S) int8, values of `Modality`
     # Stage I: (B, S) int32 time window within the modality, counted over the sample; -1 for others
     window: torch.Tensor
     # Stage II: (B, S) int32 ordinal among the chunks of the same modality; -1 for others
     chunk: torch.Tensor
 
-    visual = property(lambda self: self.modality == VISUAL)  # (B, S) bool, as the others
-    audio = property(lambda self: self.modality == AUDIO)
-    image = property(lambda self: self.modality == IMAGE)
-    text = property(lambda self: self.modality == TEXT)
-    valid = property(lambda self: self.modality != PAD)
+    visual = property(lambda self: self.modality == Modality.VISUAL)  # (B, S) bool, as the others
+    audio = property(lambda self: self.modality == Modality.AUDIO)
+    image = property(lambda self: self.modality == Modality.IMAGE)
+    text = property(lambda self: self.modality == Modality.TEXT)
+    valid = property(lambda self: self.modality != Modality.PAD)
     shape = property(lambda self: tuple(self.modality.shape))
 
     @classmethod
@@ -51,14 +61,16 @@ class TokenLayout:
         import torch
 
         input_ids = input_ids.cpu()
-        modality = torch.full(input_ids.shape, TEXT, dtype=torch.int8)
+        modality = torch.full(input_ids.shape, Modality.TEXT, dtype=torch.int8)
         for kind, token in token_ids.items():
             modality[input_ids == token] = kind
         if attention_mask is not None:
-            modality[attention_mask.cpu() == 0] = PAD
-        window = torch.maximum(*(_windows(modality, m, media.get(m, ())) for m in (VISUAL, AUDIO)))
+            modality[attention_mask.cpu() == 0] = Modality.PAD
+        timed = (Modality.VISUAL, Modality.AUDIO)
+        window = torch.maximum(*(_windows(modality, m, media.get(m, ())) for m in timed))
         layout = cls(modality, window, chunk_ids(modality))
-        return _images_as_visual(layout, media[IMAGE]) if IMAGE in media else layout
+        images = media.get(Modality.IMAGE)
+        return layout if images is None else _images_as_visual(layout, images)
 
     @classmethod
     def stack(
@@ -77,7 +89,7 @@ class TokenLayout:
 
     def counts(self) -> dict:  # modality name -> (B,) int64 number of tokens
         "Tokens of each modality, per sample."
-        return {name: (self.modality == code).sum(-1) for code, name in _NAMES.items()}
+        return {m.name.lower(): (self.modality == m).sum(-1) for m in Modality if m >= 0}
 
     def __getitem__(self, rows):
         "The layout of some samples, still a batch: an index or a slice of the first axis."
@@ -97,7 +109,7 @@ def chunk_ids(
     import torch
 
     out = torch.full(modality.shape, -1, dtype=torch.int32)
-    for kind in (VISUAL, AUDIO):
+    for kind in Modality.CODES.values():
         here = modality == kind
         starts = here & ~torch.nn.functional.pad(here, (1, 0))[:, :-1]
         out = torch.where(here, (starts.cumsum(-1) - 1).int(), out)
@@ -144,6 +156,7 @@ def _windows(modality, kind, media):
     import torch
 
     out = torch.full(modality.shape, -1, dtype=torch.int32)
+    name = kind.name.lower()
     media = list(media)
     for row, here in enumerate(modality == kind):
         left = int(here.sum())
@@ -151,7 +164,7 @@ def _windows(modality, kind, media):
         while left:
             if not media or media[0].tokens > left:
                 raise ValueError(
-                    f"sample {row} has {left} {_NAMES[kind]} tokens that no medium of the "
+                    f"sample {row} has {left} {name} tokens that no medium of the "
                     "processor output explains"
                 )
             m = media.pop(0)
@@ -161,8 +174,7 @@ def _windows(modality, kind, media):
         out[row, here] = torch.tensor(ids, dtype=torch.int32)
     if any(m.tokens for m in media):
         raise ValueError(
-            f"{len(media)} {_NAMES[kind]} media are left over: no token of the prompt belongs to "
-            "them"
+            f"{len(media)} {name} media are left over: no token of the prompt belongs to them"
         )
     return out
 
@@ -171,11 +183,11 @@ def _images_as_visual(layout, images):
     import torch
 
     here = layout.image
-    number = _windows(layout.modality, IMAGE, images)
-    modality = layout.modality.masked_fill(here, VISUAL)
+    number = _windows(layout.modality, Modality.IMAGE, images)
+    modality = layout.modality.masked_fill(here, Modality.VISUAL)
     key = torch.where(here, -2 - number, layout.window)
     window = layout.window.clone()
-    for row, visual in enumerate(modality == VISUAL):
+    for row, visual in enumerate(modality == Modality.VISUAL):
         _, order = torch.unique_consecutive(key[row, visual], return_inverse=True)
         window[row, visual] = order.int()
     behind = layout.chunk.amax(1, keepdim=True) + 1

@@ -8,7 +8,7 @@ __all__ = ['agreement']
 # %% ../../nbs/lab/04_agreement.ipynb #9fcc0b50
 import numpy as np
 from pathlib import Path
-from ..inputs.layout import CODES
+from ..inputs.layout import Modality
 
 # %% ../../nbs/lab/04_agreement.ipynb #7b608b81
 TOLERANCE = 2e-4  # nats, on `nll`, `margin` and `kl`
@@ -89,8 +89,8 @@ def say_plan(
 ) -> str:
     "What a schedule does, layers from 1; shares without the digits that machines do not share."
     drops = ", ".join(str(d + 1) for d in plan.drop_layers) or "none"
-    late = " and ".join(map(str, sorted({plan.late(m) + 1 for m in CODES})))
-    shares = [f"{m} {plan.trr[m]:.6f} ({plan.entering[m]:.6f} enter)" for m in CODES]
+    late = " and ".join(map(str, sorted({plan.late(m) + 1 for m in Modality.CODES})))
+    shares = [f"{m} {plan.trr[m]:.6f} ({plan.entering[m]:.6f} enter)" for m in Modality.CODES]
     return f"drops before layers {drops}, late from {late}, TRR {', '.join(shares)}"
 
 # %% ../../nbs/lab/04_agreement.ipynb #c251fdf9

@@ -129,7 +129,7 @@ def _demo(name, out, limit):
     "Do the main job and write everything below `out`: (profile, bounds, plans, rows)."
     from seats_analysis.boundaries.find import find_boundaries
     from seats_analysis.boundaries.report import boundary_row
-    from seats_analysis.evaluation.evaluate import load_samples
+    from seats_analysis.evaluation.load import load_samples
     from seats_analysis.models.encode import mean_tokens
     from seats_analysis.probing.run import probe_to_file
     from seats_analysis.schedules.choose import stored_tokens

@@ -8,9 +8,8 @@ __all__ = ['answer_rows']
 # %% ../../nbs/lab/03_results.ipynb #7cd25316
 import numpy as np
 from seats_analysis.baselines.simple import Random
-from seats_analysis.evaluation.compare import APART, Answering, MethodRun
-from seats_analysis.evaluation.evaluate import accuracy_interval, share_interval
-from seats_analysis.evaluation.prepared import DataShape
+from seats_analysis.evaluation.evaluate import APART, over_clips
+from seats_analysis.evaluation.prepared import Answering, DataShape, MethodRun
 from seats_analysis.pruning.seats import Seats
 
 
@@ -54,7 +53,7 @@ def answer_rows(
     for k, run in enumerate(runs):
         right = of(k, "correct")
         ms = of(k, "ms").sum(0)
-        kept, *kept_ci = share_interval(right[at], of(0, "correct")[at], clips[at])
+        kept, *kept_ci = over_clips(right[at], clips[at], of(0, "correct")[at])
         tokens = shape.weights @ sum(shape.plans(run.plans[0]).values()) / shape.weights.sum()
         rows.append(
             dict(
@@ -63,7 +62,7 @@ def answer_rows(
                 n=int(at.sum()),
                 wrong=sorted(s.id for s, good in zip(samples, right) if not good),
                 accuracy=right[at].mean().item(),
-                ci=list(accuracy_interval(right[at], clips[at])),
+                ci=list(over_clips(right[at], clips[at])[1:]),
                 kept=kept,
                 kept_ci=kept_ci,
                 by_family={f: right[families == f].mean().item() for f in sorted({*families})},

@@ -161,7 +161,7 @@ def transfer(
     """
     check_trr(trr)
     out = output_file(out, profile, "results/task_sensitivity.json", "sensitivity", overwrite)
-    from seats_analysis.evaluation.evaluate import load_samples
+    from seats_analysis.evaluation.load import load_samples
     from seats_analysis.lab.transfer import TaskSchedules
     from seats_analysis.models.families import adapter_for
     from seats_analysis.schedules.choose import stored_tokens

@@ -32,7 +32,7 @@ def sensitivity_rows(
     kinds: dict,  # name -> families
 ) -> list:  # of dict: made_for, used_on, n, accuracy, kept (share of full), kept_ci over clips
     "Every schedule on every kind of question, relative to the full model."
-    from seats_analysis.evaluation.evaluate import share_interval
+    from seats_analysis.evaluation.evaluate import over_clips
 
     full = frames["full"].set_index("id")
     rows = []
@@ -44,7 +44,7 @@ def sensitivity_rows(
             base = full.loc[part.id].correct
             share = None  # of nothing
             if base.any():
-                share = share_interval(part.correct, base, part["clip"])
+                share = over_clips(part.correct, part["clip"], base)
                 if made_for == "full":
                     share = (1.0, 1.0, 1.0)
             rows.append(

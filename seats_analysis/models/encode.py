@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from ..inputs.media import Clip
 from ..inputs.samples import Sample
-from ..inputs.layout import AUDIO, IMAGE, Medium, TokenLayout, VISUAL, pad_left
+from ..inputs.layout import Medium, Modality, TokenLayout, pad_left
 from .families import adapter_for
 
 # %% ../../nbs/models/01_encode.ipynb #02a07440
@@ -220,11 +220,13 @@ def layout_of(
     grids = inputs.get("video_grid_thw")
     per_window = grids_per_window or r.grids_per_window
     media = {
-        VISUAL: Medium.videos(grids, r.merge_size, per_window),
-        AUDIO: Medium.audio(lengths, r.positions_per_second, seconds or r.seconds_per_chunk),
+        Modality.VISUAL: Medium.videos(grids, r.merge_size, per_window),
+        Modality.AUDIO: Medium.audio(
+            lengths, r.positions_per_second, seconds or r.seconds_per_chunk
+        ),
     }
     if images == "prune":  # each image is a window
-        media[IMAGE] = Medium.videos(inputs.get("image_grid_thw"), r.merge_size, 1)
+        media[Modality.IMAGE] = Medium.videos(inputs.get("image_grid_thw"), r.merge_size, 1)
     ids = adapter.token_ids(model)
     return TokenLayout.of(inputs["input_ids"], inputs.get("attention_mask"), ids, media)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from ..inputs.benchmarks import preset_for
-from ..inputs.layout import AUDIO, IMAGE, VISUAL
+from ..inputs.layout import Modality
 from ..storage.provenance import tensor_bytes
 
 # %% ../../nbs/models/00_families.ipynb #269bc0b3
@@ -154,7 +154,11 @@ _PATHS = dict(
     audio_tower=("model.audio_tower", "audio_tower"),
     lm_head=("lm_head",),
 )
-_TOKENS = {VISUAL: "video_token_id", AUDIO: "audio_token_id", IMAGE: "image_token_id"}
+_TOKENS = {
+    Modality.VISUAL: "video_token_id",
+    Modality.AUDIO: "audio_token_id",
+    Modality.IMAGE: "image_token_id",
+}
 _QWEN2_5_OMNI = OmniAdapter(
     family="qwen2.5-omni",
     classes=("Qwen2_5OmniThinkerForConditionalGeneration", "Qwen2_5OmniForConditionalGeneration"),

@@ -18,7 +18,7 @@ from ..testbed.load import TESTBEDS
 from ..boundaries.find import Resampled
 from ..boundaries.report import explain
 from ..boundaries.retention import needed_families
-from ..inputs.layout import MODALITIES
+from ..inputs.layout import Modality
 from seats_analysis.plots.dependency import (
     conditions_of,
     curves_of,
@@ -103,7 +103,7 @@ class View:
             self.plan = self._solve()
             if (config := self.source.config) is None:
                 raise ValueError("FLOPs unknown: the model's configuration is not on this machine")
-            counts = [round(self.source.tokens[m]) for m in (*MODALITIES, "text")]
+            counts = [round(self.source.tokens[m]) for m in (*Modality.CODES, "text")]
             self.flops = flops_fraction(self.plan, *counts, config)
         except ValueError as error:
             self.trouble = str(error)
@@ -117,14 +117,16 @@ class View:
                 "no schedule: the profile does not say how many tokens its prompts have"
             )
         if self.removed != "both":
-            if lacks := [m for m in MODALITIES if m not in source.conditions]:
+            if lacks := [m for m in Modality.CODES if m not in source.conditions]:
                 raise ValueError(f"no schedule: the profile has no curve for {lacks[0]}")
-            needed = {m: needed_families(source.profile, m) for m in MODALITIES}
-            family = {m: self.family if self.family in needed[m] else ALL for m in MODALITIES}
-            bounds = {m: source.drawn(m, family[m])[0].decide(self.tolerance) for m in MODALITIES}
+            needed = {m: needed_families(source.profile, m) for m in Modality.CODES}
+            family = {m: self.family if self.family in needed[m] else ALL for m in Modality.CODES}
+            bounds = {
+                m: source.drawn(m, family[m])[0].decide(self.tolerance) for m in Modality.CODES
+            }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ScheduleWarning)  # both late starts are on the panel
-            tokens = [source.tokens[m] for m in MODALITIES]
+            tokens = [source.tokens[m] for m in Modality.CODES]
             return Schedule.from_trr(bounds, self.trr, *tokens, late=self.late)
 
     def text(self):

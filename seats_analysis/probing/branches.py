@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from ..inputs.layout import PAD, TEXT
+from ..inputs.layout import Modality
 from ..inputs.samples import Sample
 from ..models.encode import Encoded
 from ..models.decoder import Decoder
@@ -213,8 +213,8 @@ def marks_of(stream, encoded, selectors) -> dict:  # name -> (B, N) bool
     decoder = stream.decoder
     for i, sample in enumerate(encoded.samples):
         kind = layout.modality[i]
-        start = int((kind == PAD).sum())
-        media = ((kind != TEXT) & (kind != PAD)).nonzero()
+        start = int((kind == Modality.PAD).sum())
+        media = ((kind != Modality.TEXT) & (kind != Modality.PAD)).nonzero()
         span = slice(start, int(media[-1]) + 1 if len(media) else start)
 
         @cache

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from ..storage.checkpoint import Checkpoint, checkpoint_of, processes
+from ..storage.files import Checkpoint, processes
 from ..storage.schemas import save_profile
-from ..inputs.layout import MODALITIES
+from ..inputs.layout import Modality
 from ..inputs.samples import Sample, check_ids
 from ..models.families import adapter_for
 from ..models.encode import encode, encode_questions
@@ -80,7 +80,7 @@ def next_layers(
     derive = profile["split"].values.astype(str) == "derive"
     wanted = set()
     for name in map(str, profile["removed"].values):
-        removed = {name} & set(MODALITIES) or set(MODALITIES)
+        removed = {name} & set(Modality.CODES) or set(Modality.CODES)
         unsaid = dict.fromkeys(families, removed) | dict(control=())
         needed = unsaid | dict(needs or {})
         use = np.array([bool(removed & set(needed[f])) for f in families])
@@ -347,7 +347,7 @@ def probe_to_file(
     **options,  # of `probe_dependency`
 ):  # xr.Dataset, or None in all processes but the first
     "Probe and store the profile; the same call goes on after an interruption."
-    with Checkpoint.hold(checkpoint_of(path)) as folder:
+    with Checkpoint.hold(Checkpoint.folder_of(path)) as folder:
         profile = probe_dependency(
             model, processor, samples, checkpoint=folder, shard=processes(), **options
         )

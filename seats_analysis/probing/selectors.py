@@ -9,11 +9,15 @@ __all__ = ['time_window', 'random_fraction', 'all_but_sinks']
 import torch
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
-from ..inputs.layout import AUDIO, IMAGE, VISUAL
+from ..inputs.layout import Modality
 from ..storage.provenance import digest
 
 # %% ../../nbs/probing/00_selectors.ipynb #ec847a1f
-REMOVED = {"visual": (VISUAL,), "audio": (AUDIO,), "both": (VISUAL, AUDIO)}
+REMOVED = {
+    "visual": (Modality.VISUAL,),
+    "audio": (Modality.AUDIO,),
+    "both": (Modality.VISUAL, Modality.AUDIO),
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class View:
 
     @property
     def media(self):
-        return (self.kind == VISUAL) | (self.kind == AUDIO)
+        return (self.kind == Modality.VISUAL) | (self.kind == Modality.AUDIO)
 
     def among(self, modalities):  # names -> (S,) bool
         "The positions of some modalities."
@@ -45,7 +49,7 @@ class View:
                 f"{selector}: gave {removed.dtype} of shape {tuple(removed.shape)}, "
                 f"expected one bool for each of the {len(self.kind)} positions"
             )
-        if (removed & ~self.media & (self.kind != IMAGE)).any():
+        if (removed & ~self.media & (self.kind != Modality.IMAGE)).any():
             raise ValueError(f"{selector}: removes text; only media tokens can be removed")
         return removed
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
-from ..inputs.layout import CODES, PAD, TokenLayout
+from ..inputs.layout import Modality, TokenLayout
 from ..schedules.schedule import Schedule
 
 # %% ../../nbs/pruning/03_base.ipynb #ab15f9a2
@@ -70,8 +70,8 @@ def sample_counts(
     exact = True  # whether both together have
     for _, stage, what in todo:
         if stage == 2:
-            ratios = [what[m] for m in CODES]
-            planned = dict(zip(CODES, stage2_counts(*n_keep.values(), *ratios)))
+            ratios = [what[m] for m in Modality.CODES]
+            planned = dict(zip(Modality.CODES, stage2_counts(*n_keep.values(), *ratios)))
             if planned != n_keep:
                 total = sum(planned.values())
                 if min(n_keep.values()) > 0:  # scores divide one total between both modalities
@@ -100,10 +100,10 @@ def plan_steps(
     "Every count of a forward pass, for all samples of a batch."
     todo = [(0, 1, ()), *((layer, 2, ratios) for layer, ratios in drops.items())]
     for layer in set(late_start.values()) - {None}:
-        todo.append((layer, 3, tuple(m for m in CODES if late_start[m] == layer)))
+        todo.append((layer, 3, tuple(m for m in Modality.CODES if late_start[m] == layer)))
     todo.sort(key=lambda step: step[:2])
     samples = [sample_counts(f["text"], n, todo) for f, n in zip(full, entering)]
-    before = tuple({m: f[m] for m in CODES} for f in full)
+    before = tuple({m: f[m] for m in Modality.CODES} for f in full)
     steps = []
     for (layer, stage, what), *counts in zip(todo, *samples):
         n_keep, widths, exact = zip(*counts)
@@ -147,7 +147,7 @@ class Tokens:
     "The sequence at some depth, on the model's device."
 
     column: torch.Tensor  # (B, S) int64 position in the prompt as it was given, padding included
-    modality: torch.Tensor  # (B, S) int8, PAD in free slots
+    modality: torch.Tensor  # (B, S) int8, Modality.PAD in free slots
     window: torch.Tensor  # (B, S) int32 time window of stage I
     chunk: torch.Tensor  # (B, S) int32 chunk of stage II, numbered in the full prompt
     prompt: int  # columns of the prompt
@@ -164,7 +164,7 @@ class Tokens:
             chunk=layout.chunk.to(device, non_blocking=True),
             prompt=layout.shape[1],
             numbers=tuple(numbers),
-            padded=bool((layout.modality == PAD).any()),
+            padded=bool((layout.modality == Modality.PAD).any()),
         )
 
     def cut(self, keep, step):  # (B, S) bool -> index (B, width), the shorter Tokens
@@ -173,7 +173,7 @@ class Tokens:
         left = replace(
             self,
             column=take(self.column, index),
-            modality=take(self.modality, index).masked_fill(~take(keep, index), PAD),
+            modality=take(self.modality, index).masked_fill(~take(keep, index), Modality.PAD),
             window=take(self.window, index),
             chunk=take(self.chunk, index),
             padded=step.padded,
@@ -182,10 +182,10 @@ class Tokens:
 
     @property
     def valid(self):
-        return self.modality != PAD
+        return self.modality != Modality.PAD
 
     def is_(self, modality):
-        return self.modality == CODES[modality]
+        return self.modality == Modality.CODES[modality]
 
     @property
     def text(self):
@@ -201,7 +201,7 @@ def window_tokens(
         return tuple(torch.bincount(layout.window[b, here]).tolist())
 
     return [
-        {m: sizes(b, layout.modality[b] == code) for m, code in CODES.items()}
+        {m: sizes(b, layout.modality[b] == code) for m, code in Modality.CODES.items()}
         for b in range(len(layout))
     ]
 
@@ -277,18 +277,21 @@ class Pruner(ABC):
     @property
     def drops(self):  # layer -> modality -> fraction kept
         keep = self.schedule.keep_ratios
-        return {l: {m: keep[m][i] for m in CODES} for i, l in enumerate(self.schedule.drop_layers)}
+        return {
+            l: {m: keep[m][i] for m in Modality.CODES}
+            for i, l in enumerate(self.schedule.drop_layers)
+        }
 
     @property
     def late(self):  # modality -> first layer without it; None = it stays
-        starts = {m: self.schedule.late(m) for m in CODES}
+        starts = {m: self.schedule.late(m) for m in Modality.CODES}
         return {m: None if l == self.schedule.num_layers else l for m, l in starts.items()}
 
     def window_budgets(self, layout, first):  # -> tuple of `WindowBudget`, visual before audio
         "What stage I keeps of every window; `first` is the ordinal of the first sample."
         budgets = []
         windows = window_tokens(layout)
-        for m in CODES:
+        for m in Modality.CODES:
             for b, sizes in enumerate(windows):
                 keep = stage1_counts(sizes[m], self.schedule.entering[m])
                 budgets.append(WindowBudget(m, number=first + b, sizes=sizes[m], keep=keep))

@@ -11,7 +11,7 @@ import torch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from ..inputs.layout import CODES
+from ..inputs.layout import Modality
 from .prefill import stock_mask
 
 # %% ../../nbs/pruning/09_cache.ipynb #070baa9b
@@ -34,7 +34,7 @@ class Slots:
         removed = []
         if p.kv == "evict":
             layers = [p.tokens] * len(p.layers)
-            for m in CODES:
+            for m in Modality.CODES:
                 had = [sum(b.sizes) for b in p.budgets if b.modality == m]
                 if any(n and not kept[m] for n, kept in zip(had, p.steps[-1].n_keep)):
                     removed.append(m)

@@ -15,7 +15,7 @@ from threading import Lock, current_thread, enumerate as running_threads
 from unittest.mock import patch
 from weakref import WeakSet, ref
 from ..models.attention import TowerAttention
-from ..inputs.layout import CODES, TokenLayout
+from ..inputs.layout import Modality, TokenLayout
 from ..models.families import adapter_for
 from .base import Pruner
 from .received import attention_received, pool_groups, window_sizes
@@ -135,14 +135,14 @@ class EncoderWatch:
         self.timings = timings
         self.method = method  # whose stage I wants the attention; None: only the calls are noted
         self.hooks = hooks
-        self.attention = {m: TowerAttention(model, m) for m in CODES}
+        self.attention = {m: TowerAttention(model, m) for m in Modality.CODES}
         self.adapter = adapter_for(model)
         self.rates = self.adapter.rates(model)
         self.forget()
 
     def forget(self):
         "Nothing was called yet."
-        self.calls = {m: [] for m in CODES}
+        self.calls = {m: [] for m in Modality.CODES}
         self.projecting = None  # what the last attention of a tower has projected, and its rotary
 
     def install(self, stack):

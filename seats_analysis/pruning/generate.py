@@ -11,14 +11,14 @@ import torch
 from collections.abc import Sequence
 from dataclasses import replace
 from weakref import ref
-from ..inputs.layout import AUDIO, IMAGE, VISUAL
+from ..inputs.layout import Modality
 from ..models.families import adapter_for
 
 # %% ../../nbs/pruning/02_generate.ipynb #72855f8d
 MEDIA = dict(  # medium -> its placeholder's modality, and inputs with something for each medium
-    video=(VISUAL, "pixel_values_videos", "video_grid_thw", "video_second_per_grid"),
-    image=(IMAGE, "pixel_values", "image_grid_thw"),
-    audio=(AUDIO, "input_features", "feature_attention_mask", "audio_feature_lengths"),
+    video=(Modality.VISUAL, "pixel_values_videos", "video_grid_thw", "video_second_per_grid"),
+    image=(Modality.IMAGE, "pixel_values", "image_grid_thw"),
+    audio=(Modality.AUDIO, "input_features", "feature_attention_mask", "audio_feature_lengths"),
 )
 # keyword argument that travels through `generate` to the thinker's pre-hook, which takes it out
 COPIES = "seats_copies"

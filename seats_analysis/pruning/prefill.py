@@ -9,7 +9,7 @@ __all__ = []
 import torch
 from dataclasses import dataclass, field
 from functools import cached_property
-from ..inputs.layout import CODES, TokenLayout
+from ..inputs.layout import Modality, TokenLayout
 from ..models.decoder import Decoder
 from .base import Pruner, Stage1Inputs, Tokens, take
 from .select import query_scores, text_scores
@@ -35,7 +35,7 @@ class Check:
     def of_inputs(cls, inputs):  # of a `Stage1Inputs`
         "Features and attention of stage I, for every sample and modality."
         ok = finite_rows(inputs.features)
-        B = len(inputs.budgets) // len(CODES)
+        B = len(inputs.budgets) // len(Modality.CODES)
         if inputs.attention is not None:
             ok = ok & finite_rows(inputs.attention[:, None])
         if inputs.keys is not None:
@@ -135,7 +135,7 @@ class Prefill:
         "Columns behind the media, of the sample that has most; on the host."
         kind = self.layout.modality
         S = self.layout.shape[1]
-        media = torch.isin(kind, torch.tensor(list(CODES.values())))
+        media = torch.isin(kind, torch.tensor(list(Modality.CODES.values())))
         ends = (media * torch.arange(S)).amax(1)[media.any(1)]
         return max(1, S - 1 - int(ends.min()))
 
@@ -169,7 +169,7 @@ class Prefill:
     def select(self, embeds, encoders):  # -> (B, S) bool; embeds, changed where the method merges
         "Ask the method, put its answer into the sequence."
         method = self.method
-        n = dict.fromkeys(CODES, 0)
+        n = dict.fromkeys(Modality.CODES, 0)
         for budget in self.budgets:
             n[budget.modality] += sum(budget.sizes)
         attention = None

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from torch import Tensor
 from torch.nn import functional as F
-from ..inputs.layout import AUDIO, VISUAL
+from ..inputs.layout import Modality
 from .received import equal_runs, on_device, triton_kernels, true_float32
 
 # %% ../../nbs/pruning/06_select.ipynb #e61cc062
@@ -256,8 +256,8 @@ def select_in_chunks(
     total = on_device([[n["visual"], n["audio"]] for n in n_keep], device)
     joint = (total > 0).all(1, keepdim=True)  # otherwise the sample is one window
     window = torch.where(joint, tokens.chunk, 0).long()
-    audio = torch.where(tokens.modality == AUDIO, w + window, 2 * w)
-    group = torch.where(tokens.modality == VISUAL, window, audio)
+    audio = torch.where(tokens.modality == Modality.AUDIO, w + window, 2 * w)
+    group = torch.where(tokens.modality == Modality.VISUAL, window, audio)
     zero = torch.zeros(len(scores), 2 * w + 1, device=device, dtype=torch.float64)
     size = zero.long().scatter_add(1, group, torch.ones_like(group))[:, : 2 * w]
     # float64 sums: the order in which a GPU adds them must not show in the mean

@@ -14,7 +14,7 @@ from functools import partial
 from threading import Lock, current_thread
 from unittest.mock import patch
 from weakref import WeakSet
-from ..inputs.layout import CODES, IMAGE, TokenLayout, VISUAL
+from ..inputs.layout import Modality, TokenLayout
 from ..models.decoder import Decoder
 from ..models.encode import layout_of
 from ..models.families import adapter_for
@@ -83,7 +83,7 @@ class Run:
         """Fraction of each modality's tokens that was really kept, averaged over the layers.
         Windows keep whole tokens, so it can lie above the schedule's."""
         trr = {}
-        for modality, code in CODES.items():
+        for modality, code in Modality.CODES.items():
             kept = self._per_layer(lambda tokens: (tokens.modality == code).sum(1))
             there = (self.layout.modality == code).sum(1)
             trr[modality] = (kept.double().mean(1) / there).numpy()
@@ -234,8 +234,10 @@ class Session:
         self.refuse(given)
         # the last that goes to the device before the first layer
         device = next(self.decoder.module.parameters()).device
-        media = [(layout.modality == code).flatten().nonzero()[:, 0] for code in CODES.values()]
-        order = visual_order(given["input_ids"], layout, self.token_ids[IMAGE])
+        media = [
+            (layout.modality == code).flatten().nonzero()[:, 0] for code in Modality.CODES.values()
+        ]
+        order = visual_order(given["input_ids"], layout, self.token_ids[Modality.IMAGE])
         if order is not None:
             order = order.to(device, non_blocking=True)
         numbers = [b.number for b in budgets if b.modality == "visual"]
@@ -291,7 +293,7 @@ class Session:
                     "the encoded videos come from no call of the vision tower: pass pixel values, "
                     "and leave `prefill_chunk_size` unset"
                 )
-            n = int((given["input_ids"] == self.token_ids[VISUAL]).sum())
+            n = int((given["input_ids"] == self.token_ids[Modality.VISUAL]).sum())
             if call.tokens != n:
                 raise ValueError(
                     f"the prompt has {n} visual tokens, its encoded videos have {call.tokens}"

@@ -9,7 +9,7 @@ __all__ = ['stored_tokens', 'blocks_of', 'stated_blocks', 'solve_schedules', 'de
 import json
 from collections.abc import Sequence
 
-from ..inputs.layout import MODALITIES
+from ..inputs.layout import Modality
 from ..storage.schemas import load_profile
 from ..testbed.load import TESTBEDS
 from ..boundaries.find import Boundaries, find_boundaries
@@ -23,7 +23,7 @@ def stored_tokens(
     if "tokens" not in profile.attrs:
         raise ValueError("the profile does not say how many visual and audio tokens its clips have")
     counts = json.loads(profile.attrs["tokens"])
-    return tuple(counts[m] for m in MODALITIES)
+    return tuple(counts[m] for m in Modality.CODES)
 
 # %% ../../nbs/schedules/03_choose.ipynb #ebce3525
 def blocks_of(
@@ -94,7 +94,7 @@ def describe(plan: Schedule) -> str:  # layers printed from 1
         numbers = ", ".join(str(d + 1) for d in plan.drop_layers)
         drops = f"before layers {numbers} of {plan.num_layers}"
     gone = []
-    for m in MODALITIES:
+    for m in Modality.CODES:
         late = plan.late(m)
         place = f"gone from layer {late + 1}" if late < plan.num_layers else "stays to the end"
         gone.append(f"{m} {place}")

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from ..inputs.layout import MODALITIES
+from ..inputs.layout import Modality
 from ..storage.provenance import digest
 from ..storage.schemas import SCHEMAS
 
@@ -34,7 +34,7 @@ class FrozenDict(dict):
 
 def both(value):
     "Modality -> value, whether one was given or two."
-    return value if isinstance(value, Mapping) else dict.fromkeys(MODALITIES, value)
+    return value if isinstance(value, Mapping) else dict.fromkeys(Modality.CODES, value)
 
 
 def joined(values):
@@ -140,7 +140,7 @@ def _check_keep(keep_ratios, drops, late):
 
 
 def _floats(values):
-    return FrozenDict({m: float(values[m]) for m in MODALITIES})
+    return FrozenDict({m: float(values[m]) for m in Modality.CODES})
 
 
 def checked(
@@ -155,7 +155,7 @@ def checked(
     layers = plain["num_layers"]
     drops = tuple(plain["drop_layers"])
     stated = plain["late_start"] or both(layers)
-    late = {m: stated[m] for m in MODALITIES}
+    late = {m: stated[m] for m in Modality.CODES}
     keep = plain["keep_ratios"] or both([1.0] * len(drops))
     entering = _floats(plain["entering"] or both(1.0))
     _check_layers(layers, plain["shallow_end"], drops, late)
@@ -163,25 +163,25 @@ def checked(
 
     average = {
         m: float(np.mean(levels_of(layers, late[m], drops, keep[m], entering[m])))
-        for m in MODALITIES
+        for m in Modality.CODES
     }
     trr = _floats(plain["trr"] or average)
-    for m in MODALITIES:
+    for m in Modality.CODES:
         if abs(trr[m] - average[m]) > 1e-9:
             raise ValueError(
                 f"`trr` of {m} is {trr[m]:.9g}, but entering and keep ratios average "
                 f"{average[m]:.9g} over the layers"
             )
-    scale = {m: entering[m] / trr[m] if trr[m] else 1.0 for m in MODALITIES}
+    scale = {m: entering[m] / trr[m] if trr[m] else 1.0 for m in Modality.CODES}
     stated = _floats(plain["scale"] or scale)
-    if any(abs(stated[m] - scale[m]) > 1e-6 for m in MODALITIES):
+    if any(abs(stated[m] - scale[m]) > 1e-6 for m in Modality.CODES):
         raise ValueError(f"`scale` is entering / trr = {scale}, not {dict(stated)}")
 
     windows = plain["windows"]
     return plain | dict(
         drop_layers=drops,
         late_start=joined(late),
-        keep_ratios=FrozenDict({m: tuple(map(float, keep[m])) for m in MODALITIES}),
+        keep_ratios=FrozenDict({m: tuple(map(float, keep[m])) for m in Modality.CODES}),
         entering=entering,
         trr=trr,
         scale=joined(stated),

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..boundaries.find import Boundaries
-from ..inputs.layout import MODALITIES
+from ..inputs.layout import Modality
 from .solve import ROUND_OFF, Segments, drop_positions, split_trr
 from seats_analysis.schedules.file import (
     Certificate,
@@ -68,7 +68,7 @@ DEFAULT_LATE = "estimate"  # `certified` takes more clips than most profiles hav
 def _pair(bounds):
     "Modality -> Boundaries, whether one or two were given."
     pair = both(bounds)
-    if set(pair) != set(MODALITIES):
+    if set(pair) != set(Modality.CODES):
         raise ValueError(f"boundaries must be those of visual and audio, not {sorted(pair)}")
     for b in pair.values():
         b.check_measured()
@@ -135,7 +135,7 @@ class Schedule:
         late = both(late_start)
         keep = {}
         enters = {}
-        for m in MODALITIES:
+        for m in Modality.CODES:
             segments = Segments(num_layers, drop_layers, late[m])
             try:
                 enters[m], keep[m] = segments.keep_ratios(trr[m], scale, entering and entering[m])
@@ -279,7 +279,7 @@ class Schedule:
         equal_drops=False,  # every drop takes the same part, instead of growing ones
     ):  # Schedule
         "This plan's layers for other targets, or the nearest that they can meet; never an error."
-        late = {m: self.late(m) if 3 in stages else self.num_layers for m in MODALITIES}
+        late = {m: self.late(m) if 3 in stages else self.num_layers for m in Modality.CODES}
         drops = self.drop_layers if 2 in stages else ()
         keep = {}
         enters = {}
@@ -315,7 +315,7 @@ class Schedule:
         "The same layers with so many times the tokens wherever some are missing, at most all."
         keep = {}
         enters = {}
-        for m in MODALITIES:
+        for m in Modality.CODES:
             levels = np.cumprod([self.entering[m], *self.keep_ratios[m]])
             levels = np.where(levels < 1 - ROUND_OFF, np.minimum(factor * levels, 1), 1)
             enters[m] = float(levels[0])
@@ -394,7 +394,7 @@ class Schedule:
 
     @property
     def keeps_all(self):
-        return all(level == 1 for m in MODALITIES for level in self.levels(m))
+        return all(level == 1 for m in Modality.CODES for level in self.levels(m))
 
     def check_model(
         self,
@@ -438,7 +438,7 @@ class Schedule:
         import pandas as pd
 
         late = both(self.late_start).values()
-        levels = {m: self.levels(m) for m in MODALITIES}
+        levels = {m: self.levels(m) for m in Modality.CODES}
         starts = {0, self.shallow_end, *self.drop_layers, *late} - {self.num_layers}
         edges = [*sorted(starts), self.num_layers]
         rows = []
@@ -446,7 +446,7 @@ class Schedule:
             block = "middle" if start < max(late) else "late"
             row = {"block": "shallow" if start < self.shallow_end else block}
             row["layers (from 1)"] = f"{start + 1} to {end}"
-            rows.append(row | {f"{m} kept (%)": 100 * levels[m][start] for m in MODALITIES})
+            rows.append(row | {f"{m} kept (%)": 100 * levels[m][start] for m in Modality.CODES})
         return pd.DataFrame(rows)
 
     def to_dict(self):

@@ -23,8 +23,8 @@ from ..models.encode import Prompt, encode, frame_resizer
 from ..schedules.schedule import PUBLISHED, Schedule
 from ..pruning.session import prune
 from ..baselines.registry import method_at
-from ..evaluation.evaluate import load_samples, parse_answer, write_answers
-from ..evaluation.load import load_model
+from ..evaluation.evaluate import parse_answer, write_answers
+from ..evaluation.load import load_model, load_samples
 
 # %% ../../nbs/serving/02_lmms.ipynb #e358b22e
 def _audio(source, rate):

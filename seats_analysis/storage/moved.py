@@ -10,26 +10,30 @@ import sys
 import warnings
 from importlib import import_module
 from importlib.machinery import ModuleSpec
+from pkgutil import resolve_name
+from types import SimpleNamespace
 
 # %% ../../nbs/storage/04_moved.ipynb #47b4c384
 _MODULES = set(
     "adapter budget cost evaluate explorer figures media paper probe prune rivals schedule select "
-    "simulate".split()
+    "simulate storage.checkpoint".split()
 )
 _PLACES = {  # of what the face does not have; today's module and name
-    "Journal": "storage.checkpoint.Checkpoint",
+    "Checkpoint": "storage.files.Checkpoint",
+    "Journal": "storage.files.Checkpoint",
     "NEEDS": "testbed.task.NEEDS",
     "Random": "baselines.simple.Random",
     "Rival": "Baseline",
     "SHAPES": "lab.simulate.SHAPES",
     "boundaries_figure": "plots.dependency.boundaries_figure",
     "branch_scores": "probing.branches.branch_scores",
+    "checkpoint_of": "storage.files.Checkpoint.folder_of",
     "coverage_figure": "lab.simulate.coverage_figure",
     "coverage_table": "lab.simulate.coverage_table",
     "dependency_figure": "plot_dependency",
     "encode_questions": "models.encode.encode_questions",
     "expected_curve": "lab.simulate.expected_curve",
-    "journal_of": "storage.checkpoint.checkpoint_of",
+    "journal_of": "storage.files.Checkpoint.folder_of",
     "kept_figure": "plot_kept",
     "layout_of": "models.encode.layout_of",
     "load_coverage": "storage.schemas.load_json",
@@ -38,6 +42,7 @@ _PLACES = {  # of what the face does not have; today's module and name
     "needed_figure": "lab.simulate.needed_figure",
     "noise_of": "lab.simulate.noise_of",
     "open_profile": "load_profile",
+    "processes": "storage.files.processes",
     "questions_needed": "lab.simulate.questions_needed",
     "removal_scores": "probing.branches.removal_scores",
     "retained": "boundaries.retention.retained",
@@ -55,24 +60,20 @@ def look_up(
     if place is None:
         raise AttributeError(f"seats_analysis has no {name} (what left is listed in CHANGELOG.md)")
     warnings.warn(f"{name} is now seats_analysis.{place}", DeprecationWarning, stacklevel=2)
-    module, _, today = f"seats_analysis.{place}".rpartition(".")
-    return getattr(import_module(module), today)
+    # the face has functions called as modules once were: it is not searched for modules
+    return resolve_name(f"seats_analysis{'.' if '.' in place else ':'}{place}")
 
 # %% ../../nbs/storage/04_moved.ipynb #baa34132
-class OldModules:
-    "Finder and loader of modules that earlier versions had."
+def _find_spec(name, path=None, target=None):
+    package, _, module = name.partition(".")
+    gone = package == "seats_analysis" and module in _MODULES
+    return ModuleSpec(name, _LOADER) if gone else None
 
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        package, _, module = name.rpartition(".")
-        if package == "seats_analysis" and module in _MODULES:
-            return ModuleSpec(name, OldModules)
-        return None
 
-    @staticmethod
-    def create_module(spec):
-        return None  # the usual, empty module
+def _execute(module):
+    module.__getattr__ = look_up
 
-    @staticmethod
-    def exec_module(module):
-        module.__getattr__ = look_up
+
+_LOADER = SimpleNamespace(create_module=lambda spec: None, exec_module=_execute)
+_FINDER = SimpleNamespace(find_spec=_find_spec)
+sys.meta_path.append(_FINDER)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
-from .files import atomic_write, read_file, shipped_folder
+from .files import atomic_write, shipped_folder
 from .provenance import digest
 
 # %% ../../nbs/storage/03_schemas.ipynb #45321794
@@ -191,6 +191,16 @@ SCHEMAS = dict(
         "own_minimum families retention_layers retention_entry unparsable",
     ),
 )
+
+# %% ../../nbs/storage/03_schemas.ipynb #7e2c4b90
+def read_file(path) -> bytes:
+    "What a file holds. Raises ValueError for anything else."
+    path = Path(path)
+    if path.is_file():
+        return path.read_bytes()
+    if not path.exists():
+        raise ValueError(f"{path}: no such file")
+    raise ValueError(f"{path}: is a folder, a pipe or a device, expected a file")
 
 # %% ../../nbs/storage/03_schemas.ipynb #933697f0
 def save_json(

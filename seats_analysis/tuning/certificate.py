@@ -9,6 +9,8 @@ __all__ = ['Promise']
 import numpy as np
 from dataclasses import dataclass
 
+from ..storage.provenance import digest
+
 # %% ../../nbs/tuning/00_certificate.ipynb #82652fca
 _MAX_CLIPS = 100_000
 
@@ -80,15 +82,36 @@ class Promise:
         "The smallest `max_change` that so many clips could certify at this confidence."
         return float(1 - (1 - self.confidence) ** (1 / clips)) if clips else 1.0
 
-    def check_enough(self, samples):  # questions to certify on
-        "Raise ValueError where even without a change there would be no certificate."
-        n = len({s.clip for s in samples})
-        if n < self.clips():
-            lowest = np.ceil(1000 * self.possible(n)) / 10
+    def check_clips(
+        self,
+        samples,  # questions to certify on
+        known=(),  # digests of clips that made a schedule or its promise
+        enough: bool = True,  # whether there must be enough clips to show anything
+    ):
+        """Raise ValueError where even without a change there would be no certificate, and for
+        clips that are known."""
+        clips = {s.clip for s in samples}
+        if enough and len(clips) < self.clips():
+            lowest = np.ceil(1000 * self.possible(len(clips))) / 10
             raise ValueError(
-                f"{n} clips to certify on are too few: {self} takes {self.clips()} without a "
-                f"change; so many could show --max-change {lowest:g} at best"
+                f"{len(clips)} clips to certify on are too few: {self} takes {self.clips()} "
+                f"without a change; so many could show --max-change {lowest:g} at best"
             )
+        if old := {clip for clip in clips if digest(clip)[:12] in set(known)}:
+            raise ValueError(
+                f"{len(old)} of the clips made this schedule or its promise, the first is "
+                f"{min(old)!r}: give questions on others"
+            )
+
+    @staticmethod
+    def to_whom(result) -> str:  # of a search or a check
+        "Who may rely on what was shown, in words."
+        families = [f for f in result["mix"]["families"] if f]
+        kinds = f" ({len(families)} kinds)" if len(families) > 1 else ""
+        return (
+            f"for questions like the {result['questions']} on {result['clips']} clips of "
+            f"{result['data']}{kinds}"
+        )
 
 # %% ../../nbs/tuning/00_certificate.ipynb #ab1d93d3
 def draw_certificates(
