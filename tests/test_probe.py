@@ -1,10 +1,11 @@
-"""The probe against a naive one: a complete stock forward for every layer, condition and choice."""
+"""The probe against a naive one: a plain loop over all layers for every layer, condition and
+choice."""
 
-from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
 
+import naive
 import numpy as np
 import pytest
 import tiny
@@ -12,7 +13,6 @@ import torch
 
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode
-from seats_analysis.models.decoder import Decoder
 from seats_analysis.inputs.layout import Modality
 from seats_analysis.storage.schemas import load_profile, save_profile
 from seats_analysis.models.provenance import sample_rows
@@ -50,41 +50,21 @@ def profile(ask, samples, request):
     return ask(samples, method=request.param)
 
 
-@contextmanager
-def removed_before(model, layout, layer, kinds):
-    "A stock model in which positions leave before one layer; later ones get shorter tables."
-    gone = torch.isin(layout.modality[0], torch.tensor(kinds, dtype=torch.int8))
-    keep = (~gone).nonzero()[:, 0]
-
-    def before(module, args, kwargs):
-        hidden = args[0][:, keep] if module is layers[layer] else args[0]
-        rotary = tuple(t[:, keep] for t in kwargs["position_embeddings"])
-        return (hidden, *args[1:]), dict(kwargs, position_embeddings=rotary, attention_mask=None)
-
-    layers = adapter_for(model).layers(model)
-    with ExitStack() as stack:
-        for m in layers[layer:]:
-            stack.callback(m.register_forward_pre_hook(before, with_kwargs=True).remove)
-        yield
-
-
-@torch.no_grad()
-def naive(model, processor, sample, layer, kinds):
-    "Log-probabilities per token of each choice, and those at the answer position."
-    rows = []
-    for text in sample.answer_texts:
-        e = encode(model, processor, [sample], answers=[text])
-        n = e.answer_length.item()
-        with removed_before(model, e.layout, layer, kinds):
-            logp = model(**e.inputs, use_cache=False).logits[0].log_softmax(-1)
-        target = e.inputs["input_ids"][0, -n:]
-        rows.append(logp[-n - 1 : -1][torch.arange(n), target])
-    return rows, logp[-n - 1]
-
-
 @pytest.fixture(scope="module")
 def by_force(model, processor, samples):
-    return cache(lambda i, layer, kinds: naive(model, processor, samples[i], layer, kinds))
+    @cache
+    @torch.no_grad()
+    def found(i, layer, kinds):
+        "Log-probabilities per token of each choice, and those at the answer position."
+        rows = []
+        for text in samples[i].answer_texts:
+            e = encode(model, processor, [samples[i]], answers=[text])
+            n = e.answer_length.item()
+            logp = naive.removed(model, e, layer, kinds).log_softmax(-1)
+            rows.append(logp[-n - 1 : -1][torch.arange(n), e.inputs["input_ids"][0, -n:]])
+        return rows, logp[-n - 1]
+
+    return found
 
 
 @pytest.mark.parametrize("removed", KINDS)
@@ -115,24 +95,6 @@ def test_removal_matters_and_ends_at_the_full_model(profile):
     assert (profile.kl.sel(sample="silent", removed="audio") < 1e-6).all()
 
 
-def test_removing_both_before_layer_0_is_text_only_input(model, processor, samples, profile):
-    "The decoder on the text embeddings alone, at their positions in the full sequence."
-    s = samples[1]
-    e = encode(model, processor, [s], answers=[s.answer_texts[s.answer]])
-    text, n = e.layout.text[0], e.answer_length.item()
-    with torch.no_grad():
-        decoder = Decoder(model)
-        hidden = decoder.module(
-            inputs_embeds=decoder.inputs(e.inputs)["inputs_embeds"][:, text],
-            position_ids=e.position_ids[..., text],
-            use_cache=False,
-        ).last_hidden_state
-        logp = decoder.head(hidden)[0, -n - 1 : -1].log_softmax(-1)
-    nll = -logp[torch.arange(n), e.inputs["input_ids"][0, -n:]].sum().item()
-    got = profile.nll.sel(sample="letters", removed="both", layer=0).item()
-    assert got == pytest.approx(nll, abs=2e-5)
-
-
 @pytest.mark.parametrize("size", [1, 3])
 def test_batching_and_order_change_nothing(ask, samples, profile, size):
     other = ask(samples[::-1], method="plain", batch_size=size).sel(sample=profile.sample)
@@ -143,13 +105,6 @@ def test_batching_and_order_change_nothing(ask, samples, profile, size):
 
 def test_deterministic(ask, samples, profile):
     assert profile.identical(ask(samples, method=profile.attrs["method"]))
-
-
-def test_some_layers_one_condition(ask, samples, profile):
-    part = ask(samples, removed="both", layers=[2])
-    assert part.layer.values.tolist() == [2, LAYERS] and part.removed.values.tolist() == ["both"]
-    ours, theirs = (p.nll.sel(layer=2, removed="both") for p in (part, profile))
-    np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 def test_coordinates_and_attributes(model, samples, profile):

@@ -259,7 +259,8 @@ def test_selectors(model, processor, samples):
     assert_same(*scores_of(model, processor, samples, asked))
 
 
-def test_selectors_remove_what_they_say(model, processor, samples):
+@torch.no_grad()
+def test_selectors_see_the_prompt_and_its_states(model, processor, samples):
     (q,) = encode_questions(model, processor, samples[:1])
     encoded, layout, views = q.encoded, q.encoded.layout, []
     ids = torch.zeros(1, 0, dtype=torch.long)
@@ -267,32 +268,27 @@ def test_selectors_remove_what_they_say(model, processor, samples):
         model, encoded, encoded.shape[1], ids, encoded.position_ids[..., :0]
     )
     watch = lambda view: views.append(view) or view.media
-    branches.marks_of(stream, encoded, {"watch": watch})
-    view = views[0]
-    gone = lambda s: view.mark(s).nonzero()[:, 0].tolist()
-    where = lambda mask: mask[0].nonzero()[:, 0].tolist()
-    quarter = random_fraction(0.25)
-    assert gone(time_window(1)) == where(layout.window == 1)
-    assert gone(every_token(("audio",))) == where(layout.audio)
-    counts = [int(kind.sum()) for kind in (layout.visual, layout.audio)]
-    assert len(gone(quarter)) == sum(round(0.25 * n) for n in counts)
-    assert gone(quarter) == gone(quarter) != gone(replace(quarter, seed=1))
-    with torch.no_grad():
-        norms = view.hidden(LAYERS // 2).norm(dim=-1)
-        stock = stream.decoder.thinker(**encoded.inputs, output_hidden_states=True).hidden_states
-        for layer in range(LAYERS):  # what goes into it
-            expected = stock[layer][0, : len(view.kind)]
-            torch.testing.assert_close(view.hidden(layer), expected, atol=1e-4, rtol=1e-4)
-    kept = set(where(layout.visual | layout.audio)) - set(gone(all_but_sinks(3)))
-    assert kept == set(norms.masked_fill(~view.media, 0).topk(3).indices.tolist())
+    marked = branches.marks_of(stream, encoded, {"watch": watch})["watch"]
+    assert torch.equal(marked, layout.visual | layout.audio)
+    (view,), end = views, int(marked[0].nonzero().max()) + 1
+    for ours, theirs in ((view.kind, layout.modality), (view.window, layout.window)):
+        assert torch.equal(ours, theirs[0, :end])
+    stock = stream.decoder.thinker(**encoded.inputs, output_hidden_states=True).hidden_states
+    for layer in range(LAYERS):  # what goes into it
+        torch.testing.assert_close(view.hidden(layer), stock[layer][0, :end], atol=1e-4, rtol=1e-4)
+    norms = view.hidden(LAYERS // 2).norm(dim=-1).masked_fill(~view.media, 0)
+    kept = view.media & ~view.mark(all_but_sinks(3))
+    assert kept.nonzero()[:, 0].tolist() == sorted(norms.topk(3).indices.tolist())
 
 
 def test_chance_is_drawn_for_every_clip():
-    "Clips of the same layout do not lose the same positions."
+    "As much of each modality; clips of the same layout do not lose the same positions."
     kind = torch.tensor([VISUAL, AUDIO] * 20, dtype=torch.int8)
     one = View(kind, torch.zeros(40), torch.zeros(40), "a", LAYERS)
-    gone = lambda view: view.mark(random_fraction(0.5)).nonzero()[:, 0].tolist()
+    gone = lambda view, seed=0: view.mark(random_fraction(0.25, seed=seed)).nonzero()[:, 0].tolist()
     assert gone(one) == gone(replace(one)) != gone(replace(one, clip="b"))
+    assert gone(one) != gone(one, seed=1)
+    assert kind[gone(one)].bincount().tolist() == [0, 5, 5]
 
 
 def test_questions_share_clip_encoders_and_context(model, processor, samples):
