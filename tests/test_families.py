@@ -147,10 +147,31 @@ def test_keys_of_every_layer_equal_the_cache(model, batch):
         close(keys * valid, out.past_key_values.layers[i].keys * valid)
 
 
-def test_encoder_queries_and_keys_give_its_attention(model, singles):
-    found = tiny.tower_attention(model, singles[0].inputs)
-    close(*found["visual"])
-    close(*found["audio"])
+@pytest.mark.parametrize("modality", ["visual", "audio"])
+def test_encoder_queries_and_keys_are_those_of_its_attention(model, singles, monkeypatch, modality):
+    "What the stock module hands to its attention, window by window."
+    part, sdpa = TowerAttention(model, modality), torch.nn.functional.scaled_dot_product_attention
+    calls, ours, theirs = [], [], []
+
+    def attend(q, k, *args, **kwargs):
+        calls.append((q, k))
+        return sdpa(q, k, *args, **kwargs)
+
+    def begin(module, args, kwargs):
+        calls.clear()  # of the layers before
+        hidden = args[0] if args else kwargs["hidden_states"]
+        ours.extend(part.heads([p(hidden) for p in part.projections], part.rotary(kwargs)))
+
+    def end(*_):
+        theirs.extend(torch.cat(parts, 2)[0].transpose(0, 1) for parts in zip(*calls))
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    hooks = part.module.register_forward_pre_hook(begin, with_kwargs=True)
+    with hooks, part.module.register_forward_hook(end):
+        Decoder(model).inputs(singles[0].inputs)
+    assert len(ours) == len(theirs) == 2
+    for a, b in zip(ours, theirs):
+        close(a, b)
 
 
 def test_positions_equal_the_model_s_own(family, singles):

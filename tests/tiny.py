@@ -1,8 +1,6 @@
 """Small random models of every family, built from the real configuration classes, with a processor
 for each and clips to feed them."""
 
-from contextlib import ExitStack
-
 import numpy as np
 import pytest
 import torch
@@ -103,14 +101,6 @@ def processor(family):
     return made
 
 
-def tight_processor():
-    "The testbed's, with no spaces between start, placeholder and end, as 5.17 wants it."
-    processor = load.build_processor()
-    for name in ("VIDEO", "AUDIO", "IMAGE"):
-        processor.chat_template = processor.chat_template.replace(f" <|{name}|> ", f"<|{name}|>")
-    return processor
-
-
 QWEN3 = dict(  # where its configuration is not that of the testbed
     text_config=dict(intermediate_size=64, moe_intermediate_size=48),
     vision_config=dict(depth=4, deepstack_visual_indexes=[0, 1, 2]),
@@ -185,44 +175,6 @@ PLANS = dict(
     stage3=Schedule(LAYERS, late_start=3),
     from_the_start=Schedule(LAYERS, late_start=0),
 )
-
-
-@torch.no_grad()
-def tower_attention(model, inputs):
-    """name -> (output recomputed from our q and k, output of the tower) of each tower's last
-    attention, from a forward pass over `inputs`."""
-    from seats_analysis.models.attention import TowerAttention
-    from seats_analysis.models.decoder import Decoder
-
-    seen = {}
-    parts = {m: TowerAttention(model, m) for m in ("visual", "audio")}
-    with ExitStack() as stack:
-        for name, part in parts.items():
-
-            def note(m, args, kwargs, output, name=name):
-                hidden = args[0] if args else kwargs["hidden_states"]
-                rotary = kwargs.get("position_embeddings")
-                seen[name] = hidden, rotary, kwargs["cu_seqlens"], output
-
-            stack.callback(part.module.register_forward_hook(note, with_kwargs=True).remove)
-        Decoder(model).inputs(inputs)
-    found = {}
-    for name, part in parts.items():
-        m = part.module
-        hidden, rotary, cuts, output = seen[name]
-        q, k = part.heads([project(hidden) for project in part.projections], rotary)
-        if hasattr(m, "qkv"):
-            values = m.qkv(hidden).chunk(3, -1)[2]
-        else:
-            values = (m.v_proj if name == "audio" else m.v)(hidden)
-        parts_of = [x.split(cuts.diff().tolist()) for x in (q, k, values.view(q.shape))]
-        got = [
-            torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in window))
-            for window in zip(*parts_of)
-        ]
-        out = m.out_proj if name == "audio" else m.proj
-        found[name] = out(torch.cat(got, 1).transpose(0, 1).flatten(1)), output
-    return found
 
 
 def _speech25():
