@@ -84,8 +84,8 @@ MUTATIONS = (
     ),
     (
         "probing.branches",  # a bypassed layer takes its DeepStack term with it
-        "self.join(layer, self.tables.inject(before.context, layer), before",
-        "self.join(layer, before.context, before",
+        "context = self.tables.inject(context, layer)",
+        "context = +context",
     ),
     (
         "probing.branches",  # a tie counts as right

@@ -267,7 +267,7 @@ def continued(model, encoded, sets, tokens, kv):
 
 
 def removed(model, encoded, layer, kinds):
-    "Last logits when all positions of some modalities go before a layer."
+    "Logits (positions that stay, V) when all of some modalities go before a layer."
     ad = adapter_for(model)
     inputs = Decoder(model).inputs(encoded.inputs)
     h = inputs["inputs_embeds"]
@@ -279,4 +279,4 @@ def removed(model, encoded, layer, kinds):
             here = [p for p in here if encoded.layout.modality[0, p] not in kinds]
             h = h[:, here]
         h = deep.add(l, run_layer(block, h, cos[:, here], sin[:, here]), here)
-    return ad.lm_head(model)(ad.decoder(model).norm(h))[:, -1]
+    return ad.lm_head(model)(ad.decoder(model).norm(h))[0]

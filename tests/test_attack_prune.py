@@ -24,7 +24,7 @@ from seats_analysis.models.decoder import Decoder
 from seats_analysis.models.encode import Prompt, encode
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.scoring import score_choices
-from seats_analysis.pruning.encoders import Hooks, refuse_compiled
+from seats_analysis.pruning.encoders import Hooks
 from seats_analysis.pruning.seats import Seats
 from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.schedule import Schedule
@@ -207,7 +207,7 @@ def test_what_was_compiled_before_is_noticed():
     call, x, hooks = torch.compile(module, backend="eager"), torch.ones(1, 2), Hooks()
     want = call(x)
     with ExitStack() as stack:
-        hooks.before(stack, module[0], lambda m, args, kwargs: refuse_compiled(m))
+        hooks.before(stack, module[0], lambda m, args, kwargs: hooks.refuse_compiled(m))
         assert torch.equal(call(x), want)  # the hook is left out
         stack.enter_context(patch.object(module[0], "forward", module[0].forward))
         with pytest.raises(ValueError, match="one by one"):

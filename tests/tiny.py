@@ -1,8 +1,6 @@
 """Small random models of every family, built from the real configuration classes, with a processor
 for each and clips to feed them."""
 
-from contextlib import ExitStack
-
 import numpy as np
 import pytest
 import torch
@@ -71,6 +69,24 @@ def three():
     ]
 
 
+WORDS = ("red", "green circle", "blue", "upper-left red square")
+
+
+def probed():
+    "Three questions on one clip that differ in length, letters and choices; silent, audio, text."
+    one, silent = (clip(i, 3 - i, sound=not i, size=(112, 112)) for i in (0, 1))
+    asked = [
+        ("open", one, "what colour is the circle ?", WORDS, 3, "a", "derive"),
+        ("letters", one, "what is it ?", WORDS[:3], 1, "a", "derive", True),
+        ("where", one, "where is the red object ?", WORDS[:2], 0, "b", "derive"),
+        ("silent", silent, "where is the red object ?", WORDS[:2], 0, "b", "test"),
+        ("heard", clip(2, 2.5, sight=False), "what is heard ?", WORDS[1:], 1, "b", "test"),
+        ("text", None, "what day comes after monday ?", ("tuesday", "friday"), 0, "c", "test"),
+    ]
+    names = "id video question choices answer family split lettered".split()
+    return [Sample(**dict(zip(names, row))) for row in asked]
+
+
 def processor(family):
     made = load.build_processor(family)
     if family == "qwen3-omni":
@@ -83,14 +99,6 @@ def processor(family):
             return_attention_mask=True,
         )
     return made
-
-
-def tight_processor():
-    "The testbed's, with no spaces between start, placeholder and end, as 5.17 wants it."
-    processor = load.build_processor()
-    for name in ("VIDEO", "AUDIO", "IMAGE"):
-        processor.chat_template = processor.chat_template.replace(f" <|{name}|> ", f"<|{name}|>")
-    return processor
 
 
 QWEN3 = dict(  # where its configuration is not that of the testbed
@@ -167,44 +175,6 @@ PLANS = dict(
     stage3=Schedule(LAYERS, late_start=3),
     from_the_start=Schedule(LAYERS, late_start=0),
 )
-
-
-@torch.no_grad()
-def tower_attention(model, inputs):
-    """name -> (output recomputed from our q and k, output of the tower) of each tower's last
-    attention, from a forward pass over `inputs`."""
-    from seats_analysis.models.attention import TowerAttention
-    from seats_analysis.models.decoder import Decoder
-
-    seen = {}
-    parts = {m: TowerAttention(model, m) for m in ("visual", "audio")}
-    with ExitStack() as stack:
-        for name, part in parts.items():
-
-            def note(m, args, kwargs, output, name=name):
-                hidden = args[0] if args else kwargs["hidden_states"]
-                rotary = kwargs.get("position_embeddings")
-                seen[name] = hidden, rotary, kwargs["cu_seqlens"], output
-
-            stack.callback(part.module.register_forward_hook(note, with_kwargs=True).remove)
-        Decoder(model).inputs(inputs)
-    found = {}
-    for name, part in parts.items():
-        m = part.module
-        hidden, rotary, cuts, output = seen[name]
-        q, k = part.heads([project(hidden) for project in part.projections], rotary)
-        if hasattr(m, "qkv"):
-            values = m.qkv(hidden).chunk(3, -1)[2]
-        else:
-            values = (m.v_proj if name == "audio" else m.v)(hidden)
-        parts_of = [x.split(cuts.diff().tolist()) for x in (q, k, values.view(q.shape))]
-        got = [
-            torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in window))
-            for window in zip(*parts_of)
-        ]
-        out = m.out_proj if name == "audio" else m.proj
-        found[name] = out(torch.cat(got, 1).transpose(0, 1).flatten(1)), output
-    return found
 
 
 def _speech25():

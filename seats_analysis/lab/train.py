@@ -349,8 +349,7 @@ def train_testbed(
             raise
     save_testbed(run.model, config, folder)
     *rows, last = run.log.read_text().splitlines()
-    last = json.dumps(
-        json.loads(last) | dict(weights_sha256=adapter_for(run.model).hash_weights(run.model))
-    )
+    weights = adapter_for(run.model).hash_weights(run.model)
+    last = json.dumps(json.loads(last) | dict(weights_sha256=weights))
     run.log.write_text("\n".join([*rows, last]) + "\n")
     return run.model

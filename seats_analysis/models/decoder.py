@@ -8,7 +8,7 @@ __all__ = ['Decoder', 'last_logits_only']
 # %% ../../nbs/models/03_decoder.ipynb #3b5ed9db
 import torch
 from collections.abc import Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from .families import adapter_for
 
@@ -87,13 +87,9 @@ class Decoder:
             captured.update(kwargs)
             raise _Stop
 
-        handle = self.module.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
+        hook = self.module.register_forward_pre_hook(stop, with_kwargs=True)
+        with hook, suppress(_Stop):
             self.thinker(**inputs, use_cache=False)
-        except _Stop:
-            pass
-        finally:
-            handle.remove()
         return captured
 
     @staticmethod
@@ -195,10 +191,8 @@ class Decoder:
     ) -> tuple:  # keys and values (B, KV heads, m + n, head size)
         "Keys and values only, without the rest of the layer; arguments as for `run_layer`."
         keys = _LayerKeys(before, only=True)
-        try:
+        with suppress(_Stop):
             self._call(layer, hidden, rotary, None, keys)
-        except _Stop:
-            pass
         return keys.kv
 
     def _project(self, which, layer, hidden, cos, sin):
@@ -247,15 +241,19 @@ def _first_nonfinite(model, inputs):
     def entering(module, args, kwargs):
         look("the input of the decoder", kwargs["inputs_embeds"])
 
-    places = {adapter.visual(model): "the vision encoder", decoder.head: "the output head"}
-    places |= {adapter.audio_tower(model): "the audio encoder"}
+    def leaving(module, args, out):
+        look(places[module], out)
+
+    places = {
+        adapter.visual(model): "the vision encoder",
+        adapter.audio_tower(model): "the audio encoder",
+        decoder.head: "the output head",
+    }
     places |= {layer: f"decoder layer {i}" for i, layer in enumerate(decoder.layers)}
     with ExitStack() as stack:
-        hook = decoder.module.register_forward_pre_hook(entering, with_kwargs=True)
-        stack.callback(hook.remove)
-        for module, place in places.items():
-            hook = module.register_forward_hook(lambda m, a, out, place=place: look(place, out))
-            stack.callback(hook.remove)
+        stack.enter_context(decoder.module.register_forward_pre_hook(entering, with_kwargs=True))
+        for module in places:
+            stack.enter_context(module.register_forward_hook(leaving))
         decoder.thinker(**inputs, use_cache=False)
     return found[0] if found else "a step after the prompt"
 
@@ -294,9 +292,9 @@ def last_logits_only(
         def keep(module, args):
             return (args[0][:, -1:], *args[1:])
 
-        stack.callback(head.register_forward_pre_hook(keep).remove)
+        stack.enter_context(head.register_forward_pre_hook(keep))
         if encoded is not None:
-            stack.callback(head.register_forward_hook(note).remove)
+            stack.enter_context(head.register_forward_hook(note))
         yield model
     if finite:
         _check_finite(model, encoded, torch.stack(finite).all(0))

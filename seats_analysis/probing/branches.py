@@ -29,10 +29,10 @@ def _kl(full, removed):
 def _over_best(x, answer):
     "The right choice's value minus the best other one's; NaN if there is none. (B, C) -> (B,)"
     rows = np.arange(len(x))
-    rest = x.copy()
-    rest[rows, answer] = np.nan
-    best = np.where(np.isnan(rest), -np.inf, rest).max(-1)
-    return np.where(np.isfinite(best), x[rows, answer] - best, np.nan)
+    rest = np.where(np.isnan(x), -np.inf, x)
+    rest[rows, answer] = -np.inf
+    over = x[rows, answer] - rest.max(-1)
+    return np.where(np.isfinite(over), over, np.nan)
 
 
 @dataclass(frozen=True)
@@ -181,12 +181,8 @@ class Stream:
 
     def map(self, f):
         "The same done to states and tables of all positions."
-        return Stream(
-            decoder=self.decoder,
-            hidden=f(self.hidden),
-            rotary=tuple(map(f, self.rotary)),
-            extra=tuple(map(f, self.extra)),
-        )
+        rotary = tuple(map(f, self.rotary))
+        return replace(self, hidden=f(self.hidden), rotary=rotary, extra=tuple(map(f, self.extra)))
 
     def through(self, start, stop):
         "Layers `start` to `stop`, half-open."
@@ -323,24 +319,19 @@ class Condition:
         sees_context = torch.ones(len(walk.tail.ids), len(keep), dtype=torch.bool, device=device)
         self.tail_mask = walk.mask(torch.cat([sees_context, walk.tail.allowed], 1))
 
-    def branch_off(self, layer, full, max_tokens):
+    def branch_off(self, layer, full, max_tokens, bypass=False):  # bypass: it misses the layer
         "Cut one more stream from the full one, into a batch of at most so many tokens."
-        self.join(layer, full.context[:, self.own], full.tail, max_tokens)
-
-    def bypass(self, layer, before, max_tokens):
-        "One more stream that has missed a layer, from the full one before that layer."
-        self.join(layer, self.tables.inject(before.context, layer), before.tail, max_tokens)
-
-    def join(self, layer, context, tail, max_tokens):
-        "A stream into the last batch if that stays below so many tokens."
+        context = full.context[:, self.own]
+        if bypass:
+            context = self.tables.inject(context, layer)
         last = self.batches[-1] if self.batches else None
-        length = context.shape[1] + tail.shape[1]
+        length = context.shape[1] + full.tail.shape[1]
         if last is None or (len(last.layers) + 1) * length > max_tokens:
-            self.batches.append(Batch([layer], context, tail))
+            self.batches.append(Batch([layer], context, full.tail))
             return
         last.layers = [*last.layers, layer]
         last.context = torch.cat([last.context, context])
-        last.tail = torch.cat([last.tail, tail])
+        last.tail = torch.cat([last.tail, full.tail])
 
     def advance(self, layer, front=None):
         "One layer behind keys and values of the front; gives those of the last batch's context."
@@ -405,7 +396,7 @@ class Traversal:
                 condition.advance(layer, front)
             self.bypassed.advance(layer)
             if bypass and layer in layers:
-                self.bypassed.bypass(layer, before, max_tokens)
+                self.bypassed.branch_off(layer, before, max_tokens, bypass=True)
 
     def scores(self):  # (condition, layer) -> Scores over the questions
 

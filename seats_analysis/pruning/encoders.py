@@ -6,10 +6,11 @@
 __all__ = ['ENCODED', 'watch_encoders', 'join_calls']
 
 # %% ../../nbs/pruning/05_encoders.ipynb #1727f3fd
+import copy
 import torch
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import Lock, current_thread, enumerate as running_threads
 from unittest.mock import patch
@@ -21,22 +22,13 @@ from .base import Pruner
 from .received import attention_received, pool_groups, window_sizes
 from .timing import Timings
 
-# %% ../../nbs/pruning/05_encoders.ipynb #dc7c1fbf
+# %% ../../nbs/pruning/05_encoders.ipynb #56755d4e
 COMPILED = (
     "prune works by hooks on the layers, and what torch.compile made of a whole model, decoder or "
     "encoder runs without them: compile the decoder's layers one by one (`layer.compile()`)"
 )
 
 
-def refuse_compiled(module):
-    "Raise ValueError before a module whose forward is compiled, alone or within another one."
-    from torch._C._dynamo.eval_frame import get_eval_frame_callback
-
-    alone = module._compiled_call_impl or hasattr(module.forward, "_torchdynamo_orig_callable")
-    if alone or get_eval_frame_callback() is not None:
-        raise ValueError(COMPILED)
-
-# %% ../../nbs/pruning/05_encoders.ipynb #56755d4e
 class Hooks:
     "Registers the hooks of a block: for one thread at a time, on a model that nobody copies."
 
@@ -96,6 +88,15 @@ class Hooks:
         "The pass is over."
         self.owner = None
 
+    @staticmethod
+    def refuse_compiled(module):
+        "Raise ValueError before a module whose forward is compiled, alone or within another one."
+        from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+        alone = module._compiled_call_impl or hasattr(module.forward, "_torchdynamo_orig_callable")
+        if alone or get_eval_frame_callback() is not None:
+            raise ValueError(COMPILED)
+
     def __reduce_ex__(self, protocol):
         raise ValueError(
             "this model is being pruned and cannot be copied or saved with its hooks: leave the "
@@ -113,6 +114,48 @@ def visual_order(
     if not images.any() or images.all():
         return None
     return torch.where(images, images.cumsum(0), images.sum() + (~images).cumsum(0)) - 1
+
+# %% ../../nbs/pruning/05_encoders.ipynb #4b8e74eb
+MEDIA = dict(  # medium -> its placeholder's modality, and inputs with something for each medium
+    video=(Modality.VISUAL, "pixel_values_videos", "video_grid_thw", "video_second_per_grid"),
+    image=(Modality.IMAGE, "pixel_values", "image_grid_thw"),
+    audio=(Modality.AUDIO, "input_features", "feature_attention_mask", "audio_feature_lengths"),
+)
+
+
+def repeat_order(
+    tokens: Sequence[int],  # placeholders in each row
+    sizes: Sequence[int],  # tokens of each medium, in the order of the rows
+    times: int,  # copies of each row
+) -> list:  # of indices into the media
+    "The media of repeated rows. Raises ValueError if placeholders and media do not match."
+    order = []
+    left = list(range(len(sizes)))
+    for row, n in enumerate(tokens):
+        mine = []
+        while n > 0 and left:
+            n -= sizes[left[0]]
+            mine.append(left.pop(0))
+        if n:
+            raise ValueError(f"row {row} has placeholders that its media do not explain")
+        order += mine * times
+    if any(sizes[j] for j in left):
+        raise ValueError(f"{len(left)} media are left over: no row has placeholders for them")
+    return order
+
+
+def pick_media(
+    x,  # a sequence or tensor with one entry for each medium, or a tensor of all their rows
+    order: Sequence[int],  # of media
+    sizes: Sequence[int],  # tokens of each medium
+):
+    "What belongs to the media in `order`."
+    if not isinstance(x, torch.Tensor):
+        return type(x)(x[j] for j in order)
+    if len(x) == len(sizes):
+        return x[list(order)]
+    rows = x.split([n * len(x) // sum(sizes) for n in sizes])
+    return torch.cat([rows[j] for j in order])
 
 # %% ../../nbs/pruning/05_encoders.ipynb #25f885bb
 @dataclass
@@ -183,7 +226,7 @@ class EncoderWatch:
     def before_attention(self, module, args, kwargs):
         "Fires before a tower's last attention: keeps the rotary that its queries and keys get."
         if self.method is not None:
-            refuse_compiled(module)
+            self.hooks.refuse_compiled(module)
             self.projecting = [], TowerAttention.rotary(kwargs)
 
     def on_projection(self, modality, module, args, output):
@@ -267,6 +310,64 @@ class EncoderWatch:
             values = torch.cat([getattr(c, what) for c in fitting[0]])
             found[m] = values[order] if mixed else values
         return found
+
+    # ---- several sequences per sample
+
+    @staticmethod
+    def media_of(given) -> list:  # inputs of the thinker -> 'video', 'image', 'audio'
+        "The media that came with these inputs, encoded or not."
+        encoded = given.get("mm_encoder_outputs") or {}
+        return [
+            name
+            for name, (_, raw, *_) in MEDIA.items()
+            if given.get(raw) is not None or encoded.get(name) is not None
+        ]
+
+    def repeat_output(self, output, order, sizes):
+        "What a tower returned, for repeated rows; what was noted about that call is repeated, too."
+
+        def pick(x):
+            return None if x is None else pick_media(x, order, sizes)
+
+        new = copy.copy(output)
+        new.pooler_output = pick(output.pooler_output)
+        if getattr(output, "deepstack_features", None) is not None:
+            new.deepstack_features = [pick(level) for level in output.deepstack_features]
+        calls = self.calls["visual"]
+        for call in [c for c in calls if c.output is not None and c.output() is output]:
+            repeated = replace(
+                call,
+                shape=[call.shape[j] for j in order],
+                tokens=sum(sizes[j] for j in order),
+                received=pick(call.received),
+                keys=pick(call.keys),
+                output=ref(new),
+                order=None,
+            )
+            calls.append(repeated)
+        return new
+
+    def repeat_media(self, input_ids, given, times) -> dict:  # -> inputs to change
+        "The media of `generate`'s inputs, encoded or not, for `times` copies of each row."
+        ids = self.adapter.token_ids(self.model)
+        encoded = dict(given.get("mm_encoder_outputs") or {})
+        out = {}
+        for name, (modality, _, shape, *_) in MEDIA.items():
+            if encoded.get(name) is not None and name != "audio":
+                sizes = [len(x) for x in encoded[name].pooler_output]
+            elif given.get(shape) is None:
+                continue
+            elif name == "audio":
+                sizes = self.adapter.audio_tokens(self.model, given[shape].sum(-1).tolist())
+            else:
+                sizes = (given[shape].prod(-1) // self.rates.merge_size**2).tolist()
+            # on the host, once for each `generate`
+            order = repeat_order((input_ids == ids[modality]).sum(1).tolist(), sizes, times)
+            here = [k for k in MEDIA[name][1:] if given.get(k) is not None]
+            out.update({k: pick_media(given[k], order, sizes) for k in here})
+            if encoded.get(name) is not None:
+                encoded[name] = self.repeat_output(encoded[name], order, sizes)
+        return {**out, "mm_encoder_outputs": encoded} if encoded else out
 
 # %% ../../nbs/pruning/05_encoders.ipynb #45de4408
 # keyword argument of the thinker inside a `prune` block: modality -> list of `EncoderCall`

@@ -20,24 +20,8 @@ from ..models.encode import layout_of
 from ..models.families import adapter_for
 from ..schedules.schedule import Schedule
 from .base import Pruner, Tokens
-from seats_analysis.pruning.cache import (
-    Slots,
-    check_cache,
-    evict,
-    forget_slots,
-    label_cache,
-    repeat_cache,
-    slots_of,
-)
-from seats_analysis.pruning.encoders import (
-    COMPILED,
-    ENCODED,
-    EncoderWatch,
-    Hooks,
-    refuse_compiled,
-    visual_order,
-)
-from .generate import COPIES, MEDIA, repeat_media
+from .cache import Slots
+from .encoders import COMPILED, ENCODED, EncoderWatch, Hooks, visual_order
 from .prefill import Check, Prefill
 from .seats import Seats
 from .timing import Timings
@@ -90,10 +74,15 @@ class Run:
         return trr
 
 # %% ../../nbs/pruning/10_session.ipynb #005bb6bc
+# keyword argument that travels through `generate` to the thinker's pre-hook, which takes it out
+COPIES = "seats_copies"
+
+
 class Session:
     "The hooks of one `prune` block, in the order in which they fire."
 
     def __init__(self, model, method, kv, images="keep"):
+        self.hooks = Hooks()  # first: whoever copies a session meets its refusal before all else
         self.model = model
         self.method = method
         self.images = images
@@ -104,7 +93,6 @@ class Session:
         self.signature = inspect.signature(self.thinker.forward)
         self.timings = Timings(str(next(model.parameters()).device))
         self.run = Run(method, kv, self.timings)
-        self.hooks = Hooks()
         # towers are only timed where stage I keeps everything, or does not look at attention
         chooses = method is not None and min(method.schedule.entering.values()) < 1
         noting = method if chooses and method.uses_attention else None
@@ -173,13 +161,12 @@ class Session:
         settings = dict(expand_size=expand_size, is_encoder_decoder=is_encoder_decoder)
         if expand_size == 1 or input_ids is None:
             return stock(**settings, input_ids=input_ids, **given)
-        calls = self.encoders.calls["visual"]
-        media = repeat_media(self.model, calls, input_ids, given, expand_size)
+        media = self.encoders.repeat_media(input_ids, given, expand_size)
         others = {k: v for k, v in given.items() if k not in media}
         ids, rest = stock(**settings, input_ids=input_ids, **others)
         cache = given.get("past_key_values")
         if cache is not None:
-            rest["past_key_values"] = repeat_cache(cache, len(input_ids), expand_size)
+            rest["past_key_values"] = Slots.repeat_cache(cache, len(input_ids), expand_size)
         return ids, {**rest, **media, COPIES: expand_size}
 
     # ---- before the thinker: a prefill is planned, or a decode step goes on
@@ -189,7 +176,7 @@ class Session:
         Takes out our own arguments, and may give the thinker its positions."""
         self.hooks.claim()
         self.reset()
-        refuse_compiled(module)
+        self.hooks.refuse_compiled(module)
         kwargs = dict(kwargs)
         copies = kwargs.pop(COPIES, 1)
         noted = kwargs.pop(ENCODED, None)
@@ -221,7 +208,7 @@ class Session:
         run._layers = [None] * len(self.layers)
         run.samples += len(layout) // copies
         if cache is not None:
-            forget_slots(cache)
+            Slots.forget(cache)
         if self.method is None:
             return
         # copies of a sample share its plan and its number: a random method draws once for them
@@ -230,7 +217,7 @@ class Session:
         steps = self.method.plan(layout, budgets)
         if not steps:
             return  # the forward pass is left alone
-        check_cache(cache)
+        Slots.check_cache(cache)
         self.refuse(given)
         # the last that goes to the device before the first layer
         device = next(self.decoder.module.parameters()).device
@@ -311,13 +298,8 @@ class Session:
 
     def go_on(self, given, cache) -> dict:  # keyword arguments to change
         "What follows on a cache that is not empty: an answer, or a further question."
-        encoded = given.get("mm_encoder_outputs") or {}
-        media = [
-            name
-            for name, (_, raw, *_) in MEDIA.items()
-            if given.get(raw) is not None or encoded.get(name) is not None
-        ]
-        if (slots := slots_of(cache)) is not None:
+        media = self.encoders.media_of(given)
+        if (slots := Slots.of(cache)) is not None:
             return slots.go_on(given, cache, media)
         refused = [m for m in media if self.method and (m != "image" or self.images == "prune")]
         if refused:
@@ -335,13 +317,13 @@ class Session:
         """Fires when the towers are done, before layer 0: stage I, which gives the decoder a
         shorter sequence; in a decode step on a pruned cache, the masks of all layers."""
         self.hooks.claim()
-        refuse_compiled(module)
+        self.hooks.refuse_compiled(module)
         cache = kwargs.get("past_key_values")
         self.timings.start("decode" if cache is not None and cache.get_seq_length() else "prefill")
         if self.prefill is not None:
             with self.timings.time("selection"):
                 return args, self.prefill.stage1(kwargs, self.encoders)
-        slots = slots_of(cache)
+        slots = Slots.of(cache)
         if slots is not None:
             return args, self.decode_step(kwargs, slots, cache)
 
@@ -398,10 +380,10 @@ class Session:
             cache = getattr(output, "past_key_values", None)
             if cache is not None:
                 with self.timings.time("selection"):
-                    evict(cache, prefill.surplus)
+                    Slots.evict(cache, prefill.surplus)
             Check.read(prefill.checks)
             if cache is not None:
-                label_cache(cache, Slots.after_prefill(prefill))
+                Slots.after_prefill(prefill).label(cache)
             self.run._stages = prefill.stages
             self.run._layers = prefill.layers
         self.reset()
