@@ -14,8 +14,8 @@ import xarray as xr
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from seats_analysis.baselines.attention import VTW, PyramidDrop
-from seats_analysis.baselines.diversity import DivPruneOm
 from seats_analysis.baselines.merging import (
+    DivPruneOm,
     DyCoke,
     OmniZip,
     audio_anchors,
@@ -25,7 +25,7 @@ from seats_analysis.baselines.merging import (
     visual_shares,
 )
 from seats_analysis.baselines.registry import ABLATIONS, METHODS, method_at
-from seats_analysis.baselines.simple import Uniform
+from seats_analysis.baselines.base import Uniform
 from seats_analysis.inputs.layout import TokenLayout, chunk_ids
 from seats_analysis.models.encode import Prompt, encode, layout_of
 from seats_analysis.models.families import adapter_for

@@ -43,12 +43,7 @@ class FastVOm(EqualDrops):
         return cls.with_drops((layer,), num_layers, *target, **options)
 
 # %% ../../nbs/baselines/02_attention.ipynb #6cead3aa
-@dataclass(frozen=True)
-class FastV(FastVOm):
-    "FastV (arXiv 2403.06764): visual tokens only; audio as whole as the budget allows."
-
-    name = "fastv"
-    prunes = ("visual",)
+FastV = FastVOm.visual_only("fastv")
 
 # %% ../../nbs/baselines/02_attention.ipynb #2b57a3c4
 @dataclass(frozen=True)
