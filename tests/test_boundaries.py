@@ -79,9 +79,9 @@ def test_few_clips_cannot_close_the_interval():
 def test_an_interval_leaves_out_as_much_on_both_sides():
     "Of 95 % in all, 2.5 % on either side; four per cent lie inside, at 90 % outside."
     replicates = np.repeat([1, 5, 9], [40, 920, 40])
-    assert B.integer_interval(replicates, 5, 0.95) == (1, 9)
-    assert B.integer_interval(replicates, 5, 0.9) == (5, 5)
-    assert B.integer_interval(replicates, 10, 0.9) == (5, 10)  # the estimate lies inside
+    assert B.Resampled.interval(replicates, 5, 0.95) == (1, 9)
+    assert B.Resampled.interval(replicates, 5, 0.9) == (5, 5)
+    assert B.Resampled.interval(replicates, 10, 0.9) == (5, 10)  # the estimate lies inside
 
 
 def test_late_confidence_is_checked():

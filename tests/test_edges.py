@@ -1,7 +1,6 @@
 """Ties, empty sets, rounding and other ends, where a small wrong change shows first."""
 
 import stat
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +10,8 @@ from scipy.special import ndtri
 
 from seats_analysis.baselines.attention import VTW
 from seats_analysis.baselines.registry import method_at
-from seats_analysis.boundaries.find import Boundaries, Resampled, integer_interval
-from seats_analysis.boundaries.retention import clip_counts, synthetic_profile
+from seats_analysis.boundaries.find import Boundaries, Resampled
+from seats_analysis.boundaries.retention import ClipCounts, synthetic_profile
 from seats_analysis.evaluation.evaluate import paired_difference
 from seats_analysis.inputs.media import decode_clip
 from seats_analysis.inputs.samples import Sample
@@ -35,15 +34,16 @@ def test_a_tie_is_no_right_answer():
 
 
 def test_interval_of_layers_is_rounded_outwards():
-    assert integer_interval(np.arange(100), 50, 0.95) == (2, 97)
-    assert integer_interval(np.arange(100), 99, 0.95) == (2, 99)
+    assert Resampled.interval(np.arange(100), 50, 0.95) == (2, 97)
+    assert Resampled.interval(np.arange(100), 99, 0.95) == (2, 99)
 
 
 def test_critical_value_is_never_below_the_normal_quantile():
-    accuracy, boot = np.array([0.5, 0.9, 1.0]), np.tile([0.5, 0.9, 1.0], (100, 1))
+    right = np.array([[5.0, 9.0, 10.0]])
+    boot = np.tile(right / 10, (100, 1))
     boot[:3, 1] = 0.1  # rare and far below: nearly all resamples are where the curve is
-    drawn = SimpleNamespace(counts=SimpleNamespace(accuracy=accuracy), boot=boot)
-    assert Resampled.critical_value(drawn, 0.9) == pytest.approx(ndtri(0.9))
+    drawn = Resampled(ClipCounts(np.arange(3), right, np.array([10.0]), 0.25), boot)
+    assert drawn.critical_value(0.9) == pytest.approx(ndtri(0.9))
 
 
 def test_chance_is_the_mean_over_questions():
@@ -51,7 +51,7 @@ def test_chance_is_the_mean_over_questions():
     n = np.where(np.arange(profile.sizes["sample"]) % 2, 4, 2)
     profile = profile.assign_coords(n_choices=("sample", n))
     families = tuple(set(profile["family"].values.tolist()))
-    found = clip_counts(profile, "both", split=None, families=families)
+    found = ClipCounts.of(profile, "both", split=None, families=families)
     assert found.chance == pytest.approx((1 / n).mean())
 
 
