@@ -14,7 +14,7 @@ from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import layout_of
 from seats_analysis.baselines.registry import METHODS, method_at
 from seats_analysis.baselines.base import at_least_one, keep_audio, random_count
-from seats_analysis.schedules.solve import equal_ratio
+from seats_analysis.baselines.attention import equal_ratio
 from seats_analysis.schedules.cost import prefill_flops
 from seats_analysis.baselines.merging import VisionZipOm, select_visionzip, visionzip_counts
 from seats_analysis.pruning.base import Tokens, plan_steps

@@ -50,6 +50,22 @@ class Boundaries:
                 + ", ".join(map(str, order[1:]))
             )
 
+    @classmethod
+    def stated(
+        cls,
+        middle: int,  # first layer of the middle block, 0-based
+        late: int,  # first layer of the late block, 0-based
+        profile,  # dependency profile of the model
+    ):
+        "Blocks that somebody states. Raises ValueError for layers that the model does not have."
+        return cls(
+            num_layers=int(profile["layer"].max()),
+            shallow_end=middle,
+            late_start=late,
+            model=str(profile.attrs.get("model", "")),
+            revision=profile.attrs.get("revision") or None,
+        )
+
     @property
     def excludable_loss(self) -> float:  # share of the performance
         "The least loss that so many clips can exclude, whatever they answer."
