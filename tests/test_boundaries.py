@@ -296,9 +296,7 @@ def test_table_has_every_condition_and_needed_family(measured):
     one = find_boundaries(measured, "visual", n_boot=60)
     row = table.loc[("visual", "all")]
     names = "shallow_end late_start late_start_low late_start_high".split()
-    assert (
-        row[["shallow_end", "late_start", "late_start_low", "late_start_high"]].tolist() == wanted
-    )
+    assert row[names].tolist() == [one.shallow_end, one.late_start, *one.late_start_ci]
 
 
 def test_a_family_that_is_never_right_has_no_boundary():
