@@ -13,6 +13,7 @@ import os
 import re
 from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,10 +47,20 @@ def index(name, key="cases"):
     return read_json(name)[key]
 
 
+def part(name, prefix):
+    "The tensors of a file whose names begin so, without that."
+    found = read_tensors(name).items()
+    return {k.removeprefix(prefix): v for k, v in found if k.startswith(prefix)}
+
+
 def tensors(case):
-    "The tensors of one index entry, without its prefix."
-    p = case["prefix"]
-    return {k.removeprefix(p): v for k, v in read_tensors(case["file"]).items() if k.startswith(p)}
+    "The tensors of one index entry."
+    return part(case["file"], case["prefix"])
+
+
+def close(a, b, tol=FLOAT32):
+    "Numbers that ours computes in float32, against recorded ones of any precision."
+    torch.testing.assert_close(a, b.float(), atol=tol, rtol=0)
 
 
 def label(case):
@@ -156,53 +167,34 @@ class Case:
     "One end-to-end case."
 
     def __init__(self, entry):
-        every, self.entry, self.name, self.seats = (
-            read_tensors("e2e_cases.safetensors"),
-            entry,
-            entry["name"],
-            entry["seats"],
-        )
-        part = lambda kind: {
-            k.removeprefix(f"{self.name}.{kind}."): v
-            for k, v in every.items()
-            if k.startswith(f"{self.name}.{kind}.")
-        }
-        self.inputs, self.out = (
-            {**part("in"), "use_audio_in_video": entry["use_audio_in_video"]},
-            part("out"),
-        )
-        ids, tokens = self.inputs["input_ids"][0], read_json("e2e_index.json")["token_ids"]
-        self.types = (ids == tokens["video"]) + 2 * (
-            ids == tokens["audio"]
-        )  # 0 text, 1 video, 2 audio
+        self.entry = entry
+        self.name = entry["name"]
+        self.seats = entry["seats"]
+        self.out = part("e2e_cases.safetensors", f"{self.name}.out.")
+        self.inputs = part("e2e_cases.safetensors", f"{self.name}.in.")
+        self.inputs["use_audio_in_video"] = entry["use_audio_in_video"]
+        ids = self.inputs["input_ids"][0]
+        video, audio = (ids == index("e2e_index.json", "token_ids")[f] for f in FILE_NAME.values())
+        self.types = video + 2 * audio  # 0 text
         self.stages = tuple(self._stages())
         self.drops = tuple(s for s in self.stages if s.ratios)
 
     def _stages(self):
-        margins, counts = self.entry["margins"], self.entry["counts"]
-        gap = lambda start: min(
-            (v for k, v in margins.items() if k.startswith(start)), default=None
-        )
-        yield Stage(
-            "stage1", 0, self.out["kept.stage1"], counts["kept.stage1"], None, gap("stage1_")
-        )
+        def stage(name, layer, key, margin, ratios=None):
+            gaps = [v for k, v in self.entry["margins"].items() if k.startswith(margin)]
+            counts = self.entry["counts"][key]
+            return Stage(name, layer, self.out[key], counts, ratios, min(gaps, default=None))
+
+        yield stage("stage1", 0, "kept.stage1", "stage1_")
         for kind, d, n in self.entry["schedule"]:
             key = f"kept.after_layer{d}.{kind}"
             assert len(self.out[key]) == n
-            yield Stage(
-                f"{kind}{d}",
-                d,
-                self.out[key],
-                counts[key],
-                self._ratios(d) if kind == "drop" else None,
-                gap(f"{kind}_after_layer{d}_"),
-            )
+            ratios = self._ratios(d) if kind == "drop" else None
+            yield stage(f"{kind}{d}", d, key, f"{kind}_after_layer{d}_", ratios)
 
     def _ratios(self, d):
-        step, lists = (
-            self.seats["drop_layers"].index(d),
-            [self.seats[f"{m}_inner_progressive_ratio_list"] for m in FILE_NAME.values()],
-        )
+        step = self.seats["drop_layers"].index(d)
+        lists = [self.seats[f"{f}_inner_progressive_ratio_list"] for f in FILE_NAME.values()]
         return tuple(r[step] if step < len(r) else 0.85 for r in lists)
 
     def plan(self, layers):
@@ -232,43 +224,35 @@ class Case:
     def flags(self):
         """stage name -> (field, value, reason) where the recorded choice is not what ours should
         be; every later stage inherits it."""
-        found, full, _here = {}, runs_of(self.types.tolist())[0], self.types
-        if near(self.stages[0].gap):
-            found["stage1"] = (
-                "margins",
-                self.stages[0].gap,
-                "near tie: decided by the order of summation",
-            )
-        before = self.stages[0].kept
+        tie = "near tie: decided by the order of summation"
+        found = {}
+        full, _ = runs_of(self.types.tolist())
+        first = self.stages[0]
+        if near(first.gap):
+            found["stage1"] = "margins", first.gap, tie
+        before = first.kept
         for s, recorded, planned in self.totals():
-            runs = runs_of(self.types[before].tolist())[0]
-            pairs = {(int(a), int(b)) for a, b in zip(full[before], runs) if a >= 0}
-            shifted = len({a for a, _ in pairs}) != len(pairs) or len({b for _, b in pairs}) != len(
-                pairs
-            )
+            runs, _ = runs_of(self.types[before].tolist())
+            pairs = {(a, b) for a, b in zip(full[before].tolist(), runs.tolist()) if a >= 0}
+            shifted = any(len(set(side)) != len(pairs) for side in zip(*pairs))
             kept = s.counts["video"] + s.counts["audio"]
             if kept != sum(recorded):
-                found[s.name] = (
-                    "counts",
-                    kept,
-                    f"the reference kept {kept} where its own totals are {sum(recorded)}",
-                )
+                why = f"the reference kept {kept} where its own totals are {sum(recorded)}"
+                found[s.name] = "counts", kept, why
             elif sum(recorded) != sum(planned):
-                found[s.name] = (
-                    "counts",
-                    list(recorded),
+                why = (
                     f"the split of the drop before rounds to {sum(recorded)}; ours keeps "
-                    f"the {sum(planned)} planned from stage I",
+                    f"the {sum(planned)} planned from stage I"
                 )
+                found[s.name] = "counts", list(recorded), why
             elif shifted:
-                found[s.name] = (
-                    "kept",
-                    len(before),
+                why = (
                     "a run emptied before shifts the pairing of runs; ours are fixed on "
-                    "the full prompt",
+                    "the full prompt"
                 )
+                found[s.name] = "kept", len(before), why
             elif near(s.gap):
-                found[s.name] = ("margins", s.gap, "near tie: decided by the order of summation")
+                found[s.name] = "margins", s.gap, tie
             before = s.kept
         return found
 
@@ -276,8 +260,7 @@ class Case:
     def comparable(self):
         "The stages before the first flagged one."
         flagged = self.flags()
-        names = [s.name for s in self.stages]
-        return names[: next((i for i, n in enumerate(names) if n in flagged), len(names))]
+        return list(takewhile(lambda n: n not in flagged, [s.name for s in self.stages]))
 
 
 @cache

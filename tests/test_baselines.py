@@ -14,8 +14,8 @@ import xarray as xr
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from seats_analysis.baselines.attention import VTW, PyramidDrop
-from seats_analysis.baselines.diversity import DivPruneOm
 from seats_analysis.baselines.merging import (
+    DivPruneOm,
     DyCoke,
     OmniZip,
     audio_anchors,
@@ -25,7 +25,7 @@ from seats_analysis.baselines.merging import (
     visual_shares,
 )
 from seats_analysis.baselines.registry import ABLATIONS, METHODS, method_at
-from seats_analysis.baselines.simple import Uniform
+from seats_analysis.baselines.base import Uniform
 from seats_analysis.inputs.layout import TokenLayout, chunk_ids
 from seats_analysis.models.encode import Prompt, encode, layout_of
 from seats_analysis.models.families import adapter_for
@@ -175,9 +175,8 @@ def sequence(r, rows=1):
 
 def drop(method, tokens, scores, *n_keep):
     rows = len(n_keep)
-    return method.drop(
-        tokens, scores, PruneStep("drop2", 2, 2, n_keep, (0,) * rows, (True,) * rows), 1
-    )
+    step = PruneStep("drop2", 2, 2, n_keep, (0,) * rows, (True,) * rows)
+    return method.drop(tokens, scores, step, 1)
 
 
 @pytest.mark.parametrize("name", ("fastv-om", "pyramiddrop", "seats-flat-budgets"))
@@ -247,7 +246,7 @@ def test_vtw_takes_the_first_layer_under_the_threshold(r):
     profile = xr.Dataset(dict(kl=(("sample", "removed", "layer"), kl)), names)
     threshold = r.uniform(0.001, 0.3)
     for i, removed in enumerate(names["removed"]):
-        want = next(l for l in range(7) if sum(kl[:, i, l]) / 5 < threshold)
+        want = (kl[:, i].mean(0) < threshold).tolist().index(True)
         plan = VTW.from_profile(profile, 6, removed, threshold).schedule
         assert plan.late("visual") == want
         assert plan.late("audio") == (want if removed == "both" else 6)
@@ -304,18 +303,16 @@ def test_ablations_change_one_thing(name):
     own = dict(temperature=0.25, windows=dict(visual_grids=4, seconds=2.0))
     plan = Schedule.solve(20, (10, 12, 14), 18, 0.2, 0.3, scale=1.3, **own)
     got = EVERY[name].for_trr(20, 0.2, 0.3, 128, 80, like=plan).schedule
-    assert dict(temperature=got.temperature, windows=got.windows) == dict(
-        temperature=plan.temperature, windows=plan.windows
-    )
-    query = dict([("seats-last-query", "last"), ("seats-text-query", "text")])
+    same = ["temperature", "windows"]
+    query = {"seats-last-query": "last", "seats-text-query": "text"}
     assert got.query == query.get(name, plan.query)
     if 1 in EVERY[name].stages and name != "seats-no-stage2":
         assert got.entering == pytest.approx(dict(visual=0.26, audio=0.39))
     if name in ("seats", "seats-flat-budgets", "seats-attention-only", "seats-diversity-only"):
-        for field in ("drop_layers", "late_start", "shallow_end"):
-            assert getattr(got, field) == getattr(plan, field)
+        same += ["drop_layers", "late_start", "shallow_end"]
         for m in CODE:
             assert got.keep_ratios[m] == pytest.approx(plan.keep_ratios[m])
+    assert [getattr(got, field) for field in same] == [getattr(plan, field) for field in same]
 
 
 def test_the_scale_asked_for_holds_at_other_targets():
@@ -356,13 +353,11 @@ def test_every_sample_has_a_number_of_its_own(name):
 
 
 def test_every_entry_says_what_it_is():
-    assert (
-        list(METHODS)
-        == (
-            "seats random uniform fastv fastv-om visionzip visionzip-om visionzip-om-wide divprune "
-            "divprune-om dycoke omnizip vtw pyramiddrop"
-        ).split()
+    names = (
+        "seats random uniform fastv fastv-om visionzip visionzip-om visionzip-om-wide divprune "
+        "divprune-om dycoke omnizip vtw pyramiddrop"
     )
+    assert list(METHODS) == names.split()
     for name, cls in EVERY.items():
         assert cls.name == name
         assert name in ("random", "uniform") or cls.paper.startswith("arXiv ")
@@ -413,22 +408,20 @@ def check_batch(model, processor, method, samples, alone, **images):
     batch = encode(model, processor, samples)
     with prune(model, method, **images) as run:
         together = last(model, batch)
-    layout = layout_of(
-        model, batch.inputs, images.get("images", "keep"), method.grids, method.seconds
-    )
-    planned = planned_tokens(method, layout)
-    assert (run.tokens_per_layer <= planned).all()
+    kept = images.get("images", "keep")
+    layout = layout_of(model, batch.inputs, kept, method.grids, method.seconds)
+    bound = planned_tokens(method, layout)
+    assert (run.tokens_per_layer <= bound).all()
     if not isinstance(method, Seats):
-        assert (run.tokens_per_layer == planned).all()
+        assert (run.tokens_per_layer == bound).all()
     for i, kinds in enumerate(layout.modality):
         text = {p for p, k in enumerate(kinds[kinds != -1].tolist()) if k == 0}
         assert all(text <= set(rows[i].tolist()) for rows in run.kept.values())
     for i in alone:
         with prune(model, method, **images) as single:
             single.samples = i  # chance depends on the ordinal of a sample
-            close(
-                together[i : i + 1], last(model, encode(model, processor, samples[i : i + 1])), 2e-5
-            )
+            one = last(model, encode(model, processor, samples[i : i + 1]))
+            close(together[i : i + 1], one, 2e-5)
         assert run.tokens_per_layer[i].tolist() == single.tokens_per_layer[0].tolist()
         for stage, (row,) in single.kept.items():
             assert run.kept[stage][i].tolist() == row.tolist()
@@ -535,14 +528,17 @@ def stage1_inputs(method, parts):
     return Stage1Inputs(torch.rand(T, 8), attention, parts, keys)
 
 
-@in_one_family
-def test_no_choice_waits_for_the_device(name, model, batch):
-    "Fake tensors have shapes but no values: whatever asks for one fails."
+def planned(name, model, batch):
     method = usual(name)
     layout = layout_of(model, batch.inputs, "keep", method.grids, method.seconds)
     parts = method.window_budgets(layout, 0)
-    steps = method.plan(layout, parts)
-    B, S = layout.shape
+    return method, parts, method.plan(layout, parts), layout.shape
+
+
+@in_one_family
+def test_no_choice_waits_for_the_device(name, model, batch):
+    "Fake tensors have shapes but no values: whatever asks for one fails."
+    method, parts, steps, (B, S) = planned(name, model, batch)
     with FakeTensorMode():
         for step in steps:
             if step.stage == 1:
@@ -557,10 +553,8 @@ def test_no_choice_waits_for_the_device(name, model, batch):
 @pytest.mark.cuda
 @in_one_family
 def test_cuda_runs_without_sync(name, model, batch):
-    method = usual(name)
-    layout = layout_of(model, batch.inputs, "keep", method.grids, method.seconds)
-    parts = method.window_budgets(layout, 0)
-    if not any(step.stage == 1 for step in method.plan(layout, parts)):
+    method, parts, steps, _ = planned(name, model, batch)
+    if not any(step.stage == 1 for step in steps):
         pytest.skip("chooses nothing before the first layer")
     inputs = stage1_inputs(method, parts)
     on_gpu = lambda x: None if x is None else x.cuda()

@@ -55,68 +55,52 @@ def test_reaching_further_only_raises_the_upper_end(seed, clips):
     counts = ClipCounts(np.arange(13), right, np.full(clips, 2.0), 0.25)
     r = B.Resampled(counts, counts.bootstrap(60, seed))
     (_, late), (_, lates) = r.blocks()
-    found = [
-        r.late_interval(late, lates, 0.01, 0.95, late_confidence)
-        for late_confidence in (0, 0.5, 0.8, 0.9, 0.95)
-    ]
-    assert len({low for low, _ in found}) == 1 and [high for _, high in found] == sorted(
-        high for _, high in found
-    )
-    assert all(low <= late <= high for low, high in found)
+    levels = 0, 0.5, 0.8, 0.9, 0.95
+    lows, highs = zip(*(r.late_interval(late, lates, 0.01, 0.95, level) for level in levels))
+    assert len(set(lows)) == 1 and lows[0] <= late <= highs[0]
+    assert list(highs) == sorted(highs)
 
 
 def test_few_clips_cannot_close_the_interval():
-    few, many = (find_boundaries(synthetic_profile(clips=n), "both", n_boot=200) for n in (20, 800))
-    assert few.late_start_ci[1] == 12 and many.late_start_ci == (8, 8)
-    assert (
-        find_boundaries(
-            synthetic_profile(clips=20), "both", n_boot=200, late_confidence=0
-        ).late_start_ci[1]
-        < 12
-    )
+    few, many = (synthetic_profile(clips=n) for n in (20, 800))
+    interval = lambda profile, **own: find_boundaries(profile, n_boot=200, **own).late_start_ci
+    assert interval(few)[1] == 12 and interval(many) == (8, 8)
+    assert interval(few, late_confidence=0)[1] < 12
+    with pytest.raises(ValueError, match="late_confidence"):
+        interval(few, late_confidence=1.5)
 
 
 def test_an_interval_leaves_out_as_much_on_both_sides():
     "Of 95 % in all, 2.5 % on either side; four per cent lie inside, at 90 % outside."
     replicates = np.repeat([1, 5, 9], [40, 920, 40])
-    assert B.integer_interval(replicates, 5, 0.95) == (1, 9)
-    assert B.integer_interval(replicates, 5, 0.9) == (5, 5)
-    assert B.integer_interval(replicates, 10, 0.9) == (5, 10)  # the estimate lies inside
-
-
-def test_late_confidence_is_checked():
-    with pytest.raises(ValueError, match="late_confidence"):
-        find_boundaries(synthetic_profile(clips=20), late_confidence=1.5)
+    assert B.Resampled.interval(replicates, 5, 0.95) == (1, 9)
+    assert B.Resampled.interval(replicates, 5, 0.9) == (5, 5)
+    assert B.Resampled.interval(replicates, 10, 0.9) == (5, 10)  # the estimate lies inside
+    assert B.Resampled.interval(np.arange(100), 50, 0.95) == (2, 97)  # rounded outwards
 
 
 def test_stability_is_the_share_of_resamples(measured):
     b = find_boundaries(measured, "both", n_boot=300)
     _, (_, lates) = B.Resampled.of(measured, "both", n_boot=300).blocks()
-    assert b.parameters["stability"]["late_start"] == round(
-        float((lates == b.late_start).mean()), 4
-    )
+    share = (lates == b.late_start).mean()
+    assert b.parameters["stability"]["late_start"] == round(float(share), 4)
 
 
 # other rules
 
 
 def test_kl_rule_moves_with_the_temperature_and_the_answers_do_not(measured):
-    hot = measured.copy(deep=True)
-    hot["kl"] = hot.kl * 100
-    cold = measured.copy(deep=True)
-    cold["kl"] = cold.kl / 100
-    found = [B.kl_late_start(p, threshold=0.05, n_boot=20) for p in (cold, measured, hot)]
-    found = [f["late_start"] for f in found]
+    profiles = [measured.assign(kl=measured.kl * factor) for factor in (0.01, 1, 100)]
+    found = [B.kl_late_start(p, threshold=0.05, n_boot=20)["late_start"] for p in profiles]
     assert found == sorted(found) and found[0] < found[2]
-    assert (
-        len({find_boundaries(p, "both", n_boot=50).late_start for p in (cold, measured, hot)}) == 1
-    )
+    assert len({find_boundaries(p, n_boot=50).late_start for p in profiles}) == 1
 
 
 @pytest.mark.parametrize("clips", [16, 32])
 def test_divergence_sees_a_drifting_shelf_with_few_clips(clips):
     "Where 1.5 % of the answers are lost and all drift a little; the answers rarely show it."
-    shelf, met = np.r_[np.zeros(4), np.full(4, 0.98), np.ones(5)], {"answers": 0, "kl": 0}
+    shelf = np.r_[np.zeros(4), np.full(4, 0.98), np.ones(5)]
+    met = dict(answers=0, kl=0)
     for seed in range(10):
         profile = synthetic_profile({"both": shelf}, clips, splits=("derive",), seed=seed)
         drift = np.random.default_rng(seed).gamma(2, 0.02, profile.correct.shape)
@@ -125,9 +109,8 @@ def test_divergence_sees_a_drifting_shelf_with_few_clips(clips):
         kl = b.parameters["kl"]
         met["answers"] += b.late_start == 8 and b.late_start_ci[1] < 12
         met["kl"] += kl["late_start"] == 8 and kl["interval"] == [8, 8]
-        assert kl["retained"] == 1 and f"{kl['threshold']:g} nats (mean KL) from layer 9" in (
-            explain(b)
-        )
+        assert kl["retained"] == 1
+        assert f"{kl['threshold']:g} nats (mean KL) from layer 9" in explain(b)
     assert met == dict(answers=0, kl=10)
 
 
@@ -158,38 +141,30 @@ def test_a_control_that_is_missing_or_never_right_leaves_the_rest():
     absent = whole.isel(sample=~(control & (whole.split.values.astype(str) == "derive")))
     unanswered = whole.copy(deep=True)
     unanswered["correct"][control] = False
-    wanted, table = find_boundaries(whole, "both", n_boot=60), boundary_table(whole, n_boot=60)
+    wanted = find_boundaries(whole, n_boot=60)
+    assert len(wanted.control) == 13
     for profile in (absent, unanswered):
-        found = find_boundaries(profile, "both", n_boot=60)
-        assert found.control == () and len(wanted.control) == 13
-        assert (found.curve, found.late_start, found.late_start_ci) == (
-            wanted.curve,
-            wanted.late_start,
-            wanted.late_start_ci,
-        )
-        assert boundary_table(profile, n_boot=60).equals(table)
+        found = find_boundaries(profile, n_boot=60)
+        assert found.control == ()
+        for field in ("curve", "late_start", "late_start_ci"):
+            assert getattr(found, field) == getattr(wanted, field)
+        assert boundary_table(profile, n_boot=60).equals(boundary_table(whole, n_boot=60))
 
 
 def test_a_table_of_empty_rows_has_its_columns():
     profile = synthetic_profile(clips=30)
     profile["correct"][:] = False
     table = boundary_table(profile, n_boot=50)
-    assert (
-        len(table) == 10
-        and table.isna().all().all()
-        and list(table) == list(boundary_table(synthetic_profile(clips=30), n_boot=50))
-    )
+    assert len(table) == 10 and table.isna().all().all()
+    assert list(table) == list(boundary_table(synthetic_profile(clips=30), n_boot=50))
 
 
 def test_a_family_that_was_not_asked_in_the_split_has_an_empty_row():
     profile = synthetic_profile(clips=30)
-    only = profile.isel(
-        sample=~((profile.family.values == "tone") & (profile.split.values == "derive"))
-    )
+    asked = (profile.family.values != "tone") | (profile.split.values != "derive")
+    only = profile.isel(sample=asked)
     table = boundary_table(only, ["audio"], n_boot=50).drop(columns="late_by_kl")  # it has no kl
-    assert (
-        table.loc[("audio", "tone")].isna().all() and not table.loc[("audio", "all")].isna().any()
-    )
+    assert table.loc["audio", "tone"].isna().all() and table.loc["audio", "all"].notna().all()
     unasked = only.isel(sample=np.isin(only.family.values, ["tone", "control"]))
     with pytest.raises(ValueError, match="no sample of the families"):
         boundary_table(unasked, n_boot=50)
@@ -200,54 +175,42 @@ def test_a_family_that_was_not_asked_in_the_split_has_an_empty_row():
 # what few clips cannot know
 
 
+def lies_inside(band, name):
+    return ((band[f"{name}_low"] <= band[name]) & (band[name] <= band[f"{name}_high"])).all()
+
+
 @pytest.mark.parametrize("full", [0.5, 0.7, 0.97])
 def test_the_band_above_chance_says_what_the_band_says(full):
     "No answer changes at layer 8; what clips leave open of R is, above chance, a larger loss."
-    curves = retained(
-        synthetic_profile(
-            {"both": ramp(12, 3, 8)}, clips=64, full=full, splits=("derive",), seed=1
-        ),
-        n_boot=300,
-    )
-    top, at = float(curves.accuracy[-1]), curves.isel(layer=10)
-    assert at.corrected == 1 and float(at.corrected_low) == pytest.approx(
-        (float(at.retained_low) * top - 0.25) / (top - 0.25)
-    )
-    assert (curves.corrected_low <= curves.corrected).all() and (
-        curves.corrected <= curves.corrected_high
-    ).all()
+    own = dict(clips=64, full=full, splits=("derive",), seed=1)
+    curves = retained(synthetic_profile({"both": ramp(12, 3, 8)}, **own), n_boot=300)
+    top = float(curves.accuracy[-1])
+    at = curves.isel(layer=10)
+    low = (float(at.retained_low) * top - 0.25) / (top - 0.25)
+    assert at.corrected == 1 and float(at.corrected_low) == pytest.approx(low)
+    assert lies_inside(curves, "corrected")
 
 
 @pytest.mark.parametrize("clips", [1, 2, 4])
 def test_too_few_clips_claim_no_width_of_nothing(clips, tmp_path):
     profile = synthetic_profile(clips=40)
     profile = profile.assign_coords(clip=("sample", np.arange(profile.sizes["sample"]) % clips))
-    found, band = (
-        find_boundaries(profile, "both", n_boot=100),
-        retained(profile, "both", n_boot=100),
-    )
-    assert (
-        found.shallow_end_ci == found.late_start_ci == (0, 12)
-        and "stability" not in found.parameters
-    )
+    found = find_boundaries(profile, n_boot=100)
+    band = retained(profile, n_boot=100)
+    assert found.shallow_end_ci == found.late_start_ci == (0, 12)
+    assert "stability" not in found.parameters
     assert f"too few clips: {found.n_clips}, which count as" in explain(found)
-    assert (band.accuracy_high - band.accuracy_low > 0.3).all() and (
-        band.retained_high - band.retained_low > 0.1
-    )[:-1].all()
-    assert (band.corrected_high - band.corrected_low > 0.1)[:-1].all()
-    for name in ("accuracy", "retained", "corrected"):
-        assert (band[f"{name}_low"] <= band[name]).all() and (
-            band[name] <= band[f"{name}_high"]
-        ).all()
+    for name, width, last in (("accuracy", 0.3, 13), ("retained", 0.1, 12), ("corrected", 0.1, 12)):
+        assert (band[f"{name}_high"] - band[f"{name}_low"] > width)[:last].all()
+        assert lies_inside(band, name)
     assert boundary_table(profile, ["both"], n_boot=50).late_start_same.isna().all()
     if clips > 1:
         return
     save_profile(profile, tmp_path / "p.nc")
     result = seats("boundaries", tmp_path / "p.nc", "--families", "--figure", tmp_path / "drawn")
     assert result.exit_code == 0 and "not measurable" in result.stdout, result.output
-    assert json.loads(seats("boundaries", tmp_path / "p.nc", "--json").stdout)["both"][
-        "late_start_ci"
-    ] == [0, 12]
+    stored = json.loads(seats("boundaries", tmp_path / "p.nc", "--json").stdout)
+    assert stored["both"]["late_start_ci"] == [0, 12]
     with pytest.raises(ValueError, match="too few clips.*--blocks"):
         Schedule.from_boundaries(found, 0.1, 0.3)
 
@@ -297,11 +260,8 @@ def test_what_cannot_be_measured_is_not(change, says, tmp_path):
 
 def test_five_clips_are_resampled():
     found = find_boundaries(synthetic_profile(clips=5, full=1.0), "both", n_boot=100)
-    assert (
-        found.parameters["effective_clips"] == 5
-        and "stability" in found.parameters
-        and "it takes" not in explain(found)
-    )
+    assert found.parameters["effective_clips"] == 5 and "stability" in found.parameters
+    assert "it takes" not in explain(found)
 
 
 def test_a_late_block_says_which_layer_does_least():
@@ -319,11 +279,9 @@ def test_a_late_block_says_which_layer_does_least():
 def test_clips_that_are_needed_are_effective_ones(measured):
     found = find_boundaries(measured, "both", n_boot=200)
     told = explain(found)
-    assert (
-        "effective clips without a loss would be needed" in told
-        and f"these {found.n_clips} for {found.parameters['effective_clips']:.1f}" in told
-    )
-    assert found.parameters["effective_clips"] < found.n_clips
+    effective = found.parameters["effective_clips"]
+    assert "effective clips without a loss would be needed" in told
+    assert f"these {found.n_clips} for {effective:.1f}" in told and effective < found.n_clips
 
 
 # tables, schedules, commands
@@ -337,21 +295,16 @@ def test_table_has_every_condition_and_needed_family(measured):
     assert set(table.index) == expected
     one = find_boundaries(measured, "visual", n_boot=60)
     row = table.loc[("visual", "all")]
-    assert (row.shallow_end, row.late_start, row.late_start_low, row.late_start_high) == (
-        one.shallow_end,
-        one.late_start,
-        *one.late_start_ci,
-    )
+    names = "shallow_end late_start late_start_low late_start_high".split()
+    assert row[names].tolist() == [one.shallow_end, one.late_start, *one.late_start_ci]
 
 
 def test_a_family_that_is_never_right_has_no_boundary():
     profile = synthetic_profile(clips=30)
     profile["correct"][(profile.family == "tone").values] = False
     table = boundary_table(profile, ["audio"], n_boot=50)
-    assert (
-        table.loc[("audio", "tone")].isna().late_start
-        and not table.loc[("audio", "two_hop")].isna().late_start
-    )
+    late = table.late_start.isna()["audio"]
+    assert late["tone"] and not late["two_hop"]
 
 
 def test_each_modality_leaves_when_its_own_curve_says_so(tmp_path):
@@ -361,61 +314,48 @@ def test_each_modality_leaves_when_its_own_curve_says_so(tmp_path):
     plan.save(tmp_path / "plan.json")
     again = Schedule.load(tmp_path / "plan.json")
     assert again == plan and again.late_start == {"visual": 7, "audio": 8}
-    assert (
-        again.levels("visual")[7] == 0 < again.levels("audio")[7] and again.levels("audio")[8] == 0
-    )
-    assert again.evidence["tolerance"] == {"visual": 0.02, "audio": 0.02} and again.evidence[
-        "profile_hash"
-    ] == [profile_hash(profile)]
-    for m in MODALITIES:
+    visual, audio = (again.levels(m) for m in pair)
+    assert visual[7] == audio[8] == 0 < audio[7]
+    assert again.evidence["tolerance"] == dict.fromkeys(pair, 0.02)
+    assert again.evidence["profile_hash"] == [profile_hash(profile)]
+    for m in pair:
         told = again.evidence["boundaries"][m]
-        assert (
-            Boundaries.from_dict(told | dict(schema=None)) == pair[m]
-            and len(told["curve"]) == 13
-            and told["late_start_ci"][0] <= told["late_start"]
-        )
+        assert Boundaries.from_dict(told | dict(schema=None)) == pair[m]
+        assert len(told["curve"]) == 13 and told["late_start_ci"][0] <= told["late_start"]
 
 
 def test_command_prints_and_draws_families(tmp_path):
     save_profile(synthetic_profile(clips=40), tmp_path / "p.nc")
     result = seats("boundaries", tmp_path / "p.nc", "--families", "--figure", tmp_path / "drawn")
-    assert (
-        result.exit_code == 0
-        and (tmp_path / "drawn.png").is_file()
-        and (tmp_path / "drawn.pdf").is_file()
-    )
+    assert result.exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} >= {"drawn.png", "drawn.pdf"}
     whole, families = result.stdout.split("\n\n")
-    assert "same" in whole and [line.split()[:2] for line in families.splitlines()[2:4]] == [
-        ["visual", "colour"],
-        ["visual", "two_hop"],
-    ]
+    rows = [line.split()[:2] for line in families.splitlines()[2:4]]
+    assert "same" in whole and rows == [["visual", "colour"], ["visual", "two_hop"]]
     stored = json.loads(seats("boundaries", tmp_path / "p.nc", "--families", "--json").stdout)
     assert stored["audio"]["by_family"]["tone"]["late_start"] == 8
 
 
 def test_interval_that_does_not_close_says_end(tmp_path):
-    save_profile(synthetic_profile(clips=40), tmp_path / "p.nc")
+    profile = synthetic_profile(clips=40)
+    save_profile(profile, tmp_path / "p.nc")
     assert "to end)" in seats("boundaries", tmp_path / "p.nc").stdout
-    assert "to the end, " in explain(
-        find_boundaries(synthetic_profile(clips=40), "both", n_boot=100)
-    )
+    assert "to the end, " in explain(find_boundaries(profile, n_boot=100))
 
 
 def test_questions_without_choices_do_not_count():
     "They are neither right nor wrong: a mixed profile has the boundaries of its labelled ones."
     asked = synthetic_profile(clips=40)
-    bare = asked.assign(correct=asked.correct & False).assign_coords(
-        sample=np.arange(asked.sizes["sample"]) + 10_000
+    size = asked.sizes["sample"]
+    number = lambda part, n, first: part.assign_coords(
+        n_choices=("sample", [n] * size), sample=np.arange(size) + first
     )
-    number = lambda part, n: part.assign_coords(n_choices=("sample", [n] * part.sizes["sample"]))
-    alone = number(asked.assign_coords(sample=np.arange(asked.sizes["sample"])), 4)
-    mixed = xr.concat([alone, number(bare, 0)], "sample", combine_attrs="override")
-    ours, theirs = (find_boundaries(p, "both", n_boot=100) for p in (mixed, alone))
-    assert (ours.curve, ours.late_start_ci, ours.n_samples, ours.parameters["chance"]) == (
-        theirs.curve,
-        theirs.late_start_ci,
-        theirs.n_samples,
-        0.25,
-    )
+    alone = number(asked, 4, 0)
+    bare = number(asked.assign(correct=asked.correct & False), 0, 10_000)
+    mixed = xr.concat([alone, bare], "sample", combine_attrs="override")
+    ours, theirs = (find_boundaries(p, n_boot=100) for p in (mixed, alone))
+    for field in ("curve", "late_start_ci", "n_samples"):
+        assert getattr(ours, field) == getattr(theirs, field)
+    assert ours.parameters["chance"] == 0.25
     with pytest.raises(ValueError, match="no chosen question has choices"):
-        find_boundaries(number(bare, 0), "both")
+        find_boundaries(bare)

@@ -12,7 +12,7 @@ import tiny
 import torch
 from scipy.special import ndtri
 
-from seats_analysis.baselines.simple import Random
+from seats_analysis.baselines.base import Random
 from seats_analysis.evaluation import evaluate as module
 from seats_analysis.evaluation.evaluate import (
     accuracy_table,

@@ -6,12 +6,30 @@
 __all__ = ['VTW']
 
 # %% ../../nbs/baselines/02_attention.ipynb #3cd6bd9e
+import numpy as np
 from dataclasses import dataclass
 
 from .base import Baseline
 from ..inputs.layout import Modality
 from ..schedules.schedule import Schedule
-from ..schedules.solve import equal_ratio
+
+# %% ../../nbs/baselines/02_attention.ipynb #09995a15
+def equal_ratio(
+    target: float,  # t, fraction kept on average over all layers
+    num_layers: int,  # L
+    drops: tuple,  # ascending layers whose input is shorter, in 1 to L-1
+) -> float:  # fraction kept at every drop; 0 or less where the target is out of reach
+    "The one ratio at all drops that gives an average. Raises ValueError for other layers."
+    if not drops or not 0 < drops[0] <= drops[-1] < num_layers:
+        raise ValueError(f"drops must lie before layers 1 to {num_layers - 1}, not {drops!r}")
+    ratio = (target * num_layers - drops[0]) / (num_layers - drops[0])
+    if len(drops) == 1 or not 0 < ratio < 1:
+        return ratio
+    from scipy.optimize import brentq
+
+    lengths = np.diff([0, *drops, num_layers]).astype(float)
+    lengths[0] -= target * num_layers  # what the layers before the first drop miss of the total
+    return float(brentq(lambda r: np.polyval(lengths[::-1], r), 0, 1, xtol=1e-15))
 
 # %% ../../nbs/baselines/02_attention.ipynb #c334fbe2
 @dataclass(frozen=True)
@@ -43,12 +61,7 @@ class FastVOm(EqualDrops):
         return cls.with_drops((layer,), num_layers, *target, **options)
 
 # %% ../../nbs/baselines/02_attention.ipynb #6cead3aa
-@dataclass(frozen=True)
-class FastV(FastVOm):
-    "FastV (arXiv 2403.06764): visual tokens only; audio as whole as the budget allows."
-
-    name = "fastv"
-    prunes = ("visual",)
+FastV = FastVOm.visual_only("fastv")
 
 # %% ../../nbs/baselines/02_attention.ipynb #2b57a3c4
 @dataclass(frozen=True)

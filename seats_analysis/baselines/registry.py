@@ -9,11 +9,8 @@ __all__ = ['ABLATIONS', 'METHODS', 'Ablation', 'method_at']
 import numpy as np
 from dataclasses import dataclass, replace
 
-from .attention import FastV, FastVOm, PyramidDrop, VTW
+from . import attention, merging  # noqa: F401  what they define has a name
 from .base import Baseline, best_in_windows, keep_best
-from .diversity import DivPrune, DivPruneOm
-from .merging import DyCoke, OmniZip, VisionZip, VisionZipOm, VisionZipWide
-from .simple import Random, Uniform
 from ..inputs.layout import Modality
 from ..pruning.base import Pruner
 from ..pruning.seats import Seats
@@ -75,25 +72,11 @@ ABLATIONS = {
 }
 
 # %% ../../nbs/baselines/05_registry.ipynb #8f03f4ac
-METHODS = {
-    m.name: m
-    for m in (
-        Seats,
-        Random,
-        Uniform,
-        FastV,
-        FastVOm,
-        VisionZip,
-        VisionZipOm,
-        VisionZipWide,
-        DivPrune,
-        DivPruneOm,
-        DyCoke,
-        OmniZip,
-        VTW,
-        PyramidDrop,
-    )
-}
+_ORDER = """
+random uniform fastv fastv-om visionzip visionzip-om visionzip-om-wide divprune divprune-om dycoke
+omnizip vtw pyramiddrop
+"""
+METHODS = {"seats": Seats} | {name: Baseline.by_name[name] for name in _ORDER.split()}
 _LATE = "+late"  # behind a name: with the late removal of SEATS, for methods that have none
 
 

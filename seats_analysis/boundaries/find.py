@@ -12,15 +12,7 @@ from functools import cached_property
 from scipy.special import ndtri
 from ..storage.schemas import SCHEMAS, load_json, save_json
 from ..statistics.intervals import crossings, first_staying, loss_bound, monotone_fit
-from seats_analysis.boundaries.retention import (
-    ClipCounts,
-    clip_counts,
-    family_needs,
-    known_split,
-    plain_attrs,
-    profile_hash,
-    ratio,
-)
+from .retention import ClipCounts, family_needs, known_split, profile_hash
 
 # %% ../../nbs/boundaries/01_find.ipynb #57b13c1a
 @dataclass(frozen=True)
@@ -57,6 +49,22 @@ class Boundaries:
                 "need 0 <= shallow_end <= late_start <= late_start_certified <= num_layers, not "
                 + ", ".join(map(str, order[1:]))
             )
+
+    @classmethod
+    def stated(
+        cls,
+        middle: int,  # first layer of the middle block, 0-based
+        late: int,  # first layer of the late block, 0-based
+        profile,  # dependency profile of the model
+    ):
+        "Blocks that somebody states. Raises ValueError for layers that the model does not have."
+        return cls(
+            num_layers=int(profile["layer"].max()),
+            shallow_end=middle,
+            late_start=late,
+            model=str(profile.attrs.get("model", "")),
+            revision=profile.attrs.get("revision") or None,
+        )
 
     @property
     def excludable_loss(self) -> float:  # share of the performance
@@ -134,32 +142,23 @@ class Boundaries:
         "Raises ValueError that names the file."
         return cls.from_dict(load_json(path, "boundaries"))
 
-# %% ../../nbs/boundaries/01_find.ipynb #e3738e1f
-TOLERANCE = 0.01  # the rule's defaults, see `find_boundaries`
-RISE = 0.10
-LATE_CONFIDENCE = 0.9  # as `choose_late_confidence` of data/results/boundary_coverage.json has it
-
-
+# %% ../../nbs/boundaries/01_find.ipynb #3523a248
 def _same(replicates, estimate):
     "Share of the resamples that say the same."
     return round(float(np.mean(replicates == estimate)), 4)
 
 
-def integer_interval(replicates, estimate, confidence):
-    "Percentile interval of whole numbers, rounded outwards, that contains the estimate."
-    tail = (1 - confidence) / 2
-    low = np.quantile(replicates, tail, method="lower")
-    high = np.quantile(replicates, 1 - tail, method="higher")
-    return int(min(low, estimate)), int(max(high, estimate))
-
-
 def _rounded(values):
     return tuple(round(float(value), 6) for value in values)
 
-# %% ../../nbs/boundaries/01_find.ipynb #3523a248
+
 @dataclass(frozen=True)
 class Resampled:
     "One condition with its clip bootstrap: what does not depend on tolerance, rise and margin."
+
+    TOLERANCE = 0.01  # the rule's defaults, see `find_boundaries`
+    RISE = 0.10
+    LATE_CONFIDENCE = 0.9  # by `choose_late_confidence` of data/results/boundary_coverage.json
 
     counts: ClipCounts
     boot: np.ndarray  # (n_boot, n) accuracy of the resamples
@@ -177,16 +176,16 @@ class Resampled:
         seed: int = 0,
     ):
         "Count and resample. Raises ValueError for what the profile does not hold."
-        counts = clip_counts(profile, removed, split, families)
+        counts = ClipCounts.of(profile, removed, split, families)
         corrected = ()
         if counts.accuracy[-1] > counts.chance:
-            corrected = _rounded(ratio(counts.accuracy, counts.chance))
+            corrected = _rounded(counts.ratio(counts.accuracy, counts.chance))
         try:
             asked = [family for family, needs in family_needs(profile).items() if not needs]
-            control = _rounded(ratio(clip_counts(profile, removed, split, asked).accuracy))
+            control = _rounded(ClipCounts.of(profile, removed, split, asked).retained)
         except ValueError:
             control = ()  # none asked in this split, or none answered: it is for comparison only
-        attrs = plain_attrs(profile)
+        attrs = profile.attrs
         made = attrs.get("seed")
         facts = dict(
             removed=removed,
@@ -194,7 +193,7 @@ class Resampled:
             n_clips=len(counts.asked),
             layers=tuple(map(int, counts.layers)),
             families=counts.families,
-            curve=_rounded(ratio(counts.accuracy)),
+            curve=_rounded(counts.retained),
             corrected=corrected,
             control=control,
             model=str(attrs.get("model", attrs.get("model_id", ""))),
@@ -222,28 +221,30 @@ class Resampled:
 
     @cached_property
     def fit(self):  # (n,) monotone fit of R
-        return monotone_fit(ratio(self.counts.accuracy))
+        return monotone_fit(self.counts.retained)
+
+    @cached_property
+    def ratios(self):  # (n_boot, n) R of each resample
+        return self.counts.ratio(self.boot)
 
     @cached_property
     def fits(self):  # (n_boot, n) the same of each resample
-        return monotone_fit(ratio(self.boot))
+        return monotone_fit(self.ratios)
 
     def critical_value(self, confidence):  # standard errors
         "One-sided: sup-t over the layers that vary, never below the normal quantile."
-        curve = ratio(self.counts.accuracy)
-        ratios = ratio(self.boot)
-        se = ratios.std(0)
+        se = self.ratios.std(0)
         normal = float(ndtri(confidence))
         live = se > 1e-9
         if not live.any():
             return normal
-        worst = ((ratios - curve)[:, live] / se[live]).max(1)
+        worst = ((self.ratios - self.counts.retained)[:, live] / se[live]).max(1)
         return max(normal, float(np.quantile(worst, confidence)))
 
     def lower_band(self, critical):  # (n,)
         "Lower confidence band of R around its fit; exactly 1 at L, where nothing is estimated."
         loss = np.maximum(1 - self.fit, 0)
-        se = ratio(self.boot).std(0)
+        se = self.ratios.std(0)
         lower = 1 - loss_bound(loss, se, self.counts.effective, critical)
         lower[-1] = 1.0
         return np.maximum(lower, 0.0)
@@ -254,9 +255,17 @@ class Resampled:
         sample = crossings(self.fit, layers, tolerance, rise)
         return tuple(map(int, sample)), crossings(self.fits, layers, tolerance, rise)
 
+    @staticmethod
+    def interval(replicates, estimate, confidence):
+        "Percentile interval of whole numbers, rounded outwards, that contains the estimate."
+        tail = (1 - confidence) / 2
+        low = np.quantile(replicates, tail, method="lower")
+        high = np.quantile(replicates, 1 - tail, method="higher")
+        return int(min(low, estimate)), int(max(high, estimate))
+
     def late_interval(self, late, lates, tolerance, confidence, late_confidence):
         "Percentiles; the upper end at least where the bound stays above 1 - tolerance."
-        low, high = integer_interval(lates, late, confidence)
+        low, high = self.interval(lates, late, confidence)
         if late_confidence:
             band = self.lower_band(float(ndtri(late_confidence)))
             high = max(high, int(first_staying(band, self.counts.layers, 1 - tolerance)))
@@ -308,7 +317,7 @@ class Resampled:
             parameters["stability"] = dict(
                 shallow_end=_same(shallows, shallow), late_start=_same(lates, late)
             )
-            shallow_ci = integer_interval(shallows, shallow, confidence)
+            shallow_ci = self.interval(shallows, shallow, confidence)
             late_ci = self.late_interval(late, lates, tolerance, confidence, late_confidence)
         certified = int(first_staying(lower, counts.layers, 1 - margin))
         return Boundaries(
@@ -335,13 +344,13 @@ def kl_late_start(
     **chosen,  # split and families, see `find_boundaries`
 ) -> dict:  # threshold, late_start, interval, stability
     "Layer from which the mean KL divergence from the full model stays below a threshold."
-    counts = clip_counts(profile, removed, variable="kl", **chosen)
+    counts = ClipCounts.of(profile, removed, variable="kl", **chosen)
     drawn = Resampled(counts, counts.bootstrap(n_boot, seed))
     (_, late), (_, lates) = drawn.blocks(threshold)
     return dict(
         threshold=threshold,
         late_start=late,
-        interval=list(integer_interval(lates, late, 0.95)),
+        interval=list(drawn.interval(lates, late, 0.95)),
         stability=_same(lates, late),
     )
 
@@ -349,15 +358,15 @@ def kl_late_start(
 def find_boundaries(
     profile,  # dependency profile, dims (sample, removed, layer)
     removed: str = "both",  # "visual", "audio" or "both"
-    tolerance: float = TOLERANCE,  # loss that still counts as none, share of R
-    rise: float = RISE,  # fraction of the way from collapse to 1 that ends the shallow block
+    tolerance: float = Resampled.TOLERANCE,  # loss that still counts as none, share of R
+    rise: float = Resampled.RISE,  # share of the way from collapse to 1 that ends shallow
     confidence: float = 0.95,  # of intervals (two-sided) and of the certificate (one-sided)
     n_boot: int = 2000,  # resamples of the clips
     seed: int = 0,
     split: str = "derive",  # all samples where there is no such split, and for `all`
     families=None,  # None: those that need what was removed
     margin: float | None = None,  # loss that the certificate excludes; None: the tolerance
-    late_confidence: float = LATE_CONFIDENCE,  # one-sided, of the upper end of late_start_ci
+    late_confidence: float = Resampled.LATE_CONFIDENCE,  # of the upper end of late_start_ci
 ) -> Boundaries:
     "Shallow, middle and late blocks. Raises ValueError for what the profile does not hold."
     drawn = Resampled.of(profile, removed, split=split, families=families, n_boot=n_boot, seed=seed)

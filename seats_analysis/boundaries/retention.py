@@ -13,12 +13,7 @@ import xarray as xr
 from dataclasses import dataclass
 from scipy.special import ndtri
 from ..inputs.layout import Modality
-from seats_analysis.statistics.intervals import (
-    bootstrap_accuracy,
-    effective_clips,
-    loss_bound,
-    monotone_fit,
-)
+from ..statistics.intervals import loss_bound, monotone_fit
 
 # %% ../../nbs/boundaries/00_retention.ipynb #a379a4e6
 def ramp(
@@ -130,14 +125,6 @@ class Unanswered(ValueError):
     "No question is answered with nothing removed."
 
 
-def ratio(
-    accuracy,  # (..., n), the last layer with nothing removed
-    chance=0.0,
-):  # (..., n)
-    "Performance retained relative to the last layer, optionally above chance."
-    return (accuracy - chance) / (accuracy[..., -1:] - chance)
-
-
 @dataclass(frozen=True)
 class ClipCounts:
     "Right answers per clip and scanned layer: all that the statistics need."
@@ -148,14 +135,90 @@ class ClipCounts:
     chance: float  # expected accuracy of a guess
     families: tuple = ()
 
+    @classmethod
+    def tally(
+        cls,
+        layers,  # (n,)
+        values,  # (questions, n) 0 or 1
+        clips,  # (questions,) names or numbers
+        **facts,  # chance, families
+    ):
+        "Sums per clip."
+        names, index = np.unique(clips, return_inverse=True)
+        right = np.zeros((len(names), values.shape[1]))
+        np.add.at(right, index, values)
+        return cls(layers, right, asked=np.bincount(index).astype(float), **facts)
+
+    @classmethod
+    def of(
+        cls,
+        profile,  # dependency profile, dims (sample, removed, layer)
+        removed="both",  # "visual", "audio" or "both"
+        split="derive",  # all samples where there is no such split, and for `all`
+        families=None,  # None: those that need what was removed
+        variable="correct",  # or "kl": 1 minus the divergence takes the place of a right answer
+    ):
+        "Count one condition. Raises ValueError for an unknown one, or if L was not scanned."
+        known = [str(name) for name in profile["removed"].values]
+        if removed not in known:
+            raise ValueError(f"profile has no condition {removed!r}, only {known}")
+        layers = np.sort(profile["layer"].values.astype(int))
+        last = int(profile.attrs.get("num_layers", layers[-1]))
+        if layers[-1] != last:
+            raise ValueError(
+                f"layer {last} (nothing removed) was not scanned, only {layers.tolist()}"
+            )
+        families = needed_families(profile, removed) if families is None else tuple(families)
+        keep = np.isin(profile["family"].values.astype(str), families)
+        if (split := known_split(profile, split)) is not None:
+            keep &= profile["split"].values.astype(str) == split
+        if not keep.any():
+            raise ValueError(f"no sample of the families {list(families)} in split {split!r}")
+        chance = profile.attrs.get("chance", 0.25)
+        if variable == "correct" and "n_choices" in profile.coords:
+            keep &= profile["n_choices"].values > 1
+            if not keep.any():
+                raise ValueError(
+                    "no chosen question has choices, so none is right or wrong; "
+                    "`kl` needs none, see `kl_late_start`"
+                )
+            chance = (1 / profile["n_choices"].values[keep]).mean()
+        values = profile[variable].sel(removed=removed).sortby("layer")
+        values = values.transpose("sample", "layer").values[keep].astype(float)
+        counts = cls.tally(
+            layers=layers,
+            values=1 - values if variable == "kl" else values,
+            clips=profile["clip"].values[keep],
+            chance=float(chance),
+            families=families,
+        )
+        if not counts.right[:, -1].any():
+            raise Unanswered(
+                "no question is answered with nothing removed, so nothing can be retained"
+            )
+        return counts
+
+    @staticmethod
+    def ratio(
+        accuracy,  # (..., n), the last layer with nothing removed
+        chance=0.0,
+    ):  # (..., n)
+        "Performance retained relative to the last layer, optionally above chance."
+        return (accuracy - chance) / (accuracy[..., -1:] - chance)
+
+    @property
+    def retained(self):  # (n,) R
+        return self.ratio(self.accuracy)
+
     @property
     def accuracy(self):  # (n,)
         return self.right.sum(0) / self.asked.sum()
 
     @property
     def effective(self):
-        "Effective number of clips."
-        return effective_clips(self.right[:, -1])
+        "Kish's effective number of clips: equal to their number if all weigh the same."
+        weight = self.right[:, -1]
+        return float(weight.sum() ** 2 / (weight**2).sum())
 
     @property
     def too_few(self):
@@ -192,71 +255,17 @@ class ClipCounts:
             )
         return ""
 
-    def bootstrap(self, n_boot=2000, seed=0):  # (n_boot, n) accuracy
-        return bootstrap_accuracy(self.right, self.asked, n_boot, seed)
-
-
-def tally(
-    values,  # (questions, n) 0 or 1
-    clips,  # (questions,) names or numbers
-):  # ((clips, n) sums, (clips,) questions)
-    "Sums per clip."
-    names, index = np.unique(clips, return_inverse=True)
-    right = np.zeros((len(names), values.shape[1]))
-    np.add.at(right, index, values)
-    return right, np.bincount(index).astype(float)
-
-
-def samples_of(profile, split, families):  # (sample,) bool
-    "The samples of a split and of some families. Raises ValueError if there are none."
-    keep = np.isin(profile["family"].values.astype(str), families)
-    if (split := known_split(profile, split)) is not None:
-        keep &= profile["split"].values.astype(str) == split
-    if not keep.any():
-        raise ValueError(f"no sample of the families {list(families)} in split {split!r}")
-    return keep
-
-
-def layer_values(profile, variable, removed):  # (samples, n) float64, layers ascending
-    "One variable in one condition."
-    values = profile[variable].sel(removed=removed).sortby("layer")
-    return values.transpose("sample", "layer").values.astype(float)
-
-
-def clip_counts(
-    profile,  # dependency profile, dims (sample, removed, layer)
-    removed="both",  # "visual", "audio" or "both"
-    split="derive",  # all samples where there is no such split, and for `all`
-    families=None,  # None: those that need what was removed
-    variable="correct",  # or "kl": 1 minus the divergence takes the place of a right answer
-):  # ClipCounts
-    "Count one condition. Raises ValueError for an unknown one, or if L was not scanned."
-    known = [str(name) for name in profile["removed"].values]
-    if removed not in known:
-        raise ValueError(f"profile has no condition {removed!r}, only {known}")
-    layers = np.sort(profile["layer"].values.astype(int))
-    last = int(profile.attrs.get("num_layers", layers[-1]))
-    if layers[-1] != last:
-        raise ValueError(f"layer {last} (nothing removed) was not scanned, only {layers.tolist()}")
-    families = needed_families(profile, removed) if families is None else tuple(families)
-    keep = samples_of(profile, split, families)
-    chance = profile.attrs.get("chance", 0.25)
-    if variable == "correct" and "n_choices" in profile.coords:
-        keep &= profile["n_choices"].values > 1
-        if not keep.any():
-            raise ValueError(
-                "no chosen question has choices, so none is right or wrong; "
-                "`kl` needs none, see `kl_late_start`"
-            )
-        chance = (1 / profile["n_choices"].values[keep]).mean()
-    values = layer_values(profile, variable, removed)[keep]
-    values = 1 - values if variable == "kl" else values
-    right, asked = tally(values, profile["clip"].values[keep])
-    if not right[:, -1].any():
-        raise Unanswered("no question is answered with nothing removed, so nothing can be retained")
-    return ClipCounts(
-        layers=layers, right=right, asked=asked, chance=float(chance), families=families
-    )
+    def bootstrap(
+        self,
+        n_boot=2000,  # resamples of the clips
+        seed=0,
+    ):  # (n_boot or fewer, n) accuracy
+        "Accuracy when clips are drawn with replacement, where any answer is right at the end."
+        n = len(self.asked)
+        random = np.random.default_rng(seed)
+        weights = random.multinomial(n, np.full(n, 1 / n), size=n_boot).astype(float)
+        accuracy = (weights @ self.right) / (weights @ self.asked)[:, None]
+        return accuracy[accuracy[:, -1] > 0]
 
 # %% ../../nbs/boundaries/00_retention.ipynb #ac1b30a8
 _TAIL = 0.025  # on either side of a 95 % interval
@@ -270,10 +279,10 @@ def _band(counts, boot, chance=None):
     se = boot.std(0)
     scale = 1.0
     if chance is not None:
-        curve = ratio(counts.accuracy, chance)
-        resampled = ratio(boot, chance)
-        share = np.minimum(ratio(counts.accuracy), 1)
-        se = ratio(boot).std(0)
+        curve = counts.ratio(counts.accuracy, chance)
+        resampled = counts.ratio(boot, chance)
+        share = np.minimum(counts.retained, 1)
+        se = counts.ratio(boot).std(0)
         scale = counts.accuracy[-1] / (counts.accuracy[-1] - chance)
 
     def bound(loss):
@@ -297,7 +306,7 @@ def retained(
     seed: int = 0,
 ):  # xr.Dataset (layer): accuracy, retained, corrected, each with _low and _high (95 %); fitted
     "Accuracy and (chance-corrected) retained performance per layer; `corrected` if above chance."
-    counts = clip_counts(profile, removed, split, families)
+    counts = ClipCounts.of(profile, removed, split, families)
     boot = counts.bootstrap(n_boot, seed)
     curves = dict(accuracy=_band(counts, boot), retained=_band(counts, boot, 0.0))
     if min(counts.accuracy[-1], boot[:, -1].min()) > counts.chance:
@@ -319,18 +328,10 @@ def retained(
         n_clips=len(counts.asked),
         units="share of the performance with nothing removed",
     )
-    out["fitted"] = ("layer", monotone_fit(ratio(counts.accuracy)))
+    out["fitted"] = ("layer", monotone_fit(counts.retained))
     return xr.Dataset(out, {"layer": counts.layers}, attrs)
 
 # %% ../../nbs/boundaries/00_retention.ipynb #be71869d
-def plain_attrs(profile) -> dict:
-    "The attributes of a profile in a form that JSON takes."
-    return {
-        str(key): value.tolist() if isinstance(value, np.ndarray | np.generic) else value
-        for key, value in profile.attrs.items()
-    }
-
-
 def _canonical(values):
     "Bytes that are the same before and after a trip through a file."
     values = np.asarray(values)
@@ -350,5 +351,9 @@ def profile_hash(
         variable = profile.variables[name]
         head = json.dumps([name, list(variable.dims), list(variable.shape)])
         digest.update(head.encode() + _canonical(variable.values))
-    digest.update(json.dumps(plain_attrs(profile), sort_keys=True, default=str).encode())
+    attrs = {
+        str(key): value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+        for key, value in profile.attrs.items()
+    }
+    digest.update(json.dumps(attrs, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]

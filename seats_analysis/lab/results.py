@@ -7,7 +7,7 @@ __all__ = ['answer_rows']
 
 # %% ../../nbs/lab/03_results.ipynb #7cd25316
 import numpy as np
-from seats_analysis.baselines.simple import Random
+from seats_analysis.baselines.base import Random
 from seats_analysis.evaluation.evaluate import APART, over_clips
 from seats_analysis.evaluation.prepared import Answering, DataShape, MethodRun
 from seats_analysis.pruning.seats import Seats

@@ -11,24 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from ..storage.schemas import SCHEMAS
 from ..statistics.intervals import crossings, monotone_fit
-from seats_analysis.boundaries.retention import (
-    ClipCounts,
-    layer_values,
-    needed_families,
-    profile_hash,
-    ramp,
-    ratio,
-    tally,
-)
-from seats_analysis.boundaries.find import (
-    LATE_CONFIDENCE,
-    RISE,
-    TOLERANCE,
-    Boundaries,
-    Resampled,
-    find_boundaries,
-    integer_interval,
-)
+from ..boundaries.retention import ClipCounts, needed_families, profile_hash, ramp
+from ..boundaries.find import Boundaries, Resampled, find_boundaries
 from seats_analysis.plots.style import (
     DOTTED,
     PALETTE,
@@ -84,7 +68,9 @@ class Planted:
     @property
     def blocks(self):  # (shallow_end, late_start)
         layers = np.arange(len(self.share))
-        return tuple(map(int, crossings(self.retained, layers, TOLERANCE, RISE)))
+        return tuple(
+            map(int, crossings(self.retained, layers, Resampled.TOLERANCE, Resampled.RISE))
+        )
 
 # %% ../../nbs/lab/01_simulate.ipynb #d5cf7913
 @dataclass(frozen=True)
@@ -116,8 +102,9 @@ class Noise:
         clip = np.repeat(np.arange(clips), [len(p) for p in picked])
         ranks = self.ranks[np.concatenate(picked)][:, self.columns(planted)]
         height = (ranks - rng.random((len(ranks), 1))) / len(self.ranks)
-        right, asked = tally((height > 1 - planted.retained * planted.full).astype(float), clip)
-        return ClipCounts(np.arange(len(planted.share)), right, asked, planted.chance)
+        right = (height > 1 - planted.retained * planted.full).astype(float)
+        layers = np.arange(len(planted.share))
+        return ClipCounts.tally(layers, right, clip, chance=planted.chance)
 
 # %% ../../nbs/lab/01_simulate.ipynb #9fb2ac27
 def noise_of(
@@ -130,7 +117,8 @@ def noise_of(
     if "margin" not in profile:
         raise ValueError("the profile has no variable `margin`; `seats probe` writes it")
     keep = np.isin(profile["family"].values.astype(str), needed_families(profile, removed))
-    margins = layer_values(profile, "margin", removed)
+    margins = profile["margin"].sel(removed=removed).sortby("layer")
+    margins = margins.transpose("sample", "layer").values.astype(float)
     keep &= np.isfinite(margins).all(1)  # questions without choices have none
     if not keep.any():
         raise ValueError(
@@ -155,9 +143,9 @@ def _trial(planted, noise, questions, rng, n_boot):
     return dict(
         shallow=shallow,
         late=late,
-        shallow_ci=integer_interval(shallows, shallow, 0.95),
+        shallow_ci=found.interval(shallows, shallow, 0.95),
         late_ci=[
-            found.late_interval(late, lates, TOLERANCE, 0.95, late_confidence)
+            found.late_interval(late, lates, Resampled.TOLERANCE, 0.95, late_confidence)
             for late_confidence in LATE_CONFIDENCES
         ],
     )
@@ -249,8 +237,8 @@ def coverage_study(
         removed=list(conditions),
         trials=trials,
         n_boot=n_boot,
-        tolerance=TOLERANCE,
-        rise=RISE,
+        tolerance=Resampled.TOLERANCE,
+        rise=Resampled.RISE,
         goal=0.93,
         late_confidences=list(LATE_CONFIDENCES),
         rows=rows,
@@ -279,11 +267,11 @@ def coverage_table(
     names = {
         "shallow_interval.coverage": "shallow covered",
         "shallow_interval.width": "shallow width",
-        f"late_interval.{LATE_CONFIDENCE}.coverage": "late covered",
-        f"late_interval.{LATE_CONFIDENCE}.lower": "low end covers",
-        f"late_interval.{LATE_CONFIDENCE}.upper": "high end covers",
-        f"late_interval.{LATE_CONFIDENCE}.open": "high end open",
-        f"late_interval.{LATE_CONFIDENCE}.width": "late width",
+        f"late_interval.{Resampled.LATE_CONFIDENCE}.coverage": "late covered",
+        f"late_interval.{Resampled.LATE_CONFIDENCE}.lower": "low end covers",
+        f"late_interval.{Resampled.LATE_CONFIDENCE}.upper": "high end covers",
+        f"late_interval.{Resampled.LATE_CONFIDENCE}.open": "high end open",
+        f"late_interval.{Resampled.LATE_CONFIDENCE}.width": "late width",
         "late_interval.0.coverage": "percentiles cover",
         "errors.late.bias": "bias",
         "errors.late.within_one": "within 1",
@@ -317,8 +305,8 @@ def _precision(planted, noise, questions, within=1, trials=200, seed=0):
     "Share of experiments with shallow_end within so many layers, and with late_start."
     rng = np.random.default_rng([seed, questions])
     layers = np.arange(len(planted.share))
-    curves = [ratio(noise.draw(planted, questions, rng).accuracy) for _ in range(trials)]
-    found = crossings(monotone_fit(curves), layers, TOLERANCE, RISE)
+    curves = [noise.draw(planted, questions, rng).retained for _ in range(trials)]
+    found = crossings(monotone_fit(curves), layers, Resampled.TOLERANCE, Resampled.RISE)
     return [float((np.abs(f - t) <= within).mean()) for f, t in zip(found, planted.blocks)]
 
 

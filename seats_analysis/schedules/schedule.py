@@ -15,7 +15,7 @@ import numpy as np
 
 from ..boundaries.find import Boundaries
 from ..inputs.layout import Modality
-from .solve import ROUND_OFF, Segments, drop_positions, split_trr
+from .solve import Segments, drop_positions, split_trr
 from seats_analysis.schedules.file import (
     Certificate,
     FrozenDict,
@@ -141,7 +141,7 @@ class Schedule:
                 enters[m], keep[m] = segments.keep_ratios(trr[m], scale, entering and entering[m])
             except ValueError as error:
                 raise ValueError(f"{m}: {error}") from None
-        if min((*keep["visual"], *keep["audio"]), default=1) > 1 - ROUND_OFF:
+        if min((*keep["visual"], *keep["audio"]), default=1) > 1 - Segments.ROUND_OFF:
             drop_layers = ()  # nothing is dropped there
             keep = None
         return cls(
@@ -317,7 +317,7 @@ class Schedule:
         enters = {}
         for m in Modality.CODES:
             levels = np.cumprod([self.entering[m], *self.keep_ratios[m]])
-            levels = np.where(levels < 1 - ROUND_OFF, np.minimum(factor * levels, 1), 1)
+            levels = np.where(levels < 1 - Segments.ROUND_OFF, np.minimum(factor * levels, 1), 1)
             enters[m] = float(levels[0])
             keep[m] = (levels[1:] / levels[:-1]).tolist()
         return replace(self, entering=enters, keep_ratios=keep, trr=None, scale=None)

@@ -22,7 +22,7 @@ _PLACES = {  # of what the face does not have; today's module and name
     "Checkpoint": "storage.files.Checkpoint",
     "Journal": "storage.files.Checkpoint",
     "NEEDS": "testbed.task.NEEDS",
-    "Random": "baselines.simple.Random",
+    "Random": "baselines.base.Random",
     "Rival": "Baseline",
     "SHAPES": "lab.simulate.SHAPES",
     "boundaries_figure": "plots.dependency.boundaries_figure",

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from seats_analysis.baselines.simple import Random
+from seats_analysis.baselines.base import Random
 from seats_analysis.boundaries.find import Boundaries
 from seats_analysis.evaluation.evaluate import evaluate
 from seats_analysis.lab.results import answer_rows

@@ -59,7 +59,7 @@ def test_questions_on_a_clip_stay_together(noise):
 def test_the_default_covers_a_loss_that_few_clips_hide(noise):
     "The hard cell: a loss of 1.1 % that twenty-odd clips hardly ever show."
     row = S.coverage_row("shelf at 98.5 %", 50, noise, trials=60, n_boot=100, seed=5)
-    default, percentile = (row["late_interval"][str(c)] for c in (B.LATE_CONFIDENCE, 0))
+    default, percentile = (row["late_interval"][str(c)] for c in (B.Resampled.LATE_CONFIDENCE, 0))
     assert default["coverage"] >= 0.93 and default["coverage"] >= percentile["coverage"]
     assert default["width"] > percentile["width"]
 
@@ -71,7 +71,7 @@ def test_stored_study_meets_the_goal():
     ) == sorted(S.SIZES)
     assert study["command"].startswith("seats simulate --trials") and study["trials"] >= 100
     shallow = [r["shallow_interval"]["coverage"] for r in study["rows"]]
-    late = [r["late_interval"][str(B.LATE_CONFIDENCE)]["coverage"] for r in study["rows"]]
+    late = [r["late_interval"][str(B.Resampled.LATE_CONFIDENCE)]["coverage"] for r in study["rows"]]
     assert np.mean(shallow) >= study["goal"] and np.mean(late) >= study["goal"]
     slack = 2 * np.sqrt(study["goal"] * (1 - study["goal"]) / study["trials"])  # of one cell
     assert min(shallow) >= study["goal"] - slack and min(late) >= study["goal"] - slack
@@ -80,13 +80,13 @@ def test_stored_study_meets_the_goal():
 def test_the_default_late_confidence_is_enough_and_not_more_than_tried():
     study = load_json(STUDY, "coverage")
     assert (
-        B.LATE_CONFIDENCE in study["late_confidences"]
-        and S.choose_late_confidence(study, study["goal"]) <= B.LATE_CONFIDENCE
+        B.Resampled.LATE_CONFIDENCE in study["late_confidences"]
+        and S.choose_late_confidence(study, study["goal"]) <= B.Resampled.LATE_CONFIDENCE
     )
     worse = json.loads(json.dumps(study))
     for row in worse["rows"]:
-        row["late_interval"][str(B.LATE_CONFIDENCE)]["coverage"] = 0.5
-    assert S.choose_late_confidence(worse, study["goal"]) != B.LATE_CONFIDENCE
+        row["late_interval"][str(B.Resampled.LATE_CONFIDENCE)]["coverage"] = 0.5
+    assert S.choose_late_confidence(worse, study["goal"]) != B.Resampled.LATE_CONFIDENCE
 
 
 @pytest.mark.nightly
@@ -96,7 +96,7 @@ def test_the_study_again(measured):
     for row in study["rows"]:
         covered = min(
             row["shallow_interval"]["coverage"],
-            row["late_interval"][str(B.LATE_CONFIDENCE)]["coverage"],
+            row["late_interval"][str(B.Resampled.LATE_CONFIDENCE)]["coverage"],
         )
         assert covered >= 0.93 - 0.07, (row["removed"], row["shape"], row["questions"], covered)
 
@@ -120,7 +120,7 @@ def test_the_stored_study_is_reproduced(measured):
 def test_the_ends_of_intervals_are_counted_apart(noise):
     "A curve whose estimate is early fails below and never above."
     row = S.coverage_row("shelf at 98.5 %", 50, noise, trials=10, n_boot=40)
-    found = row["late_interval"][str(B.LATE_CONFIDENCE)]
+    found = row["late_interval"][str(B.Resampled.LATE_CONFIDENCE)]
     assert found["lower"] == 1 and found["coverage"] == found["upper"] <= 1
     assert found["open"] > 0.8
     table = S.coverage_table(dict(rows=[dict(removed="both", **row)]))
