@@ -88,7 +88,7 @@ MUTATIONS = (
         "self.join(layer, before.context, before",
     ),
     (
-        "probing.metrics",  # a tie counts as right
+        "probing.branches",  # a tie counts as right
         "correct=margin > 0,",
         "correct=margin >= 0,",
     ),

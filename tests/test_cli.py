@@ -26,7 +26,7 @@ from seats_analysis.cli.main import app
 from seats_analysis.cli.answers import made_from
 from seats_analysis.inputs.media import decode_clip
 from seats_analysis.inputs.samples import read_samples, write_samples
-from seats_analysis.models.families import adapter_for, hash_weights
+from seats_analysis.models.families import adapter_for
 from seats_analysis.plots.kept import plot_kept
 from seats_analysis.schedules.choose import solve_schedules
 from seats_analysis.schedules.schedule import Schedule
@@ -515,7 +515,7 @@ def test_schedule_of_other_weights_or_of_another_model(profile, clip, stubbed, m
     "Both are used, and both are warned of; the model's own schedule is not."
     stored = load_profile(profile)
     for weights, name, warns in (
-        (hash_weights(model[0]), "other", None),
+        (adapter_for(model[0]).hash_weights(model[0]), "other", None),
         ("0" * 64, "other", "made for other weights"),
         ("", "owner/other", "made for owner/other, and the model is mine"),
         ("", "owner/Mine", None),

@@ -28,7 +28,7 @@ from seats_analysis.evaluation.compare import (
 from seats_analysis.evaluation.evaluate import evaluate
 from seats_analysis.evaluation.prepared import Answering, DataShape, MethodRun, PreparedBatch
 from seats_analysis.models.encode import encode
-from seats_analysis.models.families import adapter_for, hash_weights
+from seats_analysis.models.families import adapter_for
 from seats_analysis.models.scoring import score_choices
 from seats_analysis.pruning.seats import Seats
 from seats_analysis.pruning.session import prune
@@ -532,7 +532,8 @@ def test_stored_comparison(name):
 
 @pytest.mark.parametrize("name", TESTBEDS)
 def test_what_is_stored_is_of_the_shipped_weights(name):
-    shipped = hash_weights(load_testbed(TESTBEDS[name])[0])
+    model, _ = load_testbed(TESTBEDS[name])
+    shipped = adapter_for(model).hash_weights(model)
     assert load_profile(name).attrs["weights_sha256"] == shipped
     for path in sorted((ROOT / "data").glob("*/*.json")):
         found = json.loads(path.read_text())

@@ -16,7 +16,7 @@ from seats_analysis.boundaries.retention import clip_counts, synthetic_profile
 from seats_analysis.evaluation.evaluate import paired_difference
 from seats_analysis.inputs.media import decode_clip
 from seats_analysis.inputs.samples import Sample
-from seats_analysis.probing.metrics import answer_metrics
+from seats_analysis.probing.branches import Scores
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.schedules.solve import Segments
 from seats_analysis.serving.lmms import by_family
@@ -28,8 +28,8 @@ from seats_analysis.tuning.tune import Tuning
 
 def test_a_tie_is_no_right_answer():
     mean = np.array([[-1.0, -1.0], [-1.0, -1.5]])
-    scores = SimpleNamespace(mean=mean, first=mean, total=mean, answer=torch.zeros(2, 3))
-    found = answer_metrics([Sample(str(i), None, "?", ("a", "b"), 0) for i in "12"], scores, scores)
+    scores = Scores(mean=mean, first=mean, total=mean, answer=torch.zeros(2, 3))
+    found = scores.metrics([Sample(i, None, "?", ("a", "b"), 0) for i in "12"], scores)
     assert found["correct"].tolist() == [False, True]
     assert found["margin"].tolist() == [0.0, 0.5]
 

@@ -1,19 +1,20 @@
-"""Both families, stock models of transformers, thinker alone and full model: pruned passes equal a
-plain loop, keeping all changes no bit."""
+"""Both families, stock models of transformers, thinker alone and full model: prompts are what the
+stock model makes of them, pruned passes equal a plain loop, keeping all changes no bit."""
 
 from dataclasses import replace
 
-import naive, pytest, tiny, torch
+import naive, numpy as np, pytest, tiny, torch
 
+from seats_analysis.inputs.layout import Modality
+from seats_analysis.models.attention import TowerAttention
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode
-from seats_analysis.models.decoder import Decoder
+from seats_analysis.models.decoder import Decoder, last_logits_only
 from seats_analysis.models.scoring import score_choices
-from seats_analysis.inputs.layout import Modality
 from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.schedule import Schedule
 
-VISUAL, AUDIO = Modality.CODES.values()
+VISUAL, AUDIO, TEXT, *_ = Modality
 
 L = tiny.LAYERS
 
@@ -22,8 +23,7 @@ def schedule(**changes):
     return Schedule(num_layers=L, **changes)
 
 
-def ratios(visual, audio):
-    return dict(visual=visual, audio=audio)
+ratios = tiny.ratios
 
 
 PLANS = dict(
@@ -88,44 +88,50 @@ def singles(model, processor, samples):
     return [encode(model, processor, [s]) for s in samples]
 
 
-def close(a, b, tol=1e-5):
-    torch.testing.assert_close(a, b, atol=tol, rtol=0)
+close = tiny.close
+
+
+def generated(model, batch, n=3, **more):
+    "What is generated behind each prompt."
+    options = dict(max_new_tokens=n, min_new_tokens=n, do_sample=False)
+    return model.generate(**batch.inputs, **options | more)[:, -n:].tolist()
 
 
 # ---------------------------------------------------------------- the adapter knows the family
 
 
-def test_rates_and_windows(family, model, batch):
-    per_window = {"qwen2.5-omni": 10, "qwen3-omni": 26}[family]
-    r = adapter_for(model).rates(model)
-    assert adapter_for(model).family == family
-    assert r.positions_per_second * r.seconds_per_chunk == per_window
-    first = batch.layout[0]
-    assert first.window[first.audio].bincount().tolist() == [per_window] * 2 and first.window[
-        first.visual
-    ].bincount().tolist() == [12, 12]
-    runs = {"qwen2.5-omni": [12] * 2, "qwen3-omni": [6] * 4}[
-        family
-    ]  # sound follows every chunk of two seconds, or every temporal grid
-    assert first.chunk[first.visual].bincount().tolist() == runs
+PER_SECOND = {"qwen2.5-omni": 5, "qwen3-omni": 13}
+
+
+def test_windows_and_order(family, batch):
+    n, first, alone = PER_SECOND[family], batch.layout[0], batch.layout[2]
+    assert first.window[first.audio].bincount().tolist() == [2 * n] * 2
+    assert first.window[first.visual].bincount().tolist() == [12, 12]
+    # sound follows every chunk of two seconds, or every temporal grid
+    runs = {"qwen2.5-omni": [(12, 10)] * 2, "qwen3-omni": [(6, 13)] * 4}[family]
+    media = first.modality[first.visual | first.audio].tolist()
+    assert media == [m for v, a in runs for m in [VISUAL] * v + [AUDIO] * a]
+    assert first.chunk[first.visual].bincount().tolist() == [v for v, _ in runs]
+    assert alone.window[alone.audio].bincount().tolist() == [2 * n, int(2.7 * n) - 2 * n]
+    assert alone.chunk[alone.audio].unique().tolist() == [0]
+
+
+def test_layout_of_a_row_is_that_of_its_prompt(batch, singles):
+    for b, one in enumerate(singles):
+        for field in ("modality", "window", "chunk"):
+            row = getattr(batch.layout, field)[b, -one.shape[1] :]
+            assert torch.equal(row, getattr(one.layout, field)[0]), field
 
 
 def test_audio_tokens_of_any_length(model, family):
     "The formula against what the tower gives."
-    tower, config = (
-        adapter_for(model).audio_tower(model),
-        adapter_for(model).config(model).audio_config,
-    )
+    adapter = adapter_for(model)
+    tower = adapter.audio_tower(model)
     for n in [4, 5, 6, 7, 8, 39, 40, 41, 99, 100, 101, 107, 199, 200, 203]:
-        if family == "qwen3-omni":
-            got = tower(torch.zeros(config.num_mel_bins, n), feature_lens=torch.tensor([n]))
-        else:
-            got = tower(
-                torch.zeros(config.num_mel_bins, n),
-                feature_lens=torch.tensor([n]),
-                aftercnn_lens=torch.tensor([(n + 1) // 2]),
-            )
-        assert adapter_for(model).audio_tokens(model, [n]) == [len(got.last_hidden_state)], n
+        mel = torch.zeros(adapter.config(model).audio_config.num_mel_bins, n)
+        more = {} if family == "qwen3-omni" else dict(aftercnn_lens=torch.tensor([(n + 1) // 2]))
+        got = tower(mel, feature_lens=torch.tensor([n]), **more).last_hidden_state
+        assert adapter.audio_tokens(model, [n]) == [len(got)], n
 
 
 def test_keys_of_every_layer_equal_the_cache(model, batch):
@@ -133,10 +139,8 @@ def test_keys_of_every_layer_equal_the_cache(model, batch):
     the layer."""
     decoder = Decoder(model)
     inputs = decoder.inputs(batch.inputs)
-    tables, valid = (
-        decoder.rotary_tables(inputs["inputs_embeds"], batch.position_ids),
-        batch.layout.valid[:, None, :, None],
-    )
+    tables = decoder.rotary_tables(inputs["inputs_embeds"], batch.position_ids)
+    valid = batch.layout.valid[:, None, :, None]
     out = model(**batch.inputs, use_cache=True, output_hidden_states=True)
     for i in (0, L - 1):
         keys = decoder.key(i, out.hidden_states[i], *tables)
@@ -149,11 +153,89 @@ def test_encoder_queries_and_keys_give_its_attention(model, singles):
     close(*found["audio"])
 
 
-def test_positions_equal_the_model_s_own(processor, singles, family):
-    plain = {k: v for k, v in singles[0].inputs.items() if k != "position_ids"}
+def test_positions_equal_the_model_s_own(family, singles):
+    "Of the prompt and of what is generated behind it."
+    one = singles[0]
+    stock = {k: v for k, v in one.inputs.items() if k != "position_ids"}
+    stock["use_audio_in_video"] = True
     twin = tiny.thinker(family)  # a plain forward writes rope_deltas
-    ours = twin(**singles[0].inputs).logits
-    assert torch.equal(ours, twin(**plain, use_audio_in_video=True).logits)
+    ours = twin(**one.inputs).logits
+    assert torch.equal(ours, twin(**stock).logits)
+    assert generated(twin, one) == generated(tiny.thinker(family), replace(one, inputs=stock))
+
+
+def test_nothing_is_left_on_the_model(model, batch, samples, processor):
+    def state():
+        return {
+            name: (*sorted(vars(m)), *m._forward_hooks, *m._forward_pre_hooks, m.training)
+            for name, m in model.named_modules()
+        }
+
+    before = state(), getattr(model, "rope_deltas", None)
+    score_choices(model, encode(model, processor, samples))
+    Decoder(model).inputs(batch.inputs)
+    with pytest.raises(RuntimeError), last_logits_only(model):
+        raise RuntimeError
+    assert (state(), getattr(model, "rope_deltas", None)) == before
+
+
+def test_answers_are_appended(model, processor, samples, batch):
+    answers = ["red", "green circle", "B. green"]
+    forced = encode(model, processor, samples, answers=answers)
+    assert forced.answer_length.tolist() == [1, 2, 2]
+    rows = zip(forced.inputs["input_ids"], forced.answer_spans)
+    assert [processor.tokenizer.decode(row[a:b]) for row, (a, b) in rows] == answers
+    assert torch.equal(forced.position_ids[:, 1, -3], batch.position_ids[:, 1, -1])
+    assert (forced.layout.modality[:, -1] == TEXT).all()
+
+
+def test_scores_equal_separate_forwards(model, processor, samples):
+    "Of the whole text, and of the letter; a sample may have fewer choices."
+    some = [replace(samples[0], choices=("red", "green circle")), *samples[1:]]
+    scores = score_choices(model, encode(model, processor, some))
+    for i, s in enumerate(some):
+        for c, text in enumerate(s.answer_texts):
+            e = encode(model, processor, [s], answers=[text])
+            ((a, b),) = e.answer_spans
+            logp = model(**e.inputs).logits[0, a - 1 : b - 1].log_softmax(-1)
+            slow = logp[torch.arange(b - a), e.inputs["input_ids"][0, a:b]]
+            expected = slow.mean(), slow[0] if s.lettered else np.nan
+            got = scores.mean[i, c], scores.letters[i, c]
+            np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert scores.mean.isnan().tolist() == [[False, False, True, True], *[[False] * 4] * 2]
+    assert scores.best[0] in (0, 1)
+
+
+def test_window_order_stays_within_grids(model):
+    index = TowerAttention(model, "visual").window_order(torch.tensor([[2, 8, 8]]))
+    assert sorted(index.tolist()) == list(range(32)) and (index[:16] < 16).all()
+
+
+def test_frame_rate_is_the_true_one(family, model, processor):
+    "Four frames a second: twice the grids per second, so that positions advance half as fast."
+    slow, fast = (
+        encode(model, processor, [tiny.ask("", tiny.clip(0, fps=fps))]) for fps in (2.0, 4.0)
+    )
+    rates = [e.inputs["video_second_per_grid"].tolist() for e in (slow, fast)]
+    assert rates == [[1.0], [0.5]]
+    visual = [e.layout.counts()["visual"].item() for e in (slow, fast)]
+    assert visual[1] == 2 * visual[0]
+    times = fast.position_ids[0, 0][fast.layout.visual[0]].unique()
+    expected = (torch.arange(8) * PER_SECOND[family] / 2).long()
+    assert torch.equal((times - times[0]).long(), expected)
+
+
+def test_long_sound_and_frames_of_odd_number(family, model, processor):
+    "The extractor's chunk is 30 s; what comes after it must not vanish. Seven frames: four grids."
+    clips = tiny.clip(0, 33, sight=False), replace(tiny.clip(1, 3.5), waveform=None)
+    long, odd = (encode(model, processor, [tiny.ask("", c)]).layout.counts() for c in clips)
+    assert long["audio"].item() == 33 * PER_SECOND[family]
+    assert odd["visual"].item() == 4 * 6
+
+
+def test_sound_of_another_rate_is_refused(model, processor):
+    with pytest.raises(ValueError, match="8000 samples a second"):
+        encode(model, processor, [tiny.ask("", replace(tiny.clip(0), sample_rate=8000))])
 
 
 # ---------------------------------------------------------------- pruned passes
@@ -163,25 +245,15 @@ def test_positions_equal_the_model_s_own(processor, singles, family):
     "name, attention", [("empty", "sdpa"), ("ones", "sdpa"), ("ones", "eager")]
 )
 def test_keeping_all_changes_no_bit(models, batch, name, attention):
-    model, options = (
-        models[attention],
-        dict(
-            max_new_tokens=3,
-            min_new_tokens=3,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        ),
-    )
-    full, generated = model(**batch.inputs).logits, model.generate(**batch.inputs, **options)
+    model = models[attention]
+    more = dict(output_logits=True, return_dict_in_generate=True)
+    answer = lambda: model.generate(**batch.inputs, max_new_tokens=3, do_sample=False, **more)
+    full, generated = model(**batch.inputs).logits, answer()
     with prune(model, KEEP_ALL[name]) as run:
         assert torch.equal(model(**batch.inputs).logits, full)
-        again = model.generate(**batch.inputs, **options)
-    assert (
-        torch.equal(again.sequences, generated.sequences)
-        and torch.equal(torch.cat(again.logits), torch.cat(generated.logits))
-        and run.kept == {}
-    )
+        again = answer()
+    assert torch.equal(again.sequences, generated.sequences) and run.kept == {}
+    assert torch.equal(torch.cat(again.logits), torch.cat(generated.logits))
 
 
 @pytest.mark.parametrize(
@@ -201,12 +273,9 @@ def test_equals_a_plain_loop(models, singles, name, attention):
 
 @pytest.mark.parametrize("kv", ["evict", "retain"])
 def test_generate_equals_singles(model, batch, singles, kv):
-    options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
     with prune(model, PLANS["together"], kv=kv):
-        together = model.generate(**batch.inputs, **options)[:, -4:]
-        assert together.tolist() == [
-            model.generate(**one.inputs, **options)[0, -4:].tolist() for one in singles
-        ]
+        alone = [generated(model, one, 4)[0] for one in singles]
+        assert generated(model, batch, 4) == alone
 
 
 def test_text_asks_for_each_sample_alone(model, batch, singles):
@@ -247,16 +316,14 @@ def test_deepstack_is_cut_with_the_sequence(family, model, singles):
 def test_full_model_equals_its_thinker(family, processor, samples):
     full = tiny.full(family)
     one = encode(full, processor, samples[:1])
-    with prune(full, PLANS["together"]) as run:
-        logits = full.thinker(**one.inputs).logits
-        scores = score_choices(full, one).mean
-    with prune(full.thinker, PLANS["together"]) as alone:
-        assert torch.equal(full.thinker(**one.inputs).logits, logits) and torch.equal(
-            score_choices(full.thinker, one).mean, scores
-        )
-    assert [k.tolist() for v in run.kept.values() for k in v] == [
-        k.tolist() for v in alone.kept.values() for k in v
-    ] and run.kept
+
+    def found(model):
+        with prune(model, PLANS["together"]) as run:
+            logits, scores = full.thinker(**one.inputs).logits, score_choices(model, one).mean
+        return logits, scores, *(k for rows in run.kept.values() for k in rows)
+
+    ours, alone = found(full), found(full.thinker)
+    assert len(ours) == len(alone) > 2 and all(map(torch.equal, ours, alone))
 
 
 def test_speech(family, processor, samples):

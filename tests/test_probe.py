@@ -15,7 +15,6 @@ from seats_analysis.models.decoder import Decoder
 from seats_analysis.inputs.layout import Modality
 from seats_analysis.inputs.media import Clip
 from seats_analysis.inputs.samples import Sample
-from seats_analysis.models.families import hash_weights
 from seats_analysis.storage.schemas import load_profile, save_profile
 from seats_analysis.models.provenance import sample_rows
 from seats_analysis.probing.run import PROBE_METHODS, probe_dependency
@@ -234,9 +233,9 @@ def test_coordinates_and_attributes(model, samples, profile):
     )
     assert profile["clip"].values.tolist() == ["clip0", "clip1", "clip2", ""]
     assert profile.correct.dtype == bool and profile.nll.attrs["units"] == "nats"
-    assert profile.attrs["weights_sha256"] == hash_weights(model) and profile.attrs[
-        "data_sha256"
-    ] == digest(sample_rows(samples))
+    assert profile.attrs["weights_sha256"] == adapter_for(model).hash_weights(
+        model
+    ) and profile.attrs["data_sha256"] == digest(sample_rows(samples))
     assert {
         "model",
         "revision",
@@ -250,12 +249,13 @@ def test_coordinates_and_attributes(model, samples, profile):
 
 
 def test_hashes_notice_changes(model, samples):
-    before = hash_weights(model)
-    weight = adapter_for(model).lm_head(model).weight
+    adapter = adapter_for(model)
+    before = adapter.hash_weights(model)
+    weight = adapter.lm_head(model).weight
     kept = weight[0, 0].item()
     with torch.no_grad():
         weight[0, 0] += 1
-    changed = hash_weights(model)
+    changed = adapter.hash_weights(model)
     with torch.no_grad():
         weight[0, 0] = kept  # subtracting again would leave a rounding error
     assert changed != before

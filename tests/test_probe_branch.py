@@ -21,13 +21,12 @@ from seats_analysis.probing.selectors import (
     all_but_sinks,
     check_removed,
     every_token,
-    mark,
     random_fraction,
     time_window,
 )
 from seats_analysis.probing.branches import Tail, Traversal, branch_scores, removal_scores
 from seats_analysis.statistics.intervals import crossings, monotone_fit
-from seats_analysis.probing.run import TokenLimit, family_curves, next_layers, probe_dependency
+from seats_analysis.probing.run import family_curves, next_layers, probe_dependency, within_memory
 
 VISUAL, AUDIO, TEXT, IMAGE, PAD = Modality
 
@@ -329,7 +328,7 @@ def test_selectors_remove_what_they_say(model, processor, samples):
     watch = lambda view: views.append(view) or view.media
     branches.marks_of(stream, encoded, {"watch": watch})
     view = views[0]
-    gone = lambda s: mark(s, view).nonzero()[:, 0].tolist()
+    gone = lambda s: view.mark(s).nonzero()[:, 0].tolist()
     where = lambda mask: mask[0].nonzero()[:, 0].tolist()
     assert gone(time_window(1)) == where(layout.window == 1) and gone(
         every_token(("audio",))
@@ -357,7 +356,7 @@ def test_chance_is_drawn_for_every_clip():
     "Clips of the same layout do not lose the same positions."
     kind = torch.tensor([VISUAL, AUDIO] * 20, dtype=torch.int8)
     one = View(kind, torch.zeros(40), torch.zeros(40), "a", LAYERS)
-    gone = lambda view: mark(random_fraction(0.5), view).nonzero()[:, 0].tolist()
+    gone = lambda view: view.mark(random_fraction(0.5)).nonzero()[:, 0].tolist()
     assert gone(one) == gone(replace(one)) != gone(replace(one, clip="b"))
 
 
@@ -481,7 +480,7 @@ def test_running_out_of_memory_halves_the_budget_and_goes_on(
 
 def test_other_errors_are_not_taken_for_memory():
     with pytest.raises(RuntimeError, match="shape"):
-        TokenLimit(8).run(lambda tokens: (_ for _ in ()).throw(RuntimeError("shape mismatch")), 1)
+        within_memory(lambda tokens: (_ for _ in ()).throw(RuntimeError("shape mismatch")), 8, 1)
 
 
 def test_a_batch_holds_no_more_than_the_budget(model, processor, samples, monkeypatch):
@@ -717,7 +716,7 @@ def test_qwen3_omni_deepstack_matters(qwen3, monkeypatch):
         )["audio", 2].answer
     )
     whole = run()
-    monkeypatch.setattr(branches.DeepStack, "terms", lambda seen: ())
+    monkeypatch.setattr(branches.Decoder, "deepstack_terms", lambda *seen: ())
     assert (run() - whole).abs().max() > 1e-3
 
 

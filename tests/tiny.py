@@ -1,6 +1,8 @@
 """Small random models of every family, built from the real configuration classes, with a processor
 for each and clips to feed them."""
 
+from contextlib import ExitStack
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,8 @@ from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.testbed import load
 
-FAMILIES = "qwen2.5-omni", "qwen3-omni"
+CLASSES = {"qwen2.5-omni": "Qwen2_5Omni", "qwen3-omni": "Qwen3OmniMoe"}
+FAMILIES = tuple(CLASSES)
 LAYERS = 6
 
 
@@ -69,29 +72,17 @@ def three():
 
 
 def processor(family):
-    if family == "qwen2.5-omni":
-        return load.build_processor()
-    pixels = dict(
-        size=dict(shortest_edge=28 * 28, longest_edge=64 * 28 * 28),
-        patch_size=14,
-        temporal_patch_size=2,
-        merge_size=2,
-    )
-    hearing = transformers.WhisperFeatureExtractor(
-        feature_size=16,
-        sampling_rate=16000,
-        hop_length=160,
-        n_fft=400,
-        chunk_length=30,
-        return_attention_mask=True,
-    )
-    return transformers.Qwen3OmniMoeProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(**pixels),
-        tokenizer=load.build_tokenizer(),
-        chat_template=load.CHAT_TEMPLATE,
-        video_processor=transformers.Qwen2VLVideoProcessor(**pixels, do_sample_frames=False),
-        feature_extractor=hearing,
-    )
+    made = load.build_processor(family)
+    if family == "qwen3-omni":
+        made.feature_extractor = transformers.WhisperFeatureExtractor(
+            feature_size=16,
+            sampling_rate=16000,
+            hop_length=160,
+            n_fft=400,
+            chunk_length=30,
+            return_attention_mask=True,
+        )
+    return made
 
 
 def tight_processor():
@@ -102,81 +93,26 @@ def tight_processor():
     return processor
 
 
-def _qwen25(layers):
-    config = load.build_config(layers=layers, tower=32)
-    # windows of 2 x 2 cells, so that the tower does reorder its tokens
-    config.vision_config.window_size = 2 * 28
-    return config
-
-
-def _qwen3(layers):
-    ids = {w: i for i, w in enumerate(load.vocabulary())}
-
-    def token(name):
-        return ids[load.SPECIAL[name]]
-
-    text = dict(
-        vocab_size=len(ids),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=48,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        eos_token_id=1,
-        rope_parameters=dict(
-            rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2], mrope_interleaved=True
-        ),
-    )
-    vision = dict(
-        depth=4,
-        hidden_size=32,
-        intermediate_size=64,
-        num_heads=2,
-        out_hidden_size=64,
-        patch_size=14,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
-        num_position_embeddings=64,
-        deepstack_visual_indexes=[0, 1, 2],
-    )
-    audio = dict(
-        num_mel_bins=16,
-        encoder_layers=2,
-        encoder_attention_heads=2,
-        encoder_ffn_dim=64,
-        d_model=32,
-        n_window=50,
-        n_window_infer=200,
-        output_dim=64,
-        downsample_hidden_size=8,
-    )
-    return transformers.Qwen3OmniMoeThinkerConfig(
-        text_config=text,
-        vision_config=vision,
-        audio_config=audio,
-        tie_word_embeddings=False,
-        position_id_per_seconds=13,
-        seconds_per_chunk=2,
-        image_token_id=token("image_token"),
-        video_token_id=token("video_token"),
-        audio_token_id=token("audio_token"),
-        vision_start_token_id=token("vision_bos_token"),
-        vision_end_token_id=token("vision_eos_token"),
-        audio_start_token_id=token("audio_bos_token"),
-        audio_end_token_id=token("audio_eos_token"),
-        pad_token_id=0,
-        user_token_id=ids["user"],
-    )
+QWEN3 = dict(  # where its configuration is not that of the testbed
+    text_config=dict(intermediate_size=64, moe_intermediate_size=48),
+    vision_config=dict(depth=4, deepstack_visual_indexes=[0, 1, 2]),
+    audio_config=dict(num_mel_bins=16, n_window_infer=200, downsample_hidden_size=8),
+)
 
 
 def config(family, layers=LAYERS):
-    return (_qwen25 if family == "qwen2.5-omni" else _qwen3)(layers)
+    if family == "qwen2.5-omni":
+        made = load.build_config(layers=layers, tower=32)
+        # windows of 2 x 2 cells, so that the tower does reorder its tokens
+        made.vision_config.window_size = 2 * 28
+        return made
+    made = load.build_config(family, layers, width=64, tower=32)
+    made.position_id_per_seconds = 13
+    made.text_config.rope_parameters["mrope_section"] = [4, 2, 2]
+    for part, values in QWEN3.items():
+        for name, value in values.items():
+            setattr(getattr(made, part), name, value)
+    return made
 
 
 def randomise(model, seed=0):
@@ -196,10 +132,7 @@ def randomise(model, seed=0):
 
 
 def thinker(family, layers=LAYERS, attention="sdpa", seed=0):
-    cls = {
-        "qwen2.5-omni": transformers.Qwen2_5OmniThinkerForConditionalGeneration,
-        "qwen3-omni": transformers.Qwen3OmniMoeThinkerForConditionalGeneration,
-    }[family]
+    cls = getattr(transformers, CLASSES[family] + "ThinkerForConditionalGeneration")
     settings = config(family, layers)
     return randomise(cls._from_config(settings, attn_implementation=attention), seed)
 
@@ -243,20 +176,18 @@ def tower_attention(model, inputs):
     from seats_analysis.models.attention import TowerAttention
     from seats_analysis.models.decoder import Decoder
 
-    seen, hooks = {}, []
+    seen = {}
     parts = {m: TowerAttention(model, m) for m in ("visual", "audio")}
-    for name, part in parts.items():
+    with ExitStack() as stack:
+        for name, part in parts.items():
 
-        def note(m, args, kwargs, output, name=name):
-            hidden = args[0] if args else kwargs["hidden_states"]
-            seen[name] = hidden, kwargs.get("position_embeddings"), kwargs["cu_seqlens"], output
+            def note(m, args, kwargs, output, name=name):
+                hidden = args[0] if args else kwargs["hidden_states"]
+                rotary = kwargs.get("position_embeddings")
+                seen[name] = hidden, rotary, kwargs["cu_seqlens"], output
 
-        hooks.append(part.module.register_forward_hook(note, with_kwargs=True))
-    try:
+            stack.callback(part.module.register_forward_hook(note, with_kwargs=True).remove)
         Decoder(model).inputs(inputs)
-    finally:
-        for h in hooks:
-            h.remove()
     found = {}
     for name, part in parts.items():
         m = part.module
@@ -334,7 +265,7 @@ def _speech3():
         speaker_id={"ethan": 3},
     )
     wave = dict(**small, codebook_size=64, num_quantizers=4, decoder_dim=32)
-    ids = {w: i for i, w in enumerate(load.vocabulary())}
+    ids = load.word_ids()
     return dict(
         talker_config=talker,
         code2wav_config=wave,
@@ -349,14 +280,10 @@ def _speech3():
 
 def full(family, speech=False, layers=LAYERS):
     "The model around the thinker, with or without talker."
-    name, more = {
-        "qwen2.5-omni": ("Qwen2_5Omni", _speech25),
-        "qwen3-omni": ("Qwen3OmniMoe", _speech3),
-    }[family]
+    name = CLASSES[family]
+    talker = (_speech25 if family == "qwen2.5-omni" else _speech3)() if speech else {}
     settings = getattr(transformers, name + "Config")(
-        thinker_config=config(family, layers).to_dict(),
-        enable_audio_output=speech,
-        **(more() if speech else {}),
+        thinker_config=config(family, layers).to_dict(), enable_audio_output=speech, **talker
     )
     model = randomise(getattr(transformers, name + "ForConditionalGeneration")(settings))
     if speech and family == "qwen2.5-omni":

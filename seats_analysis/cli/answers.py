@@ -132,7 +132,7 @@ def run(
         writable(kept, "kept", overwrite)
     from seats_analysis.evaluation.answer import Answer, clip_sample
     from seats_analysis.models.encode import encode
-    from seats_analysis.models.families import adapter_for, hash_weights
+    from seats_analysis.models.families import adapter_for
     from seats_analysis.schedules.choose import blocks_of, solve_schedules
     from seats_analysis.schedules.schedule import Schedule
 
@@ -153,7 +153,7 @@ def run(
     adapter = adapter_for(model)
     name = adapter.name(model)
     if plan:
-        plan.check_model(adapter.num_layers(model), name, lambda: hash_weights(model))
+        plan.check_model(adapter.num_layers(model), name, lambda: adapter.hash_weights(model))
     if compare:
         found = Answer.compared(model, processor, encoded, plan, max_new_tokens=max_tokens)
         answer = found["pruned"]

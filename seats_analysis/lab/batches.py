@@ -13,31 +13,8 @@ from functools import cache
 import numpy as np
 
 from ..inputs.samples import Sample
-from ..testbed.load import RATE, build_feature_extractor, word_ids
-from seats_analysis.testbed.task import (
-    CAPTION,
-    COLOURS,
-    COLS,
-    DAYS,
-    KINDS,
-    LIGHTS,
-    NEEDS,
-    ORDINALS,
-    PITCHES,
-    PLACES,
-    POOLS,
-    ROWS,
-    SAMPLE_RATE,
-    SHAPES,
-    WINDOW_SECONDS,
-    WINDOWS,
-    ask,
-    can_ask,
-    caption,
-    make_scene,
-    render_frames,
-    render_waveform,
-)
+from ..testbed.load import build_processor, text_ids
+from ..testbed.task import POOLS, Scene
 
 # %% ../../nbs/lab/00_batches.ipynb #f2b7099e
 @dataclass(frozen=True)
@@ -68,11 +45,29 @@ class TrainConfig:
     eval_clips: int = 96
     threads: int = 1
 
+    def is_told(self, step):
+        "Whether a step is made of captions instead of clips: at first all are, later some."
+        return step < self.text_steps or step % self.text_every == 0
+
+    def windows(self, step):
+        "Length of the scenes of a step: short clips come before long ones."
+        if self.is_told(step):
+            return 2 + step % 3
+        return 2 if step < self.short_until else Scene.WINDOWS
+
+    def learning_rate(
+        self,
+        step,
+        part,  # 'decoder' or 'towers'
+    ):
+        "Warm-up, again when the towers come; constant; linear decay at the end."
+        told = step < self.text_steps
+        peak = self.tower_lr if part == "towers" else self.text_lr if told else self.lr
+        warm = (step - self.text_steps * (not told) + 1) / self.warmup
+        left = (self.steps - step) / (self.decay * self.steps)
+        return peak * min(1, warm, max(0.01, left))
+
 # %% ../../nbs/lab/00_batches.ipynb #09c2bc08
-def text_ids(text):
-    return [word_ids()[w] for w in text.split()]
-
-
 @dataclass(frozen=True)
 class Branch:
     "What stands behind a clip or caption, and what of it is predicted."
@@ -106,16 +101,16 @@ def _drill(rng, kind):
     return Branch(text_ids(f"{listed} {again}"), range(9, 16, 2), blind=True)
 
 
-_WORDS = [word for pool in POOLS for word in pool]
+_WORDS = [word for pool in POOLS.values() for word in pool]
 
 
 def _facts(scene, rng):
     "Two tables, then what the scene tells, three words each, of which the last is predicted."
     table = {}
-    for pool in (COLOURS, PITCHES):
+    for pool in (POOLS["colour"], POOLS["pitch"]):
         keys = rng.sample(list(pool), len(pool))
-        table.update(zip(keys, rng.sample(DAYS, len(pool))))
-    facts = [("light", ORDINALS[w], light) for w, light in enumerate(scene.lights)]
+        table.update(zip(keys, rng.sample(POOLS["day"], len(pool))))
+    facts = [("light", scene.ORDINALS[w], light) for w, light in enumerate(scene.lights)]
     facts += [("day", key, table[key]) for key in rng.sample(list(table), 4)]
     for t in scene.things:
         facts += [("colour", t.shape, t.colour), ("shape", t.colour, t.shape)]
@@ -134,16 +129,15 @@ def _facts(scene, rng):
 
 def _all_families(scene, rng):
     "Each family that can be asked once, in random order, then again. Endless."
-    pool = [family for family in NEEDS if can_ask(scene, family)]
     while True:
-        yield from rng.sample(pool, len(pool))
+        yield from rng.sample(scene.families, len(scene.families))
 
 
 def branches(scene, rng, c: TrainConfig, first=(), early=0.0):
     "Branches of one row: the given ones, then questions as long as there is room."
     out = list(first)
     for family in _all_families(scene, rng):
-        sample = ask(scene, family, rng, lettered=rng.random() < c.letters)
+        sample = scene.ask(family, rng, lettered=rng.random() < c.letters)
         blind = family == "control" and rng.random() < c.blind
         short = rng.randint(1, 3 + (not sample.lettered)) if rng.random() < early else 0
         out.append(_question(sample, blind, short))
@@ -165,54 +159,45 @@ def patchify(
     return x.sub_(mean).div_(std).flatten(1)
 
 
-_extractor = cache(build_feature_extractor)
+_processor = cache(build_processor)
 
 
 def features(scenes, family):
     "Pixel patches and mel features (N, 64, frames), straight from the renderer: no codec."
     import torch
 
-    patches = patchify(torch.from_numpy(np.stack([render_frames(s) for s in scenes])))
+    patches = patchify(torch.from_numpy(np.stack([s.frames() for s in scenes])))
     how = dict(padding="longest", truncation=False, return_attention_mask=True)
-    waves = [render_waveform(s) for s in scenes]
-    found = _extractor(family)(waves, sampling_rate=SAMPLE_RATE, return_tensors="pt", **how)
+    waves = [s.waveform() for s in scenes]
+    extract = _processor(family).feature_extractor
+    found = extract(waves, sampling_rate=Scene.SAMPLE_RATE, return_tensors="pt", **how)
     return patches, found.input_features[..., : int(found.attention_mask[0].sum())]
 
 # %% ../../nbs/lab/00_batches.ipynb #6c06ea74
-READ = dict(  # tower (0 vision, 1 audio) and values; class 0 is nothing
-    colour=(0, COLOURS),
-    shape=(0, SHAPES),
-    place=(0, PLACES),
-    light=(0, LIGHTS),
-    pitch=(1, PITCHES),
-    kind=(1, KINDS),
-)
-
-
 def hints(
     scenes,  # of one length
 ):  # name -> (B, tokens of its tower) int64 classes, -100 where nothing is asked
     "What is to be read from each token of the towers."
     import torch
 
-    cells = ROWS * COLS
-    seconds = int(scenes[0].seconds)
-    tokens = (cells * seconds, RATE * seconds)
+    cells = Scene.ROWS * Scene.COLS
+    seconds = scenes[0].seconds
+    tokens = (cells * seconds, Scene.AUDIO_RATE * seconds)
     out = {
         name: torch.zeros(len(scenes), tokens[tower], dtype=torch.long)
-        for name, (tower, _) in READ.items()
+        for name, tower in Batch.READ.items()
     }
-    number = {name: {v: i for i, v in enumerate(values, 1)} for name, (_, values) in READ.items()}
+    number = {name: {v: i for i, v in enumerate(POOLS[name], 1)} for name in Batch.READ}
     for b, scene in enumerate(scenes):
         for w, light in enumerate(scene.lights):
             out["light"][b, 2 * cells * w : 2 * cells * (w + 1)] = number["light"][light]
         for t in scene.things:
-            at = cells * (2 * t.window + t.second) + COLS * t.row + t.col
+            at = cells * (2 * t.window + t.second) + Scene.COLS * t.row + t.col
             out["light"][b, at] = -100
             for name in ("colour", "shape", "place"):
                 out[name][b, at] = number[name][getattr(t, name)]
         for s in scene.sounds:
-            start = int(RATE * (s.window * WINDOW_SECONDS + s.onset))
+            start = int(Scene.AUDIO_RATE * (s.window * Scene.WINDOW_SECONDS + s.onset))
             for name in ("pitch", "kind"):
                 out[name][b, start : start + 3] = -100
                 out[name][b, start + 1] = number[name][getattr(s, name)]
@@ -229,58 +214,51 @@ class Batch:
     mel: object = None  # (B, 64, frames)
     hints: dict | None = None  # of `hints`
 
+    # what linear read-outs find in each token, and of which tower: 0 vision, 1 audio
+    READ = dict(colour=0, shape=0, place=0, light=0, pitch=1, kind=1)
 
-def _is_told(step, c: TrainConfig):
-    "Whether a step is made of captions instead of clips: at first all are, later some."
-    return step < c.text_steps or step % c.text_every == 0
+    @classmethod
+    def of_step(cls, step, c: TrainConfig):
+        "A function of seed and step: text with drills, or clips with captions."
+        rng = random.Random(f"batch {c.seed} {step}")
+        told = c.is_told(step)
+        scenes = _draw_scenes(rng, c, told, c.windows(step))
+        drills = (3 if step < c.drills_until else 1) if told else 0
+        rows = []
+        for scene in scenes:
+            first = [_drill(rng, (i + 2) % 3) for i in range(drills)]
+            first.append(_facts(scene, rng))
+            if not told:
+                asked = Sample("", None, scene.CAPTION, (scene.caption(),), 0)
+                first.append(_question(asked))
+            rows.append(branches(scene, rng, c, first, c.early * told))
+        return cls._of(scenes, rows, c, told)
+
+    @classmethod
+    def held_out(cls, i, c: TrainConfig, told):
+        "Questions alone, on scenes that are never trained on."
+        rng = random.Random(f"batch {c.seed} eval {i}")
+        scenes = _draw_scenes(rng, c, told, Scene.WINDOWS, first_seed=10**5)
+        return cls._of(scenes, [branches(scene, rng, c) for scene in scenes], c, told)
+
+    @classmethod
+    def _of(cls, scenes, rows, c, told):
+        if told:
+            captions = [text_ids(f"<|im_start|> user {s.caption()} .") for s in scenes]
+            return cls(rows, captions=captions)
+        patches, mel = features(scenes, c.family)
+        return cls(rows, patches=patches, mel=mel, hints=hints(scenes))
 
 
 def _draw_scenes(rng, c: TrainConfig, told, windows, first_seed=10**6):
     "Those of one batch."
     n = c.text_batch if told else c.batch
     seeds = [rng.randrange(first_seed, 10 * first_seed) for _ in range(n)]
-    return [make_scene(seed, windows) for seed in seeds]
-
-
-def _windows(step, c: TrainConfig):
-    "Length of the scenes of a step: short clips come before long ones."
-    if _is_told(step, c):
-        return 2 + step % 3
-    return 2 if step < c.short_until else WINDOWS
+    return [Scene.draw(seed, windows) for seed in seeds]
 
 
 def training_scenes(c: TrainConfig):
     "Every scene that a run has seen or was told."
     for step in range(c.steps):
         rng = random.Random(f"batch {c.seed} {step}")
-        yield from _draw_scenes(rng, c, _is_told(step, c), _windows(step, c))
-
-
-def training_batch(step, c: TrainConfig) -> Batch:
-    "The batch of a step, a function of seed and step: text with drills, or clips with captions."
-    rng = random.Random(f"batch {c.seed} {step}")
-    told = _is_told(step, c)
-    scenes = _draw_scenes(rng, c, told, _windows(step, c))
-    drills = (3 if step < c.drills_until else 1) if told else 0
-    rows = []
-    for scene in scenes:
-        first = [_drill(rng, (i + 2) % 3) for i in range(drills)]
-        first.append(_facts(scene, rng))
-        if not told:
-            first.append(_question(Sample("", None, CAPTION, (caption(scene),), 0)))
-        rows.append(branches(scene, rng, c, first, c.early * told))
-    return _batch_of(scenes, rows, c, told)
-
-
-def held_out_batch(i, c: TrainConfig, told) -> Batch:
-    "Questions alone, on scenes that are never trained on."
-    rng = random.Random(f"batch {c.seed} eval {i}")
-    scenes = _draw_scenes(rng, c, told, WINDOWS, first_seed=10**5)
-    return _batch_of(scenes, [branches(scene, rng, c) for scene in scenes], c, told)
-
-
-def _batch_of(scenes, rows, c, told):
-    if told:
-        return Batch(rows, captions=[text_ids(f"<|im_start|> user {caption(s)} .") for s in scenes])
-    patches, mel = features(scenes, c.family)
-    return Batch(rows, patches=patches, mel=mel, hints=hints(scenes))
+        yield from _draw_scenes(rng, c, c.is_told(step), c.windows(step))

@@ -163,7 +163,7 @@ def transfer(
     out = output_file(out, profile, "results/task_sensitivity.json", "sensitivity", overwrite)
     from seats_analysis.evaluation.load import load_samples
     from seats_analysis.lab.transfer import TaskSchedules
-    from seats_analysis.models.families import hash_weights
+    from seats_analysis.models.families import adapter_for
     from seats_analysis.schedules.choose import stored_tokens
 
     stored = load_profile(profile)
@@ -171,7 +171,7 @@ def transfer(
     prepare()
     name = str(stored.attrs["model"])
     model, processor = load_model(name if name in TESTBEDS else "testbed", "cpu")
-    if stored.attrs.get("weights_sha256") != hash_weights(model):
+    if stored.attrs.get("weights_sha256") != adapter_for(model).hash_weights(model):
         raise ValueError(
             "the profile was measured on other weights than the testbed has: "
             "make one with `seats probe`"

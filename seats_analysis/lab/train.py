@@ -16,18 +16,11 @@ import numpy as np
 
 from ..inputs.samples import Sample
 from ..models.encode import encode
-from ..models.families import adapter_for, hash_weights
+from ..models.families import adapter_for
 from ..storage.files import atomic_write
-from seats_analysis.lab.batches import (
-    READ,
-    Batch,
-    TrainConfig,
-    held_out_batch,
-    text_ids,
-    training_batch,
-)
-from ..testbed.load import build_model, build_processor, word_ids
-from ..testbed.task import COLS, ROWS, make_scene, render_clip
+from .batches import Batch, TrainConfig
+from ..testbed.load import build_model, build_processor, text_ids
+from ..testbed.task import POOLS, Scene
 
 # %% ../../nbs/lab/00_train.ipynb #ba317bc5
 def fast_vision(model):
@@ -50,10 +43,10 @@ def fast_vision(model):
 @cache
 def media_prefix(family, windows):
     "Token ids (P,) and M-RoPE positions (3, P) of all that precedes the question."
-    clip = Sample("", render_clip(make_scene(0, windows)), "?", (), -1)
+    clip = Sample("", Scene.draw(0, windows).clip(), "?", (), -1)
     encoded = encode(build_model(family, 1), build_processor(family), [clip])
     ids = encoded.inputs["input_ids"][0]
-    end = ids.tolist().index(word_ids()["?"])
+    end = ids.tolist().index(*text_ids("?"))
     return ids[:end], encoded.position_ids[:, 0, :end]
 
 
@@ -74,8 +67,10 @@ def embed_clips(model, batch, family):
 
     parts = adapter_for(model)
     B = len(batch.branches)
-    grids = len(batch.patches) // (4 * ROWS * COLS * B)
-    grid = torch.tensor([[grids, 2 * ROWS, 2 * COLS]] * B)
+    rows = 2 * Scene.ROWS
+    cols = 2 * Scene.COLS
+    grids = len(batch.patches) // (rows * cols * B)
+    grid = torch.tensor([[grids, rows, cols]] * B)
     vision = parts.visual(model)(batch.patches, grid_thw=grid)
     mel = batch.mel.permute(1, 0, 2).flatten(1)
     lengths = torch.tensor([batch.mel.shape[-1]] * B)
@@ -84,8 +79,9 @@ def embed_clips(model, batch, family):
 
     ids, positions = media_prefix(family, grids // 2)
     media = model.get_input_embeddings()(ids).expand(B, -1, -1).clone()
-    visual = ids == word_ids()["<|VIDEO|>"]
-    media[:, visual], media[:, ids == word_ids()["<|AUDIO|>"]] = towers
+    video, audio = text_ids("<|VIDEO|> <|AUDIO|>")
+    visual = ids == video
+    media[:, visual], media[:, ids == audio] = towers
     deepstack = {}
     if features := getattr(vision, "deepstack_features", None):
         deepstack = dict(visual_pos_masks=visual.expand(B, -1), deepstack_visual_embeds=features)
@@ -171,14 +167,14 @@ def hint_loss(
 
     generator = torch.Generator().manual_seed(seed)
     loss = 0.0
-    for name, (tower, values) in READ.items():
+    for name, tower in Batch.READ.items():
         x = towers[tower]
         x = x * x.pow(2).mean(-1, keepdim=True).add(1e-6).rsqrt()
         logits = heads[name](x + noise * torch.randn(x.shape, generator=generator))
-        weight = torch.tensor([0.05] + [1.0] * len(values))
+        weight = torch.tensor([0.05] + [1.0] * (logits.shape[-1] - 1))
         asked = logits.flatten(0, 1), wanted[name].flatten()
         loss = loss + torch.nn.functional.cross_entropy(*asked, weight)
-    return loss / len(READ)
+    return loss / len(Batch.READ)
 
 # %% ../../nbs/lab/00_train.ipynb #8abfed19
 class Trainer:
@@ -204,7 +200,7 @@ class Trainer:
         fast_vision(self.model)
         width = self.model.config.text_config.hidden_size
         torch.manual_seed(config.seed)  # the read-outs are not part of the model
-        heads = {name: torch.nn.Linear(width, 1 + len(v)) for name, (_, v) in READ.items()}
+        heads = {name: torch.nn.Linear(width, 1 + len(POOLS[name])) for name in Batch.READ}
         self.heads = torch.nn.ModuleDict(heads)
         self.optimizer = self._optimizer()
         if saved:
@@ -243,7 +239,7 @@ class Trainer:
         (loss + hint).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, group["part"], self.config)
+            group["lr"] = self.config.learning_rate(self.step, group["part"])
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -257,7 +253,7 @@ class Trainer:
         right = {}
         told = self.step <= c.text_steps
         for i in range(c.eval_clips // (c.text_batch if told else c.batch)):
-            batch = held_out_batch(i, c, told)
+            batch = Batch.held_out(i, c, told)
             with torch.no_grad():
                 logits = self.model.lm_head(packed_hidden(self.model, batch, c)[0])
             for row, made in zip(logits, batch.branches):
@@ -293,15 +289,6 @@ class Trainer:
         with atomic_write(self.checkpoint) as part:
             torch.save(state, part)
 
-
-def learning_rate(step, part, c: TrainConfig):
-    "Warm-up, again when the towers come; constant; linear decay at the end."
-    told = step < c.text_steps
-    peak = c.tower_lr if part == "towers" else c.text_lr if told else c.lr
-    warm = (step - c.text_steps * (not told) + 1) / c.warmup
-    left = (c.steps - step) / (c.decay * c.steps)
-    return peak * min(1, warm, max(0.01, left))
-
 # %% ../../nbs/lab/00_train.ipynb #45838693
 def save_testbed(
     model,  # trained thinker
@@ -334,7 +321,7 @@ def train_testbed(
         range(config.steps),
         sampler=range(run.step, config.steps),
         batch_size=None,
-        collate_fn=partial(training_batch, c=config),
+        collate_fn=partial(Batch.of_step, c=config),
         num_workers=1,  # where torch runs one thread
         prefetch_factor=4,
     )
@@ -362,6 +349,8 @@ def train_testbed(
             raise
     save_testbed(run.model, config, folder)
     *rows, last = run.log.read_text().splitlines()
-    last = json.dumps(json.loads(last) | dict(weights_sha256=hash_weights(run.model)))
+    last = json.dumps(
+        json.loads(last) | dict(weights_sha256=adapter_for(run.model).hash_weights(run.model))
+    )
     run.log.write_text("\n".join([*rows, last]) + "\n")
     return run.model

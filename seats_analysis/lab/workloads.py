@@ -15,7 +15,7 @@ from ..testbed.load import TESTBEDS
 from ..inputs.media import Clip
 from ..inputs.samples import Sample
 from ..inputs.benchmarks import preset_for
-from ..models.families import FAMILIES, limit_pixels
+from ..models.families import adapter_for, published_limits
 from ..models.encode import encode
 from ..boundaries.find import Boundaries
 from ..schedules.schedule import PUBLISHED, Schedule
@@ -218,7 +218,7 @@ def bench_processor(config: str):
                 return_attention_mask=True,
             ),
         )
-    limit_pixels(processor, *preset_for("128").grid_tokens)
+    published_limits("128", processor)
     return processor
 
 # %% ../../nbs/lab/05_workloads.ipynb #fe24faa3
@@ -266,7 +266,7 @@ class Request:
 
     def tokens(self, config: str) -> dict:  # 'visual', 'audio', 'text'
         "What it is to a model, without making it."
-        family = FAMILIES[_family(config)]
+        family = adapter_for(_class(config, "ThinkerForConditionalGeneration"))
         mel = bench_processor(config).feature_extractor
         frames = round(self.seconds * (mel.sampling_rate // mel.hop_length))
         rows = family.audio_rows(frames, config_of(config).audio_config)

@@ -10,16 +10,6 @@ import torch
 from collections.abc import Mapping, Sequence
 from .families import adapter_for
 
-# %% ../../nbs/models/02_attention.ipynb #4b756c73
-def rotate(
-    x: torch.Tensor,  # (..., head size)
-    cos: torch.Tensor,  # broadcastable to x
-    sin: torch.Tensor,
-) -> torch.Tensor:
-    "Rotary embedding in the half-split layout."
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat((-b, a), -1) * sin
-
 # %% ../../nbs/models/02_attention.ipynb #ae3e7358
 class TowerAttention:
     "The last attention of one encoder: what projects its queries and keys."
@@ -29,12 +19,12 @@ class TowerAttention:
         model,
         modality: str,  # "visual" or "audio"
     ):
-        adapter = adapter_for(model)
+        self.adapter = adapter_for(model)
         if modality == "visual":
-            self.tower = adapter.visual(model)
+            self.tower = self.adapter.visual(model)
             self.module = self.tower.blocks[-1].attn
         else:
-            self.tower = adapter.audio_tower(model)
+            self.tower = self.adapter.audio_tower(model)
             self.module = self.tower.layers[-1].self_attn
         # `qkv`: the vision tower of Qwen3-Omni makes both in one
         names = ("qkv",), ("q", "k"), ("q_proj", "k_proj")
@@ -64,7 +54,7 @@ class TowerAttention:
         if rotary is None:
             return q_k
         cos, sin = (t[:, None].float() for t in rotary)
-        return tuple(rotate(x.float(), cos, sin).to(x.dtype) for x in q_k)
+        return tuple(self.adapter.rotate(x.float(), cos, sin).to(x.dtype) for x in q_k)
 
     def window_order(
         self,

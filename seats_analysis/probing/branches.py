@@ -14,12 +14,25 @@ from functools import cache
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from ..inputs.layout import Modality
+from ..inputs.samples import Sample
 from ..models.encode import Encoded
-from ..models.decoder import Decoder, DeepStack
-from .selectors import View, check_removed, mark
+from ..models.decoder import Decoder
+from .selectors import View, check_removed
 
-# %% ../../nbs/probing/01_branches.ipynb #210ac21e
-LOGITS = 2**28  # numbers that may be held at once: 1 GiB in float32
+# %% ../../nbs/probing/01_branches.ipynb #33910b76
+def _kl(full, removed):
+    "KL divergence per row of log-probabilities. (B, V), (B, V) -> (B,) float64"
+    p = full.double()
+    return (p.exp() * (p - removed.double())).sum(-1).clamp(min=0).cpu().numpy()
+
+
+def _over_best(x, answer):
+    "The right choice's value minus the best other one's; NaN if there is none. (B, C) -> (B,)"
+    rows = np.arange(len(x))
+    rest = x.copy()
+    rest[rows, answer] = np.nan
+    best = np.where(np.isnan(rest), -np.inf, rest).max(-1)
+    return np.where(np.isfinite(best), x[rows, answer] - best, np.nan)
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,26 @@ class Scores:
     mean: np.ndarray  # (B, C) float64 the same per answer token
     first: np.ndarray  # (B, C) float64 log-probability of its first token
     answer: torch.Tensor  # (B, V) float32 log-probabilities at the answer position
+
+    def metrics(
+        self,
+        samples: Sequence[Sample],  # of the batch
+        full,  # Scores of the full run
+    ) -> dict:  # name -> (B,) array
+        "What is measured. Without choices only `kl`, with one also `nll`."
+        answer = np.array([s.answer for s in samples])
+        margin = _over_best(self.mean, answer)
+        lettered = np.array([s.lettered for s in samples]) & np.isfinite(margin)
+        return dict(
+            correct=margin > 0,
+            correct_letter=np.where(lettered, _over_best(self.first, answer) > 0, np.nan),
+            nll=-self.total[np.arange(len(samples)), answer],
+            margin=margin,
+            kl=_kl(full.answer, self.answer),
+        )
+
+# %% ../../nbs/probing/01_branches.ipynb #210ac21e
+LOGITS = 2**28  # numbers that may be held at once: 1 GiB in float32
 
 
 @dataclass(frozen=True)
@@ -140,7 +173,9 @@ class Stream:
         after = decoder.thinker.get_input_embeddings()(ids)
         hidden = torch.cat([start, after.to(start.dtype)], 1)
         positions = torch.cat([encoded.position_ids[..., :shared], positions], -1)
-        deep = (pad(e[:, :shared], (0, 0, 0, ids.shape[1])) for e in DeepStack.terms(prompt))
+        deep = (
+            pad(e[:, :shared], (0, 0, 0, ids.shape[1])) for e in decoder.deepstack_terms(prompt)
+        )
         rotary = decoder.rotary_tables(hidden, positions)
         return cls(decoder=decoder, hidden=hidden, rotary=rotary, extra=tuple(deep))
 
@@ -200,7 +235,7 @@ def marks_of(stream, encoded, selectors) -> dict:  # name -> (B, N) bool
             hidden=before,
         )
         for name, selector in selectors.items():
-            removed[name][i, span] = mark(selector, view)
+            removed[name][i, span] = view.mark(selector)
     return removed
 
 # %% ../../nbs/probing/01_branches.ipynb #1044c172

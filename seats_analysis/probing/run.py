@@ -12,18 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from ..storage.provenance import digest
 from ..storage.files import Checkpoint, processes
 from ..storage.schemas import save_profile
 from ..inputs.layout import Modality
 from ..inputs.samples import Sample, check_ids
 from ..models.families import adapter_for
 from ..models.encode import encode, encode_questions
-from ..models.provenance import provenance, sample_rows
+from ..models.provenance import provenance
 from ..statistics.intervals import crossings, monotone_fit
-from .selectors import check_removed, describe, every_token
+from .selectors import check_removed, describe
 from .branches import branch_scores, removal_scores
-from .metrics import METRICS, answer_metrics
 
 # %% ../../nbs/probing/03_run.ipynb #1a38cfcf
 PROBE_METHODS = ("branch", "plain")
@@ -48,30 +46,28 @@ def units_of(samples, method, batch_size):
     return [g[i : i + size] for g in groups.values() for i in range(0, len(g), size)]
 
 
-class TokenLimit:
-    "Tokens that run as one batch; halved when memory runs out, for good."
+def within_memory(
+    work,  # function of a number of tokens that run as one batch
+    tokens: int,
+    min_tokens: int,  # of a single stream
+) -> tuple:  # what `work` gives, and the tokens that it fitted with
+    "Halve the tokens until they fit. Raises MemoryError if one stream is too long."
+    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-    def __init__(self, tokens):
-        self.tokens = tokens
-
-    def run(self, work, min_tokens):  # work: function of the limit; min_tokens: of one stream
-        "Result of `work` at a limit that fits. Raises MemoryError if one stream is too long."
-        from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-
-        while True:
-            try:
-                return work(self.tokens)
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error):
-                    raise
-            # outside of the handler, whose traceback would hold on to the tensors
-            if self.tokens <= min_tokens:
-                raise MemoryError(
-                    f"a single stream of {min_tokens} tokens does not fit into memory; "
-                    f"shorter clips or fewer frames would"
-                )
-            self.tokens = max(self.tokens // 2, 1)
-            clear_device_cache()
+    while True:
+        try:
+            return work(tokens), tokens
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+        # outside of the handler, whose traceback would hold on to the tensors
+        if tokens <= min_tokens:
+            raise MemoryError(
+                f"a single stream of {min_tokens} tokens does not fit into memory; "
+                f"shorter clips or fewer frames would"
+            )
+        tokens = max(tokens // 2, 1)
+        clear_device_cache()
 
 # %% ../../nbs/probing/03_run.ipynb #df13ee87
 def next_layers(
@@ -100,6 +96,22 @@ def next_layers(
     return sorted({l for l in wanted if 0 <= l < layers[-1]} - set(layers))
 
 # %% ../../nbs/probing/03_run.ipynb #7236378c
+METRICS = {  # name -> unit, description
+    "correct": ("1", "the right choice has the highest mean log-probability per answer token"),
+    "correct_letter": (
+        "1",
+        "the first token of the right answer beats those of the other choices; "
+        "NaN where the prompt has no letters",
+    ),
+    "nll": ("nats", "negative log-likelihood of the right answer text"),
+    "margin": (
+        "nats",
+        "the right choice's mean log-probability per token minus the best wrong one's",
+    ),
+    "kl": ("nats", "KL(full || removed) of the next-token distributions at the answer position"),
+}
+
+
 @dataclass
 class ProbeRun:
     "What is asked of every sample, and where its answers are kept."
@@ -109,7 +121,7 @@ class ProbeRun:
     samples: Sequence
     removed: dict  # name -> selector
     units: list  # of lists of sample indices
-    limit: TokenLimit | None  # None: the plain method
+    max_tokens: int | None  # that run as one batch; None: the plain method
     about: dict  # identity of the run
     checkpoint: Path | None
     shard: tuple  # (number of this process, how many there are)
@@ -124,10 +136,10 @@ class ProbeRun:
         bypassed = set(spread.round().astype(int))
 
         def work(number, unit):
-            before = self.limit and self.limit.tokens
+            before = self.max_tokens
             rows = self.rows_of([self.samples[i] for i in unit], layers, number in bypassed)
-            if self.limit and self.limit.tokens < before:
-                said = f"out of memory, now {self.limit.tokens} tokens a batch"
+            if self.max_tokens != before:
+                said = f"out of memory, now {self.max_tokens} tokens a batch"
                 checkpoint.bar.set_postfix_str(said)
             return rows
 
@@ -145,14 +157,15 @@ class ProbeRun:
     def rows_of(self, samples, layers, bypass):  # of one unit
         "Per sample: metric -> (conditions, layers) nested lists."
         media = dict(fps=self.about["fps"], max_frames=self.about["max_frames"] or None)
-        if self.limit is None:
+        if self.max_tokens is None:
             encoded = encode(self.model, self.processor, samples, **media)
             scores = removal_scores(self.model, encoded, self.removed, layers, bypass)
             return self.table(samples, scores, layers)
         rows = []
         for q in encode_questions(self.model, self.processor, samples, **media):
             run = partial(branch_scores, self.model, q, self.removed, layers, bypass=bypass)
-            scores = self.limit.run(run, min_tokens=q.shared + sum(map(len, q.tails)))
+            least = q.shared + sum(map(len, q.tails))
+            scores, self.max_tokens = within_memory(run, self.max_tokens, least)
             rows += self.table(q.samples, scores, layers)
         return rows
 
@@ -161,11 +174,11 @@ class ProbeRun:
         full = scores[None, layers[-1]]
         out = [{k: [] for k in METRICS} for _ in samples]
         if (None, layers[0]) in scores:
-            bypassed = [answer_metrics(samples, scores[None, i], full)["kl"] for i in layers]
+            bypassed = [scores[None, i].metrics(samples, full)["kl"] for i in layers]
             for i, row in enumerate(out):
                 row["bypass_kl"] = [kl[i].item() for kl in bypassed]
         for name in self.removed:
-            grid = [answer_metrics(samples, scores.get((name, i), full), full) for i in layers]
+            grid = [scores.get((name, i), full).metrics(samples, full) for i in layers]
             for i, row in enumerate(out):
                 for k in METRICS:
                     row[k].append([metrics[k][i].item() for metrics in grid])
@@ -296,26 +309,18 @@ def probe_dependency(
     layers = layers if layers == "auto" else _check_layers(layers, num_layers)
 
     settings = dict(method=method)
-    limit = None
     if method == "plain":
         settings["batch_size"] = batch_size
+        max_branch_tokens = None
     else:
         if max_branch_tokens is None:
             on_cpu = next(model.parameters()).device.type == "cpu"
             max_branch_tokens = CPU_TOKENS if on_cpu else MAX_TOKENS
         settings["max_branch_tokens"] = max_branch_tokens
-        limit = TokenLimit(max_branch_tokens)
     settings |= dict(fps=fps, max_frames=max_frames or 0, seed=seed, needs=json.dumps(needs or {}))
-    own = {
-        name: describe(selector, checkpoint is not None)
-        for name, selector in removed.items()
-        if selector != every_token((name,))
-    }
-    if own:
+    if own := describe(removed, checkpoint is not None):
         settings["selectors"] = json.dumps(own)
-    rows = sample_rows(samples)
-    about = provenance(model, processor, samples, digest(rows), **settings)
-    about["samples"] = [[s.id, digest(row)] for s, row in zip(samples, rows)]
+    about = provenance(model, processor, samples, each=True, **settings)
 
     run = ProbeRun(
         model=model,
@@ -323,7 +328,7 @@ def probe_dependency(
         samples=samples,
         removed=removed,
         units=units_of(samples, method, batch_size),
-        limit=limit,
+        max_tokens=max_branch_tokens,
         about=about,
         checkpoint=checkpoint and Path(checkpoint),
         shard=shard,

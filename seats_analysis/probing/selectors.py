@@ -40,6 +40,19 @@ class View:
         "The positions of some modalities."
         return sum(self.kind == kind for name in modalities for kind in REMOVED[name]).bool()
 
+    def mark(self, selector) -> torch.Tensor:  # (S,) bool
+        """What a selector removes. Raises ValueError unless it gives one flag a position, text
+        kept."""
+        removed = torch.as_tensor(selector(self)).cpu()
+        if removed.dtype != torch.bool or removed.shape != self.kind.shape:
+            raise ValueError(
+                f"{selector}: gave {removed.dtype} of shape {tuple(removed.shape)}, "
+                f"expected one bool for each of the {len(self.kind)} positions"
+            )
+        if (removed & ~self.media & (self.kind != Modality.IMAGE)).any():
+            raise ValueError(f"{selector}: removes text; only media tokens can be removed")
+        return removed
+
 # %% ../../nbs/probing/00_selectors.ipynb #e01b79e1
 @dataclass(frozen=True)
 class every_token:
@@ -111,26 +124,22 @@ def check_removed(removed) -> dict:  # name -> selector
     return {str(name): s if callable(s) else every_token((s,)) for name, s in named}
 
 
-def describe(selector, checkpoint: bool) -> str:
-    "What tells a selector from others. Raises ValueError where a checkpoint needs it to."
-    if is_dataclass(selector) and selector.__dataclass_params__.frozen:
-        return repr(selector)
-    if checkpoint:
-        raise ValueError(
-            f"removed: a checkpoint cannot tell {selector!r} from another selector; "
-            f"give a frozen dataclass, or probe without a checkpoint"
-        )
-    return getattr(selector, "__qualname__", type(selector).__qualname__)
-
-
-def mark(selector, view) -> torch.Tensor:  # (S,) bool
-    "What a selector removes. Raises ValueError unless it gives one flag a position, text kept."
-    removed = torch.as_tensor(selector(view)).cpu()
-    if removed.dtype != torch.bool or removed.shape != view.kind.shape:
-        raise ValueError(
-            f"{selector}: gave {removed.dtype} of shape {tuple(removed.shape)}, "
-            f"expected one bool for each of the {len(view.kind)} positions"
-        )
-    if (removed & ~view.media & (view.kind != Modality.IMAGE)).any():
-        raise ValueError(f"{selector}: removes text; only media tokens can be removed")
-    return removed
+def describe(
+    removed: Mapping,  # condition -> selector
+    checkpoint: bool,  # whether a run may be continued
+) -> dict:  # condition -> text
+    """What tells selectors of one's own from others. Raises ValueError where a checkpoint needs
+    that and nothing does."""
+    said = {}
+    for name, selector in removed.items():
+        if selector == every_token((name,)):
+            continue
+        frozen = is_dataclass(selector) and selector.__dataclass_params__.frozen
+        if checkpoint and not frozen:
+            raise ValueError(
+                f"removed: a checkpoint cannot tell {selector!r} from another selector; "
+                f"give a frozen dataclass, or probe without a checkpoint"
+            )
+        called = getattr(selector, "__qualname__", type(selector).__qualname__)
+        said[name] = repr(selector) if frozen else called
+    return said

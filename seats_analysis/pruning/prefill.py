@@ -10,7 +10,7 @@ import torch
 from dataclasses import dataclass, field
 from functools import cached_property
 from ..inputs.layout import Modality, TokenLayout
-from ..models.decoder import Decoder, DeepStack
+from ..models.decoder import Decoder
 from .base import Pruner, Stage1Inputs, Tokens, take
 from .select import query_scores, text_scores
 
@@ -118,7 +118,7 @@ class Prefill:
     tokens: Tokens  # what is in the sequence now
     media: torch.Tensor  # (T,) int64 where visual, then audio tokens lie in the flattened batch
     order: torch.Tensor | None = None  # (T_v,) int64 `visual_order`; None = in sequence
-    deep: DeepStack | None = None  # of what is in the sequence; None if the family has none
+    deep: object = None  # `DeepStack` of what is in the sequence; None if the family has none
     tables: tuple | None = None  # cos and sin of what is in the sequence; None = as handed over
     mask: torch.Tensor | None = None
     position: torch.Tensor | None = None  # (B,) of the next token
@@ -145,7 +145,9 @@ class Prefill:
         "Shorten what enters layer 0."
         embeds = kwargs["inputs_embeds"]
         positions = kwargs.get("position_ids")
-        self.deep, kwargs = DeepStack.take_out(kwargs)  # the session adds them behind each layer
+        self.deep, kwargs = Decoder.take_deepstack(
+            kwargs
+        )  # the session adds them behind each layer
         if positions is None:
             positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
         # (3, B, S): time, height and width, as the decoder would see them

@@ -400,7 +400,7 @@ class Schedule:
         self,
         num_layers,  # of the model at hand
         name="",  # of that model
-        weights=None,  # function that gives its `hash_weights`
+        weights=None,  # function that gives their hash
     ):
         """Raise ValueError if the plan was made for another number of decoder layers; warn of one
         for another model, or for other weights where it knows them."""

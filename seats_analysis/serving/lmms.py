@@ -18,7 +18,7 @@ from ..storage.files import shipped_folder
 from ..inputs.media import Clip, decode_clip
 from ..inputs.samples import Sample
 from ..inputs.benchmarks import preset_for
-from ..models.families import limit_pixels
+from ..models.families import published_limits
 from ..models.encode import Prompt, encode, frame_resizer
 from ..schedules.schedule import PUBLISHED, Schedule
 from ..pruning.session import prune
@@ -216,18 +216,10 @@ class ModelArgs:
             tokens=(self.n_visual, self.n_audio),
         )
         model, processor = load_model(self.pretrained, self.device)
-        limits = self
+        limits = dict(fps=self.fps, max_frames=self.max_frames)
         if self.preset is not None:
-            limits = preset_for(self.preset)
-            limit_pixels(processor, *limits.grid_tokens)
-        return Answerer(
-            model=model,
-            processor=processor,
-            method=chosen,
-            fps=limits.fps,
-            max_frames=limits.max_frames,
-            kv=self.kv,
-        )
+            limits = published_limits(self.preset, processor)
+        return Answerer(model=model, processor=processor, method=chosen, kv=self.kv, **limits)
 
 # %% ../../nbs/serving/02_lmms.ipynb #c6086240
 @cache

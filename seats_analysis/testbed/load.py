@@ -14,19 +14,7 @@ from pathlib import Path
 
 from ..inputs.samples import read_samples, write_samples
 from ..storage.files import shipped_folder
-from seats_analysis.testbed.task import (
-    CAPTION,
-    CELL,
-    NEEDS,
-    POOLS,
-    SAMPLE_RATE,
-    Scene,
-    ask,
-    can_ask,
-    caption,
-    make_scene,
-    render_clip,
-)
+from .task import POOLS, Scene
 
 # %% ../../nbs/testbed/01_load.ipynb #95c8edd8
 SPECIAL = dict(
@@ -59,13 +47,17 @@ _WORDS = (  # of questions and captions, beside those of the pools
 
 def vocabulary() -> list:
     "Every word of the task, in a fixed order."
-    words = {*_WORDS.split(), *(word for pool in POOLS for word in pool)}
+    words = {*_WORDS.split(), *(word for pool in POOLS.values() for word in pool)}
     return [*SPECIAL.values(), "<|unk|>", *sorted(words)]
 
 # %% ../../nbs/testbed/01_load.ipynb #17d041d9
 @cache
 def word_ids() -> dict:  # word -> token id
     return {w: i for i, w in enumerate(vocabulary())}
+
+
+def text_ids(text: str) -> list:  # token ids
+    return [word_ids()[w] for w in text.split()]
 
 # %% ../../nbs/testbed/01_load.ipynb #1a761b85
 def build_tokenizer():
@@ -89,22 +81,7 @@ def build_tokenizer():
 
 # %% ../../nbs/testbed/01_load.ipynb #cd0cdd51
 MEL_BINS = 64
-RATE = 5  # audio tokens, and M-RoPE time positions, a second
 HOPS = {"qwen2.5-omni": 800, "qwen3-omni": 416}  # audio samples from one mel frame to the next
-
-# %% ../../nbs/testbed/01_load.ipynb #bdc91df4
-def build_feature_extractor(family):
-    "Mel features of 5 audio tokens a second."
-    from transformers import WhisperFeatureExtractor
-
-    return WhisperFeatureExtractor(
-        feature_size=MEL_BINS,
-        sampling_rate=SAMPLE_RATE,
-        hop_length=HOPS[family],
-        n_fft=800,
-        chunk_length=30,
-        return_attention_mask=True,
-    )
 
 # %% ../../nbs/testbed/01_load.ipynb #c27b036a
 TESTBEDS = {"testbed": "qwen2.5-omni", "testbed-qwen3": "qwen3-omni"}  # name -> family
@@ -127,15 +104,25 @@ def build_processor(family: str = "qwen2.5-omni"):  # or "qwen3-omni"
     import transformers
 
     pixels = dict(
-        size={"shortest_edge": CELL * CELL, "longest_edge": 64 * CELL * CELL},
-        patch_size=CELL // 2,
+        size={
+            "shortest_edge": Scene.CELL * Scene.CELL,
+            "longest_edge": 64 * Scene.CELL * Scene.CELL,
+        },
+        patch_size=Scene.CELL // 2,
         temporal_patch_size=2,
         merge_size=2,
     )
     return _class(family, "Processor")(
         image_processor=transformers.Qwen2VLImageProcessor(**pixels),
         video_processor=transformers.Qwen2VLVideoProcessor(**pixels, do_sample_frames=False),
-        feature_extractor=build_feature_extractor(family),
+        feature_extractor=transformers.WhisperFeatureExtractor(
+            feature_size=MEL_BINS,
+            sampling_rate=Scene.SAMPLE_RATE,
+            hop_length=HOPS[family],
+            n_fft=800,
+            chunk_length=30,
+            return_attention_mask=True,
+        ),
         tokenizer=build_tokenizer(),
         chat_template=CHAT_TEMPLATE,
     )
@@ -183,7 +170,7 @@ def build_config(
         intermediate_size=2 * tower,
         num_heads=2,
         out_hidden_size=width,
-        patch_size=CELL // 2,
+        patch_size=Scene.CELL // 2,
         spatial_merge_size=2,
         temporal_patch_size=2,
     )
@@ -196,7 +183,9 @@ def build_config(
         output_dim=width,
     )
     if dense:
-        vision |= dict(window_size=CELL, fullatt_block_indexes=[], tokens_per_second=RATE)
+        vision |= dict(
+            window_size=Scene.CELL, fullatt_block_indexes=[], tokens_per_second=Scene.AUDIO_RATE
+        )
         audio |= dict(n_window=10, max_source_positions=64)
     else:
         text |= dict(
@@ -209,7 +198,7 @@ def build_config(
         vision_config=vision,
         audio_config=audio,
         tie_word_embeddings=False,
-        position_id_per_seconds=RATE,
+        position_id_per_seconds=Scene.AUDIO_RATE,
         seconds_per_chunk=2,
         **_token_fields(),
     )
@@ -274,7 +263,7 @@ def _held_out(seed, k):
     "Scene number k of a seed, under 10**6, where training never draws."
     if not 0 <= seed < 90:
         raise ValueError(f"seed must be from 0 to 89, not {seed}")
-    return make_scene(10_000 * (seed + 1) + k)
+    return Scene.draw(10_000 * (seed + 1) + k)
 
 
 def _write_clip(scene, folder, again=True):
@@ -284,7 +273,7 @@ def _write_clip(scene, folder, again=True):
     path = Path(folder) / f"scene{scene.seed}.mp4"
     path.parent.mkdir(parents=True, exist_ok=True)
     if again or not path.is_file():
-        encode_clip(render_clip(scene), path, crf=30, bit_rate=32000)
+        encode_clip(scene.clip(), path, crf=30, bit_rate=32000)
     return str(path)
 
 
@@ -297,10 +286,10 @@ def clip_samples(
     "Questions about one scene, of families drawn without replacement."
     rng = random.Random(f"questions {scene.seed}")
     samples = []
-    pool = [f for f in NEEDS if can_ask(scene, f)]
+    pool = scene.families
     for family in rng.sample(pool, min(n, len(pool))):
-        samples.append(ask(scene, family, rng, lettered=rng.random() < 0.5, **kw))
-    video = video or render_clip(scene)
+        samples.append(scene.ask(family, rng, lettered=rng.random() < 0.5, **kw))
+    video = video or scene.clip()
     return [replace(s, video=video) for s in samples]
 
 
@@ -344,7 +333,7 @@ def make_clips(
         split = "derive" if k < 3 * n // 5 else "test"
         video = _write_clip(scene, folder / "clips")
         samples += clip_samples(scene, per_clip, video=video, split=split)
-        about = dict(video=f"clips/{Path(video).name}", split=split, question=CAPTION)
-        captions.append(json.dumps(about | dict(caption=caption(scene))))
+        about = dict(video=f"clips/{Path(video).name}", split=split, question=Scene.CAPTION)
+        captions.append(json.dumps(about | dict(caption=scene.caption())))
     write_samples(samples, folder / "questions.jsonl")
     (folder / "captions.jsonl").write_text("\n".join(captions) + "\n")

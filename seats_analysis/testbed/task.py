@@ -33,8 +33,6 @@ NEEDS = {  # what each family of questions needs
 }
 
 # %% ../../nbs/testbed/00_task.ipynb #edc953a0
-SAMPLE_RATE = 16000
-CELL = 28  # pixels, side of one merged visual token
 TWO_HOP = ("see_while_hear", "hear_while_see")
 COLOURS = {
     "red": (220, 40, 40),
@@ -44,17 +42,18 @@ COLOURS = {
     "purple": (160, 50, 190),
     "white": (240, 240, 240),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
-PLACES = ("upper-left", "upper-right", "lower-left", "lower-right")
 PITCHES = {"low": 300.0, "middle": 600.0, "high": 1200.0, "shrill": 2400.0}
-KINDS = ("steady", "pulsing", "rising", "falling")
-NUMBERS = ("one", "two", "three", "four")
-DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 LIGHTS = {"warm": (9, 0, -9), "cool": (-9, 0, 9), "bright": (9, 9, 9), "dim": (-9, -9, -9)}
-ORDINALS = ("first", "second", "third", "fourth")
-POOLS = (COLOURS, SHAPES, PLACES, LIGHTS, PITCHES, KINDS, NUMBERS, DAYS)
-WINDOWS, WINDOW_SECONDS, FPS = 4, 2.0, 2.0
-ROWS, COLS = 4, 6  # cells of a frame, each of which becomes one visual token
+POOLS = dict(  # what the words of answers are drawn from
+    colour=COLOURS,
+    shape=("circle", "square", "triangle", "cross"),
+    place=("upper-left", "upper-right", "lower-left", "lower-right"),
+    light=LIGHTS,
+    pitch=PITCHES,
+    kind=("steady", "pulsing", "rising", "falling"),
+    number=("one", "two", "three", "four"),
+    day=("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"),
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,9 @@ class Thing:
 
     @property
     def place(self):
-        return PLACES[2 * (2 * self.row >= ROWS) + (2 * self.col >= COLS)]
+        below = 2 * self.row >= Scene.ROWS
+        right = 2 * self.col >= Scene.COLS
+        return POOLS["place"][2 * below + right]
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,48 @@ class Scene:
     sounds: tuple
     lights: tuple  # of each window
 
-    @property
-    def windows(self):
-        return len(self.lights)
+    WINDOWS = 4
+    WINDOW_SECONDS = 2.0
+    FPS = 2.0
+    ROWS = 4  # cells of a frame, each of which becomes one visual token
+    COLS = 6
+    CELL = 28  # pixels, side of a cell
+    SAMPLE_RATE = 16000
+    AUDIO_RATE = 5  # audio tokens, and M-RoPE time positions, a second
+    ORDINALS = ("first", "second", "third", "fourth")  # windows in words
+    CAPTION = "describe the clip ."  # what `caption` answers
+
+    @classmethod
+    def draw(
+        cls,
+        seed: int,  # the only source of randomness
+        windows: int = WINDOWS,  # length in windows of 2 s; training begins with shorter clips
+    ):
+        "At least one object and one sound, at most one of each in a window."
+        rng = random.Random(f"scene {seed}")
+        n_things = rng.randint(1, windows)
+        n_sounds = rng.randint(1, windows)
+
+        def places(n):
+            return sorted(rng.sample(range(windows), n))
+
+        colours = rng.sample(list(COLOURS), n_things)
+        shapes = rng.sample(POOLS["shape"], n_things)
+        pitches = rng.sample(list(PITCHES), n_sounds)
+        kinds = rng.sample(POOLS["kind"], n_sounds)
+        things = tuple(
+            Thing(w, rng.randrange(2), rng.randrange(cls.ROWS), rng.randrange(cls.COLS), c, s)
+            for w, c, s in zip(places(n_things), colours, shapes)
+        )
+        sounds = tuple(
+            Sound(w, rng.uniform(0.1, 1.5), p, k)
+            for w, p, k in zip(places(n_sounds), pitches, kinds)
+        )
+        return cls(seed, things, sounds, tuple(rng.choices(list(LIGHTS), k=windows)))
 
     @property
     def seconds(self):
-        return int(self.windows * WINDOW_SECONDS)
+        return int(len(self.lights) * self.WINDOW_SECONDS)
 
     @property
     def pairs(self):
@@ -110,36 +146,78 @@ class Scene:
         "Pairs of an object and the next one."
         return list(zip(self.things, self.things[1:]))
 
-# %% ../../nbs/testbed/00_task.ipynb #89afc718
-def make_scene(
-    seed: int,  # the only source of randomness
-    windows: int = WINDOWS,  # length in windows of 2 s; training begins with shorter clips
-) -> Scene:
-    "Draw a scene: at least one object and one sound, at most one of each in a window."
-    rng = random.Random(f"scene {seed}")
-    n_things = rng.randint(1, windows)
-    n_sounds = rng.randint(1, windows)
+    def frames(self) -> np.ndarray:  # (16, 112, 168, 3) uint8, 2 frames a second
+        "Background, sensor noise, and each object for one second."
+        rng = np.random.default_rng([self.seed, 1])
+        grids = _background(self.lights, rng)
+        for t in self.things:
+            mask = _stencil(t.shape, rng.uniform(10, 12.5), *rng.uniform(-1.5, 1.5, 2))
+            rows, cols = (slice(i * self.CELL, (i + 1) * self.CELL) for i in (t.row, t.col))
+            cell = grids[2 * t.window + t.second, rows, cols]
+            cell[mask] = np.array(COLOURS[t.colour]) + rng.uniform(-12, 12, 3)
+        frames = np.repeat(grids, 2, 0)
+        frames += rng.standard_normal((*frames.shape[:3], 1), "float32") * 4
+        return frames.clip(0, 255).astype("uint8")
 
-    def places(n):
-        return sorted(rng.sample(range(windows), n))
+    def waveform(self) -> np.ndarray:  # (128000,) float32 mono at 16 kHz
+        "A noise floor, and each sound at its place."
+        rng = np.random.default_rng([self.seed, 2])
+        n = self.seconds * self.SAMPLE_RATE
+        wave = rng.standard_normal(n, "float32") * rng.uniform(0.001, 0.004)
+        for s in self.sounds:
+            sound = _waveform(s, rng)
+            at = int((s.window * self.WINDOW_SECONDS + s.onset) * self.SAMPLE_RATE)
+            wave[at : at + len(sound)] += sound.astype("float32")
+        return wave
 
-    colours = rng.sample(list(COLOURS), n_things)
-    shapes = rng.sample(SHAPES, n_things)
-    pitches = rng.sample(list(PITCHES), n_sounds)
-    kinds = rng.sample(KINDS, n_sounds)
-    things = tuple(
-        Thing(w, rng.randrange(2), rng.randrange(ROWS), rng.randrange(COLS), c, s)
-        for w, c, s in zip(places(n_things), colours, shapes)
-    )
-    sounds = tuple(
-        Sound(w, rng.uniform(0.1, 1.5), p, k) for w, p, k in zip(places(n_sounds), pitches, kinds)
-    )
-    return Scene(seed, things, sounds, tuple(rng.choices(list(LIGHTS), k=windows)))
+    def clip(self) -> Clip:
+        "The scene as a decoded clip."
+        return Clip(
+            id=f"scene{self.seed}",
+            frames=self.frames(),
+            fps=self.FPS,
+            waveform=self.waveform(),
+            sample_rate=self.SAMPLE_RATE,
+        )
+
+    @property
+    def families(self) -> list:
+        "Those of `NEEDS` of which the scene has what they ask about."
+        missing = set() if self.pairs else set(TWO_HOP)
+        if not self.successions:
+            missing.add("sequence")
+        return [family for family in NEEDS if family not in missing]
+
+    def ask(
+        self,
+        family: str,  # one of `families`
+        rng: random.Random,  # draws the key, the distractors and their order
+        lettered=False,  # list the choices under letters in the prompt
+        **kw,  # of `Sample`
+    ) -> Sample:
+        "One question, with four shuffled choices."
+        question, answer, pool, *avoid = _question(self, family, rng)
+        choices = rng.sample([p for p in pool if p not in (answer, *avoid)], 3) + [answer]
+        rng.shuffle(choices)
+        name = f"scene{self.seed}"
+        about = dict(question=question, choices=tuple(choices), answer=choices.index(answer))
+        about |= dict(family=family, lettered=lettered)
+        return Sample(**dict(id=f"{name}-{family}", video=name) | about | kw)
+
+    def caption(self) -> str:
+        "Free-form description, window by window: the light, what is seen, what is heard."
+        parts = []
+        for w, light in enumerate(self.lights):
+            words = [light]
+            words += [f"{t.colour} {t.shape} {t.place}" for t in self.things if t.window == w]
+            words += [f"{s.pitch} {s.kind}" for s in self.sounds if s.window == w]
+            parts.append(" ".join(words))
+        return " then ".join(parts)
 
 # %% ../../nbs/testbed/00_task.ipynb #a16a4bfd
 def _stencil(shape, radius, dy, dx):
     "Boolean mask of a shape inside one cell, off centre by (dy, dx) pixels."
-    y, x = np.mgrid[:CELL, :CELL] - (CELL - 1) / 2
+    y, x = np.mgrid[: Scene.CELL, : Scene.CELL] - (Scene.CELL - 1) / 2
     y = y - dy
     x = x - dx
     if shape == "circle":
@@ -155,70 +233,35 @@ def _stencil(shape, radius, dy, dx):
 
 def _background(lights, rng):
     "Vignette, texture, and the light of each window, which no cell alone shows well."
-    y, x = ((np.arange(n * CELL) + 0.5) / (n * CELL) - 0.5 for n in (ROWS, COLS))
+    y, x = (
+        (np.arange(n * Scene.CELL) + 0.5) / (n * Scene.CELL) - 0.5 for n in (Scene.ROWS, Scene.COLS)
+    )
     still = 100 - 120 * (y[:, None] ** 2 + x**2)[..., None]  # its slope tells a cell where it is
     still = still + rng.normal(0, 3, still.shape)
     tint = np.repeat([LIGHTS[name] for name in lights], 2, 0)[:, None, None]
-    grey, warmth = rng.normal(0, 12, (2, len(tint), ROWS, COLS, 1))
+    grey, warmth = rng.normal(0, 12, (2, len(tint), Scene.ROWS, Scene.COLS, 1))
     tint = tint + grey + warmth * np.array([1, 0, -1])  # of each cell of each second
-    return (still + tint.repeat(CELL, 1).repeat(CELL, 2)).astype("float32")
-
-
-def render_frames(scene: Scene) -> np.ndarray:  # (16, 112, 168, 3) uint8, 2 frames a second
-    "Draw the frames: background, sensor noise, and each object for one second."
-    rng = np.random.default_rng([scene.seed, 1])
-    grids = _background(scene.lights, rng)
-    for t in scene.things:
-        mask = _stencil(t.shape, rng.uniform(10, 12.5), *rng.uniform(-1.5, 1.5, 2))
-        rows, cols = (slice(i * CELL, (i + 1) * CELL) for i in (t.row, t.col))
-        cell = grids[2 * t.window + t.second, rows, cols]
-        cell[mask] = np.array(COLOURS[t.colour]) + rng.uniform(-12, 12, 3)
-    frames = np.repeat(grids, 2, 0)
-    frames += rng.standard_normal((*frames.shape[:3], 1), "float32") * 4
-    return frames.clip(0, 255).astype("uint8")
+    return (still + tint.repeat(Scene.CELL, 1).repeat(Scene.CELL, 2)).astype("float32")
 
 # %% ../../nbs/testbed/00_task.ipynb #5279a379
 def _waveform(sound, rng):
     "One sound, 0.35 to 0.45 s."
-    n = int(rng.uniform(0.35, 0.45) * SAMPLE_RATE)
-    t = np.arange(n) / SAMPLE_RATE
+    n = int(rng.uniform(0.35, 0.45) * Scene.SAMPLE_RATE)
+    t = np.arange(n) / Scene.SAMPLE_RATE
     bend = {"rising": 1, "falling": -1}.get(sound.kind, 0)
     bend = 2 ** (0.7 * bend * (np.arange(n) / n - 0.5))
     hz = PITCHES[sound.pitch] * rng.uniform(0.95, 1.05) * bend
-    wave = np.sin(2 * np.pi * np.cumsum(hz) / SAMPLE_RATE + rng.uniform(0, 6))
+    wave = np.sin(2 * np.pi * np.cumsum(hz) / Scene.SAMPLE_RATE + rng.uniform(0, 6))
     wave *= rng.uniform(0.25, 0.5)
     if sound.kind == "pulsing":
         wave *= np.sin(2 * np.pi * 6 * t) > 0
     return wave * np.minimum(1, np.minimum(t, t[::-1]) / 0.01)
 
-
-def render_waveform(scene: Scene) -> np.ndarray:  # (128000,) float32 mono at 16 kHz
-    "Draw the sound track: a noise floor, and each sound at its place."
-    rng = np.random.default_rng([scene.seed, 2])
-    n = round(scene.windows * WINDOW_SECONDS * SAMPLE_RATE)
-    wave = rng.standard_normal(n, "float32") * rng.uniform(0.001, 0.004)
-    for s in scene.sounds:
-        sound = _waveform(s, rng)
-        at = int((s.window * WINDOW_SECONDS + s.onset) * SAMPLE_RATE)
-        wave[at : at + len(sound)] += sound.astype("float32")
-    return wave
-
-
-def render_clip(scene: Scene) -> Clip:
-    "The scene as a decoded clip."
-    return Clip(
-        id=f"scene{scene.seed}",
-        frames=render_frames(scene),
-        fps=FPS,
-        waveform=render_waveform(scene),
-        sample_rate=SAMPLE_RATE,
-    )
-
 # %% ../../nbs/testbed/00_task.ipynb #efa0edad
 def _table(right, pool, rng):
     "Four entries of a pool, `right` among them, each with a day: (text, day of `right`, days)."
     keys = rng.sample([k for k in pool if k != right], 3) + [right]
-    days = dict(zip(rng.sample(keys, 4), rng.sample(DAYS, 4)))
+    days = dict(zip(rng.sample(keys, 4), rng.sample(POOLS["day"], 4)))
     return " ".join(f"{key} {day}" for key, day in days.items()), days[right], days.values()
 
 
@@ -231,12 +274,12 @@ def _question(scene, family, rng):
             return f"{table} . which day has the colour of the {t.shape} ?", day, days
         return {
             "colour": (f"what colour is the {t.shape} ?", t.colour, COLOURS),
-            "shape": (f"what shape is the {t.colour} object ?", t.shape, SHAPES),
-            "position": (f"where is the {t.colour} object ?", t.place, PLACES),
+            "shape": (f"what shape is the {t.colour} object ?", t.shape, POOLS["shape"]),
+            "position": (f"where is the {t.colour} object ?", t.place, POOLS["place"]),
         }[family]
     if family == "light":
-        w = rng.randrange(scene.windows)
-        return f"what light is in the {ORDINALS[w]} part ?", scene.lights[w], LIGHTS
+        w = rng.randrange(len(scene.lights))
+        return f"what light is in the {scene.ORDINALS[w]} part ?", scene.lights[w], LIGHTS
     if family in ("tone", "pattern", "pitch_table"):
         s = rng.choice(scene.sounds)
         if family == "pitch_table":
@@ -244,7 +287,7 @@ def _question(scene, family, rng):
             return f"{table} . which day has the pitch of the {s.kind} sound ?", day, days
         if family == "tone":
             return f"what pitch is the {s.kind} sound ?", s.pitch, PITCHES
-        return f"what kind is the {s.pitch} sound ?", s.kind, KINDS
+        return f"what kind is the {s.pitch} sound ?", s.kind, POOLS["kind"]
     if family in TWO_HOP:
         t, s = rng.choice(scene.pairs)
         if family == "see_while_hear":
@@ -255,47 +298,10 @@ def _question(scene, family, rng):
         return f"what pitch is heard {('first', 'last')[i]} ?", scene.sounds[i].pitch, PITCHES
     if family == "count":
         what, n = rng.choice([("objects", len(scene.things)), ("sounds", len(scene.sounds))])
-        return f"how many {what} are there ?", NUMBERS[n - 1], NUMBERS
+        return f"how many {what} are there ?", POOLS["number"][n - 1], POOLS["number"]
     if family == "sequence":
         a, b = scene.successions[rng.randrange(len(scene.things) - 1)]
         return f"what colour comes after {a.colour} ?", b.colour, COLOURS, a.colour
+    days = POOLS["day"]
     i = rng.randrange(7)
-    return f"what day comes after {DAYS[i]} ?", DAYS[(i + 1) % 7], DAYS, DAYS[i]
-
-
-def can_ask(scene: Scene, family: str) -> bool:
-    "Whether the scene has what a question of this family is about."
-    if family in TWO_HOP:
-        return bool(scene.pairs)
-    return family != "sequence" or len(scene.things) > 1
-
-
-def ask(
-    scene: Scene,
-    family: str,
-    rng: random.Random,  # draws the key, the distractors and their order
-    lettered=False,  # list the choices under letters in the prompt
-    **kw,  # of `Sample`
-) -> Sample:
-    "One question about a scene, with four shuffled choices."
-    question, answer, pool, *avoid = _question(scene, family, rng)
-    choices = rng.sample([p for p in pool if p not in (answer, *avoid)], 3) + [answer]
-    rng.shuffle(choices)
-    name = f"scene{scene.seed}"
-    about = dict(question=question, choices=tuple(choices), answer=choices.index(answer))
-    about |= dict(family=family, lettered=lettered)
-    return Sample(**dict(id=f"{name}-{family}", video=name) | about | kw)
-
-# %% ../../nbs/testbed/00_task.ipynb #c10e0f5e
-CAPTION = "describe the clip ."
-
-
-def caption(scene: Scene) -> str:
-    "Free-form description, window by window: the light, what is seen, what is heard."
-    parts = []
-    for w, light in enumerate(scene.lights):
-        words = [light]
-        words += [f"{t.colour} {t.shape} {t.place}" for t in scene.things if t.window == w]
-        words += [f"{s.pitch} {s.kind}" for s in scene.sounds if s.window == w]
-        parts.append(" ".join(words))
-    return " then ".join(parts)
+    return f"what day comes after {days[i]} ?", days[(i + 1) % 7], days, days[i]

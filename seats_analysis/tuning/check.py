@@ -15,7 +15,7 @@ from ..storage.files import Checkpoint, processes
 from ..storage.provenance import hash_code
 from ..storage.schemas import SCHEMAS, load_json, save_json, schema_of
 from ..inputs.samples import Sample
-from ..models.families import adapter_for, hash_weights
+from ..models.families import adapter_for
 from ..models.provenance import provenance
 from ..schedules.schedule import Schedule
 from ..baselines.registry import METHODS
@@ -137,7 +137,9 @@ def check_schedule(
     promise.check_clips(samples, known_clips, enough=promised is None)
     adapter = adapter_for(model)
     first, *others = (plan for chain in chains.values() for plan in chain)
-    first.check_model(adapter.num_layers(model), adapter.name(model), lambda: hash_weights(model))
+    first.check_model(
+        adapter.num_layers(model), adapter.name(model), lambda: adapter.hash_weights(model)
+    )
     for plan in others:
         plan.check_model(adapter.num_layers(model))
     origin = provenance(model, processor, samples, seed=0)
