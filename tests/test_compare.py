@@ -17,12 +17,12 @@ from seats_analysis.evaluation import prepared as module
 from seats_analysis.evaluation.compare import (
     _LATE as LATE,
     TOLERANCE,
-    Outcomes,
     clips_needed,
     compare_methods,
     match_cost,
     method_names,
     method_runs,
+    outcome_rows,
     significantly_better,
 )
 from seats_analysis.evaluation.evaluate import evaluate
@@ -461,7 +461,7 @@ def test_columns_say_what_happened(shape):
         [cell | dict(correct=c == "1", flops_causal=f) for c, f in zip(row, flops)]
         for row in right.values()
     ]
-    rows = Outcomes(answers, asked, runs, shape, n_boot=50).rows()
+    rows = outcome_rows(answers, asked, runs, shape, n_boot=50)
     # choosing costs SEATS something and chance nothing, so that chance gets more of the decoder;
     # 4 windows of 48 and of 10 tokens: 48 + 20 enter, half of them stay from layer 8 to 14;
     # 96 + 16 are drawn once
@@ -494,7 +494,7 @@ def test_unparsable_is_wrong_and_counted(small, samples, monkeypatch):
     some = [replace(s, lettered=False) for s in samples[:4]]
     runs = run_of("full")
     found = answered(small, some, runs, batch_size=8, answers="generate")
-    (row,) = Outcomes(found, some, runs, DataShape.of(*small, some), n_boot=20).rows()
+    (row,) = outcome_rows(found, some, runs, DataShape.of(*small, some), n_boot=20)
     picks = [r[0]["pick"] for r in found]
     assert row["unparsable"] == picks.count(None) == 2
     assert row["accuracy"] == np.mean([p == s.answer for p, s in zip(picks, some)])
