@@ -10,7 +10,7 @@ import pytest
 from seats_analysis.boundaries.find import Boundaries, find_boundaries
 from seats_analysis.boundaries.retention import ramp, synthetic_profile
 from seats_analysis.inputs.media import Clip
-from seats_analysis.plots import style
+from seats_analysis.plots import dependency, style
 from seats_analysis.plots.dependency import plot_dependency, family_figure, plot_retention
 from seats_analysis.plots.kept import plot_kept
 from seats_analysis.schedules.schedule import Schedule
@@ -147,7 +147,7 @@ def test_no_text_overlaps_or_is_cut(drawn):
 
 def test_type_is_legible_at_one_column(drawn):
     for name, fig in drawn.items():
-        assert fig.get_size_inches()[0] == style.COLUMN
+        assert fig.get_size_inches()[0] == style.WIDTHS[1]
         from matplotlib.text import Text
 
         sizes = [t.get_fontsize() for t in fig.findobj(Text) if t.get_text().strip()]
@@ -156,7 +156,7 @@ def test_type_is_legible_at_one_column(drawn):
 
 def test_conditions_differ_without_colour():
     for key in ("linestyle", "marker"):
-        values = [look[key] for look in style.LOOKS.values()]
+        values = [look[key] for look in dependency.LOOKS.values()]
         assert len(set(values)) == len(values)
 
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, T
 from seats_analysis.baselines.registry import METHODS
 from seats_analysis.models.encode import Prompt, encode
 from seats_analysis.models.families import adapter_for
-from seats_analysis.pruning.cache import Slots, follow_up, slots_of
+from seats_analysis.pruning.cache import Slots, follow_up
 from seats_analysis.pruning.session import prune
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -261,7 +261,7 @@ def test_follow_up_equals_recomputing(each, turn, name, i):
     sets = naive.prefill(model, one, PLANS[name])[1]
     close(torch.cat(out.logits), naive.continued(model, one, sets, after, "retain")[-NEW:], 2e-5)
     assert cache.get_seq_length() == one.shape[1] + len(after)
-    slots = slots_of(cache)
+    slots = Slots.of(cache)
     free = [0 if v is None else int((~v).sum()) for v in slots.valid]
     held = [cache.get_seq_length(l) - n for l, n in enumerate(free)]
     assert held == [len(s) + len(after) for s in sets]
@@ -297,7 +297,7 @@ def test_follow_up_with_beams(each, turn):
         found = []
         for encoded in (batch, *singles):
             sequences, cache = first_answer(model, encoded)
-            if slots_of(cache) is None:
+            if Slots.of(cache) is None:
                 found.append(None)
                 continue
             before = cache.get_seq_length()
@@ -376,7 +376,7 @@ def test_evict_refuses_a_further_question(model, singles, turn, name, gone):
         assert torch.equal(goes_on, new_tokens(model, singles[2], **longer, **WORDS)[:, NEW:])
         # a prompt without media loses nothing, and nothing is pruned from it
         cache = first_answer(model, singles[TEXT])[1]
-        assert slots_of(cache) is None
+        assert Slots.of(cache) is None
         model(input_ids=turn, past_key_values=cache)
 
 
@@ -444,7 +444,7 @@ def test_media_after_the_first_column(both, family, medium, prompt):
             with pytest.raises(ValueError, match=f"holds . columns before {medium}") as error:
                 call()
             assert "\n" not in str(error.value)
-        assert slots_of(prefilled(model, one)) is not None  # goes on working
+        assert Slots.of(prefilled(model, one)) is not None  # goes on working
     for plan in (None, *([PLAN] if medium == "image" else [])):
         with prune(model, plan):
             assert all(torch.equal(call(), want) for call, want in zip(calls, stock))
@@ -459,7 +459,7 @@ def test_a_cache_and_its_copies(model, singles):
     one, token = singles[2], torch.tensor([[20]])
 
     def step(cache):
-        ids = token.expand(len(slots_of(cache).position), 1)
+        ids = token.expand(len(Slots.of(cache).position), 1)
         return model(input_ids=ids, past_key_values=cache).logits
 
     with prune(model, PLAN, kv="retain"):
@@ -472,12 +472,12 @@ def test_a_cache_and_its_copies(model, singles):
         want = step(cache)
         for other in others:
             assert other.get_seq_length() == one.shape[1]
-            assert other.get_seq_length(5) == slots_of(other).lengths[5]
+            assert other.get_seq_length(5) == Slots.of(other).lengths[5]
             assert torch.equal(step(other), want)
         close(step(many), want.expand(3, -1, -1))
         many.batch_select_indices(torch.tensor([0]))
         want = step(cache)
-        assert len(slots_of(many).position) == 1
+        assert len(Slots.of(many).position) == 1
         close(step(many), want)
         cache.crop(-1)
         close(step(cache), want)

@@ -15,7 +15,7 @@ from seats_analysis.inputs.layout import Modality
 from seats_analysis.models.encode import encode, layout_of
 from seats_analysis.models.scoring import score_choices
 from seats_analysis.pruning import encoders
-from seats_analysis.pruning.cache import slots_of
+from seats_analysis.pruning.cache import Slots
 from seats_analysis.pruning.seats import Seats
 from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.cost import kv_bytes
@@ -71,7 +71,7 @@ def prefilled(model, encoded):
 
 def check_cache(cache, one, sets, kv, config):
     "`retain`: what each layer processed; `evict`: what the last one did. Count, shape and bytes."
-    slots = slots_of(cache)
+    slots = Slots.of(cache)
     for l, layer in enumerate(cache.layers):
         held = slots.lengths[l] if slots.valid[l] is None else int(slots.valid[l].sum())
         shapes = {x.shape[-2] for x in (layer.keys, layer.values)}
@@ -228,7 +228,7 @@ def test_no_bit_changes_where_nothing_is_cut(model, batch, singles, how):
         torch.manual_seed(0)
         with prune(model, plan, kv=kv) as run:
             ours = CALLS[how](model, encoded)
-            assert slots_of(prefilled(model, encoded)) is None
+            assert Slots.of(prefilled(model, encoded)) is None
         assert len(ours) == len(stock) and all(map(torch.equal, ours, stock))
         assert run.kept == {} and torch.equal(run.layout.modality, encoded.layout.modality)
         assert (run.tokens_per_layer == encoded.layout.valid.sum(1).numpy()[:, None]).all()

@@ -156,7 +156,7 @@ FUNCTIONS = dict(
     stage3=(Prefill, "choose", lambda s, step, *a: step.stage == 3),
     eviction=(cache_module, "shorten_cache", always),
     masks=(prefill, "stock_mask", always),
-    label=(session, "label_cache", always),
+    label=(cache_module.Slots, "label", always),
     copies=(session, "repeat_media", always),
     beams=(Slots, "rows", always),
     decode_masks=(Slots, "mask", always),

@@ -76,7 +76,7 @@ def train_testbed(
 
     After an interruption the same command goes on.
     """
-    from seats_analysis.lab.method_figures import learning_curves_figure
+    from seats_analysis.lab.paper import learning_curves_figure
     from seats_analysis.plots.style import save_figure
     from seats_analysis.lab import train
 

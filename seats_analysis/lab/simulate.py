@@ -31,8 +31,7 @@ from seats_analysis.boundaries.find import (
 )
 from seats_analysis.plots.style import (
     DOTTED,
-    PAGE,
-    SERIES,
+    PALETTE,
     house_style,
     legend_outside,
     log_axis,
@@ -395,6 +394,14 @@ def needed_study(
     return _head("needed", command, profile, seed, sizes) | study
 
 # %% ../../nbs/lab/01_simulate.ipynb #41a65e11
+_SERIES = [
+    dict(color=getattr(PALETTE, color), linestyle=line, marker=marker)
+    for color, line, marker in zip(
+        "blue orange green red purple ink".split(), ("-", "--", "-.", ":", "-", "--"), "osv^Dx"
+    )
+]
+
+
 @house_style()
 def coverage_figure(
     study,  # stored coverage study
@@ -408,10 +415,10 @@ def coverage_figure(
         "late width": ("c  default interval", "Mean width (layers)"),
         "within 1": ("d  estimate", "Within 1 layer (%)"),
     }
-    fig = new_figure(PAGE, 2.15)
+    fig = new_figure(2.15, columns=2)
     axes = fig.subplots(1, 4)
     for ax, (column, (title, unit)) in zip(axes, panels.items()):
-        for (shape, rows), look in zip(table.groupby("shape", sort=False), SERIES):
+        for (shape, rows), look in zip(table.groupby("shape", sort=False), _SERIES):
             curve = rows.set_index("questions")[column].sort_index()
             ax.plot(curve if column == "late width" else 100 * curve, label=shape, **look)
         ax.set(xlabel="Questions", ylabel=unit, title=title)
@@ -432,11 +439,11 @@ def needed_figure(
     "How often an estimate of each boundary comes close to the truth, against the questions asked."
     titles = {"shallow_end": "a  middle block begins", "late_start": "b  late block begins"}
     measured = dict(color="#777777", linestyle="-", marker="*", markersize=5, linewidth=1.6)
-    fig = new_figure(PAGE, 2.7)
+    fig = new_figure(2.7, columns=2)
     axes = fig.subplots(1, 2, sharey=True)
     for ax, (boundary, title) in zip(axes, titles.items()):
         own = () if "pilot" in study else (measured,)  # left out where it is not measurable
-        for row, look in zip(study["rows"], (*own, *SERIES)):
+        for row, look in zip(study["rows"], (*own, *_SERIES)):
             shares = 100 * np.array(row["within"][boundary])
             ax.plot(study["sizes"], shares, label=row["curve"], **look)
         ax.axhline(100 * study["share"], **DOTTED)

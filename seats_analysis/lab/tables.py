@@ -6,25 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/lab/08_paper_tables.ipynb #305988ca
-import numpy as np
 import re
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
-from seats_analysis.lab.method_figures import (
-    TRUSTED,
-    budgets,
-    by_rule,
-    full_model,
-    interval,
-    kinds_of,
-    name_of,
-    names_by,
-    pick,
-    read_reported,
-    source_of,
-    time_share,
-)
+from .method_figures import comparison_tables, reported_tables
 from ..plots.dependency import derive_split
 from ..storage.files import atomic_write
 from ..storage.schemas import load_json, load_profile, schema_of
@@ -47,10 +33,6 @@ def table_texts(title, rows, name):
     }
 
 # %% ../../nbs/lab/08_paper_tables.ipynb #4d62d3f9
-_WITH = "flops_fraction_causal_with_selection"
-_WITHOUT = "flops_fraction_causal_without_selection"
-
-
 def stored_results(data):
     "What lies in data/results: kind (key of `SCHEMAS`) -> name -> what the file holds."
     found = defaultdict(dict)
@@ -58,88 +40,6 @@ def stored_results(data):
         if kind := schema_of(path):
             found[kind][path.stem] = load_json(path, kind)
     return found
-
-
-def _percent(row, name):
-    "A fraction with its interval in percent, as in 97.0 (95.9 to 98.1)."
-    if row[name] is None:
-        return ""
-    plus = "+" if name.startswith("diff") else ""
-    at, low, high = (f"{value:{plus}.1f}" for value in interval(row, name))
-    return f"{at} ({low} to {high})"
-
-
-def eval_rows(found):
-    "The whole comparison as a table: one dict of texts per method and budget."
-
-    def p_value(p):
-        if p is None:
-            return ""
-        return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-    return [
-        {
-            "method": name_of(r),
-            "kept (TRR, %)": f"{r['trr']:g}",
-            "setting": r["setting"],
-            "accuracy (%)": _percent(r, "accuracy"),
-            "difference to full (points)": _percent(r, "diff_full"),
-            "difference to SEATS (points)": _percent(r, "diff_seats"),
-            "p (McNemar)": p_value(r["mcnemar_p_seats"]),
-            "FLOPs, causal, with selection (% of full)": f"{100 * r[_WITH]:.1f}",
-            "FLOPs, causal, of selection (% of full)": f"{100 * (r[_WITH] - r[_WITHOUT]):.1f}",
-            "floor": ", ".join(r["floor"]) or ("lowest setting" if r["own_minimum"] else ""),
-            "time (% of full)": "" if np.isnan(time_share(r)) else f"{time_share(r):.0f}",
-            "retention, layers (%)": f"{100 * r['retention_layers']:.1f}",
-            "retention, entry (%)": f"{100 * r['retention_entry']:.1f}",
-            "questions": r["n"],
-            "unparsable": r["unparsable"],
-        }
-        for r in found["rows"]
-    ]
-
-
-def accuracy_rows(found, kind="published"):
-    "Accuracy in percent, rows of a kind down, budgets across; a star: outside the ranking."
-    rows = pick(found, kind)
-    cells = {}
-    for r in [full_model(found), *rows]:
-        star = "" if r["ranked"] or r["method"] == "full" else " *"
-        for trr in budgets(rows) if by_rule(r) or r["method"] == "full" else [r["trr"]]:
-            cells[name_of(r), trr] = _percent(r, "accuracy") + star
-    return [
-        {"method": name} | {f"TRR {trr:g} %": cells.get((name, trr), "") for trr in budgets(rows)}
-        for name in ["full", *names_by(rows)]
-    ]
-
-
-def family_rows(found, trr):
-    "Accuracy in percent by family of questions, at one budget: full model, then the best first."
-    rows = sorted(pick(found, trr=trr), key=lambda r: -r["accuracy"])
-    return [
-        {"method": name_of(r)}
-        | {
-            f"{family.replace('_', ' ')} ({v['n']})": f"{100 * v['accuracy']:.1f}"
-            for family, v in r["families"].items()
-        }
-        for r in [full_model(found), *rows]
-    ]
-
-
-def reported_rows(folder, trusted=True):
-    "Published numbers with their source, in one table: those that may be drawn, or the others."
-    return [
-        {
-            "file": path.stem,
-            "statement": "; ".join(
-                f"{key.replace('_', ' ')} {v}" for key, v in r.items() if v and key != "source"
-            ),
-            "source": TRUSTED.get(r["source"], r["source"]),
-        }
-        for path in sorted(folder.glob("*.csv"))
-        for r in read_reported(path)
-        if (r["source"] in TRUSTED) == trusted
-    ]
 
 
 def profile_paths(data):
@@ -187,14 +87,6 @@ def _span(b, ends):
     return " to ".join(_layer(b, at) for at in ends or ()).replace("none", "end")
 
 
-_KINDS = dict(  # kind of rows -> name of the table, what it holds
-    published=("accuracy", "in published settings"),
-    late=("late", "with the late removal of SEATS"),
-    tuned=("tuned", "as `seats tune` sets each, by equal budgets"),
-    ablation=("ablations", "of SEATS with one part changed"),
-)
-
-
 def tables(data):
     "Every table that the files in a data folder allow: name -> (title, rows)."
     data = Path(data)
@@ -205,28 +97,8 @@ def tables(data):
             said = f"Measured here on {profile.attrs.get('model', 'a model')}; layers from 1."
             out[f"{path.stem}_boundaries"] = f"Blocks of a profile. {said}", rows
     for stem, found in stored_results(data)["eval"].items():
-        said = source_of(found) + "."
-        rows = pick(found)
-        title = f"{said} 95 % intervals; differences paired over the same questions."
-        out[stem] = title, eval_rows(found)
-        for kind, (name, what) in _KINDS.items():
-            if kind in kinds_of(found):
-                title = f"Accuracy (%) {what}, equal causal FLOPs with selection; a star: "
-                title += f"outside the ranking. {said}"
-                out[f"{stem}_{name}"] = title, accuracy_rows(found, kind)
-        if rows:
-            trr = budgets(rows)[-1]
-            title = "Accuracy (%) by family of questions (number of questions)"
-            out[f"{stem}_families"] = f"{title} at TRR {trr:g} %. {said}", family_rows(found, trr)
-    titles = {
-        "reported": "Published by others, by sources that are the authors' own; not measured here.",
-        "reported_unverified": "Unverified: second-hand reports that sources disagree about; "
-        "drawn in no figure, not measured here.",
-    }
-    for name, title in titles.items():
-        if rows := reported_rows(data / "reported", trusted=name == "reported"):
-            out[name] = title, rows
-    return out
+        out |= dict(comparison_tables(stem, found))
+    return out | dict(reported_tables(data / "reported"))
 
 # %% ../../nbs/lab/08_paper_tables.ipynb #3dbc54fa
 def write_tables(

@@ -6,18 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/lab/08_timing_figures.ipynb #053e74ac
+from functools import partial
 from .method_figures import method_look
-from seats_analysis.plots.style import (
-    BLUE,
-    COLUMN,
-    INK,
-    ORANGE,
-    PAGE,
-    house_style,
-    legend_outside,
-    log_axis,
-    new_figure,
-)
+from ..plots.style import PALETTE, house_style, legend_outside, log_axis, new_figure
 
 # %% ../../nbs/lab/08_timing_figures.ipynb #45d37d80
 def timed_models(rows):
@@ -62,7 +53,7 @@ def timings_figure(
 ):  # matplotlib Figure, one column wide, one panel per model
     "Time to first token of every method, cut into encoders, selection and prefill."
     lines = [len(table) for table in requests.values()]
-    fig = new_figure(COLUMN, 0.14 * sum(lines) + 0.42 * len(lines) + 0.25)
+    fig = new_figure(0.14 * sum(lines) + 0.42 * len(lines) + 0.25)
     heights = [n + 1 for n in lines]
     axes = fig.subplots(len(lines), 1, squeeze=False, height_ratios=heights)[:, 0]
     for ax, (model, table) in zip(axes, requests.items()):
@@ -75,7 +66,9 @@ def timings_figure(
         parts.columns = parts.columns.str.removesuffix("_ms")
         if shares:
             parts = 100 * parts / table.loc[table["full"], "ttft_ms"].iloc[0]
-        look = dict(color=["#bbbbbb", ORANGE, BLUE], width=0.72, linewidth=0, legend=False)
+        look = dict(
+            color=["#bbbbbb", PALETTE.orange, PALETTE.blue], width=0.72, linewidth=0, legend=False
+        )
         parts.plot.barh(stacked=True, ax=ax, **look)
         ax.set(ylim=(len(table) - 0.4, -0.6), xlim=(0, 1.02 * parts.sum(axis=1).max()), ylabel="")
         ax.tick_params(axis="y", length=0)
@@ -91,7 +84,7 @@ def speedup_figure(
 ):  # matplotlib Figure, one column wide, two from three models on; one panel per model
     """Speed-up of the prefill, selection included, and of the first token against TRR, beside what
     the causal FLOPs without selection promise."""
-    fig = new_figure(COLUMN if len(requests) < 3 else PAGE, 2.3)
+    fig = new_figure(2.3, columns=1 if len(requests) < 3 else 2)
     axes = fig.subplots(1, len(requests), squeeze=False)[0]
     for ax, (model, table) in zip(axes, requests.items()):
         table = table.sort_values("trr")
@@ -139,15 +132,15 @@ def scaling_figure(
 ):  # matplotlib Figure, one column wide, one panel per model
     """Time of each part against the tokens of the request, relative to the full prefill of the
     shortest one."""
-    fig = new_figure(COLUMN, 2.3)
+    fig = new_figure(2.3)
     axes = fig.subplots(1, len(requests), squeeze=False)[0]
     for ax, (model, (full, pruned)) in zip(axes, requests.items()):
         unit = full["prefill_ms"].iloc[0]
         name = f"{pruned['method'].iloc[0]} {pruned['trr'].iloc[0]:g} %"
         for table, part, label, *look in (
-            (full, "prefill_ms", "prefill, full", INK, "-", "s"),
-            (pruned, "prefill_ms", f"prefill, {name}", BLUE, "-", "o"),
-            (pruned, "selection_ms", f"selection, {name}", ORANGE, "--", "^"),
+            (full, "prefill_ms", "prefill, full", PALETTE.ink, "-", "s"),
+            (pruned, "prefill_ms", f"prefill, {name}", PALETTE.blue, "-", "o"),
+            (pruned, "selection_ms", f"selection, {name}", PALETTE.orange, "--", "^"),
             (full, "encoder_ms", "encoders", "#999999", ":", "D"),
         ):
             look = dict(zip(("color", "linestyle", "marker"), look))
@@ -158,3 +151,19 @@ def scaling_figure(
     axes[0].set_ylabel("Time (full prefill of the shortest = 1)")
     legend_outside(fig, axes[:1], 2)
     return fig
+
+# %% ../../nbs/lab/08_timing_figures.ipynb #84b918e4
+def timing_figures(
+    stem,  # how the file of `seats bench` is called
+    found,  # what it holds
+):
+    "Every figure of a bench file: (name, function that draws it) each."
+    rows = found["rows"]
+    shares = found.get("threads") is not None  # on a CPU
+    for kind, draw, requests in (
+        ("timings", partial(timings_figure, shares=shares), main_requests(rows)),
+        ("speedup", speedup_figure, pruned_requests(rows)),
+        ("scaling", scaling_figure, scaled_requests(rows)),
+    ):
+        if requests:
+            yield f"{stem}_{kind}", partial(draw, requests)

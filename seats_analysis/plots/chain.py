@@ -7,10 +7,8 @@ __all__ = []
 
 # %% ../../nbs/plots/04_chain.ipynb #a03c2f35
 from seats_analysis.plots.style import (
-    BLUE,
     DASHED,
-    ORANGE,
-    PAGE,
+    PALETTE,
     house_style,
     legend_outside,
     new_figure,
@@ -18,7 +16,7 @@ from seats_analysis.plots.style import (
 )
 
 # %% ../../nbs/plots/04_chain.ipynb #644bad44
-_NAMES = dict(tuned=("tuned", BLUE, "o"), fixed=("published shape", ORANGE, "s"))
+_NAMES = dict(tuned=("tuned", PALETTE.blue, "o"), fixed=("published shape", PALETTE.orange, "s"))
 
 
 def _tried(ax, rows):
@@ -27,12 +25,15 @@ def _tried(ax, rows):
 
     tried = pd.DataFrame(rows)
     size = 2 + 14 * tried["questions"] / tried["questions"].max()
-    for fixed, color, label in ((False, "#9a9a9a", "tried"), (True, ORANGE, "published shape")):
+    for fixed, color, label in (
+        (False, "#9a9a9a", "tried"),
+        (True, PALETTE.orange, "published shape"),
+    ):
         own = tried[tried["fixed"] == fixed]
         look = dict(s=size[own.index], color=color, linewidth=0, alpha=0.7)
         ax.scatter(100 * own["cost"], own["kl"].clip(lower=1e-6), label=label, **look)
     chain = tried[tried["chain"]].sort_values(["cost", "kl"])
-    ax.plot(100 * chain["cost"], chain["kl"], color=BLUE, label="chain", zorder=4)
+    ax.plot(100 * chain["cost"], chain["kl"], color=PALETTE.blue, label="chain", zorder=4)
     ax.set(yscale="log", ylabel="KL to the full model (nats)", title="a  search")
 
 
@@ -53,7 +54,7 @@ def chain_figure(
     found,  # stored result of `seats tune`
 ):  # matplotlib Figure, two columns wide
     "The search, and the certificate."
-    fig = new_figure(PAGE, 2.4)
+    fig = new_figure(2.4, columns=2)
     axes = fig.subplots(1, 2)
     _tried(axes[0], found["search"])
     _certified(axes[1], found)

@@ -10,14 +10,11 @@ import numpy as np
 from contextlib import suppress
 from ..boundaries.retention import family_needs, retained
 from seats_analysis.plots.style import (
-    COLUMN,
     DOTTED,
-    LOOKS,
-    PAGE,
+    PALETTE,
     chance_line,
     depth_axis,
     house_style,
-    layer_axis,
     legend_outside,
     new_figure,
     row_axis,
@@ -26,6 +23,14 @@ from seats_analysis.plots.style import (
 )
 
 # %% ../../nbs/plots/01_dependency.ipynb #f793e94a
+LOOKS = {
+    "both": dict(color=PALETTE.ink, linestyle="-", marker="o"),
+    "visual": dict(color=PALETTE.blue, linestyle="--", marker="s"),
+    "audio": dict(color=PALETTE.orange, linestyle="-.", marker="^"),
+    "control": dict(color="#888888", linestyle=":", marker="x"),
+}
+
+
 def derive_split(profile):
     "The split that boundaries are derived from; None where the profile does not have it."
     return "derive" if "derive" in profile["split"].values.astype(str) else None
@@ -66,6 +71,14 @@ def curves_of(profile, conditions=None, families=None, **options):
         with suppress(ValueError):
             curves["control"] = curve_of(profile, conditions[0], families=control, **options)
     return curves
+
+
+def layer_axis(ax, n_layers, label="Tokens removed before layer", most_ticks=14):
+    "Printed layers 1..L, then 'none' where nothing is removed."
+    step = next(s for s in (1, 2, 3, 4, 5, 8, 10, 20) if n_layers / s <= most_ticks)
+    ticks = [t for t in range(1, n_layers + 1, step) if n_layers + 1 - t >= 0.8 * step]
+    ax.set_xticks([*ticks, n_layers + 1], [*map(str, ticks), "none"])
+    ax.set(xlim=(0.5, n_layers + 1.5), xlabel=label)
 
 
 def draw_curve(ax, curve, name, **look):
@@ -142,7 +155,7 @@ def plot_dependency(
     if hasattr(bounds, "removed"):
         bounds = {bounds.removed: bounds}
     curves = curves_of(profile, split=split, corrected=corrected)
-    fig = new_figure(COLUMN, 3.2 if bounds else 2.5)
+    fig = new_figure(3.2 if bounds else 2.5)
     draw_dependency(fig, curves, bounds, corrected)
     return fig
 
@@ -152,7 +165,7 @@ def plot_side_by_side(
     models,  # name -> xr.Dataset, {condition: Boundaries}
 ):  # matplotlib Figure, two columns wide
     "Dependency of several models, a panel each."
-    fig = new_figure(PAGE, 3.3)
+    fig = new_figure(3.3, columns=2)
     panels = fig.subfigures(1, len(models))
     for panel, (name, (profile, bounds)) in zip(panels, models.items()):
         draw_dependency(panel, curves_of(profile, split=derive_split(profile)), bounds)
@@ -178,7 +191,7 @@ def family_figure(
     top = 115
     names = {f: wrapped(f.replace("_", " ") or "unnamed", 57 // columns) for f in families}
     longest = max(name.count("\n") for name in names.values())
-    fig = new_figure(COLUMN, max(1.9, (0.98 + 0.1 * longest) * rows + 0.4))  # room for the label
+    fig = new_figure(max(1.9, (0.98 + 0.1 * longest) * rows + 0.4))  # room for the label
     axes = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
     for k, (ax, family) in enumerate(zip(axes, families)):
         title = names[family]
@@ -212,7 +225,7 @@ def boundaries_figure(
 ):  # matplotlib Figure, one column wide
     "Boundaries with intervals, family by family."
     rows = table.dropna(subset=["late_start"]).reset_index()
-    fig = new_figure(COLUMN, 0.17 * len(rows) + 0.55)
+    fig = new_figure(0.17 * len(rows) + 0.55)
     ax = fig.subplots()
     for y, row in rows.iterrows():
         for late, name in enumerate(("shallow_end", "late_start")):
@@ -247,7 +260,7 @@ def plot_retention(
     plans = {"schedule": schedules} if hasattr(schedules, "levels") else schedules
     if len(counts := {p.num_layers for p in plans.values()}) != 1:
         raise ValueError(f"schedules for different layer counts: {sorted(counts)}")
-    fig = new_figure(COLUMN, 2.1)
+    fig = new_figure(2.1)
     draw_retention(fig, plans)
     return fig
 

@@ -26,7 +26,7 @@ from seats_analysis.plots.dependency import (
     draw_dependency,
     draw_retention,
 )
-from .style import PAGE, RED, house_style, new_figure
+from .style import PALETTE, house_style, new_figure
 from ..schedules.cost import flops_fraction
 from ..schedules.schedule import DEFAULT_LATE, Schedule, ScheduleWarning
 from ..storage.files import output_folder, shipped_folder
@@ -148,12 +148,14 @@ class View:
     @house_style()
     def figure(self):
         "A matplotlib Figure, two columns wide: curve and blocks, schedule over depth."
-        fig = new_figure(PAGE, 3.2)
+        fig = new_figure(3.2, columns=2)
         left, right = fig.subfigures(1, 2)
         if self.bounds:
             known = {} if self.bounds.unmeasurable else {self.removed: self.bounds}
             draw_dependency(left, self.curves, known)
-            left.axes[0].axhline(100 * (1 - self.tolerance), color=RED, linewidth=0.8, zorder=2)
+            left.axes[0].axhline(
+                100 * (1 - self.tolerance), color=PALETTE.red, linewidth=0.8, zorder=2
+            )
         if self.plan:
             draw_retention(right, {f"TRR {self.trr:g} %": self.plan})
         else:

@@ -8,7 +8,7 @@ __all__ = ['kept_data', 'plot_kept']
 # %% ../../nbs/plots/02_kept.ipynb #6984a019
 import numpy as np
 from ..storage.schemas import SCHEMAS
-from .style import COLUMN, RED, house_style, new_figure
+from .style import PALETTE, house_style, new_figure
 
 # %% ../../nbs/plots/02_kept.ipynb #4d04e165
 def kept_data(
@@ -61,7 +61,7 @@ def plot_kept(
     seconds = len(clip.waveform) / clip.sample_rate if has_audio else 0
     height = 0.395 * clip.frames.shape[1] / clip.frames.shape[2] if has_video else 0
 
-    fig = new_figure(COLUMN, len(stages) * (height + 0.30 * has_audio + 0.22) + 0.5)
+    fig = new_figure(len(stages) * (height + 0.30 * has_audio + 0.22) + 0.5)
     heights = [height] * has_video + [0.3] * has_audio
     axes = fig.subplots(
         len(stages) * len(heights), squeeze=False, height_ratios=heights * len(stages)
@@ -112,7 +112,7 @@ def _draw_frames(ax, frames, grid, kept):
             Rectangle((g + (c + 0.06) / cols, 1 - (r + 0.94) / rows), 0.88 / cols, 0.88 / rows)
             for g, r, c in np.argwhere(mask)
         ]
-        look = dict(facecolor="none", edgecolor=RED, linewidth=0.7)
+        look = dict(facecolor="none", edgecolor=PALETTE.red, linewidth=0.7)
         ax.add_collection(PatchCollection(boxes, **look))
     for x in range(1, len(shown)):
         ax.axvline(x, color="white", linewidth=1.2)
@@ -138,5 +138,5 @@ def _draw_audio(ax, image, seconds, kept, audio):
         removed = [(j / rate, 1 / rate) for j in np.setdiff1d(range(n), audio)]
         ax.broken_barh(removed, (0, _MAX_KHZ), color="white", alpha=0.85, linewidth=0)
         starts = np.array(audio) / rate
-        ax.hlines([0.12] * len(audio), starts, starts + 1 / rate, color=RED, linewidth=2)
+        ax.hlines([0.12] * len(audio), starts, starts + 1 / rate, color=PALETTE.red, linewidth=2)
     ax.set(xlim=(0, seconds), ylim=(0, _MAX_KHZ), yticks=[0, _MAX_KHZ])

@@ -10,31 +10,21 @@ import io
 import textwrap
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from ..storage.files import atomic_write
 
 # %% ../../nbs/plots/00_style.ipynb #c774fef4
-COLUMN = 3.5  # inches: one journal column
-PAGE = 7.2  # two columns
-BLUE = "#0173b2"
-ORANGE = "#de8f05"
-GREEN = "#029e73"
-RED = "#d55e00"
-PURPLE = "#cc78bc"
-INK = "#222222"
-LOOKS = {
-    "both": dict(color=INK, linestyle="-", marker="o"),
-    "visual": dict(color=BLUE, linestyle="--", marker="s"),
-    "audio": dict(color=ORANGE, linestyle="-.", marker="^"),
-    "control": dict(color="#888888", linestyle=":", marker="x"),
-}
-SERIES = [
-    dict(color=color, linestyle=line, marker=marker)
-    for color, line, marker in zip(
-        (BLUE, ORANGE, GREEN, RED, PURPLE, INK), ("-", "--", "-.", ":", "-", "--"), "osv^Dx"
-    )
-]
+WIDTHS = {1: 3.5, 2: 7.2}  # inches of a figure over so many columns of a journal
+PALETTE = SimpleNamespace(
+    blue="#0173b2",
+    orange="#de8f05",
+    green="#029e73",
+    red="#d55e00",
+    purple="#cc78bc",
+    ink="#222222",
+)
 DOTTED = dict(color="#777777", linewidth=0.7, linestyle=(0, (1, 1.5)), zorder=1)  # chance, goals
-DASHED = dict(color=INK, linewidth=0.6, linestyle=(0, (4, 3)), zorder=1)  # the full model
+DASHED = dict(color=PALETTE.ink, linewidth=0.6, linestyle=(0, (4, 3)), zorder=1)  # the full model
 RC = {
     "font.size": 7,
     "axes.labelsize": 7,
@@ -73,12 +63,12 @@ def house_style():
         yield
 
 # %% ../../nbs/plots/00_style.ipynb #64184a0f
-def new_figure(width, height):
-    "An empty figure of a size in inches, apart from pyplot and its list of open figures."
+def new_figure(height, columns=1):
+    "An empty figure, its height in inches, apart from pyplot and its list of open figures."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(width, height), layout="constrained")
+    fig = Figure(figsize=(WIDTHS[columns], height), layout="constrained")
     FigureCanvasAgg(fig)
     return fig
 
@@ -154,14 +144,6 @@ def shade_blocks(
         if inches * (hi - lo) / (edges[-1] + 1) > 0.048 * len(name):
             look = dict(transform=ax.get_xaxis_transform(), ha="center", va="bottom")
             ax.text((lo + hi) / 2 + 0.5, 1.015, name, fontsize=6.5, **look)
-
-
-def layer_axis(ax, n_layers, label="Tokens removed before layer", most_ticks=14):
-    "Printed layers 1..L, then 'none' where nothing is removed."
-    step = next(s for s in (1, 2, 3, 4, 5, 8, 10, 20) if n_layers / s <= most_ticks)
-    ticks = [t for t in range(1, n_layers + 1, step) if n_layers + 1 - t >= 0.8 * step]
-    ax.set_xticks([*ticks, n_layers + 1], [*map(str, ticks), "none"])
-    ax.set(xlim=(0.5, n_layers + 1.5), xlabel=label)
 
 
 def depth_axis(ax, n_layers):

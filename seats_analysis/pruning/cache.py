@@ -15,6 +15,9 @@ from ..inputs.layout import Modality
 from .prefill import stock_mask
 
 # %% ../../nbs/pruning/09_cache.ipynb #070baa9b
+_SLOTS = "seats_slots"  # attribute of a cache
+
+
 @dataclass
 class Slots:
     "What the layers of a pruned cache hold after prefill."
@@ -59,6 +62,60 @@ class Slots:
         new = {id(v): pick(v) for v in self.valid if v is not None}
         valid = tuple(v if v is None else new[id(v)] for v in self.valid)
         return replace(self, valid=valid, position=pick(self.position))
+
+    # ---- on a cache of transformers
+
+    @staticmethod
+    def of(cache):  # a cache, or None -> Slots | None
+        "What `prune` noted about a cache; None for one that it did not shorten."
+        return getattr(cache, _SLOTS, None)
+
+    @staticmethod
+    def check_cache(cache):
+        "Raise ValueError for a cache that cannot be shortened: fixed, quantized or offloaded."
+        from transformers.cache_utils import DynamicLayer
+
+        plain = (
+            cache is None
+            or not getattr(cache, "offloading", False)
+            and all(type(layer) is DynamicLayer for layer in cache.layers)
+        )
+        fixed = getattr(cache, "is_compileable", False)
+        if fixed or not plain:
+            what = "has a fixed length" if fixed else "is quantized or offloaded"
+            raise ValueError(
+                f"{type(cache).__name__} {what}; prune needs a dynamic cache "
+                '(`cache_implementation="dynamic"`)'
+            )
+
+    @staticmethod
+    def forget(cache):
+        "A cache that is filled anew."
+        vars(cache).pop(_SLOTS, None)
+
+    @staticmethod
+    def evict(cache, surplus):  # surplus: of a `Prefill`
+        "Write the caches at their final length."
+        first = 0
+        for end, index in surplus:
+            shorten_cache(cache.layers[first:end], index)
+            first = end
+
+    def label(self, cache):
+        "Note on a cache what its layers hold, and let it report its logical length."
+        if not isinstance(cache, LogicalLength):
+            cache.__class__ = _pruned(type(cache))
+        setattr(cache, _SLOTS, self)
+
+    @classmethod
+    def repeat_cache(cls, cache, rows, times):  # -> cache
+        "A pruned cache for `times` copies of each of its rows, apart from the caller's."
+        if cls.of(cache) is None or len(cls.of(cache).position) != rows:
+            return cache
+        new = copy.copy(cache)
+        new.layers = [copy.copy(layer) for layer in cache.layers]
+        new.batch_repeat_interleave(times)
+        return new
 
     # ---- a decode step
 
@@ -145,16 +202,6 @@ class Slots:
             new = held.new_ones(len(hidden), cache.get_seq_length(layer) + q - n)
         return stock_mask(config, hidden, torch.cat([held, new], 1), cache, layer)
 
-
-_SLOTS = "seats_slots"  # attribute of a cache
-
-# %% ../../nbs/pruning/09_cache.ipynb #9480ee6e
-def slots_of(
-    cache,  # a transformers cache, or None
-) -> Slots | None:
-    "What `prune` noted about a cache; None for one that it did not shorten."
-    return getattr(cache, _SLOTS, None)
-
 # %% ../../nbs/pruning/09_cache.ipynb #ad20a128
 def shorten_cache(
     layers: Sequence,  # of a DynamicCache
@@ -171,27 +218,19 @@ def shorten_cache(
         layer.keys = kept(layer.keys)
         layer.values = kept(layer.values)
 
-
-def evict(cache, surplus):  # surplus: of a `Prefill`
-    "Write the caches at their final length."
-    first = 0
-    for end, index in surplus:
-        shorten_cache(cache.layers[first:end], index)
-        first = end
-
 # %% ../../nbs/pruning/09_cache.ipynb #5153e698
 class LogicalLength:
     "What a pruned cache does differently from its class."
 
     def get_seq_length(self, layer_idx=None):  # None: of the cache as a whole
         own = super().get_seq_length(layer_idx or 0)
-        slots = slots_of(self)
+        slots = Slots.of(self)
         if layer_idx is None and slots is not None and own:
             return slots.prompt + own - slots.lengths[0]
         return own
 
     def update(self, *args, **kwargs):
-        slots = slots_of(self)
+        slots = Slots.of(self)
         # the stock mask would show free slots, and nothing would tell
         if slots is not None and not slots.open and slots.padded:
             raise ValueError(
@@ -202,7 +241,7 @@ class LogicalLength:
 
     def crop(self, n):  # n > 0: to n columns; otherwise: by -n columns
         drop = self.get_seq_length() - n if n > 0 else -n
-        slots = slots_of(self)
+        slots = Slots.of(self)
         if slots is not None and drop > slots.after(self):
             raise ValueError(
                 f"cannot take {drop} columns from a pruned cache: only {slots.after(self)} came "
@@ -224,8 +263,8 @@ class LogicalLength:
         self._pick(lambda x: x[indices])
 
     def _pick(self, pick):
-        if (slots := slots_of(self)) is not None:
-            label_cache(self, slots.rows(pick))
+        if (slots := Slots.of(self)) is not None:
+            slots.rows(pick).label(self)
 
     def __reduce__(self):  # its class has no name to be found by
         return _empty_pruned, (type(self).__mro__[2],), vars(self)
@@ -241,49 +280,6 @@ def _empty_pruned(cls):
     new.__class__ = _pruned(cls)
     return new
 
-
-def label_cache(
-    cache,  # a transformers cache
-    slots: Slots,  # what its layers hold
-):
-    "Note on a cache what its layers hold, and let it report its logical length."
-    if not isinstance(cache, LogicalLength):
-        cache.__class__ = _pruned(type(cache))
-    setattr(cache, _SLOTS, slots)
-
-
-def forget_slots(cache):
-    "A cache that is filled anew."
-    vars(cache).pop(_SLOTS, None)
-
-
-def check_cache(cache):
-    "Raise ValueError for a cache that cannot be shortened: fixed, quantized or offloaded."
-    from transformers.cache_utils import DynamicLayer
-
-    plain = (
-        cache is None
-        or not getattr(cache, "offloading", False)
-        and all(type(layer) is DynamicLayer for layer in cache.layers)
-    )
-    fixed = getattr(cache, "is_compileable", False)
-    if fixed or not plain:
-        what = "has a fixed length" if fixed else "is quantized or offloaded"
-        raise ValueError(
-            f"{type(cache).__name__} {what}; prune needs a dynamic cache "
-            '(`cache_implementation="dynamic"`)'
-        )
-
-
-def repeat_cache(cache, rows, times):  # -> cache
-    "A pruned cache for `times` copies of each of its rows, apart from the caller's."
-    if slots_of(cache) is None or len(slots_of(cache).position) != rows:
-        return cache
-    new = copy.copy(cache)
-    new.layers = [copy.copy(layer) for layer in cache.layers]
-    new.batch_repeat_interleave(times)
-    return new
-
 # %% ../../nbs/pruning/09_cache.ipynb #71a494ad
 def follow_up(
     cache,  # of a prompt pruned with kv='retain', and what was generated after it
@@ -292,7 +288,7 @@ def follow_up(
 ) -> dict:  # input_ids (B, n) new to the cache, attention_mask, position_ids, past_key_values
     """Inputs of `model(...)` or `model.generate(...)` for the next turn of a conversation.
     Raises ValueError where it cannot go on."""
-    slots = slots_of(cache)
+    slots = Slots.of(cache)
     if slots is None:
         raise ValueError("nothing was pruned from this cache; continue it without `follow_up`")
     known = cache.get_seq_length()

@@ -20,15 +20,7 @@ from ..models.encode import layout_of
 from ..models.families import adapter_for
 from ..schedules.schedule import Schedule
 from .base import Pruner, Tokens
-from seats_analysis.pruning.cache import (
-    Slots,
-    check_cache,
-    evict,
-    forget_slots,
-    label_cache,
-    repeat_cache,
-    slots_of,
-)
+from .cache import Slots
 from seats_analysis.pruning.encoders import (
     COMPILED,
     ENCODED,
@@ -179,7 +171,7 @@ class Session:
         ids, rest = stock(**settings, input_ids=input_ids, **others)
         cache = given.get("past_key_values")
         if cache is not None:
-            rest["past_key_values"] = repeat_cache(cache, len(input_ids), expand_size)
+            rest["past_key_values"] = Slots.repeat_cache(cache, len(input_ids), expand_size)
         return ids, {**rest, **media, COPIES: expand_size}
 
     # ---- before the thinker: a prefill is planned, or a decode step goes on
@@ -221,7 +213,7 @@ class Session:
         run._layers = [None] * len(self.layers)
         run.samples += len(layout) // copies
         if cache is not None:
-            forget_slots(cache)
+            Slots.forget(cache)
         if self.method is None:
             return
         # copies of a sample share its plan and its number: a random method draws once for them
@@ -230,7 +222,7 @@ class Session:
         steps = self.method.plan(layout, budgets)
         if not steps:
             return  # the forward pass is left alone
-        check_cache(cache)
+        Slots.check_cache(cache)
         self.refuse(given)
         # the last that goes to the device before the first layer
         device = next(self.decoder.module.parameters()).device
@@ -317,7 +309,7 @@ class Session:
             for name, (_, raw, *_) in MEDIA.items()
             if given.get(raw) is not None or encoded.get(name) is not None
         ]
-        if (slots := slots_of(cache)) is not None:
+        if (slots := Slots.of(cache)) is not None:
             return slots.go_on(given, cache, media)
         refused = [m for m in media if self.method and (m != "image" or self.images == "prune")]
         if refused:
@@ -341,7 +333,7 @@ class Session:
         if self.prefill is not None:
             with self.timings.time("selection"):
                 return args, self.prefill.stage1(kwargs, self.encoders)
-        slots = slots_of(cache)
+        slots = Slots.of(cache)
         if slots is not None:
             return args, self.decode_step(kwargs, slots, cache)
 
@@ -398,10 +390,10 @@ class Session:
             cache = getattr(output, "past_key_values", None)
             if cache is not None:
                 with self.timings.time("selection"):
-                    evict(cache, prefill.surplus)
+                    Slots.evict(cache, prefill.surplus)
             Check.read(prefill.checks)
             if cache is not None:
-                label_cache(cache, Slots.after_prefill(prefill))
+                Slots.after_prefill(prefill).label(cache)
             self.run._stages = prefill.stages
             self.run._layers = prefill.layers
         self.reset()

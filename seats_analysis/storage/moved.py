@@ -50,7 +50,7 @@ _PLACES = {  # of what the face does not have; today's module and name
     "removal_scores": "probing.branches.removal_scores",
     "retained": "boundaries.retention.retained",
     "retention_figure": "plot_retention",
-    "sensitivity_figure": "lab.method_figures.sensitivity_figure",
+    "sensitivity_figure": "lab.paper.sensitivity_figure",
     "vtw_rule": "cli.answers.vtw_rule",
 }
 

@@ -182,7 +182,7 @@ def texts(fig):
 
 
 def test_no_text_overlaps_or_is_cut(drawn):
-    learning = M.learning_curves_figure(made_up_log())
+    learning = P.learning_curves_figure(made_up_log())
     check_texts(drawn | dict(learning=learning))
 
 
@@ -281,7 +281,7 @@ def test_type_is_legible_and_the_width_is_a_journals(drawn):
     from matplotlib.text import Text
 
     for name, fig in drawn.items():
-        assert fig.get_size_inches()[0] in (style.COLUMN, style.PAGE)
+        assert fig.get_size_inches()[0] in style.WIDTHS.values()
         assert min(t.get_fontsize() for t in fig.findobj(Text) if t.get_text().strip()) >= 5.5, name
 
 
@@ -424,7 +424,7 @@ def test_a_comparison_that_was_not_timed():
     for r in found["rows"]:
         r["ms"] = None if r["method"] == "dycoke" else r["ms"]
     M.time_figure(None, found).draw_without_rendering()
-    assert {r["time (% of full)"] for r in T.eval_rows(found) if r["method"] == "DyCoke"} == {""}
+    assert {r["time (% of full)"] for r in M.eval_rows(found) if r["method"] == "DyCoke"} == {""}
 
 
 def test_overview_of_odd_schedules():
@@ -485,7 +485,7 @@ def test_tables_hold_the_same_numbers_in_all_formats(data, tmp_path):
 def test_late_removal_and_tuned_methods_have_tables_of_their_own():
     "Beside SEATS, and nothing of it in the others; a floor is named in every column it binds."
     found = made_up()
-    names = lambda kind: {r["method"] for r in T.accuracy_rows(found, kind)}
+    names = lambda kind: {r["method"] for r in M.accuracy_rows(found, kind)}
     late = {f"{M.NAMES[m.removesuffix('+late')]}, late removal" for m in LATE}
     assert names("late") == {"full", "SEATS"} | late and not names("published") & late
     tuned = {"full", "SEATS", "SEATS, tuned", "FastV-om, late removal, tuned"}
@@ -493,15 +493,15 @@ def test_late_removal_and_tuned_methods_have_tables_of_their_own():
     for r in found["rows"]:
         if r["method"] == "visionzip":
             r.update(floor=["visual"], ranked=False, own_minimum=True)
-    table = {r["method"]: r for r in T.accuracy_rows(found)}
+    table = {r["method"]: r for r in M.accuracy_rows(found)}
     assert all(table["VisionZip"][f"TRR {t} %"].endswith("*") for t in (35, 25, 15, 10))
-    rows = [r for r in T.eval_rows(found) if r["method"] == "VisionZip"]
+    rows = [r for r in M.eval_rows(found) if r["method"] == "VisionZip"]
     of_selection = "FLOPs, causal, of selection (% of full)"
     assert [(r["floor"], r[of_selection]) for r in rows] == [("visual", "1.0")] * 4
 
 
 def test_a_star_marks_what_is_not_ranked():
-    table = {r["method"]: r for r in T.accuracy_rows(made_up())}
+    table = {r["method"]: r for r in M.accuracy_rows(made_up())}
     assert (
         table["FastV"]["TRR 10 %"].endswith("*")
         and not table["FastV"]["TRR 35 %"].endswith("*")
@@ -555,7 +555,7 @@ def test_a_comparison_of_two_methods_at_one_budget():
     found["rows"] = [r for r in found["rows"] if r["method"] != "vtw"]
     for draw in (M.comparison_figure, M.ablation_figure, lambda f: M.time_figure(None, f)):
         draw(found).draw_without_rendering()
-    assert len(T.eval_rows(found)) == 4
+    assert len(M.eval_rows(found)) == 4
 
 
 def test_the_command_writes_figures_and_tables_without_a_model(data, tmp_path):
@@ -619,7 +619,7 @@ def made_up_log(families=FAMILIES):
 
 def test_learning_curves_of_unknown_families_and_a_short_log():
     names = [f"family{i}" for i in range(7)]
-    fig = M.learning_curves_figure(made_up_log([*names, "family0*"])[:2])
+    fig = P.learning_curves_figure(made_up_log([*names, "family0*"])[:2])
     assert [ax.get_title(loc="left") for ax in fig.axes] == [*names, "loss (nats/token)"]
     assert [len(ax.lines) for ax in fig.axes] == [3, *[2] * 6, 1]  # with chance
 
@@ -697,4 +697,4 @@ def test_a_model_that_only_guesses_still_gets_its_figures(tmp_path):
 def test_a_broken_log_is_refused_by_name(tmp_path, text):
     (tmp_path / "l.jsonl").write_text(text)
     with pytest.raises(ValueError, match="l.jsonl"):
-        M.read_log(tmp_path / "l.jsonl")
+        P.read_log(tmp_path / "l.jsonl")
