@@ -98,6 +98,17 @@ def model(family):
     return tiny.thinker(family)
 
 
+@pytest.fixture
+def no_model(monkeypatch):
+    "Commands must end before they load one."
+    from seats_analysis.cli import app
+
+    def load(*args, **options):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(app, "load_model", load)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     "A forked process must not inherit a pool of threads."

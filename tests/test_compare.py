@@ -1,8 +1,9 @@
 """Encoded once is as good as every time, costs match, runs go on, outcomes say what happened."""
 
 import json
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,12 @@ from seats_analysis.evaluation import prepared as module
 from seats_analysis.evaluation.compare import (
     _LATE as LATE,
     TOLERANCE,
-    Outcomes,
     clips_needed,
     compare_methods,
     match_cost,
     method_names,
     method_runs,
+    outcome_rows,
     significantly_better,
 )
 from seats_analysis.evaluation.evaluate import evaluate
@@ -36,7 +37,14 @@ from seats_analysis.schedules.cost import prefill_flops
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.statistics.intervals import mcnemar
 from seats_analysis.storage.schemas import load_profile
-from seats_analysis.testbed.load import TESTBEDS, load_testbed
+from seats_analysis.testbed.load import (
+    TESTBEDS,
+    build_model,
+    build_processor,
+    fresh_samples,
+    load_testbed,
+    testbed_samples,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 L = tiny.LAYERS
@@ -54,8 +62,8 @@ def method_of(name):
     return method.leaving(PLAN) if name.endswith("+late") else method
 
 
-def run_of(name):
-    return MethodRun(name, name, trr=30, plans=(method_of(name),))
+def run_of(*names):
+    return [MethodRun(name, name, trr=30, plans=(method_of(name),)) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +75,18 @@ def samples():
         tiny.clip(2, 2.7, sight=False),
         tiny.clip(3, 3.0),
     )
-    asked = ("what colour is the circle ?", "where is the red object ?")
+    asked = "what colour is the circle ?", "where is the red object ?"
     return [
         tiny.ask(f"{k}-{q}", clip, text, lettered=k == 2, family=f"f{q}")
         for k, clip in enumerate(clips)
         for q, text in enumerate(asked)
     ] + [tiny.ask("4-0", None, family="f0")]
+
+
+def answered(models, samples, runs=None, **options):
+    "What `runs`, by default the full model and SEATS, answer to each question."
+    runs = run_of("full", "seats") if runs is None else runs
+    return Answering(*models, samples, runs, **options).answer_all()
 
 
 # ---------------------------------------------------------------- encoded once
@@ -123,28 +137,25 @@ def kept_lists(run):
 def test_towers_run_once_per_clip(model, processor, samples):
     "However many runs and questions."
     adapter = adapter_for(model)
+    towers = dict(visual=adapter.visual(model), audio=adapter.audio_tower(model))
     calls = []
-    runs = [run_of("full"), run_of("seats")]
-    count = lambda name: lambda *args: calls.append(name)
-    with (
-        adapter.visual(model).register_forward_hook(count("visual")),
-        adapter.audio_tower(model).register_forward_hook(count("audio")),
-    ):
-        Answering(model, processor, samples, runs, batch_size=2).answer_all()
+    with ExitStack() as stack:
+        for name, tower in towers.items():
+            note = partial(lambda name, *args: calls.append(name), name)
+            stack.callback(tower.register_forward_hook(note).remove)
+        answered((model, processor), samples, batch_size=2)
     assert sorted(calls) == ["audio"] * 3 + ["visual"] * 3
 
 
 def test_frame_limit_holds_for_files(small):
     "Counts and answers are those of `encode` under the same limit."
-    from seats_analysis.testbed.load import testbed_samples
-
     some = testbed_samples(split="test", limit=4)
     limit = dict(max_frames=4)
     batch = encode(*small, some, **limit)
     counted = batch.layout.counts()["visual"].double().mean()
     assert DataShape.of(*small, some, **limit).mean("visual") == counted
     assert DataShape.of(*small, some).mean("visual") > counted
-    found = Answering(*small, some, [run_of("full")], limits=limit).answer_all()
+    found = answered(small, some, run_of("full"), limits=limit)
     scores = score_choices(small[0], batch)
     wanted = [-scores.total[i, s.answer].item() for i, s in enumerate(some)]
     np.testing.assert_allclose([row[0]["nll"] for row in found], wanted, atol=2e-5)
@@ -152,9 +163,9 @@ def test_frame_limit_holds_for_files(small):
 
 def test_outcomes_are_those_of_evaluate(model, processor, samples):
     drawn = METHODS["random"].for_trr(L, 0.4, 0.5, 24, 40, seed=3)
-    runs = [run_of("full"), run_of("seats"), MethodRun("random", "random", 30, (drawn,))]
+    runs = [*run_of("full", "seats"), MethodRun("random", "random", 30, (drawn,))]
     some = samples[:1] + samples[3:6] + samples[-1:]
-    found = Answering(model, processor, some, runs, batch_size=3).answer_all()
+    found = answered((model, processor), some, runs, batch_size=3)
     for k, r in enumerate(runs):
         frame = evaluate(model, processor, some, r.plans[0], batch_size=len(some))
         for name in ("correct", "nll", "margin"):
@@ -167,13 +178,11 @@ def test_outcomes_are_those_of_evaluate(model, processor, samples):
 @pytest.fixture(scope="module")
 def shape():
     "Counts of the testbed: 192 visual, 40 audio and the text tokens, 16 layers."
-    from seats_analysis.testbed.load import build_model, build_processor, fresh_samples
-
     model = build_model().eval()
     return DataShape.of(model, build_processor(), fresh_samples(8, seed=4, per_clip=2))
 
 
-PLANS = {t: Schedule.load(ROOT / "data" / "schedules" / f"testbed_trr{t}.json") for t in (35, 10)}
+PLANS = {t: Schedule.load(f"testbed/{t}") for t in (35, 10)}
 
 
 @pytest.fixture(scope="module")
@@ -182,27 +191,24 @@ def runs(shape):
 
 
 def test_costs_match_or_are_floors(shape, runs):
-    costs = [e.mean([shape.cost(p) for p in e.plans]) for e in runs]
-    target = {e.trr: cost for e, cost in zip(runs, costs) if e.label == "seats"}
     assert len(runs) == 1 + len(PLANS) * (len(METHODS | ABLATIONS) + len(LATE))
-    for e, cost in list(zip(runs, costs))[1:]:
-        away = cost / target[e.trr] - 1
+    target = {e.trr: shape.cost(e.plans[0]) for e in runs if e.label == "seats"}
+    for e in runs[1:]:
+        away = e.mean([shape.cost(p) for p in e.plans]) / target[e.trr] - 1
         dear = "lowest setting" if away > 0 else "highest setting"
         assert e.setting == ("matched" if abs(away) <= TOLERANCE else dear), (e.label, e.trr)
 
 
 def test_floors_are_marked_in_every_column(runs):
     "A rule that keeps as much at its lowest setting is at its floor, whatever chance does beside."
-    floors = {(e.label, e.trr): e.floor for e in runs}
-    settings = {(e.label, e.trr): e.setting for e in runs}
+    at = {(e.label, e.trr): e for e in runs}
     # its first two layers see everything, which is more than SEATS spends at 10 %
-    assert settings["fastv-om", 10] == "lowest setting"
-    assert settings["fastv-om", 35] == "matched"
+    assert [at["fastv-om", trr].setting for trr in PLANS] == ["matched", "lowest setting"]
     for trr in PLANS:
         for name in ("visionzip", "dycoke"):  # they pay with audio that they have no rule for
-            assert floors[name, trr] == (("visual",) if trr == 10 else ())
+            assert at[name, trr].floor == (("visual",) if trr == 10 else ())
         for name in ("seats", "random", "uniform", "divprune-om", "visionzip-om-wide"):
-            assert floors[name, trr] == ()
+            assert at[name, trr].floor == ()
     for e in runs:
         if e.setting == "lowest setting" and hasattr(e.plans[0], "prunes"):
             assert e.floor, (e.label, e.trr)
@@ -285,7 +291,10 @@ def test_matching_against_a_plain_search():
     for i in range(50):
         edges = np.sort(rng.random(8))
         costs = np.sort(rng.random(9))
-        stairs = lambda knob: float(costs[np.searchsorted(edges, knob)])
+
+        def stairs(knob):
+            return float(costs[np.searchsorted(edges, knob)])
+
         floor, top = stairs(1e-4), stairs(1.0)
         target = rng.random()
         if i % 5 == 0:  # floors a little too dear, and tops a little too cheap
@@ -294,13 +303,14 @@ def test_matching_against_a_plain_search():
             target = top * rng.uniform(1 + TOLERANCE / 2, 1 + TOLERANCE)
         found = MethodRun("x", "x", 10, **match_cost(stairs, lambda x: x, target, 1.0))
         assert 0 <= found.share <= 1
+        setting = "matched"
         if floor > target * (1 + TOLERANCE):
-            assert found.setting == "lowest setting"
+            setting = "lowest setting"
         elif top < target * (1 - TOLERANCE):
-            assert found.setting == "highest setting"
+            setting = "highest setting"
         else:
-            assert found.setting == "matched"
             assert abs(found.mean(found.plans) / target - 1) <= TOLERANCE
+        assert found.setting == setting
 
 
 @pytest.mark.parametrize("options", [dict(seconds=0.5), dict(grids=2), dict(grids=2, seconds=0.5)])
@@ -376,7 +386,7 @@ def test_interrupted_runs_go_on(small, samples, tmp_path, monkeypatch):
 
 def test_checkpoint_of_another_run_is_refused(small, samples, tmp_path):
     def begin(plan=PLAN, other="random", about={}, **kw):
-        runs = [MethodRun("seats", "seats", 30, (Seats(plan),)), run_of(other)]
+        runs = [MethodRun("seats", "seats", 30, (Seats(plan),)), *run_of(other)]
         asked = Answering(*small, samples[:2], runs, batch_size=2, **kw)
         return asked.answer_all(tmp_path / "j", dict(data_sha256="d") | about)
 
@@ -396,11 +406,12 @@ def test_checkpoint_of_another_run_is_refused(small, samples, tmp_path):
 
 def test_processes_share(small, samples, tmp_path):
     "One without questions leaves nothing."
-    runs = [run_of("full"), run_of("random")]
-    few = Answering(*small, samples[:2], runs, batch_size=2)
+    few, asked = (
+        Answering(*small, some, run_of("full", "random"), batch_size=2)
+        for some in (samples[:2], samples)
+    )
     assert few.answer_all(tmp_path / "none", shard=(3, 4)) is None
     assert not (tmp_path / "none").exists()
-    asked = Answering(*small, samples, runs, batch_size=2)
     assert asked.answer_all(tmp_path / "j", shard=(1, 2)) is None
     assert 0 < len(list((tmp_path / "j").glob("[0-9]*.json"))) < len(samples)
     shared = asked.answer_all(tmp_path / "j", shard=(0, 2))
@@ -418,8 +429,8 @@ def test_units_keep_clips_together(samples):
 
 def test_progress_counts_every_run_of_a_unit(small, samples, capsys):
     "The bar moves before the first clip is done with all runs."
-    runs = [run_of("full"), run_of("seats")]
-    Answering(*small, samples, runs, batch_size=1).answer_all(progress=True)
+    asked = Answering(*small, samples, run_of("full", "seats"), batch_size=1)
+    asked.answer_all(progress=True)
     assert f"{2 * len(samples)}/{2 * len(samples)}" in capsys.readouterr().err
 
 
@@ -432,34 +443,31 @@ def test_columns_say_what_happened(shape):
         16,
         drop_layers=(8,),
         late_start=14,
-        entering=dict(visual=0.25, audio=0.5),
-        keep_ratios=dict(visual=(0.5,), audio=(0.5,)),
+        entering=tiny.ratios(0.25, 0.5),
+        keep_ratios=tiny.ratios((0.5,), (0.5,)),
     )
-    seats = Seats(plan)
     chance = METHODS["random"].for_trr(16, 0.5, 0.4, 192, 40)
-    choosing = shape.selection(seats)
+    choosing = shape.selection(plan)
     runs = [
         MethodRun("full", "full", 100, (None,), setting="full"),
-        MethodRun("seats", "seats", 25, (seats,), knob=(1.0,)),
+        MethodRun("seats", "seats", 25, (Seats(plan),), knob=(1.0,)),
         MethodRun("random", "random", 25, (chance,), knob=(1.0,)),
     ]
     flops = 100.0, 30.0, 30.0 + 100 * choosing
     right = dict(where0="110", where1="110", what="101", control="010")  # full, SEATS, random
     asked = [tiny.ask(n, tiny.clip(i), family=n.rstrip("01")) for i, n in enumerate(right)]
+    cell = dict(pick=0, ms=[1.0, 2.0, 3.0])
     answers = [
-        [
-            dict(pick=0, correct=c == "1", ms=[1.0, 2.0, 3.0], flops_causal=f)
-            for c, f in zip(row, flops)
-        ]
+        [cell | dict(correct=c == "1", flops_causal=f) for c, f in zip(row, flops)]
         for row in right.values()
     ]
-    full, ours, theirs = Outcomes(answers, asked, runs, shape, n_boot=50).rows()
-    assert {(r["n"], r["clips"]) for r in (full, ours, theirs)} == {(3, 3)}
-    cost, decoder = (f"flops_fraction_causal_{x}_selection" for x in ("with", "without"))
+    rows = outcome_rows(answers, asked, runs, shape, n_boot=50)
     # choosing costs SEATS something and chance nothing, so that chance gets more of the decoder;
     # 4 windows of 48 and of 10 tokens: 48 + 20 enter, half of them stay from layer 8 to 14;
     # 96 + 16 are drawn once
     wanted = dict(
+        n=(3, 3, 3),
+        clips=(3, 3, 3),
         accuracy=(1, 2 / 3, 1 / 3),
         diff_full=(0, -1 / 3, -2 / 3),
         diff_seats=(None, 0, -1 / 3),
@@ -468,14 +476,15 @@ def test_columns_say_what_happened(shape):
         retention_layers=(1, (8 * 68 + 6 * 34) / 16 / 232, 112 / 232),
         retention_visual=(1, (8 * 48 + 6 * 24) / 16 / 192, 96 / 192),
         retention_audio=(1, (8 * 20 + 6 * 10) / 16 / 40, 16 / 40),
-        **{decoder: (1, 0.3, 0.3 + choosing), cost: (1, 0.3 + choosing, 0.3 + choosing)},
+        flops_fraction_causal_without_selection=(1, 0.3, 0.3 + choosing),
+        flops_fraction_causal_with_selection=(1, 0.3 + choosing, 0.3 + choosing),
     )
     for name, values in wanted.items():
-        assert [r[name] for r in (full, ours, theirs)] == pytest.approx(list(values)), name
-    families = theirs["families"]
+        assert [r[name] for r in rows] == pytest.approx(list(values)), name
+    families = rows[2]["families"]
     assert [families[f]["diff_seats"] for f in ("where", "what")] == [-1, 1]
     assert families["control"]["full_accuracy"] == 0
-    assert theirs["ranked"]
+    assert rows[2]["ranked"]
 
 
 def test_unparsable_is_wrong_and_counted(small, samples, monkeypatch):
@@ -483,9 +492,9 @@ def test_unparsable_is_wrong_and_counted(small, samples, monkeypatch):
     real = module.write_answers
     monkeypatch.setattr(module, "write_answers", lambda *args: [next(says) for _ in real(*args)])
     some = [replace(s, lettered=False) for s in samples[:4]]
-    runs = [MethodRun("full", "full", 100, (None,))]
-    found = Answering(*small, some, runs, batch_size=8, answers="generate").answer_all()
-    (row,) = Outcomes(found, some, runs, DataShape.of(*small, some), n_boot=20).rows()
+    runs = run_of("full")
+    found = answered(small, some, runs, batch_size=8, answers="generate")
+    (row,) = outcome_rows(found, some, runs, DataShape.of(*small, some), n_boot=20)
     picks = [r[0]["pick"] for r in found]
     assert row["unparsable"] == picks.count(None) == 2
     assert row["accuracy"] == np.mean([p == s.answer for p, s in zip(picks, some)])

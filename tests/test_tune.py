@@ -1,6 +1,7 @@
 """A promise is kept as often as it says, searches go on, and no clip serves twice."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +24,7 @@ from seats_analysis.tuning.tune import SearchSpace
 from seats_analysis.storage.schemas import save_profile
 
 EASY = Promise(0.6, 0.5)  # one clip is enough
+SMALL = dict(seconds=1.0, size=(56, 56))
 SPACE = SearchSpace.of(dict(both=Boundaries(tiny.LAYERS, 2, 5, shallow_end_ci=(1, 3))))
 
 
@@ -72,23 +74,22 @@ def test_halving_keeps_the_best_of_every_cost():
 def samples():
     "Two questions on each of six short clips."
     words = "what colour is the circle ?", "where is the red object ?"
-    clips = [tiny.clip(k, 1.0, size=(56, 56)) for k in range(6)]
     return [
-        tiny.ask(f"{k}-{i}", c, words[i], family=f"f{i}")
-        for k, c in enumerate(clips)
-        for i in (0, 1)
+        tiny.ask(f"{k}-{i}", tiny.clip(k, **SMALL), word, family=f"f{i}")
+        for k in range(6)
+        for i, word in enumerate(words)
     ]
 
 
-@pytest.fixture
-def family():
-    return "qwen2.5-omni"
+def small():
+    return tiny.thinker("qwen2.5-omni"), tiny.processor("qwen2.5-omni")
 
 
 def tuning(samples, folder=None):
+    model, processor = small()
     return Tuning(
-        model=tiny.thinker("qwen2.5-omni"),
-        processor=tiny.processor("qwen2.5-omni"),
+        model=model,
+        processor=processor,
         promise=EASY,
         proposal=samples[:6],
         calibration=samples[6:],
@@ -100,10 +101,11 @@ def tuning(samples, folder=None):
 @pytest.mark.usefixtures("no_grad")
 def test_paired_kl_and_picks(samples):
     "What the search measures is what two plain runs give."
-    t, plan = tuning(samples), SPACE.draw(np.random.default_rng(1))
+    t = tuning(samples)
+    plan = tune.as_pruner(SPACE.draw(np.random.default_rng(1)))
     bare = [replace(s, choices=(), answer=-1) for s in samples[:2]]
-    rows = t._asked(bare, [tune.as_pruner(plan)]).answer_all()
-    batch = PreparedBatch.of(t.model, t.processor, bare, [tune.as_pruner(plan)])
+    rows = t._asked(bare, [plan]).answer_all()
+    batch = PreparedBatch.of(t.model, t.processor, bare, [plan])
     logp = []
     for p in (None, plan):
         with batch.prune(p) as (_, given):
@@ -144,9 +146,13 @@ def test_an_interrupted_search_goes_on_and_the_chain_was_fixed_before(
     assert 3.5 < spent < 5.5  # as the budget says, roughly
 
 
+def test_a_search_ends_at_its_most_schedules(samples, monkeypatch):
+    monkeypatch.setattr(tune, "MAX_SCHEDULES", 20)
+    with pytest.raises(ValueError, match="a budget of 900 pays for more than 20 schedules"):
+        tuning(samples).search(SPACE.draw, (), 900)
+
+
 def test_no_clip_serves_twice(samples, monkeypatch):
-    with pytest.raises(ValueError, match="both for the search and for calibration"):
-        tuning([*samples[:5], samples[0], *samples[:6]])
     profile = synthetic_profile({"both": ramp(tiny.LAYERS, 1, 4)})
     clips = np.repeat("c5", profile.sizes["sample"])
     monkeypatch.setattr(
@@ -167,94 +173,92 @@ def test_no_clip_serves_twice(samples, monkeypatch):
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
     "One question on each of ten small clips."
-    folder, out = tmp_path_factory.mktemp("clips"), []
+    folder = tmp_path_factory.mktemp("clips")
+    out = []
     for k in range(10):
         path = folder / f"q{k}.mp4"
-        tiny.clip(k, 1.0, size=(56, 56)).save(path)
+        tiny.clip(k, **SMALL).save(path)
         out.append(tiny.ask(f"{k}", str(path), family="colour"))
     return write_samples(out, folder / "questions.jsonl")
 
 
 @pytest.fixture
-def stubbed(monkeypatch, tmp_path):
-    "A tiny random model and a profile with known blocks, in the current folder."
-    given = tiny.thinker("qwen2.5-omni"), tiny.processor("qwen2.5-omni")
+def ask(questions, monkeypatch, tmp_path):
+    "Options for a tiny random model, a profile with known blocks and questions."
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tune, "LADDER", (60,))
     monkeypatch.setattr(shared, "check_model_name", lambda name, revision: None)
-    monkeypatch.setattr(shared, "load_model", lambda *args, **options: given)
+    monkeypatch.setattr(shared, "load_model", lambda *args, given=small(), **options: given)
     profile = synthetic_profile({r: ramp(tiny.LAYERS, 1, 4) for r in ("visual", "audio", "both")})
     save_profile(profile, tmp_path / "p.nc")
-    return ["--model", "m", "--profile", tmp_path / "p.nc"]
+    return "--model", "m", "--profile", tmp_path / "p.nc", "--data", questions
 
 
-def test_tune_and_check(questions, stubbed, tmp_path):
-    easy = "--max-change", 90, "--confidence", 50
-    done = seats("tune", *stubbed, "--data", questions, *easy, "--budget", 3)
+LOOSE = "--max-change", 90, "--confidence", 50
+
+
+def test_tune_and_check(questions, ask, tmp_path):
+    done = seats("tune", *ask, *LOOSE, "--budget", 3)
     assert done.exit_code == 0 and "at most 90 % of the answers change" in done.stdout, done.stderr
     home = tmp_path / "seats_out" / "questions"
+    schedule, chain = home / "schedules" / "tuned_m.json", home / "results" / "tune_m.json"
     assert not list(home.glob("*/*.checkpoint"))
-    plan = Schedule.load(home / "schedules" / "tuned_m.json")
-    proof = plan.evidence["certificate"]
+    evidence = Schedule.load(schedule).evidence
+    proof = evidence["certificate"]
     assert proof["promise"] == dict(max_change=0.9, confidence=0.5) and proof["clips"] < 10
-    assert plan.evidence["kind"] == "tuned" and proof["mix"]["families"].keys() == {"colour"}
-    assert "exists; --overwrite" in refused("tune", *stubbed, "--data", questions, *easy)
+    assert evidence["kind"] == "tuned" and proof["mix"]["families"].keys() == {"colour"}
+    assert "exists; --overwrite" in refused("tune", *ask, *LOOSE)
+
+    def check(plan, data, *options):
+        return seats("check", plan, "--model", "m", "--data", data, *options)
+
+    def copied(name, **changes):
+        "The same questions on clips that nobody knows."
+        out = []
+        for k, s in enumerate(read_samples(questions)):
+            video = shutil.copy(s.video, questions.parent / f"other{k}.mp4")
+            out.append(replace(s, video=str(video), **changes))
+        return write_samples(out, questions.parent / f"{name}.jsonl")
+
     # clips that made it are refused; others are answered, and another mix is not the promise's
-    check = "check", home / "schedules" / "tuned_m.json", "--model", "m", "--data"
-    done = seats(*check, questions)
+    done = check(schedule, questions)
     assert done.exit_code == 2 and "10 of the clips made this schedule" in done.stderr
-    others = read_samples(questions)
-    for k, s in enumerate(others):
-        copy = questions.parent / f"other{k}.mp4"
-        copy.write_bytes(open(s.video, "rb").read())
-        others[k] = replace(s, video=str(copy))
-    new = write_samples(others, questions.parent / "new.jsonl")
-    strict = "--max-change", 1, "--confidence", 99
-    done = seats(*check, new)
+    new = copied("new")
+    done = check(schedule, new)
     assert "for questions like the 10 on 10 clips" in done.stdout, done.stderr
-    moved = [replace(s, family="unheard of") for s in others]
-    moved = write_samples(moved, questions.parent / "moved.jsonl")
-    done = seats(*check, moved, *strict)
+    moved = copied("moved", family="unheard of")
+    done = check(schedule, moved, "--max-change", 1, "--confidence", 99)
     assert done.exit_code == 1 and "refused: other kinds of questions" in done.stdout
-    chain = home / "results" / "tune_m.json"
-    done = seats("check", chain, "--model", "m", "--data", new)
+    done = check(chain, new)
     assert done.exit_code == 0, done.stderr
-    found = json.loads((tmp_path / "seats_out/new/results/check_tune_m.json").read_text())["chains"]
-    stored = json.loads(chain.read_text())["chains"]
-    assert {k: len(c["rows"]) for k, c in found.items()} == {
-        k: len(c["rows"]) for k, c in stored.items()
-    }
-    assert {len(r["losses"]) for c in found.values() for r in c["rows"]} == {10}
+    found = json.loads((tmp_path / "seats_out/new/results/check_tune_m.json").read_text())
+    given, stored = (
+        {name: [len(r["losses"]) for r in c["rows"]] for name, c in file["chains"].items()}
+        for file in (found, json.loads(chain.read_text()))
+    )
+    assert given == {name: [10] * len(rows) for name, rows in stored.items()}
 
 
-def test_too_few_clips_are_refused_before_the_model_is_loaded(questions, stubbed, monkeypatch):
-    def load(*args, **options):
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(shared, "load_model", load)
-    said = refused("tune", *stubbed, "--data", questions)
+def test_too_few_clips_are_refused_before_the_model_is_loaded(ask, no_model):
+    said = refused("tune", *ask)
     assert "takes 149" in said and "--max-change" in said
-    said = refused("tune", *stubbed, "--data", questions, "--method", "nobody")
-    assert "--method 'nobody': one of seats" in said
+    assert "--method 'nobody': one of seats" in refused("tune", *ask, "--method", "nobody")
 
 
-def test_a_baseline_gets_the_same_search(questions, stubbed, tmp_path):
-    easy = "--max-change", 90, "--confidence", 50, "--budget", 3
-    done = seats("tune", *stubbed, "--data", questions, *easy, "--method", "fastv+late")
+def test_a_baseline_gets_the_same_search(ask, tmp_path):
+    done = seats("tune", *ask, *LOOSE, "--budget", 3, "--method", "fastv+late")
     chain = tmp_path / "seats_out/questions/results/tune_m_fastv+late.json"
     stored = json.loads(chain.read_text())
     assert {r["method"] for r in stored["chains"]["tuned"]["rows"]} == {"fastv"}
     assert "tune_m_fastv+late.json" in done.stdout or done.exit_code == 1
     # and what it found takes part in the comparison
-    ask = "eval", *stubbed, "--data", questions, "--methods", "seats", "--trr", 30
-    done = seats(*ask, "--tuned", chain, "--out", tmp_path / "eval.json")
+    compare = "eval", *ask, "--methods", "seats", "--trr", 30, "--tuned", chain
+    done = seats(*compare, "--out", tmp_path / "eval.json")
     found = json.loads((tmp_path / "eval.json").read_text())
     assert found["questions_of_schedule"] == found["questions"]  # all of them made the chain
     rows = {r["label"]: r for r in found["rows"]}
     assert list(rows) == ["full", "seats", "fastv+late+tuned"], done.stderr
-    key = "flops_fraction_causal_with_selection"
-    more = rows["fastv+late+tuned"][key] / rows["seats"][key] - 1
-    assert rows["fastv+late+tuned"]["equal_cost"] == (more <= 0.02)
-    assert "another chain of fastv+late" in refused(
-        *ask, "--tuned", chain, "--tuned", chain, "--overwrite"
-    )
+    tuned = rows["fastv+late+tuned"]
+    costs = [r["flops_fraction_causal_with_selection"] for r in (tuned, rows["seats"])]
+    assert tuned["equal_cost"] == (costs[0] / costs[1] - 1 <= 0.02)
+    assert "another chain of fastv+late" in refused(*compare, "--tuned", chain, "--overwrite")

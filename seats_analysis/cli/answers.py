@@ -39,6 +39,24 @@ from ..storage.files import Checkpoint
 from ..storage.provenance import digest
 from ..storage.schemas import load_profile, save_json
 
+# %% ../../nbs/cli/02_answers.ipynb #71b7fe98
+def clip_sample(
+    clip,  # path of a video or audio file
+    question,
+    choices,  # answers to score; none: a free answer
+) -> tuple:  # `Sample`, seconds of video
+    "A question about a clip, which is opened here: a broken file costs no model."
+    from seats_analysis.inputs.media import decode_clip
+    from seats_analysis.inputs.samples import Sample
+
+    if choices and len(choices) < 2:
+        raise ValueError("--choice: give at least two choices, or none for a free answer")
+    first = decode_clip(clip, max_frames=1)
+    seconds = 0.0 if first.frames is None else 1 / first.fps
+    choices = tuple(choices or ("",))
+    sample = Sample(id="run", video=str(clip), question=question, choices=choices, answer=0)
+    return sample, seconds
+
 # %% ../../nbs/cli/02_answers.ipynb #d1de3283
 def _run_text(answer):
     "An answer for people."
@@ -130,7 +148,7 @@ def run(
     num_layers = asked.depth()
     if kept:
         writable(kept, "kept", overwrite)
-    from seats_analysis.evaluation.answer import Answer, clip_sample
+    from seats_analysis.evaluation.answer import Answer
     from seats_analysis.models.encode import encode
     from seats_analysis.models.families import adapter_for
     from seats_analysis.schedules.choose import blocks_of, solve_schedules

@@ -8,7 +8,7 @@ __all__ = ['method_names', 'compare_methods', 'comparison_table']
 # %% ../../nbs/evaluation/02_compare.ipynb #72ee9de7
 import numpy as np
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from tqdm.auto import tqdm
 from ..storage.schemas import SCHEMAS, save_json
@@ -123,125 +123,103 @@ def method_runs(
     return out
 
 # %% ../../nbs/evaluation/02_compare.ipynb #640363a7
-@dataclass(frozen=True, eq=False)
-class Outcomes:
-    "What became of all questions under all runs."
+def _planned(run, shape):
+    "What a run was to keep, and how its knob was set for that."
+    kept = [shape.retention(p) for p in run.plans]
+    mixed = None
+    if len(run.plans) > 1:
+        costs = [shape.cost(p) for p in run.plans]
+        mixed = dict(share=run.share, knobs=list(run.knob), flops_causal_with_selection=costs)
+    return dict(
+        **{f"retention_{m}": run.mean([x[m] for x in kept]) for m in kept[0]},
+        knob=run.mean(run.knob) if run.knob else None,
+        mixed=mixed,
+        floor=list(run.floor),
+        own_minimum=run.setting == "lowest setting" or bool(run.floor),
+    )
 
-    answers: Sequence  # per question: outcome of each run; the first is the full model
-    samples: Sequence[Sample]
-    runs: Sequence[MethodRun]
-    shape: DataShape
-    n_boot: int = 2000
 
-    def rows(self) -> list:  # of dict, the full model first
-        "Accuracy, cost and differences of every run."
-        families = np.array([s.family for s in self.samples])
-        counts = ~np.isin(families, APART)
-        if not counts.any():
-            raise ValueError("no question counts: all families are set apart")
-        parts = {f: families == f for f in sorted(set(families.tolist()))}
-        rows = []
-        for k, run in enumerate(self.runs):
-            same = {r.label: i for i, r in enumerate(self.runs) if r.trr == run.trr}
-            seats = same.get("seats")
-            others = dict(full=0, seats=seats, tuned=same.get("seats+tuned"))
-            differences = {}
-            for name, other in others.items():
-                diff = f"diff_{name}"
-                names = diff, f"{diff}_low", f"{diff}_high", f"mcnemar_p_{name}"
-                differences |= zip(names, self._difference(k, other, counts))
-            rows.append(
-                dict(
-                    method=run.method,
-                    label=run.label,
-                    trr=run.trr,
-                    setting=run.setting,
-                    **self._cost(k, seats),
-                    **self._accuracy(k, counts),
-                    **differences,
-                    unparsable=sum(row[k]["pick"] is None for row in self.answers),
-                    families={f: self._family(k, seats, at) for f, at in parts.items()},
-                )
-            )
-        return rows
+def outcome_rows(
+    answers: Sequence,  # per question: outcome of each run; the first is the full model
+    samples: Sequence[Sample],
+    runs: Sequence[MethodRun],
+    shape: DataShape,
+    n_boot: int = 2000,
+) -> list:  # of dict, the full model first
+    "Accuracy, cost and differences of every run."
+    names = "correct", "flops_causal", "ms"
+    right, flops, ms = (  # (K, N), (K, N), (K, N, 3)
+        np.array([[row[k][name] for row in answers] for k in range(len(runs))], float)
+        for name in names
+    )
+    families = np.array([s.family for s in samples])
+    clips = np.array([s.clip for s in samples])
+    counts = ~np.isin(families, APART)
+    if not counts.any():
+        raise ValueError("no question counts: all families are set apart")
+    # causal FLOPs over those of the full prefill, without and with selection
+    decoder = flops.sum(1) / flops[0].sum()
+    whole = decoder + [run.mean([shape.selection(p) for p in run.plans]) for run in runs]
 
-    def _of(self, k, name):  # -> (N, ...) float, what a run did with every question
-        return np.array([row[k][name] for row in self.answers], float)
-
-    def _clips(self, at):
-        return [s.clip for s, here in zip(self.samples, at) if here]
-
-    def _accuracy(self, k, at):
-        "Accuracy on some of the questions."
-        right = self._of(k, "correct")[at]
-        full = self._of(0, "correct")[at]
-        clips = self._clips(at)
-        accuracy, low, high = over_clips(right, clips, n_boot=self.n_boot)
+    def accuracy(k, at):  # on some of the questions
+        share, low, high = over_clips(right[k, at], clips[at], n_boot=n_boot)
         return dict(
-            n=len(clips),
-            clips=len(set(clips)),
-            accuracy=accuracy,
+            n=int(at.sum()),
+            clips=len(set(clips[at])),
+            accuracy=share,
             low=low,
             high=high,
-            full_accuracy=full.mean().item(),
+            full_accuracy=right[0, at].mean().item(),
         )
 
-    def _family(self, k, seats, at):
-        "Accuracy on a family, and plain differences: there are too few questions for more."
-        found = self._accuracy(k, at)
+    def family(k, seats, at):  # plain differences: there are too few questions for more
+        found = accuracy(k, at)
         found["diff_full"] = found["accuracy"] - found["full_accuracy"]
         found["diff_seats"] = None
         if seats is not None:
-            theirs = self._of(seats, "correct")[at].mean().item()
-            found["diff_seats"] = found["accuracy"] - theirs
+            found["diff_seats"] = found["accuracy"] - right[seats, at].mean().item()
         return found
 
-    def _difference(self, k, other, at):
-        "Difference to another run, its interval and p; of a run to itself it is 0, to none None."
+    def difference(k, other):  # of a run to itself it is 0, to none None
         if other is None:
             return (None,) * 4
         if other == k:
             return 0.0, 0.0, 0.0, 1.0
-        ours = self._of(k, "correct")[at]
-        theirs = self._of(other, "correct")[at]
-        return paired_difference(ours, theirs, self._clips(at), self.n_boot)
+        return paired_difference(right[k, counts], right[other, counts], clips[counts], n_boot)
 
-    def _cost(self, k, seats):
-        "FLOPs, retention, knob and time of a run; of what SEATS costs, whether they are the same."
-        run = self.runs[k]
-        kept = [self.shape.retention(p) for p in run.plans]
-        decoder, whole = self._flops(k)
+    rows = []
+    for k, run in enumerate(runs):
+        same = {r.label: i for i, r in enumerate(runs) if r.trr == run.trr}
+        seats = same.get("seats")
         equal = False
         if run.setting == "matched" and seats is not None:
-            equal = abs(whole / self._flops(seats)[1] - 1) <= TOLERANCE
-        mixed = None
-        if len(run.plans) > 1:
-            costs = [self.shape.cost(p) for p in run.plans]
-            mixed = dict(share=run.share, knobs=list(run.knob), flops_causal_with_selection=costs)
-        statistic, selection, prefill = np.median(self._of(k, "ms"), 0).tolist()
-        return dict(
-            flops_fraction_causal_with_selection=whole,  # what is matched
-            flops_fraction_causal_without_selection=decoder,
-            **{f"retention_{m}": run.mean([x[m] for x in kept]) for m in kept[0]},
-            knob=run.mean(run.knob) if run.knob else None,
-            mixed=mixed,
-            floor=list(run.floor),
-            own_minimum=run.setting == "lowest setting" or bool(run.floor),
+            equal = bool(abs(whole[k] / whole[seats] - 1) <= TOLERANCE)
+        statistic, selection, prefill = np.median(ms[k], 0).tolist()
+        row = dict(
+            method=run.method,
+            label=run.label,
+            trr=run.trr,
+            setting=run.setting,
+            flops_fraction_causal_with_selection=whole[k].item(),  # what is matched
+            flops_fraction_causal_without_selection=decoder[k].item(),
+            **_planned(run, shape),
             equal_cost=equal,
             ranked=equal and not run.floor,
             ms=statistic + selection + prefill,
             ms_statistic=statistic,
             ms_selection=selection,
             ms_prefill=prefill,
-            ms_full=np.median(self._of(0, "ms"), 0).sum().item(),
+            ms_full=np.median(ms[0], 0).sum().item(),
+            **accuracy(k, counts),
         )
-
-    def _flops(self, k):
-        "Causal FLOPs of a run over those of the full prefill, without and with selection."
-        run = self.runs[k]
-        decoder = self._of(k, "flops_causal").sum() / self._of(0, "flops_causal").sum()
-        selection = run.mean([self.shape.selection(p) for p in run.plans])
-        return decoder.item(), decoder.item() + selection
+        for name, other in dict(full=0, seats=seats, tuned=same.get("seats+tuned")).items():
+            diff = f"diff_{name}"
+            keys = diff, f"{diff}_low", f"{diff}_high", f"mcnemar_p_{name}"
+            row |= zip(keys, difference(k, other))
+        row["unparsable"] = sum(cells[k]["pick"] is None for cells in answers)
+        row["families"] = {f: family(k, seats, families == f) for f in sorted({*families.tolist()})}
+        rows.append(row)
+    return rows
 
 # %% ../../nbs/evaluation/02_compare.ipynb #8d9fffe5
 def compare_methods(
@@ -290,9 +268,6 @@ def compare_methods(
         answered = asked.answer_all(folder, origin, processes(), progress)
         if answered is None:
             return None
-        outcomes = Outcomes(
-            answers=answered, samples=samples, runs=runs, shape=shape, n_boot=n_boot
-        )
         result = dict(
             origin,
             **about,
@@ -303,7 +278,7 @@ def compare_methods(
             encoder_share=shape.encoder_share(encode(model, processor, samples[:1], **limits)),
             trr=list(plans),
             methods=list(names),
-            rows=outcomes.rows(),
+            rows=outcome_rows(answered, samples, runs, shape, n_boot),
         )
         if path is not None:
             save_json(path, result)

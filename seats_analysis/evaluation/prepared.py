@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from typing import ClassVar
 from tqdm.auto import tqdm
 from ..storage.files import Checkpoint
 from ..inputs.samples import Sample, check_ids
@@ -265,9 +264,13 @@ class DataShape:
     def _flops(self, tokens):  # (N, L) int that layers process -> causal FLOPs of all questions
         return self.weights @ [prefill_flops(n, self.dims) for n in tokens.tolist()]
 
+    @cached_property
+    def _whole(self):
+        return self._flops(sum(self.full.values()))
+
     def decoder(self, tokens):  # (N, L) int that layers process
         "Causal FLOPs of all questions over the full model's, without those of choosing tokens."
-        return float(self._flops(tokens) / self._flops(sum(self.full.values())))
+        return float(self._flops(tokens) / self._whole)
 
     @cached_property
     def _towers(self):  # modality -> rows per token, heads, head size
@@ -283,7 +286,7 @@ class DataShape:
             return 0.0
         layouts = self._layouts(method.grids, method.seconds)
         spent = [method.selection_flops(x, self.dims, self._towers) for x in layouts]
-        return float(self.weights @ spent / self._flops(sum(self.full.values())))
+        return float(self.weights @ spent / self._whole)
 
     def cost(self, method):
         "Causal FLOPs of all questions, with those of choosing tokens, over the full model's."
@@ -335,6 +338,9 @@ class MethodRun:
         return (1 - self.share) * values[0] + self.share * values[-1] if self.share else values[0]
 
 
+_ANSWERS = "likelihood", "generate", "token"
+
+
 @dataclass(frozen=True, eq=False)
 class Answering:
     "Many methods, the same questions."
@@ -349,7 +355,6 @@ class Answering:
     max_new_tokens: int = 16  # of a written answer
     limits: Mapping = field(default_factory=dict)  # fps and max_frames, see `encode`
     title: str = "eval"  # of the bar
-    kinds: ClassVar[tuple] = ("likelihood", "generate", "token")  # that `answers` may be
 
     def __post_init__(self):
         if not self.samples:
@@ -360,8 +365,8 @@ class Answering:
             raise ValueError(
                 f"{len(bare)} questions have fewer than two choices, the first is {bare[0]!r}"
             )
-        if self.answers not in self.kinds:
-            known = ", ".join(self.kinds)
+        if self.answers not in _ANSWERS:
+            known = ", ".join(_ANSWERS)
             raise ValueError(f"answers must be one of {known}; not {self.answers!r}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens!r}")
@@ -380,12 +385,8 @@ class Answering:
         if self.answers == "likelihood":
             rows = score_rows(score_choices(self.model, batch), batch.samples)
             return [
-                dict(
-                    pick=s.choices.index(r["prediction"]),
-                    correct=r["correct"],
-                    margin=r["margin"],
-                    nll=r["nll"],
-                )
+                dict(pick=s.choices.index(r["prediction"]))
+                | {name: r[name] for name in ("correct", "margin", "nll")}
                 for r, s in zip(rows, batch.samples)
             ]
         if self.answers == "token":

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 # %% ../../nbs/storage/04_moved.ipynb #47b4c384
 _MODULES = set(
     "adapter budget cost evaluate explorer figures media paper probe prune rivals schedule select "
-    "simulate storage.checkpoint".split()
+    "simulate storage.checkpoint evaluation.questions evaluation.table tuning.search".split()
 )
 _PLACES = {  # of what the face does not have; today's module and name
     "Checkpoint": "storage.files.Checkpoint",
@@ -33,12 +33,15 @@ _PLACES = {  # of what the face does not have; today's module and name
     "dependency_figure": "plot_dependency",
     "encode_questions": "models.encode.encode_questions",
     "expected_curve": "lab.simulate.expected_curve",
+    "held_out": "cli.answers.held_out",
     "journal_of": "storage.files.Checkpoint.folder_of",
     "kept_figure": "plot_kept",
     "layout_of": "models.encode.layout_of",
     "load_coverage": "storage.schemas.load_json",
     "load_needed": "storage.schemas.load_json",
     "load_sensitivity": "storage.schemas.load_json",
+    "load_samples": "evaluation.load.load_samples",
+    "made_from": "cli.answers.made_from",
     "needed_figure": "lab.simulate.needed_figure",
     "noise_of": "lab.simulate.noise_of",
     "open_profile": "load_profile",
@@ -48,6 +51,7 @@ _PLACES = {  # of what the face does not have; today's module and name
     "retained": "boundaries.retention.retained",
     "retention_figure": "plot_retention",
     "sensitivity_figure": "lab.paper.sensitivity_figure",
+    "vtw_rule": "cli.answers.vtw_rule",
 }
 
 

@@ -315,9 +315,13 @@ class Tuning:
         for name, chain in chains.items():
             own = losses[start : start + len(chain)]
             rows = [
-                dict(cost=shape.cost(plan), changed=loss.mean().item(), p=p.item())
-                | dict(losses=loss.tolist())
-                | plan.to_dict()
+                dict(
+                    cost=shape.cost(plan),
+                    changed=loss.mean().item(),
+                    p=p.item(),
+                    losses=loss.tolist(),
+                    **plan.to_dict(),
+                )
                 for plan, loss, p in zip(plans[start:], own, self.promise.p_values(own, exact))
             ]
             found[name] = dict(held=int(self.promise.certify(own, exact)), rows=rows)
