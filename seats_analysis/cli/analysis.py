@@ -16,10 +16,8 @@ from typer import Option
 from seats_analysis.cli.app import (
     DataOptions,
     Json,
-    Late,
     Overwrite,
     app,
-    check_figure,
     emit,
     left_out,
     name_of,
@@ -30,6 +28,7 @@ from seats_analysis.cli.app import (
     resumable,
     table,
     takes,
+    writable,
 )
 from ..inputs.layout import Modality
 from ..storage.files import Checkpoint
@@ -138,6 +137,13 @@ Profile = Annotated[
 Tolerance = Annotated[float, Option(help="Loss of performance that counts as none, as a fraction.")]
 
 
+def check_figure(path, overwrite):
+    "Raise ValueError unless a figure can be written as PNG and PDF."
+    stem = path.with_suffix("") if path.suffix in (".png", ".pdf") else path
+    for suffix in (".png", ".pdf"):
+        writable(f"{stem}{suffix}", overwrite=overwrite)
+
+
 @app.command()
 def boundaries(
     profile: Profile,
@@ -195,6 +201,15 @@ def _stated(text, profile):
     if len(starts) != 2 or not 1 <= starts[0] <= starts[1] <= last:
         raise ValueError(f"--blocks {text!r}: give {example}")
     return Boundaries.stated(starts[0] - 1, starts[1] - 1, profile)
+
+
+Late = Annotated[
+    str | None,
+    Option(
+        help="Where the late block starts: the `estimate`, or the layer that is `certified`; "
+        "without it as `Schedule` has it."
+    ),
+]
 
 
 @app.command()

@@ -266,13 +266,6 @@ def numbers_of(text, option, example, kind=float) -> tuple:
     return numbers
 
 
-def check_figure(path, overwrite):
-    "Raise ValueError unless a figure can be written as PNG and PDF."
-    stem = path.with_suffix("") if path.suffix in (".png", ".pdf") else path
-    for suffix in (".png", ".pdf"):
-        writable(f"{stem}{suffix}", overwrite=overwrite)
-
-
 def left_out(broken) -> str:
     "What a summary says about broken clips; nothing without --skip-broken."
     if broken is None:
@@ -303,22 +296,11 @@ def table(
 Limit = Annotated[
     int | None, Option(min=1, max=10**6, help="Use only the first so many questions.")
 ]
-BatchOfClip = Annotated[
-    int | None,
-    Option(min=1, help="Questions per batch; default: 4 of the testbed, else those on one clip."),
-]
 Seed = Annotated[int, Option(min=0, help="Seed of what is drawn at random.")]
 Overwrite = Annotated[
     bool, Option("--overwrite", help="Replace what an earlier run has written there.")
 ]
 Json = Annotated[bool, Option("--json", help="Print one JSON document instead of text.")]
-Late = Annotated[
-    str | None,
-    Option(
-        help="Where the late block starts: the `estimate`, or the layer that is `certified`; "
-        "without it as `Schedule` has it."
-    ),
-]
 
 
 @dataclass(frozen=True)

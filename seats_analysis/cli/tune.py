@@ -13,7 +13,6 @@ import typer
 from typer import Option
 
 from seats_analysis.cli.app import (
-    BatchOfClip,
     CLIPS,
     DataOptions,
     Overwrite,
@@ -31,6 +30,10 @@ from seats_analysis.storage.files import Checkpoint
 # %% ../../nbs/cli/04_tune.ipynb #fa4fd932
 TUNE_SEED = 5  # of the testbed's fresh clips; eval has 2
 CHECK_SEED = 4
+BatchOfClip = Annotated[
+    int | None,
+    Option(min=1, help="Questions per batch; default: 4 of the testbed, else those on one clip."),
+]
 
 
 def _fresh(asked, questions, seed, folder):
