@@ -216,7 +216,7 @@ def test_no_hook_waits_on_a_gpu(model, batches, monkeypatch):
         (Session, "before_layer"),
         (Session, "after_layer"),
         (Session, "decode_step"),
-        (session, "evict"),
+        (cache_module.Slots, "evict"),
         (encoders.EncoderWatch, "aggregate"),
     ):
         monkeypatch.setattr(place, name, strict(getattr(place, name)))

@@ -24,7 +24,7 @@ HOT = (
     (Session, "before_layer"),
     (Session, "after_layer"),
     (Session, "decode_step"),
-    (session, "evict"),
+    (Slots, "evict"),
     (encoders.EncoderWatch, "aggregate"),
 )
 SAMPLES = tiny.three()
