@@ -17,7 +17,7 @@ from seats_analysis.models.attention import TowerAttention
 from seats_analysis.models.encode import encode
 from seats_analysis.models.families import adapter_for
 from seats_analysis.pruning import cache as cache_module
-from seats_analysis.pruning import encoders, session
+from seats_analysis.pruning import encoders
 from seats_analysis.pruning.base import stage1_counts
 from seats_analysis.pruning.prefill import Prefill
 from seats_analysis.pruning.received import attention_received

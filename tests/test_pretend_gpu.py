@@ -6,7 +6,7 @@ import pytest, torch
 import tiny
 from pretend import Wait, no_waits, pretend_gpu
 from tiny import PLANS
-from seats_analysis.pruning import base, cache, encoders, prefill, seats, session
+from seats_analysis.pruning import base, cache, encoders, prefill, seats
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode
 from seats_analysis.models.scoring import score_choices
