@@ -23,7 +23,7 @@ from seats_analysis.boundaries.find import Boundaries
 from seats_analysis.boundaries.retention import synthetic_profile
 from seats_analysis.cli import answers, app as shared
 from seats_analysis.cli.main import app
-from seats_analysis.cli.answers import made_from
+from seats_analysis.evaluation.compare import made_from
 from seats_analysis.inputs.media import decode_clip
 from seats_analysis.inputs.questions import read_samples, write_samples
 from seats_analysis.models.families import adapter_for

@@ -36,8 +36,7 @@ from seats_analysis.cli.app import (
 )
 from ..inputs.layout import Modality
 from ..storage.files import Checkpoint
-from ..storage.provenance import digest
-from ..storage.schemas import load_profile, save_json
+from ..storage.schemas import save_json
 
 # %% ../../nbs/cli/02_answers.ipynb #71b7fe98
 def clip_sample(
@@ -197,51 +196,6 @@ def run(
         save_json(kept, positions)
     emit(as_json, data, text)
 
-# %% ../../nbs/cli/02_answers.ipynb #0859a35f
-def held_out(
-    limit,  # questions; None: 1,000
-    split=None,  # only this split of what is shipped
-    folder=None,  # for fresh clips
-    seed=2,
-) -> list:  # of `Sample`
-    "Questions of the testbed that made no schedule: of its test split, or on fresh clips."
-    from seats_analysis.testbed.load import fresh_samples, testbed_samples
-
-    limit = limit or 1000
-    shipped = testbed_samples(split or "test")
-    if split or limit <= len(shipped):
-        return shipped[:limit]
-    return fresh_samples(limit, seed=seed, per_clip=2, folder=folder, progress=True)
-
-
-def made_from(
-    samples,
-    profile=None,  # NetCDF file or name of the profile that made the boundaries
-    known_clips=(),  # digests of clips that made a chain
-) -> int:
-    "How many of the questions made the boundaries (same id, clip and split), or a chain (clip)."
-    from seats_analysis.boundaries.retention import derived_from
-
-    made = set()
-    if profile is not None:
-        stored = derived_from(load_profile(profile))
-        if "sample" in stored.coords:
-            ids, clips = (stored[k].values.astype(str).tolist() for k in ("sample", "clip"))
-            made.update(zip(ids, clips))
-    return sum((s.id, s.clip) in made or digest(s.clip)[:12] in known_clips for s in samples)
-
-
-def vtw_rule(
-    profile,  # NetCDF file or name
-) -> dict:  # label -> `Pruner`, see `compare_methods`
-    "VTW at the layer that its rule picks from a profile's `derive` split."
-    from seats_analysis.baselines.attention import VTW
-    from seats_analysis.boundaries.retention import derived_from
-
-    stored = load_profile(profile)
-    rule = VTW.from_profile(derived_from(stored), int(stored["layer"].max()))
-    return {"vtw (rule)": rule}
-
 # %% ../../nbs/cli/02_answers.ipynb #658b7f66
 SEED = 2  # of the testbed's fresh clips by default: no other result has used them
 
@@ -348,7 +302,8 @@ def eval_(
     trrs = _trr_list(trr)
     usual = f"results/eval_{name_of(model_name)}.json"
     out = output_file(out, asked.data, usual, "eval", overwrite)
-    from seats_analysis.evaluation.compare import compare_methods, method_names
+    from seats_analysis.evaluation.compare import compare_methods, made_from, method_names, vtw_rule
+    from seats_analysis.evaluation.load import held_out
     from seats_analysis.models.encode import mean_tokens
     from seats_analysis.schedules.choose import blocks_of, solve_schedules
     from seats_analysis.testbed.load import TESTBEDS

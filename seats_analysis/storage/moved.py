@@ -33,7 +33,7 @@ _PLACES = {  # of what the face does not have; today's module and name
     "dependency_figure": "plot_dependency",
     "encode_questions": "models.encode.encode_questions",
     "expected_curve": "lab.simulate.expected_curve",
-    "held_out": "cli.answers.held_out",
+    "held_out": "evaluation.load.held_out",
     "journal_of": "storage.files.Checkpoint.folder_of",
     "kept_figure": "plot_kept",
     "layout_of": "models.encode.layout_of",
@@ -41,7 +41,7 @@ _PLACES = {  # of what the face does not have; today's module and name
     "load_needed": "storage.schemas.load_json",
     "load_sensitivity": "storage.schemas.load_json",
     "load_samples": "evaluation.load.load_samples",
-    "made_from": "cli.answers.made_from",
+    "made_from": "evaluation.compare.made_from",
     "needed_figure": "lab.simulate.needed_figure",
     "noise_of": "lab.simulate.noise_of",
     "open_profile": "load_profile",
@@ -51,7 +51,7 @@ _PLACES = {  # of what the face does not have; today's module and name
     "retained": "boundaries.retention.retained",
     "retention_figure": "plot_retention",
     "sensitivity_figure": "lab.paper.sensitivity_figure",
-    "vtw_rule": "cli.answers.vtw_rule",
+    "vtw_rule": "evaluation.compare.vtw_rule",
 }
 
 
