@@ -55,7 +55,7 @@ _PLACES = {  # of what the face does not have; today's module and name
     "retention_figure": "plot_retention",
     "segment_boundaries": "find_boundaries",
     "sensitivity_figure": "lab.paper.sensitivity_figure",
-    "tables": "lab.tables.tables",
+    "tables": "lab.paper.tables",
     "verified": "lab.method_figures.verified",
     "vtw_rule": "evaluation.compare.vtw_rule",
 }

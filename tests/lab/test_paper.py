@@ -14,7 +14,6 @@ from test_figures import kept_of, visible_texts
 
 from seats_analysis.lab import method_figures as M
 from seats_analysis.lab import paper as P
-from seats_analysis.lab import tables as T
 from seats_analysis.plots import style
 from seats_analysis.lab.simulate import needed_figure
 from seats_analysis.boundaries.retention import synthetic_profile
@@ -238,7 +237,7 @@ def test_figures_of_ones_own(families, tmp_path):
     check_texts(drawn)
     lines = drawn["accuracy_against_time"].axes[0].lines
     assert 50 in {y for line in lines for y in line.get_ydata()}  # chance is the data's own
-    texts = T.table_texts(*T.tables(tmp_path)["mine_boundaries"], "mine_boundaries")
+    texts = P.table_texts(*P.tables(tmp_path)["mine_boundaries"], "mine_boundaries")
     assert "\\toprule" in texts[".tex"] and "both" in texts[".csv"]
 
 
@@ -251,7 +250,7 @@ def test_a_profile_that_cannot_be_drawn_does_not_stop_the_others(tmp_path):
     with pytest.warns(P.FigureWarning, match="bare.nc: no figure, for no chosen question has"):
         jobs = P.figure_jobs(tmp_path)
     assert {name.split("_")[0] for name in jobs} == {"good"}
-    assert set(T.tables(tmp_path)) == {"good_boundaries"}
+    assert set(P.tables(tmp_path)) == {"good_boundaries"}
 
 
 def test_figures_replace_nothing_unasked(data, tmp_path):
@@ -351,7 +350,7 @@ def test_only_verified_numbers_are_drawn(tmp_path):
     assert max(y for line in ax.lines for y in line.get_ydata()) < 50 and "gossip" not in "".join(
         ax.get_legend_handles_labels()[1]
     )
-    tables = T.tables(tmp_path)
+    tables = P.tables(tmp_path)
     assert [r["statement"] for r in tables["reported_unverified"][1]] == [
         "method gossip; trr percent 10; time ms 100; accuracy 60"
     ]
@@ -453,12 +452,12 @@ def test_same_data_same_bytes(data, tmp_path):
     draw = jobs["eval_testbed_ablations"]
     first, second = (style.save_figure(draw(), tmp_path / f"{i}") for i in range(2))
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
-    first, second = (T.write_tables(T.tables(data), tmp_path / i) for i in "ab")
+    first, second = (P.write_tables(P.tables(data), tmp_path / i) for i in "ab")
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
 
 
 def test_tables_hold_the_same_numbers_in_all_formats(data, tmp_path):
-    written = {p.name: p for p in T.write_tables(T.tables(data), tmp_path)}
+    written = {p.name: p for p in P.write_tables(P.tables(data), tmp_path)}
     found = made_up()
     rows = list(csv.DictReader(io.StringIO(written["eval_testbed.csv"].read_text())))
     assert len(rows) == len(found["rows"])
@@ -521,7 +520,7 @@ def test_without_a_comparison_the_published_part_stands_alone(tmp_path):
     jobs = P.figure_jobs(tmp_path)
     assert set(jobs) == {"accuracy_against_time"}
     assert [len(draw().axes) for draw in jobs.values()] == [1]
-    assert set(T.tables(tmp_path)) == {"reported", "reported_unverified"}
+    assert set(P.tables(tmp_path)) == {"reported", "reported_unverified"}
 
 
 @pytest.mark.parametrize(
@@ -601,7 +600,7 @@ def test_the_command_writes_figures_and_tables_without_a_model(data, tmp_path):
 
 
 def test_committed_tables_are_those_of_the_data(tmp_path):
-    fresh = {p.name: p.read_bytes() for p in T.write_tables(T.tables(ROOT / "data"), tmp_path)}
+    fresh = {p.name: p.read_bytes() for p in P.write_tables(P.tables(ROOT / "data"), tmp_path)}
     assert {p.name: p.read_bytes() for p in (ROOT / "figures" / "tables").iterdir()} == fresh
 
 
