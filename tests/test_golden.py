@@ -39,7 +39,8 @@ from seats_analysis.models.encode import layout_of
 from seats_analysis.models.decoder import Decoder
 from seats_analysis.pruning.base import Tokens, stage1_counts, stage2_counts, window_tokens
 from seats_analysis.pruning.prefill import Prefill
-from seats_analysis.pruning.received import attention_received, pool_groups, window_sizes
+from seats_analysis.pruning.encoders import pool_groups
+from seats_analysis.pruning.received import attention_received, window_sizes
 from seats_analysis.pruning.seats import Seats
 from seats_analysis.pruning.session import prune
 from plain import stage2

@@ -293,10 +293,6 @@ def table(
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 # %% ../../nbs/cli/00_app.ipynb #5ee3f9ab
-Limit = Annotated[
-    int | None, Option(min=1, max=10**6, help="Use only the first so many questions.")
-]
-Seed = Annotated[int, Option(min=0, help="Seed of what is drawn at random.")]
 Overwrite = Annotated[
     bool, Option("--overwrite", help="Replace what an earlier run has written there.")
 ]
@@ -352,7 +348,9 @@ class DataOptions(ModelOptions):
             "divergence is probed)."
         ),
     ] = "testbed"
-    limit: Limit = None
+    limit: Annotated[
+        int | None, Option(min=1, max=10**6, help="Use only the first so many questions.")
+    ] = None
     root: Annotated[
         Path | None,
         Option(

@@ -13,9 +13,7 @@ from typer import Option
 
 from ..testbed.load import TESTBEDS
 from seats_analysis.cli.app import (
-    Limit,
     Overwrite,
-    Seed,
     app,
     check_trr,
     note,
@@ -56,7 +54,7 @@ def simulate(
     trials: Trials = 100,
     replicates: int = Option(200, min=10, max=10**5, help="Bootstrap replicates in each."),
     sizes: Sizes = "50,100,200,500,1000",
-    seed: Seed = 0,
+    seed: int = Option(0, min=0, help="Seed of what is drawn at random."),
 ):
     """Check the intervals of boundaries on planted curves.
 
@@ -88,7 +86,7 @@ def sample_size(
     within: int = Option(1, min=0, help="Layers that an estimate may be off."),
     trials: Trials = 200,
     sizes: Sizes = "25,50,100,200,400,800,1600,3200,6400",
-    seed: Seed = 0,
+    seed: int = Option(0, min=0, help="Seed of what is drawn at random."),
 ):
     """Count how many questions a boundary takes.
 
@@ -153,7 +151,9 @@ def transfer(
     overwrite: Overwrite = False,
     trr: float = Option(10, help="Percent of all tokens that every schedule keeps."),
     by: Literal["needs", "family"] = Option("needs", help="What makes kinds of questions."),
-    limit: Limit = None,
+    limit: int | None = Option(
+        None, min=1, max=10**6, help="Use only the first so many questions."
+    ),
 ):
     """Use schedules on questions that they were not made for.
 

@@ -19,18 +19,17 @@ from ..models.attention import TowerAttention
 from ..inputs.layout import Modality, TokenLayout
 from ..models.families import adapter_for
 from .base import Pruner
-from .received import attention_received, pool_groups, window_sizes
+from .received import attention_received, window_sizes
 from .timing import Timings
 
 # %% ../../nbs/pruning/05_encoders.ipynb #56755d4e
-COMPILED = (
-    "prune works by hooks on the layers, and what torch.compile made of a whole model, decoder or "
-    "encoder runs without them: compile the decoder's layers one by one (`layer.compile()`)"
-)
-
-
 class Hooks:
     "Registers the hooks of a block: for one thread at a time, on a model that nobody copies."
+
+    COMPILED = (
+        "prune works by hooks on the layers, and what torch.compile made of a whole model, decoder "
+        "or encoder runs without them: compile the decoder's layers one by one (`layer.compile()`)"
+    )
 
     def __init__(self):
         self.owner = None  # the thread whose forward pass is going on
@@ -95,7 +94,7 @@ class Hooks:
 
         alone = module._compiled_call_impl or hasattr(module.forward, "_torchdynamo_orig_callable")
         if alone or get_eval_frame_callback() is not None:
-            raise ValueError(COMPILED)
+            raise ValueError(Hooks.COMPILED)
 
     def __reduce_ex__(self, protocol):
         raise ValueError(
@@ -156,6 +155,17 @@ def pick_media(
         return x[list(order)]
     rows = x.split([n * len(x) // sum(sizes) for n in sizes])
     return torch.cat([rows[j] for j in order])
+
+# %% ../../nbs/pruning/05_encoders.ipynb #dd6bc390
+def pool_groups(
+    values: torch.Tensor,  # (T, ...) one row per encoder position
+    group: int,  # positions per token: 4 patches, 2 audio frames
+    lengths: Sequence[int] | None = None,  # positions of each clip, sum T; None = one clip
+) -> torch.Tensor:  # (tokens, ...) mean of each whole group
+    "Mean over consecutive groups; positions left over at the end of a clip are dropped."
+    parts = [values] if lengths is None else values.split(list(lengths))
+    whole = [part[: len(part) // group * group] for part in parts]
+    return torch.cat([x.view(len(x) // group, group, *x.shape[1:]).mean(1) for x in whole])
 
 # %% ../../nbs/pruning/05_encoders.ipynb #25f885bb
 @dataclass

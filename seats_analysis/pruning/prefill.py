@@ -251,3 +251,7 @@ class Prefill:
             if step.layer > (self.surplus[-1][0] if self.surplus else 0):
                 self.surplus.append((step.layer, index))
         return index
+
+    def read_checks(self):
+        "Raise ValueError for the first choice that went wrong: the one look at the device."
+        Check.read(self.checks)

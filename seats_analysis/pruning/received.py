@@ -143,14 +143,3 @@ def attention_received(
             )
             out.append(_received(*batch, block).unflatten(0, (count, -1)).mean(1).flatten())
     return torch.cat(out) if out else q.new_zeros(0)
-
-# %% ../../nbs/pruning/04_received.ipynb #dd6bc390
-def pool_groups(
-    values: Tensor,  # (T, ...) one row per encoder position
-    group: int,  # positions per token: 4 patches, 2 audio frames
-    lengths: Sequence[int] | None = None,  # positions of each clip, sum T; None = one clip
-) -> Tensor:  # (tokens, ...) mean of each whole group
-    "Mean over consecutive groups; positions left over at the end of a clip are dropped."
-    parts = [values] if lengths is None else values.split(list(lengths))
-    whole = [part[: len(part) // group * group] for part in parts]
-    return torch.cat([x.view(len(x) // group, group, *x.shape[1:]).mean(1) for x in whole])

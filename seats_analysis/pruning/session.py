@@ -21,8 +21,8 @@ from ..models.families import adapter_for
 from ..schedules.schedule import Schedule
 from .base import Pruner, Tokens
 from .cache import Slots
-from .encoders import COMPILED, ENCODED, EncoderWatch, Hooks, visual_order
-from .prefill import Check, Prefill
+from .encoders import ENCODED, EncoderWatch, Hooks, visual_order
+from .prefill import Prefill
 from .seats import Seats
 from .timing import Timings
 
@@ -374,14 +374,14 @@ class Session:
         """Fires after the last layer: shortens the cache and notes what it holds, checks all
         choices (ValueError), fills in the run. The output stays as it is."""
         if (self.prefill or self.masks) and self.entered != len(self.layers):
-            raise ValueError(COMPILED)
+            raise ValueError(Hooks.COMPILED)
         prefill = self.prefill
         if prefill is not None:
             cache = getattr(output, "past_key_values", None)
             if cache is not None:
                 with self.timings.time("selection"):
                     Slots.evict(cache, prefill.surplus)
-            Check.read(prefill.checks)
+            prefill.read_checks()
             if cache is not None:
                 Slots.after_prefill(prefill).label(cache)
             self.run._stages = prefill.stages
@@ -397,7 +397,7 @@ class Session:
         self.reset()
         self.hooks.release()
         if passed_by:
-            raise ValueError(COMPILED)
+            raise ValueError(Hooks.COMPILED)
 
 # %% ../../nbs/pruning/10_session.ipynb #c38f3cbd
 _ACTIVE = WeakSet()  # thinkers in a block
