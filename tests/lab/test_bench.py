@@ -678,16 +678,32 @@ def test_width_and_other_input_is_checked(tmp_path):
         (("--config", "testbed", "--width", 100), "multiples of 128"),
         (("--config", "qwen2.5-omni-7b", "--width", 4000), "from 32 to 3584"),
         (("--scaling", 2048, "--frames", 8), "--scaling"),
-        (("--kv", "keep"), "--kv"),
     ):
-        result = seats(
-            *args, "--out", "/nowhere/at/all.json" if says == "--kv" else tmp_path / "never.json"
-        )
+        result = seats(*args, "--out", tmp_path / "never.json")
         assert result.exit_code == 2 and says in result.stderr and result.stdout == "", (
             args,
             result.stderr,
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_the_setup_decides_weights_and_cache_and_is_told_apart():
+    name, request = "qwen2.5-omni-7b", Request(2, 1, 10)
+    setups = {s: BenchSetup(seed=s, steps=1) for s in (0, 1)}
+    weights = [next(setups[s].build(name, 32).parameters()) for s in (0, 0, 1)]
+    assert torch.equal(*weights[:2]) and not torch.equal(*weights[1:])
+    job = Job(name, request, 32)
+    method = job.method("seats", 10)
+    model = setups[0].build(name, 32)
+    stored = {
+        kv: BenchSetup(kv=kv, steps=1).workload(job, model).facts(method)["kv_bytes"]
+        for kv in ("evict", "retain")
+    }
+    assert stored["evict"] < stored["retain"]
+    with pytest.raises(ValueError, match="`kv` must be one of"):
+        BenchSetup(kv="keep", steps=1).workload(job, model).facts(method)
+    told = [s.about() for s in (*setups.values(), BenchSetup(kv="retain", steps=1))]
+    assert told[0] != told[1] and told[0] != told[2]
 
 
 @pytest.mark.parametrize("trr", [None, 10, pytest.param(35, marks=pytest.mark.nightly)])
