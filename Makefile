@@ -1,5 +1,5 @@
 # Two commands on a fresh machine: `make demo` (the main job) and `make test` (what CI runs). Both build .venv first.
-.PHONY: help install constraints demo test test-vllm bench-vllm nightly lab docs figures bench testbed wheel
+.PHONY: help install constraints demo results test test-vllm bench-vllm nightly lab docs figures bench testbed wheel
 
 PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 VENV    := .venv
@@ -13,6 +13,7 @@ help:
 	@echo "make install   .venv with everything (again only when settings.ini, setup.py or constraints.txt change)"
 	@echo "make constraints  the newest versions of everything, and constraints.txt with them"
 	@echo "make demo      probe -> boundaries -> schedule -> pruned answers -> figures, into build/demo"
+	@echo "make results   the demo of both testbeds again, into data/ (profiles, schedules, results; then: make figures)"
 	@echo "make test      what CI runs; the last line counts passed and failed"
 	@echo "make test-vllm the plug-in for vLLM, in an environment of its own (build/vllm); CI runs it as well"
 	@echo "make nightly   the long version of the tests"
@@ -48,6 +49,15 @@ $(OVERLAY)/.installed: settings.ini tests/pins.py | $(STAMP)
 
 demo: install
 	$(VENV)/bin/seats demo --out build/demo --overwrite
+
+# A demo ends with exit code 1 where it differs from data/, which is what renewing is for; so its files decide, all or none.
+RESULTS = profiles/$$name.nc results/$$name.json results/kept_$$name.json $(foreach t,35 25 15 10,schedules/$${name}_trr$(t).json)
+results: install
+	rm -rf build/results
+	for name in testbed testbed-qwen3; do \
+		$(VENV)/bin/seats demo --model $$name --out build/results/$$name; \
+		(cd build/results/$$name && ls $(RESULTS) && tar cf - $(RESULTS) | tar xf - -C ../../../data) || exit 1; \
+	done
 
 test: $(OVERLAY)/.installed
 	$(PY) tests/run_all.py --overlay $(OVERLAY)
