@@ -46,7 +46,7 @@ BEFORE = {  # commit 85d5dfe, by this script
 MAX = {  # what tests/test_repo.py holds the house to, and in a comment where it is meant to go
     "of the core rooms": 69_300,  # 68,000
     "of the instrument": 106_500,  # 98,000
-    "of the tests": 167_000,  # as many as the package's
+    "of the tests": 167_500,  # as many as the package's
     "names that cross a file's border": 260,
     "classes": 115,  # 100
     "assignments of several things": 30,
