@@ -244,7 +244,7 @@ def prefill(model, encoded, plan, layout=None):
     return kept, sets, ad.lm_head(model)(ad.decoder(model).norm(h))[:, -1]
 
 
-def continued(model, encoded, sets, tokens, kv):
+def continued(model, encoded, sets, tokens, kv, cache=None):  # cache: of a schedule
     """Logits at the prompt's end and after each of some tokens, (tokens + 1, V): one pass over
     everything, masks in place of slices and caches."""
     ad = adapter_for(model)
@@ -261,6 +261,9 @@ def continued(model, encoded, sets, tokens, kv):
         seen[:, S:] = True
         seen[:S, kept] = True
         seen[S:, kept if kv == "retain" else sets[-1]] = True
+        for m, (start, end) in (cache or {}).items():
+            if not start <= l < end:
+                seen[S:, :S][:, encoded.layout.modality[0] == Modality.CODES[m]] = False
         allowed = seen.tril() | torch.eye(total, dtype=torch.bool)
         h = deep.add(l, run_layer(layer, h, cos, sin, allowed), range(S))
     return ad.lm_head(model)(ad.decoder(model).norm(h))[0, S - 1 :]

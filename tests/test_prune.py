@@ -1,7 +1,7 @@
 """Pruning by hooks: equal to a plain loop without them, alone and in any batch; what is left alone,
 what is refused. What a block leaves behind is in test_undo.py."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import naive
@@ -123,6 +123,48 @@ def test_equals_a_plain_loop(models, batch, singles, expected, name, kv, attenti
         close(logits[i], naive.continued(model, one, sets, tokens[i], kv))
         if run.kept:
             check_cache(alone.past_key_values, one, sets, kv, model.config)
+
+
+CACHES = dict(
+    some=dict(visual=(2, 4), audio=(1, 5)),
+    only_sound=dict(visual=(0, 0), audio=(0, 6)),
+    none=dict(visual=(0, 0), audio=(0, 0)),
+)
+
+
+@pytest.mark.parametrize("name", ["together", "apart", "stage1", "all"])
+@pytest.mark.parametrize("ranges", CACHES)
+def test_layers_that_keep_no_media_for_the_answer(model, batch, singles, name, ranges):
+    "As a plain loop with masks, alone and in a padded batch; every slot of a lone sample is real."
+    bare = PLANS.get(name, KEEP_ALL)
+    plan = replace(bare, cache=CACHES[ranges])
+    tokens = [[5, 9, 3]] * len(singles)
+
+    def run(encoded):
+        out = model(**encoded.inputs, use_cache=True)
+        logits = [out.logits[:, -1]]
+        for t in tokens[0]:
+            new = torch.full((len(encoded.samples), 1), t)
+            logits.append(model(input_ids=new, past_key_values=out.past_key_values).logits[:, -1])
+        return torch.stack(logits, 1), out.past_key_values
+
+    with prune(model, plan):
+        together, _ = run(batch)
+    for i, one in enumerate(singles):
+        with prune(model, plan) as ran:
+            alone, cache = run(one)
+        sets = naive.prefill(model, one, bare)[1] if bare.stages else [range(one.shape[1])] * 6
+        want = naive.continued(model, one, sets, tokens[i], "retain", plan.cache)
+        close(alone[0], want)
+        close(together[i], want)
+        kind = one.layout.modality[0]
+        slots = Slots.of(cache)
+        for layer, processed in enumerate(sets):
+            away = [Modality.CODES[m] for m, (a, b) in plan.cache.items() if not a <= layer < b]
+            left = sum(kind[p].item() not in away for p in processed)
+            held = slots.valid[layer]
+            assert left == (slots.lengths[layer] if held is None else held.sum())
+        assert ran.tokens_per_layer[0].tolist() == [len(s) for s in sets]
 
 
 def test_padding_on_the_right(model, batch, singles):
@@ -331,7 +373,7 @@ def test_refused_calls(model, singles, line):
 @pytest.mark.parametrize(
     "plan, options, error, line",
     [
-        (PLAN, dict(kv="drop"), ValueError, "`kv` must be one of 'evict', 'retain', not 'drop'"),
+        (PLAN, dict(kv="drop"), ValueError, "`kv` must be one of 'retain', 'evict', not 'drop'"),
         (PLAN, dict(images="crop"), ValueError, "`images` must be one of 'keep', 'prune'"),
         (Schedule.published("qwen2.5-omni-7b"), {}, ValueError, "28 layers"),
         (0.1, {}, TypeError, "wants a Schedule, a Pruner or None, not float"),

@@ -76,7 +76,7 @@ def evaluate(
     samples: Sequence[Sample],  # ids must differ
     plan=None,  # a `Schedule` (SEATS), a `Pruner`, or None for the full model
     batch_size: int = 16,  # questions per forward pass
-    kv: str = "evict",  # see `prune`
+    kv: str = "retain",  # see `prune`
     progress: bool = False,  # show a bar
 ):  # -> DataFrame, a row per question; attrs: method, kv, timings (ms), tokens_per_layer (mean)
     """Score the choices of every question. ValueError for repeated ids, questions without choices,

@@ -48,6 +48,7 @@ class PruneStep:
     widths: tuple  # per sample: tokens afterwards, text included; an upper bound where not exact
     exact: tuple  # per sample: whether the width is exact
     removed: tuple = ()  # modalities that stage III takes away here
+    most: tuple = ()  # per sample: modality -> tokens that there are at most
 
     @property
     def width(self):
@@ -62,7 +63,7 @@ def sample_counts(
     text: int,  # tokens that always stay
     entering: dict,  # modality -> tokens that enter layer 0
     todo: list,  # of (layer, stage, fractions kept, or modalities that leave)
-):  # yields (modality -> planned tokens, width, whether the width is exact), step by step
+):  # yields (modality -> planned tokens, tokens at most, width, whether that is exact) by step
     "The counts of one sample."
     n_keep = dict(entering)
     upper = dict(entering)  # at most so many of a modality in fact
@@ -88,7 +89,8 @@ def sample_counts(
             if not any(n_keep.values()):
                 split = True
             exact = split
-        yield n_keep, text + sum((n_keep if exact else upper).values()), exact
+        most = n_keep if split else upper
+        yield n_keep, most, text + sum((n_keep if exact else upper).values()), exact
 
 
 def plan_steps(
@@ -106,7 +108,7 @@ def plan_steps(
     before = tuple({m: f[m] for m in Modality.CODES} for f in full)
     steps = []
     for (layer, stage, what), *counts in zip(todo, *samples):
-        n_keep, widths, exact = zip(*counts)
+        n_keep, most, widths, exact = zip(*counts)
         if n_keep != before:
             name = {1: "stage1", 2: f"drop{layer}", 3: f"late{layer}"}[stage]
             step = PruneStep(
@@ -117,6 +119,7 @@ def plan_steps(
                 widths=widths,
                 exact=exact,
                 removed=what if stage == 3 else (),
+                most=most,
             )
             steps.append(step)
         before = n_keep

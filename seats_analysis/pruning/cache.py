@@ -7,12 +7,14 @@ __all__ = ['follow_up']
 
 # %% ../../nbs/pruning/09_cache.ipynb #56ca435d
 import copy
+import warnings
 import torch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from ..inputs.layout import Modality
 from .prefill import stock_mask
+from ..schedules.schedule import ScheduleWarning
 
 # %% ../../nbs/pruning/09_cache.ipynb #070baa9b
 _SLOTS = "seats_slots"  # attribute of a cache
@@ -31,16 +33,17 @@ class Slots:
     open: bool = False  # whether a pass with our masks is reading the cache
 
     @classmethod
-    def after_prefill(cls, p):  # a `Prefill`
+    def after_prefill(cls, p, layers):  # a `Prefill`, what it says the caches hold
         "What the layers of the cache hold now."
-        layers = p.layers
+        ranges = p.method.schedule.cache or {}
         removed = []
-        if p.kv == "evict":
-            layers = [p.tokens] * len(p.layers)
-            for m in Modality.CODES:
-                had = [sum(b.sizes) for b in p.budgets if b.modality == m]
-                if any(n and not kept[m] for n, kept in zip(had, p.steps[-1].n_keep)):
-                    removed.append(m)
+        for m in Modality.CODES:
+            had = [sum(b.sizes) for b in p.budgets if b.modality == m]
+            nowhere = m in ranges and ranges[m][0] == ranges[m][1]
+            if p.kv == "evict":
+                nowhere = any(n and not kept[m] for n, kept in zip(had, p.steps[-1].n_keep))
+            if nowhere and any(had):
+                removed.append(m)
         return cls(
             valid=tuple(t.valid if t.padded else None for t in layers),
             lengths=tuple(t.column.shape[1] for t in layers),
@@ -96,10 +99,8 @@ class Slots:
     @staticmethod
     def evict(cache, surplus):  # surplus: of a `Prefill`
         "Write the caches at their final length."
-        first = 0
-        for end, index in surplus:
+        for first, end, index in surplus:
             shorten_cache(cache.layers[first:end], index)
-            first = end
 
     def label(self, cache):
         "Note on a cache what its layers hold, and let it report its logical length."
@@ -129,6 +130,10 @@ class Slots:
         new = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
         q = new.shape[1]
         theirs = given.get("position_ids")
+        if self.removed and q == 1:
+            said = "nothing after the first token of an answer sees the"
+            remedy = 'for whole answers take kv="retain", and layers in the schedule\'s `cache`'
+            warnings.warn(f"{said} {' and '.join(self.removed)}: {remedy}", ScheduleWarning)
         if q == 1 and theirs is not None:
             return {}  # every step of `generate`
         self.check_media_left(q)
@@ -151,10 +156,10 @@ class Slots:
         "Raise ValueError where a question would follow on a cache without media."
         if q > 1 and self.removed:
             raise ValueError(
-                f'kv="evict" left no {" and no ".join(self.removed)} tokens in this cache, so it '
-                "goes on one token at a time only: a further question, and tokens guessed several "
-                "at once (`prompt_lookup_num_tokens`, an assistant model), need "
-                'kv="retain"'
+                f"no {' and no '.join(self.removed)} tokens are left in this cache, so it goes on "
+                "one token at a time only: a further question, and tokens guessed several at once "
+                '(`prompt_lookup_num_tokens`, an assistant model), need kv="retain" and layers '
+                "in the schedule's `cache`"
             )
 
     def columns_after(self, mask, cache, q):  # -> (B, new) bool; None = all real

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from ..inputs.layout import Modality, TokenLayout
 from ..models.decoder import Decoder
-from .base import Pruner, Stage1Inputs, Tokens, take
+from .base import Pruner, PruneStep, Stage1Inputs, Tokens, take
 from .select import query_scores, text_scores
 
 # %% ../../nbs/pruning/08_prefill.ipynb #da1d6e34
@@ -125,7 +125,7 @@ class Prefill:
     stages: list = field(default_factory=list)  # (name, Tokens) after every step
     layers: list = field(default_factory=list)  # Tokens of every layer
     checks: list = field(default_factory=list)
-    surplus: list = field(default_factory=list)  # (end, index): layers with more than is left
+    surplus: list = field(default_factory=list)  # (first, end, index): layers that hold too much
 
     def __post_init__(self):
         self.n_chunks = int(self.layout.chunk.max()) + 1  # of the modality that has more
@@ -153,9 +153,9 @@ class Prefill:
         # (3, B, S): time, height and width, as the decoder would see them
         positions = positions.expand(3, -1, -1) if positions.ndim == 2 else positions[-3:]
         self.position = positions.amax((0, 2)) + 1
-        step = self.steps[0]
-        if step.stage != 1:
+        if not self.steps or self.steps[0].stage != 1:
             return kwargs
+        step = self.steps[0]
         with torch.set_grad_enabled(self.method.merges and torch.is_grad_enabled()):
             keep, embeds = self.select(embeds, encoders)
         index = self.cut(step, keep)
@@ -247,10 +247,58 @@ class Prefill:
         self.tables = self.tables and tuple(take(t, index) for t in self.tables)
         self.stages.append((step.name, self.tokens))
         if self.kv == "evict":  # each cache is cut once, at the end, by the product of all cuts
-            self.surplus = [(end, take(old, index)) for end, old in self.surplus]
-            if step.layer > (self.surplus[-1][0] if self.surplus else 0):
-                self.surplus.append((step.layer, index))
+            self.surplus = [(*layers, take(old, index)) for *layers, old in self.surplus]
+            first = self.surplus[-1][1] if self.surplus else 0
+            if step.layer > first:
+                self.surplus.append((first, step.layer, index))
         return index
+
+    def held(self) -> list:  # Tokens of every layer's cache
+        "What the caches keep when the last layer is done; `surplus` then says how to cut them."
+        if self.kv == "evict":
+            return [self.tokens] * len(self.layers)
+        ranges = self.method.schedule.cache or {}
+        held = []
+        cuts = {}
+        for layer, tokens in enumerate(self.layers):
+            gone = tuple(m for m, (start, end) in ranges.items() if not start <= layer < end)
+            if (id(tokens), gone) not in cuts:
+                cuts[id(tokens), gone] = self.without(layer, gone)
+            index, left = cuts[id(tokens), gone]
+            held.append(left)
+            if index is not None:
+                self.surplus.append((layer, layer + 1, index))
+        return held
+
+    def without(self, layer, gone):  # modalities -> index (B, width), None = all; Tokens
+        "What the cache of a layer keeps without some of its media; widths are known on the host."
+        tokens = self.layers[layer]
+        steps = [s for s in self.steps if s.layer <= layer]
+        counts = {m: n.tolist() for m, n in self.layout.counts().items()}
+        B = len(self.layout)
+        most = (
+            steps[-1].most
+            if steps
+            else [{m: counts[m][b] for m in Modality.CODES} for b in range(B)]
+        )
+        if not any(n[m] for n in most for m in gone):
+            return None, tokens
+        stays = [m for m in Modality.CODES if m not in gone]
+        widths = [
+            counts["text"][b] + counts["image"][b] + sum(n[m] for m in stays)
+            for b, n in enumerate(most)
+        ]
+        exact = not steps or all(steps[-1].exact) and steps[-1].most == steps[-1].n_keep
+        step = PruneStep(
+            name="cache",
+            stage=3,
+            layer=layer,
+            n_keep=(),
+            widths=tuple(widths),
+            exact=(exact or not stays,) * B,
+        )
+        hidden = torch.stack([tokens.is_(m) for m in gone]).any(0)
+        return tokens.cut(tokens.valid & ~hidden, step)
 
     def read_checks(self):
         "Raise ValueError for the first choice that went wrong: the one look at the device."

@@ -215,7 +215,7 @@ class Session:
         budgets = self.method.window_budgets(layout[::copies], first)
         budgets = tuple(b for b in budgets for _ in range(copies))
         steps = self.method.plan(layout, budgets)
-        if not steps:
+        if not steps and not self.method.schedule.cache:
             return  # the forward pass is left alone
         Slots.check_cache(cache)
         self.refuse(given)
@@ -380,10 +380,11 @@ class Session:
             cache = getattr(output, "past_key_values", None)
             if cache is not None:
                 with self.timings.time("selection"):
+                    held = prefill.held()
                     Slots.evict(cache, prefill.surplus)
             prefill.read_checks()
             if cache is not None:
-                Slots.after_prefill(prefill).label(cache)
+                Slots.after_prefill(prefill, held).label(cache)
             self.run._stages = prefill.stages
             self.run._layers = prefill.layers
         self.reset()
@@ -417,12 +418,13 @@ def as_pruner(plan) -> Pruner | None:
 def prune(
     model,  # an om-LLM of transformers, the thinker or the full model; only this instance changes
     plan: Schedule | Pruner | None,  # a schedule (SEATS), a method, or None to only measure
-    kv: str = "evict",  # 'evict': a step also shortens earlier caches; 'retain': it does not
+    kv: str = "retain",  # each layer's cache keeps what it processed; 'evict': as published, all
+    # caches end as short as the last one, which only answers of one token bear
     images: str = "keep",  # 'keep': images are never pruned; 'prune': they count as visual tokens
 ):
     """Within the block every forward pass and `generate` of the model is pruned. Yields a `Run`;
     undone on exit (SEATS, arXiv 2605.20035)."""
-    given = ("kv", kv, ("evict", "retain")), ("images", images, ("keep", "prune"))
+    given = ("kv", kv, ("retain", "evict")), ("images", images, ("keep", "prune"))
     for name, value, choices in given:
         if value not in choices:
             known = ", ".join(map(repr, choices))

@@ -176,7 +176,7 @@ def probe_flops(
 def kv_bytes(
     tokens: Sequence[int],  # (L,) tokens that each layer processed in the prefill
     config,  # see `text_dims`
-    kv: str = "evict",  # evict or retain
+    kv: str = "retain",  # or evict
     itemsize: int = 2,  # bytes per number: 2 for bfloat16, 4 for float32
     decoded: int = 0,  # tokens decoded since; every layer holds them
 ) -> int:  # bytes

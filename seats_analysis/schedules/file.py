@@ -139,6 +139,15 @@ def _check_keep(keep_ratios, drops, late):
                 )
 
 
+def _check_cache(cache, layers):
+    "Raise ValueError for a range that is none."
+    for m, (start, end) in (cache or {}).items():
+        if not 0 <= start <= end <= layers:
+            raise ValueError(
+                f"`cache` of {m} is a half-open range of layers in 0 to {layers}, not {start, end}"
+            )
+
+
 def _floats(values):
     return FrozenDict({m: float(values[m]) for m in Modality.CODES})
 
@@ -160,6 +169,7 @@ def checked(
     entering = _floats(plain["entering"] or both(1.0))
     _check_layers(layers, plain["shallow_end"], drops, late)
     _check_keep(keep, drops, late)
+    _check_cache(plain["cache"], layers)
 
     average = {
         m: float(np.mean(levels_of(layers, late[m], drops, keep[m], entering[m])))
@@ -186,6 +196,7 @@ def checked(
         trr=trr,
         scale=joined(stated),
         temperature=float(plain["temperature"]),
+        cache=plain["cache"] and FrozenDict({m: tuple(plain["cache"][m]) for m in Modality.CODES}),
         windows=FrozenDict(visual_grids=windows["visual_grids"], seconds=float(windows["seconds"])),
         evidence=checked_evidence(plain["evidence"]),
     )

@@ -95,6 +95,8 @@ class Schedule:
     temperature: float = 0.1  # of the softmax that shares Stage II budgets among windows
     query: str = "last"  # who ranks tokens in Stage II: the last text token, or all `text` behind
     weighted: bool = True  # Stage I weights distances by the attention that tokens received
+    cache: Mapping | None = None  # modality -> half-open range of the layers whose cache keeps its
+    # tokens for the answer, (0, 0) = none; None: every layer keeps what it processed
     windows: Mapping = _WINDOWS
     model: str = ""
     revision: str | None = None
@@ -350,6 +352,14 @@ class Schedule:
         levels = zip(self.levels("visual"), self.levels("audio"))
         return tuple(present(v, n_visual) + present(a, n_audio) + n_text for v, a in levels)
 
+    def cached(self, n_visual, n_audio, n_text):  # of the full prompt
+        "(L,) tokens that each layer's cache keeps after the prefill with kv='retain'."
+        held = np.full(self.num_layers, n_text)
+        for m, n in dict(visual=(n_visual, 0), audio=(0, n_audio)).items():
+            start, end = self.cache[m] if self.cache else (0, self.num_layers)
+            held[start:end] += self.tokens(*n, 0)[start:end]
+        return tuple(held.tolist())
+
     @property
     def stages(self):  # of 1, 2, 3: those in which something is dropped
         on = {
@@ -374,7 +384,7 @@ class Schedule:
             windows=self.windows,
             weights_sha256=self.evidence.get("weights_sha256"),
         )
-        return digest(deciding)
+        return digest(deciding | (dict(cache=self.cache) if self.cache else {}))
 
     @property
     def certificate(self):  # Certificate; None without one
@@ -452,6 +462,8 @@ class Schedule:
     def to_dict(self):
         "The plan as `save` writes it."
         given = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.cache is None:
+            given.pop("cache")  # as in files from before there was a choice
         return {"schema": SCHEMAS["schedule"].id} | given
 
     def save(self, path):
@@ -461,7 +473,11 @@ class Schedule:
     @classmethod
     def from_dict(cls, data):
         "A plan from what `to_dict` gave. Raises ValueError for anything else."
-        data = {"query": "last", "weighted": True} | data  # files made before there was a choice
+        data = {
+            "query": "last",
+            "weighted": True,
+            "cache": None,
+        } | data  # files made before there was a choice
         own = {name: value for name, value in data.items() if name != "schema"}
         known = {f.name for f in fields(cls)}
         if set(own) != known:

@@ -111,7 +111,7 @@ class Answerer:
     method: object = None  # `Pruner`; None prunes nothing
     fps: float = 2.0
     max_frames: int | None = None
-    kv: str = "evict"  # see `prune`
+    kv: str = "retain"  # see `prune`
 
     def prompt(self, messages, id):
         rate = self.processor.feature_extractor.sampling_rate
@@ -194,7 +194,7 @@ class ModelArgs:
     preset: str = None  # limits of a published benchmark: 128, 256 or 768 (frames)
     fps: float = 2.0
     max_frames: int = None  # or limits of one's own
-    kv: str = "evict"
+    kv: str = "retain"
     device: str = ""
 
     def __post_init__(self):

@@ -121,6 +121,7 @@ _PLAN = record(
     temperature=_POSITIVE,
     query=Literal["last", "text"],
     weighted=bool,
+    cache=_pair(Annotated[list[_LAYER], Field(min_length=2, max_length=2)]) | None,
     windows=record(visual_grids=Annotated[int, Field(ge=1, le=10_000)], seconds=_POSITIVE),
     model=str,
     revision=str | None,
