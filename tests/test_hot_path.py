@@ -141,7 +141,7 @@ def test_caches_are_written_once(model, batches, monkeypatch):
     monkeypatch.setattr(cache_module, "shorten_cache", shorten)
     for batch in batches.values():
         written.clear()
-        with prune(model, PLANS["together"]) as run:
+        with prune(model, PLANS["together"], kv="evict") as run:
             cache = model(**batch.inputs, use_cache=True).past_key_values
         lengths = run.tokens_per_layer[0]
         assert len(written) == len(set(written)) == int((lengths > lengths[-1]).sum())

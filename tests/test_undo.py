@@ -207,7 +207,7 @@ def untouched(model, batch):
     "State and outputs of the model, and its outputs in a block, before any fault."
     with torch.no_grad():
         before, outputs = state(model), everything(model, batch)
-        with prune(model, PLAN):
+        with prune(model, PLAN, kv="evict"):
             return before, outputs, everything(model, batch)
 
 
@@ -217,10 +217,10 @@ def test_undone_after_an_exception(model, batch, where, monkeypatch, untouched):
     and pruning works as before."""
     before, outputs, want = untouched
     with fault(model, where, monkeypatch), pytest.raises(Broken):
-        with prune(model, PLAN):
+        with prune(model, PLAN, kv="evict"):
             generate(model, batch)
     assert state(model) == before
-    with prune(model, PLAN):
+    with prune(model, PLAN, kv="evict"):
         with fault(model, where, monkeypatch), pytest.raises(Broken):
             generate(model, batch)
         assert equal(everything(model, batch), want)

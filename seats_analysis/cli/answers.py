@@ -276,11 +276,12 @@ def eval_(
     ),
     overwrite: Overwrite = False,
     split: str | None = Option(None, help="Only this split of the data."),
-    answers: Literal["likelihood", "generate"] = Option(
+    answers: Literal["likelihood", "generate", "text"] = Option(
         "likelihood",
         help="`likelihood` ranks the choices; `generate` lets the model write and reads its "
-        "answer.",
+        "answer; `text` compares whole answers with the full model's.",
     ),
+    max_tokens: int = Option(64, min=1, help="Most tokens of a whole answer."),
     profile: Path | None = Option(None, help="Profile of the model, to solve its schedules from."),
     tuned: list[Path] = Option(
         [],
@@ -306,14 +307,18 @@ def eval_(
     from seats_analysis.evaluation.load import held_out
     from seats_analysis.models.encode import mean_tokens
     from seats_analysis.schedules.choose import blocks_of, solve_schedules
-    from seats_analysis.testbed.load import TESTBEDS
+    from seats_analysis.testbed.load import TESTBEDS, caption_samples
 
     names = method_names(names_of(methods, "--methods"))
     chains, known = _tuned(tuned, num_layers)
     blocks_of(model_name, profile, num_layers)
     source = profile or (model_name if model_name in TESTBEDS else None)
     with Checkpoint.hold(Checkpoint.folder_of(out)) as folder:
-        if data == "testbed":
+        if data == "testbed" and answers == "text":
+            samples = caption_samples(
+                asked.limit or 500, seed=seed, folder=folder / CLIPS, progress=True
+            )
+        elif data == "testbed":
             samples = held_out(asked.limit, split, folder / CLIPS, seed)
         else:
             samples = asked.samples(split)
@@ -350,6 +355,7 @@ def eval_(
                     questions_of_schedule=made_from(samples, source, known),
                 ),
                 answers=answers,
+                max_new_tokens=max_tokens if answers == "text" else 16,
                 batch_size=16 if data == "testbed" else 1,
                 progress=True,
                 **limits,

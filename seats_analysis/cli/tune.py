@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/cli/04_tune.ipynb #ebae319f
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer import Option
@@ -36,11 +36,13 @@ BatchOfClip = Annotated[
 ]
 
 
-def _fresh(asked, questions, seed, folder):
-    "Questions on as many fresh clips of the testbed; only so many as --limit says."
-    from seats_analysis.testbed.load import fresh_samples
+def _fresh(asked, promise, times, seed, folder):
+    "One question on each of so many fresh clips of the testbed; fewer as --limit says."
+    from seats_analysis.testbed.load import caption_samples, fresh_samples
 
-    n = asked.limit or questions
+    n = asked.limit or times * promise.clips()
+    if promise.of != "choices":
+        return caption_samples(n, seed=seed, folder=folder / CLIPS, progress=True)
     return fresh_samples(n, seed=seed, per_clip=1, folder=folder / CLIPS, progress=True)
 
 
@@ -108,6 +110,11 @@ def tune(
         max=1000,
         help="FLOPs of the search, in passes of the full model over its questions.",
     ),
+    answers: Literal["choices", "text", "whole-text"] = Option(
+        "choices",
+        help="What may change: the `choices` picked, the tokens of whole answers (`text`), or "
+        "how many answers are other ones (`whole-text`).",
+    ),
     method: str = Option(
         "seats", help="Another method to tune by its own knobs, also as fastv+late."
     ),
@@ -139,14 +146,14 @@ def tune(
     from seats_analysis.tuning.certificate import Promise
     from seats_analysis.tuning.tune import deal_clips, tune_schedule
 
-    promise = Promise(max_change / 100, confidence / 100)
+    promise = Promise(max_change / 100, confidence / 100, answers)
     if method.removesuffix("+late") not in METHODS:
         raise ValueError(f"--method {method!r}: one of {', '.join(METHODS)}, or with +late behind")
     blocks_of(asked.model, profile, num_layers)
     with Checkpoint.hold(Checkpoint.folder_of(evidence)) as folder:
         if asked.data == "testbed":
-            samples = asked.samples("derive")
-            samples += _fresh(asked, 4 * promise.clips(), TUNE_SEED, folder)
+            samples = asked.samples("derive") if answers == "choices" else []
+            samples += _fresh(asked, promise, 4, TUNE_SEED, folder)
         else:
             samples = asked.samples()
         proposal, calibration = deal_clips(samples, promise, asked.model, profile)
@@ -223,7 +230,7 @@ def check(
     promise = replace(promised or Promise(), **given)
     with Checkpoint.hold(Checkpoint.folder_of(out)) as folder:
         if asked.data == "testbed":
-            samples = _fresh(asked, 2 * promise.clips(), CHECK_SEED, folder)
+            samples = _fresh(asked, promise, 2, CHECK_SEED, folder)
         else:
             samples = asked.samples()
         promise.check_clips(samples, known_clips, enough=promised is None)

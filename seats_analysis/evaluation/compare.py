@@ -6,6 +6,8 @@
 __all__ = ['method_names', 'vtw_rule', 'made_from', 'compare_methods', 'comparison_table']
 
 # %% ../../nbs/evaluation/02_compare.ipynb #72ee9de7
+import re
+
 import numpy as np
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +24,7 @@ from ..baselines.attention import VTW
 from ..baselines.registry import ABLATIONS, METHODS, method_at
 from .evaluate import APART, over_clips, paired_difference
 from .prepared import Answering, DataShape, MethodRun
+from ..testbed.task import Scene
 
 # %% ../../nbs/evaluation/02_compare.ipynb #cceb46f0
 TOLERANCE = (
@@ -165,6 +168,35 @@ def _planned(run, shape):
     )
 
 
+_WORDS = re.compile(r"\w+")
+
+
+def rouge_l(
+    said,  # texts
+    wanted,
+) -> float:  # F1 of the longest common subsequence of their words
+    "ROUGE-L (Lin 2004), of lower-case words, without stemming."
+    from rapidfuzz.distance import LCSseq
+
+    a, b = (_WORDS.findall(text.lower()) for text in (said, wanted))
+    return 2 * LCSseq.similarity(a, b) / max(len(a) + len(b), 1)
+
+
+def _text_scores(run, cells, samples):
+    "What a run made of whole answers, on average: name, name_low, name_high."
+    found = dict(unchanged=[c["whole"] for c in cells])
+    if "text" in cells[0] and all(len(s.choices) == 1 for s in samples):
+        pairs = [(c["text"], s.choices[0]) for c, s in zip(cells, samples)]
+        found["rouge_l"] = [rouge_l(*pair) for pair in pairs]
+        if all(s.question == Scene.CAPTION for s in samples):
+            found["windows"] = [np.mean(Scene.windows_right(*pair)) for pair in pairs]
+    clips = [s.clip for s in samples]
+    row = dict(kv=run.kv, kl=float(np.mean([c["kl"] for c in cells])))
+    for name, values in found.items():
+        row |= zip((name, f"{name}_low", f"{name}_high"), over_clips(values, clips))
+    return row
+
+
 def outcome_rows(
     answers: Sequence,  # per question: outcome of each run; the first is the full model
     samples: Sequence[Sample],
@@ -242,6 +274,9 @@ def outcome_rows(
             diff = f"diff_{name}"
             keys = diff, f"{diff}_low", f"{diff}_high", f"mcnemar_p_{name}"
             row |= zip(keys, difference(k, other))
+        if "whole" in answers[0][0]:
+            row |= _text_scores(run, [cells[k] for cells in answers], samples)
+            row["cache_bytes"] = run.mean([shape.cache_bytes(p, run.kv) for p in run.plans])
         row["unparsable"] = sum(cells[k]["pick"] is None for cells in answers)
         row["families"] = {f: family(k, seats, families == f) for f in sorted({*families.tolist()})}
         rows.append(row)
@@ -260,7 +295,7 @@ def compare_methods(
     n_boot: int = 2000,  # resamples of clips
     about: Mapping = {},  # more to say in the file
     batch_size: int = 16,  # questions
-    answers: str = "likelihood",  # or 'generate'
+    answers: str = "likelihood",  # or 'generate', 'text'
     max_new_tokens: int = 16,  # of a written answer
     progress: bool = False,  # show a bar
     **limits,  # fps and max_frames, see `encode`
@@ -269,10 +304,16 @@ def compare_methods(
 
     The same call goes on after an interruption."""
     if answers == "token":
-        raise ValueError("answers 'token' are neither right nor wrong: likelihood or generate")
+        raise ValueError(
+            "answers 'token' are neither right nor wrong: likelihood, generate or text"
+        )
     names = method_names(names)
     shape = DataShape.of(model, processor, samples, progress, **limits)
     runs = method_runs(names, plans, shape, rules=rules, tuned=tuned, progress=progress)
+    text = answers == "text"
+    if text:  # the published cache rule takes part beside the default
+        seats = [r for r in runs if r.label == "seats"]
+        runs += [replace(r, label="seats (evict)", kv="evict") for r in seats]
     asked = Answering(
         model=model,
         processor=processor,
@@ -281,6 +322,7 @@ def compare_methods(
         batch_size=batch_size,
         answers=answers,
         max_new_tokens=max_new_tokens,
+        written=text,
         limits=limits,
     )
     origin = dict(
@@ -299,7 +341,7 @@ def compare_methods(
             **about,
             questions=len(samples),
             clips=len({s.clip for s in samples}),
-            chance=sum(1 / len(s.choices) for s in samples) / len(samples),
+            chance=0.0 if text else sum(1 / len(s.choices) for s in samples) / len(samples),
             apart=list(APART),
             encoder_share=shape.encoder_share(encode(model, processor, samples[:1], **limits)),
             trr=list(plans),

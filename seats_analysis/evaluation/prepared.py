@@ -22,11 +22,17 @@ from ..models.decoder import Decoder, last_logits_only
 from ..models.encode import Encoded, encode_questions, layout_of
 from ..models.families import adapter_for
 from ..models.scoring import score_choices
-from ..schedules.cost import prefill_flops, text_dims
+from ..schedules.cost import kv_bytes, prefill_flops, text_dims
 from ..pruning.timing import Timings
 from ..pruning.encoders import ENCODED, join_calls, watch_encoders
 from ..pruning.session import as_pruner, prune
-from .evaluate import parse_answer, score_rows, write_answers
+from seats_analysis.evaluation.evaluate import (
+    force_answers,
+    parse_answer,
+    score_rows,
+    write_answers,
+    write_tokens,
+)
 
 # %% ../../nbs/evaluation/01_prepared.ipynb #d8cff688
 @dataclass(frozen=True, eq=False)
@@ -197,11 +203,12 @@ class PreparedBatch:
     def prune(
         self,
         method,  # `Schedule`, `Pruner` or None
+        kv="retain",  # see `prune`
     ):  # yields the `Run` of `prune`, and the `Encoded` to be used in the block
         "`prune` for questions whose clips were encoded before."
         method = as_pruner(method)
         # DeepStack first: the hook of `prune` then finds its embeddings
-        with self._deepstack(), prune(self.model, method) as run:
+        with self._deepstack(), prune(self.model, method, kv=kv) as run:
             inputs = self.encoded.inputs | {ENCODED: self._calls(method)}
             yield run, replace(self.encoded, inputs=inputs)
 
@@ -292,6 +299,17 @@ class DataShape:
         "Causal FLOPs of all questions, with those of choosing tokens, over the full model's."
         return self.decoder(sum(self.plans(method).values())) + self.selection(method)
 
+    def cache_bytes(self, method, kv="retain"):
+        "Mean size of a question's cache after the prefill, as `kv_bytes` counts it, bfloat16."
+        plans = self.plans(method)
+        ranges = (method := as_pruner(method)) and method.schedule.cache or {}
+        if kv == "retain":
+            for m, (start, end) in ranges.items():
+                plans[m][:, :start] = plans[m][:, end:] = 0
+        config = adapter_for(self.model).config(self.model)
+        sizes = [kv_bytes(tokens, config, kv) for tokens in sum(plans.values()).tolist()]
+        return float(np.average(sizes, weights=self.weights))
+
     def encoder_share(self, encoded):  # `Encoded`, one sample
         """FLOPs of the towers over the causal ones of the full prefill: no method changes them.
 
@@ -327,6 +345,7 @@ class MethodRun:
     setting: str = "matched"  # or full, lowest setting, highest setting, rule
     knob: tuple = ()  # settings of the knob, one for each plan
     floor: tuple = ()  # modalities of which its rule keeps as many at the lowest setting
+    kv: str = "retain"  # see `prune`
 
     def plan_for(self, number):  # of a batch
         "The plan of a batch; second plans are spread evenly."
@@ -338,7 +357,7 @@ class MethodRun:
         return (1 - self.share) * values[0] + self.share * values[-1] if self.share else values[0]
 
 
-_ANSWERS = "likelihood", "generate", "token"
+_ANSWERS = "likelihood", "generate", "token", "text"
 
 
 @dataclass(frozen=True, eq=False)
@@ -347,12 +366,14 @@ class Answering:
 
     model: object
     processor: object
-    samples: Sequence[Sample]  # ids must differ, each with at least two choices but for `token`
+    samples: Sequence[Sample]  # ids must differ; with choices, but for `token` and `text`
     runs: Sequence[MethodRun]
     batch_size: int = 16  # questions in a unit, unless one clip has more
     answers: str = "likelihood"  # ranks the choices; 'generate' reads a written answer; 'token'
-    # compares the next token with that of the full model, which is the first run
+    # compares the next token with that of the full model, which is the first run; 'text' every
+    # token of the answer that it writes
     max_new_tokens: int = 16  # of a written answer
+    written: bool = False  # `text`: whether the others write theirs too
     limits: Mapping = field(default_factory=dict)  # fps and max_frames, see `encode`
     title: str = "eval"  # of the bar
 
@@ -361,7 +382,7 @@ class Answering:
             raise ValueError("nothing to evaluate: no questions")
         check_ids(self.samples)
         bare = [s.id for s in self.samples if len(s.choices) < 2]
-        if bare and self.answers != "token":
+        if bare and self.answers not in ("token", "text"):
             raise ValueError(
                 f"{len(bare)} questions have fewer than two choices, the first is {bare[0]!r}"
             )
@@ -391,6 +412,8 @@ class Answering:
             ]
         if self.answers == "token":
             return self._next_tokens(batch, before)
+        if self.answers == "text":
+            return self._whole_answers(batch, before)
         out = []
         texts = write_answers(self.model, self.processor, batch, self.max_new_tokens)
         for s, text in zip(batch.samples, texts):
@@ -409,6 +432,25 @@ class Answering:
         kl = F.kl_div(logp, full, reduction="none", log_target=True).sum(-1).tolist()
         return [dict(pick=pick, kl=k) for pick, k in zip(picks, kl)]
 
+    def _whole_answers(self, batch, before):
+        if not before[0]:
+            own = write_tokens(self.model, self.processor, batch, self.max_new_tokens, scored=True)
+            stays = dict(pick=0, correct=1.0, whole=True, kl=0.0)
+            return [
+                dict(stays, tokens=ids, text=text, logp=row)
+                for ids, text, row in zip(own.ids, own.texts, own.logp)
+            ]
+        logp = force_answers(self.model, batch, [done[0]["tokens"] for done in before])
+        out = []
+        for row, done in zip(logp, before):
+            ids = torch.tensor(done[0]["tokens"], device=row.device)
+            row = row[: len(ids)]
+            stays = (row.argmax(-1) == ids).float().mean().item()
+            full = done[0]["logp"][: len(ids)]
+            kl = F.kl_div(row, full, reduction="none", log_target=True).sum(-1).mean().item()
+            out.append(dict(pick=0, correct=stays, whole=stays == 1, kl=kl))
+        return out
+
     def answer_unit(
         self,
         batch: PreparedBatch,
@@ -422,9 +464,19 @@ class Answering:
         questions = batch.questions
         out = [[] for _ in questions]
         for r in runs:
-            with batch.prune(r.plan_for(number)) as (run, given):
+            plan = r.plan_for(number)
+            with batch.prune(plan, r.kv) as (run, given):
                 run.samples = first
                 chosen = self.choose(given, out)
+            if self.written and r is not self.runs[0]:  # apart, or it would be on the clock
+                texts = [row[0]["text"] for row in out]
+                if not all(answer["whole"] for answer in chosen):
+                    with batch.prune(plan, r.kv) as (again, given):
+                        again.samples = first
+                        texts = write_answers(
+                            self.model, self.processor, given, self.max_new_tokens
+                        )
+                chosen = [dict(answer, text=text) for answer, text in zip(chosen, texts)]
             ms = {k: run.timings.ms[k] / len(questions) for k in ("selection", "prefill")}
             layers = run.tokens_per_layer.tolist()
             for row, q, answer, tokens in zip(out, questions, chosen, layers):
@@ -472,11 +524,14 @@ class Answering:
 
     def _identity(self, about):
         "What the answers depend on."
-        runs = [[r.label, r.trr, r.share, [p and repr(p) for p in r.plans]] for r in self.runs]
+        runs = [
+            [r.label, r.trr, r.share, r.kv, [p and repr(p) for p in r.plans]] for r in self.runs
+        ]
         own = dict(
             answers=self.answers,
             batch_size=self.batch_size,
             max_new_tokens=self.max_new_tokens,
+            written=self.written,
             limits=dict(self.limits),
             runs=runs,
             data=about.get("data_sha256"),

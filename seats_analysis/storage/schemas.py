@@ -56,8 +56,10 @@ _SHA256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _CLIPS = Annotated[list[Annotated[str, Field(pattern="^[0-9a-f]{12}$")]], Field(min_length=1)]
 
 _MEASURED = dict(
-    promise=record(max_change=_INSIDE, confidence=_INSIDE),
-    answers=Literal["likelihood", "token"],
+    promise=record(
+        max_change=_INSIDE, confidence=_INSIDE, of=NotRequired[Literal["text", "whole-text"]]
+    ),
+    answers=Literal["likelihood", "token", "text"],
     one_question_a_clip=bool,
     clips=_COUNT,
     questions=_COUNT,

@@ -214,6 +214,12 @@ class Scene:
             parts.append(" ".join(words))
         return " then ".join(parts)
 
+    @staticmethod
+    def windows_right(said, caption) -> list:  # of bool, one for each window of the caption
+        "Windows that a text describes word for word and in their place."
+        phrases = said.split(" then ")
+        return [phrases[i : i + 1] == [p] for i, p in enumerate(caption.split(" then "))]
+
 # %% ../../nbs/testbed/00_task.ipynb #a16a4bfd
 def _stencil(shape, radius, dy, dx):
     "Boolean mask of a shape inside one cell, off centre by (dy, dx) pixels."

@@ -7,12 +7,13 @@ __all__ = ['Promise']
 
 # %% ../../nbs/tuning/00_certificate.ipynb #eb2f9c7a
 import numpy as np
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from ..storage.provenance import digest
 
 # %% ../../nbs/tuning/00_certificate.ipynb #82652fca
 _MAX_CLIPS = 100_000
+_CHANGED = {"choices": "the answers", "text": "an answer's tokens", "whole-text": "whole answers"}
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,12 @@ class Promise:
 
     max_change: float = 0.02  # fraction of the answers that may differ from the full model's
     confidence: float = 0.95  # 1 minus the chance that calibration clips are misleading
+    of: str = "choices"  # what changes: the choice; `text`: tokens of a whole answer, on average
+    # over answers; `whole-text`: whether the answer is another one
 
     def __post_init__(self):
+        if self.of not in _CHANGED:
+            raise ValueError(f"`of` must be one of {', '.join(_CHANGED)}, not {self.of!r}")
         for name in ("max_change", "confidence"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)!r}")
@@ -31,9 +36,22 @@ class Promise:
 
     def __str__(self):
         return (
-            f"at most {100 * self.max_change:.3g} % of the answers change, with "
+            f"at most {100 * self.max_change:.3g} % of {self.what} change, with "
             f"{100 * self.confidence:.4g} % confidence"
         )
+
+    @property
+    def what(self):
+        return _CHANGED[self.of]
+
+    def to_dict(self):
+        "As a file holds it; those of choices are as they always were."
+        own = asdict(self)
+        return own if self.of != "choices" else {k: v for k, v in own.items() if k != "of"}
+
+    def loss(self, cell):  # outcome of `Answering` -> in [0, 1]
+        "How much of a whole answer is another one."
+        return 1 - cell["correct"] if self.of == "text" else float(not cell["whole"])
 
     @property
     def level(self):

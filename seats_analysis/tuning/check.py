@@ -8,7 +8,6 @@ __all__ = ['load_chains', 'load_promised', 'check_schedule']
 # %% ../../nbs/tuning/03_check.ipynb #8d94faee
 import numpy as np
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from ..storage.files import Checkpoint, processes
@@ -96,7 +95,7 @@ def verdict_on(result, promise, plan):
     "Whether the promise of a plan holds for these questions, and a sentence that says so."
     found = result["chains"]["given"]
     rate = found["rows"][0]["changed"]
-    changed = f"{100 * rate:.2f} % of the answers change"
+    changed = f"{100 * rate:.2f} % of {promise.what} change"
     whom = promise.to_whom(result)
     shift = shift_of(result, plan)
     if found["held"]:
@@ -107,7 +106,7 @@ def verdict_on(result, promise, plan):
     if shift:
         return False, f"refused: {shift}; its promise was for others. Here {changed}, {more}"
     proof = plan.certificate
-    if proof and proof.promise == asdict(promise) and rate <= promise.max_change:
+    if proof and proof.promise == promise.to_dict() and rate <= promise.max_change:
         enough = promise.clips()
         if result["clips"] < enough:
             return False, f"too few to tell: {result['clips']} clips, it takes {enough}; {changed}"

@@ -10,7 +10,7 @@ import numpy as np
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -192,8 +192,14 @@ class Tuning:
     about: Mapping = field(default_factory=dict)  # hashes that unfinished work must agree on
     folder: object = None  # for unfinished work
     batch_size: int = 16
+    max_new_tokens: int = 64  # of the full model's answers, where whole ones count
     limits: Mapping = field(default_factory=dict)  # fps and max_frames, see `encode`
     progress: bool = False  # show bars
+
+    @property
+    def text(self):
+        "Whether whole answers count."
+        return self.promise.of != "choices"
 
     def __post_init__(self):
         if both := {s.clip for s in self.proposal} & {s.clip for s in self.calibration}:
@@ -211,7 +217,8 @@ class Tuning:
             samples,
             runs=runs,
             batch_size=self.batch_size,
-            answers=answers,
+            answers="text" if self.text else answers,
+            max_new_tokens=self.max_new_tokens if self.text else 16,
             limits=self.limits,
             title=title,
         )
@@ -300,15 +307,18 @@ class Tuning:
         "Answers on the calibration clips, and fixed-sequence tests down each chain."
         samples = self.calibration
         plans = [as_pruner(p) for chain in chains.values() for p in chain]
-        answers = "likelihood" if all(len(s.choices) > 1 for s in samples) else "token"
-        asked = self._asked(samples, plans, answers, "calibration")
+        asked = "likelihood" if all(len(s.choices) > 1 for s in samples) else "token"
+        asked = self._asked(samples, plans, asked, "calibration")
         if (rows := self._answer(asked, "calibration")) is None:
             return None
-        changed = np.array([[cell["pick"] != row[0]["pick"] for cell in row[1:]] for row in rows])
+        if self.text:
+            changed = np.array([[self.promise.loss(cell) for cell in row[1:]] for row in rows])
+        else:
+            changed = np.array([[c["pick"] != row[0]["pick"] for c in row[1:]] for row in rows])
         clips, at = np.unique([s.clip for s in samples], return_inverse=True)
         per_clip = np.bincount(at)
         losses = np.stack([np.bincount(at, c) for c in changed.T.astype(float)]) / per_clip
-        exact = bool(per_clip.max() == 1)
+        exact = bool(per_clip.max() == 1) and self.promise.of != "text"
         shape = DataShape.of(self.model, self.processor, samples, **self.limits)
         found = {}
         start = 0
@@ -328,8 +338,8 @@ class Tuning:
             start += len(chain)
         families, n = np.unique([s.family for s in samples], return_counts=True)
         return dict(
-            promise=asdict(self.promise),
-            answers=answers,
+            promise=self.promise.to_dict(),
+            answers=asked.answers,
             one_question_a_clip=exact,
             clips=len(clips),
             questions=len(samples),
@@ -399,6 +409,7 @@ def tune_schedule(
     name="",  # of the model, where that says its blocks; default: as the model says itself
     method: str = "seats",  # or another one to tune by its knobs, as "fastv" or "fastv+late"
     budget: float = 10.0,  # FLOPs, over those of the full model on all questions of the search
+    max_new_tokens: int = 64,  # of the full model's answers, where whole ones count
     path=None,  # JSON file for search, chain and certificate; unfinished work is kept beside it
     schedule_path=None,  # JSON file for the schedule, where one holds
     data: str = "",  # what the questions are called
@@ -420,6 +431,10 @@ def tune_schedule(
     counts = (counts["visual"], counts["audio"])
     fixed = fixed_shapes(name, counts, profile)
     seats = method == "seats"
+    if promise.of != "choices":  # how late media may leave was measured on choices
+        space = replace(
+            space, late={m: (low, space.num_layers) for m, (low, _) in space.late.items()}
+        )
     draw = space.draw if seats else drawn_settings(method, fixed[-1], counts)
     with Checkpoint.hold(path and Checkpoint.folder_of(path)) as folder:
         tuning = Tuning(
@@ -431,6 +446,7 @@ def tune_schedule(
             about=origin,
             folder=folder,
             batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
             limits=limits,
             progress=progress,
         )
