@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/cli/01_analysis.ipynb #bb54b69c
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer import Option
@@ -67,6 +67,9 @@ def _probe_text(profile):
     return f"{profile.sizes['sample']} questions on {clips} clips, {said}"
 
 # %% ../../nbs/cli/01_analysis.ipynb #3ef6d491
+PROBE_SEED = 6  # of the testbed's captions; eval has 2, check 4, tune 5
+
+
 @app.command()
 @takes(DataOptions)
 def probe(
@@ -87,6 +90,10 @@ def probe(
         help="Tokens that run as one batch, halved when memory runs out; default: 4096 on a "
         "CPU, 65536 on a GPU.",
     ),
+    answers: Literal["choices", "text"] = Option(
+        "choices", help="`text`: every token of a whole answer, given or written by the model."
+    ),
+    max_new_tokens: int = Option(64, min=1, help="Most tokens of an answer that it writes."),
 ):
     """Measure what each layer still needs of video and audio.
 
@@ -97,13 +104,20 @@ def probe(
     num_layers = asked.depth()
     usual = f"profiles/{name_of(asked.model)}.nc"
     out = output_file(out, asked.data, usual, "profile", overwrite)
+    from seats_analysis.testbed.load import caption_samples
+    from seats_analysis.testbed.task import NEEDS
+
     conditions = names_of(removed, "--removed", (*Modality.CODES, "both"))
     chosen = _layer_list(layers, num_layers)
-    samples = asked.samples()
+    needs = NEEDS if asked.data == "testbed" else None  # other data do not say
+    if asked.data == "testbed" and answers == "text":
+        samples = caption_samples(asked.limit or 96, PROBE_SEED, progress=True)
+        needs = dict(caption=list(Modality.CODES))
+    else:
+        samples = asked.samples()
     model, processor = asked.load()
     from seats_analysis.models.encode import mean_tokens
     from seats_analysis.probing.run import probe_to_file
-    from seats_analysis.testbed.task import NEEDS
 
     limits = asked.limits(processor)
 
@@ -121,7 +135,9 @@ def probe(
             removed=conditions,
             layers=chosen,
             max_branch_tokens=max_branch_tokens,
-            needs=NEEDS if asked.data == "testbed" else None,  # other data do not say
+            needs=needs,
+            answers=answers,
+            max_new_tokens=max_new_tokens,
             **limits,
         )
     if profile is not None:

@@ -153,7 +153,8 @@ def tune(
     with Checkpoint.hold(Checkpoint.folder_of(evidence)) as folder:
         if asked.data == "testbed":
             samples = asked.samples("derive") if answers == "choices" else []
-            samples += _fresh(asked, promise, 4, TUNE_SEED, folder)
+            times = 4 if answers == "choices" else 10  # a share of tokens takes more to show
+            samples += _fresh(asked, promise, times, TUNE_SEED, folder)
         else:
             samples = asked.samples()
         proposal, calibration = deal_clips(samples, promise, asked.model, profile)

@@ -62,6 +62,25 @@ class Scores:
         )
 
 # %% ../../nbs/probing/01_branches.ipynb #210ac21e
+RULES = "retain", "evict", "from", "below"
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    "What becomes of every token of whole answers, on the CPU; NaN behind their ends."
+
+    stays: np.ndarray  # (Q, T) float32: 1 where the likeliest token is that of the full run
+    nll: np.ndarray  # (Q, T) float32 of the token, nats
+    kl: np.ndarray  # (Q, T) float32 KL(full || removed), nats
+
+    @classmethod
+    def of(cls, logp, full, target):  # (Q, T, V), (Q, T, V), (Q, T) with -1 behind the end
+        stays = (logp.argmax(-1) == full.argmax(-1)).float()
+        nll = -logp.gather(-1, target.clamp(min=0)[..., None])[..., 0]
+        kl = (full.exp() * (full - logp)).sum(-1).clamp(min=0)
+        return cls(*(x.masked_fill(target < 0, torch.nan).cpu().numpy() for x in (stays, nll, kl)))
+
+
 LOGITS = 2**28  # numbers that may be held at once: 1 GiB in float32
 
 
@@ -125,6 +144,19 @@ class Tail:
             (self.choice < 0) | (self.choice[:, None] == self.choice)
         )
         return same & torch.ones_like(same).tril()
+
+    @property
+    def said(self):  # (n,) bool
+        "Tokens of answers."
+        return self.choice >= 0
+
+    def whole(self, decoder, hidden, full=None):  # (k, m, D) at `wanted`; (Q, T, V) of the full run
+        "`full` itself where none is given, else k TokenScores of the first choices."
+        at = self.source[:, 0]
+        parts = (decoder.logits(h[at]).float().log_softmax(-1) for h in hidden)
+        if full is None:
+            return next(parts)
+        return [TokenScores.of(logp, full, self.target[:, 0]) for logp in parts]
 
     def score(self, decoder, hidden):  # (k, m, D) at `wanted`, after the last layer -> k Scores
         "Log-probabilities of all choices, in float32. Raises ValueError if they are not finite."
@@ -301,13 +333,19 @@ class Batch:
 class Condition:
     "The streams in which the same positions are removed from the context."
 
-    def __init__(self, walk, removed, names=()):  # Traversal, (c,) bool, conditions
+    def __init__(self, walk, removed, names=(), hidden=None, blind=None):
+        # Traversal, (c,) bool, conditions; (c,) bool what answers do not see of a context that is
+        # the full stream's; a Condition whose first stream hides it in every layer
         context = walk.context
         device = context.hidden.device
         keep = (~removed).nonzero()[:, 0].to(device)
         front = int(removed.nonzero()[0]) if removed.any() else 0
+        if hidden is not None:
+            front = len(keep)
         self.walk = walk
         self.names = names
+        self.blind = blind
+        self.twice = blind is not None and hidden is None  # tails as they are, and blind ones
         self.batches = []
         self.front = front if front >= SHARE * len(keep) else 0  # positions of the full stream's
         self.own = keep[self.front :]  # (n,) int64 positions that are run apart
@@ -317,21 +355,33 @@ class Condition:
         if len(self.own):
             self.mask = walk.mask(causal[self.front :])
         sees_context = torch.ones(len(walk.tail.ids), len(keep), dtype=torch.bool, device=device)
-        self.tail_mask = walk.mask(torch.cat([sees_context, walk.tail.allowed], 1))
+        if hidden is not None:
+            sees_context &= ~(walk.tail.said[:, None] & hidden.to(device))
+        allowed = walk.tail.allowed
+        self.after = walk.after.rotary
+        if self.twice:
+            sees_context = sees_context.repeat(2, 1)
+            allowed = torch.block_diag(allowed, allowed)
+            self.after = tuple(t.repeat(1, 2, 1) for t in self.after)
+        self.tail_mask = walk.mask(torch.cat([sees_context, allowed], 1))
 
     def branch_off(self, layer, full, max_tokens, bypass=False):  # bypass: it misses the layer
         "Cut one more stream from the full one, into a batch of at most so many tokens."
         context = full.context[:, self.own]
         if bypass:
             context = self.tables.inject(context, layer)
+        tail = full.tail
+        if self.blind is not None:
+            tail = self.blind.batches[0].tail[:1]
+            tail = torch.cat([full.tail, tail], 1) if self.twice else tail
         last = self.batches[-1] if self.batches else None
-        length = context.shape[1] + full.tail.shape[1]
+        length = context.shape[1] + tail.shape[1]
         if last is None or (len(last.layers) + 1) * length > max_tokens:
-            self.batches.append(Batch([layer], context, full.tail))
+            self.batches.append(Batch([layer], context, tail))
             return
         last.layers = [*last.layers, layer]
         last.context = torch.cat([last.context, context])
-        last.tail = torch.cat([last.tail, full.tail])
+        last.tail = torch.cat([last.tail, tail])
 
     def advance(self, layer, front=None):
         "One layer behind keys and values of the front; gives those of the last batch's context."
@@ -345,15 +395,14 @@ class Condition:
                     batch.context, self.tables.rotary, self.mask, layer, front
                 )
                 batch.context = self.tables.inject(batch.context, layer)
-            after = self.walk.after.rotary
-            batch.tail, _ = decoder.run_layer(batch.tail, after, self.tail_mask, layer, kv)
+            batch.tail, _ = decoder.run_layer(batch.tail, self.after, self.tail_mask, layer, kv)
         return kv
 
 
 class Traversal:
     "One pass through the decoder in which at every layer streams branch off."
 
-    def __init__(self, stream, tail, marks):  # marks: name -> (N,) bool what it removes
+    def __init__(self, stream, tail, marks, whole=False):  # marks: name -> (N,) bool it removes
         c = stream.hidden.shape[1] - len(tail.ids)
         self.decoder = stream.decoder
         self.tail = tail
@@ -363,8 +412,18 @@ class Traversal:
         for name, removed in marks.items():
             if removed.any():
                 groups.setdefault(tuple(removed.nonzero()[:, 0].tolist()), []).append(name)
-        self.conditions = [Condition(self, marks[names[0]][:c], names) for names in groups.values()]
         nothing = torch.zeros(c, dtype=torch.bool)
+        self.whole = whole
+        self.conditions = []
+        for names in groups.values():
+            gone = marks[names[0]][:c]
+            if not whole:
+                self.conditions.append(Condition(self, gone, names))
+                continue
+            later = Condition(self, nothing, names, hidden=gone)  # its first stream: in all layers
+            before = Condition(self, nothing, names, hidden=nothing, blind=later)
+            removal = Condition(self, gone, names, blind=later)
+            self.conditions += [later, before, removal]
         self.full = Condition(self, nothing)
         self.full.batches = [Batch([], self.context.hidden, self.after.hidden)]
         self.bypassed = Condition(self, nothing, [None])
@@ -373,7 +432,7 @@ class Traversal:
         return self.decoder.mask(allowed[None, None], self.context.hidden.dtype)
 
     @classmethod
-    def of(cls, model, questions, selectors):
+    def of(cls, model, questions, selectors, whole=False):
         "Run the encoders once and lay out context and tails."
         encoded = questions.encoded
         device = encoded.inputs["input_ids"].device
@@ -382,7 +441,7 @@ class Traversal:
         stream = Stream.enter(model, encoded, questions.shared, tail.ids[None], positions)
         context = stream.map(lambda x: x[:, : questions.shared])
         marks = marks_of(context, encoded, selectors)
-        return cls(stream, tail, {name: removed[0] for name, removed in marks.items()})
+        return cls(stream, tail, {name: removed[0] for name, removed in marks.items()}, whole)
 
     def run(self, layers, max_tokens, bypass=False):  # layers to remove before
         "All layers once, with every shortened stream beside the full one."
@@ -397,6 +456,27 @@ class Traversal:
             self.bypassed.advance(layer)
             if bypass and layer in layers:
                 self.bypassed.branch_off(layer, before, max_tokens, bypass=True)
+
+    def token_scores(self):  # (condition, rule, layer) -> TokenScores over the questions
+        decoder, tail, L = self.decoder, self.tail, len(self.decoder.layers)
+        n = len(tail.ids)
+        hidden = self.full.batches[0].tail[:, tail.wanted]
+        full = tail.whole(decoder, hidden)
+        (same,) = tail.whole(decoder, hidden, full)
+        out = {(None, None, L): same}
+        kinds = ("from",), ("below",), ("retain", "evict")  # as `conditions` stand behind another
+        for condition, rules in zip(self.conditions, kinds * len(self.conditions)):
+            for batch in condition.batches:
+                for rule, part in zip(rules, batch.tail.split(n, 1)):
+                    for layer, scores in zip(
+                        batch.layers, tail.whole(decoder, part[:, tail.wanted], full)
+                    ):
+                        out |= {(name, rule, layer): scores for name in condition.names}
+        for name in {name for c in self.conditions for name in c.names}:
+            # with nothing removed, and from the last layer on nothing hidden, but by `evict`
+            out |= {(name, rule, L): same for rule in ("retain", "from")}
+            out |= {(name, rule, L): out[name, "from", 0] for rule in ("evict", "below")}
+        return out
 
     def scores(self):  # (condition, layer) -> Scores over the questions
 
@@ -419,8 +499,10 @@ def branch_scores(
     layers: Sequence[int],  # to remove before, ascending, the last one is the number of layers
     max_branch_tokens: int = 65_536,  # that run as one batch; a single stream is never split
     bypass: bool = False,  # see `removal_scores`
-) -> dict:  # (condition, layer) -> Scores over the questions, as from `removal_scores`
+    whole: bool = False,  # the first choice of each question is a whole answer, token by token
+) -> dict:  # (condition, layer) -> Scores over the questions, as from `removal_scores`; or
+    # (condition, rule, layer) -> TokenScores
     "All layers and conditions in one traversal. Conditions that change nothing are left out."
-    walk = Traversal.of(model, questions, check_removed(removed))
-    walk.run(set(layers[:-1]), max_branch_tokens, bypass)
-    return walk.scores()
+    walk = Traversal.of(model, questions, check_removed(removed), whole)
+    walk.run(set(layers[:-1]) | ({0} if whole else set()), max_branch_tokens, bypass)
+    return walk.token_scores() if whole else walk.scores()

@@ -9,7 +9,7 @@ __all__ = ['probe_dependency', 'probe_to_file', 'family_curves']
 import json
 import numpy as np
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from ..storage.files import Checkpoint, processes
@@ -21,7 +21,7 @@ from ..models.encode import encode, encode_questions
 from ..models.provenance import provenance
 from ..statistics.intervals import crossings, monotone_fit
 from .selectors import check_removed, describe
-from .branches import branch_scores, removal_scores
+from .branches import RULES, branch_scores, removal_scores
 
 # %% ../../nbs/probing/03_run.ipynb #1a38cfcf
 PROBE_METHODS = ("branch", "plain")
@@ -112,6 +112,35 @@ METRICS = {  # name -> unit, description
 }
 
 
+BIN_EDGES = 0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2**31  # positions in an answer
+TOKEN_METRICS = dict(
+    token_stays=("1", "share of the bin's tokens at which the likeliest token stays"),
+    token_nll=("nats", "mean negative log-likelihood of the bin's tokens"),
+    token_kl=("nats", "mean KL(full || removed) over the bin's tokens"),
+)
+RULE_SAYS = (
+    "retain: the media are gone from this layer on for all text; evict: so for the prompt, and in "
+    "every layer for the answer behind its first token; from, below: only the answer does not see "
+    "them, in the layers from this one on or below it"
+)
+
+
+def answer_ids(model, processor, sample, max_new_tokens, **limits) -> tuple:
+    "The answer that is given with a question, or what the model writes; token ids."
+    encoded = encode(model, processor, [sample], **limits)
+    if len(sample.choices) == 1:
+        return encoded.choice_ids[0][0]
+    said = model.generate(**encoded.inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return tuple(said[0, encoded.shape[1] :].tolist())
+
+
+def binned(values):  # (T,) with NaN behind the end -> (bins,) means, NaN where nothing is
+    "Means over the bins of `BIN_EDGES`."
+    values = values[~np.isnan(values)]
+    parts = (values[a:b] for a, b in zip(BIN_EDGES, BIN_EDGES[1:]))
+    return [float(part.mean()) if len(part) else float("nan") for part in parts]
+
+
 @dataclass
 class ProbeRun:
     "What is asked of every sample, and where its answers are kept."
@@ -157,6 +186,8 @@ class ProbeRun:
     def rows_of(self, samples, layers, bypass):  # of one unit
         "Per sample: metric -> (conditions, layers) nested lists."
         media = dict(fps=self.about["fps"], max_frames=self.about["max_frames"] or None)
+        if self.about["answers"] == "text":
+            return self.text_rows(samples, layers, media)
         if self.max_tokens is None:
             encoded = encode(self.model, self.processor, samples, **media)
             scores = removal_scores(self.model, encoded, self.removed, layers, bypass)
@@ -168,6 +199,45 @@ class ProbeRun:
             scores, self.max_tokens = within_memory(run, self.max_tokens, least)
             rows += self.table(q.samples, scores, layers)
         return rows
+
+    def text_rows(self, samples, layers, media):
+        "Per sample: metric -> (conditions, layers, rules, bins), and what was answered."
+        rows = []
+        for q in encode_questions(self.model, self.processor, samples, **media):
+            most = self.about["max_new_tokens"]
+            said = [answer_ids(self.model, self.processor, s, most, **media) for s in q.samples]
+            q = replace(q, choice_ids=tuple((ids,) for ids in said))
+            run = partial(branch_scores, self.model, q, self.removed, layers, whole=True)
+            least = q.shared + sum(map(len, q.tails))
+            scores, self.max_tokens = within_memory(run, self.max_tokens, least)
+            same = scores[None, None, layers[-1]]
+            for i, ids in enumerate(said):
+                row = {k: [] for k in ("stays", "nll", "kl")}
+                for k, grid in row.items():
+                    for name in self.removed:
+                        cells = [[scores.get((name, r, l), same) for r in RULES] for l in layers]
+                        grid.append([[binned(getattr(s, k)[i]) for s in row] for row in cells])
+                counts = np.histogram(range(len(ids)), BIN_EDGES)[0].tolist()
+                rows.append(dict(row, answer=list(ids), tokens=counts))
+        return rows
+
+    def text_variables(self, rows):
+        "What a profile of whole answers holds instead of choices; over all tokens by `retain`."
+        n = np.array([r["tokens"] for r in rows], float)  # (samples, bins)
+        dims = "sample", "removed", "layer", "rule", "bin"
+        variables = dict(tokens=(("sample", "bin"), n.astype(int), dict(units="1")))
+        for (k, (units, said)), name in zip(TOKEN_METRICS.items(), ("correct", "nll", "kl")):
+            values = np.array([r[k.removeprefix("token_")] for r in rows], float)
+            variables[k] = dims, values.astype("float32"), dict(units=units, description=said)
+            weights = n[:, None, None] / n.sum(1)[:, None, None, None]
+            whole = (np.nan_to_num(values[:, :, :, 0]) * weights).sum(-1)
+            meaning = said.replace("bin's", "answer's") + ", by the rule `retain`"
+            variables[name] = (
+                dims[:3],
+                whole.astype("float32"),
+                dict(units=units, description=meaning),
+            )
+        return variables
 
     def table(self, samples, scores, layers):
         "What a condition does not change is as in the full run."
@@ -188,12 +258,13 @@ class ProbeRun:
         "The profile as xarray."
         import xarray as xr
 
-        def text(name):
+        def labels(name):
             return "sample", np.array([getattr(s, name) for s in self.samples], dtype=object)
 
         dims = ("sample", "removed", "layer")
-        variables = {}
-        for k, (units, description) in METRICS.items():
+        text = self.about["answers"] == "text"
+        variables = self.text_variables(rows) if text else {}
+        for k, (units, description) in () if text else METRICS.items():
             values = np.array([r[k] for r in rows], dtype=bool if k == "correct" else "float32")
             variables[k] = dims, values, dict(units=units, description=description)
         unasked = [np.nan] * len(layers)
@@ -209,12 +280,12 @@ class ProbeRun:
         before = f"removed before this layer, 0-based; {layers[-1]} = nothing removed"
         choices = "choices of the question; with fewer than two, `correct` and `margin` say nothing"
         coords = dict(
-            sample=text("id"),
+            sample=labels("id"),
             removed=("removed", np.array(list(self.removed), dtype=object)),
             layer=("layer", np.array(layers, "int64"), dict(description=before, units="1")),
-            family=text("family"),
-            clip=text("clip"),
-            split=text("split"),
+            family=labels("family"),
+            clip=labels("clip"),
+            split=labels("split"),
             n_choices=(
                 "sample",
                 np.array([len(s.choices) for s in self.samples]),
@@ -222,6 +293,12 @@ class ProbeRun:
             ),
         )
         attrs = {k: v for k, v in self.about.items() if k != "samples"}
+        if text:
+            del coords["n_choices"]
+            coords["rule"] = ("rule", np.array(RULES, dtype=object), dict(description=RULE_SAYS))
+            first = "first position in the answer; a bin ends where the next begins"
+            coords["bin"] = ("bin", np.array(BIN_EDGES[:-1]), dict(description=first, units="1"))
+            attrs |= dict(chance=0.0, answer_ids=json.dumps([r["answer"] for r in rows]))
         return xr.Dataset(variables, coords, attrs)
 
     def scan_auto(self, num_layers, needs):
@@ -252,8 +329,14 @@ class ProbeRun:
         return None if self.shard[0] else profile.assign_attrs(scan="auto")
 
 # %% ../../nbs/probing/03_run.ipynb #6e834337
-def _check_call(model, samples, layers, method, max_branch_tokens):
+def _check_call(model, samples, layers, method, max_branch_tokens, answers, max_new_tokens):
     "Refuse a call before anything is run."
+    if answers not in ("choices", "text"):
+        raise ValueError(f"answers: {answers!r} is not known; 'choices' and 'text' are")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: {max_new_tokens}, expected at least 1")
+    if answers == "text" and method == "plain":
+        raise ValueError("method: whole answers are probed by 'branch' only")
     if method not in PROBE_METHODS:
         known = " and ".join(map(repr, PROBE_METHODS))
         raise ValueError(f"method: {method!r} is not known; {known} are")
@@ -264,7 +347,7 @@ def _check_call(model, samples, layers, method, max_branch_tokens):
     if not samples:
         raise ValueError("probe_dependency needs at least one sample")
     check_ids(samples)
-    if layers == "auto" and all(len(s.choices) < 2 for s in samples):
+    if layers == "auto" and answers == "choices" and all(len(s.choices) < 2 for s in samples):
         raise ValueError(
             "layers: 'auto' follows the share of right answers, and no sample has choices"
         )
@@ -287,6 +370,9 @@ def probe_dependency(
     removed=("visual", "audio", "both"),  # conditions: names, or a mapping name -> selector
     layers=None,  # 0-based, to remove before: all by default, or 'auto'; the full run is added
     method: str = "branch",  # or 'plain', the slow reference
+    answers: str = "choices",  # or 'text': a whole answer, the only choice if there is one, else
+    # what the full model writes
+    max_new_tokens: int = 64,  # of an answer that it writes
     needs: Mapping | None = None,  # family -> modalities its questions need, kept for readers
     batch_size: int = 8,  # plain: samples per forward
     max_branch_tokens: int | None = None,  # branch: that run as one batch; None: 4,096 on a CPU,
@@ -301,14 +387,16 @@ def probe_dependency(
     "Remove tokens before every layer and score the answers. Raises ValueError for bad arguments."
     removed = check_removed(removed)
     num_layers = adapter_for(model).num_layers(model)
-    _check_call(model, samples, layers, method, max_branch_tokens)
+    _check_call(model, samples, layers, method, max_branch_tokens, answers, max_new_tokens)
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard: {shard}, expected a process number below the number of processes")
     if shard[1] > 1 and checkpoint is None:
         raise ValueError("shard: several processes need a checkpoint to share")
     layers = layers if layers == "auto" else _check_layers(layers, num_layers)
 
-    settings = dict(method=method)
+    settings = dict(method=method, answers=answers)
+    if answers == "text":
+        settings["max_new_tokens"] = max_new_tokens
     if method == "plain":
         settings["batch_size"] = batch_size
         max_branch_tokens = None

@@ -7,6 +7,7 @@ __all__ = ['as_pruner', 'prune']
 
 # %% ../../nbs/pruning/10_session.ipynb #1727f3fd
 import inspect
+import warnings
 import torch
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from ..inputs.layout import Modality, TokenLayout
 from ..models.decoder import Decoder
 from ..models.encode import layout_of
 from ..models.families import adapter_for
-from ..schedules.schedule import Schedule
+from ..schedules.schedule import Schedule, ScheduleWarning
 from .base import Pruner, Tokens
 from .cache import Slots
 from .encoders import ENCODED, EncoderWatch, Hooks, visual_order
@@ -300,6 +301,10 @@ class Session:
         "What follows on a cache that is not empty: an answer, or a further question."
         media = self.encoders.media_of(given)
         if (slots := Slots.of(cache)) is not None:
+            if self.method is not None and self.method.schedule.answers == "choices":
+                said = "this schedule was measured on answers of one choice; what it does to longer"
+                remedy = "ones, `seats probe` and `seats tune` show with --answers text"
+                warnings.warn(f"{said} {remedy}", ScheduleWarning)
             return slots.go_on(given, cache, media)
         refused = [m for m in media if self.method and (m != "image" or self.images == "prune")]
         if refused:

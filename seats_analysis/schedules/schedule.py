@@ -222,6 +222,8 @@ class Schedule:
         weights = {b.parameters.get("weights_sha256") for b in given.values()} - {None}
         if weights:
             evidence["weights_sha256"] = ",".join(sorted(weights))
+        if {b.parameters.get("answers") for b in given.values()} == {"text"}:
+            evidence["answers"] = "text"
         facts = dict(
             shallow_end=shallow,
             model=origin.model,
@@ -401,6 +403,14 @@ class Schedule:
         "This plan with what was promised of it."
         proof = Certificate(plan_sha256=self.plan_sha256, **facts)
         return replace(self, evidence=self.evidence | dict(certificate=proof.to_dict()))
+
+    @property
+    def answers(self):  # choices, text, or nothing
+        "What its boundaries or its search were measured on; nothing where it was not measured."
+        if (proof := self.certificate) is not None:
+            return "text" if proof.answers == "text" else "choices"
+        measured = self.evidence.get("kind") in ("derived", "searched")
+        return self.evidence.get("answers", "choices") if measured else ""
 
     @property
     def keeps_all(self):

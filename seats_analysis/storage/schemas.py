@@ -316,7 +316,7 @@ _LABELS = dict(
     split=("sample", _TEXT),
     n_choices=("sample", _WHOLE),
 )
-_METRICS = dict.fromkeys(("correct_letter", "nll", "margin", "kl"), "bf") | dict(correct="biu")
+_METRICS = dict.fromkeys(("correct_letter", "nll", "margin", "kl"), "bf") | dict(correct="biuf")
 
 
 def _wrong_with(profile):
