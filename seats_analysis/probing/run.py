@@ -224,10 +224,12 @@ class ProbeRun:
     def text_variables(self, rows):
         "What a profile of whole answers holds instead of choices; over all tokens by `retain`."
         n = np.array([r["tokens"] for r in rows], float)  # (samples, bins)
+        n = n[:, : n.any(0).nonzero()[0].max() + 1]  # up to the longest answer
+        bins = n.shape[1]
         dims = "sample", "removed", "layer", "rule", "bin"
         variables = dict(tokens=(("sample", "bin"), n.astype(int), dict(units="1")))
         for (k, (units, said)), name in zip(TOKEN_METRICS.items(), ("correct", "nll", "kl")):
-            values = np.array([r[k.removeprefix("token_")] for r in rows], float)
+            values = np.array([r[k.removeprefix("token_")] for r in rows], float)[..., :bins]
             variables[k] = dims, values.astype("float32"), dict(units=units, description=said)
             weights = n[:, None, None] / n.sum(1)[:, None, None, None]
             whole = (np.nan_to_num(values[:, :, :, 0]) * weights).sum(-1)
@@ -297,7 +299,11 @@ class ProbeRun:
             del coords["n_choices"]
             coords["rule"] = ("rule", np.array(RULES, dtype=object), dict(description=RULE_SAYS))
             first = "first position in the answer; a bin ends where the next begins"
-            coords["bin"] = ("bin", np.array(BIN_EDGES[:-1]), dict(description=first, units="1"))
+            coords["bin"] = (
+                "bin",
+                np.array(BIN_EDGES[: variables["tokens"][1].shape[1]]),
+                dict(description=first, units="1"),
+            )
             attrs |= dict(chance=0.0, answer_ids=json.dumps([r["answer"] for r in rows]))
         return xr.Dataset(variables, coords, attrs)
 

@@ -24,7 +24,7 @@ from ..models.encode import mean_tokens
 from ..models.families import adapter_for
 from ..models.provenance import provenance
 from ..testbed.load import TESTBEDS
-from ..boundaries.find import find_boundaries
+from ..boundaries.find import cache_range, find_boundaries
 from ..boundaries.retention import derived_from
 from ..schedules.choose import blocks_of, solve_schedules
 from ..schedules.schedule import Schedule
@@ -367,12 +367,24 @@ class Tuning:
 LADDER = (80, 60, 45, 35, 25, 15, 10, 5)  # TRR of the fixed shape that is certified beside, percent
 
 
-def measured_bounds(model_name, profile=None):
-    "Condition -> `Boundaries` of a model."
+def measured_space(model_name, profile=None, text=False) -> SearchSpace:
+    "What the analysis leaves open; that of whole answers also says which caches they read."
+    if text and profile is None and model_name in TESTBEDS:
+        profile = f"captions/{model_name}"
     if (stored := _profile_of(model_name, profile)) is None:
-        return dict(both=blocks_of(model_name)[0])
+        return SearchSpace.of(dict(both=blocks_of(model_name)[0]))
     removed = sorted({"visual", "audio", "both"} & set(stored["removed"].values.astype(str)))
-    return {r: find_boundaries(stored, r) for r in removed}
+    space = SearchSpace.of({r: find_boundaries(stored, r) for r in removed})
+    if not text:
+        return space
+    if "token_stays" not in stored or not set(Modality.CODES) <= set(removed):
+        raise ValueError(
+            "whole answers take a profile of visual and audio apart that was made with "
+            "`seats probe --answers text`"
+        )
+    read = {m: cache_range(stored, m) for m in Modality.CODES}
+    cache = {m: (r.start_ci[0], r.end_ci[1]) for m, r in read.items()}  # as far as may be
+    return replace(space, facts=space.facts | dict(cache=cache))
 
 
 def fixed_shapes(model_name, counts, profile=None):
@@ -423,7 +435,7 @@ def tune_schedule(
     The same call goes on after an interruption. Raises ValueError for too few clips, a model whose
     blocks are not known, and a wrong budget."""
     name = name or adapter_for(model).name(model)
-    space = SearchSpace.of(measured_bounds(name, profile))
+    space = measured_space(name, profile, text=promise.of != "choices")
     proposal, calibration = deal_clips(samples, promise, name, profile)
     origin = provenance(model, processor, proposal + calibration, seed=0)
     origin |= dict(code_sha256=hash_code(), data=data)
@@ -431,10 +443,6 @@ def tune_schedule(
     counts = (counts["visual"], counts["audio"])
     fixed = fixed_shapes(name, counts, profile)
     seats = method == "seats"
-    if promise.of != "choices":  # how late media may leave was measured on choices
-        space = replace(
-            space, late={m: (low, space.num_layers) for m, (low, _) in space.late.items()}
-        )
     draw = space.draw if seats else drawn_settings(method, fixed[-1], counts)
     with Checkpoint.hold(path and Checkpoint.folder_of(path)) as folder:
         tuning = Tuning(
