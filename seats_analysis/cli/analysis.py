@@ -59,6 +59,9 @@ def _layer_list(text, num_layers=None):
 def _probe_text(profile):
     "What was probed, in one line."
     clips = len(set(profile["clip"].values))
+    if "token_stays" in profile:
+        tokens = int(profile["tokens"].sum())
+        return f"{profile.sizes['sample']} whole answers of {tokens} tokens on {clips} clips"
     with_choices = profile["n_choices"].values > 1
     said = "none with choices, so only the divergence is measured"
     if with_choices.any():

@@ -151,23 +151,7 @@ def made_from(
             made.update(zip(ids, clips))
     return sum((s.id, s.clip) in made or digest(s.clip)[:12] in known_clips for s in samples)
 
-# %% ../../nbs/evaluation/02_compare.ipynb #640363a7
-def _planned(run, shape):
-    "What a run was to keep, and how its knob was set for that."
-    kept = [shape.retention(p) for p in run.plans]
-    mixed = None
-    if len(run.plans) > 1:
-        costs = [shape.cost(p) for p in run.plans]
-        mixed = dict(share=run.share, knobs=list(run.knob), flops_causal_with_selection=costs)
-    return dict(
-        **{f"retention_{m}": run.mean([x[m] for x in kept]) for m in kept[0]},
-        knob=run.mean(run.knob) if run.knob else None,
-        mixed=mixed,
-        floor=list(run.floor),
-        own_minimum=run.setting == "lowest setting" or bool(run.floor),
-    )
-
-
+# %% ../../nbs/evaluation/02_compare.ipynb #f1676529
 _WORDS = re.compile(r"\w+")
 
 
@@ -195,6 +179,22 @@ def _text_scores(run, cells, samples):
     for name, values in found.items():
         row |= zip((name, f"{name}_low", f"{name}_high"), over_clips(values, clips))
     return row
+
+# %% ../../nbs/evaluation/02_compare.ipynb #640363a7
+def _planned(run, shape):
+    "What a run was to keep, and how its knob was set for that."
+    kept = [shape.retention(p) for p in run.plans]
+    mixed = None
+    if len(run.plans) > 1:
+        costs = [shape.cost(p) for p in run.plans]
+        mixed = dict(share=run.share, knobs=list(run.knob), flops_causal_with_selection=costs)
+    return dict(
+        **{f"retention_{m}": run.mean([x[m] for x in kept]) for m in kept[0]},
+        knob=run.mean(run.knob) if run.knob else None,
+        mixed=mixed,
+        floor=list(run.floor),
+        own_minimum=run.setting == "lowest setting" or bool(run.floor),
+    )
 
 
 def outcome_rows(
