@@ -12,7 +12,7 @@ from seats_analysis.inputs.layout import Modality
 from seats_analysis.models.decoder import Decoder
 from seats_analysis.models.encode import encode_questions
 from seats_analysis.models.families import adapter_for
-from seats_analysis.probing.branches import branch_scores
+from seats_analysis.probing.branches import answer_scores
 from seats_analysis.storage.files import shipped_folder
 from seats_analysis.testbed.load import TESTBEDS, load_testbed
 
@@ -67,7 +67,7 @@ def test_equals_a_plain_loop(testbed, caption):
     ids = list(questions.choice_ids[0][0])
     L = adapter_for(model).num_layers(model)
     layers = [0, 5, 11, L]
-    found = branch_scores(model, questions, tuple(CONDITIONS), layers, whole=True)
+    found = answer_scores(model, questions, tuple(CONDITIONS), layers)
     encoded = sa.encode(model, processor, [caption])
     full = plain(model, encoded, ids, (), "retain", L)
     for (name, rule, layer), scores in found.items():
@@ -89,8 +89,8 @@ def test_few_tokens_at_once_change_nothing(testbed, caption):
     model, processor = testbed
     (questions,) = encode_questions(model, processor, [caption])
     layers = list(range(0, adapter_for(model).num_layers(model) + 1, 4))
-    a = branch_scores(model, questions, ("both",), layers, whole=True)
-    b = branch_scores(model, questions, ("both",), layers, max_branch_tokens=1, whole=True)
+    a = answer_scores(model, questions, ("both",), layers)
+    b = answer_scores(model, questions, ("both",), layers, max_branch_tokens=1)
     assert a.keys() == b.keys()
     for key in a:
         np.testing.assert_allclose(a[key].kl, b[key].kl, atol=1e-3, rtol=1e-3)

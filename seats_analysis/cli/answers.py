@@ -307,11 +307,16 @@ def eval_(
     from seats_analysis.evaluation.load import held_out
     from seats_analysis.models.encode import mean_tokens
     from seats_analysis.schedules.choose import blocks_of, solve_schedules
+    from seats_analysis.boundaries.find import layers_read
+    from seats_analysis.storage.schemas import load_profile
     from seats_analysis.testbed.load import TESTBEDS, caption_samples
 
     names = method_names(names_of(methods, "--methods"))
     chains, known = _tuned(tuned, num_layers)
     blocks_of(model_name, profile, num_layers)
+    read = None
+    if answers == "text" and model_name in TESTBEDS:
+        read = layers_read(load_profile(f"captions/{model_name}"))
     source = profile or (model_name if model_name in TESTBEDS else None)
     with Checkpoint.hold(Checkpoint.folder_of(out)) as folder:
         if data == "testbed" and answers == "text":
@@ -347,6 +352,7 @@ def eval_(
                 out,
                 rules=vtw_rule(source) if source and "vtw" in names else {},
                 tuned=chains,
+                cache=read,
                 about=dict(
                     command=command,
                     data=data,

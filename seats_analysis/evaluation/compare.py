@@ -292,6 +292,7 @@ def compare_methods(
     path=None,  # JSON file; finished questions are kept in a folder beside it until it is there
     rules: Mapping = {},  # label -> `Pruner` that is not matched, since a rule decides its cost
     tuned: Mapping = {},  # name -> chain of `Pruner` that `seats tune` found, from dear to cheap
+    cache: Mapping | None = None,  # 'text': field of a schedule, which SEATS also runs with
     n_boot: int = 2000,  # resamples of clips
     about: Mapping = {},  # more to say in the file
     batch_size: int = 16,  # questions
@@ -314,6 +315,10 @@ def compare_methods(
     if text:  # the published cache rule takes part beside the default
         seats = [r for r in runs if r.label == "seats"]
         runs += [replace(r, label="seats (evict)", kv="evict") for r in seats]
+        for r in seats if cache else ():  # and caches of the layers that answers read
+            (own,) = r.plans
+            held = replace(own, schedule=replace(own.schedule, cache=cache))
+            runs.append(replace(r, label="seats (layers read)", plans=(held,)))
     asked = Answering(
         model=model,
         processor=processor,

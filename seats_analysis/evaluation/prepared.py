@@ -27,11 +27,10 @@ from ..pruning.timing import Timings
 from ..pruning.encoders import ENCODED, join_calls, watch_encoders
 from ..pruning.session import as_pruner, prune
 from seats_analysis.evaluation.evaluate import (
-    force_answers,
     parse_answer,
     score_rows,
+    whole_answers,
     write_answers,
-    write_tokens,
 )
 
 # %% ../../nbs/evaluation/01_prepared.ipynb #d8cff688
@@ -413,7 +412,8 @@ class Answering:
         if self.answers == "token":
             return self._next_tokens(batch, before)
         if self.answers == "text":
-            return self._whole_answers(batch, before)
+            full = [done[0] for done in before] if before[0] else None
+            return whole_answers(self.model, self.processor, batch, full, self.max_new_tokens)
         out = []
         texts = write_answers(self.model, self.processor, batch, self.max_new_tokens)
         for s, text in zip(batch.samples, texts):
@@ -431,25 +431,6 @@ class Answering:
         full = torch.stack([done[0]["logp"] for done in before])
         kl = F.kl_div(logp, full, reduction="none", log_target=True).sum(-1).tolist()
         return [dict(pick=pick, kl=k) for pick, k in zip(picks, kl)]
-
-    def _whole_answers(self, batch, before):
-        if not before[0]:
-            own = write_tokens(self.model, self.processor, batch, self.max_new_tokens, scored=True)
-            stays = dict(pick=0, correct=1.0, whole=True, kl=0.0)
-            return [
-                dict(stays, tokens=ids, text=text, logp=row)
-                for ids, text, row in zip(own.ids, own.texts, own.logp)
-            ]
-        logp = force_answers(self.model, batch, [done[0]["tokens"] for done in before])
-        out = []
-        for row, done in zip(logp, before):
-            ids = torch.tensor(done[0]["tokens"], device=row.device)
-            row = row[: len(ids)]
-            stays = (row.argmax(-1) == ids).float().mean().item()
-            full = done[0]["logp"][: len(ids)]
-            kl = F.kl_div(row, full, reduction="none", log_target=True).sum(-1).mean().item()
-            out.append(dict(pick=0, correct=stays, whole=stays == 1, kl=kl))
-        return out
 
     def answer_unit(
         self,

@@ -45,7 +45,8 @@ from seats_analysis.plots.style import (
 )
 from .simulate import coverage_figure, needed_figure
 from .timing_figures import timing_figures
-from ..schedules.schedule import PUBLISHED, Schedule
+from ..schedules.file import PUBLISHED
+from ..schedules.schedule import Schedule
 from ..storage.files import atomic_write, shipped_folder
 from ..storage.schemas import load_json, load_profile, schema_of
 

@@ -18,7 +18,8 @@ from ..inputs.benchmarks import preset_for
 from ..models.families import adapter_for, published_limits
 from ..models.encode import encode
 from ..boundaries.find import Boundaries
-from ..schedules.schedule import PUBLISHED, Schedule
+from ..schedules.file import PUBLISHED
+from ..schedules.schedule import Schedule
 
 # %% ../../nbs/lab/05_workloads.ipynb #f66db745
 SIZES = {  # of released language models, where they differ from the defaults of transformers

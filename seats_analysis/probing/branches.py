@@ -457,27 +457,6 @@ class Traversal:
             if bypass and layer in layers:
                 self.bypassed.branch_off(layer, before, max_tokens, bypass=True)
 
-    def token_scores(self):  # (condition, rule, layer) -> TokenScores over the questions
-        decoder, tail, L = self.decoder, self.tail, len(self.decoder.layers)
-        n = len(tail.ids)
-        hidden = self.full.batches[0].tail[:, tail.wanted]
-        full = tail.whole(decoder, hidden)
-        (same,) = tail.whole(decoder, hidden, full)
-        out = {(None, None, L): same}
-        kinds = ("from",), ("below",), ("retain", "evict")  # as `conditions` stand behind another
-        for condition, rules in zip(self.conditions, kinds * len(self.conditions)):
-            for batch in condition.batches:
-                for rule, part in zip(rules, batch.tail.split(n, 1)):
-                    for layer, scores in zip(
-                        batch.layers, tail.whole(decoder, part[:, tail.wanted], full)
-                    ):
-                        out |= {(name, rule, layer): scores for name in condition.names}
-        for name in {name for c in self.conditions for name in c.names}:
-            # with nothing removed, and from the last layer on nothing hidden, but by `evict`
-            out |= {(name, rule, L): same for rule in ("retain", "from")}
-            out |= {(name, rule, L): out[name, "from", 0] for rule in ("evict", "below")}
-        return out
-
     def scores(self):  # (condition, layer) -> Scores over the questions
 
         def score(batch):
@@ -499,10 +478,38 @@ def branch_scores(
     layers: Sequence[int],  # to remove before, ascending, the last one is the number of layers
     max_branch_tokens: int = 65_536,  # that run as one batch; a single stream is never split
     bypass: bool = False,  # see `removal_scores`
-    whole: bool = False,  # the first choice of each question is a whole answer, token by token
-) -> dict:  # (condition, layer) -> Scores over the questions, as from `removal_scores`; or
-    # (condition, rule, layer) -> TokenScores
+) -> dict:  # (condition, layer) -> Scores over the questions, as from `removal_scores`
     "All layers and conditions in one traversal. Conditions that change nothing are left out."
-    walk = Traversal.of(model, questions, check_removed(removed), whole)
-    walk.run(set(layers[:-1]) | ({0} if whole else set()), max_branch_tokens, bypass)
-    return walk.token_scores() if whole else walk.scores()
+    walk = Traversal.of(model, questions, check_removed(removed))
+    walk.run(set(layers[:-1]), max_branch_tokens, bypass)
+    return walk.scores()
+
+
+@torch.no_grad()
+def answer_scores(
+    model,
+    questions,  # as for `branch_scores`; the first choice of each is a whole answer
+    removed,
+    layers: Sequence[int],
+    max_branch_tokens: int = 65_536,
+) -> dict:  # (condition, rule, layer) -> TokenScores over the questions; (None, None, L): full run
+    "Every token of whole answers under all `RULES`. Conditions that change nothing are left out."
+    walk = Traversal.of(model, questions, check_removed(removed), whole=True)
+    walk.run({0, *layers[:-1]}, max_branch_tokens)
+    decoder, tail, L = walk.decoder, walk.tail, layers[-1]
+    hidden = walk.full.batches[0].tail[:, tail.wanted]
+    full = tail.whole(decoder, hidden)
+    (same,) = tail.whole(decoder, hidden, full)
+    out = {(None, None, L): same}
+    kinds = ("from",), ("below",), ("retain", "evict")  # as conditions stand behind one another
+    for condition, rules in zip(walk.conditions, kinds * len(walk.conditions)):
+        for batch in condition.batches:
+            for rule, part in zip(rules, batch.tail.split(len(tail.ids), 1)):
+                found = tail.whole(decoder, part[:, tail.wanted], full)
+                for layer, scores in zip(batch.layers, found):
+                    out |= {(name, rule, layer): scores for name in condition.names}
+        # at the end nothing is removed, and nothing hidden but by rules for the layers below
+        for name in condition.names:
+            out |= {(name, rule, L): same for rule in ("retain", "from")}
+            out |= {(name, rule, L): out[name, "from", 0] for rule in ("evict", "below")}
+    return out

@@ -21,7 +21,7 @@ from ..models.encode import encode, encode_questions
 from ..models.provenance import provenance
 from ..statistics.intervals import crossings, monotone_fit
 from .selectors import check_removed, describe
-from .branches import RULES, branch_scores, removal_scores
+from .branches import RULES, answer_scores, branch_scores, removal_scores
 
 # %% ../../nbs/probing/03_run.ipynb #1a38cfcf
 PROBE_METHODS = ("branch", "plain")
@@ -207,7 +207,7 @@ class ProbeRun:
             most = self.about["max_new_tokens"]
             said = [answer_ids(self.model, self.processor, s, most, **media) for s in q.samples]
             q = replace(q, choice_ids=tuple((ids,) for ids in said))
-            run = partial(branch_scores, self.model, q, self.removed, layers, whole=True)
+            run = partial(answer_scores, self.model, q, self.removed, layers)
             least = q.shared + sum(map(len, q.tails))
             scores, self.max_tokens = within_memory(run, self.max_tokens, least)
             same = scores[None, None, layers[-1]]
@@ -335,14 +335,18 @@ class ProbeRun:
         return None if self.shard[0] else profile.assign_attrs(scan="auto")
 
 # %% ../../nbs/probing/03_run.ipynb #6e834337
-def _check_call(model, samples, layers, method, max_branch_tokens, answers, max_new_tokens):
-    "Refuse a call before anything is run."
+def _check_answers(answers, method, max_new_tokens):
+    "Refuse what is no kind of answer."
     if answers not in ("choices", "text"):
         raise ValueError(f"answers: {answers!r} is not known; 'choices' and 'text' are")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: {max_new_tokens}, expected at least 1")
     if answers == "text" and method == "plain":
         raise ValueError("method: whole answers are probed by 'branch' only")
+
+
+def _check_call(model, samples, layers, method, max_branch_tokens):
+    "Refuse a call before anything is run."
     if method not in PROBE_METHODS:
         known = " and ".join(map(repr, PROBE_METHODS))
         raise ValueError(f"method: {method!r} is not known; {known} are")
@@ -353,10 +357,6 @@ def _check_call(model, samples, layers, method, max_branch_tokens, answers, max_
     if not samples:
         raise ValueError("probe_dependency needs at least one sample")
     check_ids(samples)
-    if layers == "auto" and answers == "choices" and all(len(s.choices) < 2 for s in samples):
-        raise ValueError(
-            "layers: 'auto' follows the share of right answers, and no sample has choices"
-        )
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first")
 
@@ -393,7 +393,12 @@ def probe_dependency(
     "Remove tokens before every layer and score the answers. Raises ValueError for bad arguments."
     removed = check_removed(removed)
     num_layers = adapter_for(model).num_layers(model)
-    _check_call(model, samples, layers, method, max_branch_tokens, answers, max_new_tokens)
+    _check_answers(answers, method, max_new_tokens)
+    _check_call(model, samples, layers, method, max_branch_tokens)
+    if layers == "auto" and answers == "choices" and all(len(s.choices) < 2 for s in samples):
+        raise ValueError(
+            "layers: 'auto' follows the share of right answers, and no sample has choices"
+        )
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard: {shard}, expected a process number below the number of processes")
     if shard[1] > 1 and checkpoint is None:

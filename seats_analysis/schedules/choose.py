@@ -13,7 +13,8 @@ from ..inputs.layout import Modality
 from ..storage.schemas import load_profile
 from ..testbed.load import TESTBEDS
 from ..boundaries.find import Boundaries, find_boundaries
-from .schedule import DEFAULT_LATE, PUBLISHED, Schedule
+from .file import PUBLISHED
+from .schedule import DEFAULT_LATE, Schedule
 
 # %% ../../nbs/schedules/03_choose.ipynb #b991b067
 def stored_tokens(

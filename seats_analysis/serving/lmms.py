@@ -20,7 +20,8 @@ from ..inputs.samples import Sample
 from ..inputs.benchmarks import preset_for
 from ..models.families import published_limits
 from ..models.encode import Prompt, encode, frame_resizer
-from ..schedules.schedule import PUBLISHED, Schedule
+from ..schedules.file import PUBLISHED
+from ..schedules.schedule import Schedule
 from ..pruning.session import prune
 from ..baselines.registry import method_at
 from ..evaluation.evaluate import parse_answer, write_answers

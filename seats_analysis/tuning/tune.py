@@ -24,7 +24,7 @@ from ..models.encode import mean_tokens
 from ..models.families import adapter_for
 from ..models.provenance import provenance
 from ..testbed.load import TESTBEDS
-from ..boundaries.find import cache_range, find_boundaries
+from ..boundaries.find import find_boundaries, layers_read
 from ..boundaries.retention import derived_from
 from ..schedules.choose import blocks_of, solve_schedules
 from ..schedules.schedule import Schedule
@@ -382,18 +382,18 @@ def measured_space(model_name, profile=None, text=False) -> SearchSpace:
             "whole answers take a profile of visual and audio apart that was made with "
             "`seats probe --answers text`"
         )
-    read = {m: cache_range(stored, m) for m in Modality.CODES}
-    cache = {m: (r.start_ci[0], r.end_ci[1]) for m, r in read.items()}  # as far as may be
-    return replace(space, facts=space.facts | dict(cache=cache))
+    evidence = space.facts["evidence"] | dict(answers="text")
+    return replace(space, facts=space.facts | dict(cache=layers_read(stored), evidence=evidence))
 
 
-def fixed_shapes(model_name, counts, profile=None):
+def fixed_shapes(model_name, counts, profile=None, **fields):  # of a `Schedule`
     "The published shape at every ratio that this model's late block allows."
     plans = []
     for trr in LADDER:
         with suppress(ValueError), warnings.catch_warnings():  # too high for the late block
             warnings.simplefilter("ignore")
-            plans += solve_schedules(model_name, (trr,), counts, profile).values()
+            found = solve_schedules(model_name, (trr,), counts, profile).values()
+            plans += [replace(plan, **fields) for plan in found]
     return plans
 
 
@@ -441,7 +441,8 @@ def tune_schedule(
     origin |= dict(code_sha256=hash_code(), data=data)
     counts = mean_tokens(model, processor, proposal, **limits)
     counts = (counts["visual"], counts["audio"])
-    fixed = fixed_shapes(name, counts, profile)
+    cache = space.facts.get("cache")
+    fixed = fixed_shapes(name, counts, profile, cache=cache)
     seats = method == "seats"
     draw = space.draw if seats else drawn_settings(method, fixed[-1], counts)
     with Checkpoint.hold(path and Checkpoint.folder_of(path)) as folder:
