@@ -72,14 +72,14 @@ def test_equals_a_plain_loop(testbed, caption):
     full = plain(model, encoded, ids, (), "retain", L)
     for (name, rule, layer), scores in found.items():
         if name is None:
-            assert scores.stays.all() and not scores.kl.any()
+            assert scores["stays"].all() and not scores["kl"].any()
             continue
         logp = plain(model, encoded, ids, CONDITIONS[name], rule, layer)
         nll = -logp[range(len(ids)), ids]
-        np.testing.assert_allclose(scores.nll[0], nll, atol=2e-3, rtol=2e-3)
+        np.testing.assert_allclose(scores["nll"][0], nll, atol=2e-3, rtol=2e-3)
         kl = (full.exp() * (full - logp)).sum(-1)
-        np.testing.assert_allclose(scores.kl[0], kl, atol=2e-3, rtol=2e-3)
-        assert scores.kl[0, 0] < 1e-6 or rule in ("retain", "evict")
+        np.testing.assert_allclose(scores["kl"][0], kl, atol=2e-3, rtol=2e-3)
+        assert scores["kl"][0, 0] < 1e-6 or rule in ("retain", "evict")
     rules = {rule for _, rule, _ in found} - {None}
     assert rules == {"retain", "evict", "from", "below"}
     assert {layer for name, _, layer in found if name} == set(layers)
@@ -93,4 +93,4 @@ def test_few_tokens_at_once_change_nothing(testbed, caption):
     b = answer_scores(model, questions, ("both",), layers, max_branch_tokens=1)
     assert a.keys() == b.keys()
     for key in a:
-        np.testing.assert_allclose(a[key].kl, b[key].kl, atol=1e-3, rtol=1e-3)
+        np.testing.assert_allclose(a[key]["kl"], b[key]["kl"], atol=1e-3, rtol=1e-3)

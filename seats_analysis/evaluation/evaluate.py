@@ -234,6 +234,31 @@ def force_answers(
         done = end
     return torch.cat(logits, 1).float().log_softmax(-1)
 
+# %% ../../nbs/evaluation/00_evaluate.ipynb #baa84163
+def clips_of(samples: Sequence[Sample]) -> list:  # of lists of indices
+    "The questions on each clip, in order of appearance."
+    clips = {}
+    for i, s in enumerate(samples):
+        clips.setdefault((s.video, s.audio), []).append(i)
+    return list(clips.values())
+
+# %% ../../nbs/evaluation/00_evaluate.ipynb #c0ab4fa7
+def next_tokens(
+    model,
+    batch: Encoded,  # of `encode`
+    full: Sequence | None,  # per row: what this gave for the full model; None: this is its run
+) -> list:  # per row: pick: the token; kl in nats, of the full model logp
+    "The first token of an answer, beside that of the full model."
+    thinker = adapter_for(model).thinker(model)
+    with last_logits_only(model, batch):
+        logp = thinker(**batch.inputs).logits[:, -1].float().log_softmax(-1)
+    picks = logp.argmax(-1).tolist()
+    if full is None:  # its distributions stay until the others have answered
+        return [dict(pick=pick, logp=row) for pick, row in zip(picks, logp)]
+    own = torch.stack([done["logp"] for done in full])
+    kl = F.kl_div(logp, own, reduction="none", log_target=True).sum(-1).tolist()
+    return [dict(pick=pick, kl=k) for pick, k in zip(picks, kl)]
+
 # %% ../../nbs/evaluation/00_evaluate.ipynb #81257bec
 def whole_answers(
     model,

@@ -18,7 +18,7 @@ from ..storage.files import Checkpoint
 from ..inputs.samples import Sample, check_ids
 from ..inputs.layout import Modality, TokenLayout, pad_left
 from ..models.attention import TowerAttention
-from ..models.decoder import Decoder, last_logits_only
+from ..models.decoder import Decoder
 from ..models.encode import Encoded, encode_questions, layout_of
 from ..models.families import adapter_for
 from ..models.scoring import score_choices
@@ -27,6 +27,8 @@ from ..pruning.timing import Timings
 from ..pruning.encoders import ENCODED, join_calls, watch_encoders
 from ..pruning.session import as_pruner, prune
 from seats_analysis.evaluation.evaluate import (
+    clips_of,
+    next_tokens,
     parse_answer,
     score_rows,
     whole_answers,
@@ -90,14 +92,6 @@ def encode_clip(
     )
 
 
-def _clips_of(samples: Sequence[Sample]) -> list:  # of lists of indices
-    "The questions on each clip, in order of appearance."
-    clips = {}
-    for i, s in enumerate(samples):
-        clips.setdefault((s.video, s.audio), []).append(i)
-    return list(clips.values())
-
-
 def prepare_questions(
     model,
     processor,
@@ -107,7 +101,7 @@ def prepare_questions(
 ) -> list:  # of `Question`, in order
     "Questions on clips, each of which is encoded once."
     out = []
-    clips = ([samples[i] for i in clip] for clip in _clips_of(samples))
+    clips = ([samples[i] for i in clip] for clip in clips_of(samples))
     for group in (g for c in clips for g in encode_questions(model, processor, c, **limits)):
         encoded = group.encoded
         clip = {} if methods is None else encode_clip(model, encoded, methods)
@@ -224,7 +218,7 @@ class DataShape:
     def of(cls, model, processor, samples, progress=False, **limits):  # see `prepare_questions`
         "From the questions on the first 32 clips; no tower runs."
         found = {}
-        clips = _clips_of(samples)[:32]
+        clips = clips_of(samples)[:32]
         for clip in tqdm(clips, desc="token counts", unit="clip", disable=not progress):
             some = [samples[i] for i in clip]
             for q in prepare_questions(model, processor, some, methods=None, **limits):
@@ -301,19 +295,16 @@ class DataShape:
     def cache_bytes(self, method, kv="retain"):
         "Mean size of a question's cache after the prefill, as `kv_bytes` counts it, bfloat16."
         plans = self.plans(method)
-        ranges = (method := as_pruner(method)) and method.schedule.cache or {}
-        if kv == "retain":
-            for m, (start, end) in ranges.items():
-                plans[m][:, :start] = plans[m][:, end:] = 0
+        ranges = as_pruner(method).schedule.cache if method and kv == "retain" else None
+        for m, (start, end) in (ranges or {}).items():
+            plans[m][:, :start] = plans[m][:, end:] = 0
         config = adapter_for(self.model).config(self.model)
-        sizes = [kv_bytes(tokens, config, kv) for tokens in sum(plans.values()).tolist()]
+        sizes = [kv_bytes(n, config, kv) for n in sum(plans.values()).tolist()]
         return float(np.average(sizes, weights=self.weights))
 
     def encoder_share(self, encoded):  # `Encoded`, one sample
-        """FLOPs of the towers over the causal ones of the full prefill: no method changes them.
-
-        The towers have no closed form. Their attention is not causal, so that torch's counter
-        counts every pair of tokens that is compared, and no other."""
+        "FLOPs of the towers over the causal ones of the full prefill: no method changes them."
+        # without a closed form; not causal, so torch's counter counts the pairs that are compared
         from torch.utils.flop_counter import FlopCounterMode
 
         with FlopCounterMode(display=False) as counter:
@@ -394,7 +385,7 @@ class Answering:
     def units(self):  # -> list of lists of indices
         "A few clips at a time, with all their questions."
         units = []
-        for clip in _clips_of(self.samples):
+        for clip in clips_of(self.samples):
             if units and len(units[-1]) + len(clip) <= self.batch_size:
                 units[-1] += clip
             else:
@@ -409,10 +400,10 @@ class Answering:
                 | {name: r[name] for name in ("correct", "margin", "nll")}
                 for r, s in zip(rows, batch.samples)
             ]
+        full = [done[0] for done in before] if before[0] else None
         if self.answers == "token":
-            return self._next_tokens(batch, before)
+            return next_tokens(self.model, batch, full)
         if self.answers == "text":
-            full = [done[0] for done in before] if before[0] else None
             return whole_answers(self.model, self.processor, batch, full, self.max_new_tokens)
         out = []
         texts = write_answers(self.model, self.processor, batch, self.max_new_tokens)
@@ -420,17 +411,6 @@ class Answering:
             pick = parse_answer(text, s.choices, s.lettered)
             out.append(dict(pick=pick, correct=pick == s.answer, margin=None, nll=None, text=text))
         return out
-
-    def _next_tokens(self, batch, before):
-        thinker = adapter_for(self.model).thinker(self.model)
-        with last_logits_only(self.model, batch):
-            logp = thinker(**batch.inputs).logits[:, -1].float().log_softmax(-1)
-        picks = logp.argmax(-1).tolist()
-        if not before[0]:  # the full model: its distributions stay until the others have answered
-            return [dict(pick=pick, logp=row) for pick, row in zip(picks, logp)]
-        full = torch.stack([done[0]["logp"] for done in before])
-        kl = F.kl_div(logp, full, reduction="none", log_target=True).sum(-1).tolist()
-        return [dict(pick=pick, kl=k) for pick, k in zip(picks, kl)]
 
     def answer_unit(
         self,
@@ -451,13 +431,12 @@ class Answering:
                 chosen = self.choose(given, out)
             if self.written and r is not self.runs[0]:  # apart, or it would be on the clock
                 texts = [row[0]["text"] for row in out]
-                if not all(answer["whole"] for answer in chosen):
+                if not all(a["whole"] for a in chosen):
                     with batch.prune(plan, r.kv) as (again, given):
                         again.samples = first
-                        texts = write_answers(
-                            self.model, self.processor, given, self.max_new_tokens
-                        )
-                chosen = [dict(answer, text=text) for answer, text in zip(chosen, texts)]
+                        most = self.max_new_tokens
+                        texts = write_answers(self.model, self.processor, given, most)
+                chosen = [dict(a, text=text) for a, text in zip(chosen, texts)]
             ms = {k: run.timings.ms[k] / len(questions) for k in ("selection", "prefill")}
             layers = run.tokens_per_layer.tolist()
             for row, q, answer, tokens in zip(out, questions, chosen, layers):

@@ -166,7 +166,26 @@ def _demo(name, out, limit):
     save_json(kept_to, kept)
     note("figures")
     make_figures(out, out / "figures")
+    note("\n".join(_caption_lines(name, model, processor)))
     return profile, bounds, plans, rows
+
+
+def _caption_lines(name, model, processor):
+    "One clip described by the full model and under the schedule that was tuned for text."
+    from seats_analysis.evaluation.evaluate import write_answers
+    from seats_analysis.models.encode import encode
+    from seats_analysis.pruning.session import prune
+    from seats_analysis.schedules.schedule import Schedule
+    from seats_analysis.testbed.load import caption_samples
+
+    encoded = encode(model, processor, caption_samples(1))
+    plans = {"full": None, f"{name}/tuned-text": Schedule.load(f"{name}/tuned-text")}
+    lines = []
+    for said, plan in plans.items():
+        with prune(model, plan):
+            (text,) = write_answers(model, processor, encoded, 64)
+        lines.append(f"caption, {said}: {text}")
+    return lines
 
 
 def _demo_table(rows):

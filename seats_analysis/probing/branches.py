@@ -62,23 +62,14 @@ class Scores:
         )
 
 # %% ../../nbs/probing/01_branches.ipynb #210ac21e
-RULES = "retain", "evict", "from", "below"
-
-
-@dataclass(frozen=True)
-class TokenScores:
-    "What becomes of every token of whole answers, on the CPU; NaN behind their ends."
-
-    stays: np.ndarray  # (Q, T) float32: 1 where the likeliest token is that of the full run
-    nll: np.ndarray  # (Q, T) float32 of the token, nats
-    kl: np.ndarray  # (Q, T) float32 KL(full || removed), nats
-
-    @classmethod
-    def of(cls, logp, full, target):  # (Q, T, V), (Q, T, V), (Q, T) with -1 behind the end
-        stays = (logp.argmax(-1) == full.argmax(-1)).float()
-        nll = -logp.gather(-1, target.clamp(min=0)[..., None])[..., 0]
-        kl = (full.exp() * (full - logp)).sum(-1).clamp(min=0)
-        return cls(*(x.masked_fill(target < 0, torch.nan).cpu().numpy() for x in (stays, nll, kl)))
+def token_scores(logp, full, target) -> dict:  # (Q, T, V), (Q, T, V), (Q, T) with -1 = none
+    "Of every token of an answer: whether the likeliest one stays, nll and kl in nats; (Q, T)."
+    scores = dict(
+        stays=(logp.argmax(-1) == full.argmax(-1)).float(),
+        nll=-logp.gather(-1, target.clamp(min=0)[..., None])[..., 0],
+        kl=(full.exp() * (full - logp)).sum(-1).clamp(min=0),
+    )
+    return {k: x.masked_fill(target < 0, torch.nan).cpu().numpy() for k, x in scores.items()}
 
 
 LOGITS = 2**28  # numbers that may be held at once: 1 GiB in float32
@@ -145,18 +136,13 @@ class Tail:
         )
         return same & torch.ones_like(same).tril()
 
-    @property
-    def said(self):  # (n,) bool
-        "Tokens of answers."
-        return self.choice >= 0
-
     def whole(self, decoder, hidden, full=None):  # (k, m, D) at `wanted`; (Q, T, V) of the full run
-        "`full` itself where none is given, else k TokenScores of the first choices."
+        "`full` itself where none is given, else `token_scores` of the k first choices."
         at = self.source[:, 0]
         parts = (decoder.logits(h[at]).float().log_softmax(-1) for h in hidden)
         if full is None:
             return next(parts)
-        return [TokenScores.of(logp, full, self.target[:, 0]) for logp in parts]
+        return [token_scores(logp, full, self.target[:, 0]) for logp in parts]
 
     def score(self, decoder, hidden):  # (k, m, D) at `wanted`, after the last layer -> k Scores
         "Log-probabilities of all choices, in float32. Raises ValueError if they are not finite."
@@ -356,7 +342,7 @@ class Condition:
             self.mask = walk.mask(causal[self.front :])
         sees_context = torch.ones(len(walk.tail.ids), len(keep), dtype=torch.bool, device=device)
         if hidden is not None:
-            sees_context &= ~(walk.tail.said[:, None] & hidden.to(device))
+            sees_context &= ~((walk.tail.choice >= 0)[:, None] & hidden.to(device))
         allowed = walk.tail.allowed
         self.after = walk.after.rotary
         if self.twice:
@@ -492,8 +478,8 @@ def answer_scores(
     removed,
     layers: Sequence[int],
     max_branch_tokens: int = 65_536,
-) -> dict:  # (condition, rule, layer) -> TokenScores over the questions; (None, None, L): full run
-    "Every token of whole answers under all `RULES`. Conditions that change nothing are left out."
+) -> dict:  # (condition, rule, layer) -> `token_scores` of the questions; (None, None, L): full
+    "Whole answers under all four rules. Conditions that change nothing are left out."
     walk = Traversal.of(model, questions, check_removed(removed), whole=True)
     walk.run({0, *layers[:-1]}, max_branch_tokens)
     decoder, tail, L = walk.decoder, walk.tail, layers[-1]
@@ -508,7 +494,6 @@ def answer_scores(
                 found = tail.whole(decoder, part[:, tail.wanted], full)
                 for layer, scores in zip(batch.layers, found):
                     out |= {(name, rule, layer): scores for name in condition.names}
-        # at the end nothing is removed, and nothing hidden but by rules for the layers below
         for name in condition.names:
             out |= {(name, rule, L): same for rule in ("retain", "from")}
             out |= {(name, rule, L): out[name, "from", 0] for rule in ("evict", "below")}

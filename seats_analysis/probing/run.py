@@ -21,7 +21,7 @@ from ..models.encode import encode, encode_questions
 from ..models.provenance import provenance
 from ..statistics.intervals import crossings, monotone_fit
 from .selectors import check_removed, describe
-from .branches import RULES, answer_scores, branch_scores, removal_scores
+from .branches import answer_scores, branch_scores, removal_scores
 
 # %% ../../nbs/probing/03_run.ipynb #1a38cfcf
 PROBE_METHODS = ("branch", "plain")
@@ -118,6 +118,7 @@ TOKEN_METRICS = dict(
     token_nll=("nats", "mean negative log-likelihood of the bin's tokens"),
     token_kl=("nats", "mean KL(full || removed) over the bin's tokens"),
 )
+RULES = "retain", "evict", "from", "below"
 RULE_SAYS = (
     "retain: the media are gone from this layer on for all text; evict: so for the prompt, and in "
     "every layer for the answer behind its first token; from, below: only the answer does not see "
@@ -216,7 +217,7 @@ class ProbeRun:
                 for k, grid in row.items():
                     for name in self.removed:
                         cells = [[scores.get((name, r, l), same) for r in RULES] for l in layers]
-                        grid.append([[binned(getattr(s, k)[i]) for s in row] for row in cells])
+                        grid.append([[binned(s[k][i]) for s in row] for row in cells])
                 counts = np.histogram(range(len(ids)), BIN_EDGES)[0].tolist()
                 rows.append(dict(row, answer=list(ids), tokens=counts))
         return rows

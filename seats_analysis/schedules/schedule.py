@@ -24,21 +24,11 @@ from seats_analysis.schedules.file import (
     checked,
     checked_evidence,
     levels_of,
+    published_setting,
 )
 from ..storage.files import shipped_folder
 from ..storage.provenance import digest
 from ..storage.schemas import SCHEMAS, load_json, save_json
-
-# %% ../../nbs/schedules/01_schedule.ipynb #a0406f41
-def _setting(name):
-    "Published setting of a model, by short name or hub id."
-    for key, setting in PUBLISHED.items():
-        if key in name.lower():
-            return setting
-    raise ValueError(
-        f"no published setting for {name!r}, only for {', '.join(PUBLISHED)}; "
-        "others need a profile of their own"
-    )
 
 # %% ../../nbs/schedules/01_schedule.ipynb #44e3bef8
 class ScheduleWarning(UserWarning):
@@ -179,7 +169,7 @@ class Schedule:
                 stacklevel=2,
             )
         caps = {m: b.late(late) / b.num_layers for m, b in _pair(bounds).items()}
-        targets = split_trr(trr / 100, (n_visual, n_audio), caps, _setting(like))
+        targets = split_trr(trr / 100, (n_visual, n_audio), caps, published_setting(like))
         return cls._derive(bounds, targets, late, **options)
 
     @classmethod
@@ -234,7 +224,7 @@ class Schedule:
     @classmethod
     def published(cls, name, trr=10):
         "Published plan of a model, by short name or hub id, at 35, 25, 15 or 10 percent."
-        setting = _setting(name)
+        setting = published_setting(name)
         if trr not in setting["pairs"]:
             raise ValueError(
                 f"published TRRs are {', '.join(map(str, setting['pairs']))} percent, not {trr}"

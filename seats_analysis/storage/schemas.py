@@ -179,7 +179,6 @@ SCHEMAS = dict(
     sensitivity=_json("sensitivity", "a task-sensitivity table", "rows", "made_for used_on kept"),
     bench=_json("bench", "a benchmark", "rows", "config method trr batch tokens"),
     kept=_json("kept", "a file of kept positions", "clip grid audio_tokens audio_rate stages"),
-    kv_policies=_json("kv_policies", "a comparison of cache policies", "rows"),
     tune=Schema("seats_analysis/tune/1", "a tuned chain", form=_TUNED),
     check=Schema("seats_analysis/check/1", "a check of a schedule", form=_CHECKED),
     vllm=_json("vllm", "a benchmark in vLLM", "rows", "method round concurrency prompt_tokens"),

@@ -105,6 +105,9 @@ class SearchSpace:
         visual = float(np.exp(random.uniform(np.log(least), np.log(most["visual"]))))
         audio = min(visual * _MORE_AUDIO ** random.uniform(), most["audio"])
         grids = int(random.choice(_GRIDS))
+        facts = dict(self.facts)
+        if "cache" in facts and random.integers(2):  # or all layers keep what they processed
+            del facts["cache"]
         return Schedule.solve(
             self.num_layers,
             drops,
@@ -116,7 +119,7 @@ class SearchSpace:
             query=str(random.choice(_QUERIES)),
             weighted=bool(random.integers(2)),
             windows=dict(visual_grids=grids, seconds=float(grids)),
-            **self.facts,
+            **facts,
         )
 
 # %% ../../nbs/tuning/02_tune.ipynb #ea09df93
@@ -386,14 +389,13 @@ def measured_space(model_name, profile=None, text=False) -> SearchSpace:
     return replace(space, facts=space.facts | dict(cache=layers_read(stored), evidence=evidence))
 
 
-def fixed_shapes(model_name, counts, profile=None, **fields):  # of a `Schedule`
+def fixed_shapes(model_name, counts, profile=None):
     "The published shape at every ratio that this model's late block allows."
     plans = []
     for trr in LADDER:
         with suppress(ValueError), warnings.catch_warnings():  # too high for the late block
             warnings.simplefilter("ignore")
-            found = solve_schedules(model_name, (trr,), counts, profile).values()
-            plans += [replace(plan, **fields) for plan in found]
+            plans += solve_schedules(model_name, (trr,), counts, profile).values()
     return plans
 
 
@@ -441,8 +443,7 @@ def tune_schedule(
     origin |= dict(code_sha256=hash_code(), data=data)
     counts = mean_tokens(model, processor, proposal, **limits)
     counts = (counts["visual"], counts["audio"])
-    cache = space.facts.get("cache")
-    fixed = fixed_shapes(name, counts, profile, cache=cache)
+    fixed = fixed_shapes(name, counts, profile)
     seats = method == "seats"
     draw = space.draw if seats else drawn_settings(method, fixed[-1], counts)
     with Checkpoint.hold(path and Checkpoint.folder_of(path)) as folder:
