@@ -207,7 +207,7 @@ class Resampled:
             parameters["weights_sha256"] = weights
         if attrs.get("answers", "choices") != "choices":
             parameters["answers"] = attrs["answers"]
-        if "bypass_kl" in profile:
+        if "bypass_kl" in profile and profile["bypass_kl"].notnull().any():
             live = profile["bypass_kl"].mean("sample")[:-1]
             parameters["bypass_kl"] = {
                 str(layer): round(kl, 4)
@@ -404,7 +404,12 @@ def cache_range(
     ok = np.logical_and.accumulate(fine("below"), 1)
     starts = layers[ok.sum(1) - 1]
     ok = np.logical_and.accumulate(fine("from")[:, ::-1], 1)
-    ends = np.maximum(layers[::-1][ok.sum(1) - 1], starts)
+    ends = layers[::-1][ok.sum(1) - 1]
+    # either side alone may do where not both do: then the shorter one that was measured
+    either = (starts >= ends) & (ends > layers[0])
+    front = either & (ends - layers[0] <= layers[-1] - starts)
+    starts = np.where(front, layers[0], starts)
+    ends = np.where(either & ~front, layers[-1], np.maximum(ends, starts))
     intervals = [Resampled.interval(found[1:], found[0], 0.95) for found in (starts, ends)]
     return dict(layers=(int(starts[0]), int(ends[0])), start_ci=intervals[0], end_ci=intervals[1])
 

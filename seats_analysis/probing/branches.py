@@ -64,6 +64,8 @@ class Scores:
 # %% ../../nbs/probing/01_branches.ipynb #210ac21e
 def token_scores(logp, full, target) -> dict:  # (Q, T, V), (Q, T, V), (Q, T) with -1 = none
     "Of every token of an answer: whether the likeliest one stays, nll and kl in nats; (Q, T)."
+    if not logp.isfinite().all():
+        raise ValueError("the model gives logits that are not finite")
     scores = dict(
         stays=(logp.argmax(-1) == full.argmax(-1)).float(),
         nll=-logp.gather(-1, target.clamp(min=0)[..., None])[..., 0],
@@ -138,8 +140,7 @@ class Tail:
 
     def whole(self, decoder, hidden, full=None):  # (k, m, D) at `wanted`; (Q, T, V) of the full run
         "`full` itself where none is given, else `token_scores` of the k first choices."
-        at = self.source[:, 0]
-        parts = (decoder.logits(h[at]).float().log_softmax(-1) for h in hidden)
+        parts = (decoder.logits(h[self.source[:, 0]]).float().log_softmax(-1) for h in hidden)
         if full is None:
             return next(parts)
         return [token_scores(logp, full, self.target[:, 0]) for logp in parts]
@@ -408,8 +409,7 @@ class Traversal:
                 continue
             later = Condition(self, nothing, names, hidden=gone)  # its first stream: in all layers
             before = Condition(self, nothing, names, hidden=nothing, blind=later)
-            removal = Condition(self, gone, names, blind=later)
-            self.conditions += [later, before, removal]
+            self.conditions += [later, before, Condition(self, gone, names, blind=later)]
         self.full = Condition(self, nothing)
         self.full.batches = [Batch([], self.context.hidden, self.after.hidden)]
         self.bypassed = Condition(self, nothing, [None])
