@@ -424,7 +424,7 @@ def run_method(model, method, inputs, next_token=None):
         # layer 0 after stage I
         for i, layer in enumerate(layers):
             stack.enter_context(layer.register_forward_pre_hook(note(i)))
-        run = stack.enter_context(prune(model, Watched(**vars(method))))
+        run = stack.enter_context(prune(model, Watched(**vars(method)), kv="evict"))
         out = model(**inputs, use_cache=True)
         cache = out.past_key_values
         lengths = [cache.get_seq_length(i) for i in range(len(layers))]

@@ -559,7 +559,7 @@ def quirk_plan(**changes):
 
 def lengths_of(model, plan, inputs):
     "stage -> tokens left, in order; and the tokens of every layer."
-    with prune(model, plan, kv="evict") as run:
+    with prune(model, plan) as run:
         model(**inputs)
     return {name: len(rows[0]) for name, rows in run.kept.items()}, run.tokens_per_layer[0].tolist()
 
@@ -600,7 +600,7 @@ def works(model, inputs, plan=None):
     plan = plan or quirk_plan()
     layout = layout_of(model, inputs)
     text = int((layout.modality == 0).sum())
-    with prune(model, plan, kv="evict") as run:
+    with prune(model, plan) as run:
         logits = model(**inputs).logits
     lengths = {name: len(rows[0]) for name, rows in run.kept.items()}
     assert lengths == expected_lengths(plan, window_tokens(layout)[0], text)

@@ -187,7 +187,7 @@ class ProbeRun:
     def rows_of(self, samples, layers, bypass):  # of one unit
         "Per sample: metric -> (conditions, layers) nested lists."
         media = dict(fps=self.about["fps"], max_frames=self.about["max_frames"] or None)
-        if self.about["answers"] == "text":
+        if self.about.get("answers") == "text":
             return self.text_rows(samples, layers, media)
         if self.max_tokens is None:
             encoded = encode(self.model, self.processor, samples, **media)
@@ -265,7 +265,7 @@ class ProbeRun:
             return "sample", np.array([getattr(s, name) for s in self.samples], dtype=object)
 
         dims = ("sample", "removed", "layer")
-        text = self.about["answers"] == "text"
+        text = self.about.get("answers") == "text"
         variables = self.text_variables(rows) if text else {}
         for k, (units, description) in () if text else METRICS.items():
             values = np.array([r[k] for r in rows], dtype=bool if k == "correct" else "float32")
