@@ -2,6 +2,7 @@
 mixed, our hooks do not wait, streams are waited for."""
 
 import copy
+from dataclasses import replace
 import pytest, torch
 import tiny
 from pretend import Wait, no_waits, pretend_gpu
@@ -24,6 +25,7 @@ HOT = (
     (Session, "before_layer"),
     (Session, "after_layer"),
     (Session, "decode_step"),
+    (Prefill, "held"),
     (Slots, "evict"),
     (encoders.EncoderWatch, "aggregate"),
 )
@@ -81,6 +83,11 @@ def same(model, there, batch, plan, kv="evict", **options):
 @pytest.mark.parametrize("n, name, kv, options", tiny.ANSWERS)
 def test_pruned_answers(model, there, batches, strict, n, name, kv, options):
     same(model, there, batches[n], PLANS[name], kv, **options)
+
+
+def test_layers_that_keep_no_media(model, there, batches, strict):
+    plan = replace(PLANS["together"], cache=dict(visual=(2, 4), audio=(1, 5)))
+    same(model, there, batches[3], plan, "retain")
 
 
 @tiny.by_turns(METHODS)
@@ -202,5 +209,5 @@ def test_waits_are_found(there, batches, strict, monkeypatch, body, how):
         return whole(*args, **kwargs)
 
     monkeypatch.setattr(place, name, asks)
-    with pytest.raises(Wait), prune(there, PLANS["together"]):
+    with pytest.raises(Wait), prune(there, PLANS["together"], kv="evict"):
         there.generate(**batches[3].to("cuda").inputs, max_new_tokens=2, min_new_tokens=2)
