@@ -44,15 +44,15 @@ BEFORE = {  # commit 85d5dfe, by this script
     "README, words": 897,
 }
 MAX = {  # what tests/test_repo.py holds the house to, and in a comment where it is meant to go
-    "of the core rooms": 73_000,  # 68,000 before whole answers
-    "of the instrument": 112_500,  # 98,000 before whole answers
-    "of the tests": 170_500,  # as many as the package's
-    "names that cross a file's border": 270,  # 260
-    "classes": 116,  # 100
+    "of the core rooms": 74_500,  # 68,000 before whole answers
+    "of the instrument": 114_500,  # 98,000 before whole answers
+    "of the tests": 172_500,  # as many as the package's
+    "names that cross a file's border": 276,  # 260
+    "classes": 118,  # 100
     "assignments of several things": 30,
     "lambdas with a name": 0,
     "files above 500 lines": 0,
-    "options of all commands": 144,  # 140
+    "options of all commands": 150,  # 140
 }
 _LAYOUT = {getattr(tokenize, kind) for kind in "COMMENT NL NEWLINE INDENT DEDENT ENDMARKER".split()}
 

@@ -198,9 +198,9 @@ def in_sequence(model, encoded, layout, visual):
     )
 
 
-def prefill(model, encoded, plan, layout=None):
+def prefill(model, encoded, plan, layout=None, earlier=None):
     """Kept positions by stage, those that every layer sees, and the last logits; `layout` where
-    images count as visual."""
+    images count as visual; `earlier`: the `Conversation` that this turn goes on."""
     ad = adapter_for(model)
     layout = encoded.layout if layout is None else layout
     inputs, visual, audio = towers(model, encoded)
@@ -215,7 +215,8 @@ def prefill(model, encoded, plan, layout=None):
     sets = []
     layers = ad.layers(model)
     h = h[:, here]
-    cos, sin = ad.decoder(model).rotary_emb(h, encoded.position_ids)
+    start = 0 if earlier is None else earlier.end
+    cos, sin = ad.decoder(model).rotary_emb(h, encoded.position_ids + start)
     for l, layer in enumerate(layers):
         if l in plan.drop_layers:
             i = plan.drop_layers.index(l)
@@ -240,7 +241,8 @@ def prefill(model, encoded, plan, layout=None):
             h = h[:, keep]
             here = kept[f"late{l}"] = [p for p, k in zip(here, keep) if k]
         sets.append(here)
-        h = deep.add(l, run_layer(layer, h, cos[:, here], sin[:, here]), here)
+        run = run_layer if earlier is None else earlier.run
+        h = deep.add(l, run(layer, h, cos[:, here], sin[:, here]), here)
     return kept, sets, ad.lm_head(model)(ad.decoder(model).norm(h))[:, -1]
 
 
@@ -267,6 +269,59 @@ def continued(model, encoded, sets, tokens, kv, cache=None):  # cache: of a sche
         allowed = seen.tril() | torch.eye(total, dtype=torch.bool)
         h = deep.add(l, run_layer(layer, h, cos, sin, allowed), range(S))
     return ad.lm_head(model)(ad.decoder(model).norm(h))[0, S - 1 :]
+
+
+class Conversation:
+    "Turns of (encoded alone, positions that every layer sees of it, tokens of the answer)."
+
+    def __init__(self, model, turns):
+        self.ad, self.model, self.turns, self.layer, self.end = (
+            adapter_for(model),
+            model,
+            turns,
+            0,
+            0,
+        )
+        rows, positions = [], []
+        for encoded, _, tokens in turns:
+            inputs = Decoder(model).inputs(encoded.inputs)
+            new = model.get_input_embeddings()(torch.tensor([tokens], dtype=torch.long))
+            rows.append((torch.cat([inputs["inputs_embeds"], new], 1), DeepStack(inputs)))
+            last = int(encoded.position_ids.max()) + 1
+            after = last + torch.arange(len(tokens)).expand(3, 1, -1)
+            positions.append(torch.cat([encoded.position_ids, after], -1) + self.end)
+            self.end += last + len(tokens)
+        self.parts, self.deep = (list(x) for x in zip(*rows))
+        self.cos, self.sin = self.ad.decoder(model).rotary_emb(rows[0][0], torch.cat(positions, -1))
+
+    def run(self, layer, h, cos, sin):
+        "One layer on everything so far and on rows behind it, which are returned."
+        seen = []
+        for (encoded, sets, tokens), part in zip(self.turns, self.parts):
+            mine = torch.zeros(part.shape[1], dtype=torch.bool)
+            mine[sets[self.layer]] = mine[encoded.shape[1] :] = True
+            seen.append(mine)
+        seen = torch.cat([*seen, torch.ones(h.shape[1], dtype=torch.bool)])
+        allowed = seen.expand(len(seen), -1).tril() | torch.eye(len(seen), dtype=torch.bool)
+        everything = [torch.cat([*self.parts, h], 1)]
+        everything += [torch.cat(pair, 1) for pair in ((self.cos, cos), (self.sin, sin))]
+        *parts, h = run_layer(layer, *everything, allowed).split(
+            [*(p.shape[1] for p in self.parts), h.shape[1]], 1
+        )
+        self.parts = [
+            deep.add(self.layer, part, range(encoded.shape[1]))
+            for part, deep, (encoded, *_) in zip(parts, self.deep, self.turns)
+        ]
+        self.layer += 1
+        return h
+
+    def logits(self):
+        "At the end of the last turn's prompt and after each token of its answer."
+        nothing = self.parts[0][:, :0], self.cos[:, :0], self.sin[:, :0]
+        for layer in self.ad.layers(self.model):
+            self.run(layer, *nothing)
+        h = self.ad.decoder(self.model).norm(self.parts[-1])
+        return self.ad.lm_head(self.model)(h)[0, self.turns[-1][0].shape[1] - 1 :]
 
 
 def removed(model, encoded, layer, kinds):

@@ -396,17 +396,102 @@ def test_bad_follow_ups(model, singles, line, change):
         follow_up(**dict(cache=cache, input_ids=sequences) | change)
 
 
-def test_a_further_question_is_text_only(each):
-    "A new clip on a pruned cache would be read at the positions of text."
+def with_media(one, cache, sequences):
+    "Inputs of a turn with media of its own behind a pruned cache."
+    whole = torch.cat([sequences, one.inputs["input_ids"]], 1)
+    return one.inputs | follow_up(cache, whole, position_ids=one.position_ids)
+
+
+@pytest.mark.parametrize(
+    "name, first, second",
+    [("together", 2, 4), ("apart", 4, 0), ("together", 0, 3), ("no_late", 3, 2), ("stage3", 2, 2)],
+)
+def test_a_clip_in_a_later_turn(each, name, first, second):
+    """A turn with media is a prefill behind the filled cache, with a plan of its own; what the
+    first turn kept stays as it is."""
+    model, _, singles = each
+    plan = PLANS[name]
+    with prune(model, plan, kv="retain") as run:
+        sequences, cache = first_answer(model, singles[first])
+        given = with_media(singles[second], cache, sequences)
+        out = model.generate(**given, **GREEDY, **MORE)
+        answer = sequences[0, singles[first].shape[1] :].tolist()
+        tokens = out.sequences[0, -NEW:].tolist()
+        told = run.kept, run.tokens_per_layer[0].tolist()
+        assert run.samples == 2
+        more = follow_up(cache, torch.zeros(1, cache.get_seq_length() + 3, dtype=torch.long))
+        third = model(**more).logits[0]
+    sets = naive.prefill(model, singles[first], plan)[1]
+    turns = [(singles[first], sets, answer)]
+    kept, seen, last = naive.prefill(
+        model, singles[second], plan, earlier=naive.Conversation(model, turns)
+    )
+    assert [n - 1 for n in told[1]] == [len(s) for s in seen]  # and the answer's last token
+    assert {k: [p - 1 for p in v[0].tolist()[1:]] for k, v in told[0].items()} == kept
+    close(out.logits[0], last, 2e-5)
+    turns.append((singles[second], seen, tokens[:-1] + [0, 0, 0]))
+    want = naive.Conversation(model, turns).logits()
+    close(torch.cat(out.logits), want[:NEW], 2e-5)
+    close(third, want[-3:], 2e-5)
+
+
+@pytest.mark.parametrize("kv", KV)
+def test_clips_in_later_turns_of_a_batch(each, kv):
+    "As the samples do alone; also where no layer keeps what it processed longer than the last."
+    model, batch, singles = each
+    plan = PLANS["no_late"]
+    with prune(model, plan, kv=kv):
+        sequences, cache = first_answer(model, batch)
+        mask = torch.cat([batch.inputs["attention_mask"], torch.ones(len(batch), NEW)], 1).long()
+        whole = torch.cat([sequences, batch.inputs["input_ids"]], 1)
+        mask = torch.cat([mask, batch.inputs["attention_mask"]], 1)
+        more = follow_up(cache, whole, mask, batch.position_ids)
+        together = model.generate(**batch.inputs | more, **GREEDY, **MORE)
+        for i, one in enumerate(singles):
+            if i == TEXT:
+                continue  # nothing is pruned when it is alone
+            cache = prefilled(model, one)
+            answer = sequences[i : i + 1, batch.shape[1] :]
+            for token in answer[0, :-1]:
+                model(input_ids=token.view(1, 1), past_key_values=cache)
+            given = with_media(one, cache, torch.cat([one.inputs["input_ids"], answer], 1))
+            out = model.generate(**given, **GREEDY, **MORE)
+            close(torch.stack([l[i] for l in together.logits]), torch.cat(out.logits))
+
+
+def test_a_clip_in_a_later_turn_with_beams(each):
     model, _, singles = each
     with prune(model, PLAN, kv="retain"):
-        for i in (0, 2, 3):
-            sequences, cache = first_answer(model, singles[0])
-            more = follow_up(cache, torch.cat([sequences, singles[i].inputs["input_ids"]], 1))
-            given = singles[i].inputs | more
-            for call in (model, lambda **given: model.generate(**given, **GREEDY)):
-                with pytest.raises(ValueError, match="text only"):
-                    call(**given)
+        sequences, cache = first_answer(model, singles[2])
+        before = cache.get_seq_length()
+        given = with_media(singles[4], cache, sequences)
+        want = model.generate(**given, **BEAMS, **WORDS)[:, -NEW:]
+        assert cache.get_seq_length() == before
+        again = model.generate(**given, **BEAMS, **WORDS)[:, -NEW:]
+        assert torch.equal(want, again)
+        assert not torch.equal(*want)
+
+
+def test_bad_later_turns(model, singles):
+    "Positions of text, of another place, of too many columns; and a block without a plan."
+    with prune(model, PLAN, kv="retain"):
+        sequences, cache = first_answer(model, singles[0])
+        one = singles[2]
+        whole = torch.cat([sequences, one.inputs["input_ids"]], 1)
+        right = one.inputs | follow_up(cache, whole, position_ids=one.position_ids)
+        moved = right["position_ids"] + 1
+        for given in (
+            one.inputs | follow_up(cache, whole),
+            right | dict(position_ids=moved),
+            right | dict(position_ids=None),
+        ):
+            with pytest.raises(ValueError, match="needs its positions behind"):
+                model(**given)
+        with pytest.raises(ValueError, match="last t columns"):
+            follow_up(cache, whole, position_ids=torch.zeros(3, 1, 2 * one.shape[1]).long())
+    given = with_media(one, cache, sequences)
+    with prune(model, None), pytest.raises(ValueError, match="nothing is pruned"):
+        model(**given)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

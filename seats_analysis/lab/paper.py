@@ -17,6 +17,8 @@ from pathlib import Path
 from ..testbed.load import TESTBEDS
 from ..boundaries.retention import family_needs
 from seats_analysis.plots.dependency import (
+    answer_figure,
+    answers_figure,
     curves_of,
     derive_split,
     family_figure,
@@ -328,6 +330,37 @@ def _profile_jobs(stem, profile, bounds):
         yield f"{stem}_families", job(family_figure, None, "; dotted: chance")
 
 
+def _answer_jobs(data):
+    "Whole answers by layer and position, and their late starts beside those of choices."
+    from seats_analysis.boundaries.find import answer_part, find_boundaries
+
+    folder = data / "profiles" / "captions"
+    starts = {}
+    for path in sorted(folder.glob("*.nc")):
+        text = load_profile(path)
+        n = text.sizes["sample"]
+        said = f"Measured here on {text.attrs.get('model', 'a model')}: {n} captions"
+        yield f"{path.stem}_answers", _with_source(said, answer_figure, text)
+        choices = data / "profiles" / path.name
+        if choices.is_file():
+            parts = {
+                "choices": load_profile(choices),
+                "first token": answer_part(text, 0),
+                "tenth token": answer_part(text, 9),
+                "all tokens": text,
+            }
+            starts[path.stem] = {
+                kind: {
+                    r: find_boundaries(part, r, split=derive_split(part))
+                    for r in part["removed"].values.astype(str).tolist()
+                }
+                for kind, part in parts.items()
+            }
+    if starts:
+        said = "Measured here; 95 % intervals over clips; layers from 1"
+        yield "answers_late_start", _with_source(said, answers_figure, starts)
+
+
 def _schedule_jobs(data):
     "The schedules `name_trrN.json` of each model over depth, and the method at the smallest TRR."
     found = defaultdict(dict)
@@ -397,6 +430,7 @@ def figure_jobs(
     if len(known) > 1:
         said = "Measured here; questions of the derive split where there is one; 95 % bands"
         jobs["models_dependency"] = _with_source(said, plot_side_by_side, known)
+    jobs |= _answer_jobs(data)
     jobs |= _schedule_jobs(data)
     jobs |= _result_jobs(data, results)
     for name, family in TESTBEDS.items():

@@ -9,7 +9,7 @@ __all__ = ['Slots', 'follow_up']
 import copy
 import warnings
 import torch
-from collections.abc import Sequence
+
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from ..inputs.layout import Modality
@@ -44,12 +44,35 @@ class Slots:
                 nowhere = any(n and not kept[m] for n, kept in zip(had, p.steps[-1].n_keep))
             if nowhere and any(had):
                 removed.append(m)
-        return cls(
+        slots = cls(
             valid=tuple(t.valid if t.padded else None for t in layers),
             lengths=tuple(t.column.shape[1] for t in layers),
             prompt=p.layout.shape[1],
             position=p.position,
             removed=tuple(removed),
+        )
+        return slots if p.earlier is None else p.earlier.joined(slots)
+
+    def joined(self, later):  # `Slots` of what follows in the same caches -> Slots
+        "Both as one prompt."
+
+        def whole(valid, n):
+            here = self.position
+            return here.new_ones(len(here), n, dtype=torch.bool) if valid is None else valid
+
+        parts = list(zip(self.valid, self.lengths, later.valid, later.lengths))
+        new = {}  # layers that shared tensors go on sharing them
+        for a, n, b, m in parts:
+            both = a is not None or b is not None
+            key = id(a), n, id(b), m
+            if key not in new:
+                new[key] = torch.cat([whole(a, n), whole(b, m)], 1) if both else None
+        return Slots(
+            valid=tuple(new[id(a), n, id(b), m] for a, n, b, m in parts),
+            lengths=tuple(n + m for _, n, _, m in parts),
+            prompt=self.prompt + later.prompt,
+            position=later.position,
+            removed=tuple(m for m in self.removed if m in later.removed),
         )
 
     @property
@@ -97,10 +120,13 @@ class Slots:
         vars(cache).pop(_SLOTS, None)
 
     @staticmethod
-    def evict(cache, surplus):  # surplus: of a `Prefill`
+    def evict(cache, prefill):  # a `Prefill`
         "Write the caches at their final length."
-        for first, end, index in surplus:
-            shorten_cache(cache.layers[first:end], index)
+        earlier = prefill.earlier
+        for first, end, index in prefill.surplus:
+            lengths = [0] * (end - first) if earlier is None else earlier.lengths[first:end]
+            for layer, n in zip(cache.layers[first:end], lengths):
+                shorten_cache(layer, index, n)
 
     def label(self, cache):
         "Note on a cache what its layers hold, and let it report its logical length."
@@ -120,12 +146,37 @@ class Slots:
 
     # ---- a decode step
 
+    def before(self, given, cache, media):  # of the thinker -> mask (B, q) or None, `Slots`
+        "What a turn with `media` of its own goes behind. Raises ValueError for wrong positions."
+        q = given["input_ids"].shape[1]
+        self.check_media_left(q)
+        tail = self.columns_after(given.get("attention_mask"), cache, q)
+        done = self.after(cache)
+        text = self.next_positions(cache, q, tail)
+        theirs = given.get("position_ids")
+        theirs = text - 1 if theirs is None else theirs[-3:]
+        start = torch.zeros_like(self.position, dtype=torch.long)  # Qwen3-Omni's are floats
+        if tail is not None:
+            start = tail[:, done:].int().argmax(1).to(start)
+        first = start.expand(3, -1)[..., None]
+        # as rare as a prefill, so it may wait for the device
+        moved = (theirs.gather(2, first) != text.gather(2, first)).any()
+        if moved or media != ["audio"] and (theirs == text).all():
+            raise ValueError(
+                f"a turn with {' and '.join(media)} of its own needs its positions behind the "
+                "pruned prompt: `follow_up` makes them of its `position_ids`"
+            )
+        L = len(self.lengths)
+        between = None if tail is None or tail[:, :done].all() else tail[:, :done]
+        since = Slots((between,) * L, (done,) * L, done, self.position)
+        return None if tail is None else tail[:, done:].long(), self.joined(since)
+
     def go_on(self, given, cache, media) -> dict:  # inputs of the thinker -> those to change
         "Check what follows, and say at which positions. `media`: those that came with it."
         if media:  # they would get the positions of text
             raise ValueError(
-                f"a further question on a pruned cache is text only, but {' and '.join(media)} "
-                "came with it: prune the whole conversation again"
+                f"{' and '.join(media)} came on a pruned cache where nothing is pruned: go on in "
+                "a `prune` block with a schedule or a method"
             )
         new = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
         q = new.shape[1]
@@ -209,19 +260,23 @@ class Slots:
 
 # %% ../../nbs/pruning/09_cache.ipynb #ad20a128
 def shorten_cache(
-    layers: Sequence,  # of a DynamicCache
+    layer,  # of a DynamicCache
     index: torch.Tensor,  # (B, n) int64 slots to keep
+    start: int = 0,  # slots before them that all stay
 ):
-    "Shorten keys and values of some layers that hold the same tokens."
+    "Shorten keys and values of a layer."
 
     def kept(x):  # (B, heads, S, d), written in the order in which attention reads it
+        head, tail = x[:, :, :start], x[:, :, start:]
         if len(x) == 1:
-            return x.index_select(2, index[0])
-        return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+            tail = tail.index_select(2, index[0])
+        else:
+            wide = index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+            tail = tail.gather(2, wide)
+        return torch.cat([head, tail], 2) if start else tail
 
-    for layer in layers:
-        layer.keys = kept(layer.keys)
-        layer.values = kept(layer.values)
+    layer.keys = kept(layer.keys)
+    layer.values = kept(layer.values)
 
 # %% ../../nbs/pruning/09_cache.ipynb #5153e698
 class LogicalLength:
@@ -290,6 +345,7 @@ def follow_up(
     cache,  # of a prompt pruned with kv='retain', and what was generated after it
     input_ids: torch.Tensor,  # (B, T) int64 the conversation: prompt as given, answer, next turn
     attention_mask: torch.Tensor | None = None,  # (B, T), 0 at padding, also in the middle
+    position_ids: torch.Tensor | None = None,  # (3, B, t) of a turn with media, encoded alone
 ) -> dict:  # input_ids (B, n) new to the cache, attention_mask, position_ids, past_key_values
     """Inputs of `model(...)` or `model.generate(...)` for the next turn of a conversation.
     Raises ValueError where it cannot go on."""
@@ -312,6 +368,16 @@ def follow_up(
     tail = mask[:, slots.prompt :].bool()
     slots.gaps |= not tail.all()
     positions = slots.next_positions(cache, T - known, tail)
+    if position_ids is not None:
+        t = position_ids.shape[-1]
+        if position_ids.shape != (3, B, t) or t > T - known:
+            raise ValueError(
+                f"`position_ids` must be (3, {B}, t) for the last t columns, at most the "
+                f"{T - known} that are new to the cache, not {tuple(position_ids.shape)}"
+            )
+        start = slots.position + tail[:, : tail.shape[1] - t].sum(1).to(slots.position)
+        turn = position_ids.to(start.device) + start[:, None]
+        positions = torch.cat([positions[..., : T - known - t], turn], -1)
     return dict(
         input_ids=input_ids[:, known:],
         attention_mask=mask,

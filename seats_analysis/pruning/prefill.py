@@ -126,6 +126,9 @@ class Prefill:
     layers: list = field(default_factory=list)  # Tokens of every layer
     checks: list = field(default_factory=list)
     surplus: list = field(default_factory=list)  # (first, end, index): layers that hold too much
+    cache: object = None  # that is filled, where an earlier turn precedes this one
+    earlier: object = None  # `Slots` of that turn; None = the cache begins with this prompt
+    masks: dict = field(default_factory=dict)  # what the earlier turn holds and this one -> mask
 
     def __post_init__(self):
         self.n_chunks = int(self.layout.chunk.max()) + 1  # of the modality that has more
@@ -154,17 +157,19 @@ class Prefill:
         positions = positions.expand(3, -1, -1) if positions.ndim == 2 else positions[-3:]
         self.position = positions.amax((0, 2)) + 1
         if not self.steps or self.steps[0].stage != 1:
-            return kwargs
+            return kwargs if self.earlier is None else self.behind_earlier(0, embeds, kwargs)
         step = self.steps[0]
         with torch.set_grad_enabled(self.method.merges and torch.is_grad_enabled()):
             keep, embeds = self.select(embeds, encoders)
         index = self.cut(step, keep)
-        return {
+        embeds = take(embeds, index)
+        kwargs = {
             **kwargs,
-            "inputs_embeds": take(embeds, index),
+            "inputs_embeds": embeds,
             "position_ids": take(positions.permute(1, 2, 0), index).permute(2, 0, 1),
             "attention_mask": self.tokens.valid.long() if step.padded else None,
         }
+        return kwargs if self.earlier is None else self.behind_earlier(0, embeds, kwargs)
 
     def select(self, embeds, encoders):  # -> (B, S) bool; embeds, changed where the method merges
         "Ask the method, put its answer into the sequence."
@@ -205,9 +210,20 @@ class Prefill:
                 keep = self.choose(step, hidden, tables)
             self.tables = tables  # not before: a choice that fails must leave nothing behind
             hidden = take(hidden, self.cut(step, keep))
-        valid = self.tokens.valid if self.tokens.padded else None
-        self.mask = stock_mask(self.decoder.module.config, hidden, valid)
+        if self.earlier is None:
+            valid = self.tokens.valid if self.tokens.padded else None
+            self.mask = stock_mask(self.decoder.module.config, hidden, valid)
         return hidden
+
+    def behind_earlier(self, layer, hidden, kwargs) -> dict:  # keyword arguments with their mask
+        "Let a layer see what its cache holds of an earlier turn."
+        earlier = self.earlier
+        key = id(earlier.valid[layer]), earlier.lengths[layer], id(self.tokens)
+        if key not in self.masks:
+            config = self.decoder.module.config
+            valid = self.tokens.valid
+            self.masks[key] = earlier.mask(config, hidden, valid, self.cache, layer)
+        return {**kwargs, "attention_mask": self.masks[key]}
 
     def choose(self, step, hidden, tables):  # -> (B, S) bool
         "What a step inside the decoder keeps."

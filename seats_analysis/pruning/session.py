@@ -184,18 +184,24 @@ class Session:
         given = self.signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.pop("kwargs", {})}
         cache = given.get("past_key_values")
+        earlier = None
         if cache is not None and cache.get_seq_length():
-            kwargs.update(self.go_on(given, cache))
-            return args, kwargs
+            slots = Slots.of(cache)
+            media = self.encoders.media_of(given)
+            if slots is None or self.method is None or not media:
+                kwargs.update(self.go_on(given, cache, media))
+                return args, kwargs
+            given["attention_mask"], earlier = slots.before(given, cache, media)
         if self.method is not None or given.get("input_ids") is not None:
             with self.timings.time("selection", "plan"):
-                self.plan(given, cache, copies)
+                self.plan(given, cache, copies, earlier)
         if noted is not None:
             self.encoders.calls = noted
         return args, kwargs
 
-    def plan(self, given, cache, copies):
-        "Read the layout, plan every count; `copies` rows belong to each sample."
+    def plan(self, given, cache, copies, earlier=None):
+        """Read the layout, plan every count; `copies` rows belong to each sample; `earlier`: what
+        the cache holds already."""
         if given.get("input_ids") is None:
             raise ValueError(
                 "prune reads from `input_ids` which positions are visual and audio; pass them, "
@@ -208,7 +214,7 @@ class Session:
         run._stages = []
         run._layers = [None] * len(self.layers)
         run.samples += len(layout) // copies
-        if cache is not None:
+        if cache is not None and earlier is None:
             Slots.forget(cache)
         if self.method is None:
             return
@@ -216,7 +222,7 @@ class Session:
         budgets = self.method.window_budgets(layout[::copies], first)
         budgets = tuple(b for b in budgets for _ in range(copies))
         steps = self.method.plan(layout, budgets)
-        if not steps and not self.method.schedule.cache:
+        if not steps and not self.method.schedule.cache and earlier is None:
             return  # the forward pass is left alone
         Slots.check_cache(cache)
         self.refuse(given)
@@ -239,6 +245,8 @@ class Session:
             tokens=Tokens.of(layout, numbers, device),
             media=torch.cat(media).to(device, non_blocking=True),
             order=order,
+            cache=cache,
+            earlier=earlier,
         )
 
     def refuse(self, given):
@@ -297,9 +305,8 @@ class Session:
         windows = (self.method.grids, self.method.seconds) if self.method else ()
         return layout_of(self.model, given, self.images, *windows)
 
-    def go_on(self, given, cache) -> dict:  # keyword arguments to change
+    def go_on(self, given, cache, media) -> dict:  # keyword arguments to change
         "What follows on a cache that is not empty: an answer, or a further question."
-        media = self.encoders.media_of(given)
         if (slots := Slots.of(cache)) is not None:
             if self.method is not None and self.method.schedule.answers == "choices":
                 said = "this schedule was measured on answers of one choice; what it does to longer"
@@ -326,6 +333,9 @@ class Session:
         cache = kwargs.get("past_key_values")
         self.timings.start("decode" if cache is not None and cache.get_seq_length() else "prefill")
         if self.prefill is not None:
+            if self.prefill.earlier is not None:
+                self.slots = Slots.of(cache)
+                self.slots.open = True
             with self.timings.time("selection"):
                 return args, self.prefill.stage1(kwargs, self.encoders)
         slots = Slots.of(cache)
@@ -359,9 +369,12 @@ class Session:
             with self.timings.time("selection"):
                 hidden = prefill.shorten(steps, hidden, kwargs["position_embeddings"])
         prefill.layers.append(prefill.tokens)
+        if prefill.tables is not None:
+            kwargs = {**kwargs, "position_embeddings": prefill.tables, "position_ids": None}
+        if prefill.earlier is not None:
+            return (hidden,), prefill.behind_earlier(layer, hidden, kwargs)
         if prefill.tables is None:
             return None
-        kwargs = {**kwargs, "position_embeddings": prefill.tables, "position_ids": None}
         return (hidden,), {**kwargs, "attention_mask": prefill.mask}
 
     def after_layer(self, layer, module, args, output):
@@ -386,7 +399,7 @@ class Session:
             if cache is not None:
                 with self.timings.time("selection"):
                     held = prefill.held()
-                    Slots.evict(cache, prefill.surplus)
+                    Slots.evict(cache, prefill)
             prefill.read_checks()
             if cache is not None:
                 Slots.after_prefill(prefill, held).label(cache)

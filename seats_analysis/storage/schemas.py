@@ -177,6 +177,7 @@ SCHEMAS = dict(
         "method accuracy flops_fraction_causal_without_selection",
     ),
     sensitivity=_json("sensitivity", "a task-sensitivity table", "rows", "made_for used_on kept"),
+    turns=_json("turns", "a study of second turns", "rows", "plan turn alone second"),
     bench=_json("bench", "a benchmark", "rows", "config method trr batch tokens"),
     kept=_json("kept", "a file of kept positions", "clip grid audio_tokens audio_rate stages"),
     tune=Schema("seats_analysis/tune/1", "a tuned chain", form=_TUNED),
