@@ -160,6 +160,7 @@ seats run "$CLIP" {ASKED} --schedule seats_out/testbed/schedules/testbed_trr10.j
 seats simulate --trials 1 --replicates 10 --sizes 25
 seats sample-size --trials 2 --sizes 25,50
 seats transfer --limit 4
+seats turns --limit 2
 seats eval --methods seats,random,vtw --trr 10 --limit 4
 seats tune --max-change 90 --confidence 50 --limit 8 --budget 3
 seats check testbed/10 --max-change 90 --confidence 50 --limit 8
