@@ -8,6 +8,7 @@ from .inputs.questions import read_samples as read_samples
 from .inputs.questions import load_benchmark as load_benchmark
 from .models.encode import encode as encode
 from .models.families import adapter_for as adapter_for
+from .models.families import families as families
 from .testbed.load import load_testbed as load_testbed
 from .testbed.load import testbed_samples as testbed_samples
 from .probing.selectors import all_but_sinks as all_but_sinks

@@ -44,10 +44,10 @@ BEFORE = {  # commit 85d5dfe, by this script
     "README, words": 897,
 }
 MAX = {  # what tests/test_repo.py holds the house to, and in a comment where it is meant to go
-    "of the core rooms": 74_500,  # 68,000 before whole answers
-    "of the instrument": 114_500,  # 98,000 before whole answers
-    "of the tests": 172_500,  # as many as the package's
-    "names that cross a file's border": 276,  # 260
+    "of the core rooms": 76_900,  # 68,000 before whole answers and other families
+    "of the instrument": 116_900,  # 98,000 before whole answers and other families
+    "of the tests": 175_700,  # as many as the package's
+    "names that cross a file's border": 280,  # 260
     "classes": 118,  # 100
     "assignments of several things": 30,
     "lambdas with a name": 0,

@@ -192,7 +192,7 @@ def test_twice_the_same_question_is_refused(ask, samples):
     "change, message",
     [
         (dict(samples=[]), "at least one sample"),
-        (dict(model=torch.nn.Linear(1, 1).eval()), "known families"),
+        (dict(model=torch.nn.Linear(1, 1).eval()), "names no token"),
         (dict(removed="smell"), "not one of visual"),
         (dict(removed=()), "once"),
         (dict(layers=[LAYERS + 1]), f"outside 0..{LAYERS}"),

@@ -377,7 +377,7 @@ def test_refused_calls(model, singles, line):
         (PLAN, dict(images="crop"), ValueError, "`images` must be one of 'keep', 'prune'"),
         (Schedule.published("qwen2.5-omni-7b"), {}, ValueError, "28 layers"),
         (0.1, {}, TypeError, "wants a Schedule, a Pruner or None, not float"),
-        (PLAN, dict(model=torch.nn.Linear(1, 1)), ValueError, "known om-LLM"),
+        (PLAN, dict(model=torch.nn.Linear(1, 1)), ValueError, "names no token"),
     ],
 )
 def test_refused_blocks(model, plan, options, error, line):

@@ -360,7 +360,7 @@ def kl_late_start(
 # %% ../../nbs/boundaries/01_find.ipynb #d777020e
 def find_boundaries(
     profile,  # dependency profile, dims (sample, removed, layer)
-    removed: str = "both",  # "visual", "audio" or "both"
+    removed: str | None = None,  # "visual", "audio" or "both"; None: "both", or the only one
     tolerance: float = Resampled.TOLERANCE,  # loss that still counts as none, share of R
     rise: float = Resampled.RISE,  # share of the way from collapse to 1 that ends shallow
     confidence: float = 0.95,  # of intervals (two-sided) and of the certificate (one-sided)
@@ -372,6 +372,8 @@ def find_boundaries(
     late_confidence: float = Resampled.LATE_CONFIDENCE,  # of the upper end of late_start_ci
 ) -> Boundaries:
     "Shallow, middle and late blocks. Raises ValueError for what the profile does not hold."
+    measured = profile["removed"].values.tolist()
+    removed = removed or ("both" if len(measured) > 1 else measured[0])
     drawn = Resampled.of(profile, removed, split=split, families=families, n_boot=n_boot, seed=seed)
     return drawn.decide(
         tolerance, rise, margin=margin, confidence=confidence, late_confidence=late_confidence

@@ -81,7 +81,7 @@ def probe(
         None, help="NetCDF file to write; default: seats_out/DATA/profiles/MODEL.nc."
     ),
     overwrite: Overwrite = False,
-    removed: str = Option("visual,audio,both", help="Conditions, separated by commas."),
+    removed: str = Option("", help="Conditions, separated by commas (all that the model takes)."),
     layers: str = Option(
         "",
         help="0-based layers to remove before, as 0,4,8 or start:stop:step, or `auto`: coarse "
@@ -110,7 +110,9 @@ def probe(
     from seats_analysis.testbed.load import caption_samples
     from seats_analysis.testbed.task import NEEDS
 
-    conditions = names_of(removed, "--removed", (*Modality.CODES, "both"))
+    conditions = None
+    if removed:
+        conditions = names_of(removed, "--removed", (*Modality.CODES, "both"))
     chosen = _layer_list(layers, num_layers)
     needs = NEEDS if asked.data == "testbed" else None  # other data do not say
     if asked.data == "testbed" and answers == "text":
@@ -268,7 +270,7 @@ def schedule(
     elif apart:
         bounds = {m: find_boundaries(stored, m, tolerance) for m in Modality.CODES}
     else:
-        bounds = find_boundaries(stored, "both", tolerance)
+        bounds = find_boundaries(stored, tolerance=tolerance)
     plan = Schedule.from_trr(bounds, trr, *stored_tokens(stored), late=late or DEFAULT_LATE)
     plan.save(out)
     print(f"{out}\n{describe(plan)}")

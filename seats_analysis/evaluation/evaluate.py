@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..inputs.media import Clip, decode_clip
 from ..inputs.samples import Sample, check_ids
 from ..models.decoder import last_logits_only
-from ..models.encode import Encoded, encode, frame_resizer
+from ..models.encode import Encoded, encode, frame_resizer, sampling_rate
 from ..models.families import adapter_for
 from ..models.scoring import score_choices
 from ..statistics.intervals import mcnemar
@@ -28,7 +28,7 @@ from ..pruning.session import as_pruner, prune
 # %% ../../nbs/evaluation/00_evaluate.ipynb #b7f3f5c5
 def clip_cache(processor):  # function: Sample -> the sample with its video decoded
     "Decodes each media file once as long as questions about it follow one another; holds 16."
-    rate = processor.feature_extractor.sampling_rate
+    rate = sampling_rate(processor)
     resize = frame_resizer(processor)
 
     @lru_cache(16)

@@ -96,9 +96,13 @@ def _architecture(name, **pinned):
             architecture = architecture.removesuffix(ending)
         if found := getattr(transformers, f"{architecture}ThinkerForConditionalGeneration", None):
             return found
+    for architecture in stated:
+        found = getattr(transformers, architecture, None)
+        if found is not None and len(getattr(found, "input_modalities", ())) > 1:
+            return found
     raise ValueError(
-        f"{name}: {', '.join(stated) or 'no architecture'} is not an om-LLM that can be served; "
-        "it needs a thinker"
+        f"{name}: {', '.join(stated) or 'no architecture'} is no model of transformers that takes "
+        "video, pictures or audio in a prompt"
     )
 
 # %% ../../nbs/evaluation/00_load.ipynb #2b0af6ae

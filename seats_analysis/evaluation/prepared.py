@@ -19,7 +19,7 @@ from ..inputs.samples import Sample, check_ids
 from ..inputs.layout import Modality, TokenLayout, pad_left
 from ..models.attention import TowerAttention
 from ..models.decoder import Decoder
-from ..models.encode import Encoded, encode_questions, layout_of
+from ..models.encode import Encoded, encode_questions, layout_of, pad_positions
 from ..models.families import adapter_for
 from ..models.scoring import score_choices
 from ..schedules.cost import kv_bytes, prefill_flops, text_dims
@@ -72,6 +72,7 @@ def encode_clip(
 ) -> dict:  # embeds, deepstack, calls and ms of a `Question`
     "Run the towers once on the clip of a sample, and note what stage I of every method will read."
     device = str(encoded.inputs["input_ids"].device)
+    methods = [as_pruner(m, model) for m in methods]
     timings = {_noted(m): Timings(device) for m in methods if _noted(m)}
     readers = {_noted(m): m for m in methods}
     with ExitStack() as stack:
@@ -107,9 +108,9 @@ def prepare_questions(
         clip = {} if methods is None else encode_clip(model, encoded, methods)
         shapes = {k: encoded.inputs[k] for k in _SHAPES if k in encoded.inputs}
         ids = encoded.inputs["input_ids"][0, : group.shared]
-        positions = encoded.position_ids[:, 0, : group.shared]
+        positions = encoded.position_ids[..., 0, : group.shared]
         for sample, tail, choices in zip(group.samples, group.tails, group.choice_ids):
-            after = group.positions(torch.arange(len(tail), device=ids.device))[:, 0]
+            after = group.positions(torch.arange(len(tail), device=ids.device))[..., 0, :]
             padded = {
                 k: F.pad(getattr(encoded.layout, k)[:, : group.shared], (0, len(tail)), value=v)
                 for k, v in dict(modality=Modality.TEXT, window=-1, chunk=-1).items()
@@ -141,7 +142,7 @@ class PreparedBatch:
         questions = prepare_questions(model, processor, samples, methods, **limits)
         layout = TokenLayout.stack([q.layout for q in questions])
         ids = pad_left([q.ids for q in questions], processor.tokenizer.pad_token_id)
-        positions = pad_left([q.positions for q in questions], 1).transpose(0, 1).contiguous()
+        positions = pad_positions([q.positions for q in questions])
         embeds = adapter_for(model).thinker(model).get_input_embeddings()(ids)
         rows = torch.cat([q.embeds for q in questions])
         embeds[(layout.modality > Modality.TEXT).to(ids.device)] = rows.to(embeds)
@@ -153,11 +154,11 @@ class PreparedBatch:
             if found := [q.shapes[name] for q in questions if name in q.shapes]:
                 longest = max(x.shape[-1] for x in found)
                 inputs[name] = torch.cat([F.pad(x, (0, longest - x.shape[-1])) for x in found])
-        deltas = positions.amax((0, 2))[:, None] + 1 - mask.sum(1, keepdim=True)
+        last = positions.view(-1, *ids.shape).amax((0, 2))
         encoded = Encoded(
             inputs=inputs,
             layout=layout,
-            rope_deltas=deltas,
+            rope_deltas=(last + 1 - mask.sum(1))[:, None],
             samples=tuple(q.sample for q in questions),
             choice_ids=tuple(q.choices for q in questions),
         )
@@ -199,7 +200,7 @@ class PreparedBatch:
         kv="retain",  # see `prune`
     ):  # yields the `Run` of `prune`, and the `Encoded` to be used in the block
         "`prune` for questions whose clips were encoded before."
-        method = as_pruner(method)
+        method = as_pruner(method, self.model)
         # DeepStack first: the hook of `prune` then finds its embeddings
         with self._deepstack(), prune(self.model, method, kv=kv) as run:
             inputs = self.encoded.inputs | {ENCODED: self._calls(method)}
@@ -277,12 +278,12 @@ class DataShape:
         "What the last attention of each tower looks like, for the FLOPs of noting it."
         adapter = adapter_for(self.model)
         rows = dict(visual=adapter.rates(self.model).merge_size ** 2, audio=adapter.rows_per_token)
-        last = {m: TowerAttention(self.model, m).module for m in rows}
-        return {m: (n, last[m].num_heads, last[m].head_dim) for m, n in rows.items()}
+        last = {m: TowerAttention(self.model, m).module for m in adapter.received}
+        return {m: (rows[m], attn.num_heads, attn.head_dim) for m, attn in last.items()}
 
     def selection(self, method):
         "FLOPs of choosing tokens, over the causal FLOPs of the full model."
-        if (method := as_pruner(method)) is None:
+        if (method := as_pruner(method, self.model)) is None:
             return 0.0
         layouts = self._layouts(method.grids, method.seconds)
         spent = [method.selection_flops(x, self.dims, self._towers) for x in layouts]

@@ -26,6 +26,8 @@ class Modality(IntEnum):
     PAD = -1
 
     CODES = nonmember({"visual": VISUAL, "audio": AUDIO})
+    FIELDS = nonmember({VISUAL: "video", AUDIO: "audio", IMAGE: "image"})  # in transformers' names
+    ENCODERS = nonmember({"visual": "video", "audio": "audio"})  # likewise
 
 # %% ../../nbs/inputs/03_layout.ipynb #af58f415
 CODES = Modality.CODES  # as it was called, and as a page showed it

@@ -20,11 +20,10 @@ class TowerAttention:
         modality: str,  # "visual" or "audio"
     ):
         self.adapter = adapter_for(model)
+        self.tower = self.adapter.encoder(model, modality)
         if modality == "visual":
-            self.tower = self.adapter.visual(model)
             self.module = self.tower.blocks[-1].attn
         else:
-            self.tower = self.adapter.audio_tower(model)
             self.module = self.tower.layers[-1].self_attn
         # `qkv`: the vision tower of Qwen3-Omni makes both in one
         names = ("qkv",), ("q", "k"), ("q_proj", "k_proj")

@@ -10,6 +10,7 @@ import torch
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 from .families import adapter_for
 
 # %% ../../nbs/models/03_decoder.ipynb #6f69d356
@@ -76,6 +77,22 @@ class Decoder:
         self.head = self.adapter.lm_head(model)
         self.config = self.adapter.config(model).get_text_config()
 
+    @property
+    def mrope(self):
+        "Whether positions have three axes: time, height and width."
+        return bool((getattr(self.config, "rope_parameters", None) or {}).get("mrope_section"))
+
+    def check_layers(self):
+        "Itself. Raises ValueError where layers differ in what they see, or keep no keys."
+        kinds = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention"}
+        if kinds:
+            found = " and ".join(sorted(kinds)).replace("_", " ")
+            raise ValueError(
+                f"{self.adapter.family}: layers with {found} are not supported, as their caches "
+                "forget by position, or cannot forget"
+            )
+        return self
+
     def inputs(
         self,
         inputs: Mapping,  # with `position_ids`
@@ -107,10 +124,18 @@ class Decoder:
         zeros = torch.zeros_like(kwargs["inputs_embeds"])
         return tuple(deep.add(layer, zeros) for layer in range(len(deep.embeds)))
 
+    def states(
+        self,
+        embeds: torch.Tensor,  # (B, S, D) what the text model is given
+    ) -> torch.Tensor:  # (B, S, D)
+        "The hidden states before layer 0."
+        scale = getattr(self.config, "embedding_multiplier", 1)  # Granite
+        return embeds if scale == 1 else embeds * scale
+
     def rotary_tables(
         self,
         hidden: torch.Tensor,  # (B, S, D), for device and dtype
-        position_ids: torch.Tensor,  # (3, B, S)
+        position_ids: torch.Tensor,  # (3, B, S), or (B, S) without M-RoPE
     ) -> tuple[torch.Tensor, torch.Tensor]:  # each (B, S, head size)
         "cos and sin of every position."
         return self.module.rotary_emb(hidden, position_ids)
@@ -134,8 +159,6 @@ class Decoder:
         dtype: torch.dtype,  # of the hidden states
     ) -> torch.Tensor | None:  # as the model's attention implementation wants it
         "The mask to give to a decoder layer. Raises ValueError where none can be given."
-        if "sliding_attention" in (getattr(self.config, "layer_types", None) or ()):
-            raise ValueError("decoders with sliding-window layers are not supported")
         kind = self.config._attn_implementation
         if kind not in ("sdpa", "eager"):
             raise ValueError(
@@ -148,8 +171,9 @@ class Decoder:
         mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
         return mask.masked_fill(~allowed, torch.finfo(dtype).min)
 
-    def _call(self, layer, hidden, rotary, mask, keys=None):
-        out = self.layers[layer](
+    def _call(self, layer, hidden, rotary, mask, keys=None, hooked=True):
+        module = self.layers[layer]
+        out = (module if hooked else module.forward)(
             hidden,
             attention_mask=mask,
             position_embeddings=rotary,
@@ -210,19 +234,51 @@ class Decoder:
         cos: torch.Tensor,  # (B, n, head size)
         sin: torch.Tensor,
     ) -> torch.Tensor:  # (B, heads, n, head size)
-        "Rotated queries of a layer."
-        return self._project("q", layer, hidden, cos, sin)
+        "Rotated queries of a layer, scaled so that over the root of the head size gives logits."
+        attn = self.layers[layer].self_attn
+        if self.adapter.half_split:
+            q = self._project("q", layer, hidden, cos, sin)
+        else:
+            q = self._seen(layer, hidden, cos, sin)
+        factor = attn.scaling * q.shape[-1] ** 0.5
+        return q if abs(factor - 1) < 1e-6 else q * factor
 
     def key(self, layer, hidden, cos, sin) -> torch.Tensor:  # (B, KV heads, n, head size)
         "Rotated keys of a layer; arguments as for `query`."
-        return self._project("k", layer, hidden, cos, sin)
+        if self.adapter.half_split:
+            return self._project("k", layer, hidden, cos, sin)
+        keys = _LayerKeys(only=True)
+        with suppress(_Stop):
+            self._call(layer, hidden, (cos, sin), None, keys, hooked=False)
+        return keys.kv[0]
+
+    def _seen(self, layer, hidden, cos, sin):
+        "The queries that reach the attention of a layer, whatever was done to them before."
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        found = []
+
+        def attention(module, query, *args, **kwargs):
+            found.append(query)
+            raise _Stop
+
+        config = self.layers[layer].self_attn.config
+        ALL_ATTENTION_FUNCTIONS.register(name := f"seats_{id(found)}", attention)
+        try:
+            with patch.object(config, "_attn_implementation_internal", name), suppress(_Stop):
+                self._call(layer, hidden, (cos, sin), None, hooked=False)
+        finally:
+            del ALL_ATTENTION_FUNCTIONS._global_mapping[name]
+        return found[0]
 
     def logits(
         self,
         hidden: torch.Tensor,  # (B, n, D) after the last layer
     ) -> torch.Tensor:  # (B, n, vocabulary)
         "Final norm and output head."
-        return self.head(self.module.norm(hidden))
+        logits = self.head(self.module.norm(hidden))
+        scale = getattr(self.config, "logits_scaling", 1)  # Granite
+        return logits if scale == 1 else logits / scale
 
 # %% ../../nbs/models/03_decoder.ipynb #84126df6
 @torch.no_grad()
@@ -244,11 +300,9 @@ def _first_nonfinite(model, inputs):
     def leaving(module, args, out):
         look(places[module], out)
 
-    places = {
-        adapter.visual(model): "the vision encoder",
-        adapter.audio_tower(model): "the audio encoder",
-        decoder.head: "the output head",
-    }
+    said = dict(visual="the vision encoder", audio="the audio encoder")
+    places = {tower: said[m] for m, tower in adapter.encoders(model).items()}
+    places[decoder.head] = "the output head"
     places |= {layer: f"decoder layer {i}" for i, layer in enumerate(decoder.layers)}
     with ExitStack() as stack:
         stack.enter_context(decoder.module.register_forward_pre_hook(entering, with_kwargs=True))

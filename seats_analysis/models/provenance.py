@@ -13,6 +13,7 @@ from pathlib import Path
 from ..storage.provenance import digest, tensor_bytes, versions
 from ..storage.schemas import SCHEMAS
 from ..inputs.media import Clip
+from ..inputs.layout import Modality
 from ..inputs.samples import Sample
 from .families import adapter_for
 from .encode import chat_prompt
@@ -52,9 +53,11 @@ def provenance(
     config = adapter.config(model).get_text_config()
     # a lettered example through the chat template; pixel limits are among the processor's settings
     example = Sample("example", None, "question", ("first", "second"), 0, lettered=True)
-    prompt = chat_prompt(processor, example, ("video", "audio")), example.answer_texts
+    takes = [Modality.ENCODERS[m] for m in adapter.modalities(model)]
+    prompt = chat_prompt(processor, example, tuple(takes)), example.answer_texts
     rows = sample_rows(samples)
-    parts = ("video_processor", "image_processor", "feature_extractor")
+    names = "video_processor", "image_processor", "feature_extractor", "audio_processor"
+    parts = [getattr(processor, n) for n in names if getattr(processor, n, None) is not None]
     about = dict(
         schema=SCHEMAS["profile"].id,
         model=adapter.name(model),
@@ -64,7 +67,7 @@ def provenance(
         weights_sha256=adapter.hash_weights(model),
         data_sha256=digest(rows),
         prompt_sha256=digest(prompt),
-        processor_sha256=digest([getattr(processor, p).to_json_string() for p in parts]),
+        processor_sha256=digest([part.to_json_string() for part in parts]),
         versions=json.dumps(versions("torch", "numpy", "xarray", "transformers")),
         threads=torch.get_num_threads(),
         device=weight.device.type,

@@ -186,17 +186,17 @@ class Stream:
     @classmethod
     def enter(cls, model, encoded, shared, ids, positions):
         "The first `shared` positions of prompts with further tokens (B, n) behind, before layer 0."
-        decoder = Decoder(model)
+        decoder = Decoder(model).check_layers()
         prompt = decoder.inputs(encoded.inputs)
         start = prompt["inputs_embeds"][:, :shared]
         after = decoder.thinker.get_input_embeddings()(ids)
-        hidden = torch.cat([start, after.to(start.dtype)], 1)
+        hidden = decoder.states(torch.cat([start, after.to(start.dtype)], 1))
         positions = torch.cat([encoded.position_ids[..., :shared], positions], -1)
         deep = (
             pad(e[:, :shared], (0, 0, 0, ids.shape[1])) for e in decoder.deepstack_terms(prompt)
         )
-        rotary = decoder.rotary_tables(hidden, positions)
-        return cls(decoder=decoder, hidden=hidden, rotary=rotary, extra=tuple(deep))
+        tables = decoder.rotary_tables(hidden, positions)
+        return cls(decoder, hidden=hidden, rotary=tables, extra=tuple(deep))
 
     def map(self, f):
         "The same done to states and tables of all positions."

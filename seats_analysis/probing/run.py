@@ -371,10 +371,10 @@ def _check_layers(layers, num_layers):
 
 
 def probe_dependency(
-    model,  # a known om-LLM in eval mode; left as it is
+    model,  # in eval mode; left as it is
     processor,  # its processor
     samples: Sequence[Sample],  # questions; without choices only `kl` is measured
-    removed=("visual", "audio", "both"),  # conditions: names, or a mapping name -> selector
+    removed=None,  # conditions: names, or a mapping name -> selector; None: what the model takes
     layers=None,  # 0-based, to remove before: all by default, or 'auto'; the full run is added
     method: str = "branch",  # or 'plain', the slow reference
     answers: str = "choices",  # or 'text': a whole answer, the only choice if there is one, else
@@ -392,7 +392,8 @@ def probe_dependency(
     progress: bool = True,  # show a bar
 ):  # xr.Dataset with dims (sample, removed, layer)
     "Remove tokens before every layer and score the answers. Raises ValueError for bad arguments."
-    removed = check_removed(removed)
+    takes = adapter_for(model).modalities(model)
+    removed = check_removed(removed or (*takes, *(["both"] if len(takes) > 1 else [])))
     num_layers = adapter_for(model).num_layers(model)
     _check_answers(answers, method, max_new_tokens)
     _check_call(model, samples, layers, method, max_branch_tokens)

@@ -144,6 +144,14 @@ def take(
     index = index.view(*index.shape, *[1] * (x.ndim - 2))
     return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
 
+
+def take_last(
+    x: torch.Tensor,  # (B, S), or (axes, B, S)
+    index: torch.Tensor,  # (B, N) int64
+) -> torch.Tensor:  # (B, N), or (axes, B, N)
+    "The indexed positions along the last axis, as positions have it."
+    return x.gather(-1, index.expand(*x.shape[:-2], -1, -1))
+
 # %% ../../nbs/pruning/03_base.ipynb #ac602e1a
 @dataclass(frozen=True)
 class Tokens:

@@ -30,6 +30,7 @@ class Slots:
     position: torch.Tensor  # (B,) int64 M-RoPE position of the next token
     gaps: bool = False  # whether columns after the prompt may be padding
     removed: tuple = ()  # modalities of the prompt of which no layer holds a token
+    mrope: bool = True  # whether positions have three axes
     open: bool = False  # whether a pass with our masks is reading the cache
 
     @classmethod
@@ -50,6 +51,7 @@ class Slots:
             prompt=p.layout.shape[1],
             position=p.position,
             removed=tuple(removed),
+            mrope=p.decoder.mrope,
         )
         return slots if p.earlier is None else p.earlier.joined(slots)
 
@@ -73,6 +75,7 @@ class Slots:
             prompt=self.prompt + later.prompt,
             position=later.position,
             removed=tuple(m for m in self.removed if m in later.removed),
+            mrope=self.mrope,
         )
 
     @property
@@ -154,13 +157,15 @@ class Slots:
         done = self.after(cache)
         text = self.next_positions(cache, q, tail)
         theirs = given.get("position_ids")
-        theirs = text - 1 if theirs is None else theirs[-3:]
+        if theirs is not None and theirs.ndim == 3:
+            theirs = theirs[-3:]
+        theirs = text - 1 if theirs is None else theirs
         start = torch.zeros_like(self.position, dtype=torch.long)  # Qwen3-Omni's are floats
         if tail is not None:
             start = tail[:, done:].int().argmax(1).to(start)
-        first = start.expand(3, -1)[..., None]
+        first = start.expand(*text.shape[:-1])[..., None]
         # as rare as a prefill, so it may wait for the device
-        moved = (theirs.gather(2, first) != text.gather(2, first)).any()
+        moved = (theirs.gather(-1, first) != text.gather(-1, first)).any()
         if moved or media != ["audio"] and (theirs == text).all():
             raise ValueError(
                 f"a turn with {' and '.join(media)} of its own needs its positions behind the "
@@ -168,7 +173,7 @@ class Slots:
             )
         L = len(self.lengths)
         between = None if tail is None or tail[:, :done].all() else tail[:, :done]
-        since = Slots((between,) * L, (done,) * L, done, self.position)
+        since = Slots((between,) * L, (done,) * L, done, self.position, mrope=self.mrope)
         return None if tail is None else tail[:, done:].long(), self.joined(since)
 
     def go_on(self, given, cache, media) -> dict:  # inputs of the thinker -> those to change
@@ -226,14 +231,15 @@ class Slots:
         self.gaps |= q > 1  # only several columns at once can bring padding
         return mask[:, self.prompt :].bool() if self.gaps else None
 
-    def next_positions(self, cache, q, tail=None):  # -> (3, B, q) int64
-        "M-RoPE positions of the next q tokens; `tail` as of `columns_after`."
+    def next_positions(self, cache, q, tail=None):  # -> (3, B, q) int64, (B, q) without M-RoPE
+        "Positions of the next q tokens; `tail` as of `columns_after`."
         done = self.after(cache)
         device = self.position.device
         step = done + torch.arange(q, device=device)
         if tail is not None:
             step = (tail.to(device).long().cumsum(1)[:, done:] - 1).clamp(min=0)
-        return (self.position[:, None] + step).expand(3, -1, -1)
+        positions = self.position[:, None] + step
+        return positions.expand(3, -1, -1) if self.mrope else positions
 
     def masks(self, config, hidden, mask, cache) -> list:  # one per layer
         "The masks of a decode step; `mask` is the caller's. Layers that hold the same share one."
@@ -370,9 +376,10 @@ def follow_up(
     positions = slots.next_positions(cache, T - known, tail)
     if position_ids is not None:
         t = position_ids.shape[-1]
-        if position_ids.shape != (3, B, t) or t > T - known:
+        shape = (3, B, t) if slots.mrope else (B, t)
+        if position_ids.shape != shape or t > T - known:
             raise ValueError(
-                f"`position_ids` must be (3, {B}, t) for the last t columns, at most the "
+                f"`position_ids` must be {shape} for the last t columns, at most the "
                 f"{T - known} that are new to the cache, not {tuple(position_ids.shape)}"
             )
         start = slots.position + tail[:, : tail.shape[1] - t].sum(1).to(slots.position)

@@ -188,8 +188,8 @@ class EncoderWatch:
         self.timings = timings
         self.method = method  # whose stage I wants the attention; None: only the calls are noted
         self.hooks = hooks
-        self.attention = {m: TowerAttention(model, m) for m in Modality.CODES}
         self.adapter = adapter_for(model)
+        self.attention = {m: TowerAttention(model, m) for m in self.adapter.received}
         self.rates = self.adapter.rates(model)
         self.forget()
 
@@ -209,6 +209,19 @@ class EncoderWatch:
             self.hooks.after(stack, attention.tower, partial(self.after_tower, modality))
             if self.method is not None:
                 self.hooks.retrace(stack, attention.module)
+        for modality, tower in self.adapter.encoders(self.model).items():
+            if modality not in self.attention:
+                self.hooks.before(stack, tower, self.before_other)
+                self.hooks.after(stack, tower, self.after_other)
+
+    def before_other(self, module, args, kwargs):
+        "Fires before an encoder of which only the time is noted. Changes nothing."
+        self.hooks.claim()
+        self.timings.start("encoders")
+
+    def after_other(self, module, args, output):
+        "Fires when such an encoder is done. Changes nothing."
+        self.timings.stop()
 
     # ---- one call of a tower
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from ..inputs.layout import Modality, TokenLayout
 from ..models.decoder import Decoder
-from .base import Pruner, PruneStep, Stage1Inputs, Tokens, take
+from .base import Pruner, PruneStep, Stage1Inputs, Tokens, take, take_last
 from .select import query_scores, text_scores
 
 # %% ../../nbs/pruning/08_prefill.ipynb #da1d6e34
@@ -154,8 +154,10 @@ class Prefill:
         if positions is None:
             positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
         # (3, B, S): time, height and width, as the decoder would see them
-        positions = positions.expand(3, -1, -1) if positions.ndim == 2 else positions[-3:]
-        self.position = positions.amax((0, 2)) + 1
+        if self.decoder.mrope:
+            positions = positions.expand(3, -1, -1) if positions.ndim == 2 else positions[-3:]
+        positions = positions.expand(*positions.shape[:-2], *embeds.shape[:2])
+        self.position = positions.reshape(-1, *embeds.shape[:2]).amax((0, 2)) + 1
         if not self.steps or self.steps[0].stage != 1:
             return kwargs if self.earlier is None else self.behind_earlier(0, embeds, kwargs)
         step = self.steps[0]
@@ -166,8 +168,11 @@ class Prefill:
         kwargs = {
             **kwargs,
             "inputs_embeds": embeds,
-            "position_ids": take(positions.permute(1, 2, 0), index).permute(2, 0, 1),
-            "attention_mask": self.tokens.valid.long() if step.padded else None,
+            "position_ids": take_last(positions, index),
+            # without a mask, gaps in positions of one axis would be taken for a new sequence
+            "attention_mask": None
+            if not step.padded and self.decoder.mrope
+            else self.tokens.valid.long(),
         }
         return kwargs if self.earlier is None else self.behind_earlier(0, embeds, kwargs)
 

@@ -10,7 +10,7 @@ import inspect
 import warnings
 import torch
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Lock, current_thread
 from unittest.mock import patch
@@ -105,8 +105,7 @@ class Session:
         "Raise ValueError where schedule and model do not fit together."
         if self.method:
             self.method.schedule.check_model(len(self.layers))
-            adapter = adapter_for(self.model)
-            towers = adapter.visual(self.model), adapter.audio_tower(self.model)
+            towers = adapter_for(self.model).encoders(self.model).values()
             parameters = (p for m in (self.decoder.module, *towers) for p in m.parameters())
             devices = sorted({str(p.device) for p in parameters})
             if len(devices) > 1 or devices == ["meta"]:
@@ -115,10 +114,7 @@ class Session:
                     f"{' and '.join(devices)}: load the model without offloading and without a "
                     "`device_map` over several devices"
                 )
-        if getattr(self.decoder.module, "has_sliding_layers", False):
-            raise ValueError(
-                "sliding-window layers cannot be pruned: their caches forget by position"
-            )
+        self.decoder.check_layers()
 
     def install(self, stack):
         "Register all hooks; leaving the stack undoes everything."
@@ -134,7 +130,7 @@ class Session:
         for i, layer in enumerate(self.layers):
             self.hooks.before(stack, layer, partial(self.before_layer, i))
         tower = adapter_for(self.model).visual(self.model)
-        levels = len(getattr(tower, "deepstack_visual_indexes", ()))
+        levels = len(getattr(tower, "deepstack_visual_indexes", None) or ())
         for i, layer in enumerate(self.layers[:levels]):
             self.hooks.after(stack, layer, partial(self.after_layer, i))
         self.hooks.after(stack, decoder, self.after_decoder)
@@ -162,7 +158,9 @@ class Session:
         settings = dict(expand_size=expand_size, is_encoder_decoder=is_encoder_decoder)
         if expand_size == 1 or input_ids is None:
             return stock(**settings, input_ids=input_ids, **given)
-        media = self.encoders.repeat_media(input_ids, given, expand_size)
+        media = {}
+        if self.decoder.adapter.interleaved:
+            media = self.encoders.repeat_media(input_ids, given, expand_size)
         others = {k: v for k, v in given.items() if k not in media}
         ids, rest = stock(**settings, input_ids=input_ids, **others)
         cache = given.get("past_key_values")
@@ -197,6 +195,8 @@ class Session:
                 self.plan(given, cache, copies, earlier)
         if noted is not None:
             self.encoders.calls = noted
+            if not self.decoder.adapter.interleaved:
+                kwargs.pop("input_ids", None)  # the others take ids or embeddings
         return args, kwargs
 
     def plan(self, given, cache, copies, earlier=None):
@@ -231,7 +231,7 @@ class Session:
         media = [
             (layout.modality == code).flatten().nonzero()[:, 0] for code in Modality.CODES.values()
         ]
-        order = visual_order(given["input_ids"], layout, self.token_ids[Modality.IMAGE])
+        order = visual_order(given["input_ids"], layout, self.token_ids.get(Modality.IMAGE, -1))
         if order is not None:
             order = order.to(device, non_blocking=True)
         numbers = [b.number for b in budgets if b.modality == "visual"]
@@ -274,8 +274,10 @@ class Session:
 
     def read_layout(self, given) -> TokenLayout:
         "The layout, also where images and videos were encoded before; images as the block says."
-        encoded = given.get("mm_encoder_outputs") or {}
         watch = self.encoders
+        encoded = given.get("mm_encoder_outputs") or {}
+        if "visual" not in watch.attention:
+            encoded = {}  # its windows are read from the prompt
         image = watch.call_of(encoded.get("image"))
         video = encoded.get("video")
         call = watch.forget_but(video)  # leaves the calls that belong to these inputs
@@ -423,13 +425,26 @@ _ACTIVE = WeakSet()  # thinkers in a block
 _ENTERING = Lock()  # one thread at a time enters
 
 
-def as_pruner(plan) -> Pruner | None:
-    "A schedule means SEATS with that schedule; None: prune nothing, only keep the timings."
-    if isinstance(plan, Schedule):
-        return Seats(plan)
-    if plan is None or isinstance(plan, Pruner):
-        return plan
-    raise TypeError(f"prune wants a Schedule, a Pruner or None, not {type(plan).__name__}")
+def as_pruner(
+    plan: Schedule | Pruner | None,
+    model=None,  # whose encoders' attention the method may want
+) -> Pruner | None:
+    """A schedule means SEATS with that schedule; None: prune nothing, only keep the timings. Raises
+    ValueError for a method that wants what the model's encoders do not show."""
+    method = Seats(plan) if isinstance(plan, Schedule) else plan
+    if method is not None and not isinstance(method, Pruner):
+        raise TypeError(f"prune wants a Schedule, a Pruner or None, not {type(plan).__name__}")
+    if model is None or method is None or not (method.uses_attention or method.uses_keys):
+        return method
+    adapter = adapter_for(model)
+    hidden = [m for m in adapter.modalities(model) if m not in adapter.received]
+    if not hidden or min(method.schedule.entering.values()) == 1:
+        return method
+    said = f"{adapter.family}: the {' and '.join(hidden)} encoder shows no attention to Stage I"
+    if not isinstance(method, Seats) or method.uses_keys:
+        raise ValueError(f"{said}, which method {method.name!r} needs")
+    warnings.warn(f"{said}, which goes by distance alone (`weighted=False`)", ScheduleWarning)
+    return replace(method, schedule=replace(method.schedule, weighted=False))
 
 
 @contextmanager
@@ -447,7 +462,7 @@ def prune(
         if value not in choices:
             known = ", ".join(map(repr, choices))
             raise ValueError(f"`{name}` must be one of {known}, not {value!r}")
-    session = Session(model, as_pruner(plan), kv, images)
+    session = Session(model, as_pruner(plan, model), kv, images)
     with ExitStack() as stack:
         with _ENTERING:
             session.check_model()

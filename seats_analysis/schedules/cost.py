@@ -45,16 +45,17 @@ def text_dims(
     routed = []
     try:
         heads = c["num_attention_heads"]
+        experts = c.get("num_experts") or c.get("num_local_experts")  # Qwen3-VL
         for i in range(c["num_hidden_layers"]):
             dense = i in (c.get("mlp_only_layers") or ()) or (i + 1) % c.get(
                 "decoder_sparse_step", 1
             )
-            if not c.get("num_experts") or dense:
+            if not experts or dense:
                 active.append(c["intermediate_size"])
                 routed.append(0)
             else:
                 active.append(c["num_experts_per_tok"] * c["moe_intermediate_size"])
-                routed.append(c["num_experts"])
+                routed.append(experts)
         return TextDims(
             hidden=c["hidden_size"],
             heads=heads,

@@ -19,7 +19,7 @@ from ..inputs.media import Clip, decode_clip
 from ..inputs.samples import Sample
 from ..inputs.benchmarks import preset_for
 from ..models.families import published_limits
-from ..models.encode import Prompt, encode, frame_resizer
+from ..models.encode import Prompt, encode, frame_resizer, sampling_rate
 from ..schedules.file import PUBLISHED
 from ..schedules.schedule import Schedule
 from ..pruning.session import prune
@@ -115,7 +115,7 @@ class Answerer:
     kv: str = "retain"  # see `prune`
 
     def prompt(self, messages, id):
-        rate = self.processor.feature_extractor.sampling_rate
+        rate = sampling_rate(self.processor)
         resize = frame_resizer(self.processor)
         return prompt_of(messages, id, rate, self.fps, self.max_frames, resize)
 
