@@ -318,7 +318,7 @@ def run_oldest(args):
         return 0, 1
     tests = sorted(
         p
-        for name in "golden families any_media attack_storage boundaries schedule".split()
+        for name in "golden families matrix any_media attack_storage boundaries schedule".split()
         for p in ROOT.glob(f"tests/test_{name}*.py")
     )
     workers = ("-n", WORKERS, "--dist", "worksteal")

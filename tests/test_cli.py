@@ -274,7 +274,9 @@ def test_unreachable_target_says_what_to_change(profile):
 def test_folder_that_is_no_om_llm(tmp_path):
     config = dict(model_type="bert", architectures=["BertModel"])
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert "not an om-LLM" in refused("probe --limit 1 --model {m}", m=tmp_path)
+    assert "is no model of transformers that takes" in refused(
+        "probe --limit 1 --model {m}", m=tmp_path
+    )
 
 
 def test_weights_cut_off(clip, tmp_path, model):

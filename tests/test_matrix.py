@@ -251,7 +251,9 @@ def test_scores_of_stage_two_are_those_of_the_stock_attention(case):
 def test_flops_in_closed_form_are_those_that_torch_counts(case):
     decoder = Decoder(case.model)
     given = decoder.inputs(case.single.inputs)
+    hidden = decoder.states(given["inputs_embeds"])
+    tables = decoder.rotary_tables(hidden, case.single.position_ids)
     with FlopCounterMode(display=False) as counter:
-        decoder.head(decoder.module(**(given | dict(use_cache=False))).last_hidden_state[:, -1:])
+        decoder.logits(decoder.run_layers(hidden, tables, None)[:, -1:])
     tokens = [case.single.shape[1]] * L
     assert counter.get_total_flops() == prefill_flops(tokens, decoder.config, "counter")

@@ -98,7 +98,7 @@ def _architecture(name, **pinned):
             return found
     for architecture in stated:
         found = getattr(transformers, architecture, None)
-        if found is not None and len(getattr(found, "input_modalities", ())) > 1:
+        if getattr(found, "input_modalities", "text") != "text":
             return found
     raise ValueError(
         f"{name}: {', '.join(stated) or 'no architecture'} is no model of transformers that takes "

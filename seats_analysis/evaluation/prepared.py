@@ -299,8 +299,7 @@ class DataShape:
         ranges = as_pruner(method).schedule.cache if method and kv == "retain" else None
         for m, (start, end) in (ranges or {}).items():
             plans[m][:, :start] = plans[m][:, end:] = 0
-        config = adapter_for(self.model).config(self.model)
-        sizes = [kv_bytes(n, config, kv) for n in sum(plans.values()).tolist()]
+        sizes = [kv_bytes(n, self.dims, kv) for n in sum(plans.values()).tolist()]
         return float(np.average(sizes, weights=self.weights))
 
     def encoder_share(self, encoded):  # `Encoded`, one sample

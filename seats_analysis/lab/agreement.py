@@ -98,7 +98,8 @@ def compare_answers(
     rows,  # of dict: method, trr, n, wrong (ids)
     theirs,  # committed rows
 ):  # list of (claim, holds, detail)
-    "Whether every method got the same questions right."
+    """Whether every method got the same questions right. Where scores nearly tie, another CPU keeps
+    other tokens: one answer in a hundred may turn, which is then a remark."""
     stored = {(r["method"], r["trr"]): set(r["wrong"]) for r in theirs}
     checks = []
     for r in rows:
@@ -106,7 +107,8 @@ def compare_answers(
         detail = f"the same answers, {len(r['wrong'])} wrong"
         if turned:
             detail = f"turned: {_named(turned)}"
-        checks.append((f"{r['method']} {r['trr']:g} %", not turned, detail))
+        few = r["trr"] < 100 and 0 < len(turned) <= r["n"] // 100
+        checks.append((f"{r['method']} {r['trr']:g} %", None if few else not turned, detail))
     return checks
 
 # %% ../../nbs/lab/04_agreement.ipynb #0933c1a5

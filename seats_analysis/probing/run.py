@@ -392,8 +392,10 @@ def probe_dependency(
     progress: bool = True,  # show a bar
 ):  # xr.Dataset with dims (sample, removed, layer)
     "Remove tokens before every layer and score the answers. Raises ValueError for bad arguments."
-    takes = adapter_for(model).modalities(model)
-    removed = check_removed(removed or (*takes, *(["both"] if len(takes) > 1 else [])))
+    if removed is None:
+        takes = adapter_for(model).modalities(model)
+        removed = (*takes, "both") if len(takes) > 1 else takes
+    removed = check_removed(removed)
     num_layers = adapter_for(model).num_layers(model)
     _check_answers(answers, method, max_new_tokens)
     _check_call(model, samples, layers, method, max_branch_tokens)
