@@ -107,7 +107,7 @@ def compare_answers(
         detail = f"the same answers, {len(r['wrong'])} wrong"
         if turned:
             detail = f"turned: {_named(turned)}"
-        few = r["trr"] < 100 and 0 < len(turned) <= r["n"] // 100
+        few = r["trr"] < 100 and 0 < len(turned) <= r.get("n", 0) // 100
         checks.append((f"{r['method']} {r['trr']:g} %", None if few else not turned, detail))
     return checks
 
