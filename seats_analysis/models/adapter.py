@@ -61,6 +61,8 @@ class Adapter:
     def encoder(self, model, modality):
         "The encoder of a modality, None where there is none that transformers names."
         thinker = self.thinker(model)
+        if not hasattr(thinker, "get_encoder"):  # vLLM's
+            return getattr(thinker, dict(visual="visual", audio="audio_tower")[modality])
         found = thinker.get_encoder(modality=Modality.ENCODERS[modality])
         return found if isinstance(found, torch.nn.Module) and found is not thinker else None
 
