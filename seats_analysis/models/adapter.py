@@ -37,9 +37,8 @@ class Adapter:
     family: str  # name in messages and files
     classes: tuple[str, ...] = ()  # transformers classes it serves
     received: tuple[str, ...] = ()  # modalities whose encoder attention Stage I can read
-    # what of the config says how many tokens a second of audio, or a frame, becomes; None: unknown
-    audio_rate: Callable | None = None
-    frame_tokens: Callable | None = None
+    audio_rate: float = 0  # tokens of a second of audio; 0: unknown
+    frame_tokens: Callable | None = None  # config -> tokens of a frame; None: unknown
     # rotary tables hold halves: queries and keys are projected alone, without their layer
     half_split: bool = False
     frames_as_pictures: bool = False  # the frames of a video have the placeholders of pictures
@@ -104,7 +103,7 @@ class Adapter:
         config = self.config(model)
         vision = getattr(config, "vision_config", None)
         return Rates(
-            positions_per_second=self.audio_rate(config) if self.audio_rate else 0,
+            positions_per_second=self.audio_rate,
             seconds_per_chunk=2.0,
             merge_size=getattr(vision, "spatial_merge_size", 1),
         )

@@ -234,7 +234,7 @@ def _whole(model, processor, parts):
 
 
 def _turn(model, processor, parts, interleave):
-    "The pieces of one user's turn, each through the processor alone; (other families) in one."
+    "One user's turn: each medium through the processor alone, or all at once."
     if not adapter_for(model).interleaved:
         return _whole(model, processor, parts)
     content = []
@@ -281,7 +281,7 @@ def layout_of(
     "What each position of the inputs is. Raises ValueError if placeholders and media do not match."
     adapter = adapter_for(model)
     media = adapter.media(model, inputs, grids_per_window, seconds)
-    if images != "prune":  # each image is a window
+    if images != "prune":
         media.pop(Modality.IMAGE, None)
     ids = adapter.token_ids(model)
     return TokenLayout.of(inputs["input_ids"], inputs.get("attention_mask"), ids, media)

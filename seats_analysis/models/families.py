@@ -82,7 +82,7 @@ _SIGHT = (
 def _sound(family, name, per_second):
     "A row of the table: audio alone."
     classes = (f"{name}ForConditionalGeneration",)
-    return Adapter(family, classes, half_split=True, audio_rate=lambda config: per_second)
+    return Adapter(family, classes, half_split=True, audio_rate=per_second)
 
 
 _SOUND = (_sound("qwen2-audio", "Qwen2Audio", 25), _sound("audioflamingo3", "AudioFlamingo3", 25))
