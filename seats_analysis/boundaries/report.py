@@ -9,6 +9,7 @@ __all__ = ['explain', 'boundary_table', 'boundary_row', 'family_row']
 import numpy as np
 from .retention import Unanswered, needed_families
 from .find import Boundaries, find_boundaries
+from .flow import flow_end
 
 # %% ../../nbs/boundaries/02_report.ipynb #cd81dca3
 def explain(
@@ -109,6 +110,7 @@ def _row(profile, removed, families, options):
 def boundary_table(
     profile,  # dependency profile
     removed=None,  # conditions; None: all that were probed
+    flow=None,  # xr.Dataset of `trace_flow` on the same model: a second estimate, `late_by_flow`
     **options,  # of `find_boundaries`: tolerance, split, n_boot, ...
 ):  # pandas.DataFrame by (removed, family); layers 0-based, with 95 % intervals and stability
     """Boundaries of each modality, of both together, and of each family that needs them; empty
@@ -118,11 +120,14 @@ def boundary_table(
     rows = {}
     for name in map(str, profile["removed"].values) if removed is None else removed:
         rows[name, "all"] = _row(profile, name, None, options)
+        if flow is not None and f"{name}->text" in flow["edge"].values:
+            rows[name, "all"]["late_by_flow"] = flow_end(flow, name)
         needed = needed_families(profile, name)
         for family in needed if len(needed) > 1 else ():
             rows[name, family] = _row(profile, name, (family,), options)
     index = pd.MultiIndex.from_tuples(rows, names=["removed", "family"])
-    return pd.DataFrame(list(rows.values()), index, columns=list(_TYPES)).astype(_TYPES)
+    types = _TYPES if flow is None else _TYPES | dict(late_by_flow="Int64")
+    return pd.DataFrame(list(rows.values()), index, columns=list(types)).astype(types)
 
 # %% ../../nbs/boundaries/02_report.ipynb #5c80217b
 def _start(layer, interval, num_layers):

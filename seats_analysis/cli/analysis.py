@@ -148,6 +148,63 @@ def probe(
     if profile is not None:
         print(f"{out}: {_probe_text(profile)}{left_out(asked.broken)}")
 
+# %% ../../nbs/cli/01_analysis.ipynb #0d3356c5
+@app.command()
+@takes(DataOptions)
+def flow(
+    asked,
+    out: Path | None = Option(
+        None, help="NetCDF file to write; default: seats_out/DATA/flows/MODEL.nc."
+    ),
+    overwrite: Overwrite = False,
+    edges: str = Option(
+        "",
+        help="Edges as audio->question, separated by commas; `time`: each time window to the "
+        "text; default: what reaches the question, its last token, and all text.",
+    ),
+    window: int = Option(3, min=1, help="Layers that are blocked around each one, odd."),
+    span: Literal["around", "from", "to"] = Option(
+        "around", help="Layers that are blocked: a window around each, from it on, or up to it."
+    ),
+    layers: str = Option("", help="0-based layers, as for `seats probe`; default: all."),
+    heads: bool = Option(False, "--heads", help="Each attention head by itself."),
+):
+    """Measure which way video and audio take to the answer.
+
+    That is what the answers lose when one group of tokens may not look at another one, layer by
+    layer. Interrupted, the same command goes on; `accelerate launch --no_python` shares the work.
+    """
+    num_layers = asked.depth()
+    chosen = _layer_list(layers, num_layers)
+    if chosen == "auto":
+        raise ValueError("--layers auto: only `seats probe` follows a curve; give numbers")
+    kind = "_time" if edges == "time" else "_heads" if heads else ""
+    usual = f"flows/{name_of(asked.model)}{kind}.nc"
+    out = output_file(out, asked.data, usual, "flow", overwrite)
+    from seats_analysis.boundaries.flow import explain_flow
+    from seats_analysis.probing.edges import check_edges
+    from seats_analysis.probing.flow import flow_to_file
+
+    named = edges if edges == "time" or not edges else list(check_edges(edges.split(",")))
+    samples = asked.samples()
+    model, processor = asked.load()
+    with resumable(Checkpoint.folder_of(out), "samples"):
+        found = flow_to_file(
+            model,
+            processor,
+            samples,
+            out,
+            edges=named or None,
+            window=window,
+            span=span,
+            layers=chosen,
+            heads=heads,
+            **asked.limits(processor),
+        )
+    if found is not None:
+        said = f"{out}: {found.sizes['sample']} questions{left_out(asked.broken)}"
+        print(said if heads else f"{said}\n{explain_flow(found)}")
+
 # %% ../../nbs/cli/01_analysis.ipynb #8c2f7aa9
 Profile = Annotated[
     Path,

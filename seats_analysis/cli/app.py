@@ -23,7 +23,7 @@ from typer.core import TyperCommand, TyperGroup
 from ..evaluation.load import check_model_name, load_model
 from ..storage.files import processes
 from ..storage.files import check_target, one_line, output_folder
-from ..storage.schemas import SCHEMAS, load_profile, schema_of
+from ..storage.schemas import SCHEMAS, load_flow, load_profile, schema_of
 
 # %% ../../nbs/cli/00_app.ipynb #d18f5656
 _BAD_INPUT = (ValueError, TypeError, OSError, OverflowError, RecursionError)
@@ -204,7 +204,8 @@ def writable(
         raise ValueError(f"--out {error}") from None
     if name and path.exists() and path.stat().st_size:
         try:
-            same = load_profile(path) if name == "profile" else schema_of(path) == name
+            stored = dict(profile=load_profile, flow=load_flow).get(name)
+            same = stored(path) if stored else schema_of(path) == name
         except ValueError:
             same = False
         if same is False:

@@ -27,6 +27,12 @@ from seats_analysis.plots.dependency import (
     plot_side_by_side,
 )
 from ..plots.chain import chain_figure
+from seats_analysis.plots.flow import (
+    plot_flow,
+    plot_flow_diagram,
+    plot_flow_heads,
+    plot_flow_windows,
+)
 from ..plots.kept import plot_kept
 from seats_analysis.lab.method_figures import (
     CHANCE,
@@ -50,7 +56,7 @@ from .timing_figures import timing_figures
 from ..schedules.file import PUBLISHED
 from ..schedules.schedule import Schedule
 from ..storage.files import atomic_write, shipped_folder
-from ..storage.schemas import load_json, load_profile, schema_of
+from ..storage.schemas import load_flow, load_json, load_profile, schema_of
 
 # %% ../../nbs/lab/09_paper.ipynb #b001cf40
 _MODELS = {"qwen2.5-omni-7b": "Qwen2.5-Omni-7B", "qwen3-omni-30b-a3b": "Qwen3-Omni-30B-A3B"}
@@ -361,6 +367,22 @@ def _answer_jobs(data):
         yield "answers_late_start", _with_source(said, answers_figure, starts)
 
 
+def _flow_jobs(data):
+    "Edges by layer, the way to the answer, time windows, heads."
+    for path in sorted((data / "flows").glob("*.nc")):
+        flow = load_flow(path)
+        said = f"Measured here on {flow.attrs.get('model', 'a model')}: "
+        said += f"{flow.sizes['sample']} questions, {len(set(flow['clip'].values))} clips"
+        if "head" in flow.dims:
+            draws = dict(heads=plot_flow_heads)
+        elif flow.attrs.get("edges") == "time":
+            draws = dict(windows=plot_flow_windows)
+        else:
+            draws = dict(flow=plot_flow, way=plot_flow_diagram)
+        for name, draw in draws.items():
+            yield f"{path.stem.split('_')[0]}_flow_{name}", _with_source(said, draw, flow)
+
+
 def _schedule_jobs(data):
     "The schedules `name_trrN.json` of each model over depth, and the method at the smallest TRR."
     found = defaultdict(dict)
@@ -431,6 +453,7 @@ def figure_jobs(
         said = "Measured here; questions of the derive split where there is one; 95 % bands"
         jobs["models_dependency"] = _with_source(said, plot_side_by_side, known)
     jobs |= _answer_jobs(data)
+    jobs |= _flow_jobs(data)
     jobs |= _schedule_jobs(data)
     jobs |= _result_jobs(data, results)
     for name, family in TESTBEDS.items():

@@ -57,13 +57,15 @@ def check_edges(edges) -> dict:  # names, or a mapping name -> (source, target);
     return {str(name): tuple(map(side_of, pair)) for name, pair in pairs.items()}
 
 # %% ../../nbs/probing/04_edges.ipynb #dbcafc82
-def behind_media(questions):  # Questions -> Questions
-    "The same questions with everything behind the last media token in their tails."
+def behind_media(questions):  # Questions -> Questions, (1 or 3, 1, n + 1) positions
+    """The same questions with everything behind the last media token in their tails, and the
+    positions of the n tokens that they begin with alike, and of the next one."""
     media = questions.encoded.layout.modality[0] != Modality.TEXT
     start = int(media.nonzero().max()) + 1 if media.any() else min(1, questions.shared)
     common = questions.encoded.inputs["input_ids"][0, start : questions.shared].tolist()
     tails = tuple((*common, *tail) for tail in questions.tails)
-    return replace(questions, shared=start, tails=tails)
+    positions = questions.encoded.position_ids[..., start : questions.shared + 1]
+    return replace(questions, shared=start, tails=tails), positions
 
 
 def spans_of(tokenizer, ids, texts):  # token ids, texts -> per text: range of where it stands last
@@ -135,6 +137,7 @@ class Sides:
         fixed = (~changes).nonzero()[:, 0]
         sees = self.sees(rows)
         blocked = sees & target[rows][:, None] & source
+        blocked[torch.arange(len(rows)), rows] = False  # a token always sees itself
         hit = blocked.any(1)
         asked = torch.zeros(len(self.tail.first), dtype=torch.bool)
         if hit[rows < c].any():

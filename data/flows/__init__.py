@@ -1,0 +1,1 @@
+"Installed as `seats_analysis._profiles`: see DATA in setup.py."
