@@ -5,24 +5,25 @@
 # %% auto #0
 __all__ = ['flow_table', 'explain_flow']
 
-# %% ../../nbs/boundaries/01_flow.ipynb #ede8be18
+# %% ../../nbs/boundaries/01_flow.ipynb #b6854096
 import numpy as np
-import warnings
 
-# %% ../../nbs/boundaries/01_flow.ipynb #daee9ef4
+# %% ../../nbs/boundaries/01_flow.ipynb #a5f5bc4f
 def _over_clips(
     values, clip, weights
 ):  # (N, cells) with NaN, (N,) number of a clip, (n_boot, clips)
     "Mean, ends of its 95 % interval, and clips' means, (3 + clips, cells); NaN where nothing is."
+    import pandas as pd
+
     there = ~np.isnan(values)
     shape = weights.shape[1], values.shape[1]
     sums = np.zeros(shape)
     np.add.at(sums, clip, np.where(there, values, 0))
     counts = np.zeros(shape)
     np.add.at(counts, clip, there)
-    with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
-        warnings.simplefilter("ignore", RuntimeWarning)  # cells that were not asked
-        ends = np.nanpercentile((weights @ sums) / (weights @ counts), [2.5, 97.5], axis=0)
+    with np.errstate(invalid="ignore"):  # cells that were not asked: 0 / 0
+        drawn = pd.DataFrame((weights @ sums) / (weights @ counts))
+        ends = drawn.quantile([0.025, 0.975]).values
         return np.vstack([sums.sum(0) / counts.sum(0), ends, sums / counts])
 
 
