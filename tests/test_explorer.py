@@ -115,7 +115,7 @@ def test_a_profile_of_ones_own_is_offered(source, tmp_path):
 
 
 def test_a_question_shows_which_second_it_reads(panel, tmp_path):
-    flow = load_flow("testbed_time")
+    flow = load_flow(f"{panel.source.name}_time")
     peaks = abs(flow["change"]).max(["edge", "layer"]).fillna(0)
     name = str(flow["sample"].values[int(peaks.argmax())])
     assert bytes(panel.flow.value) == b""
