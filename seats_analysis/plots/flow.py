@@ -20,7 +20,7 @@ from seats_analysis.plots.style import (
     row_axis,
 )
 
-# %% ../../nbs/plots/05_flow.ipynb #1d188623
+# %% ../../nbs/plots/05_flow.ipynb #eec48fee
 _QUESTION = dict(color=PALETTE.green, linestyle=(0, (3, 1, 1, 1)), marker="D")
 
 
@@ -73,7 +73,8 @@ def _windows(flow, clip):
     "Layers by time windows, below what was seen and heard in them."
     change = 100 * flow["change"].mean("sample").transpose("layer", "edge")
     tracks = dict(visual=(draw_strip, "frames"), audio=(draw_sound, "waveform"))
-    of = {m: [e for e in flow["edge"].values if str(e).startswith(f"{m}@")] for m in tracks}
+    there = change.dropna("edge", how="all")["edge"].values  # not every clip has all windows
+    of = {m: [e for e in there if str(e).startswith(f"{m}@")] for m in tracks}
     of = {m: edges for m, edges in of.items() if edges}
     media = [m for m in of if getattr(clip, tracks[m][1], None) is not None]
     heights = [h for m in of for h in [0.35] * (m in media) + [1]]
@@ -82,7 +83,7 @@ def _windows(flow, clip):
     layers = flow["layer"].values
     for m, edges in of.items():
         values = change.sel(edge=edges).values
-        layer, window = np.unravel_index(np.nanargmin(values), values.shape)
+        layer, window = np.unravel_index(np.nan_to_num(values).argmin(), values.shape)
         said = f"{m}: most at window {window + 1}, layer {layers[layer] + 1}"
         if np.nanmin(values) > -1:
             said = f"{m}: no window counts"
@@ -104,7 +105,7 @@ def _heads(flow):
     fig = new_figure(1.9, columns=2)
     axes = fig.subplots(1, flow.sizes["edge"], sharey=True, squeeze=False)[0]
     for ax, values in zip(axes, change):
-        head, layer = np.unravel_index(np.nanargmin(values), values.shape)
+        head, layer = np.unravel_index(np.nan_to_num(values).argmin(), values.shape)
         layers = flow["layer"].values
         image = _map(ax, values, flow["head"].values, layers, values)
         source, target = _sides(values["edge"].item())
@@ -115,7 +116,7 @@ def _heads(flow):
     bar.set_label("Change of the\nanswer's probability (%)")
     return fig
 
-# %% ../../nbs/plots/05_flow.ipynb #ae711753
+# %% ../../nbs/plots/05_flow.ipynb #5c9ab95e
 @house_style()
 def plot_flow(
     flow,  # xr.Dataset of `trace_flow`: by layer, with `edges="time"`, or with `heads=True`
@@ -125,9 +126,11 @@ def plot_flow(
 ):  # matplotlib Figure
     """What every edge carries. Bands: 95 % over clips; full markers: holds after Holm's correction.
 
-    Raises KeyError for a question that is not there."""
+    Raises ValueError for a question that is not there, or has none of the edges."""
     if sample is not None:
-        flow = flow.sel(sample=[sample])
+        flow = flow.isel(sample=flow["sample"].values == sample)
+    if not flow["change"].notnull().any():
+        raise ValueError(f"sample: {sample!r} is not in this flow, or has none of its edges")
     if "head" in flow.dims:
         return _heads(flow)
     if all("@" in str(edge) for edge in flow["edge"].values):
