@@ -20,6 +20,7 @@ DATA = {
         ["*.jsonl", "*/*.json", "*/*.jsonl", "*/*.jinja", "*/*.safetensors", "clips/*.mp4"],
     ),
     "seats_analysis._profiles": ("data/profiles", ["*.nc", "captions/*.nc"]),
+    "seats_analysis._flows": ("data/flows", ["*.nc"]),
     "seats_analysis._schedules": ("data/schedules", ["*.json"]),
     "seats_analysis._reported": ("data/reported", ["*.csv", "*.md"]),
     "seats_analysis._tasks": ("data/tasks", ["*.yaml", "_shared_yaml"]),

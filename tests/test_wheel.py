@@ -103,7 +103,7 @@ import seats_analysis as sa
 from pathlib import Path
 from seats_analysis.storage.files import shipped_folder
 home = Path(sa.__file__).parent
-for name in ("testbed", "profiles", "schedules", "reported", "tasks"):
+for name in ("testbed", "profiles", "flows", "schedules", "reported", "tasks"):
     folder = shipped_folder(name)
     assert folder.parent == home, folder
     print(*(f"{name}/{p.relative_to(folder).as_posix()}" for p in folder.rglob("*") if p.is_file()))
@@ -111,7 +111,7 @@ for name in ("testbed", "profiles", "schedules", "reported", "tasks"):
 
 
 def test_everything_shipped_is_in_the_wheel(shell):
-    folders = "testbed", "profiles", "schedules", "reported", "tasks"
+    folders = "testbed", "profiles", "flows", "schedules", "reported", "tasks"
     names = [path.relative_to(ROOT).as_posix() for path in tracked(ROOT)]
     prefixes = tuple(f"data/{folder}/" for folder in folders)
     wanted = {name.removeprefix("data/") for name in names if name.startswith(prefixes)}
