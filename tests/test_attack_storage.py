@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from clips import more_at_night
 from launch import FORK, ended, launch
 from typer.testing import CliRunner
 
-from seats_analysis.boundaries.retention import synthetic_profile
+from seats_analysis.testbed.task import synthetic_profile
 from seats_analysis.cli import app as shared
 from seats_analysis.cli.main import app
 from seats_analysis.inputs.media import Clip

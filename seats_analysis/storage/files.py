@@ -9,7 +9,6 @@ __all__ = ['check_target', 'atomic_write', 'shipped_folder', 'output_folder', 'o
 import errno
 import json
 import os
-import re
 import shutil
 import stat
 import time
@@ -33,9 +32,9 @@ def _here(fd, path):
 
 @contextmanager
 def hold_file(
-    path: Path,  # a name that only this program gives
-    busy: str,  # what to say while another process has it
-    seconds: float = 1.0,  # to wait for that process
+    path,  # a name that only this program gives
+    busy,  # what to say while another process has it
+    seconds=1.0,  # to wait for that process
 ):  # yields why locks do not work there, as 'ENOLCK'; '' where they do
     "A file that is there as long as the body runs. Raises ValueError if it cannot be had."
     from filelock import lock_descriptor
@@ -242,7 +241,9 @@ class Checkpoint:
         identity: dict,  # what the run is, as JSON; `samples`: one list per sample, its id first
         shard: tuple = (0, 1),  # number of this process, and how many share the folder
     ):
-        self.folder = None if folder is None else Path(folder)
+        if folder is None and shard[1] > 1:
+            raise ValueError("shard: several processes need a checkpoint to share")
+        self.folder = folder and Path(folder)
         self.shard = shard
         self.identity = json.loads(json.dumps(identity))
         self.rows = {}

@@ -15,7 +15,7 @@ from pathlib import Path
 from reprlib import repr as in_short
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from .files import atomic_write, shipped_folder
@@ -79,23 +79,17 @@ _ROW = record(
     settings=dict[str, Any],
     losses=Annotated[list[_SHARE], Field(min_length=1)],
 )
-_CHAINS = dict[
-    str, record(held=Annotated[int, Field(ge=0)], rows=Annotated[list[_ROW], Field(min_length=1)])
-]
+_CHAIN = record(held=Annotated[int, Field(ge=0)], rows=Annotated[list[_ROW], Field(min_length=1)])
 _TRIED = record(closed=False, cost=_AMOUNT, kl=float, questions=_COUNT, fixed=bool, chain=bool)
-_CHECKED = record(closed=False, **_MEASURED, chains=Annotated[_CHAINS, Field(min_length=1)])
-
-
-def _with_tuned(chains):
-    if "tuned" not in chains:
-        raise ValueError("no chain `tuned` in it")
-    return chains
+_CHECKED = record(
+    closed=False, **_MEASURED, chains=Annotated[dict[str, _CHAIN], Field(min_length=1)]
+)
 
 
 _TUNED = record(
     closed=False,
     **_MEASURED,
-    chains=Annotated[_CHAINS, AfterValidator(_with_tuned)],
+    chains=record(closed=False, tuned=_CHAIN, fixed=NotRequired[_CHAIN]),
     known_clips=_CLIPS,
     method=str,
     search=Annotated[list[_TRIED], Field(min_length=1)],
