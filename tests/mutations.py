@@ -33,9 +33,9 @@ MUTATIONS = (
         'dict(id=self.identity["samples"][i][0], row=row)',
     ),
     (
-        "storage.schemas",  # a profile that was changed after it was sealed is read
-        "elif seal != _content(profile):",
-        "elif not seal:",
+        "storage.schemas",  # a profile that was changed in its file is read
+        "if said and said != digest(body).encode():",
+        "if not body:",
     ),
     (
         "inputs.layout",  # a second medium begins in the last window of the first

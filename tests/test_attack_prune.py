@@ -86,9 +86,9 @@ ANSWERS = dict(
 
 @pytest.mark.parametrize("how", ANSWERS)
 def test_logits_that_are_not_finite(model, processor, how, unchanged):
-    "They are no wrong answers: clip, layer and precision are named."
+    "They are no wrong answers: clip and precision are named."
     value = torch.inf if how == "full" else torch.nan
-    line = r"clip c0, c1, c2: .* not finite, from decoder layer 5 on \(float32\)"
+    line = r"clip c0, c1, c2: .* not finite \(float32\)"
     with spoilt(adapter_for(model).layers(model)[LATE].mlp, value):
         with pytest.raises(ValueError, match=line) as error:
             ANSWERS[how](model, processor, tiny.three())
@@ -97,15 +97,12 @@ def test_logits_that_are_not_finite(model, processor, how, unchanged):
 
 def test_only_the_broken_clip_is_named(model, processor, batch, unchanged):
     ad = adapter_for(model)
-    for module, place in (
-        (ad.layers(model)[3].mlp, "decoder layer 3"),
-        (ad.lm_head(model), "the output head"),
-    ):
+    for module in (ad.layers(model)[3].mlp, ad.lm_head(model)):
         with spoilt(module, torch.nan, rows=1):
-            with pytest.raises(ValueError, match=f"^clip c1: .* from {place} on"):
+            with pytest.raises(ValueError, match="^clip c1: .* not finite"):
                 score_choices(model, batch)
     with spoilt(ad.audio_tower(model).proj, torch.nan):
-        with pytest.raises(ValueError, match="^clip c0, c1: .* from the audio encoder on"):
+        with pytest.raises(ValueError, match="^clip c0, c1: .* not finite"):
             score_choices(model, batch)
 
 
@@ -118,7 +115,7 @@ def test_a_later_step_is_watched_too(model, processor, unchanged):
     clip = tiny.clip(0)
     handle = adapter_for(model).layers(model)[LATE].mlp.register_forward_hook(spoil)
     try:
-        with pytest.raises(ValueError, match="not finite, from a step after the prompt on"):
+        with pytest.raises(ValueError, match="not finite"):
             Answerer(model, processor, Seats(tiny.schedule()))([Prompt("p", (clip, "where ?"))], 3)
     finally:
         handle.remove()

@@ -12,14 +12,8 @@ from typer.testing import CliRunner
 from seats_analysis.boundaries import find as B
 from seats_analysis.boundaries.find import Boundaries, find_boundaries
 from seats_analysis.boundaries.report import boundary_table, explain
-from seats_analysis.boundaries.retention import (
-    ClipCounts,
-    needed_families,
-    profile_hash,
-    ramp,
-    retained,
-    synthetic_profile,
-)
+from seats_analysis.boundaries.retention import ClipCounts, needed_families, profile_hash, retained
+from seats_analysis.testbed.task import ramp, synthetic_profile
 from seats_analysis.inputs.layout import Modality
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.schemas import save_profile

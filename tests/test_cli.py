@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from seats_analysis import __version__
 from seats_analysis.boundaries.find import Boundaries
-from seats_analysis.boundaries.retention import synthetic_profile
+from seats_analysis.testbed.task import synthetic_profile
 from seats_analysis.cli import answers, app as shared
 from seats_analysis.cli.main import app
 from seats_analysis.evaluation.compare import made_from

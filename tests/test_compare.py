@@ -351,7 +351,7 @@ def without_times(rows):
 def test_ablations_of_a_plan_that_goes_by_distance(small, samples, tmp_path):
     plans = {30: replace(PLAN, weighted=False)}
     names = method_names("ablations")
-    result = compare_methods(*small, samples[:2], plans, names, tmp_path / "eval", n_boot=50)
+    result = compare_methods(*small, samples[:2], plans, names, tmp_path / "eval")
     assert {r["label"] for r in result["rows"]} >= set(ABLATIONS)
 
 
@@ -369,7 +369,7 @@ def test_interrupted_runs_go_on(small, samples, tmp_path, monkeypatch):
 
     def compared(name):
         given = {30: PLAN}, ("seats", "random"), tmp_path / name
-        return compare_methods(*small, samples[:6], *given, n_boot=50, batch_size=2)["rows"]
+        return compare_methods(*small, samples[:6], *given, batch_size=2)["rows"]
 
     monkeypatch.setattr(Answering, "answer_unit", noted)
     folder = tmp_path / "cut.json.checkpoint"
@@ -461,7 +461,7 @@ def test_columns_say_what_happened(shape):
         [cell | dict(correct=c == "1", flops_causal=f) for c, f in zip(row, flops)]
         for row in right.values()
     ]
-    rows = outcome_rows(answers, asked, runs, shape, n_boot=50)
+    rows = outcome_rows(answers, asked, runs, shape)
     # choosing costs SEATS something and chance nothing, so that chance gets more of the decoder;
     # 4 windows of 48 and of 10 tokens: 48 + 20 enter, half of them stay from layer 8 to 14;
     # 96 + 16 are drawn once
@@ -494,7 +494,7 @@ def test_unparsable_is_wrong_and_counted(small, samples, monkeypatch):
     some = [replace(s, lettered=False) for s in samples[:4]]
     runs = run_of("full")
     found = answered(small, some, runs, batch_size=8, answers="generate")
-    (row,) = outcome_rows(found, some, runs, DataShape.of(*small, some), n_boot=20)
+    (row,) = outcome_rows(found, some, runs, DataShape.of(*small, some))
     picks = [r[0]["pick"] for r in found]
     assert row["unparsable"] == picks.count(None) == 2
     assert row["accuracy"] == np.mean([p == s.answer for p, s in zip(picks, some)])

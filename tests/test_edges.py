@@ -8,7 +8,8 @@ import torch
 from scipy.special import ndtri
 
 from seats_analysis.boundaries.find import Boundaries, Resampled
-from seats_analysis.boundaries.retention import ClipCounts, synthetic_profile
+from seats_analysis.boundaries.retention import ClipCounts
+from seats_analysis.testbed.task import synthetic_profile
 from seats_analysis.evaluation.evaluate import paired_difference
 from seats_analysis.inputs.media import decode_clip
 from seats_analysis.inputs.samples import Sample

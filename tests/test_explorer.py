@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from seats_analysis.boundaries.find import find_boundaries
-from seats_analysis.boundaries.retention import needed_families, synthetic_profile
+from seats_analysis.boundaries.retention import needed_families
+from seats_analysis.testbed.task import synthetic_profile
 from seats_analysis.plots import explorer
 from seats_analysis.plots.explorer import ALL, explore
 from seats_analysis.schedules.schedule import Schedule

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from seats_analysis.boundaries.find import Boundaries, find_boundaries
-from seats_analysis.boundaries.retention import ramp, synthetic_profile
+from seats_analysis.testbed.task import ramp, synthetic_profile
 from seats_analysis.inputs.media import Clip
 from seats_analysis.plots import dependency, style
 from seats_analysis.plots.dependency import plot_dependency, family_figure, plot_retention

@@ -77,22 +77,3 @@ def test_the_same_plan_has_one_number_everywhere(name):
                 assert other[WITH] == pytest.approx(row[WITH], rel=0.02)
     for rows in (demo, compared):
         assert rows[0]["method"] == "full" and rows[0][WITH] == rows[0][WITHOUT] == 1
-
-
-OLD = dict(
-    results=("flops_fraction=0.13, causal_fraction=0.15", {WITHOUT: 0.15}),
-    eval=("cost=0.17, causal_fraction=0.15, flops_fraction=0.13", {WITH: 0.17, WITHOUT: 0.15}),
-    bench=("flops_fraction=0.15, flops_counter=0.13", {WITHOUT: 0.15}),
-)
-
-
-@pytest.mark.parametrize("kind", OLD)
-def test_older_files_are_read_by_what_they_meant(kind, tmp_path):
-    given, meant = OLD[kind]
-    schema = SCHEMAS[kind]
-    row = dict.fromkeys(set(schema.row_keys) - {WITH, WITHOUT}) | eval(f"dict({given})")
-    path = tmp_path / "old.json"
-    path.write_text(json.dumps(dict(schema=schema.id, rows=[row])))
-    (read,) = load_json(path, kind)["rows"]
-    assert {k: read[k] for k in meant} == meant
-    assert not {"flops_fraction", "cost", "causal_fraction", "flops_counter"} & set(read)

@@ -198,8 +198,6 @@ def test_twice_the_same_question_is_refused(ask, samples):
         (dict(layers=[LAYERS + 1]), f"outside 0..{LAYERS}"),
         (dict(method="guess"), "'guess' is not known"),
         (dict(layers="all"), "'all' is not known"),
-        (dict(max_branch_tokens=0), "at least 1"),
-        (dict(shard=(2, 2)), "below the number"),
         (dict(shard=(0, 2)), "need a checkpoint"),
     ],
 )

@@ -47,11 +47,11 @@ def test_forcing_decides_what_generate_writes(testbed, captions):
     for name in ("35", "10", "tuned"):
         for kv in ("retain", "evict"):
             for batch in batches:
-                full = write_tokens(model, processor, batch, STEPS)
+                written = write_tokens(model, processor, batch, STEPS)[0]
                 with sa.prune(model, sa.Schedule.load(f"testbed-qwen3/{name}"), kv=kv):
-                    logp = force_answers(model, batch, full.ids)
+                    logp = force_answers(model, batch, written)
                     ours = generated(model, batch).tolist()
-                for ids, row, said in zip(full.ids, logp.argmax(-1).tolist(), ours):
+                for ids, row, said in zip(written, logp.argmax(-1).tolist(), ours):
                     stays = [a == b for a, b in zip(row, ids)]
                     first = stays.index(False) if False in stays else len(ids)
                     assert said[:first] == ids[:first]

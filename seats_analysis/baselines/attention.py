@@ -15,10 +15,10 @@ from ..schedules.schedule import Schedule
 
 # %% ../../nbs/baselines/02_attention.ipynb #09995a15
 def equal_ratio(
-    target: float,  # t, fraction kept on average over all layers
-    num_layers: int,  # L
-    drops: tuple,  # ascending layers whose input is shorter, in 1 to L-1
-) -> float:  # fraction kept at every drop; 0 or less where the target is out of reach
+    target,  # t, fraction kept on average over all layers
+    num_layers,  # L
+    drops,  # ascending layers whose input is shorter, in 1 to L-1
+):  # fraction kept at every drop; 0 or less where the target is out of reach
     "The one ratio at all drops that gives an average. Raises ValueError for other layers."
     if not drops or not 0 < drops[0] <= drops[-1] < num_layers:
         raise ValueError(f"drops must lie before layers 1 to {num_layers - 1}, not {drops!r}")

@@ -25,9 +25,9 @@ from ..schedules.schedule import Schedule
 
 # %% ../../nbs/baselines/00_base.ipynb #7487c174
 def at_least_one(
-    ratio: float,  # fraction kept, any number
-    n: float,  # tokens of the modality, mean of the data
-) -> float:  # in (0, 1]
+    ratio,  # fraction kept, any number
+    n,  # tokens of the modality, mean of the data
+):  # in (0, 1]
     "The nearest ratio that keeps a token."
     return float(min(1.0, max(ratio, 1 / max(n, 1.0))))
 
@@ -36,12 +36,12 @@ MIN_VISUAL = 0.05  # visual fraction below which audio pays too
 
 
 def keep_audio(
-    visual: float,  # fraction of the visual tokens kept, at most 1; below 0 where out of reach
-    audio: float,  # fraction of the audio tokens kept, likewise
-    n_visual: float,  # visual tokens
-    n_audio: float,  # audio tokens
+    visual,  # fraction of the visual tokens kept, at most 1; below 0 where out of reach
+    audio,  # fraction of the audio tokens kept, likewise
+    n_visual,  # visual tokens
+    n_audio,  # audio tokens
     min_visual: float = MIN_VISUAL,
-) -> tuple[float, float]:  # the pair with the same total
+):  # the pair with the same total
     "As many tokens, with audio whole where possible. Raises ValueError for ratios above 1."
     if not max(visual, audio) <= 1:
         raise ValueError(
@@ -58,8 +58,8 @@ def keep_audio(
 
 # %% ../../nbs/baselines/00_base.ipynb #f3051cbe
 def random_count(
-    n: int,  # tokens of one modality
-    ratio: float,  # fraction kept, 0 to 1
+    n,  # tokens of one modality
+    ratio,  # fraction kept, 0 to 1
 ) -> int:
     "Tokens that the published random baseline keeps. Raises ValueError outside [0, 1]."
     if not 0 <= ratio <= 1:
@@ -68,18 +68,18 @@ def random_count(
 
 
 def random_budget(
-    ratio: float,  # fraction kept
+    ratio,  # fraction kept
     sizes,  # tokens of each time window
-) -> tuple:  # sizes, tokens to keep: all tokens of a modality as one window, or none
+):  # sizes, tokens to keep: all tokens of a modality as one window, or none
     "One draw from all tokens of a modality."
     n = sum(sizes)
     return ((n,), (random_count(n, ratio),)) if n else ((), ())
 
 
 def random_numbers(
-    n: int,  # how many
-    *key: int,  # what they depend on, not negative
-) -> torch.Tensor:  # (n,) float64 in [0, 1) on the CPU; a longer draw begins with the shorter one
+    n,  # how many
+    *key,  # what they depend on, not negative
+):  # (n,) float64 in [0, 1) on the CPU; a longer draw begins with the shorter one
     """Random numbers that are a function of the key.
 
     Methods put the sample's number in their `prune` block into it: a sample in a block of its own
@@ -89,9 +89,9 @@ def random_numbers(
 
 def random_tokens(
     budgets,  # of `WindowBudget`, each as one window
-    seed: int,  # not negative
+    seed,  # not negative
     device="cpu",  # where the mask is needed
-) -> torch.Tensor:  # (T,) bool, True = kept
+):  # (T,) bool, True = kept
     "As many tokens of each budget as are planned, by chance."
     keep = [torch.zeros(0, dtype=torch.bool)]
     for b in budgets:
@@ -103,8 +103,8 @@ def random_tokens(
 def random_scores(
     tokens,  # `Tokens` in front of a drop
     seed: int,
-    layer: int,  # of the drop, at least 1
-) -> torch.Tensor:  # (B, S) float64
+    layer,  # of the drop, at least 1
+):  # (B, S) float64
     "A random number for every position of the sequence."
     key = max(Modality.CODES.values()) + layer  # other numbers than before the decoder
     draw = torch.stack([random_numbers(tokens.prompt, seed, n, key) for n in tokens.numbers])
@@ -113,10 +113,10 @@ def random_scores(
 
 # %% ../../nbs/baselines/00_base.ipynb #d9369d95
 def keep_best(
-    values: torch.Tensor,  # (B, S) float, higher is better
+    values,  # (B, S) float, higher is better
     tokens,  # `Tokens`
     step,  # `PruneStep` with the counts
-) -> torch.Tensor:  # (B, S) bool
+):  # (B, S) bool
     "The planned number of each modality, the best of the whole sequence, lowest position first."
     group = 2 - tokens.is_("visual") * 2 - tokens.is_("audio").long()
     budget = on_device([[n[m] for m in Modality.CODES] for n in step.n_keep], values.device)
@@ -124,16 +124,16 @@ def keep_best(
 
 
 def best_in_windows(
-    values: torch.Tensor,  # (T,) float, higher is better
+    values,  # (T,) float, higher is better
     sizes,  # tokens of each window, sum T
     keep,  # how many of each; host numbers or (windows,) tensor
-) -> torch.Tensor:  # (T,) bool
+):  # (T,) bool
     "The best of every window; equal values go to the lowest position."
     window = on_device([i for i, n in enumerate(sizes) for _ in range(n)], values.device)
     return topk_in_groups(values[None], window[None], on_device(keep, values.device)[None])[0]
 
 
-def by_modality(inputs: Stage1Inputs) -> dict:  # modality -> `Stage1Inputs` with its tokens only
+def by_modality(inputs: Stage1Inputs):  # modality -> `Stage1Inputs` with its tokens only
     "What stage I may look at, modality by modality."
     budgets = {m: tuple(b for b in inputs.budgets if b.modality == m) for m in Modality.CODES}
     sizes = [sum(sum(b.sizes) for b in own) for own in budgets.values()]
@@ -282,10 +282,10 @@ class Random(Baseline):
 
 # %% ../../nbs/baselines/00_base.ipynb #8e8019dc
 def evenly(
-    i: torch.Tensor,  # int64 ordinal of a token among its kind
+    i,  # int64 ordinal of a token among its kind
     n,  # how many to keep; number or tensor
     total,  # how many there are, at least n; number or tensor
-) -> torch.Tensor:  # bool
+):  # bool
     "Whether a token is among `n` that lie evenly."
     return (i + 1) * n // total > i * n // total
 

@@ -8,7 +8,6 @@ __all__ = []
 # %% ../../nbs/baselines/04_merging.ipynb #2af96cd2
 import numpy as np
 import torch
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from torch.nn.functional import normalize
@@ -38,23 +37,23 @@ DivPrune = DivPruneOm.visual_only("divprune")
 
 # %% ../../nbs/baselines/04_merging.ipynb #813c1aa9
 def to_rows(
-    x: torch.Tensor,  # (T, ...)
-    sizes: Sequence[int],  # tokens of each window, at least one, sum T
-) -> torch.Tensor:  # (G, N, ...) one row per window, padded with zeros
+    x,  # (T, ...)
+    sizes,  # tokens of each window, at least one, sum T
+):  # (G, N, ...) one row per window, padded with zeros
     "Windows as rows of a table."
     return pad_sequence(x.split(list(sizes)), batch_first=True)
 
 
-def from_rows(rows, sizes) -> torch.Tensor:  # (T, ...)
+def from_rows(rows, sizes):  # (T, ...)
     "Tokens of the rows, one behind the other, without the padding."
     return torch.cat([row[:n] for row, n in zip(rows, sizes)])
 
 # %% ../../nbs/baselines/04_merging.ipynb #66931f45
 def visionzip_counts(
-    n: int,  # tokens in a window
-    ratio: float,  # fraction kept in all
-    contextual: float = 0.05,  # of it for anchors
-) -> tuple[int, int]:  # dominant and contextual tokens
+    n,  # tokens in a window
+    ratio,  # fraction kept in all
+    contextual=0.05,  # of it for anchors
+):  # dominant and contextual tokens
     "Counts of one window. Small windows keep more than asked: at least one of each."
     share = max(ratio - contextual, 0)
     product = int(np.float32(share) * np.float32(n))  # float32, as in the published comparison
@@ -63,10 +62,10 @@ def visionzip_counts(
 
 
 def anchors_among(
-    rest: torch.Tensor,  # (G, N) bool
-    size: torch.Tensor,  # (G,) int64 how many that are
-    n: torch.Tensor,  # (G,) int64 anchors, at most `size`
-) -> torch.Tensor:  # (G, N) bool
+    rest,  # (G, N) bool
+    size,  # (G,) int64 how many that are
+    n,  # (G,) int64 anchors, at most `size`
+):  # (G, N) bool
     "Every so-manieth of the rest, from its first."
     step = torch.div(size, n.clamp(min=1), rounding_mode="floor").clamp(min=1)[:, None]
     rank = rest.long().cumsum(1) - 1
@@ -74,9 +73,9 @@ def anchors_among(
 
 
 def nearest_anchor(
-    keys: torch.Tensor,  # (G, N, k)
-    anchor: torch.Tensor,  # (G, N) bool
-) -> torch.Tensor:  # (G, N) int64 slot of the anchor of highest cosine, the first of equals
+    keys,  # (G, N, k)
+    anchor,  # (G, N) bool
+):  # (G, N) int64 slot of the anchor of highest cosine, the first of equals
     "Which anchor each token would join; any slot where there is none."
     unit = keys / (keys.norm(dim=-1, keepdim=True) + 1e-6)
     similar = (unit @ unit.mT).masked_fill(~anchor[:, None], -torch.inf)
@@ -86,12 +85,12 @@ def nearest_anchor(
 
 
 def select_visionzip(
-    features: torch.Tensor,  # (T, D) embeddings
-    attention: torch.Tensor,  # (T,) attention received in the encoder
-    keys: torch.Tensor,  # (T, k) keys of its last layer
-    sizes: Sequence[int],  # tokens per window, sum T
-    counts: Sequence,  # per window: dominant and contextual tokens
-) -> tuple:  # (T,) bool; (T, D) float32 features, changed at the anchors that others joined
+    features,  # (T, D) embeddings
+    attention,  # (T,) attention received in the encoder
+    keys,  # (T, k) keys of its last layer
+    sizes,  # tokens per window, sum T
+    counts,  # per window: dominant and contextual tokens
+):  # (T,) bool; (T, D) float32 features, changed at the anchors that others joined
     "Dominant tokens stay, anchors take the rest in (VisionZip, as compared on om-LLMs)."
     strong = best_in_windows(attention, sizes, [d for d, _ in counts])
     if not sum(sizes):
@@ -136,9 +135,9 @@ class VisionZipOm(Baseline):
             )
 
     @classmethod
-    def nearest_pair(cls, pair, contextual=None, **options):
+    def nearest_pair(cls, pair, **options):
         "At least the contextual share, and one dominant token in each window."
-        contextual = cls.contextual if contextual is None else contextual
+        contextual = options.get("contextual", cls.contextual)
         return {m: max(r, contextual) if m in cls.prunes else r for m, r in pair.items()}
 
     def select_flops(self, budgets, width, keys):  # windows are padded to the largest
@@ -181,9 +180,9 @@ VisionZip = VisionZipOm.visual_only("visionzip")
 
 # %% ../../nbs/baselines/04_merging.ipynb #98d8e63a
 def frame_roles(
-    sizes: Sequence[int],  # tokens of each frame
+    sizes,  # tokens of each frame
     group: int = 4,
-) -> list:  # 0, 1, 2, 3, 0, 1, ..; a frame of another size begins a new video
+):  # 0, 1, 2, 3, 0, 1, ..; a frame of another size begins a new video
     "Place of each frame in its group."
     roles = []
     for i, n in enumerate(sizes):
@@ -192,10 +191,10 @@ def frame_roles(
 
 
 def similarity(
-    features: torch.Tensor,  # (T, D) tokens of frames, one behind the other
-    sizes: Sequence[int],  # tokens of each frame
-    back: Sequence[int],  # how many frames before it, of the same size, each is compared with
-) -> torch.Tensor:  # (T,) float32 cosine with the token at the same place there
+    features,  # (T, D) tokens of frames, one behind the other
+    sizes,  # tokens of each frame
+    back,  # how many frames before it, of the same size, each is compared with
+):  # (T,) float32 cosine with the token at the same place there
     "How much a token repeats an earlier frame."
     far = on_device([b * n for b, n in zip(back, sizes) for _ in range(n)], features.device)
     unit = normalize(features.float(), dim=-1)
@@ -229,13 +228,13 @@ class DyCoke(Baseline):
 
 # %% ../../nbs/baselines/04_merging.ipynb #5d1bd136
 def audio_anchors(
-    audio: torch.Tensor,  # (N, D) embeddings
-    visual: torch.Tensor,  # (M, D) embeddings, of the same sample
-    attention: torch.Tensor,  # (N,)
-    dominant: int,  # tokens that stay by attention
-    contextual: int,  # anchors; together at most N
-    g: int = 3,  # tokens that an anchor takes in
-) -> tuple:  # (N,) bool; (N, D) float32 features, changed at the anchors that took something in
+    audio,  # (N, D) embeddings
+    visual,  # (M, D) embeddings, of the same sample
+    attention,  # (N,)
+    dominant,  # tokens that stay by attention
+    contextual,  # anchors; together at most N
+    g=3,  # tokens that an anchor takes in
+):  # (N,) bool; (N, D) float32 features, changed at the anchors that took something in
     "Salient audio tokens, and anchors for what goes with something visual (OmniZip)."
     n = len(audio)
     x = audio.float()
@@ -259,11 +258,11 @@ def audio_anchors(
 
 
 def visual_shares(
-    retained: torch.Tensor,  # (G,) fraction of the audio kept in each time group; NaN: no audio
-    sizes: torch.Tensor,  # (G,) visual tokens of each
-    keep: float,  # of them all, tokens to keep
-    bounds: tuple = (0.35, 0.75),  # minimum and maximum that a group loses
-) -> torch.Tensor:  # (G,) float64 fraction kept, whose mean over tokens is what was planned
+    retained,  # (G,) fraction of the audio kept in each time group; NaN: no audio
+    sizes,  # (G,) visual tokens of each
+    keep,  # of them all, tokens to keep
+    bounds=(0.35, 0.75),  # minimum and maximum that a group loses
+):  # (G,) float64 fraction kept, whose mean over tokens is what was planned
     "How much of each time group stays (OmniZip), with one factor for all groups."
     low, high = bounds
     sizes = sizes.double()
@@ -283,18 +282,18 @@ def visual_shares(
 
 
 def whole_counts(
-    wanted: torch.Tensor,  # (F,) float64 tokens to keep of each frame; the sum is a whole number
-) -> torch.Tensor:  # (F,) int64 with the same sum, each less than one off
+    wanted,  # (F,) float64 tokens to keep of each frame; the sum is a whole number
+):  # (F,) int64 with the same sum, each less than one off
     "Fractions to whole tokens: differences of rounded partial sums."
     ends = torch.floor(wanted.cumsum(0) + 0.5 - 1e-9).long()
     return ends.diff(prepend=ends.new_zeros(1))
 
 
 def density_peaks(
-    x: torch.Tensor,  # (F, P, D) tokens of frames, padded
-    valid: torch.Tensor,  # (F, P) bool
-    k: int = 5,  # neighbours
-) -> torch.Tensor:  # (F, P) float32, higher for tokens in a dense place far from denser ones
+    x,  # (F, P, D) tokens of frames, padded
+    valid,  # (F, P) bool
+    k=5,  # neighbours
+):  # (F, P) float32, higher for tokens in a dense place far from denser ones
     "Density, by the mean cosine distance to k neighbours, times the distance to the next denser."
     unit = normalize(x.float(), dim=-1)
     both = valid[:, None] & valid[:, :, None]
@@ -310,9 +309,9 @@ def density_peaks(
 
 
 def frame_values(
-    features: torch.Tensor,  # (T, D) visual tokens of one sample
-    sizes: Sequence[int],  # tokens of each frame
-) -> torch.Tensor:  # (T,) float32
+    features,  # (T, D) visual tokens of one sample
+    sizes,  # tokens of each frame
+):  # (T,) float32
     "What OmniZip ranks by: peaks in the first frame of a pair, novelty in the second."
     second = frame_roles(sizes, 2)
     valid = features.new_ones(len(features), dtype=torch.bool)
@@ -322,11 +321,11 @@ def frame_values(
 
 
 def guided(
-    features: torch.Tensor,  # (T, D) visual tokens of one sample
+    features,  # (T, D) visual tokens of one sample
     budget,  # its `WindowBudget`; a window is a frame
-    heard: Sequence[torch.Tensor],  # for each time window of the audio: (n,) bool, kept or not
-    bounds: tuple,  # see `visual_shares`
-) -> torch.Tensor:  # (T,) bool
+    heard,  # for each time window of the audio: (n,) bool, kept or not
+    bounds,  # see `visual_shares`
+):  # (T,) bool
     "Visual tokens that stay where the audio says (OmniZip)."
     if sum(budget.keep) == len(features):
         return features.new_ones(len(features), dtype=torch.bool)
@@ -357,13 +356,15 @@ class OmniZip(Baseline):
     )
 
     @classmethod
-    def nearest_pair(cls, pair, bounds=(0.35, 0.75), contextual=0.05, **options):
+    def nearest_pair(cls, pair, **options):
         "Visual tokens within the bounds of a group, audio above the anchors' share; all is all."
-        low, high = bounds
+        low, high = options.get("bounds", cls.bounds)
         visual = pair["visual"]
         if visual != 1:
             visual = min(max(visual, 1 - high), 1 - low)
-        return dict(visual=visual, audio=max(pair["audio"], contextual))
+        return dict(
+            visual=visual, audio=max(pair["audio"], options.get("contextual", cls.contextual))
+        )
 
     def budget(self, modality, sizes):
         "One count for all, in proportion to the windows."

@@ -6,7 +6,6 @@
 __all__ = ['ABLATIONS', 'METHODS', 'Ablation', 'method_at']
 
 # %% ../../nbs/baselines/05_registry.ipynb #02c70aca
-import numpy as np
 from dataclasses import dataclass, replace
 
 from . import attention, merging  # noqa: F401  what they define has a name
@@ -24,18 +23,6 @@ class Ablation(Seats):
     attention_only = False  # stage I by attention, without distance
     in_windows = True  # stage II; else the best tokens of each modality, wherever they are
     query = None  # of stage II, 'last' or 'text'
-
-    def __post_init__(self):
-        super().__post_init__()
-        for m in Modality.CODES if self.equal_drops else ():
-            late = self.schedule.late(m)
-            pairs = zip(self.schedule.keep_ratios[m], self.schedule.drop_layers)
-            removed = np.diff(1 - np.cumprod([r for r, d in pairs if d < late]), prepend=0)
-            if not np.allclose(removed, removed[:1]):
-                raise ValueError(
-                    f"the drops of this schedule do not take equal parts of the {m} tokens: "
-                    f"build {self.name} by for_trr(..., like=schedule)"
-                )
 
     @classmethod
     def for_trr(cls, *args, **options):
@@ -77,7 +64,6 @@ random uniform fastv fastv-om visionzip visionzip-om visionzip-om-wide divprune 
 omnizip vtw pyramiddrop
 """
 METHODS = {"seats": Seats} | {name: Baseline.by_name[name] for name in _ORDER.split()}
-_LATE = "+late"  # behind a name: with the late removal of SEATS, for methods that have none
 
 
 def method_at(
@@ -88,17 +74,12 @@ def method_at(
     audio: float = 1.0,  # and for the audio tokens once more times this
     **options,  # of the method, such as its `knobs` name
 ) -> Pruner:
-    """SEATS with its schedule, another method asked for the same TRRs, ablations with its layers.
-
-    Raises ValueError for an unknown name."""
-    known = METHODS | ABLATIONS
-    base = name.removesuffix(_LATE)
-    if base not in known or base != name and not issubclass(known[base], Baseline):
-        raise ValueError(f"unknown method {name!r}; known: full, {', '.join(known)}")
+    "SEATS with its schedule, another method asked for the same TRRs, ablations with its layers."
+    base = name.removesuffix("+late")
     if name == "seats":
         return Seats(plan)
-    if issubclass(known[base], Seats):
+    if base in ABLATIONS:
         options["like"] = plan
     pair = (min(1.0, knob * plan.trr["visual"]), min(1.0, knob * audio * plan.trr["audio"]))
-    found = known[base].for_trr(plan.num_layers, *pair, *tokens, **options)
+    found = (METHODS | ABLATIONS)[base].for_trr(plan.num_layers, *pair, *tokens, **options)
     return found if base == name else found.leaving(plan)

@@ -15,61 +15,12 @@ from scipy.special import ndtri
 from ..inputs.layout import Modality
 from ..statistics.intervals import loss_bound, monotone_fit
 
-# %% ../../nbs/boundaries/00_retention.ipynb #a379a4e6
-def ramp(
-    num_layers: int,  # decoder layers L
-    shallow_end: int,  # first layer before which removal no longer collapses the answer
-    late_start: int,  # first layer before which removal costs nothing
-):  # (L+1,) share of what removal can cost that survives, 0 to 1
-    "Planted curve: 0 in the shallow block, linear in the middle, 1 in the late block."
-    steps = (np.arange(num_layers + 1) - shallow_end + 1) / (late_start - shallow_end + 1)
-    return np.clip(steps, 0.0, 1.0)
-
-# %% ../../nbs/boundaries/00_retention.ipynb #a6405e38
-_NEEDS = {"colour": ["visual"], "tone": ["audio"], "two_hop": ["visual", "audio"], "control": []}
-
-
+# %% ../../nbs/boundaries/00_retention.ipynb #fb4d574c
 def _asked(removed):
     "The modalities that a condition removes."
     return set(Modality.CODES) if removed == "both" else {removed}
 
 
-def synthetic_profile(
-    curves=None,  # condition -> (L+1,) share that survives; None: 12 layers, audio is later
-    clips: int = 64,  # per split; each has one question of every family
-    full: float = 0.97,  # accuracy with nothing removed
-    chance: float = 0.25,  # accuracy of a guess
-    splits=("derive", "test"),
-    seed: int = 0,
-):  # xr.Dataset (sample, removed, layer), variable `correct`
-    "A dependency profile with known boundaries, for examples and tests of whatever reads profiles."
-    curves = curves or {"visual": ramp(12, 3, 7), "audio": ramp(12, 4, 8), "both": ramp(12, 3, 8)}
-    rng = np.random.default_rng(seed)
-    n = clips * len(splits)
-    rows = []
-    for needs in _NEEDS.values():
-        strength = rng.random(n)
-        knows = rng.random(n) < full
-        lucky = rng.random(n) < chance
-        for removed, curve in curves.items():
-            hit = bool(_asked(removed) & set(needs))
-            survives = (strength[:, None] < curve) | (not hit)
-            rows.append(np.where(survives, knows[:, None], lucky[:, None]))
-    correct = np.stack(rows).reshape(len(_NEEDS), len(curves), n, -1).swapaxes(1, 2)
-    clip = np.arange(n)
-    names = list(_NEEDS)
-    coords = dict(
-        removed=list(curves),
-        layer=np.arange(correct.shape[-1]),
-        family=("sample", np.repeat(names, n)),
-        clip=("sample", np.tile([f"clip{i:04d}" for i in clip], len(names))),
-        split=("sample", np.tile(np.asarray(splits)[clip % len(splits)], len(names))),
-    )
-    attrs = dict(model="synthetic", revision="", seed=seed, chance=chance, needs=json.dumps(_NEEDS))
-    values = correct.reshape(-1, *correct.shape[2:])
-    return xr.Dataset({"correct": (("sample", "removed", "layer"), values)}, coords, attrs)
-
-# %% ../../nbs/boundaries/00_retention.ipynb #fb4d574c
 def family_needs(
     profile,  # dependency profile with coordinate `family(sample)`
 ) -> dict:  # family -> set of needed modalities
@@ -95,7 +46,7 @@ def needed_families(
 
 def known_split(profile, split):
     "A split that the profile has; None, which is everything, for `all` or without a `derive`."
-    splits = profile["split"].values.astype(str) if "split" in profile.coords else np.array([""])
+    splits = profile["split"].values.astype(str)
     if split in (None, "all") or not (splits != "").any():  # data of one's own need not be split
         return None
     if split in splits:
@@ -344,7 +295,7 @@ def _canonical(values):
 
 def profile_hash(
     profile,  # dependency profile
-) -> str:  # 16 hex digits
+):  # 16 hex digits
     "Short SHA-256 of a profile: values, coordinates and attributes."
     digest = hashlib.sha256()
     for name in sorted(map(str, profile.variables)):

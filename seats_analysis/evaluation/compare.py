@@ -36,9 +36,9 @@ LOWEST = 1e-4  # setting of the knob
 def match_cost(
     build,  # function: knob -> `Pruner`
     cost,  # function: `Pruner` -> FLOPs fraction
-    target: float,  # FLOPs fraction
-    highest: float,  # knob at which everything is kept
-) -> dict:  # plans, share, setting, knob: fields of a `MethodRun`
+    target,  # FLOPs fraction
+    highest,  # knob at which everything is kept
+):  # plans, share, setting, knob: fields of a `MethodRun`
     "Settings of a knob at which a method costs what another one does; the lowest one otherwise."
 
     def away(knob):
@@ -83,13 +83,13 @@ def method_names(
 
 # %% ../../nbs/evaluation/02_compare.ipynb #fef45c9c
 def method_runs(
-    names: Sequence[str],  # from `method_names`
-    plans: Mapping,  # headline TRR in percent -> `Schedule` of SEATS
+    names,  # from `method_names`
+    plans,  # headline TRR in percent -> `Schedule` of SEATS
     shape: DataShape,
-    rules: Mapping = {},  # label -> `Pruner` whose own rule decides its cost, and so its TRR
-    tuned: Mapping = {},  # name -> chain of `Pruner`, from dear to cheap
-    progress: bool = False,  # show a bar
-) -> list:  # of `MethodRun`
+    rules={},  # label -> `Pruner` whose own rule decides its cost, and so its TRR
+    tuned={},  # name -> chain of `Pruner`, from dear to cheap
+    progress=False,  # show a bar
+):  # of `MethodRun`
     "The full model, methods by their own rule, then for each TRR SEATS and the others."
 
     def matched(name, trr, target, build, highest):
@@ -108,23 +108,18 @@ def method_runs(
         trr = round(100 * shape.retention(method)["layers"], 1)
         out.append(MethodRun(label, method.name, trr, plans=(method,), setting="rule"))
     counts = shape.mean("visual"), shape.mean("audio")
-    with tqdm(
-        total=len(plans) * len(names), desc="equal cost", unit="method", disable=not progress
-    ) as bar:
-        for trr, plan in plans.items():
-            seats = method_at("seats", plan, counts)
-            target = shape.cost(seats)
-            out.append(MethodRun("seats", "seats", trr, plans=(seats,), knob=(1.0,)))
-            for name, chain in tuned.items():
-                near = min(chain, key=lambda p: abs(np.log(shape.cost(p) / target)))
-                build = partial(scaled, near)
-                out.append(matched(f"{name}+tuned", trr, target, build, 1 / LOWEST))
-            bar.update()
-            highest = 1 / min((t for t in plan.trr.values() if t), default=1.0)
-            for name in names[1:]:  # `seats` is the first name
-                build = partial(method_at, name, plan, counts)
-                out.append(matched(name, trr, target, build, highest))
-                bar.update()
+    for trr, plan in tqdm(plans.items(), desc="equal cost", unit="TRR", disable=not progress):
+        seats = method_at("seats", plan, counts)
+        target = shape.cost(seats)
+        out.append(MethodRun("seats", "seats", trr, plans=(seats,), knob=(1.0,)))
+        for name, chain in tuned.items():
+            near = min(chain, key=lambda p: abs(np.log(shape.cost(p) / target)))
+            build = partial(scaled, near)
+            out.append(matched(f"{name}+tuned", trr, target, build, 1 / LOWEST))
+        highest = 1 / min((t for t in plan.trr.values() if t), default=1.0)
+        for name in names[1:]:  # `seats` is the first name
+            build = partial(method_at, name, plan, counts)
+            out.append(matched(name, trr, target, build, highest))
     return out
 
 # %% ../../nbs/evaluation/02_compare.ipynb #8f483d22
@@ -158,7 +153,7 @@ _WORDS = re.compile(r"\w+")
 def rouge_l(
     said,  # texts
     wanted,
-) -> float:  # F1 of the longest common subsequence of their words
+):  # F1 of the longest common subsequence of their words
     "ROUGE-L (Lin 2004), of lower-case words, without stemming."
     from rapidfuzz.distance import LCSseq
 
@@ -168,7 +163,7 @@ def rouge_l(
 
 def _text_scores(run, cells, samples):
     "What a run made of whole answers, on average: name, name_low, name_high."
-    found = dict(unchanged=[c["whole"] for c in cells])
+    found = dict(unchanged=[not c["pick"] for c in cells])
     if "text" in cells[0] and all(len(s.choices) == 1 for s in samples):
         pairs = [(c["text"], s.choices[0]) for c, s in zip(cells, samples)]
         found["rouge_l"] = [rouge_l(*pair) for pair in pairs]
@@ -198,12 +193,11 @@ def _planned(run, shape):
 
 
 def outcome_rows(
-    answers: Sequence,  # per question: outcome of each run; the first is the full model
+    answers,  # per question: outcome of each run; the first is the full model
     samples: Sequence[Sample],
     runs: Sequence[MethodRun],
     shape: DataShape,
-    n_boot: int = 2000,
-) -> list:  # of dict, the full model first
+):  # of dict, the full model first
     "Accuracy, cost and differences of every run."
     names = "correct", "flops_causal", "ms"
     right, flops, ms = (  # (K, N), (K, N), (K, N, 3)
@@ -220,7 +214,7 @@ def outcome_rows(
     whole = decoder + [run.mean([shape.selection(p) for p in run.plans]) for run in runs]
 
     def accuracy(k, at):  # on some of the questions
-        share, low, high = over_clips(right[k, at], clips[at], n_boot=n_boot)
+        share, low, high = over_clips(right[k, at], clips[at])
         return dict(
             n=int(at.sum()),
             clips=len(set(clips[at])),
@@ -243,7 +237,7 @@ def outcome_rows(
             return (None,) * 4
         if other == k:
             return 0.0, 0.0, 0.0, 1.0
-        return paired_difference(right[k, counts], right[other, counts], clips[counts], n_boot)
+        return paired_difference(right[k, counts], right[other, counts], clips[counts])
 
     rows = []
     for k, run in enumerate(runs):
@@ -274,7 +268,7 @@ def outcome_rows(
             diff = f"diff_{name}"
             keys = diff, f"{diff}_low", f"{diff}_high", f"mcnemar_p_{name}"
             row |= zip(keys, difference(k, other))
-        if "whole" in answers[0][0]:
+        if "kl" in answers[0][0]:
             row |= _text_scores(run, [cells[k] for cells in answers], samples)
             row["cache_bytes"] = run.mean([shape.cache_bytes(p, run.kv) for p in run.plans])
         row["unparsable"] = sum(cells[k]["pick"] is None for cells in answers)
@@ -293,7 +287,6 @@ def compare_methods(
     rules: Mapping = {},  # label -> `Pruner` that is not matched, since a rule decides its cost
     tuned: Mapping = {},  # name -> chain of `Pruner` that `seats tune` found, from dear to cheap
     cache: Mapping | None = None,  # 'text': field of a schedule, which SEATS also runs with
-    n_boot: int = 2000,  # resamples of clips
     about: Mapping = {},  # more to say in the file
     batch_size: int = 16,  # questions
     answers: str = "likelihood",  # or 'generate', 'text'
@@ -351,7 +344,7 @@ def compare_methods(
             encoder_share=shape.encoder_share(encode(model, processor, samples[:1], **limits)),
             trr=list(plans),
             methods=list(names),
-            rows=outcome_rows(answered, samples, runs, shape, n_boot),
+            rows=outcome_rows(answered, samples, runs, shape),
         )
         if path is not None:
             save_json(path, result)
@@ -371,8 +364,8 @@ def _tested(rows, than="seats"):
 
 
 def clips_needed(
-    rows: Sequence,  # of `compare_methods`
-) -> int:  # 0 where there are enough
+    rows,  # of `compare_methods`
+):  # 0 where there are enough
     "Clips below which no test could be significant, whatever the answers, if there are fewer."
     tests = len(_tested(rows))
     # clips are independent; the least p of McNemar's test on n of them is 2 ** (1 - n)
@@ -381,9 +374,9 @@ def clips_needed(
 
 
 def significantly_better(
-    rows: Sequence,  # of `compare_methods`
-    than: str = "seats",  # or `tuned`
-) -> list:  # the rows, in order
+    rows,  # of `compare_methods`
+    than="seats",  # or `tuned`
+):  # the rows, in order
     """Rows above SEATS beyond chance at its cost, ranked or at a floor of their own.
 
     The paired interval excludes 0, and the exact test holds after Holm's correction for all of

@@ -28,7 +28,6 @@ from ..pruning.encoders import ENCODED, join_calls, watch_encoders
 from ..pruning.session import as_pruner, prune
 from seats_analysis.evaluation.evaluate import (
     clips_of,
-    next_tokens,
     parse_answer,
     score_rows,
     whole_answers,
@@ -67,14 +66,14 @@ def _noted(method):
 @torch.no_grad()
 def encode_clip(
     model,
-    encoded: Encoded,  # one sample
-    methods: Sequence = (),  # of `Pruner` or None; what stage I of any of them reads is noted
-) -> dict:  # embeds, deepstack, calls and ms of a `Question`
+    encoded,  # one sample
+    methods=(),  # of `Pruner` or None; what stage I of any of them reads is noted
+):  # embeds, deepstack, calls and ms of a `Question`
     "Run the towers once on the clip of a sample, and note what stage I of every method will read."
     device = str(encoded.inputs["input_ids"].device)
     methods = [as_pruner(m, model) for m in methods]
-    timings = {_noted(m): Timings(device) for m in methods if _noted(m)}
-    readers = {_noted(m): m for m in methods}
+    readers = {_noted(m): m for m in methods if _noted(m)}
+    timings = {noted: Timings(device) for noted in readers}
     with ExitStack() as stack:
         watches = {
             noted: stack.enter_context(watch_encoders(model, timing, readers[noted]))
@@ -96,10 +95,10 @@ def encode_clip(
 def prepare_questions(
     model,
     processor,
-    samples: Sequence[Sample],  # those on the same clip behind one another
-    methods: Sequence | None = (),  # see `encode_clip`; None: no tower runs, counting only
+    samples,  # those on the same clip behind one another
+    methods=(),  # see `encode_clip`; None: no tower runs, counting only
     **limits,  # fps and max_frames, see `encode`
-) -> list:  # of `Question`, in order
+):  # of `Question`, in order
     "Questions on clips, each of which is encoded once."
     out = []
     clips = ([samples[i] for i in clip] for clip in clips_of(samples))
@@ -347,7 +346,8 @@ class MethodRun:
         return (1 - self.share) * values[0] + self.share * values[-1] if self.share else values[0]
 
 
-_ANSWERS = "likelihood", "generate", "token", "text"
+_WHOLE = "token", "text"  # beside those of the full model
+_ANSWERS = "likelihood", "generate", *_WHOLE
 
 
 @dataclass(frozen=True, eq=False)
@@ -372,7 +372,7 @@ class Answering:
             raise ValueError("nothing to evaluate: no questions")
         check_ids(self.samples)
         bare = [s.id for s in self.samples if len(s.choices) < 2]
-        if bare and self.answers not in ("token", "text"):
+        if bare and self.answers not in _WHOLE:
             raise ValueError(
                 f"{len(bare)} questions have fewer than two choices, the first is {bare[0]!r}"
             )
@@ -401,10 +401,9 @@ class Answering:
                 for r, s in zip(rows, batch.samples)
             ]
         full = [done[0] for done in before] if before[0] else None
-        if self.answers == "token":
-            return next_tokens(self.model, batch, full)
-        if self.answers == "text":
-            return whole_answers(self.model, self.processor, batch, full, self.max_new_tokens)
+        if self.answers in _WHOLE:
+            most = 1 if self.answers == "token" else self.max_new_tokens
+            return whole_answers(self.model, self.processor, batch, full, most)
         out = []
         texts = write_answers(self.model, self.processor, batch, self.max_new_tokens)
         for s, text in zip(batch.samples, texts):
@@ -431,7 +430,7 @@ class Answering:
                 chosen = self.choose(given, out)
             if self.written and r is not self.runs[0]:  # apart, or it would be on the clock
                 texts = [row[0]["text"] for row in out]
-                if not all(a["whole"] for a in chosen):
+                if any(a["pick"] for a in chosen):
                     with batch.prune(plan, r.kv) as (again, given):
                         again.samples = first
                         most = self.max_new_tokens
@@ -458,8 +457,6 @@ class Answering:
         everyone: bool = False,  # all processes get the answers, not only the first
     ) -> list | None:  # per question: outcomes of all runs; None where a process gets none
         "Every run's answers to every question. ValueError for a checkpoint of another comparison."
-        if shard[1] > 1 and checkpoint is None:
-            raise ValueError("shard: several processes need a checkpoint to share")
         units = self.units()
         warm = []
         first = np.cumsum([0, *map(len, units)]).tolist()

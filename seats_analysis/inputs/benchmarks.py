@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -22,11 +23,6 @@ class _Preset:
     fps: float = 2.0  # frames per second
     max_frames: int = 128  # longer clips are sampled more sparsely
     grid_tokens: tuple = (128, 144)  # min and max merged visual tokens in a temporal grid
-
-    @property
-    def max_tokens(self):
-        "Visual tokens of the longest clip; a grid is two frames."
-        return self.max_frames // 2 * self.grid_tokens[1]
 
 
 _PRESETS = {str(n): _Preset(max_frames=n) for n in (128, 256, 768)}
@@ -48,9 +44,11 @@ class _Benchmark:
     audio: tuple = ()  # patterns of a separate audio file
 
 
-def _daily_omni(data):  # a list of questions, or a mapping of entries
+def _flat(data, video="video_id"):  # a list of questions, or a mapping of entries
     items = data.values() if isinstance(data, Mapping) else data
-    return [(f"{q.get('video_id')}-{i}", q.get("video_id"), q) for i, q in enumerate(items)]
+    return [
+        (q.get("question_id", f"{q.get(video)}-{i}"), q.get(video), q) for i, q in enumerate(items)
+    ]
 
 
 def _worldsense(data):  # questions `task0`, `task1`, ... nested under videos, or a flat table
@@ -73,23 +71,12 @@ def _omnivideobench(data):  # `questions` nested under videos, or a flat table
     return [(f"{Path(str(video)).stem}-{i}", video, q) for i, (video, q) in enumerate(flat)]
 
 
-def _videomme(data):  # videos are named after `videoID`, not `video_id`
-    return [(q.get("question_id", i), q.get("videoID"), q) for i, q in enumerate(data)]
-
-
-def _lvomnibench(data):
-    def key(i, q):
-        return q.get("question_id", f"{q.get('video_id')}-{i}")
-
-    return [(key(i, q), q.get("video_id"), q) for i, q in enumerate(data)]
-
-
 _TABLES = "data/*.parquet", "*.parquet"
 BENCHMARKS = {
     "daily-omni": _Benchmark(
         ("liarliar/Daily-Omni",),
         ("qa.json", *_TABLES),
-        _daily_omni,
+        _flat,
         "128",
         "Type",
         "Question",
@@ -121,21 +108,21 @@ BENCHMARKS = {
     "video-mme": _Benchmark(
         ("lmms-lab/Video-MME",),
         ("videomme/test-*.parquet", "test-*.parquet"),
-        _videomme,
+        partial(_flat, video="videoID"),  # not `video_id`
         "768",
         "task_type",
         answer=("answer",),
         videos=("data/{id}.mp4", "data/{id}.MP4", "data/{id}.mkv", *_Benchmark.videos),
     ),
     "lvomnibench": _Benchmark(
-        ("KD-TAO/LVOmniBench",), ("data.json", *_TABLES), _lvomnibench, "768", "question_type"
+        ("KD-TAO/LVOmniBench",), ("data.json", *_TABLES), _flat, "768", "question_type"
     ),
 }
 
 # %% ../../nbs/inputs/02_benchmarks.ipynb #086741dc
 def preset_for(
     data,  # name of a benchmark or of a preset; anything else (a JSONL file, the testbed) has none
-):  # fps, max_frames, grid_tokens and max_tokens; or None
+):  # fps, max_frames and grid_tokens; or None
     "The limits that a benchmark is published with."
     bench = BENCHMARKS.get(str(data))
     return _PRESETS.get(bench.preset if bench else str(data))

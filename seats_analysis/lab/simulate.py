@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from ..storage.schemas import SCHEMAS
 from ..statistics.intervals import crossings, monotone_fit
-from ..boundaries.retention import ClipCounts, needed_families, profile_hash, ramp
+from ..boundaries.retention import ClipCounts, needed_families, profile_hash
+from ..testbed.task import ramp
 from ..boundaries.find import Boundaries, Resampled, find_boundaries
 from seats_analysis.plots.style import (
     DOTTED,
@@ -441,3 +442,29 @@ def needed_figure(
     axes[0].set_ylabel(f"Estimate within {layers} (%)")
     legend_outside(fig, axes[:1], 7, handlelength=2.2, columnspacing=1.2)
     return fig
+
+# %% ../../nbs/lab/01_simulate.ipynb #ab1d93d3
+def draw_certificates(
+    promise,  # `Promise`
+    losses,  # (schedules, clips) from dear to cheap; taken as the whole world
+    costs,  # (schedules,) FLOPs over those of the full model
+    exact: bool,  # whether every clip has one question
+    sizes=(100, 200, 400),  # calibration clips
+    draws: int = 1000,  # calibrations of each size
+) -> list:  # of dict, fractions: how often the promise is broken, with its 95 % interval; ...
+    "What comes of many calibrations, on clips drawn with replacement."
+    from scipy.stats import binomtest
+
+    random = np.random.default_rng(0)
+    losses = np.asarray(losses)
+    risks = np.r_[0.0, losses.mean(1)]  # first: none holds
+    costs = np.r_[1.0, costs]  # and the full model runs
+    rows = []
+    for n in sizes:
+        drawn = losses[:, random.integers(losses.shape[1], size=(draws, n))]
+        held = promise.certify(drawn, exact)
+        broken = int((risks[held] > promise.max_change).sum())
+        low, high = binomtest(broken, draws).proportion_ci(method="exact")
+        row = dict(clips=n, broken=broken / draws, low=float(low), high=float(high))
+        rows.append(row | dict(none=(held == 0).mean().item(), cost=costs[held].mean().item()))
+    return rows

@@ -180,7 +180,7 @@ def stage2_questions(
         stays = np.array([row[i]["correct"] for row in answers])
         ends = bootstrap((stays,), np.mean, n_resamples=2000, rng=np.random.default_rng(0))
         ends = list(map(float, ends.confidence_interval))
-        whole = [row[i]["whole"] for row in answers]
+        whole = [not row[i]["pick"] for row in answers]
         row = dict(trr=run.trr, question=run.label, n=n, stays=float(stays.mean()), stays_ci=ends)
         rows.append(row | dict(unchanged=float(np.mean(whole)), unchanged_ci=wilson(whole)))
     return rows

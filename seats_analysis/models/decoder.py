@@ -216,7 +216,7 @@ class Decoder:
         "Keys and values only, without the rest of the layer; arguments as for `run_layer`."
         keys = _LayerKeys(before, only=True)
         with suppress(_Stop):
-            self._call(layer, hidden, rotary, None, keys)
+            self._call(layer, hidden, rotary, None, keys, hooked=False)
         return keys.kv
 
     def _project(self, which, layer, hidden, cos, sin):
@@ -247,10 +247,7 @@ class Decoder:
         "Rotated keys of a layer; arguments as for `query`."
         if self.adapter.half_split:
             return self._project("k", layer, hidden, cos, sin)
-        keys = _LayerKeys(only=True)
-        with suppress(_Stop):
-            self._call(layer, hidden, (cos, sin), None, keys, hooked=False)
-        return keys.kv[0]
+        return self.layer_keys(hidden, (cos, sin), layer)[0]
 
     def _seen(self, layer, hidden, cos, sin):
         "The queries that reach the attention of a layer, whatever was done to them before."
@@ -281,49 +278,16 @@ class Decoder:
         return logits if scale == 1 else logits / scale
 
 # %% ../../nbs/models/03_decoder.ipynb #84126df6
-@torch.no_grad()
-def _first_nonfinite(model, inputs):
-    "Where NaN or infinity begins in a pass over these inputs; one more pass."
-    decoder = Decoder(model)
-    adapter = decoder.adapter
-    found = []
-
-    def look(place, values):
-        values = [values] if isinstance(values, torch.Tensor) else values
-        values = values.values() if hasattr(values, "values") else values
-        if not all(x.isfinite().all() for x in values if isinstance(x, torch.Tensor)):
-            found.append(place)
-
-    def entering(module, args, kwargs):
-        look("the input of the decoder", kwargs["inputs_embeds"])
-
-    def leaving(module, args, out):
-        look(places[module], out)
-
-    said = dict(visual="the vision encoder", audio="the audio encoder")
-    places = {tower: said[m] for m, tower in adapter.encoders(model).items()}
-    places[decoder.head] = "the output head"
-    places |= {layer: f"decoder layer {i}" for i, layer in enumerate(decoder.layers)}
-    with ExitStack() as stack:
-        stack.enter_context(decoder.module.register_forward_pre_hook(entering, with_kwargs=True))
-        for module in places:
-            stack.enter_context(module.register_forward_hook(leaving))
-        decoder.thinker(**inputs, use_cache=False)
-    return found[0] if found else "a step after the prompt"
-
-
 def _check_finite(model, encoded, finite):  # finite (rows,) bool, the same number for each sample
     good = finite.view(len(encoded.samples), -1).all(1).tolist()
     clips = dict.fromkeys(
         getattr(s, "clip", "") or s.id for s, ok in zip(encoded.samples, good) if not ok
     )
     if clips:
-        place = _first_nonfinite(model, encoded.inputs)
         dtype = str(adapter_for(model).decoder(model).dtype).removeprefix("torch.")
         raise ValueError(
-            f"clip {', '.join(clips)}: the model gives logits that are not finite, from {place} on "
-            f"({dtype}). Check the inputs and the weights; float16 overflows where bfloat16 and "
-            "float32 do not"
+            f"clip {', '.join(clips)}: the model gives logits that are not finite ({dtype}). Check "
+            "the inputs and the weights; float16 overflows where bfloat16 and float32 do not"
         )
 
 

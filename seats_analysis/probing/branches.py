@@ -15,7 +15,6 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from ..inputs.layout import Modality
 from ..inputs.samples import Sample
-from ..models.encode import Encoded
 from ..models.decoder import Decoder
 from .selectors import View, check_removed
 
@@ -46,9 +45,9 @@ class Scores:
 
     def metrics(
         self,
-        samples: Sequence[Sample],  # of the batch
+        samples,  # of the batch
         full,  # Scores of the full run
-    ) -> dict:  # name -> (B,) array
+    ):  # name -> (B,) array
         "What is measured. Without choices only `kl`, with one also `nll`."
         answer = np.array([s.answer for s in samples])
         margin = _over_best(self.mean, answer)
@@ -62,7 +61,7 @@ class Scores:
         )
 
 # %% ../../nbs/probing/01_branches.ipynb #210ac21e
-def token_scores(logp, full, target) -> dict:  # (Q, T, V), (Q, T, V), (Q, T) with -1 = none
+def token_scores(logp, full, target):  # (Q, T, V), (Q, T, V), (Q, T) with -1 = none
     "Of every token of an answer: whether the likeliest one stays, nll and kl in nats; (Q, T)."
     if not logp.isfinite().all():
         raise ValueError("the model gives logits that are not finite")
@@ -93,8 +92,8 @@ class Tail:
     @classmethod
     def pack(
         cls,
-        tails: Sequence,  # per question: token ids after the context
-        choice_ids: Sequence,  # per question, per choice: token ids of the answer
+        tails,  # per question: token ids after the context
+        choice_ids,  # per question, per choice: token ids of the answer
         device="cpu",
     ):
         "Put questions and choices side by side. Raises ValueError for a choice without tokens."
@@ -221,7 +220,7 @@ class Stream:
         return replace(self, hidden=self.inject(before, layer))
 
 # %% ../../nbs/probing/01_branches.ipynb #41ef356f
-def marks_of(stream, encoded, selectors) -> dict:  # name -> (B, N) bool
+def marks_of(stream, encoded, selectors):  # name -> (B, N) bool
     "What each selector removes from prompts that a stream begins with."
     removed = {name: torch.zeros(stream.hidden.shape[:2], dtype=torch.bool) for name in selectors}
     layout = encoded.layout
@@ -257,11 +256,11 @@ def marks_of(stream, encoded, selectors) -> dict:  # name -> (B, N) bool
 @torch.no_grad()
 def removal_scores(
     model,
-    encoded: Encoded,  # prompts
+    encoded,  # prompts
     removed,  # conditions: names, or a mapping name -> selector
-    layers: Sequence[int],  # to remove before, ascending, the last one is the number of layers
-    bypass: bool = False,  # also leave out each of these layers, with nothing removed
-) -> dict:  # (condition, layer) -> Scores; (None, layer): full run without that layer;
+    layers,  # to remove before, ascending, the last one is the number of layers
+    bypass=False,  # also leave out each of these layers, with nothing removed
+):  # (condition, layer) -> Scores; (None, layer): full run without that layer;
     # (None, number of layers): full run
     "Remove each condition's tokens before each layer and score the answers: the plain method."
     device = encoded.inputs["input_ids"].device
@@ -461,10 +460,10 @@ def branch_scores(
     model,
     questions,  # on one clip, from `encode_questions`
     removed,  # conditions: names, or a mapping name -> selector
-    layers: Sequence[int],  # to remove before, ascending, the last one is the number of layers
-    max_branch_tokens: int = 65_536,  # that run as one batch; a single stream is never split
-    bypass: bool = False,  # see `removal_scores`
-) -> dict:  # (condition, layer) -> Scores over the questions, as from `removal_scores`
+    layers,  # to remove before, ascending, the last one is the number of layers
+    max_branch_tokens=65_536,  # that run as one batch; a single stream is never split
+    bypass=False,  # see `removal_scores`
+):  # (condition, layer) -> Scores over the questions, as from `removal_scores`
     "All layers and conditions in one traversal. Conditions that change nothing are left out."
     walk = Traversal.of(model, questions, check_removed(removed))
     walk.run(set(layers[:-1]), max_branch_tokens, bypass)
@@ -478,7 +477,7 @@ def answer_scores(
     removed,
     layers: Sequence[int],
     max_branch_tokens: int = 65_536,
-) -> dict:  # (condition, rule, layer) -> `token_scores` of the questions; (None, None, L): full
+):  # (condition, rule, layer) -> `token_scores` of the questions; (None, None, L): full
     "Whole answers under all four rules. Conditions that change nothing are left out."
     walk = Traversal.of(model, questions, check_removed(removed), whole=True)
     walk.run({0, *layers[:-1]}, max_branch_tokens)

@@ -49,8 +49,8 @@ def units_of(samples, method, batch_size):
 def within_memory(
     work,  # function of a number of tokens that run as one batch
     tokens: int,
-    min_tokens: int,  # of a single stream
-) -> tuple:  # what `work` gives, and the tokens that it fitted with
+    min_tokens,  # of a single stream
+):  # what `work` gives, and the tokens that it fitted with
     "Halve the tokens until they fit. Raises MemoryError if one stream is too long."
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
@@ -72,8 +72,8 @@ def within_memory(
 # %% ../../nbs/probing/03_run.ipynb #df13ee87
 def next_layers(
     profile,  # xr.Dataset of the layers scanned so far, the number of layers among them
-    needs: Mapping | None = None,  # family -> modalities
-) -> list:  # layers to scan next, empty when the boundaries are pinned down
+    needs=None,  # family -> modalities
+):  # layers to scan next, empty when the boundaries are pinned down
     "Where to look next: unscanned layers around each crossing of each condition."
     layers = profile["layer"].values.tolist()
     families = profile["family"].values.astype(str)
@@ -336,25 +336,23 @@ class ProbeRun:
         return None if self.shard[0] else profile.assign_attrs(scan="auto")
 
 # %% ../../nbs/probing/03_run.ipynb #6e834337
-def _check_answers(answers, method, max_new_tokens):
-    "Refuse what is no kind of answer."
-    if answers not in ("choices", "text"):
-        raise ValueError(f"answers: {answers!r} is not known; 'choices' and 'text' are")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: {max_new_tokens}, expected at least 1")
+def _check_call(model, samples, layers, method, answers):
+    "Refuse a call before anything is run."
+    for name, value, known in (
+        ("method", method, PROBE_METHODS),
+        ("answers", answers, ("choices", "text")),
+    ):
+        if value not in known:
+            said = " and ".join(map(repr, known))
+            raise ValueError(f"{name}: {value!r} is not known; {said} are")
     if answers == "text" and method == "plain":
         raise ValueError("method: whole answers are probed by 'branch' only")
-
-
-def _check_call(model, samples, layers, method, max_branch_tokens):
-    "Refuse a call before anything is run."
-    if method not in PROBE_METHODS:
-        known = " and ".join(map(repr, PROBE_METHODS))
-        raise ValueError(f"method: {method!r} is not known; {known} are")
     if isinstance(layers, str) and layers != "auto":
         raise ValueError(f"layers: {layers!r} is not known; give numbers, 'auto' or None")
-    if max_branch_tokens is not None and max_branch_tokens < 1:
-        raise ValueError(f"max_branch_tokens: {max_branch_tokens}, expected at least 1")
+    if layers == "auto" and answers == "choices" and all(len(s.choices) < 2 for s in samples):
+        raise ValueError(
+            "layers: 'auto' follows the share of right answers, and no sample has choices"
+        )
     if not samples:
         raise ValueError("probe_dependency needs at least one sample")
     check_ids(samples)
@@ -397,16 +395,7 @@ def probe_dependency(
         removed = (*takes, "both") if len(takes) > 1 else takes
     removed = check_removed(removed)
     num_layers = adapter_for(model).num_layers(model)
-    _check_answers(answers, method, max_new_tokens)
-    _check_call(model, samples, layers, method, max_branch_tokens)
-    if layers == "auto" and answers == "choices" and all(len(s.choices) < 2 for s in samples):
-        raise ValueError(
-            "layers: 'auto' follows the share of right answers, and no sample has choices"
-        )
-    if not 0 <= shard[0] < shard[1]:
-        raise ValueError(f"shard: {shard}, expected a process number below the number of processes")
-    if shard[1] > 1 and checkpoint is None:
-        raise ValueError("shard: several processes need a checkpoint to share")
+    _check_call(model, samples, layers, method, answers)
     layers = layers if layers == "auto" else _check_layers(layers, num_layers)
 
     settings = dict(method=method, answers=answers)

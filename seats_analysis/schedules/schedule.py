@@ -144,37 +144,6 @@ class Schedule:
 
         Raises ValueError with the feasible range if a target cannot be met.
         """
-        targets = {"visual": visual, "audio": audio}
-        return cls._derive(bounds, targets, late, scale=scale, max_drops=max_drops, **options)
-
-    @classmethod
-    def from_trr(
-        cls,
-        bounds,  # Boundaries, or modality -> Boundaries
-        trr,  # headline TRR, percent in (0, 100]
-        n_visual,  # visual tokens of the data, total or average
-        n_audio,
-        late=DEFAULT_LATE,  # or "certified"
-        like="qwen2.5-omni-7b",  # whose published pairs to interpolate
-        **options,  # of `from_boundaries`
-    ):  # Schedule
-        "`from_boundaries` for a headline TRR on a mix of tokens, with what the late blocks allow."
-        if not 0 < trr <= 100:
-            raise ValueError(f"`trr` is percent in (0, 100], not {trr}")
-        if trr < 1:
-            warnings.warn(
-                f"`trr` is percent: {trr:g} keeps {trr / 100:.2%} of the tokens; if that fraction "
-                f"was meant, write {100 * trr:g}",
-                ScheduleWarning,
-                stacklevel=2,
-            )
-        caps = {m: b.late(late) / b.num_layers for m, b in _pair(bounds).items()}
-        targets = split_trr(trr / 100, (n_visual, n_audio), caps, published_setting(like))
-        return cls._derive(bounds, targets, late, **options)
-
-    @classmethod
-    def _derive(cls, bounds, targets, late, scale=1.4, max_drops=3, **options):
-        "Plan from boundaries; warns as if its caller's caller did."
         pair = _pair(bounds)
         starts = {m: b.late(late) for m, b in pair.items()}
         shallow = max(b.shallow_end for b in pair.values())
@@ -205,7 +174,7 @@ class Schedule:
             evidence=evidence,
         )
         plan = cls.solve(
-            origin.num_layers, drops, starts, **targets, scale=scale, **(facts | options)
+            origin.num_layers, drops, starts, visual, audio, scale=scale, **(facts | options)
         )
         if plan.keeps_all:
             return plan
@@ -218,8 +187,33 @@ class Schedule:
                 "enters stays"
             )
         for remark in remarks:
-            warnings.warn(remark, ScheduleWarning, stacklevel=3)
+            warnings.warn(remark, ScheduleWarning, stacklevel=2)
         return plan
+
+    @classmethod
+    def from_trr(
+        cls,
+        bounds,  # Boundaries, or modality -> Boundaries
+        trr,  # headline TRR, percent in (0, 100]
+        n_visual,  # visual tokens of the data, total or average
+        n_audio,
+        late=DEFAULT_LATE,  # or "certified"
+        like="qwen2.5-omni-7b",  # whose published pairs to interpolate
+        **options,  # of `from_boundaries`
+    ):  # Schedule
+        "`from_boundaries` for a headline TRR on a mix of tokens, with what the late blocks allow."
+        if not 0 < trr <= 100:
+            raise ValueError(f"`trr` is percent in (0, 100], not {trr}")
+        if trr < 1:
+            warnings.warn(
+                f"`trr` is percent: {trr:g} keeps {trr / 100:.2%} of the tokens; if that fraction "
+                f"was meant, write {100 * trr:g}",
+                ScheduleWarning,
+                stacklevel=2,
+            )
+        caps = {m: b.late(late) / b.num_layers for m, b in _pair(bounds).items()}
+        targets = split_trr(trr / 100, (n_visual, n_audio), caps, published_setting(like))
+        return cls.from_boundaries(bounds, **targets, late=late, **options)
 
     @classmethod
     def published(cls, name, trr=10):
@@ -327,14 +321,6 @@ class Schedule:
         levels = zip(self.levels("visual"), self.levels("audio"))
         return tuple(present(v, n_visual) + present(a, n_audio) + n_text for v, a in levels)
 
-    def cached(self, n_visual, n_audio, n_text):  # of the full prompt
-        "(L,) tokens that each layer's cache keeps after the prefill with kv='retain'."
-        held = np.full(self.num_layers, n_text)
-        for m, n in dict(visual=(n_visual, 0), audio=(0, n_audio)).items():
-            start, end = self.cache[m] if self.cache else (0, self.num_layers)
-            held[start:end] += self.tokens(*n, 0)[start:end]
-        return tuple(held.tolist())
-
     @property
     def stages(self):  # of 1, 2, 3: those in which something is dropped
         on = {
@@ -347,18 +333,9 @@ class Schedule:
     @property
     def plan_sha256(self):  # 64 hexadecimal digits
         "Digest of what decides which tokens a layer gets, and of the weights it was made for."
-        deciding = dict(
-            num_layers=self.num_layers,
-            drop_layers=self.drop_layers,
-            late_start=self.late_start,
-            keep_ratios=self.keep_ratios,
-            entering=self.entering,
-            temperature=self.temperature,
-            query=self.query,
-            weighted=self.weighted,
-            windows=self.windows,
-            weights_sha256=self.evidence.get("weights_sha256"),
-        )
+        names = "num_layers drop_layers late_start keep_ratios entering temperature query weighted"
+        deciding = {name: getattr(self, name) for name in f"{names} windows".split()}
+        deciding["weights_sha256"] = self.evidence.get("weights_sha256")
         return digest(deciding | (dict(cache=self.cache) if self.cache else {}))
 
     @property

@@ -82,7 +82,7 @@ class Segments:
         scale=1.4,  # entering / TRR that is wanted; the nearest feasible one is taken
         entering=None,  # explicit entering ratio, instead of a scale
         nearest=False,  # what can be met, instead of an error
-    ) -> tuple:  # entering ratio, keep ratio of each drop
+    ):  # entering ratio, keep ratio of each drop
         "The ratios that average a target. Raises ValueError with the feasible range."
         L = self.num_layers
         R = self.late_start
@@ -119,7 +119,7 @@ def split_trr(
     tokens,  # (visual, audio) tokens of the data
     caps,  # modality -> highest feasible TRR, fraction
     setting,  # published one, whose pairs to interpolate
-) -> dict:  # modality -> TRR, fraction; `trr` is their token-weighted average
+):  # modality -> TRR, fraction; `trr` is their token-weighted average
     "A TRR for each modality. Raises ValueError with the highest headline that the caps allow."
     n_visual, n_audio = tokens
     n = n_visual + n_audio

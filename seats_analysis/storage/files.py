@@ -9,13 +9,13 @@ __all__ = ['check_target', 'atomic_write', 'shipped_folder', 'output_folder', 'o
 import errno
 import json
 import os
-import re
 import shutil
 import stat
 import time
 import warnings
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 from threading import get_ident
 
@@ -30,62 +30,45 @@ def _here(fd, path):
         return False
 
 
-def _lock(path, flags=0):
-    "An open file, and why it is not locked: EWOULDBLOCK where another one has it; 0 if it is."
-    from filelock import lock_descriptor
-
-    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | flags, 0o666)
-    try:
-        return fd, 0 if lock_descriptor(fd, blocking=False) else errno.EWOULDBLOCK
-    except OSError as error:
-        return fd, error.errno
-
-
 @contextmanager
 def hold_file(
-    path: Path,  # a name that only this program gives
-    busy: str,  # what to say while another process has it
-    seconds: float = 1.0,  # to wait for that process
+    path,  # a name that only this program gives
+    busy,  # what to say while another process has it
+    seconds=1.0,  # to wait for that process
 ):  # yields why locks do not work there, as 'ENOLCK'; '' where they do
     "A file that is there as long as the body runs. Raises ValueError if it cannot be had."
+    from filelock import lock_descriptor
+
     until = time.monotonic() + seconds
+    flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
     while True:
         with suppress(FileNotFoundError):  # its folder was removed in between
             path.parent.mkdir(parents=True, exist_ok=True)
-            fd, why = _lock(path, os.O_CREAT)
-            if why != errno.EWOULDBLOCK and _here(fd, path):
+            fd = os.open(path, flags, 0o666)
+            why = ""
+            try:
+                held = lock_descriptor(fd, blocking=False)
+            except OSError as error:
+                held = True
+                why = errno.errorcode[error.errno]
+            if held and _here(fd, path):
                 break
             os.close(fd)
         if time.monotonic() > until:
             raise ValueError(busy)
         time.sleep(0.02)
     try:
-        yield errno.errorcode.get(why, "")
+        yield why
     finally:
         if _here(fd, path):
             path.unlink()
         os.close(fd)
 
 # %% ../../nbs/storage/01_files.ipynb #3a423af5
-def _around(path):
-    "Begin and end of the names that neighbours of a file have."
-    stem = os.fsencode(path.stem)[:150].decode(errors="ignore")  # a name has at most 255 bytes
-    return f".{stem}.seats-tmp", path.suffix
-
-
 def new_neighbour(path):
     "A name beside a file that nothing has."
-    begin, end = _around(path)
-    return path.with_name(f"{begin}{os.urandom(4).hex()}{end}")
-
-
-def neighbours(path):
-    "What `new_neighbour` named, if it is still there."
-    begin, end = map(re.escape, _around(path))
-    with suppress(OSError):  # no such folder, or one that we may not list
-        named = re.compile(f"{begin}([0-9a-f]{{8}})?{end}").fullmatch
-        return [path.with_name(name) for name in os.listdir(path.parent) if named(name)]
-    return []
+    stem = os.fsencode(path.stem)[:150].decode(errors="ignore")  # a name has at most 255 bytes
+    return path.with_name(f".{stem}.seats-tmp{os.urandom(4).hex()}{path.suffix}")
 
 
 def refuse_links(path):
@@ -118,34 +101,6 @@ def _target(path):
     refuse_links(path.absolute())
     return Path(os.path.realpath(path))
 
-
-def _temporary(path):
-    "A new neighbour of a file: its descriptor, locked where that can be, and its name."
-    while True:
-        part = new_neighbour(path)
-        try:
-            fd, why = _lock(part, os.O_CREAT | os.O_EXCL)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            error.filename = str(path)
-            raise
-        if why != errno.EWOULDBLOCK and part.exists():
-            return fd, part
-        os.close(fd)  # another writer took it for a dead one's before it was locked
-
-
-def _sweep(path):
-    "Remove what killed writers of a file left. Without locks nobody knows that they are dead."
-    for part in neighbours(path):
-        with suppress(OSError):  # another writer was faster, or it is somebody else's
-            fd, why = _lock(part)
-            try:
-                if not why and _here(fd, part):
-                    part.unlink()
-            finally:
-                os.close(fd)
-
 # %% ../../nbs/storage/01_files.ipynb #5d1f0a7c
 def check_target(
     path,  # file that is to be written later
@@ -155,18 +110,17 @@ def check_target(
     home = next(p for p in path.parents if p.exists())
     if not home.is_dir():
         raise ValueError(f"{path}: {home} is not a folder")
+    part = new_neighbour(home / path.name)
     try:  # asking for permission is not enough on every file system
-        fd, part = _temporary(home / path.name)
+        part.touch()
     except OSError as error:
         raise ValueError(f"{path}: cannot write in {home} ({error.strerror})") from None
     part.unlink()
-    os.close(fd)
 
 
 @contextmanager
 def atomic_write(
     path,  # file to create or replace; missing parent folders are made
-    sweep: bool = True,  # remove what killed writers of it left; lists the folder
 ):  # yields the Path of a temporary neighbour to write to
     """Replace a file only if the body succeeds; on any failure, Ctrl-C included, the old one stays.
 
@@ -174,12 +128,11 @@ def atomic_write(
     path = _target(path)
     mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
     path.parent.mkdir(parents=True, exist_ok=True)
-    if sweep:
-        _sweep(path)
-    fd, part = _temporary(path)
+    part = new_neighbour(path)
     try:
+        part.touch(exist_ok=False)
         if mode is not None:
-            os.fchmod(fd, 0o600)  # nobody else reads it before it has its mode
+            part.chmod(0o600)  # nobody else reads it before it has its mode
         yield part
         with open(part, "rb+") as f:
             os.fsync(f.fileno())  # a full disk may only show itself here
@@ -194,7 +147,6 @@ def atomic_write(
         raise
     finally:
         part.unlink(missing_ok=True)
-        os.close(fd)
 
 # %% ../../nbs/storage/01_files.ipynb #0ca92ad1
 def shipped_folder(
@@ -248,18 +200,13 @@ def _differences(theirs, ours):
         text = json.dumps(x)
         return text if len(text) <= 40 else f"{text[:37]}.."
 
-    out = []
-    for key in sorted((theirs.keys() | ours.keys()) - {"samples", "data_sha256", "sha256"}):
-        there = theirs.get(key)
-        now = ours.get(key)
-        if there != now:
-            out.append(f"other {_WORDS.get(key, key)} ({short(there)} there, {short(now)} now)")
+    keys = sorted((theirs.keys() | ours.keys()) - {"samples", "data_sha256", "sha256"})
+    pairs = [(_WORDS.get(key, key), theirs.get(key), ours.get(key)) for key in keys]
+    out = [f"other {w} ({short(a)} there, {short(b)} now)" for w, a, b in pairs if a != b]
     there = theirs.get("samples", [])
     now = ours["samples"]
     if there != now:
-        n = min(len(there), len(now))
-        first = next((i for i in range(n) if there[i] != now[i]), n)
-        name = (now if first < len(now) else there)[first][0]
+        name = next(b or a for a, b in zip_longest(there, now) if a != b)[0]
         out.append(
             f"other data ({len(there)} samples there, {len(now)} now; "
             f"the first that differs is {name!r})"
@@ -294,7 +241,9 @@ class Checkpoint:
         identity: dict,  # what the run is, as JSON; `samples`: one list per sample, its id first
         shard: tuple = (0, 1),  # number of this process, and how many share the folder
     ):
-        self.folder = None if folder is None else Path(folder)
+        if folder is None and shard[1] > 1:
+            raise ValueError("shard: several processes need a checkpoint to share")
+        self.folder = folder and Path(folder)
         self.shard = shard
         self.identity = json.loads(json.dumps(identity))
         self.rows = {}
@@ -329,8 +278,6 @@ class Checkpoint:
                     said += "make sure that no second run writes there"
                     warnings.warn(said, CheckpointWarning)
                 _HELD.add(key)
-                for done in neighbours(folder):  # of a run killed in `remove`
-                    shutil.rmtree(done, ignore_errors=True)
                 yield folder
         finally:
             _HELD.discard(key)
@@ -374,8 +321,7 @@ class Checkpoint:
             )
 
     def _save(self, path, data):
-        # with thousands of rows listing takes long, and the folder goes as a whole
-        with atomic_write(path, sweep=False) as part:
+        with atomic_write(path) as part:
             part.write_text(json.dumps(data))
 
     def _file(self, i):

@@ -18,47 +18,49 @@ _MODULES = set(
     "adapter budget cost evaluate explorer figures media paper probe prune rivals schedule select "
     "simulate storage.checkpoint evaluation.questions evaluation.table tuning.search".split()
 )
-_PLACES = {  # of what the face does not have; today's module and name
-    "Checkpoint": "storage.files.Checkpoint",
-    "Journal": "storage.files.Checkpoint",
-    "NEEDS": "testbed.task.NEEDS",
-    "Random": "baselines.base.Random",
-    "Rival": "Baseline",
-    "SHAPES": "lab.simulate.SHAPES",
-    "accuracy_rows": "lab.method_figures.accuracy_rows",
-    "boundaries_figure": "plots.dependency.boundaries_figure",
-    "branch_scores": "probing.branches.branch_scores",
-    "checkpoint_of": "storage.files.Checkpoint.folder_of",
-    "coverage_figure": "lab.simulate.coverage_figure",
-    "coverage_table": "lab.simulate.coverage_table",
-    "dependency_figure": "plot_dependency",
-    "encode_questions": "models.encode.encode_questions",
-    "expected_curve": "lab.simulate.expected_curve",
-    "held_out": "evaluation.load.held_out",
-    "journal_of": "storage.files.Checkpoint.folder_of",
-    "kept_figure": "plot_kept",
-    "layout_of": "models.encode.layout_of",
-    "load_coverage": "storage.schemas.load_json",
-    "load_eval": "storage.schemas.load_json",
-    "load_needed": "storage.schemas.load_json",
-    "load_samples": "evaluation.load.load_samples",
-    "load_sensitivity": "storage.schemas.load_json",
-    "made_from": "evaluation.compare.made_from",
-    "needed_figure": "lab.simulate.needed_figure",
-    "noise_of": "lab.simulate.noise_of",
-    "open_profile": "load_profile",
-    "processes": "storage.files.processes",
-    "questions_needed": "lab.simulate.questions_needed",
-    "read_reported": "lab.method_figures.read_reported",
-    "removal_scores": "probing.branches.removal_scores",
-    "retained": "boundaries.retention.retained",
-    "retention_figure": "plot_retention",
-    "segment_boundaries": "find_boundaries",
-    "sensitivity_figure": "lab.paper.sensitivity_figure",
-    "tables": "lab.paper.tables",
-    "verified": "lab.method_figures.verified",
-    "vtw_rule": "evaluation.compare.vtw_rule",
-}
+# of what the face does not have; today's module and name
+_TABLE = """
+Checkpoint storage.files.Checkpoint
+Journal storage.files.Checkpoint
+NEEDS testbed.task.NEEDS
+Random baselines.base.Random
+Rival Baseline
+SHAPES lab.simulate.SHAPES
+accuracy_rows lab.method_figures.accuracy_rows
+boundaries_figure plots.dependency.boundaries_figure
+branch_scores probing.branches.branch_scores
+checkpoint_of storage.files.Checkpoint.folder_of
+coverage_figure lab.simulate.coverage_figure
+coverage_table lab.simulate.coverage_table
+dependency_figure plot_dependency
+encode_questions models.encode.encode_questions
+expected_curve lab.simulate.expected_curve
+held_out evaluation.load.held_out
+journal_of storage.files.Checkpoint.folder_of
+kept_figure plot_kept
+layout_of models.encode.layout_of
+load_coverage storage.schemas.load_json
+load_eval storage.schemas.load_json
+load_needed storage.schemas.load_json
+load_samples evaluation.load.load_samples
+load_sensitivity storage.schemas.load_json
+made_from evaluation.compare.made_from
+needed_figure lab.simulate.needed_figure
+noise_of lab.simulate.noise_of
+open_profile load_profile
+processes storage.files.processes
+questions_needed lab.simulate.questions_needed
+read_reported lab.method_figures.read_reported
+removal_scores probing.branches.removal_scores
+retained boundaries.retention.retained
+retention_figure plot_retention
+segment_boundaries find_boundaries
+sensitivity_figure lab.paper.sensitivity_figure
+tables lab.paper.tables
+verified lab.method_figures.verified
+vtw_rule evaluation.compare.vtw_rule
+"""
+_PLACES = dict(line.split() for line in _TABLE.strip().splitlines())
 
 
 def look_up(

@@ -55,7 +55,5 @@ def versions(
     "Versions of what computes the numbers."
 
     # asked of the modules themselves: metadata may be those of another installation
-    def own(name):
-        return import_module(name).__version__.partition("+")[0]
-
-    return {name: own(name) for name in (*packages, "seats_analysis")}
+    names = (*packages, "seats_analysis")
+    return {name: import_module(name).__version__.partition("+")[0] for name in names}

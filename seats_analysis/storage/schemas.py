@@ -15,7 +15,7 @@ from pathlib import Path
 from reprlib import repr as in_short
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from .files import atomic_write, shipped_folder
@@ -79,23 +79,17 @@ _ROW = record(
     settings=dict[str, Any],
     losses=Annotated[list[_SHARE], Field(min_length=1)],
 )
-_CHAINS = dict[
-    str, record(held=Annotated[int, Field(ge=0)], rows=Annotated[list[_ROW], Field(min_length=1)])
-]
+_CHAIN = record(held=Annotated[int, Field(ge=0)], rows=Annotated[list[_ROW], Field(min_length=1)])
 _TRIED = record(closed=False, cost=_AMOUNT, kl=float, questions=_COUNT, fixed=bool, chain=bool)
-_CHECKED = record(closed=False, **_MEASURED, chains=Annotated[_CHAINS, Field(min_length=1)])
-
-
-def _with_tuned(chains):
-    if "tuned" not in chains:
-        raise ValueError("no chain `tuned` in it")
-    return chains
+_CHECKED = record(
+    closed=False, **_MEASURED, chains=Annotated[dict[str, _CHAIN], Field(min_length=1)]
+)
 
 
 _TUNED = record(
     closed=False,
     **_MEASURED,
-    chains=Annotated[_CHAINS, AfterValidator(_with_tuned)],
+    chains=record(closed=False, tuned=_CHAIN, fixed=NotRequired[_CHAIN]),
     known_clips=_CLIPS,
     method=str,
     search=Annotated[list[_TRIED], Field(min_length=1)],
@@ -241,28 +235,6 @@ def schema_of(
     return next((name for name, schema in SCHEMAS.items() if schema.id == said), None)
 
 
-_OLD_FLOPS = dict(  # kind of file -> earlier keys -> what they meant
-    results=dict(causal_fraction="flops_fraction_causal_without_selection"),
-    eval=dict(
-        cost="flops_fraction_causal_with_selection",
-        causal_fraction="flops_fraction_causal_without_selection",
-    ),
-    bench=dict(
-        flops_fraction="flops_fraction_causal_without_selection",
-        flops_counter="flops_fraction_counter_without_selection",
-    ),
-)
-
-
-def _rename_flops(row, name):
-    "Give the FLOPs of an older file the keys that say how they are counted."
-    for old, new in _OLD_FLOPS.get(name, {}).items():
-        if old in row:
-            row[new] = row.pop(old)
-    for gone in ("flops_fraction", "flops_target", "selection_fraction"):
-        row.pop(gone, None)
-
-
 def load_json(
     path,  # JSON file
     name: str,  # key of SCHEMAS
@@ -276,12 +248,9 @@ def load_json(
         if missing := [k for k in schema.keys if k not in data]:
             raise ValueError(f"it has no {', '.join(missing)}")
         if schema.row_keys:
-            rows = data["rows"]
-            for row in rows:
-                _rename_flops(row, name)
-            if not rows:
+            if not data["rows"]:
                 raise ValueError("it has no rows in `rows`")
-            if missing := {k for k in schema.row_keys for row in rows if k not in row}:
+            if missing := {k for k in schema.row_keys for row in data["rows"] if k not in row}:
                 raise ValueError(f"rows without {', '.join(sorted(missing))}")
         if wrong := schema.wrong_with(data):
             raise ValueError(wrong)
@@ -309,7 +278,6 @@ def _without_checksum(data):
     return body
 
 
-_SEAL = "content_sha256"  # the attribute
 _DIMS = ("sample", "removed", "layer")
 _TEXT = "OUT"
 _WHOLE = "iu"  # kinds of numpy types
@@ -363,25 +331,9 @@ def _check_dataset(data, name, where):
         raise ValueError(f"{where} is not {schema.what}: {wrong}")
 
 
-def _content(profile):
-    "sha256 of labels, numbers and attributes of a profile that was read from a file."
-    variables = sorted(profile.variables.items())
-    attrs = sorted(profile.attrs.items())
-    values = [[name, v.dims, str(v.values.tolist())] for name, v in variables]
-    return digest([values, [[name, str(v)] for name, v in attrs if name != _SEAL]])
-
-
-def _read_netcdf(data):
-    import xarray as xr
-
-    return xr.load_dataset(BytesIO(data), engine="h5netcdf")
-
-
 def _save_netcdf(dataset, path, name):
     _check_dataset(dataset, name, "the dataset")
-    read = _read_netcdf(bytes(dataset.to_netcdf(engine="h5netcdf")))
-    sealed = dataset.assign_attrs({_SEAL: _content(read)})
-    data = bytes(sealed.to_netcdf(engine="h5netcdf"))
+    data = bytes(dataset.to_netcdf(engine="h5netcdf"))
     with atomic_write(path) as part:
         part.write_bytes(data + _CHECKSUM + digest(data).encode())
     return Path(path)
@@ -403,18 +355,10 @@ def save_flow(
     return _save_netcdf(flow, path, "flow")
 
 
-def _check_seal(profile, seal, path, what):
-    "What vouches for a dataset without a checksum behind it."
-    if seal is None:
-        said = "has no checksum: it was not written by seats_analysis, or changed since"
-        warnings.warn(f"{path} {said}", ProfileWarning, stacklevel=3)
-    elif seal != _content(profile):
-        said = "it was changed since it was measured; `save_profile` stores a changed one"
-        raise ValueError(f"{path} is not {what} as it was written: {said}")
-
-
 def _load_netcdf(path, name):
     "A dataset of this kind, in memory."
+    import xarray as xr
+
     what = SCHEMAS[name].what
     if (shipped := shipped_folder(f"{name}s") / f"{path}.nc").is_file():
         path = shipped
@@ -427,13 +371,14 @@ def _load_netcdf(path, name):
     except ValueError as error:
         raise ValueError(f"{path} is not {what}: {error}") from None
     try:
-        found = _read_netcdf(body)
+        found = xr.load_dataset(BytesIO(body), engine="h5netcdf")
     except Exception as error:
         raise ValueError(f"{path}: not a readable NetCDF file ({type(error).__name__})") from None
     _check_dataset(found, name, path)
-    seal = found.attrs.pop(_SEAL, None)
+    found.attrs.pop("content_sha256", None)  # in files of earlier versions
     if len(body) == len(data):
-        _check_seal(found, seal, path, what)
+        said = "has no checksum: it was not written by seats_analysis, or changed since"
+        warnings.warn(f"{path} {said}", ProfileWarning, stacklevel=3)
     return found
 
 

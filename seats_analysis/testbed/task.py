@@ -6,6 +6,7 @@
 __all__ = ['NEEDS', 'TWO_HOP', 'COLOURS', 'PITCHES', 'LIGHTS', 'POOLS', 'Thing', 'Sound', 'Scene']
 
 # %% ../../nbs/testbed/00_task.ipynb #ee6ce3f0
+import json
 import random
 from dataclasses import dataclass
 
@@ -311,3 +312,56 @@ def _question(scene, family, rng):
     days = POOLS["day"]
     i = rng.randrange(7)
     return f"what day comes after {days[i]} ?", days[(i + 1) % 7], days, days[i]
+
+# %% ../../nbs/testbed/00_task.ipynb #a379a4e6
+def ramp(
+    num_layers: int,  # decoder layers L
+    shallow_end: int,  # first layer before which removal no longer collapses the answer
+    late_start: int,  # first layer before which removal costs nothing
+):  # (L+1,) share of what removal can cost that survives, 0 to 1
+    "Planted curve: 0 in the shallow block, linear in the middle, 1 in the late block."
+    steps = (np.arange(num_layers + 1) - shallow_end + 1) / (late_start - shallow_end + 1)
+    return np.clip(steps, 0.0, 1.0)
+
+# %% ../../nbs/testbed/00_task.ipynb #a6405e38
+_PLANTED = {"colour": ["visual"], "tone": ["audio"], "two_hop": ["visual", "audio"], "control": []}
+
+
+def synthetic_profile(
+    curves=None,  # condition -> (L+1,) share that survives; None: 12 layers, audio is later
+    clips: int = 64,  # per split; each has one question of every family
+    full: float = 0.97,  # accuracy with nothing removed
+    chance: float = 0.25,  # accuracy of a guess
+    splits=("derive", "test"),
+    seed: int = 0,
+):  # xr.Dataset (sample, removed, layer), variable `correct`
+    "A dependency profile with known boundaries, for examples and tests of whatever reads profiles."
+    import xarray as xr
+
+    curves = curves or {"visual": ramp(12, 3, 7), "audio": ramp(12, 4, 8), "both": ramp(12, 3, 8)}
+    rng = np.random.default_rng(seed)
+    n = clips * len(splits)
+    rows = []
+    for needs in _PLANTED.values():
+        strength = rng.random(n)
+        knows = rng.random(n) < full
+        lucky = rng.random(n) < chance
+        for removed, curve in curves.items():
+            hit = bool(set(needs) & ({"visual", "audio"} if removed == "both" else {removed}))
+            survives = (strength[:, None] < curve) | (not hit)
+            rows.append(np.where(survives, knows[:, None], lucky[:, None]))
+    correct = np.stack(rows).reshape(len(_PLANTED), len(curves), n, -1).swapaxes(1, 2)
+    clip = np.arange(n)
+    names = list(_PLANTED)
+    coords = dict(
+        removed=list(curves),
+        layer=np.arange(correct.shape[-1]),
+        family=("sample", np.repeat(names, n)),
+        clip=("sample", np.tile([f"clip{i:04d}" for i in clip], len(names))),
+        split=("sample", np.tile(np.asarray(splits)[clip % len(splits)], len(names))),
+    )
+    attrs = dict(
+        model="synthetic", revision="", seed=seed, chance=chance, needs=json.dumps(_PLANTED)
+    )
+    values = correct.reshape(-1, *correct.shape[2:])
+    return xr.Dataset({"correct": (("sample", "removed", "layer"), values)}, coords, attrs)

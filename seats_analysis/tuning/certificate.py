@@ -49,10 +49,6 @@ class Promise:
         own = asdict(self)
         return own if self.of != "choices" else {k: v for k, v in own.items() if k != "of"}
 
-    def loss(self, cell):  # outcome of `Answering` -> in [0, 1]
-        "How much of a whole answer is another one."
-        return 1 - cell["correct"] if self.of == "text" else float(not cell["whole"])
-
     @property
     def level(self):
         return 1 - self.confidence + 1e-12  # it was rounded
@@ -96,10 +92,6 @@ class Promise:
         enough = binom.cdf(np.ceil(rate * n - 1e-9), n, self.max_change) <= self.level
         return int(n[enough.argmax()]) if enough.any() else None
 
-    def possible(self, clips):  # -> fraction
-        "The smallest `max_change` that so many clips could certify at this confidence."
-        return float(1 - (1 - self.confidence) ** (1 / clips)) if clips else 1.0
-
     def check_clips(
         self,
         samples,  # questions to certify on
@@ -110,7 +102,8 @@ class Promise:
         clips that are known."""
         clips = {s.clip for s in samples}
         if enough and len(clips) < self.clips():
-            lowest = np.ceil(1000 * self.possible(len(clips))) / 10
+            possible = 1 - (1 - self.confidence) ** (1 / max(len(clips), 1))
+            lowest = np.ceil(1000 * possible) / 10
             raise ValueError(
                 f"{len(clips)} clips to certify on are too few: {self} takes {self.clips()} "
                 f"without a change; so many could show --max-change {lowest:g} at best"
@@ -130,29 +123,3 @@ class Promise:
             f"for questions like the {result['questions']} on {result['clips']} clips of "
             f"{result['data']}{kinds}"
         )
-
-# %% ../../nbs/tuning/00_certificate.ipynb #ab1d93d3
-def draw_certificates(
-    promise: Promise,
-    losses,  # (schedules, clips) from dear to cheap; taken as the whole world
-    costs,  # (schedules,) FLOPs over those of the full model
-    exact: bool,  # whether every clip has one question
-    sizes=(100, 200, 400),  # calibration clips
-    draws: int = 1000,  # calibrations of each size
-) -> list:  # of dict, fractions: how often the promise is broken, with its 95 % interval; ...
-    "What comes of many calibrations, on clips drawn with replacement."
-    from scipy.stats import binomtest
-
-    random = np.random.default_rng(0)
-    losses = np.asarray(losses)
-    risks = np.r_[0.0, losses.mean(1)]  # first: none holds
-    costs = np.r_[1.0, costs]  # and the full model runs
-    rows = []
-    for n in sizes:
-        drawn = losses[:, random.integers(losses.shape[1], size=(draws, n))]
-        held = promise.certify(drawn, exact)
-        broken = int((risks[held] > promise.max_change).sum())
-        low, high = binomtest(broken, draws).proportion_ci(method="exact")
-        row = dict(clips=n, broken=broken / draws, low=float(low), high=float(high))
-        rows.append(row | dict(none=(held == 0).mean().item(), cost=costs[held].mean().item()))
-    return rows

@@ -8,7 +8,7 @@ __all__ = ['SearchSpace', 'deal_clips', 'tune_schedule', 'certified']
 # %% ../../nbs/tuning/02_tune.ipynb #746a5417
 import numpy as np
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -128,7 +128,7 @@ MAX_GROUPS = 8  # groups of like cost
 MIN_GROUP = 2  # schedules that stay in each
 
 
-def rounds_of(n: int) -> list:  # questions seen after each round
+def rounds_of(n: int):  # questions seen after each round
     "Doubling up to all n questions."
     return [-(-n // 2**k) for k in range(int(np.log2(max(n / FIRST_ROUND, 1))), -1, -1)]
 
@@ -178,8 +178,6 @@ def deal_clips(
     return proposal, calibration
 
 # %% ../../nbs/tuning/02_tune.ipynb #67ce81db
-MIN_BUDGET = 1.5  # passes of the full model
-MAX_BUDGET = 1000
 MAX_SCHEDULES = 10_000  # of a search
 
 
@@ -199,11 +197,6 @@ class Tuning:
     limits: Mapping = field(default_factory=dict)  # fps and max_frames, see `encode`
     progress: bool = False  # show bars
 
-    @property
-    def text(self):
-        "Whether whole answers count."
-        return self.promise.of != "choices"
-
     def __post_init__(self):
         if both := {s.clip for s in self.proposal} & {s.clip for s in self.calibration}:
             raise ValueError(f"clip {min(both)!r} is both for the search and for calibration")
@@ -220,8 +213,8 @@ class Tuning:
             samples,
             runs=runs,
             batch_size=self.batch_size,
-            answers="text" if self.text else answers,
-            max_new_tokens=self.max_new_tokens if self.text else 16,
+            answers=answers if self.promise.of == "choices" else "text",
+            max_new_tokens=self.max_new_tokens,
             limits=self.limits,
             title=title,
         )
@@ -265,14 +258,11 @@ class Tuning:
 
     def search(
         self,
-        draw: Callable,  # function: numpy Generator -> `Schedule` or `Pruner`
-        fixed: Sequence = (),  # plans that take part in any case
-        budget: float = 10.0,  # FLOPs, over those of the full model on all proposal questions
-    ) -> tuple | None:  # rows of all candidates, chain, chain of `fixed` alone; or no work
+        draw,  # function: numpy Generator -> `Schedule` or `Pruner`
+        fixed=(),  # plans that take part in any case
+        budget=10.0,  # FLOPs, over those of the full model on all proposal questions
+    ):  # rows of all candidates, chain, chain of `fixed` alone; or no work
         "Successive halving on the proposal questions. Raises ValueError for a wrong budget."
-        if not MIN_BUDGET <= budget <= MAX_BUDGET:
-            ends = f"{MIN_BUDGET} to {MAX_BUDGET}"
-            raise ValueError(f"a budget of {budget} passes of the full model must lie in {ends}")
         plans, costs = self._candidates(draw, fixed, budget)
         alive = np.arange(len(plans))
         kl = np.zeros(len(plans))
@@ -305,8 +295,8 @@ class Tuning:
 
     def calibrate(
         self,
-        chains: Mapping,  # name -> plans, from dear to cheap
-    ) -> dict | None:  # what was promised to whom, and what held; None in a process without work
+        chains,  # name -> plans, from dear to cheap
+    ):  # what was promised to whom, and what held; None in a process without work
         "Answers on the calibration clips, and fixed-sequence tests down each chain."
         samples = self.calibration
         plans = [as_pruner(p) for chain in chains.values() for p in chain]
@@ -314,13 +304,12 @@ class Tuning:
         asked = self._asked(samples, plans, asked, "calibration")
         if (rows := self._answer(asked, "calibration")) is None:
             return None
-        if self.text:
-            changed = np.array([[self.promise.loss(cell) for cell in row[1:]] for row in rows])
-        else:
-            changed = np.array([[c["pick"] != row[0]["pick"] for c in row[1:]] for row in rows])
+        changed = np.array([[c["pick"] != row[0]["pick"] for c in row[1:]] for row in rows], float)
+        if self.promise.of == "text":
+            changed = np.array([[1 - c["correct"] for c in row[1:]] for row in rows])
         clips, at = np.unique([s.clip for s in samples], return_inverse=True)
         per_clip = np.bincount(at)
-        losses = np.stack([np.bincount(at, c) for c in changed.T.astype(float)]) / per_clip
+        losses = np.stack([np.bincount(at, c) for c in changed.T]) / per_clip
         exact = bool(per_clip.max() == 1) and self.promise.of != "text"
         shape = DataShape.of(self.model, self.processor, samples, **self.limits)
         found = {}

@@ -13,7 +13,7 @@ from test_cli import LONG, ROOT, done, refused, seats
 from test_wheel import TINY
 
 from seats_analysis.boundaries.find import Boundaries, find_boundaries
-from seats_analysis.boundaries.retention import synthetic_profile
+from seats_analysis.testbed.task import synthetic_profile
 from seats_analysis.lab import demo as demo_commands, paper
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.schemas import SCHEMAS, save_profile

@@ -16,7 +16,7 @@ from seats_analysis.lab import method_figures as M
 from seats_analysis.lab import paper as P
 from seats_analysis.plots import style
 from seats_analysis.lab.simulate import needed_figure
-from seats_analysis.boundaries.retention import synthetic_profile
+from seats_analysis.testbed.task import synthetic_profile
 from seats_analysis.inputs.media import Clip
 from seats_analysis.plots.dependency import plot_dependency
 from seats_analysis.schedules.schedule import Schedule

@@ -9,10 +9,12 @@ import xarray as xr
 from typer.testing import CliRunner
 
 from seats_analysis.boundaries import find as B
-from seats_analysis.boundaries.retention import needed_families, profile_hash, synthetic_profile
+from seats_analysis.boundaries.retention import needed_families, profile_hash
+from seats_analysis.testbed.task import synthetic_profile
 from seats_analysis.cli.main import app
 from seats_analysis.lab import simulate as S
 from seats_analysis.storage.schemas import load_json
+from seats_analysis.tuning.certificate import Promise
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 STUDY = DATA / "results" / "boundary_coverage.json"
@@ -169,3 +171,17 @@ def test_sensitivity_answers_every_kind(tmp_path):
         and data["command"] == "seats transfer --trr 10 --by needs --limit 3"
     )
     assert all(r["kept"] in (1.0, None) for r in data["rows"] if r["made_for"] == "full")
+
+
+@pytest.mark.parametrize("questions", [1, 3])
+@pytest.mark.parametrize("risk", [0.0201, 0.03])
+def test_a_schedule_over_the_bound_comes_out_in_at_most_five_percent(questions, risk):
+    "The hardest chain: one schedule that is just too bad, behind one that is fine."
+    world = np.random.default_rng(5).random((2, 200_000, questions)) < [[[0.001]], [[risk]]]
+    rows = S.draw_certificates(
+        Promise(0.02), world.mean(-1), [0.5, 0.2], questions == 1, draws=2000
+    )
+    assert max(r["low"] for r in rows) <= 0.05
+    assert [r["none"] for r in rows][0] == 1  # 100 clips can show nothing
+    if questions == 1 and risk == 0.0201:
+        assert max(r["broken"] for r in rows) > 0.02  # the test is not empty
