@@ -73,7 +73,9 @@ def _seen_twice(d):
 
 
 def _nothing_seen(d):
-    heard, near, far = d.rng.choice([(0, 1, 2), (0, 1, 3), (1, 0, 3), (2, 3, 0), (3, 2, 1), (3, 2, 0)])
+    heard, near, far = d.rng.choice(
+        [(0, 1, 2), (0, 1, 3), (1, 0, 3), (2, 3, 0), (3, 2, 1), (3, 2, 0)]
+    )
     d.play(heard, d.pitches[0])
     d.show(near, d.colours[0])
     d.show(far, d.colours[1])
@@ -108,7 +110,9 @@ CONFLICTS = {  # family -> the right behaviour
     "counts_differ": "the number of what is asked for, whatever the other medium has",
     "unseen_end": "the pitch of the first or last sound, though nothing is seen with it",
 }
-_MAKERS = dict(zip(CONFLICTS, (_heard_twice, _seen_twice, _nothing_seen, _counts_differ, _unseen_end)))
+_MAKERS = dict(
+    zip(CONFLICTS, (_heard_twice, _seen_twice, _nothing_seen, _counts_differ, _unseen_end))
+)
 
 
 @dataclass(frozen=True)
