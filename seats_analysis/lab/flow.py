@@ -196,21 +196,25 @@ def flow_study(
     ]
     print(f"{windows.round(2).to_string(index=False)}\n\n{table(seen)}\n\n{out}")
 
-# %% ../../nbs/lab/12_flow.ipynb #1e2c5314
+# %% ../../nbs/lab/12_flow.ipynb #6fd414d9
 def _timed(rows, what, call):
     "Run something; what it took goes to `rows`."
     import time
+
+    import torch
 
     status = Path("/proc/self/status")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew; Linux
     wall = time.perf_counter()
     cpu = time.process_time()
-    call()
+    with torch.no_grad():
+        made = call()
     cpu = time.process_time() - cpu
     wall = time.perf_counter() - wall
     peak = int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
     rows.append(dict(what=what, cpu_s=round(cpu, 2), wall_s=round(wall, 2), peak_mb=peak // 1000))
     print(rows[-1], flush=True)
+    return made
 
 
 def flow_speed(
@@ -226,10 +230,10 @@ def flow_speed(
     import torch
     from seats_analysis.lab.bench import BenchSetup
     from seats_analysis.lab.workloads import Request, bench_processor, build_model
-    from seats_analysis.models.decoder import last_logits_only
+    from seats_analysis.models.decoder import Decoder
     from seats_analysis.models.encode import encode_questions
     from seats_analysis.probing.edges import check_edges, usual_edges
-    from seats_analysis.probing.flow import Branches, Grid, Knockouts, trace_flow
+    from seats_analysis.probing.flow import Branches, Grid, Knockouts, joined
     from seats_analysis.schedules.cost import flow_flops, prefill_flops
     from seats_analysis.storage.provenance import versions
 
@@ -237,34 +241,37 @@ def flow_speed(
     processor = bench_processor(config)
     sample = Request(frames, seconds).sample(processor)
     (questions,) = encode_questions(model, processor, [sample])
-    inputs = questions.encoded.inputs
     edges = check_edges(usual_edges(("visual", "audio")))
     head_edge = "visual->text"
-    walk = Knockouts(model, processor, questions, {p for e in edges.values() for p in e if callable(p)})
+    selectors = {side for pair in edges.values() for side in pair if callable(side)}
+    rows = []
+    decoder = Decoder(model)
+    prompt = _timed(rows, "encoders", lambda: decoder.inputs(questions.encoded.inputs))
+    walk = Knockouts(model, processor, questions, selectors)
     text = model.config.get_text_config()
     depth = list(range(text.num_hidden_layers))
 
     def branches(names, heads=None):
-        grid = torch.from_numpy(Grid.of("around", 1 if heads else 3, depth, len(depth), heads).blocked)
-        return {e: Branches(walk.sides.cut(*edges[e]), grid) for e in names}
+        grid = Grid.of("around", 1 if heads else 3, depth, len(depth), heads)
+        blocked = torch.from_numpy(grid.blocked)
+        return {e: Branches(walk.sides.cut(*edges[e]), blocked) for e in names}
 
     def flops(asked):
-        cuts = [(len(b.cut.rows), b.blocked.any(-1).tolist()) for b in asked.values()]
+        cuts = [(len(b.cut.rows), b.blocked.any(-1).tolist()) for b, _ in joined(asked)]
         tail = len(walk.tail.ids), cuts, len(walk.tail.wanted)
         return flow_flops(model.config, walk.questions.shared, *tail)
 
     def prefill():
-        with torch.no_grad(), last_logits_only(model):
-            model(**inputs, use_cache=True)
+        decoder.logits(decoder.module(**prompt | dict(use_cache=True))[0][:, -1:])
 
     one = branches([head_edge])
     one[head_edge].blocked = one[head_edge].blocked[len(depth) // 2 :][:1]
-    rows = []
+    heads = text.num_attention_heads
+    _timed(rows, "idle", lambda: None)
     _timed(rows, "prefill", prefill)
-    _timed(rows, "edges", lambda: trace_flow(model, processor, [sample], progress=False))
+    _timed(rows, "edges", lambda: walk.branch(branches(edges)))
     _timed(rows, "prefill", prefill)
-    options = dict(edges=[head_edge], window=1, heads=True, progress=False)
-    _timed(rows, "heads", lambda: trace_flow(model, processor, [sample], **options))
+    _timed(rows, "heads", lambda: walk.branch(branches([head_edge], heads)))
     _timed(rows, "prefill", prefill)
     _timed(rows, "two plain passes", lambda: walk.plain(one))
     found = dict(
@@ -278,13 +285,13 @@ def flow_speed(
         tokens=questions.encoded.shape[1],
         text=len(walk.tail.ids),
         layers=len(depth),
-        attention_heads=text.num_attention_heads,
+        attention_heads=heads,
         edges=list(edges),
         head_edge=head_edge,
         flops=dict(
             prefill=prefill_flops([questions.encoded.shape[1]] * len(depth), model.config),
             edges=flops(branches(edges)),
-            heads=flops(branches([head_edge], text.num_attention_heads)),
+            heads=flops(branches([head_edge], heads)),
         ),
         rows=rows,
     )
