@@ -11,7 +11,7 @@ from seats_analysis.boundaries.flow import flow_table
 from seats_analysis.inputs.layout import Modality
 from seats_analysis.models.encode import encode, encode_questions
 from seats_analysis.models.families import adapter_for
-from seats_analysis.probing.flow import FLOW_METRICS, Branches, Grid, Knockouts, trace_flow
+from seats_analysis.probing.flow import FLOW_METRICS, Branches, Knockouts, jobs_of, trace_flow
 from seats_analysis.schedules.cost import flow_flops
 from seats_analysis.storage.schemas import load_flow, save_flow
 
@@ -157,15 +157,14 @@ def test_flops_are_those_that_torch_counts(parts, samples, heads, monkeypatch):
     (questions,) = encode_questions(model, processor, one)
     walk = Knockouts(model, processor, questions)
     count = model.config.get_text_config().num_attention_heads
-    grid = Grid.of("around", 1, list(range(LAYERS)), LAYERS, count if heads else None)
-    blocked = torch.from_numpy(grid.blocked)
+    _, blocked = jobs_of(np.eye(LAYERS, dtype=bool), heads, count)
     pairs = ("question", "last"), ("question", "text"), ("last", "answer")
     cuts = [cut for pair in pairs if (cut := walk.sides.cut(*pair))]
     branches = {i: Branches(cut, blocked) for i, cut in enumerate(cuts)}
     with FlopCounterMode(display=False) as counter:
         walk.branch(branches)
     c = walk.questions.shared
-    edges = [(len(cut.rows), grid.blocked.any(-1)) for cut in cuts]
+    edges = [(len(cut.rows), blocked.any(-1)) for cut in cuts]
     logits = len(walk.tail.wanted)
     closed = flow_flops(
         model.config, c, len(walk.tail.ids), edges, logits=logits, convention="counter"

@@ -120,7 +120,7 @@ def boundary_table(
     rows = {}
     for name in map(str, profile["removed"].values) if removed is None else removed:
         rows[name, "all"] = _row(profile, name, None, options)
-        if flow is not None and f"{name}->text" in flow["edge"].values:
+        if flow is not None:
             rows[name, "all"]["late_by_flow"] = flow_end(flow, name)
         needed = needed_families(profile, name)
         for family in needed if len(needed) > 1 else ():
