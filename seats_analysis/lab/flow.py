@@ -196,7 +196,7 @@ def flow_study(
     ]
     print(f"{windows.round(2).to_string(index=False)}\n\n{table(seen)}\n\n{out}")
 
-# %% ../../nbs/lab/12_flow.ipynb #6fd414d9
+# %% ../../nbs/lab/12_flow.ipynb #e4366256
 def _timed(rows, what, call):
     "Run something; what it took goes to `rows`."
     import time
@@ -233,7 +233,7 @@ def flow_speed(
     from seats_analysis.models.decoder import Decoder
     from seats_analysis.models.encode import encode_questions
     from seats_analysis.probing.edges import check_edges, usual_edges
-    from seats_analysis.probing.flow import Branches, Grid, Knockouts, joined
+    from seats_analysis.probing.flow import Branches, Knockouts, jobs_of, joined
     from seats_analysis.schedules.cost import flow_flops, prefill_flops
     from seats_analysis.storage.provenance import versions
 
@@ -252,12 +252,15 @@ def flow_speed(
     depth = list(range(text.num_hidden_layers))
 
     def branches(names, heads=None):
-        grid = Grid.of("around", 1 if heads else 3, depth, len(depth), heads)
-        blocked = torch.from_numpy(grid.blocked)
+        near = abs(np.subtract.outer(depth, depth)) <= (0 if heads else 1)
+        _, blocked = jobs_of(near, bool(heads), heads)
         return {e: Branches(walk.sides.cut(*edges[e]), blocked) for e in names}
 
     def flops(asked):
-        cuts = [(len(b.cut.rows), b.blocked.any(-1).tolist()) for b, _ in joined(asked)]
+        cuts = [
+            (len(b.cut.rows), len(b.cut.fixed), len(own), b.blocked.any(-1).tolist())
+            for b, own in joined(asked)
+        ]
         tail = len(walk.tail.ids), cuts, len(walk.tail.wanted)
         return flow_flops(model.config, walk.questions.shared, *tail)
 
