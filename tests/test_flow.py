@@ -153,6 +153,12 @@ def test_planted_flow_is_found(samples):
     assert into.loc["question->last"].tolist() == [False, True, False, True]
 
 
+def test_encoders_leave_no_graph_behind(parts, samples):
+    model, processor = parts
+    questions = encode_questions(model, processor, samples[:1])
+    assert not Knockouts(model, processor, *questions).stream.hidden.requires_grad
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("heads", [False, True])
 def test_flops_are_those_that_torch_counts(parts, samples, heads, monkeypatch):

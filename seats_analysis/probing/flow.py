@@ -121,6 +121,7 @@ def joined(branches):  # edge -> Branches -> list of (Branches, {edge: where its
 class Knockouts:
     "Questions on one clip in the decoder, with what is needed to block edges between them."
 
+    @torch.no_grad()
     def __init__(self, model, processor, questions, selectors=()):
         encoded = questions.encoded
         alike = questions.shared  # up to there positions are the prompt's, then they count up
