@@ -8,7 +8,13 @@ import pytest
 import xarray as xr
 from test_cli import done, refused
 
-from seats_analysis.lab.flow import repair_table, strongest_heads, window_hits
+from seats_analysis.lab.flow import (
+    joint_heads,
+    joint_sets,
+    repair_table,
+    strongest_heads,
+    window_hits,
+)
 from seats_analysis.storage.schemas import load_flow, load_profile
 from seats_analysis.testbed import load
 from seats_analysis.testbed.conflict import CONFLICTS, Conflict, conflict_samples
@@ -95,14 +101,26 @@ def test_windows_are_counted_by_the_truth():
     assert row["share"] == pytest.approx(1 - 1 / len(samples))
 
 
+def test_heads_that_stand_in_for_each_other_are_found_together():
+    cells = [(layer, head) for layer in range(6) for head in range(4)]
+    carry = {(2, 0), (2, 3), (4, 1)}  # the answer is lost by what share of them is blind
+    sets = joint_sets(cells)
+    change = [[[-(len(carry & set(s)) ** 2) / 9 for s in sets.values()]]]
+    coords = dict(edge=["audio->text"], heads=list(sets))
+    flow = xr.Dataset(dict(change=(("sample", "edge", "heads"), change)), coords)
+    assert set(joint_heads(flow, cells, sets, 3)) == carry
+
+
 def test_the_study(tmp_path):
     out = tmp_path / "flow.json"
-    done(f"flow-study --limit 5 --out {out}")
+    done(f"flow-study --limit 6 --out {out}")
     found = json.loads(out.read_text())
     heads = {r["heads"]: r for r in found["heads"] if r["edge"] == "audio->text"}
     flow = load_flow("testbed_heads")
-    assert heads["strongest"]["cells"] == [list(c) for c in strongest_heads(flow, "audio->text")]
-    assert all(len(set(map(tuple, r["cells"]))) == 10 for n, r in heads.items() if "random" in n)
+    assert heads["alone"]["cells"] == [list(c) for c in strongest_heads(flow, "audio->text")]
+    picked = {tuple(c) for name in ("alone", "jointly") for c in heads[name]["cells"]}
+    drawn = [{tuple(c) for c in r["cells"]} for name, r in heads.items() if "random" in name]
+    assert len(drawn) == 5 and all(len(d) == 10 and not d & picked for d in drawn)
     assert {r["family"] for r in found["conflicts"]} == set(CONFLICTS)
     assert {r["by"] for r in found["repair"]} == {"blocked", "removed"}
     assert "exists" in refused(f"flow-study --out {out}")
