@@ -1,5 +1,6 @@
 # The face of the package. `import seats_analysis as sa` offers these names, each loaded when it is
 # first used: one list for the interpreter, for tab completion and for editors.
+from .storage.schemas import load_flow as load_flow
 from .storage.schemas import load_profile as load_profile
 from .inputs.media import Clip as Clip
 from .inputs.media import decode_clip as decode_clip
@@ -17,8 +18,12 @@ from .probing.selectors import time_window as time_window
 from .probing.run import family_curves as family_curves
 from .probing.run import probe_dependency as probe_dependency
 from .probing.run import probe_to_file as probe_to_file
+from .probing.flow import media_lens as media_lens
+from .probing.flow import trace_flow as trace_flow
 from .boundaries.find import Boundaries as Boundaries
 from .boundaries.find import find_boundaries as find_boundaries
+from .boundaries.flow import explain_flow as explain_flow
+from .boundaries.flow import flow_table as flow_table
 from .boundaries.report import boundary_table as boundary_table
 from .boundaries.report import explain as explain
 
@@ -42,6 +47,7 @@ from .tuning.tune import tune_schedule as tune_schedule
 from .tuning.check import check_schedule as check_schedule
 from .plots.dependency import plot_dependency as plot_dependency
 from .plots.dependency import plot_retention as plot_retention
+from .plots.flow import plot_flow as plot_flow
 from .plots.kept import kept_data as kept_data
 from .plots.kept import plot_kept as plot_kept
 from .plots.explorer import explore as explore

@@ -9,7 +9,7 @@ __all__ = ['flow_table', 'explain_flow']
 import numpy as np
 import warnings
 
-# %% ../../nbs/boundaries/01_flow.ipynb #d8dff5e6
+# %% ../../nbs/boundaries/01_flow.ipynb #daee9ef4
 def _over_clips(
     values, clip, weights
 ):  # (N, cells) with NaN, (N,) number of a clip, (n_boot, clips)
@@ -32,16 +32,14 @@ def _p_holm(means):  # (clips, L) with NaN
     from statsmodels.stats.multitest import multipletests
 
     found = np.ones(means.shape[1])
-    asked = ~np.isnan(means).all(0)
-    for i in asked.nonzero()[0]:
-        column = means[~np.isnan(means[:, i]), i]
+    for i, column in enumerate(means.T):
         if (abs(column) > 1e-6).any():  # rounding is no effect
-            found[i] = wilcoxon(column).pvalue
-    if asked.any():
+            found[i] = wilcoxon(column, nan_policy="omit").pvalue
+    if (asked := ~np.isnan(means).all(0)).any():
         found[asked] = multipletests(found[asked], method="holm")[1]
     return found
 
-# %% ../../nbs/boundaries/01_flow.ipynb #349dc7d4
+# %% ../../nbs/boundaries/01_flow.ipynb #ed0ba686
 def flow_table(
     flow,  # xr.Dataset of `trace_flow`
     metric: str = "change",  # or change_right, kl, flip
@@ -60,7 +58,8 @@ def flow_table(
             raise ValueError(f"split: {split!r} is not among {known}")
         flow = flow.isel(sample=flow["split"].values == split)
     dims = flow[metric].dims[1:]
-    right, full = flow["correct"], flow["full_correct"]
+    right = flow["correct"]
+    full = flow["full_correct"]
     asked = right.notnull() & full.notnull()
     repaired = ((right > 0) & (full == 0)).where(asked)
     broken = ((right == 0) & (full > 0)).where(asked)

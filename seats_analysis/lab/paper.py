@@ -27,12 +27,7 @@ from seats_analysis.plots.dependency import (
     plot_side_by_side,
 )
 from ..plots.chain import chain_figure
-from seats_analysis.plots.flow import (
-    plot_flow,
-    plot_flow_diagram,
-    plot_flow_heads,
-    plot_flow_windows,
-)
+from ..plots.flow import plot_flow, plot_flow_diagram
 from ..plots.kept import plot_kept
 from seats_analysis.lab.method_figures import (
     CHANCE,
@@ -368,19 +363,16 @@ def _answer_jobs(data):
 
 
 def _flow_jobs(data):
-    "Edges by layer, the way to the answer, time windows, heads."
+    "Edges by layer and the way to the answer, time windows, or heads, by what a file is called."
     for path in sorted((data / "flows").glob("*.nc")):
         flow = load_flow(path)
-        said = f"Measured here on {flow.attrs.get('model', 'a model')}: "
-        said += f"{flow.sizes['sample']} questions, {len(set(flow['clip'].values))} clips"
-        if "head" in flow.dims:
-            draws = dict(heads=plot_flow_heads)
-        elif flow.attrs.get("edges") == "time":
-            draws = dict(windows=plot_flow_windows)
-        else:
-            draws = dict(flow=plot_flow, way=plot_flow_diagram)
-        for name, draw in draws.items():
-            yield f"{path.stem.split('_')[0]}_flow_{name}", _with_source(said, draw, flow)
+        said = f"Measured here on {flow.attrs.get('model', 'a model')}: {flow.sizes['sample']} "
+        said += f"questions, {len({*flow['clip'].values})} clips; edges blocked in {flow.window} "
+        said += f"layers ({flow.span}); bands: 95 %; full: holds after Holm's correction"
+        model, _, kind = path.stem.partition("_")
+        yield f"{model}_flow_{kind or 'layers'}", _with_source(said, plot_flow, flow)
+        if not kind:
+            yield f"{model}_flow_way", _with_source(said, plot_flow_diagram, flow)
 
 
 def _schedule_jobs(data):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['copies_at_once', 'trace_flow', 'flow_to_file', 'media_lens']
 
-# %% ../../nbs/probing/05_flow.ipynb #ff424cec
+# %% ../../nbs/probing/05_flow.ipynb #09da4c16
 import json
 import numpy as np
 import torch
@@ -21,14 +21,13 @@ from ..models.provenance import provenance
 from .branches import Stream, Tail, marks_of
 from .edges import Sides, behind_media, check_edges, usual_edges
 from .run import units_of
-from .selectors import describe
 
 # %% ../../nbs/probing/05_flow.ipynb #e0e8b2d7
 def copies_at_once(rows, fixed, width):
     "Copies of so many rows that stand side by side, behind `fixed` common columns."
     return max(1, max(2 * width, fixed // 4) // rows)
 
-# %% ../../nbs/probing/05_flow.ipynb #84b39c24
+# %% ../../nbs/probing/05_flow.ipynb #d82ab62a
 MOST_TOKENS = 8_192  # of copies that run as one batch
 MOST_CELLS = 2**27  # of their masks: 512 MiB in float32
 
@@ -58,7 +57,8 @@ class Branches:
 
     def allowed(self, jobs, layer):  # (B, g) -> (B, H or 1, g * r, n + g * r) bool
         "Who sees whom among some copies."
-        n, g = len(self.cut.fixed), jobs.shape[1]
+        n = len(self.cut.fixed)
+        g = jobs.shape[1]
         which = self.blocked[jobs, layer].to(self.cut.sees.device)  # (B, g, H)
         if (which == which[..., :1]).all():
             which = which[..., :1]
@@ -87,10 +87,12 @@ class Branches:
                 hidden = own.inject(rows.view(hidden.shape), layer)
                 self.hidden |= dict(zip(jobs.flatten().tolist(), hidden))
 
-# %% ../../nbs/probing/05_flow.ipynb #0623ce94
+# %% ../../nbs/probing/05_flow.ipynb #e529ab33
 def _join(a, b):  # Cut, Cut -> Cut, (r,) where the rows of `b` are in it; None
     "Two edges as one, where they part only in rows that no other row looks at."
-    r, n, more = len(b.rows), len(b.fixed), len(a.rows)
+    r = len(b.rows)
+    n = len(b.fixed)
+    more = len(a.rows)
     if not torch.equal(a.rows[:r], b.rows):
         return None
     part = (a.sees[1, :r, : n + r] != b.sees[1]).any(1)
@@ -114,10 +116,11 @@ def joined(branches):  # edge -> Branches -> list of (Branches, {edge: where its
                 found[i] = Branches(both[0], b.blocked), edges | {name: both[1]}
                 break
         else:
-            found.append((Branches(b.cut, b.blocked), {name: torch.arange(len(b.cut.rows))}))
+            # its rows ascend
+            found.append((Branches(b.cut, b.blocked), {name: b.cut.rows.argsort()}))
     return found
 
-
+# %% ../../nbs/probing/05_flow.ipynb #0cc62f82
 class Knockouts:
     "Questions on one clip in the decoder, with what is needed to block edges between them."
 
@@ -125,15 +128,18 @@ class Knockouts:
     def __init__(self, model, processor, questions, selectors=()):
         encoded = questions.encoded
         alike = questions.shared  # up to there positions are the prompt's, then they count up
-        self.questions = questions = behind_media(questions)
+        questions = behind_media(questions)
+        self.questions = questions
         device = encoded.inputs["input_ids"].device
-        self.tail = tail = Tail.pack(questions.tails, questions.choice_ids, device)
+        tail = Tail.pack(questions.tails, questions.choice_ids, device)
+        self.tail = tail
         at = questions.shared + tail.depth
         positions = encoded.position_ids[..., at.clamp(max=alike)] + (at - alike).clamp(min=0)
         self.stream = Stream.enter(model, encoded, questions.shared, tail.ids[None], positions)
         found = marks_of(self.stream, encoded, {s: s for s in selectors})
         marks = {s: mark[0].to(device) for s, mark in found.items()}
         self.sides = Sides.of(questions, tail, marks, processor.tokenizer)
+        self.everyone = torch.arange(self.stream.hidden.shape[1], device=device)
 
     def score(self, hidden):  # (k, n, D) of the tail -> k Scores
         return self.tail.score(self.stream.decoder, hidden[:, self.tail.wanted])
@@ -145,12 +151,13 @@ class Knockouts:
     def branch(self, branches):  # edge -> Branches
         """Scores of the full pass, {edge: {job: Scores}}, and the Scores read off behind every
         layer; all in one pass."""
-        stream, c = self.stream, self.questions.shared
-        decoder, end = stream.decoder, stream.hidden.shape[1]
+        c = self.questions.shared
+        stream = self.stream
+        decoder = stream.decoder
         context = stream.map(lambda x: x[:, :c])
         after = stream.map(lambda x: x[:, c:])
         mask = self.mask(torch.ones(c, c, dtype=torch.bool, device=stream.hidden.device).tril())
-        tail_mask = self.mask(self.sides.sees(torch.arange(c, end, device=stream.hidden.device)))
+        tail_mask = self.mask(self.sides.sees(self.everyone[c:]))
         groups = joined(branches)
         read = []
         for layer in range(len(decoder.layers)):
@@ -179,9 +186,8 @@ class Knockouts:
     @torch.no_grad()
     def plain(self, branches):
         "The same by a pass of its own for every knockout, each with a mask over all positions."
-        decoder, c = self.stream.decoder, self.questions.shared
-        everyone = torch.arange(self.stream.hidden.shape[1], device=self.tail.ids.device)
-        sees = self.sides.sees(everyone)
+        decoder = self.stream.decoder
+        sees = self.sides.sees(self.everyone)
 
         def run(less=sees, blocked=torch.zeros(len(decoder.layers), 1)):  # who sees whom there
             stream = self.stream
@@ -189,7 +195,7 @@ class Knockouts:
                 allowed = torch.stack([less if at else sees for at in blocked[layer]])
                 mask = decoder.mask(allowed[None], stream.hidden.dtype)
                 stream = replace(stream, mask=mask).through(layer, layer + 1)
-            return self.score(stream.hidden[:, c:])[0]
+            return self.score(stream.hidden[:, self.questions.shared :])[0]
 
         found = {}
         for name, b in branches.items():
@@ -263,7 +269,7 @@ def effects(samples, full, found):  # Scores of the full pass and of a knockout
         correct=np.where(asked, measured["correct"], np.nan),
     )
 
-# %% ../../nbs/probing/05_flow.ipynb #d07613b1
+# %% ../../nbs/probing/05_flow.ipynb #74af7fdb
 def _time_edges(questions):
     "Each time window of each modality of a clip to the text."
     layout = questions.encoded.layout
@@ -302,23 +308,20 @@ def _dataset(rows, samples, axes, about):
 
     edges = list(dict.fromkeys(e for row in rows for e in row["edges"]))
     dims = ("sample", "edge", *axes)
-    shape = tuple(map(len, axes.values()))
+    shape = [len(values) for values in axes.values()]
+    nothing = dict.fromkeys(FLOW_METRICS, [np.nan] * int(np.prod(shape)))
     variables = {}
     for k, (units, said) in FLOW_METRICS.items():
-        values = np.full((len(rows), len(edges), int(np.prod(shape))), np.nan, "float32")
-        for at, row in zip(values, rows):
-            for e, found in row["edges"].items():
-                at[edges.index(e)] = found[k]
-        values = values.reshape(*values.shape[:2], *shape)
+        values = [[row["edges"].get(e, nothing)[k] for e in edges] for row in rows]
+        values = np.array(values, "float32").reshape(len(rows), len(edges), *shape)
         variables[k] = dims, values, dict(units=units, description=said)
     right = "whether the full model is right; NaN without other choices"
     full = np.array([row["correct"] for row in rows], "float32")
     variables["full_correct"] = "sample", full, dict(units="1", description=right)
-    if depth := len(rows[0]["lens"]):
+    if rows[0]["lens"]:
         most = max(len(row["lens"][0]) for row in rows)
-        lens = np.full((len(rows), depth, most), np.nan, "float32")
-        for at, row in zip(lens, rows):
-            at[:, : len(row["lens"][0])] = row["lens"]
+        lens = [[p + [np.nan] * (most - len(p)) for p in row["lens"]] for row in rows]
+        lens = np.array(lens, "float32")
         said = "a lens, not a cause: probability of each choice by final norm and head"
         variables["lens"] = ("sample", "depth", "choice"), lens, dict(units="1", description=said)
 
@@ -380,14 +383,10 @@ def trace_flow(
         axes = dict(layer=layers, **axes)
         apart = torch.tensor([i % media_every == 0 for i in layers])
         coarse = blocked & apart.repeat_interleave(len(blocked) // len(layers))[:, None, None]
-    said = edges
-    if edges != "time":
-        own = {side: side for pair in edges.values() for side in pair if callable(side)}
-        own = describe(own, checkpoint is not None)
-        said = json.dumps({name: [own.get(s, s) for s in pair] for name, pair in edges.items()})
-    settings = dict(edges=said, method=method, span=span, window=window, media_every=media_every)
-    settings["heads"] = json.dumps(heads if isinstance(heads, Mapping) else bool(heads))
-    settings |= dict(fps=fps, max_frames=max_frames or 0)
+    # a selector that is no dataclass says where it lies in memory: no other run goes on with it
+    named = edges if edges == "time" else json.dumps(edges, default=repr)
+    settings = dict(edges=named, method=method, span=span, window=window, media_every=media_every)
+    settings |= dict(heads=json.dumps(heads), fps=fps, max_frames=max_frames or 0)
     about = provenance(model, processor, samples, each=True, **settings)
     about["schema"] = SCHEMAS["flow"].id
 
@@ -396,10 +395,10 @@ def trace_flow(
         some = [samples[i] for i in unit]
         limits = dict(fps=fps, max_frames=max_frames)
         for questions in encode_questions(model, processor, some, **limits):
-            named = _time_edges(questions) if edges == "time" else edges
-            selectors = {side for pair in named.values() for side in pair if callable(side)}
+            here = _time_edges(questions) if edges == "time" else edges
+            selectors = {side for pair in here.values() for side in pair if callable(side)}
             walk = Knockouts(model, processor, questions, selectors)
-            rows += _rows(walk, named, blocked, coarse, method)
+            rows += _rows(walk, here, blocked, coarse, method)
         return rows
 
     run = Checkpoint(checkpoint, about | dict(layers=layers), shard)
@@ -425,13 +424,12 @@ def flow_to_file(
             Checkpoint.remove(folder)
     return flow
 
-# %% ../../nbs/probing/05_flow.ipynb #9f54a312
+# %% ../../nbs/probing/05_flow.ipynb #94282077
 @torch.no_grad()
 def media_lens(
     model,
     processor,
     sample: Sample,
-    layers=None,  # 0-based, to read behind; None: all
     **limits,  # fps, max_frames: see `encode`
 ):  # pandas.DataFrame (layer, window) of words; columns as 'visual@0'
     "The word that most tokens of each time window decode to, layer by layer: a lens, not a cause."
@@ -439,20 +437,18 @@ def media_lens(
 
     (questions,) = encode_questions(model, processor, [sample], **limits)
     walk = Knockouts(model, processor, questions)
-    decoder, layout = walk.stream.decoder, questions.encoded.layout
-    everyone = torch.arange(walk.stream.hidden.shape[1], device=walk.tail.ids.device)
-    stream = replace(walk.stream, mask=walk.mask(walk.sides.sees(everyone)))
+    decoder = walk.stream.decoder
+    layout = questions.encoded.layout
+    stream = replace(walk.stream, mask=walk.mask(walk.sides.sees(walk.everyone)))
     rows = {}
     for layer in range(len(decoder.layers)):
         stream = stream.through(layer, layer + 1)
-        if layers is not None and layer not in layers:
-            continue
         row = rows[layer] = {}
         for name in adapter_for(model).modalities(model):
             at = getattr(layout, name)[0].nonzero()[:, 0]
             of = layout.window[0, at]
             for k in of.unique().tolist():
-                hidden = stream.hidden[:, at[of == k].to(everyone.device)]
+                hidden = stream.hidden[:, at[of == k].to(walk.everyone.device)]
                 token = decoder.logits(hidden)[0].argmax(-1).mode().values
                 row[f"{name}@{k}"] = processor.tokenizer.decode([int(token)])
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
