@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from typer.testing import CliRunner
 
-from seats_analysis.boundaries.flow import flow_table
+from seats_analysis.boundaries.find import find_boundaries
+from seats_analysis.boundaries.flow import explain_flow, flow_end, flow_table
+from seats_analysis.boundaries.report import boundary_table
+from seats_analysis.cli.main import app
 from seats_analysis.inputs.layout import Modality
 from seats_analysis.models.encode import encode, encode_questions
 from seats_analysis.models.families import adapter_for
+from seats_analysis.probing import flow as flow_module
 from seats_analysis.probing.flow import (
     FLOW_METRICS,
     Branches,
@@ -20,7 +25,8 @@ from seats_analysis.probing.flow import (
     trace_flow,
 )
 from seats_analysis.schedules.cost import flow_flops
-from seats_analysis.storage.schemas import load_flow, save_flow
+from seats_analysis.storage.files import shipped_folder
+from seats_analysis.storage.schemas import load_flow, load_profile, save_flow
 
 LAYERS = 4
 FAMILIES = "qwen2.5-omni", "qwen3-omni"
@@ -197,8 +203,6 @@ def test_a_flow_is_stored_and_read(parts, samples, tmp_path):
     assert again.equals(flow) or set(again.variables) == set(flow.variables)
     np.testing.assert_array_equal(again["change"], flow["change"])
     with pytest.raises(ValueError, match="is not a dependency profile"):
-        from seats_analysis.storage.schemas import load_profile
-
         load_profile(path)
     rows = flow_table(again)
     assert (rows["questions"] == 3).all()  # the text alone has no such edge
@@ -212,3 +216,68 @@ def test_a_checkpoint_goes_on(parts, samples, tmp_path):
     np.testing.assert_array_equal(whole["kl"], again["kl"])
     with pytest.raises(ValueError, match="cannot be continued"):
         trace_flow(model, processor, samples, checkpoint=tmp_path / "c", window=1, **options)
+
+
+REFUSED = {
+    "--edges audio->words": "'words' is not one of visual, audio",
+    "--edges audio": "'audio', expected 'source->target'",
+    "--edges ,": "--edges: nothing named",
+    "--window 2": "--window 2: give an odd number",
+    "--layers 16": "--layers: layer 16 is outside 0..15",
+    "--layers auto": "give numbers",
+    "--out {profile} --overwrite": "is not a flow; choose another name",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_the_command_refuses_in_one_line(line):
+    profile = shipped_folder("profiles") / "testbed.nc"
+    result = CliRunner().invoke(app, ["flow", *line.format(profile=profile).split()])
+    assert (result.exit_code, result.stdout) == (2, ""), result.stderr
+    assert result.stderr.startswith("seats: ") and result.stderr.count("\n") == 1
+    assert REFUSED[line] in result.stderr
+
+
+def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = "flow --edges time --layers 5,6 --limit 6 --out f.nc".split()
+    seen = []
+    rows = flow_module._rows
+
+    def stop(walk, *args):
+        seen.append(walk.questions.samples[0].clip)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return rows(walk, *args)
+
+    monkeypatch.setattr(flow_module, "_rows", stop)
+    first = CliRunner().invoke(app, words)
+    assert first.exit_code and "same command" in first.stderr and not (tmp_path / "f.nc").exists()
+    again = CliRunner().invoke(app, words)
+    assert again.exit_code == 0, again.stderr
+    assert len(set(seen)) == len(seen) - 1  # only the clip that was stopped in ran twice
+    flow = load_flow("f.nc")
+    assert dict(flow.sizes) | dict(sample=6, edge=8, layer=2) == dict(flow.sizes)
+    heads = CliRunner().invoke(app, "flow --heads --edges audio->last --layers 6 --limit 2".split())
+    assert heads.exit_code == 0 and "testbed_heads.nc: 2 questions" in heads.stdout
+
+
+@pytest.mark.parametrize("name", ["testbed", "testbed-qwen3"])
+def test_the_schedule_has_a_second_estimate(name):
+    "Beside the probe's late start stands where the text's reading ends, from the table itself."
+    flow = load_flow(name)
+    profile = load_profile(name)
+    modalities = "visual", "audio", "both"
+    rows = boundary_table(profile, removed=modalities, flow=flow, n_boot=200)
+    bounds = {m: find_boundaries(profile, m, n_boot=200) for m in modalities}
+    said = explain_flow(flow, bounds)
+    table = flow_table(flow)
+    for m in modalities:
+        counts = table.xs(f"{m}->text", level="edge").query("p_holm < 0.05 and abs(change) > 0.01")
+        end = int(counts.index.max()) + 1 - int(flow.window) // 2
+        assert flow_end(flow, m) == rows.loc[(m, "all"), "late_by_flow"] == end
+        low, high = bounds[m].late_start_ci
+        verdict = "they agree" if low <= end <= high else "they disagree"
+        assert f"{m}: by its flow no layer from {end + 1} on" in said
+        assert verdict in next(line for line in said.splitlines() if line.startswith(f"{m}: by"))
+    assert "late_by_flow" not in boundary_table(profile, removed=["both"], n_boot=200)

@@ -175,9 +175,11 @@ def flow(
     layer. Interrupted, the same command goes on; `accelerate launch --no_python` shares the work.
     """
     num_layers = asked.depth()
-    chosen = _layer_list(layers, num_layers)
+    chosen = _layer_list(layers, num_layers and num_layers - 1)
     if chosen == "auto":
         raise ValueError("--layers auto: only `seats probe` follows a curve; give numbers")
+    if window % 2 == 0:
+        raise ValueError(f"--window {window}: give an odd number of layers")
     kind = "_time" if edges == "time" else "_heads" if heads else ""
     usual = f"flows/{name_of(asked.model)}{kind}.nc"
     out = output_file(out, asked.data, usual, "flow", overwrite)
@@ -185,7 +187,7 @@ def flow(
     from seats_analysis.probing.edges import check_edges
     from seats_analysis.probing.flow import flow_to_file
 
-    named = edges if edges == "time" or not edges else list(check_edges(edges.split(",")))
+    named = edges if edges in ("", "time") else list(check_edges(names_of(edges, "--edges")))
     samples = asked.samples()
     model, processor = asked.load()
     with resumable(Checkpoint.folder_of(out), "samples"):

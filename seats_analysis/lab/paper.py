@@ -366,13 +366,15 @@ def _flow_jobs(data):
     "Edges by layer and the way to the answer, time windows, or heads, by what a file is called."
     for path in sorted((data / "flows").glob("*.nc")):
         flow = load_flow(path)
+        kind = next((k for k in ("time", "heads") if path.stem.endswith(f"_{k}")), "layers")
+        model = path.stem.removesuffix(f"_{kind}")
         said = f"Measured here on {flow.attrs.get('model', 'a model')}: {flow.sizes['sample']} "
-        said += f"questions, {len({*flow['clip'].values})} clips; edges blocked in {flow.window} "
-        said += f"layers ({flow.span}); bands: 95 %; full: holds after Holm's correction"
-        model, _, kind = path.stem.partition("_")
-        yield f"{model}_flow_{kind or 'layers'}", _with_source(said, plot_flow, flow)
-        if not kind:
+        said += f"questions, {len({*flow['clip'].values})} clips; blocked: {flow.span} each layer, "
+        said += f"{flow.window} wide"
+        if kind == "layers":
+            said += "; bands: 95 %; full markers: holds after Holm's correction"
             yield f"{model}_flow_way", _with_source(said, plot_flow_diagram, flow)
+        yield f"{model}_flow_{kind}", _with_source(said, plot_flow, flow)
 
 
 def _schedule_jobs(data):
