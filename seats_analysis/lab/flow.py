@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['evidence', 'shares', 'window_hits', 'strongest_heads', 'all_heads', 'joint_sets', 'joint_heads', 'head_sets',
-           'repair_table', 'head_study', 'conflict_study', 'flow_study', 'flow_speed']
+           'repair_table', 'head_study', 'conflict_study', 'flow_study']
 
 # %% ../../nbs/lab/12_flow.ipynb #2a54c0b3
 import re
@@ -221,108 +221,3 @@ def flow_study(
         for r in result["heads"]
     ]
     print(f"{windows.round(2).to_string(index=False)}\n\n{table(seen)}\n\n{out}")
-
-# %% ../../nbs/lab/12_flow.ipynb #e4366256
-def _timed(rows, what, call):
-    "Run something; what it took goes to `rows`."
-    import time
-
-    import torch
-
-    status = Path("/proc/self/status")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew; Linux
-    wall = time.perf_counter()
-    cpu = time.process_time()
-    with torch.no_grad():
-        made = call()
-    cpu = time.process_time() - cpu
-    wall = time.perf_counter() - wall
-    peak = int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
-    rows.append(dict(what=what, cpu_s=round(cpu, 2), wall_s=round(wall, 2), peak_mb=peak // 1000))
-    print(rows[-1], flush=True)
-    return made
-
-
-def flow_speed(
-    out,  # JSON file to write
-    config="qwen2.5-omni-7b",
-    width=512,
-    frames=60,  # of the made-up clip
-    seconds=27.2,
-):  # dict, as written
-    "Eight edges over all layers, and all heads of one, beside a prefill and the plain way."
-    import json
-
-    import torch
-    from seats_analysis.lab.bench import BenchSetup
-    from seats_analysis.lab.workloads import Request, bench_processor, build_model
-    from seats_analysis.models.decoder import Decoder
-    from seats_analysis.models.encode import encode_questions
-    from seats_analysis.probing.edges import check_edges, usual_edges
-    from seats_analysis.probing.flow import Branches, Knockouts, jobs_of, joined
-    from seats_analysis.schedules.cost import flow_flops, prefill_flops
-    from seats_analysis.storage.provenance import versions
-
-    model = build_model(config, width)
-    processor = bench_processor(config)
-    sample = Request(frames, seconds).sample(processor)
-    (questions,) = encode_questions(model, processor, [sample])
-    edges = check_edges(usual_edges(("visual", "audio")))
-    head_edge = "visual->text"
-    selectors = {side for pair in edges.values() for side in pair if callable(side)}
-    rows = []
-    decoder = Decoder(model)
-    prompt = _timed(rows, "encoders", lambda: decoder.inputs(questions.encoded.inputs))
-    walk = Knockouts(model, processor, questions, selectors)
-    text = model.config.get_text_config()
-    depth = list(range(text.num_hidden_layers))
-
-    def branches(names, heads=None):
-        near = abs(np.subtract.outer(depth, depth)) <= (0 if heads else 1)
-        _, blocked = jobs_of(near, bool(heads), heads)
-        return {e: Branches(walk.sides.cut(*edges[e]), blocked) for e in names}
-
-    def flops(asked):
-        cuts = [
-            (len(b.cut.rows), len(b.cut.fixed), len(own), b.blocked.any(-1).tolist())
-            for b, own in joined(asked)
-        ]
-        tail = len(walk.tail.ids), cuts, len(walk.tail.wanted)
-        return flow_flops(model.config, walk.questions.shared, *tail)
-
-    def prefill():
-        decoder.logits(decoder.module(**prompt | dict(use_cache=True))[0][:, -1:])
-
-    one = branches([head_edge])
-    one[head_edge].blocked = one[head_edge].blocked[len(depth) // 2 :][:1]
-    heads = text.num_attention_heads
-    _timed(rows, "idle", lambda: None)
-    _timed(rows, "prefill", prefill)
-    _timed(rows, "edges", lambda: walk.branch(branches(edges)))
-    _timed(rows, "prefill", prefill)
-    _timed(rows, "heads", lambda: walk.branch(branches([head_edge], heads)))
-    _timed(rows, "prefill", prefill)
-    _timed(rows, "two plain passes", lambda: walk.plain(one))
-    found = dict(
-        schema="seats_analysis/flow_speed/1",
-        model=f"{config} at width {width}, random weights",
-        revision="none",
-        seed=0,
-        device=BenchSetup().device_name,
-        threads=torch.get_num_threads(),
-        versions=json.dumps(versions("torch", "numpy", "transformers")),
-        tokens=questions.encoded.shape[1],
-        text=len(walk.tail.ids),
-        layers=len(depth),
-        attention_heads=heads,
-        edges=list(edges),
-        head_edge=head_edge,
-        flops=dict(
-            prefill=prefill_flops([questions.encoded.shape[1]] * len(depth), model.config),
-            edges=flops(branches(edges)),
-            heads=flops(branches([head_edge], heads)),
-        ),
-        rows=rows,
-    )
-    save_json(out, found)
-    return found
