@@ -16,7 +16,14 @@ from seats_analysis.inputs.layout import Modality
 from seats_analysis.models.encode import encode, encode_questions
 from seats_analysis.models.families import adapter_for
 from seats_analysis.probing import flow as flow_module
-from seats_analysis.probing.flow import FLOW_METRICS, Branches, Knockouts, jobs_of, trace_flow
+from seats_analysis.probing.flow import (
+    FLOW_METRICS,
+    Branches,
+    Knockouts,
+    jobs_of,
+    joined,
+    trace_flow,
+)
 from seats_analysis.schedules.cost import flow_flops
 from seats_analysis.storage.files import shipped_folder
 from seats_analysis.storage.schemas import load_flow, load_profile, save_flow
@@ -100,6 +107,7 @@ def test_the_pass_with_branches_gives_what_a_pass_for_each_gives(parts, samples,
     model, processor = parts
     edges = ["visual->question", "both->text", "audio->visual", "visual@0->audio", "options->last"]
     edges += ["right->last", "first->text", "question->answer"]
+    edges += ["visual->text", "visual->last", "first->question"]  # two share copies with another
     options = dict(edges=edges, span=span, media_every=2, progress=False)
     fast = trace_flow(model, processor, samples, **options)
     slow = trace_flow(model, processor, samples, method="plain", **options)
@@ -151,6 +159,12 @@ def test_planted_flow_is_found(samples):
     assert into.loc["question->last"].tolist() == [False, True, False, True]
 
 
+def test_encoders_leave_no_graph_behind(parts, samples):
+    model, processor = parts
+    questions = encode_questions(model, processor, samples[:1])
+    assert not Knockouts(model, processor, *questions).stream.hidden.requires_grad
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("heads", [False, True])
 def test_flops_are_those_that_torch_counts(parts, samples, heads, monkeypatch):
@@ -164,13 +178,16 @@ def test_flops_are_those_that_torch_counts(parts, samples, heads, monkeypatch):
     walk = Knockouts(model, processor, questions)
     count = model.config.get_text_config().num_attention_heads
     _, blocked = jobs_of(np.eye(LAYERS, dtype=bool), heads, count)
-    pairs = ("question", "last"), ("question", "text"), ("last", "answer")
+    pairs = ("question", "last"), ("first", "question"), ("last", "answer"), ("first", "text")
     cuts = [cut for pair in pairs if (cut := walk.sides.cut(*pair))]
     branches = {i: Branches(cut, blocked) for i, cut in enumerate(cuts)}
+    once = joined(branches)
+    assert len(once) == len(cuts) - 1  # the first tokens to the question and to all text
     with FlopCounterMode(display=False) as counter:
         walk.branch(branches)
     c = walk.questions.shared
-    edges = [(len(cut.rows), blocked.any(-1)) for cut in cuts]
+    blocked = blocked.any(-1)
+    edges = [(len(b.cut.rows), len(b.cut.fixed), len(own), blocked) for b, own in once]
     logits = len(walk.tail.wanted)
     closed = flow_flops(
         model.config, c, len(walk.tail.ids), edges, logits=logits, convention="counter"

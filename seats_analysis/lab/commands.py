@@ -6,4 +6,4 @@
 __all__ = []
 
 # %% ../../nbs/lab/13_commands.ipynb #4ca06b96
-from . import bench_command, demo, studies, turns  # noqa: F401  they add commands
+from . import bench_command, demo, flow, studies, turns  # noqa: F401  they add commands

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from torch.nn.functional import pad
 from ..storage.files import Checkpoint, processes
 from ..storage.schemas import SCHEMAS, save_flow
 from ..inputs.samples import Sample, check_ids
@@ -86,10 +87,44 @@ class Branches:
                 hidden = own.inject(rows.view(hidden.shape), layer)
                 self.hidden |= dict(zip(jobs.flatten().tolist(), hidden))
 
+# %% ../../nbs/probing/05_flow.ipynb #e529ab33
+def _join(a, b):  # Cut, Cut -> Cut, (r,) where the rows of `b` are in it; None
+    "Two edges as one, where they part only in rows that no other row looks at."
+    r = len(b.rows)
+    n = len(b.fixed)
+    more = len(a.rows)
+    if not torch.equal(a.rows[:r], b.rows):
+        return None
+    part = (a.sees[1, :r, : n + r] != b.sees[1]).any(1)
+    if part.all() or b.sees[0, ~part][:, n:][:, part].any():
+        return None
+    rows = torch.cat([a.rows, b.rows[part]])
+    at = torch.arange(r, device=rows.device)
+    at[part] = torch.arange(more, len(rows), device=rows.device)
+    sees = pad(a.sees, (0, len(rows) - more, 0, len(rows) - more))
+    sees[:, more:, :n] = b.sees[:, part, :n]
+    sees[:, more:, n + at] = b.sees[:, part, n:]
+    return replace(a, rows=rows, sees=sees), at
+
+
+def joined(branches):  # edge -> Branches -> list of (Branches, {edge: where its rows are in it})
+    "Media to the question and to all text differ in the last token alone: a copy serves both."
+    found = []
+    for name, b in branches.items():
+        for i, (other, edges) in enumerate(found):
+            if torch.equal(other.blocked, b.blocked) and (both := _join(other.cut, b.cut)):
+                found[i] = Branches(both[0], b.blocked), edges | {name: both[1]}
+                break
+        else:
+            # its rows ascend
+            found.append((Branches(b.cut, b.blocked), {name: b.cut.rows.argsort()}))
+    return found
+
 # %% ../../nbs/probing/05_flow.ipynb #0cc62f82
 class Knockouts:
     "Questions on one clip in the decoder, with what is needed to block edges between them."
 
+    @torch.no_grad()
     def __init__(self, model, processor, questions, selectors=()):
         encoded = questions.encoded
         alike = questions.shared  # up to there positions are the prompt's, then they count up
@@ -123,6 +158,7 @@ class Knockouts:
         after = stream.map(lambda x: x[:, c:])
         mask = self.mask(torch.ones(c, c, dtype=torch.bool, device=stream.hidden.device).tril())
         tail_mask = self.mask(self.sides.sees(self.everyone[c:]))
+        groups = joined(branches)
         read = []
         for layer in range(len(decoder.layers)):
             before = torch.cat([context.hidden, after.hidden], 1)[0]
@@ -133,17 +169,18 @@ class Knockouts:
                 context = replace(context, hidden=context.inject(hidden, layer))
             hidden, kv = decoder.run_layer(after.hidden, after.rotary, tail_mask, layer, kv)
             after = replace(after, hidden=hidden)
-            for b in branches.values():
+            for b, _ in groups:
                 b.branch_off(layer, before)
                 b.advance(stream, layer, kv)
             read += self.score(after.hidden)
         found = {}
-        for name, b in branches.items():
-            at = b.cut.rows >= c  # of the context nothing is scored
-            hidden = after.hidden.repeat(len(b.hidden), 1, 1)
-            for into, rows in zip(hidden, b.hidden.values()):
-                into[b.cut.rows[at] - c] = rows[at]
-            found[name] = dict(zip(b.hidden, self.score(hidden)))
+        for b, edges in groups:
+            for name, at in edges.items():
+                at = at[b.cut.rows[at] >= c]  # of the context nothing is scored
+                hidden = after.hidden.repeat(len(b.hidden), 1, 1)
+                for into, rows in zip(hidden, b.hidden.values()):
+                    into[b.cut.rows[at] - c] = rows[at]
+                found[name] = dict(zip(b.hidden, self.score(hidden)))
         return read[-1], found, read
 
     @torch.no_grad()

@@ -178,7 +178,8 @@ def flow_flops(
     config,  # see `text_dims`
     context: int,  # positions up to the last media token
     tail: int,  # positions behind them, of all questions together
-    edges: Sequence,  # per edge: rows that may change, (J, L) bool layers in which each is blocked
+    edges: Sequence,  # per branch: rows that run, positions that stay, edges that it serves, (J, L)
+    # bool layers in which each job is blocked
     logits: int = 1,  # positions of the tail that are given to the output head
     convention: str = "causal",  # or counter
 ) -> float:  # FLOPs of the language model
@@ -193,12 +194,11 @@ def flow_flops(
         total += _layer_flops(tail, i, d, convention) + 4 * width * tail * context
         if i < d.layers - 1:
             total += _layer_flops(context, i, d, convention)
-    for rows, blocked in edges:
-        fixed = context + tail - rows
+    for rows, fixed, serves, blocked in edges:
         together = copies_at_once(rows, fixed, d.hidden)
         blocked = [list(job) for job in blocked]
         starts = [job.index(True) for job in blocked if any(job)]
-        scored += len(starts)
+        scored += serves * len(starts)
         for i in range(d.layers):
             busy = sum(bool(job[i]) for job in blocked)
             for copies in (busy, sum(start <= i for start in starts) - busy):

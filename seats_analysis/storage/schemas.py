@@ -176,6 +176,7 @@ SCHEMAS = dict(
         "method accuracy flops_fraction_causal_without_selection",
     ),
     sensitivity=_json("sensitivity", "a task-sensitivity table", "rows", "made_for used_on kept"),
+    flow_study=_json("flow_study", "a study of flows", "windows heads conflicts repair"),
     turns=_json("turns", "a study of second turns", "rows", "plan turn alone second"),
     bench=_json("bench", "a benchmark", "rows", "config method trr batch tokens"),
     kept=_json("kept", "a file of kept positions", "clip grid audio_tokens audio_rate stages"),
