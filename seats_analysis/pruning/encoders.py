@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import Lock, current_thread, enumerate as running_threads
+from threading import Condition, current_thread, enumerate as running_threads
 from unittest.mock import patch
 from weakref import WeakSet, ref
 from ..models.attention import TowerAttention
@@ -30,10 +30,21 @@ class Hooks:
         "prune works by hooks on the layers, and what torch.compile made of a whole model, decoder "
         "or encoder runs without them: compile the decoder's layers one by one (`layer.compile()`)"
     )
+    LEFT = (
+        "the `prune` block was left while a thread was generating: end that within the block "
+        "(read its streamer to the end, `thread.join()`)"
+    )
+    PATIENCE = 2.0  # seconds between two passes; then it may be the leaver who is waited for
 
     def __init__(self):
         self.owner = None  # the thread whose forward pass is going on
-        self.lock = Lock()
+        self.passing = False  # whether that is in the thinker
+        self.generating = []  # threads, each as often as it is in `generate`
+        self.used = False  # whether a pass began in this block
+        self.left = False  # whether its end was reached
+        self.refused = False  # whether a pass came after that
+        self.rest = None  # the hook for generations that outlive the block
+        self.lock = Condition()
         here = current_thread()
         self.others = WeakSet(t for t in running_threads() if t is not here)
 
@@ -76,16 +87,68 @@ class Hooks:
                 "another thread is in a forward pass of this model: in a `prune` block there is "
                 "one at a time"
             )
+        if self.left:
+            self.refused = True
+            raise ValueError(self.LEFT)
 
-    def claim(self):
-        "A forward pass begins; `release` ends it."
+    def claim(self, thinker=False):
+        "A forward pass begins, in a tower or in the thinker; `release` ends it."
         with self.lock:
             self.check()
             self.owner = current_thread()
+            self.passing |= thinker
+            self.used = True
 
     def release(self):
         "The pass is over."
-        self.owner = None
+        with self.lock:
+            self.owner = None
+            self.passing = False
+            self.lock.notify_all()
+
+    # ---- leaving the block
+
+    def generate(self, stock, *args, **kwargs):
+        "In place of the thinker's own `generate`: the block knows who is in it."
+        here = current_thread()
+        if getattr(kwargs.get("generation_config"), "is_assistant", False):
+            raise ValueError(
+                "`generate` gives an assistant model no media, so there is nothing to prune: "
+                "take one that is in no `prune` block"
+            )
+        self.generating.append(here)
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            with self.lock:
+                self.generating.remove(here)
+                if self.owner is here:
+                    self.owner = None
+                if self.rest and not self.generating:
+                    self.rest.remove()
+                self.lock.notify_all()
+
+    def too_late(self, module, args):
+        "Fires before the thinker where a generation outlives the block: ends it."
+        if current_thread() in self.generating:
+            raise ValueError(self.LEFT)
+
+    def busy(self):
+        "Whether another thread is in a forward pass."
+        at_work = self.owner in self.generating or self.passing
+        return self.owner is not current_thread() and at_work and self.owner.is_alive()
+
+    def leave(self, thinker) -> bool:  # whether a generation was cut short
+        "Refuse further passes, wait for the one under way, and for generations to end by that."
+        here = current_thread()
+        with self.lock:
+            self.left = True
+            while self.busy():
+                self.lock.wait(0.1)
+            self.lock.wait_for(lambda: not set(self.generating) - {here}, self.PATIENCE)
+            if self.generating:
+                self.rest = thinker.register_forward_pre_hook(self.too_late)
+        return self.refused or self.rest is not None
 
     @staticmethod
     def refuse_compiled(module):

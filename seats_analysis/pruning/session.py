@@ -120,9 +120,14 @@ class Session:
         "Register all hooks; leaving the stack undoes everything."
         stack.callback(self.encoders.forget)
         stack.callback(self.reset)
-        name = "_expand_inputs_for_generation"
-        expand = partial(self.expand_inputs, getattr(self.thinker, name))
-        stack.enter_context(patch.object(self.thinker, name, expand))
+        methods = dict(
+            _expand_inputs_for_generation=self.expand_inputs,
+            _get_candidate_generator=self.guess_later,
+            generate=self.hooks.generate,
+        )
+        for name, ours in methods.items():
+            ours = partial(ours, getattr(self.thinker, name))
+            stack.enter_context(patch.object(self.thinker, name, ours))
         self.encoders.install(stack)
         decoder = self.decoder.module
         self.hooks.before(stack, self.thinker, self.before_thinker)
@@ -159,21 +164,37 @@ class Session:
         if expand_size == 1 or input_ids is None:
             return stock(**settings, input_ids=input_ids, **given)
         media = {}
+        cache = given.get("past_key_values")
         if self.decoder.adapter.interleaved:
-            media = self.encoders.repeat_media(input_ids, given, expand_size)
+            new = input_ids[:, Slots.known(cache, given.get("position_ids")) :]
+            media = self.encoders.repeat_media(new, given, expand_size)
         others = {k: v for k, v in given.items() if k not in media}
         ids, rest = stock(**settings, input_ids=input_ids, **others)
-        cache = given.get("past_key_values")
         if cache is not None:
             rest["past_key_values"] = Slots.repeat_cache(cache, len(input_ids), expand_size)
         return ids, {**rest, **media, COPIES: expand_size}
+
+    @staticmethod
+    def guess_later(stock, *args, **kwargs):  # -> what guesses tokens for `generate`
+        """Runs in speculative `generate`, in place of the thinker's own method `stock`: the first
+        pass reads the prompt alone, by its plan; guesses come with the next."""
+        generator = stock(*args, **kwargs)
+        guess = generator.get_candidates
+
+        def none_yet(input_ids, **known):
+            guess(input_ids, **known)  # an assistant reads the prompt here
+            generator.get_candidates = guess
+            return input_ids, None
+
+        generator.get_candidates = none_yet
+        return generator
 
     # ---- before the thinker: a prefill is planned, or a decode step goes on
 
     def before_thinker(self, module, args, kwargs):
         """Fires first in every forward pass: plans a prefill, or checks what follows on a cache.
         Takes out our own arguments, and may give the thinker its positions."""
-        self.hooks.claim()
+        self.hooks.claim(thinker=True)
         self.reset()
         self.hooks.refuse_compiled(module)
         kwargs = dict(kwargs)
@@ -182,6 +203,10 @@ class Session:
         given = self.signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.pop("kwargs", {})}
         cache = given.get("past_key_values")
+        if known := Slots.known(cache, given.get("position_ids")):
+            new = {k: given[k][..., known:] for k in ("input_ids", "position_ids")}
+            given.update(new)
+            kwargs.update(new)
         earlier = None
         if cache is not None and cache.get_seq_length():
             slots = Slots.of(cache)
@@ -473,4 +498,12 @@ def prune(
             _ACTIVE.add(session.thinker)
         stack.callback(_ACTIVE.discard, session.thinker)
         session.install(stack)
-        yield session.run
+        try:
+            yield session.run
+        finally:
+            cut_short = session.hooks.leave(session.thinker)
+    if cut_short:
+        raise ValueError(Hooks.LEFT)
+    if not session.hooks.used:
+        said = "no prompt was read in this `prune` block: where a thread generates, its end has to"
+        warnings.warn(f"{said} be awaited within the block (`thread.join()`)", stacklevel=3)
