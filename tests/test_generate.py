@@ -314,6 +314,28 @@ def test_follow_up_equals_recomputing(each, turn, name, i):
     assert held == [len(s) + len(after) for s in sets]
 
 
+def test_a_chat_of_several_turns(each, turn):
+    """`generate` returns the conversation so far, on which the next turn stands; the logits of
+    every answer are those of a plain loop over all of it."""
+    model, _, singles = each
+    one = singles[2]
+    found = []
+    with prune(model, PLAN) as run:
+        talk, cache = first_answer(model, one)
+        for _ in range(3):
+            asked = torch.cat([talk, turn], 1)
+            out = model.generate(**follow_up(cache, asked), **GREEDY, **MORE)
+            talk = out.sequences
+            assert torch.equal(talk[:, : asked.shape[1]], asked)
+            found.append((asked.shape[1] - one.shape[1], torch.cat(out.logits)))
+        assert run.samples == 1
+    after = talk[0, one.shape[1] : -1].tolist()
+    sets = naive.prefill(model, one, PLAN)[1]
+    want = naive.continued(model, one, sets, after, "retain")
+    for start, logits in found:
+        close(logits, want[start : start + NEW], 2e-5)
+
+
 def test_follow_up_in_a_batch(model, batch, singles, turn):
     """Rows whose answers ended early are padded in the middle; their next turn neither sees the
     padding nor is moved by it."""
@@ -524,7 +546,11 @@ def test_bad_later_turns(model, singles):
         known = cache.get_seq_length()
         moved = right["position_ids"] + (torch.arange(whole.shape[1]) >= known)
         alone = right | dict(input_ids=whole[:, known:], position_ids=None)
-        for given in (one.inputs | follow_up(cache, whole), right | dict(position_ids=moved), alone):
+        for given in (
+            one.inputs | follow_up(cache, whole),
+            right | dict(position_ids=moved),
+            alone,
+        ):
             with pytest.raises(ValueError, match="needs its positions behind"):
                 model(**given)
         with pytest.raises(ValueError, match="last t columns"):
