@@ -133,19 +133,16 @@ class Hooks:
         if current_thread() in self.generating:
             raise ValueError(self.LEFT)
 
-    def busy(self):
-        "Whether another thread is in a forward pass."
-        at_work = self.owner in self.generating or self.passing
-        return self.owner is not current_thread() and at_work and self.owner.is_alive()
-
     def leave(self, thinker) -> bool:  # whether a generation was cut short
         "Refuse further passes, wait for the one under way, and for generations to end by that."
         here = current_thread()
         with self.lock:
             self.left = True
-            while self.busy():
+            while self.owner not in (None, here) and self.owner.is_alive():
+                if not self.passing and self.owner not in self.generating:
+                    break  # an encoder was called, and no more
                 self.lock.wait(0.1)
-            self.lock.wait_for(lambda: not set(self.generating) - {here}, self.PATIENCE)
+            self.lock.wait_for(lambda: not {*self.generating} - {here}, self.PATIENCE)
             if self.generating:
                 self.rest = thinker.register_forward_pre_hook(self.too_late)
         return self.refused or self.rest is not None

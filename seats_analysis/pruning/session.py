@@ -23,7 +23,7 @@ from ..schedules.schedule import Schedule, ScheduleWarning
 from .base import Pruner, Tokens
 from .cache import Slots
 from .encoders import ENCODED, EncoderWatch, Hooks, visual_order
-from .prefill import Prefill
+from .prefill import Check, Prefill
 from .seats import Seats
 from .timing import Timings
 
@@ -427,7 +427,7 @@ class Session:
                 with self.timings.time("selection"):
                     held = prefill.held()
                     Slots.evict(cache, prefill)
-            prefill.read_checks()
+            Check.read(prefill.checks)
             if cache is not None:
                 Slots.after_prefill(prefill, held).label(cache)
             self.run._stages = prefill.stages
