@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Thread
+from unittest.mock import patch
 
 import naive
 import pytest
@@ -19,12 +20,17 @@ import tiny
 import torch
 from tiny import close
 from torch.nn import functional as F
-from transformers import DynamicCache, StaticCache, TextIteratorStreamer
+from transformers import DynamicCache, StaticCache, TextIteratorStreamer, pipeline
 
+from seats_analysis.evaluation.load import load_model
 from seats_analysis.models.encode import encode
 from seats_analysis.models.families import adapter_for
 from seats_analysis.pruning.cache import follow_up
 from seats_analysis.pruning.session import prune
+from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.serving import lmms as serving
+from seats_analysis.serving.pipeline import TASK
+from seats_analysis.testbed.load import testbed_samples
 
 PLAN, NEW = tiny.PLANS["together"], 5
 GREEDY = dict(
@@ -275,7 +281,7 @@ def offloaded(case):
 @feature(
     "chunked prefill",
     "generate(prefill_chunk_size=64)",
-    "`prefill_chunk_size`",
+    "prefill_chunk_size",
     "tokens are chosen from the whole prompt",
 )
 def chunks(case):
@@ -420,6 +426,46 @@ def offload(case):
 
 
 # ---------------------------------------------------------------- the table and its test
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("name", ["testbed", "testbed-qwen3"])
+def test_pipeline(name, tmp_path):
+    "One line prunes: as by hand, by a TRR or a schedule, for a clip, several, and messages."
+    model, processor = load_model(name, "cpu")
+    parts = dict(model=model, processor=processor, device="cpu")
+    sample = next(s for s in testbed_samples() if s.family == "shape" and not s.lettered)
+    one = encode(model, processor, [sample])
+    with prune(model, Schedule.load(f"{name}/10")) as run:
+        out = model.generate(**one.inputs, max_new_tokens=2, do_sample=False)
+    text = processor.tokenizer.decode(out[0, one.shape[1] :], skip_special_tokens=True).strip()
+    want = dict(generated_text=text)
+    clip, lengths = str(sample.video), dict(max_new_tokens=2)
+    asked = dict(question=sample.prompt_text, **lengths)
+    pipe = pipeline(TASK, trr=10, **parts)
+    seen = []
+    with patch.object(serving, "prune", lambda *a, **k: seen.append(a) or prune(*a, **k)):
+        assert pipe(clip, **asked) == want and pipe([clip] * 2, **asked) == [want] * 2
+    assert len(seen) == 3 and all(a[1] == run.method for a in seen)
+    content = [dict(type="video", url=clip), dict(type="text", text=sample.prompt_text)]
+    by_hand = pipeline(TASK, schedule=Schedule.load(f"{name}/10"), **parts)
+    assert by_hand([dict(role="user", content=content)], **lengths) == want
+    with pytest.raises(ValueError, match="neither a file nor a shipped schedule"):
+        pipeline(TASK, trr=7, **parts)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_pipeline_of_a_checkpoint(family, tmp_path):
+    "From a folder: the thinker, also of a model with all its parts."
+    full = tiny.full(family)
+    full.save_pretrained(tmp_path)
+    tiny.processor(family).save_pretrained(tmp_path)
+    plan = tmp_path / "plan.json"
+    PLAN.save(plan)
+    pipe = pipeline(TASK, model=str(tmp_path), schedule=str(plan), device="cpu")
+    assert type(pipe.model) is type(full.thinker) and not pipe.model.training
+    weights = zip(pipe.model.parameters(), full.thinker.parameters())
+    assert all(torch.equal(a, b) for a, b in weights) and pipe.answerer.method.schedule == PLAN
 
 
 def table():

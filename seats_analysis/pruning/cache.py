@@ -110,9 +110,8 @@ class Slots:
             or not getattr(cache, "offloading", False)
             and all(type(layer) is DynamicLayer for layer in cache.layers)
         )
-        fixed = getattr(cache, "is_compileable", False)
-        if fixed or not plain:
-            what = "has a fixed length" if fixed else "is quantized or offloaded"
+        if not plain:
+            what = "has a fixed length" if cache.is_compileable else "is quantized or offloaded"
             raise ValueError(
                 f"{type(cache).__name__} {what}; prune needs a dynamic cache "
                 '(`cache_implementation="dynamic"`)'

@@ -40,7 +40,6 @@ class Hooks:
         self.owner = None  # the thread whose forward pass is going on
         self.passing = False  # whether that is in the thinker
         self.generating = []  # threads, each as often as it is in `generate`
-        self.used = False  # whether a pass began in this block
         self.left = False  # whether its end was reached
         self.refused = False  # whether a pass came after that
         self.rest = None  # the hook for generations that outlive the block
@@ -87,23 +86,23 @@ class Hooks:
                 "another thread is in a forward pass of this model: in a `prune` block there is "
                 "one at a time"
             )
-        if self.left:
-            self.refused = True
-            raise ValueError(self.LEFT)
 
     def claim(self, thinker=False):
         "A forward pass begins, in a tower or in the thinker; `release` ends it."
         with self.lock:
             self.check()
+            if self.left and not self.passing:
+                self.refused = True
+                raise ValueError(self.LEFT)
             self.owner = current_thread()
             self.passing |= thinker
-            self.used = True
 
     def release(self):
         "The pass is over."
         with self.lock:
-            self.owner = None
-            self.passing = False
+            if self.owner is current_thread():
+                self.owner = None
+                self.passing = False
             self.lock.notify_all()
 
     # ---- leaving the block
@@ -122,11 +121,9 @@ class Hooks:
         finally:
             with self.lock:
                 self.generating.remove(here)
-                if self.owner is here:
-                    self.owner = None
+                self.release()
                 if self.rest and not self.generating:
                     self.rest.remove()
-                self.lock.notify_all()
 
     def too_late(self, module, args):
         "Fires before the thinker where a generation outlives the block: ends it."
@@ -138,9 +135,7 @@ class Hooks:
         here = current_thread()
         with self.lock:
             self.left = True
-            while self.owner not in (None, here) and self.owner.is_alive():
-                if not self.passing and self.owner not in self.generating:
-                    break  # an encoder was called, and no more
+            while self.passing and self.owner is not here and self.owner.is_alive():
                 self.lock.wait(0.1)
             self.lock.wait_for(lambda: not {*self.generating} - {here}, self.PATIENCE)
             if self.generating:
@@ -416,8 +411,7 @@ class EncoderWatch:
         new.pooler_output = pick(output.pooler_output)
         if getattr(output, "deepstack_features", None) is not None:
             new.deepstack_features = [pick(level) for level in output.deepstack_features]
-        calls = self.calls["visual"]
-        for call in [c for c in calls if c.output is not None and c.output() is output]:
+        if (call := self.call_of(output)) is not None:
             repeated = replace(
                 call,
                 shape=[call.shape[j] for j in order],
@@ -427,7 +421,7 @@ class EncoderWatch:
                 output=ref(new),
                 order=None,
             )
-            calls.append(repeated)
+            self.calls["visual"].append(repeated)
         return new
 
     def repeat_media(self, input_ids, given, times) -> dict:  # -> inputs to change
@@ -475,8 +469,7 @@ def join_calls(
 ) -> EncoderCall:
     "Calls as if their media had been encoded together."
     joined = EncoderCall(sum((c.shape for c in calls), []), sum(c.tokens for c in calls))
-    if calls[0].received is not None:
-        joined.received = torch.cat([c.received for c in calls])
-    if calls[0].keys is not None:
-        joined.keys = torch.cat([c.keys for c in calls])
+    for noted in ("received", "keys"):
+        if getattr(calls[0], noted) is not None:
+            setattr(joined, noted, torch.cat([getattr(c, noted) for c in calls]))
     return joined

@@ -504,6 +504,6 @@ def prune(
             cut_short = session.hooks.leave(session.thinker)
     if cut_short:
         raise ValueError(Hooks.LEFT)
-    if not session.hooks.used:
+    if not any(session.timings.calls.values()):
         said = "no prompt was read in this `prune` block: where a thread generates, its end has to"
         warnings.warn(f"{said} be awaited within the block (`thread.join()`)", stacklevel=3)

@@ -51,7 +51,7 @@ def register():
             self.answerer = Answerer(model, self.processor, method, fps, max_frames)
 
         def __call__(self, inputs, **given):
-            chat = isinstance(inputs, list) and "role" in inputs[0]
+            chat = isinstance(inputs, list) and isinstance(inputs[0], dict)
             return super().__call__(dict(messages=inputs) if chat else inputs, **given)
 
         def _sanitize_parameters(self, question=None, **lengths):
