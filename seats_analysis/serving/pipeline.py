@@ -18,10 +18,10 @@ class Thinker:
     "What transformers loads a checkpoint with: the part of it that answers in text."
 
     @staticmethod
-    def from_pretrained(name, config=None, **given):
+    def from_pretrained(name, **given):
         import transformers
 
-        stated = config.architectures[0]
+        stated = transformers.AutoConfig.from_pretrained(name, **given).architectures[0]
         thinker = getattr(transformers, stated.replace("ForCond", "ThinkerForCond"), None)
         return (thinker or getattr(transformers, stated)).from_pretrained(name, **given).eval()
 
