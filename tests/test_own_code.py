@@ -149,7 +149,7 @@ def sampling(case):
     return case.answer(do_sample=True, top_k=1)
 
 
-@feature("beams", "generate(num_beams=3, num_return_sequences=2)", note="one beam is greedy")
+@feature("beams", "generate(num_beams=3)", note="one beam is greedy")
 def beams(case):
     with prune(case.model, PLAN):
         found = case.model.generate(**case.one.inputs, **GREEDY | dict(num_beams=3))
@@ -354,7 +354,7 @@ def quantised(case):
 @feature(
     "weights quantised by torchao",
     "quantize_(model, Int8WeightOnlyConfig())",
-    note="tested where torchao is installed",
+    note="seen with torchao 0.18; tested where it is installed",
 )
 def torchao(case):
     quantization = pytest.importorskip("torchao.quantization", reason="no torchao here")
@@ -371,7 +371,8 @@ def lora(case):
 @feature(
     "LoRA by peft",
     "get_peft_model(model, LoraConfig(...))",
-    note="`prune(model, ...)` takes the model that peft was given; tested where peft is installed",
+    note="`prune(model, ...)` takes the model that peft was given; seen "
+    "with peft 0.21, tested where it is installed",
 )
 def peft(case):
     peft = pytest.importorskip("peft", reason="no peft here")
