@@ -105,7 +105,22 @@ class Hooks:
                 self.passing = False
             self.lock.notify_all()
 
-    # ---- leaving the block
+    # ---- in `generate`, and leaving the block
+
+    @staticmethod
+    def guess_later(stock, *args, **kwargs):  # -> what guesses tokens for `generate`
+        """Runs in speculative `generate`, in place of the thinker's own method `stock`: the first
+        pass reads the prompt alone, by its plan; guesses come with the next."""
+        generator = stock(*args, **kwargs)
+        guess = generator.get_candidates
+
+        def none_yet(input_ids, **known):
+            guess(input_ids, **known)  # an assistant reads the prompt here
+            generator.get_candidates = guess
+            return input_ids, None
+
+        generator.get_candidates = none_yet
+        return generator
 
     def generate(self, stock, *args, **kwargs):
         "In place of the thinker's own `generate`: the block knows who is in it."

@@ -122,7 +122,7 @@ class Session:
         stack.callback(self.reset)
         methods = dict(
             _expand_inputs_for_generation=self.expand_inputs,
-            _get_candidate_generator=self.guess_later,
+            _get_candidate_generator=Hooks.guess_later,
             generate=self.hooks.generate,
         )
         for name, ours in methods.items():
@@ -173,21 +173,6 @@ class Session:
         if cache is not None:
             rest["past_key_values"] = Slots.repeat_cache(cache, len(input_ids), expand_size)
         return ids, {**rest, **media, COPIES: expand_size}
-
-    @staticmethod
-    def guess_later(stock, *args, **kwargs):  # -> what guesses tokens for `generate`
-        """Runs in speculative `generate`, in place of the thinker's own method `stock`: the first
-        pass reads the prompt alone, by its plan; guesses come with the next."""
-        generator = stock(*args, **kwargs)
-        guess = generator.get_candidates
-
-        def none_yet(input_ids, **known):
-            guess(input_ids, **known)  # an assistant reads the prompt here
-            generator.get_candidates = guess
-            return input_ids, None
-
-        generator.get_candidates = none_yet
-        return generator
 
     # ---- before the thinker: a prefill is planned, or a decode step goes on
 
