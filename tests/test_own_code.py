@@ -7,6 +7,7 @@ changes the weights or who computes with them, the logits are those of a plain l
 (`naive.py`)."""
 
 import copy
+import inspect
 import queue
 import tempfile
 from collections.abc import Callable
@@ -285,6 +286,8 @@ def offloaded(case):
     "tokens are chosen from the whole prompt",
 )
 def chunks(case):
+    if "mm_encoder_outputs" not in inspect.signature(case.model.forward).parameters:
+        pytest.skip("this version of transformers has no chunks with media")
     case.answer(prefill_chunk_size=3)
 
 

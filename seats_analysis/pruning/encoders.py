@@ -147,12 +147,11 @@ class Hooks:
 
     def leave(self, thinker) -> bool:  # whether a generation was cut short
         "Refuse further passes, wait for the one under way, and for generations to end by that."
-        here = current_thread()
         with self.lock:
             self.left = True
-            while self.passing and self.owner is not here and self.owner.is_alive():
+            while self.passing and self.owner is not current_thread() and self.owner.is_alive():
                 self.lock.wait(0.1)
-            self.lock.wait_for(lambda: not {*self.generating} - {here}, self.PATIENCE)
+            self.lock.wait_for(lambda: not self.generating, self.PATIENCE)
             if self.generating:
                 self.rest = thinker.register_forward_pre_hook(self.too_late)
         return self.refused or self.rest is not None
