@@ -190,8 +190,8 @@ class Session:
         cache = given.get("past_key_values")
         if known := Slots.known(cache, given.get("position_ids")):
             new = {k: given[k][..., known:] for k in ("input_ids", "position_ids")}
-            given.update(new)
-            kwargs.update(new)
+            given |= new
+            kwargs |= new
         earlier = None
         if cache is not None and cache.get_seq_length():
             slots = Slots.of(cache)
