@@ -434,14 +434,21 @@ def offload(case):
 
 @pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("name", ["testbed", "testbed-qwen3"])
-def test_pipeline(name, tmp_path):
-    "One line prunes: as by hand, by a TRR or a schedule, for a clip, several, and messages."
+def test_on_a_testbed(name):
+    """Speculative decoding as the plain way; and the pipeline: one line prunes as by hand, by a TRR
+    or a schedule, for a clip, several, and messages."""
     model, processor = load_model(name, "cpu")
     parts = dict(model=model, processor=processor, device="cpu")
     sample = next(s for s in testbed_samples() if s.family == "shape" and not s.lettered)
     one = encode(model, processor, [sample])
+    assistant = copy.deepcopy(model)
+    assistant.generation_config.num_assistant_tokens = 2
     with prune(model, Schedule.load(f"{name}/10")) as run:
         out = model.generate(**one.inputs, max_new_tokens=2, do_sample=False)
+        longer = GREEDY | dict(suppress_tokens=None)
+        plain = model.generate(**one.inputs, **longer)
+        for how in (dict(prompt_lookup_num_tokens=2), dict(assistant_model=assistant)):
+            assert torch.equal(model.generate(**one.inputs, **longer, **how), plain)
     text = processor.tokenizer.decode(out[0, one.shape[1] :], skip_special_tokens=True).strip()
     want = dict(generated_text=text)
     clip, lengths = str(sample.video), dict(max_new_tokens=2)
