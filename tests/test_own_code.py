@@ -8,10 +8,12 @@ changes the weights or who computes with them, the logits are those of a plain l
 
 import copy
 import inspect
+import json
 import queue
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Thread
 from unittest.mock import patch
 
@@ -480,11 +482,19 @@ def test_pipeline_of_a_checkpoint(family, tmp_path):
 
 
 def table():
-    "The rows for people: feature, code, what happens, what to know."
-    said = [f.refused and f"refused: *... {f.refused} ...*" for f in FEATURES]
-    columns = "feature", "in code", "works?", "to know"
-    rows = ((f.name, f"`{f.code}`", s or "works", f.note) for f, s in zip(FEATURES, said))
-    return [dict(zip(columns, row)) for row in rows]
+    "The rows for people, in Markdown: feature, code, what happens, what to know."
+    lines = ["| feature | in code | works? | to know |", "|---|---|---|---|"]
+    for f in FEATURES:
+        said = f"refused: *... {f.refused} ...*" if f.refused else "works"
+        lines.append(f"| {f.name} | `{f.code}` | {said} | {f.note} |")
+    return "\n".join(lines)
+
+
+def test_the_tutorial_shows_this_table():
+    page = Path(__file__).parents[1] / "nbs" / "tutorials" / "09_your_code.ipynb"
+    cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+    outputs = (out.get("data", {}) for cell in cells for out in cell.get("outputs", ()))
+    assert table() in ["".join(data.get("text/markdown", ())) for data in outputs]
 
 
 @pytest.fixture(scope="module")
