@@ -174,8 +174,8 @@ MUTATIONS = (
     ),
     (
         "pruning.session",  # a patched method stays after the block
-        "stack.enter_context(patch.object(self.thinker, name, expand))",
-        "setattr(self.thinker, name, expand)",
+        "stack.enter_context(patch.object(self.thinker, name, ours))",
+        "setattr(self.thinker, name, ours)",
     ),
     (
         "pruning.encoders",  # windows of audio rows are as many rows as tokens

@@ -10,6 +10,7 @@ import naive
 import pytest
 import tiny
 import torch
+from test_undo import state
 from tiny import PLANS, close
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
@@ -216,15 +217,61 @@ def test_stopping(model, batch, singles):
         assert torch.equal(new_tokens(model, batch, **options, stopping_criteria=rule), want[:, :2])
 
 
-def test_prompt_lookup(model, singles):
-    """Guessed tokens are checked several at a time and taken back where wrong: the cache can be
-    cropped."""
-    options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
-    with prune(model, PLAN, kv="retain"):
-        assert torch.equal(
-            new_tokens(model, singles[0], **options, prompt_lookup_num_tokens=3),
-            new_tokens(model, singles[0], **options),
-        )
+def as_processed(one):
+    "Inputs as the processor makes them, without positions of ours."
+    return {k: v for k, v in one.inputs.items() if k != "position_ids"} | dict(
+        use_audio_in_video=True
+    )
+
+
+@pytest.mark.parametrize("name, stock", [("together", True), ("apart", False)])
+def test_speculative_equals_greedy(each, name, stock):
+    """Guesses by prompt lookup and by assistants, good ones and bad ones, from the first pass on,
+    which reads the prompt by the plan for it alone; the next turn, too. Wrong ones are taken back,
+    which the cache bears; the model is then as before."""
+    model, _, _ = each
+    family = next(f for f in tiny.FAMILIES if tiny.CLASSES[f] in type(model).__name__)
+    before = state(model)
+    # its last token has been there before, so lookup has a guess for the first pass
+    asked = "assistant what colour is what colour is what ?"
+    one = encode(model, tiny.processor(family), [tiny.ask("x", tiny.clip(4, 3), asked)])
+    turn = one.inputs["input_ids"][:, -6:]
+    options = dict(max_new_tokens=7, min_new_tokens=7, do_sample=False, **WORDS)
+    assistants = copy.deepcopy(model), tiny.thinker(family, layers=2)
+    for assistant in assistants:
+        assistant.generation_config.num_assistant_tokens = 2
+    ways = dict(prompt_lookup_num_tokens=3), *(dict(assistant_model=m) for m in assistants)
+    passes = []
+    layer = adapter_for(model).layers(model)[0]
+    handle = layer.register_forward_pre_hook(lambda m, args: passes.append(args[0].shape[1]))
+    found = []
+    for how in ({}, *ways):
+        passes.clear()
+        with prune(model, PLANS[name]) as run:
+            inputs = as_processed(one) if stock else one.inputs
+            out = model.generate(**inputs, **options, **how, return_dict_in_generate=True)
+            assert passes[0] == run.tokens_per_layer[0, 0] and (max(passes[1:]) > 1) == bool(how)
+            kept = lists(run.kept)
+            whole = torch.cat([out.sequences, turn], 1)
+            again = model.generate(**follow_up(out.past_key_values, whole), **options, **how)
+        found.append((kept, out.sequences.tolist(), again.tolist()))
+        assert found[-1] == found[0] and run.samples == 1
+    handle.remove()
+    assert state(model) == before
+
+
+def test_speculation_that_no_plan_can_serve(model, singles):
+    "One line each: `evict` has no media left, and an assistant gets none by `generate`."
+    options = dict(GREEDY, prompt_lookup_num_tokens=3)
+    again = torch.full((1, 4), 20)
+    one = {**singles[2].inputs}
+    with prune(model, PLAN, kv="evict"), pytest.raises(ValueError, match="guessed several at once"):
+        cache = prefilled(model, singles[2])
+        model(input_ids=again, past_key_values=cache)
+    with prune(model, PLAN), pytest.raises(ValueError, match="gives an assistant model no media"):
+        model.generate(**one, **GREEDY, assistant_model=model)
+    with prune(model, PLAN):
+        model.generate(**one, **options)
 
 
 def test_steps_with_positions_compute_none(model, batch, monkeypatch):
@@ -265,6 +312,28 @@ def test_follow_up_equals_recomputing(each, turn, name, i):
     free = [0 if v is None else int((~v).sum()) for v in slots.valid]
     held = [cache.get_seq_length(l) - n for l, n in enumerate(free)]
     assert held == [len(s) + len(after) for s in sets]
+
+
+def test_a_chat_of_several_turns(each, turn):
+    """`generate` returns the conversation so far, on which the next turn stands; the logits of
+    every answer are those of a plain loop over all of it."""
+    model, _, singles = each
+    one = singles[2]
+    found = []
+    with prune(model, PLAN) as run:
+        talk, cache = first_answer(model, one)
+        for _ in range(3):
+            asked = torch.cat([talk, turn], 1)
+            out = model.generate(**follow_up(cache, asked), **GREEDY, **MORE)
+            talk = out.sequences
+            assert torch.equal(talk[:, : asked.shape[1]], asked)
+            found.append((asked.shape[1] - one.shape[1], torch.cat(out.logits)))
+        assert run.samples == 1
+    after = talk[0, one.shape[1] : -1].tolist()
+    sets = naive.prefill(model, one, PLAN)[1]
+    want = naive.continued(model, one, sets, after, "retain")
+    for start, logits in found:
+        close(logits, want[start : start + NEW], 2e-5)
 
 
 def test_follow_up_in_a_batch(model, batch, singles, turn):
@@ -315,13 +384,8 @@ def test_follow_up_the_stock_way(model, singles, turn, i):
     """With inputs as the processor makes them, `generate` finds its way on a pruned cache by
     itself; after another prompt it would not, and is stopped."""
 
-    def stock(one):
-        return {k: v for k, v in one.inputs.items() if k != "position_ids"} | dict(
-            use_audio_in_video=True
-        )
-
     def first():
-        out = model.generate(**stock(singles[i]), **GREEDY, return_dict_in_generate=True)
+        out = model.generate(**as_processed(singles[i]), **GREEDY, return_dict_in_generate=True)
         return torch.cat([out.sequences, turn], 1), out.past_key_values
 
     def ours(whole, cache):
@@ -337,7 +401,7 @@ def test_follow_up_the_stock_way(model, singles, turn, i):
         assert torch.equal(theirs(*first()), want)
         given = first()
         # another prompt leaves its deltas on the model
-        model.generate(**stock(singles[0]), max_new_tokens=1)
+        model.generate(**as_processed(singles[0]), max_new_tokens=1)
         with pytest.raises(ValueError, match="do not follow the pruned prompt"):
             theirs(*given)
         assert torch.equal(ours(*given), want)
@@ -479,11 +543,13 @@ def test_bad_later_turns(model, singles):
         one = singles[2]
         whole = torch.cat([sequences, one.inputs["input_ids"]], 1)
         right = one.inputs | follow_up(cache, whole, position_ids=one.position_ids)
-        moved = right["position_ids"] + 1
+        known = cache.get_seq_length()
+        moved = right["position_ids"] + (torch.arange(whole.shape[1]) >= known)
+        alone = right | dict(input_ids=whole[:, known:], position_ids=None)
         for given in (
             one.inputs | follow_up(cache, whole),
             right | dict(position_ids=moved),
-            right | dict(position_ids=None),
+            alone,
         ):
             with pytest.raises(ValueError, match="needs its positions behind"):
                 model(**given)

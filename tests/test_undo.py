@@ -6,7 +6,8 @@ import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from threading import Barrier
+from queue import Queue
+from threading import Barrier, Event, Thread
 
 import pytest
 import tiny
@@ -492,3 +493,119 @@ def test_threads_on_one_model(model):
         got = together(*[job] * 8)
         assert got.count("entered") == 1 and sum("being pruned already" in g for g in got) == 7
         assert state(model) == before
+
+
+# ---------------------------------------------------------------- leaving while a thread generates
+
+
+def told_too_late(model, batch, told, **options):
+    "A thread that generates, and notes why it was stopped."
+
+    def work():
+        with torch.no_grad():
+            try:
+                generate(model, batch, num_beams=1, **options)
+            except ValueError as refused:
+                told.append(str(refused))
+
+    return Thread(target=work)
+
+
+LEFT = "left while a thread was generating"
+HOLDS = dict(  # where the thread is when the block is left -> the module, the call of it
+    vision=(lambda ad, m: ad.visual(m), 1),
+    prefill=(lambda ad, m: ad.layers(m)[3], 1),
+    step=(lambda ad, m: ad.layers(m)[3], 2),
+)
+
+
+@pytest.mark.parametrize("where, family", [(w, f) for w in HOLDS for f in tiny.FAMILIES])
+def test_leaving_waits_for_the_pass_under_way(where, family, monkeypatch):
+    """It ends pruned as a whole; the generation is refused the next one, and both sides are
+    told."""
+    model = tiny.thinker(family)
+    one = encode(model, tiny.processor(family), [tiny.ask("both", tiny.clip(0, 2))])
+    before = state(model)
+    find, count = HOLDS[where]
+    at, go, told, calls = Event(), Event(), [], []
+    stock = encoders.Hooks.leave
+    # the pass goes on only when the block is being left
+    monkeypatch.setattr(encoders.Hooks, "leave", lambda *a: go.set() or stock(*a))
+
+    def hold(module, args):
+        calls.append(1)
+        if len(calls) == count:
+            at.set()
+            assert go.wait(60)
+
+    handle = find(adapter_for(model), model).register_forward_pre_hook(hold)
+    thread = told_too_late(model, one, told)
+    with pytest.raises(ValueError, match=LEFT) as error, prune(model, PLAN) as run:
+        thread.start()
+        assert at.wait(60)
+    thread.join(60)
+    handle.remove()
+    assert "\n" not in str(error.value) and told == [str(error.value)]
+    assert run.samples == len(run.kept.get("late5", ())) >= (where != "vision")
+    assert len(calls) == count and state(model) == before
+
+
+def test_leaving_is_quiet_where_the_answer_is_complete(model, processor):
+    "As of a streamer that was read to its end, without a join."
+    one = encode(model, processor, [tiny.ask("both", tiny.clip(0, 2))])
+    said = Queue()
+
+    class Streamer:
+        def put(self, tokens):
+            said.put(tokens)
+
+        def end(self):
+            said.put(None)
+
+    with prune(model, PLAN):
+        want = generate(model, one, num_beams=1)
+        options = {**one.inputs, **BEAMS, "num_beams": 1, "streamer": Streamer()}
+        Thread(target=model.generate, kwargs=options).start()
+        found = list(iter(said.get, None))
+    assert [t.item() for t in found[1:]] == want[0].tolist()
+
+
+def test_a_generation_that_waits_for_the_leaver(model, processor, monkeypatch):
+    """Between two passes it may wait for ever, so leaving does not wait for it; it is refused when
+    it goes on, and then nothing is left on the model. An error of the block's own comes first."""
+    monkeypatch.setattr(encoders.Hooks, "PATIENCE", 0.05)
+    one = encode(model, processor, [tiny.ask("both", tiny.clip(0, 2))])
+    before = state(model)
+    for error, line in ((ValueError, LEFT), (Broken, None)):
+        at, go, told = Event(), Event(), []
+
+        class Streamer:
+            def put(self, tokens):
+                if tokens.shape[-1] == 1:
+                    at.set()
+                    assert go.wait(60)
+
+        thread = told_too_late(model, one, told, streamer=Streamer())
+        with pytest.raises(error, match=line), prune(model, PLAN):
+            thread.start()
+            assert at.wait(60)
+            if error is Broken:
+                raise Broken
+        last(model, one)  # others go on with the stock model
+        go.set()
+        thread.join(60)
+        assert len(told) == 1 and LEFT in told[0]
+        assert state(model) == before
+
+
+def test_a_block_without_a_prompt_says_so(model, batch, recwarn):
+    with pytest.warns(UserWarning, match="no prompt was read in this `prune` block") as seen:
+        with prune(model, PLAN):
+            pass
+    assert seen[0].filename == __file__ and "\n" not in str(seen[0].message)
+    recwarn.clear()
+    with pytest.raises(Broken), prune(model, PLAN):
+        raise Broken
+    with prune(model, PLAN):
+        last(model, batch)
+    assert not [w for w in recwarn if "no prompt was read" in str(w.message)]

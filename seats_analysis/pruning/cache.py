@@ -18,6 +18,7 @@ from ..schedules.schedule import ScheduleWarning
 
 # %% ../../nbs/pruning/09_cache.ipynb #070baa9b
 _SLOTS = "seats_slots"  # attribute of a cache
+_HELD = -1  # position of a column that the cache holds
 
 
 @dataclass
@@ -109,9 +110,8 @@ class Slots:
             or not getattr(cache, "offloading", False)
             and all(type(layer) is DynamicLayer for layer in cache.layers)
         )
-        fixed = getattr(cache, "is_compileable", False)
-        if fixed or not plain:
-            what = "has a fixed length" if fixed else "is quantized or offloaded"
+        if not plain:
+            what = "has a fixed length" if cache.is_compileable else "is quantized or offloaded"
             raise ValueError(
                 f"{type(cache).__name__} {what}; prune needs a dynamic cache "
                 '(`cache_implementation="dynamic"`)'
@@ -146,6 +146,14 @@ class Slots:
         new.layers = [copy.copy(layer) for layer in cache.layers]
         new.batch_repeat_interleave(times)
         return new
+
+    @classmethod
+    def known(cls, cache, positions) -> int:  # `position_ids` of what goes into it
+        "Columns of a conversation that a pruned cache holds, as `follow_up` marks them."
+        n = 0 if cls.of(cache) is None else cache.get_seq_length()
+        marked = positions is not None and positions.shape[-1] > n > 0
+        # waits for the device, but in a later turn only
+        return n if marked and (positions[..., 0] == _HELD).all() else 0
 
     # ---- a decode step
 
@@ -352,8 +360,9 @@ def follow_up(
     input_ids: torch.Tensor,  # (B, T) int64 the conversation: prompt as given, answer, next turn
     attention_mask: torch.Tensor | None = None,  # (B, T), 0 at padding, also in the middle
     position_ids: torch.Tensor | None = None,  # (3, B, t) of a turn with media, encoded alone
-) -> dict:  # input_ids (B, n) new to the cache, attention_mask, position_ids, past_key_values
-    """Inputs of `model(...)` or `model.generate(...)` for the next turn of a conversation.
+) -> dict:  # input_ids (B, T), attention_mask, position_ids (3, B, T), past_key_values
+    """Inputs of `model(...)` or `model.generate(...)` for the next turn of a conversation; only
+    what is new to the cache is read, and `generate` returns the conversation with its answer.
     Raises ValueError where it cannot go on."""
     slots = Slots.of(cache)
     if slots is None:
@@ -386,8 +395,8 @@ def follow_up(
         turn = position_ids.to(start.device) + start[:, None]
         positions = torch.cat([positions[..., : T - known - t], turn], -1)
     return dict(
-        input_ids=input_ids[:, known:],
+        input_ids=input_ids,
         attention_mask=mask,
-        position_ids=positions,
+        position_ids=torch.nn.functional.pad(positions, (known, 0), value=_HELD),
         past_key_values=cache,
     )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import Lock, current_thread, enumerate as running_threads
+from threading import Condition, current_thread, enumerate as running_threads
 from unittest.mock import patch
 from weakref import WeakSet, ref
 from ..models.attention import TowerAttention
@@ -30,10 +30,20 @@ class Hooks:
         "prune works by hooks on the layers, and what torch.compile made of a whole model, decoder "
         "or encoder runs without them: compile the decoder's layers one by one (`layer.compile()`)"
     )
+    LEFT = (
+        "the `prune` block was left while a thread was generating: end that within the block "
+        "(read its streamer to the end, `thread.join()`)"
+    )
+    PATIENCE = 2.0  # seconds between two passes; then it may be the leaver who is waited for
 
     def __init__(self):
         self.owner = None  # the thread whose forward pass is going on
-        self.lock = Lock()
+        self.passing = False  # whether that is in the thinker
+        self.generating = []  # threads, each as often as it is in `generate`
+        self.left = False  # whether its end was reached
+        self.refused = False  # whether a pass came after that
+        self.rest = None  # the hook for generations that outlive the block
+        self.lock = Condition()
         here = current_thread()
         self.others = WeakSet(t for t in running_threads() if t is not here)
 
@@ -77,15 +87,74 @@ class Hooks:
                 "one at a time"
             )
 
-    def claim(self):
-        "A forward pass begins; `release` ends it."
+    def claim(self, thinker=False):
+        "A forward pass begins, in a tower or in the thinker; `release` ends it."
         with self.lock:
             self.check()
+            if self.left and not self.passing:
+                self.refused = True
+                raise ValueError(self.LEFT)
             self.owner = current_thread()
+            self.passing |= thinker
 
     def release(self):
         "The pass is over."
-        self.owner = None
+        with self.lock:
+            if self.owner is current_thread():
+                self.owner = None
+                self.passing = False
+            self.lock.notify_all()
+
+    # ---- in `generate`, and leaving the block
+
+    @staticmethod
+    def guess_later(stock, *args, **kwargs):  # -> what guesses tokens for `generate`
+        """Runs in speculative `generate`, in place of the thinker's own method `stock`: the first
+        pass reads the prompt alone, by its plan; guesses come with the next."""
+        generator = stock(*args, **kwargs)
+        guess = generator.get_candidates
+
+        def none_yet(input_ids, **known):
+            guess(input_ids, **known)  # an assistant reads the prompt here
+            generator.get_candidates = guess
+            return input_ids, None
+
+        generator.get_candidates = none_yet
+        return generator
+
+    def generate(self, stock, *args, **kwargs):
+        "In place of the thinker's own `generate`: the block knows who is in it."
+        here = current_thread()
+        if getattr(kwargs.get("generation_config"), "is_assistant", False):
+            raise ValueError(
+                "`generate` gives an assistant model no media, so there is nothing to prune: "
+                "take one that is in no `prune` block"
+            )
+        self.generating.append(here)
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            with self.lock:
+                self.generating.remove(here)
+                self.release()
+                if self.rest and not self.generating:
+                    self.rest.remove()
+
+    def too_late(self, module, args):
+        "Fires before the thinker where a generation outlives the block: ends it."
+        if current_thread() in self.generating:
+            raise ValueError(self.LEFT)
+
+    def leave(self, thinker) -> bool:  # whether a generation was cut short
+        "Refuse further passes, wait for the one under way, and for generations to end by that."
+        with self.lock:
+            self.left = True
+            while self.passing and self.owner is not current_thread() and self.owner.is_alive():
+                self.lock.wait(0.1)
+            self.lock.wait_for(lambda: not self.generating, self.PATIENCE)
+            if self.generating:
+                self.rest = thinker.register_forward_pre_hook(self.too_late)
+        return self.refused or self.rest is not None
 
     @staticmethod
     def refuse_compiled(module):
@@ -356,8 +425,7 @@ class EncoderWatch:
         new.pooler_output = pick(output.pooler_output)
         if getattr(output, "deepstack_features", None) is not None:
             new.deepstack_features = [pick(level) for level in output.deepstack_features]
-        calls = self.calls["visual"]
-        for call in [c for c in calls if c.output is not None and c.output() is output]:
+        if (call := self.call_of(output)) is not None:
             repeated = replace(
                 call,
                 shape=[call.shape[j] for j in order],
@@ -367,7 +435,7 @@ class EncoderWatch:
                 output=ref(new),
                 order=None,
             )
-            calls.append(repeated)
+            self.calls["visual"].append(repeated)
         return new
 
     def repeat_media(self, input_ids, given, times) -> dict:  # -> inputs to change
@@ -415,8 +483,7 @@ def join_calls(
 ) -> EncoderCall:
     "Calls as if their media had been encoded together."
     joined = EncoderCall(sum((c.shape for c in calls), []), sum(c.tokens for c in calls))
-    if calls[0].received is not None:
-        joined.received = torch.cat([c.received for c in calls])
-    if calls[0].keys is not None:
-        joined.keys = torch.cat([c.keys for c in calls])
+    for noted in ("received", "keys"):
+        if getattr(calls[0], noted) is not None:
+            setattr(joined, noted, torch.cat([getattr(c, noted) for c in calls]))
     return joined

@@ -159,7 +159,7 @@ class Prefill:
         positions = positions.expand(*positions.shape[:-2], *embeds.shape[:2])
         self.position = positions.reshape(-1, *embeds.shape[:2]).amax((0, 2)) + 1
         if not self.steps or self.steps[0].stage != 1:
-            return kwargs if self.earlier is None else self.behind_earlier(0, embeds, kwargs)
+            return self.behind_earlier(0, embeds, kwargs)
         step = self.steps[0]
         with torch.set_grad_enabled(self.method.merges and torch.is_grad_enabled()):
             keep, embeds = self.select(embeds, encoders)
@@ -174,7 +174,7 @@ class Prefill:
             if not step.padded and self.decoder.mrope
             else self.tokens.valid.long(),
         }
-        return kwargs if self.earlier is None else self.behind_earlier(0, embeds, kwargs)
+        return self.behind_earlier(0, embeds, kwargs)
 
     def select(self, embeds, encoders):  # -> (B, S) bool; embeds, changed where the method merges
         "Ask the method, put its answer into the sequence."
@@ -223,6 +223,8 @@ class Prefill:
     def behind_earlier(self, layer, hidden, kwargs) -> dict:  # keyword arguments with their mask
         "Let a layer see what its cache holds of an earlier turn."
         earlier = self.earlier
+        if earlier is None:
+            return kwargs
         key = id(earlier.valid[layer]), earlier.lengths[layer], id(self.tokens)
         if key not in self.masks:
             config = self.decoder.module.config
@@ -320,7 +322,3 @@ class Prefill:
         )
         hidden = torch.stack([tokens.is_(m) for m in gone]).any(0)
         return tokens.cut(tokens.valid & ~hidden, step)
-
-    def read_checks(self):
-        "Raise ValueError for the first choice that went wrong: the one look at the device."
-        Check.read(self.checks)
