@@ -28,7 +28,8 @@ from seats_analysis.inputs.media import decode_clip
 from seats_analysis.inputs.questions import read_samples, write_samples
 from seats_analysis.models.families import adapter_for
 from seats_analysis.plots.kept import plot_kept
-from seats_analysis.schedules.choose import solve_schedules
+from seats_analysis.schedules.choose import blocks_of, solve_schedules
+from seats_analysis.schedules.file import PUBLISHED
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.schemas import load_json, load_profile, save_profile
 from seats_analysis.testbed.load import build_model, build_processor, fresh_samples
@@ -102,7 +103,7 @@ def clip(questions):
 @pytest.fixture
 def stubbed(monkeypatch, model):
     "`load_model` gives the random model under any name."
-    monkeypatch.setattr(shared, "check_model_name", lambda name, revision: None)
+    monkeypatch.setattr(shared, "check_model_name", lambda name, revision: {})
     monkeypatch.setattr(shared, "load_model", lambda *args, **options: model)
 
 
@@ -304,7 +305,7 @@ def test_a_revision_goes_to_the_loader(monkeypatch, clip):
         found.append((name, options["revision"]))
         raise ValueError("enough")
 
-    monkeypatch.setattr(shared, "check_model_name", lambda *given: found.append(given))
+    monkeypatch.setattr(shared, "check_model_name", lambda *given: found.append(given) or {})
     monkeypatch.setattr(shared, "load_model", load)
     refused("run {c} --question ? --model owner/name@v1", c=clip)
     refused("run {c} --question ? --model owner/name", c=clip)
@@ -508,7 +509,8 @@ def test_schedule_apart_and_from_stated_blocks(profile):
 
 
 def test_published_pair_is_used_where_there_is_one():
-    plans = solve_schedules("Qwen/Qwen2.5-Omni-7B", (10.0, 12.0), (500, 100), late="certified")
+    known = blocks_of("/ckpt/my-sft", config=PUBLISHED["qwen2.5-omni-7b"]["config"])
+    plans = solve_schedules(known, (10.0, 12.0), (500, 100))
     assert plans[10] == Schedule.published("qwen2.5-omni-7b", 10)
     assert abs(plans[12].token_trr(500, 100) - 0.12) < 1e-9 and plans[12].late_start == 23
 

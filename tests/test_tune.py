@@ -187,7 +187,7 @@ def ask(questions, monkeypatch, tmp_path):
     "Options for a tiny random model, a profile with known blocks and questions."
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tune, "LADDER", (60,))
-    monkeypatch.setattr(shared, "check_model_name", lambda name, revision: None)
+    monkeypatch.setattr(shared, "check_model_name", lambda name, revision: {})
     monkeypatch.setattr(shared, "load_model", lambda *args, given=small(), **options: given)
     profile = synthetic_profile({r: ramp(tiny.LAYERS, 1, 4) for r in ("visual", "audio", "both")})
     save_profile(profile, tmp_path / "p.nc")

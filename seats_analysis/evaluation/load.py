@@ -57,9 +57,9 @@ def _hub_config(name, revision):
 def check_model_name(
     name,  # `testbed`, `testbed-qwen3`, a folder, or a hub id
     revision=None,  # branch, tag or commit of a hub id
-) -> int | None:  # decoder layers, if the configuration says
-    """The depth of a model, from its configuration alone: nothing heavy is imported. ValueError for
-    a name that is none, and for a model that cannot be had here."""
+) -> dict:  # configuration of its text model, as config.json has it
+    """What is known of a model without loading it: nothing heavy is imported. ValueError for a name
+    that is none, and for a model that cannot be had here."""
     shipped = name in TESTBEDS
     folder = shipped_folder("testbed") / TESTBEDS[name] if shipped else Path(name)
     path = folder / "config.json"
@@ -75,7 +75,7 @@ def check_model_name(
         config = json.loads(Path(path).read_text(encoding="utf-8"))
         for part in ("thinker_config", "text_config"):
             config = config.get(part) or config
-        return config.get("num_hidden_layers")
+        return dict(config.items())
     except (ValueError, AttributeError, RecursionError):
         raise _unknown(name, "its config.json is no JSON object") from None
 

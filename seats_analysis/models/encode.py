@@ -333,7 +333,6 @@ def check_words(
         warnings.warn(said, UnknownWords)
         told.update(words)
 
-
 # %% ../../nbs/models/01_encode.ipynb #8a22d95f
 @dataclass(frozen=True)
 class Encoded:
