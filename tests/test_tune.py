@@ -245,6 +245,24 @@ def test_too_few_clips_are_refused_before_the_model_is_loaded(ask, no_model):
     assert "--method 'nobody': one of seats" in refused("tune", *ask, "--method", "nobody")
 
 
+def test_where_the_blocks_come_from(questions, ask, tmp_path):
+    "A schedule bounds the search as a profile does; a profile of all clips leaves none to certify."
+    plan = Schedule.from_trr(Boundaries(tiny.LAYERS, 2, 5), 30, 64, 5)
+    plan.save(tmp_path / "plan.json")
+    own = *ask[:2], *ask[4:], "--schedule", tmp_path / "plan.json"
+    done = seats("tune", *own, *LOOSE, "--budget", 3, "--overwrite")
+    assert done.exit_code == 0, done.stderr
+    found = Schedule.load(tmp_path / "seats_out/questions/schedules/tuned_m.json")
+    assert 3 <= found.late("visual") and "published" not in done.stderr
+    stored = tune.load_profile(ask[3])
+    n = stored.sizes["sample"]
+    clips = [s.clip for s in read_samples(questions)]
+    names = dict(clip=("sample", [clips[i % 10] for i in range(n)]), split=("sample", [""] * n))
+    save_profile(stored.assign_coords(names), ask[3])
+    said = refused("tune", *ask, *LOOSE, "--overwrite")
+    assert "all clips made the profile" in said and '"split": "derive"' in said
+
+
 def test_a_baseline_gets_the_same_search(ask, tmp_path):
     done = seats("tune", *ask, *LOOSE, "--budget", 3, "--method", "fastv+late")
     chain = tmp_path / "seats_out/questions/results/tune_m_fastv+late.json"

@@ -329,7 +329,7 @@ def check_words(
     told = _TOLD.setdefault(processor.tokenizer, set())
     if not told.issuperset(words):
         share = tokens.count(unknown) / len(tokens)
-        said = f"the tokenizer does not know {100 * share:.2g} % of the text: {named}"
+        said = f"the tokenizer does not know {100 * share:.3g} % of the text: {named}"
         warnings.warn(said, UnknownWords)
         told.update(words)
 

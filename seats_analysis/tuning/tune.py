@@ -172,6 +172,11 @@ def deal_clips(
         first.update(derived_from(stored)["clip"].values.astype(str).tolist())
     proposal = [s for s in samples if s.clip in first]
     calibration = [s for s in samples if s.clip not in first]
+    if samples and not calibration:
+        raise ValueError(
+            "all clips made the profile and none is left to certify on: give questions on others, "
+            'or mark the lines for the profile by "split": "derive" before it is made'
+        )
     promise.check_clips(calibration)
     if not proposal:
         raise ValueError("no clip is left for the search: give more questions")
