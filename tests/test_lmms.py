@@ -110,12 +110,12 @@ def test_a_checkpoint_of_published_sizes(tmp_path, key):
         place.mkdir()
         told = dict(thinker_config=dict(text_config=config | dict(num_hidden_layers=layers)))
         (place / "config.json").write_text(json.dumps(told))
-    assert lmms.schedule_for(str(home), 10) == Schedule.published(key, 10)
+    assert method_for(str(home), trr=10).schedule == Schedule.published(key, 10)
     for place in home, old:
         with pytest.raises(ValueError, match=r"12\.5: neither a file nor a shipped schedule"):
-            lmms.schedule_for(str(place), 12.5)
+            method_for(str(place), trr=12.5)
     with pytest.raises(ValueError, match="old/10: neither a file"):
-        lmms.schedule_for(str(old), 10)
+        method_for(str(old), trr=10)
 
 
 @pytest.mark.parametrize(

@@ -152,14 +152,14 @@ def run(
     from seats_analysis.evaluation.answer import Answer
     from seats_analysis.models.encode import encode
     from seats_analysis.models.families import adapter_for
-    from seats_analysis.schedules.choose import blocks_of, solve_schedules
+    from seats_analysis.schedules.choose import solve_schedules
     from seats_analysis.schedules.schedule import Schedule
 
     plan = schedule and Schedule.load(schedule)
     if plan and num_layers:
         plan.check_model(num_layers)
     if trr is not None:
-        known = blocks_of(asked.model, asked.source(profile), asked.config, asked.data)
+        _, known = asked.blocks(profile)
     limits = dict(fps=asked.fps or 2.0, max_frames=asked.max_frames or MAX_FRAMES)
     sample, seconds = clip_sample(clip, question, choice)
     if asked.max_frames is None and seconds * limits["fps"] > MAX_FRAMES:
@@ -316,15 +316,14 @@ def eval_(
     from seats_analysis.evaluation.compare import compare_methods, made_from, method_names, vtw_rule
     from seats_analysis.evaluation.load import held_out
     from seats_analysis.models.encode import mean_tokens
-    from seats_analysis.schedules.choose import blocks_of, solve_schedules
+    from seats_analysis.schedules.choose import solve_schedules
     from seats_analysis.boundaries.find import layers_read
     from seats_analysis.storage.schemas import load_profile
     from seats_analysis.testbed.load import TESTBEDS, caption_samples
 
     names = method_names(names_of(methods, "--methods"))
     chains, searched = _tuned(tuned, num_layers)
-    source = asked.source(profile, schedule)
-    known = blocks_of(model_name, source, asked.config, asked.data)
+    source, known = asked.blocks(profile, schedule)
     read = None
     if answers == "text" and model_name in TESTBEDS:
         read = layers_read(load_profile(f"captions/{model_name}"))

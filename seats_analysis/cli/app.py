@@ -21,8 +21,7 @@ import typer
 from typer import Option
 from typer.core import TyperCommand, TyperGroup
 from ..evaluation.load import check_model_name, load_model
-from ..storage.files import processes
-from ..storage.files import check_target, one_line, output_folder
+from ..storage.files import check_target, one_line, output_folder, processes
 from ..storage.schemas import SCHEMAS, load_flow, load_profile, schema_of
 from ..testbed.load import TESTBEDS
 
@@ -338,22 +337,22 @@ class ModelOptions:
     def depth(self):  # decoder layers, if the configuration says
         return self.config.get("num_hidden_layers")
 
-    def source(self, profile, schedule=None):  # Schedule, or path of a profile; None for neither
-        """What says where the blocks of the model lie: --schedule, --profile, or else the profile
-        that `seats probe` has written here, which is said. A testbed brings its own."""
-        if schedule is not None:
-            from seats_analysis.schedules.schedule import Schedule
+    def blocks(self, profile, schedule=None):  # -> `Schedule`, profile or None; `blocks_of` it
+        """Where the blocks of the model lie, and what says so: --schedule, --profile, or else the
+        profile that `seats probe` has written here, which is said. A testbed brings its own."""
+        from seats_analysis.schedules.choose import blocks_of
+        from seats_analysis.schedules.schedule import Schedule
 
-            return Schedule.load(schedule)
-        if profile is not None or self.model in TESTBEDS:
-            return profile
-        name = f"profiles/{name_of(self.model)}.nc"
-        own = output_folder(self.data) / name
-        found = [p / name for p in own.parents[2].glob("*") if (p / name).is_file()]
-        found = max(found, key=lambda p: (p == own, p.stat().st_mtime), default=None)
-        if found:
-            note(f"note: the blocks are those of {found}; --profile takes others")
-        return found
+        if schedule is not None:
+            profile = Schedule.load(schedule)
+        elif profile is None and self.model not in TESTBEDS:
+            name = f"profiles/{name_of(self.model)}.nc"
+            own = output_folder(self.data) / name
+            found = [p / name for p in own.parents[2].glob("*") if (p / name).is_file()]
+            profile = max(found, key=lambda p: (p == own, p.stat().st_mtime), default=None)
+            if profile:
+                note(f"note: the blocks are those of {profile}; --profile takes others")
+        return profile, blocks_of(self.model, profile, self.config, self.data)
 
     def load(self):  # model, processor
         prepare()

@@ -149,15 +149,13 @@ def tune(
     usual = f"results/tune_{name}.json"
     evidence = output_file(evidence, asked.data, usual, "tune", overwrite)
     from seats_analysis.baselines.registry import METHODS
-    from seats_analysis.schedules.choose import blocks_of
     from seats_analysis.tuning.certificate import Promise
     from seats_analysis.tuning.tune import deal_clips, tune_schedule
 
     promise = Promise(max_change / 100, confidence / 100, answers)
     if method.removesuffix("+late") not in METHODS:
         raise ValueError(f"--method {method!r}: one of {', '.join(METHODS)}, or with +late behind")
-    source = asked.source(profile, schedule)
-    blocks_of(asked.model, source, asked.config, asked.data)
+    source, _ = asked.blocks(profile, schedule)
     with Checkpoint.hold(Checkpoint.folder_of(evidence)) as folder:
         if asked.data == "testbed":
             samples = asked.samples("derive") if answers == "choices" else []

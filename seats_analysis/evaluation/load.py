@@ -10,8 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from ..storage.files import processes
-from ..storage.files import one_line, shipped_folder
+from ..storage.files import one_line, processes, shipped_folder
 from ..testbed.load import TESTBEDS, fresh_samples, testbed_samples
 
 # %% ../../nbs/evaluation/00_load.ipynb #0cf2fc34
@@ -186,8 +185,6 @@ def load_samples(
     """Questions of a data set, on clips that were opened. ValueError for an unknown name, a broken
     line or a missing split, and for broken clips all at once."""
     if str(name) == "testbed":
-        from seats_analysis.testbed.load import testbed_samples
-
         samples = testbed_samples()
     else:
         from seats_analysis.inputs.questions import load_questions

@@ -15,8 +15,8 @@ from ..storage.schemas import SCHEMAS
 from ..inputs.media import Clip
 from ..inputs.layout import Modality
 from ..inputs.samples import Sample
-from .families import adapter_for
-from .encode import chat_prompt, check_words
+from .families import adapter_for, check_words
+from .encode import chat_prompt
 
 # %% ../../nbs/models/05_provenance.ipynb #cd106c08
 def sample_rows(

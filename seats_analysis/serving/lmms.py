@@ -77,30 +77,22 @@ def prompt_of(
     return Prompt(id, tuple(parts))
 
 # %% ../../nbs/serving/02_lmms.ipynb #4a1df743
-def schedule_for(
-    model: str,  # `testbed`, a folder or a hub id
-    trr: float,  # headline TRR in percent
-) -> Schedule:
-    "The shipped schedule of a model. Raises ValueError with a list where there is none."
-    family = published_for(check_model_name(model)) or model
-    return Schedule.load(f"{family}/{trr:g}")
-
-
 def method_for(
-    model: str,  # name of the model
+    model: str,  # `testbed`, a folder or a hub id
     method: str = "seats",  # key of `METHODS` or `ABLATIONS`; 'full' prunes nothing
     trr: float | None = None,  # headline TRR in percent
     schedule=None,  # file, instead of `trr`
     knob: float = 1.0,  # see `method_at`
     tokens: tuple = (9216, 1500),  # visual and audio ones of a typical prompt, for shared budgets
 ):  # -> Pruner, or None for the full model
-    "A method by name. Raises ValueError for an unknown one, or without a TRR."
+    "A method by name. ValueError for an unknown one, and where no schedule is given or shipped."
     if method == "full":
         return None
     if (trr is None) == (schedule is None):
         raise ValueError("give either trr=N (percent) or schedule=FILE")
-    plan = Schedule.load(schedule) if schedule is not None else schedule_for(model, trr)
-    return method_at(method, plan, tokens, knob)
+    if schedule is None:
+        schedule = f"{published_for(check_model_name(model)) or model}/{trr:g}"
+    return method_at(method, Schedule.load(schedule), tokens, knob)
 
 # %% ../../nbs/serving/02_lmms.ipynb #94de65ea
 @dataclass(frozen=True)
