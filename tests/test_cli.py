@@ -28,7 +28,8 @@ from seats_analysis.inputs.media import decode_clip
 from seats_analysis.inputs.questions import read_samples, write_samples
 from seats_analysis.models.families import adapter_for
 from seats_analysis.plots.kept import plot_kept
-from seats_analysis.schedules.choose import solve_schedules
+from seats_analysis.schedules.choose import blocks_of, solve_schedules
+from seats_analysis.schedules.file import PUBLISHED
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.schemas import load_json, load_profile, save_profile
 from seats_analysis.testbed.load import build_model, build_processor, fresh_samples
@@ -102,7 +103,7 @@ def clip(questions):
 @pytest.fixture
 def stubbed(monkeypatch, model):
     "`load_model` gives the random model under any name."
-    monkeypatch.setattr(shared, "check_model_name", lambda name, revision: None)
+    monkeypatch.setattr(shared, "check_model_name", lambda name, revision: {})
     monkeypatch.setattr(shared, "load_model", lambda *args, **options: model)
 
 
@@ -304,15 +305,81 @@ def test_a_revision_goes_to_the_loader(monkeypatch, clip):
         found.append((name, options["revision"]))
         raise ValueError("enough")
 
-    monkeypatch.setattr(shared, "check_model_name", lambda *given: found.append(given))
+    monkeypatch.setattr(shared, "check_model_name", lambda *given: found.append(given) or {})
     monkeypatch.setattr(shared, "load_model", load)
     refused("run {c} --question ? --model owner/name@v1", c=clip)
     refused("run {c} --question ? --model owner/name", c=clip)
     assert found == [("owner/name", "v1")] * 2 + [("owner/name", None)] * 2
 
 
-def test_trr_for_a_model_without_boundaries(clip, stubbed):
-    assert "--profile" in refused("run {c} --question ? --trr 10 --model some/model", c=clip)
+OWN = [
+    "run {c} --question ? --trr 10",
+    "eval --methods random --overwrite --data {d} --trr 35",
+    "tune --data {d}",
+]
+
+
+@pytest.mark.parametrize("line", OWN)
+def test_blocks_of_a_checkpoint_of_ones_own(line, questions, clip, profile, stubbed, tmp_path):
+    """Where nothing says them, the command that measures them; else what it has written, which is
+    said, of the same data if there is more; a schedule's own blocks are taken as well."""
+    places = dict(c=clip, d=questions, t=tmp_path)
+    data = questions if "{d}" in line else "QUESTIONS.jsonl"
+    wanted = f"`seats probe --model '/ckpt/my sft' --data {data}` measures it"
+    assert wanted in refused(line, "--model", "/ckpt/my sft", **places)
+    for home, layers in dict(older=11, questions=12).items():
+        made = tmp_path / "seats_out" / home / "profiles" / "my sft.nc"
+        made.parent.mkdir(parents=True)
+        stored = synthetic_profile({r: np.linspace(0, 1, layers + 1) for r in ("visual", "both")})
+        save_profile(stored, made)
+    said = seats(line, "--model", "/ckpt/my sft", **places).stderr
+    assert "the blocks are those of seats_out/questions/profiles/my sft.nc; --profile" in said
+    done("schedule {p} --trr 30 --blocks 4,9 --out plan.json", p=profile)
+    line = re.sub("--trr [0-9]+", "", line) + " --schedule {t}/plan.json"
+    said = seats(line, "--model", "/ckpt/my sft", **places).stderr
+    assert "the blocks are" not in said and "is not known" not in said, said
+
+
+def test_a_schedule_takes_part_as_it_is(questions, profile, stubbed, tmp_path):
+    done("schedule {p} --trr 30 --blocks 4,9 --out plan.json", p=profile)
+    line = "eval --data {d} --model m --methods random --schedule plan.json"
+    done(line + " --out r.json", d=questions)
+    rows = json.loads(Path("r.json").read_text())["rows"]
+    share = 100 * Schedule.load("plan.json").token_trr(192, 40)
+    assert [(r["label"], r["trr"]) for r in rows[1:]] == [
+        ("seats", round(share, 1)), ("random", round(share, 1))
+    ]  # fmt: skip
+    assert rows[1]["knob"] == 1 and "not both" in refused(line + " --trr 10", d=questions)
+
+
+STRANGE = "probe", "eval", "tune --max-change 90 --confidence 50", "check testbed/10", "flow"
+
+
+@pytest.mark.parametrize("line", [*STRANGE, "run {c} --question 'What?' --choice a --choice cat"])
+def test_what_the_testbed_cannot_read_is_refused(
+    line, rows, questions, clip, tmp_path, monkeypatch
+):
+    "The words, what it can be asked, and where a real model goes; and nothing is written."
+    monkeypatch.chdir(tmp_path)
+    words = dict(question="What? red", choices=["a", "cat"], answer=0, lettered=False)
+    data = jsonl(questions.parent / "strange.jsonl", [row | words for row in rows])
+    given = () if line.startswith("run") else ("--data", data)
+    if line.startswith("check"):
+        given = *given, "--max-change", 90, "--confidence", 50
+    result = seats(line.replace("'", ""), *given, c=clip)
+    said = result.stderr.splitlines()[-1]
+    assert (result.exit_code, result.stdout) == (2, ""), said
+    assert "testbed does not know the words What?, a, cat: it can be asked 'what colour is" in said
+    assert "--model DIR" in said and not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_unknown_words_of_another_model_are_said_once(rows, questions, stubbed, tmp_path):
+    rows = [r | dict(question=f"zebra {i} ?", lettered=False) for i, r in enumerate(rows)]
+    share = 2 * len(rows) / sum(3 + len(" ".join(r["choices"]).split()) for r in rows)
+    data = jsonl(questions.parent / "zebra.jsonl", rows)
+    line = "probe --data {d} --layers 6 --removed both --out {t}/z.nc"
+    said = done(line, d=data, t=tmp_path).stderr
+    assert re.findall("does not know (.*) %", said) == [f"{100 * share:.3g}"], said
 
 
 def test_schedule_for_another_layer_count(clip, stubbed, tmp_path):
@@ -508,7 +575,8 @@ def test_schedule_apart_and_from_stated_blocks(profile):
 
 
 def test_published_pair_is_used_where_there_is_one():
-    plans = solve_schedules("Qwen/Qwen2.5-Omni-7B", (10.0, 12.0), (500, 100), late="certified")
+    known = blocks_of("/ckpt/my-sft", config=PUBLISHED["qwen2.5-omni-7b"]["config"])
+    plans = solve_schedules(known, (10.0, 12.0), (500, 100))
     assert plans[10] == Schedule.published("qwen2.5-omni-7b", 10)
     assert abs(plans[12].token_trr(500, 100) - 0.12) < 1e-9 and plans[12].late_start == 23
 

@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from seats_analysis.serving import lmms
+from seats_analysis.evaluation import evaluate as module
+from seats_analysis.evaluation.evaluate import evaluate, parse_answer
 from seats_analysis.evaluation.load import load_model
 from seats_analysis.models.encode import encode
 from seats_analysis.serving.lmms import (
@@ -26,6 +28,9 @@ from seats_analysis.serving.lmms import (
     task_docs,
     tasks_folder,
 )
+from seats_analysis.schedules.file import PUBLISHED
+from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.testbed.load import TESTBEDS
 from seats_analysis.testbed.load import testbed_samples as shipped_samples
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,8 +99,23 @@ def test_only_the_schedule_that_was_asked_for(given):
     "lmms-eval hands over floats; a TRR is never rounded to one that happens to be there."
     with pytest.raises(ValueError, match=rf"^testbed/{given['trr']}: .* those are .*testbed/10"):
         lmms.ModelArgs(**given).answerer()
-    with pytest.raises(ValueError, match=r"12\.5: neither a file nor a shipped schedule"):
-        lmms.schedule_for("Qwen/Qwen3-Omni-30B-A3B-Instruct", 12.5)
+
+
+@pytest.mark.parametrize("key", PUBLISHED)
+def test_a_checkpoint_of_published_sizes(tmp_path, key):
+    "Whatever its folder is called; and a folder that is called so, of another size, has none."
+    config = PUBLISHED[key]["config"]
+    home, old = tmp_path / "my-sft", tmp_path / f"{key}-old"
+    for place, layers in (home, config["num_hidden_layers"]), (old, 12):
+        place.mkdir()
+        told = dict(thinker_config=dict(text_config=config | dict(num_hidden_layers=layers)))
+        (place / "config.json").write_text(json.dumps(told))
+    assert method_for(str(home), trr=10).schedule == Schedule.published(key, 10)
+    for place in home, old:
+        with pytest.raises(ValueError, match=r"12\.5: neither a file nor a shipped schedule"):
+            method_for(str(place), trr=12.5)
+    with pytest.raises(ValueError, match="old/10: neither a file"):
+        method_for(str(old), trr=10)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +139,31 @@ def test_a_float_from_the_command_line_is_its_number(answerer):
         and made.max_frames == 8
         and isinstance(made.max_frames, int)
     )
+
+
+@pytest.mark.parametrize("name", TESTBEDS)
+def test_one_prompt_for_one_question(name, monkeypatch):
+    """Open or lettered, what lmms-eval asks is what `evaluate` asks, tensor by tensor, and what the
+    full model writes is read as the choice that it ranks first there; pruned, nearly always."""
+    model, processor = load_model(name, "cpu")
+    samples = shipped_samples("test", 24)
+    assert 6 <= sum(s.lettered for s in samples) <= 18
+    asked = [lmms.doc_to_messages(d) for d in task_docs("testbed", 24)]
+    built = []
+    take = lambda *given: built.append(encode(*given)) or built[-1]
+    monkeypatch.setattr(module, "encode", take)
+    for method, differ in ("full", 0), ("seats", 2):
+        plan = method_for(name, method, None if method == "full" else 10)
+        answerer = Answerer(model, processor, plan)
+        prompts = [answerer.prompt(turn, str(i)) for i, turn in enumerate(asked)]
+        built.clear()
+        picks = evaluate(model, processor, samples, plan, batch_size=24).prediction
+        mine = encode(model, processor, prompts).inputs
+        assert all(torch.equal(mine[k], v) for k, v in built[0].inputs.items()) and mine
+        texts = answerer(prompts)
+        read = [parse_answer(t, s.choices, s.lettered) for t, s in zip(texts, samples)]
+        said = [None if i is None else s.choices[i] for i, s in zip(read, samples)]
+        assert sum(a != b for a, b in zip(said, picks)) <= differ, list(zip(texts, picks))
 
 
 def test_separate_sound_replaces_that_of_the_video(tmp_path, docs):
@@ -192,7 +237,7 @@ def test_daily_omni_documents(tmp_path, monkeypatch):
     assert (
         text.startswith(shipped_samples("test", 1)[0].question)
         and f"A. {docs[0]['choices'][0]}" in text
-        and text.endswith(lmms.LETTER_ONLY)
+        and text.endswith(docs[0]["choices"][-1])
     )
 
 

@@ -333,7 +333,8 @@ def test_a_revision_of_a_hub_id(hub, asked):
 
     layers, name = (2, "old") if asked in ("old", COMMITS["old"]) else (3, "main")
     model, processor = load_model("some/model", "cpu", revision=asked)
-    assert check_model_name("some/model", asked) == adapter_for(model).num_layers(model) == layers
+    config = check_model_name("some/model", asked)
+    assert config["num_hidden_layers"] == adapter_for(model).num_layers(model) == layers
     assert processor.chat_template.endswith(f"{{# {name} #}}")
     about = provenance(model, processor, [])
     assert (about["model"], about["revision"]) == ("some/model", COMMITS[name])

@@ -176,7 +176,7 @@ def ask(questions, monkeypatch, tmp_path):
     "Options for a tiny random model, a profile with known blocks and questions."
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tune, "LADDER", (60,))
-    monkeypatch.setattr(shared, "check_model_name", lambda name, revision: None)
+    monkeypatch.setattr(shared, "check_model_name", lambda name, revision: {})
     monkeypatch.setattr(shared, "load_model", lambda *args, given=small(), **options: given)
     profile = synthetic_profile({r: ramp(tiny.LAYERS, 1, 4) for r in ("visual", "audio", "both")})
     save_profile(profile, tmp_path / "p.nc")
@@ -232,6 +232,24 @@ def test_too_few_clips_are_refused_before_the_model_is_loaded(ask, no_model):
     said = refused("tune", *ask)
     assert "takes 149" in said and "--max-change" in said
     assert "--method 'nobody': one of seats" in refused("tune", *ask, "--method", "nobody")
+
+
+def test_where_the_blocks_come_from(questions, ask, tmp_path):
+    "A schedule bounds the search as a profile does; a profile of all clips leaves none to certify."
+    plan = Schedule.from_trr(Boundaries(tiny.LAYERS, 2, 5), 30, 64, 5)
+    plan.save(tmp_path / "plan.json")
+    own = *ask[:2], *ask[4:], "--schedule", tmp_path / "plan.json"
+    done = seats("tune", *own, *LOOSE, "--budget", 3, "--overwrite")
+    assert done.exit_code == 0, done.stderr
+    found = Schedule.load(tmp_path / "seats_out/questions/schedules/tuned_m.json")
+    assert 3 <= found.late("visual") and "published" not in done.stderr
+    stored = tune.load_profile(ask[3])
+    n = stored.sizes["sample"]
+    clips = [s.clip for s in read_samples(questions)]
+    names = dict(clip=("sample", [clips[i % 10] for i in range(n)]), split=("sample", [""] * n))
+    save_profile(stored.assign_coords(names), ask[3])
+    said = refused("tune", *ask, *LOOSE, "--overwrite")
+    assert "all clips made the profile" in said and '"split": "derive"' in said
 
 
 def test_a_baseline_gets_the_same_search(ask, tmp_path):

@@ -209,6 +209,56 @@ def test_every_command_from_an_empty_folder(shell, tmp_path):
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
 
+OWN = """
+import json
+from pathlib import Path
+import numpy as np
+from seats_analysis.inputs.media import Clip
+from seats_analysis.testbed.load import build_model, build_processor
+for part in build_model(layers=6), build_processor():
+    part.save_pretrained("my sft")
+names = ["plain", "half a second", "s\u00edlent", "portrait", "[b]", "dot.", "q'uote", "UPPER"]
+rows = []
+for i, name in enumerate(names):
+    size = (112, 56) if name == "portrait" else (56, 84)
+    seconds = 0.5 if i == 1 else 2
+    frames = np.random.default_rng(i).integers(0, 255, (int(2 * seconds), *size, 3), dtype="uint8")
+    wave = None if i == 2 else np.sin(np.arange(int(16000 * seconds)) / 9).astype("float32") / 3
+    Clip(name, frames, 2.0, wave, 16000).save(f"{name}.mp4")
+    asked = dict(question="What moves?", choices=["a bar", "a cat"], answer=i % 2)
+    rows.append(dict(asked, video=f"{name}.mp4", family="moves"))
+Path("mine.jsonl").write_text("\\n".join(map(json.dumps, rows)))
+"""
+PLAN = "seats_out/mine/schedules/my sft_trr30.json"
+OF = "--model 'my sft' --data mine.jsonl"
+LOOSE = "--max-change 90 --confidence 50"
+OWN_WALK = f"""
+seats probe {OF} --layers 0:7:3 --removed both
+seats boundaries 'seats_out/mine/profiles/my sft.nc'
+seats schedule 'seats_out/mine/profiles/my sft.nc' --trr 30 --blocks 3,5
+seats run "q'uote.mp4" --question 'What?' --model 'my sft' --schedule '{PLAN}'
+seats eval {OF} --methods random --schedule '{PLAN}'
+seats tune {OF} --schedule '{PLAN}' {LOOSE} --budget 3
+seats check '{PLAN}' {OF} {LOOSE}
+seats figures --data mine.jsonl
+"""
+
+
+@pytest.mark.nightly
+def test_ones_own_clips_and_checkpoint_from_an_empty_folder(shell, tmp_path):
+    "No dead end: what is refused names the command that helps."
+    shell(f"python -c {shlex.quote(OWN)}")
+    asked = "--question 'What moves?' --trr 30 --model"
+    shell(f"seats run plain.mp4 {asked} testbed", refused="does not know the words What, moves?")
+    shell(f"seats run plain.mp4 {asked} 'my sft'", refused="`seats probe --model 'my sft' --data")
+    for line in OWN_WALK.split("\n")[1:-1]:
+        shell(line)
+        if " probe " in line:
+            shell(f"seats run plain.mp4 {asked} 'my sft'", refused="seats schedule --blocks")
+    found = {p.name for p in (tmp_path / "seats_out/mine/figures").iterdir()}
+    assert {"my sft_dependency.png", "eval_my sft_comparison.png", "tune_my sft.png"} <= found
+
+
 @pytest.mark.nightly
 def test_readme_and_the_explorer_from_an_empty_folder(shell, tmp_path):
     assert shell(f"python -c {shlex.quote(code('python'))}").strip() == code("").strip()

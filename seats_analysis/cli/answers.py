@@ -128,7 +128,9 @@ def run(
     trr: float | None = Option(
         None, help="Token retention ratio: percent of all visual and audio tokens to keep."
     ),
-    profile: Path | None = Option(None, help="Profile of the model, for --trr."),
+    profile: Path | None = Option(
+        None, help="Profile of the model, for --trr; default: what `seats probe` has written."
+    ),
     choice: list[str] | None = Option(None, help="An answer to score; repeat it for each."),
     max_tokens: int = Option(32, min=1, help="Most tokens of the answer."),
     compare: bool = Option(
@@ -150,14 +152,14 @@ def run(
     from seats_analysis.evaluation.answer import Answer
     from seats_analysis.models.encode import encode
     from seats_analysis.models.families import adapter_for
-    from seats_analysis.schedules.choose import blocks_of, solve_schedules
+    from seats_analysis.schedules.choose import solve_schedules
     from seats_analysis.schedules.schedule import Schedule
 
     plan = schedule and Schedule.load(schedule)
     if plan and num_layers:
         plan.check_model(num_layers)
     if trr is not None:
-        blocks_of(asked.model, profile, num_layers)
+        _, known = asked.blocks(profile)
     limits = dict(fps=asked.fps or 2.0, max_frames=asked.max_frames or MAX_FRAMES)
     sample, seconds = clip_sample(clip, question, choice)
     if asked.max_frames is None and seconds * limits["fps"] > MAX_FRAMES:
@@ -166,7 +168,7 @@ def run(
     encoded = encode(model, processor, [sample], **limits)
     if trr is not None:
         counts = [encoded.layout.counts()[m].item() for m in Modality.CODES]
-        plan = solve_schedules(asked.model, (trr,), counts, profile)[trr]
+        plan = solve_schedules(known, (trr,), counts)[trr]
     adapter = adapter_for(model)
     name = adapter.name(model)
     if plan:
@@ -267,9 +269,13 @@ def eval_(
         help="Names separated by commas, `all`, `late` (with the late removal of SEATS), or "
         "`ablations`.",
     ),
-    trr: str = Option(
-        "35,25,15,10",
-        help="Token retention ratios: percent of all visual and audio tokens that SEATS keeps.",
+    trr: str | None = Option(
+        None,
+        help="Token retention ratios: percent of all visual and audio tokens that SEATS keeps; "
+        "default: 35,25,15,10.",
+    ),
+    schedule: Path | None = Option(
+        None, help="Schedule of SEATS, as it is: a file, or a shipped one, as testbed/10."
     ),
     out: Path | None = Option(
         None, help="JSON file to write; default: seats_out/DATA/results/eval_MODEL.json."
@@ -282,7 +288,9 @@ def eval_(
         "answer; `text` compares whole answers with the full model's.",
     ),
     max_tokens: int = Option(64, min=1, help="Most tokens of a whole answer."),
-    profile: Path | None = Option(None, help="Profile of the model, to solve its schedules from."),
+    profile: Path | None = Option(
+        None, help="Profile of the model, for --trr; default: what `seats probe` has written."
+    ),
     tuned: list[Path] = Option(
         [],
         help="Evidence of `seats tune`: its best schedule at each of these costs takes part. "
@@ -300,24 +308,28 @@ def eval_(
     num_layers = asked.depth()
     model_name = asked.model
     data = Path(asked.data).name
-    trrs = _trr_list(trr)
+    if schedule is not None and trr is not None:
+        raise ValueError("give --schedule or --trr, not both")
+    trrs = _trr_list(trr or "35,25,15,10")
     usual = f"results/eval_{name_of(model_name)}.json"
     out = output_file(out, asked.data, usual, "eval", overwrite)
     from seats_analysis.evaluation.compare import compare_methods, made_from, method_names, vtw_rule
     from seats_analysis.evaluation.load import held_out
     from seats_analysis.models.encode import mean_tokens
-    from seats_analysis.schedules.choose import blocks_of, solve_schedules
+    from seats_analysis.schedules.choose import solve_schedules
     from seats_analysis.boundaries.find import layers_read
     from seats_analysis.storage.schemas import load_profile
     from seats_analysis.testbed.load import TESTBEDS, caption_samples
 
     names = method_names(names_of(methods, "--methods"))
-    chains, known = _tuned(tuned, num_layers)
-    blocks_of(model_name, profile, num_layers)
+    chains, searched = _tuned(tuned, num_layers)
+    source, known = asked.blocks(profile, schedule)
     read = None
     if answers == "text" and model_name in TESTBEDS:
         read = layers_read(load_profile(f"captions/{model_name}"))
-    source = profile or (model_name if model_name in TESTBEDS else None)
+    measured = model_name if model_name in TESTBEDS else None
+    if schedule is None:
+        measured = source or measured
     with Checkpoint.hold(Checkpoint.folder_of(out)) as folder:
         if data == "testbed" and answers == "text":
             samples = caption_samples(
@@ -333,8 +345,13 @@ def eval_(
         limits = asked.limits(processor)
         counts = mean_tokens(model, processor, samples, **limits)
         counts = (counts["visual"], counts["audio"])
+        kept = f"--trr {','.join(map(str, trrs))}"
+        plans = solve_schedules(known, trrs, counts)
+        if schedule is not None:
+            kept = f"--schedule {schedule.name if schedule.is_file() else schedule}"
+            plans = {round(100 * source.token_trr(*counts), 1): source}
         command = (
-            f"seats eval --methods {methods} --trr {trr} --model {Path(model_name).name} "
+            f"seats eval --methods {methods} {kept} --model {Path(model_name).name} "
             f"--data {data} --limit {len(samples)} --answers {answers} --seed {seed}"
         )
         command += "".join(f" --tuned {p.name}" for p in tuned)
@@ -347,10 +364,10 @@ def eval_(
                 model,
                 processor,
                 samples,
-                solve_schedules(model_name, trrs, counts, profile),
+                plans,
                 names,
                 out,
-                rules=vtw_rule(source) if source and "vtw" in names else {},
+                rules=vtw_rule(measured) if measured and "vtw" in names else {},
                 tuned=chains,
                 cache=read,
                 about=dict(
@@ -358,7 +375,7 @@ def eval_(
                     data=data,
                     split=",".join(sorted({s.split for s in samples})),
                     broken=asked.broken,
-                    questions_of_schedule=made_from(samples, source, known),
+                    questions_of_schedule=made_from(samples, measured, searched),
                 ),
                 answers=answers,
                 max_new_tokens=max_tokens if answers == "text" else 16,

@@ -21,9 +21,9 @@ import typer
 from typer import Option
 from typer.core import TyperCommand, TyperGroup
 from ..evaluation.load import check_model_name, load_model
-from ..storage.files import processes
-from ..storage.files import check_target, one_line, output_folder
+from ..storage.files import check_target, one_line, output_folder, processes
 from ..storage.schemas import SCHEMAS, load_flow, load_profile, schema_of
+from ..testbed.load import TESTBEDS
 
 # %% ../../nbs/cli/00_app.ipynb #d18f5656
 _BAD_INPUT = (ValueError, TypeError, OSError, OverflowError, RecursionError)
@@ -304,6 +304,8 @@ Json = Annotated[bool, Option("--json", help="Print one JSON document instead of
 class ModelOptions:
     "Options of every command that runs a model."
 
+    data = "QUESTIONS.jsonl"  # no option here, a word for messages
+
     model: Annotated[
         str,
         Option(
@@ -327,9 +329,30 @@ class ModelOptions:
     ] = "auto"
     attention: Annotated[str, Option(help="Attention: sdpa, eager or flash_attention_2.")] = "sdpa"
 
-    def depth(self):  # decoder layers, if the configuration says
+    @cached_property
+    def config(self):  # of its text model, as its config.json has it
         "ValueError for a model that cannot be had here; nothing heavy is imported."
         return check_model_name(*name_and_revision(self.model))
+
+    def depth(self):  # decoder layers, if the configuration says
+        return self.config.get("num_hidden_layers")
+
+    def blocks(self, profile, schedule=None):  # -> `Schedule`, profile or None; `blocks_of` it
+        """Where the blocks of the model lie, and what says so: --schedule, --profile, or else the
+        profile that `seats probe` has written here, which is said. A testbed brings its own."""
+        from seats_analysis.schedules.choose import blocks_of
+        from seats_analysis.schedules.schedule import Schedule
+
+        if schedule is not None:
+            profile = Schedule.load(schedule)
+        elif profile is None and self.model not in TESTBEDS:
+            name = f"profiles/{name_of(self.model)}.nc"
+            own = output_folder(self.data) / name
+            found = [p / name for p in own.parents[2].glob("*") if (p / name).is_file()]
+            profile = max(found, key=lambda p: (p == own, p.stat().st_mtime), default=None)
+            if profile:
+                note(f"note: the blocks are those of {profile}; --profile takes others")
+        return profile, blocks_of(self.model, profile, self.config, self.data)
 
     def load(self):  # model, processor
         prepare()

@@ -97,7 +97,14 @@ def _tune_text(result, promise, out):
 @takes(DataOptions)
 def tune(
     asked,
-    profile: Path | None = Option(None, help="Profile of the model, which bounds the search."),
+    profile: Path | None = Option(
+        None,
+        help="Profile of the model, which bounds the search; default: what `seats probe` has "
+        "written.",
+    ),
+    schedule: Path | None = Option(
+        None, help="Schedule whose blocks bound the search, instead of a profile."
+    ),
     max_change: float = Option(
         2, min=0.01, max=99, help="Percent of the answers that may differ from the full model's."
     ),
@@ -136,20 +143,19 @@ def tune(
     interruption the same command goes on; `accelerate launch --no_python seats tune ...` shares the
     work among processes.
     """
-    num_layers = asked.depth()
+    asked.depth()  # a model that cannot be had is refused first
     name = name_of(asked.model) + ("" if method == "seats" else f"_{method}")
     out = output_file(out, asked.data, f"schedules/tuned_{name}.json", "schedule", overwrite)
     usual = f"results/tune_{name}.json"
     evidence = output_file(evidence, asked.data, usual, "tune", overwrite)
     from seats_analysis.baselines.registry import METHODS
-    from seats_analysis.schedules.choose import blocks_of
     from seats_analysis.tuning.certificate import Promise
     from seats_analysis.tuning.tune import deal_clips, tune_schedule
 
     promise = Promise(max_change / 100, confidence / 100, answers)
     if method.removesuffix("+late") not in METHODS:
         raise ValueError(f"--method {method!r}: one of {', '.join(METHODS)}, or with +late behind")
-    blocks_of(asked.model, profile, num_layers)
+    source, _ = asked.blocks(profile, schedule)
     with Checkpoint.hold(Checkpoint.folder_of(evidence)) as folder:
         if asked.data == "testbed":
             samples = asked.samples("derive") if answers == "choices" else []
@@ -157,7 +163,7 @@ def tune(
             samples += _fresh(asked, promise, times, TUNE_SEED, folder)
         else:
             samples = asked.samples()
-        proposal, calibration = deal_clips(samples, promise, asked.model, profile)
+        proposal, calibration = deal_clips(samples, promise, asked.model, source)
         note(f"{len(proposal)} questions to search on, {len(calibration)} to certify on")
         model, processor = asked.load()
         with resumable(folder, "answers"):
@@ -166,7 +172,7 @@ def tune(
                 processor,
                 samples,
                 promise,
-                profile=profile,
+                profile=source,
                 name=asked.model,
                 method=method,
                 budget=budget,

@@ -10,8 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from ..storage.files import processes
-from ..storage.files import one_line, shipped_folder
+from ..storage.files import one_line, processes, shipped_folder
 from ..testbed.load import TESTBEDS, fresh_samples, testbed_samples
 
 # %% ../../nbs/evaluation/00_load.ipynb #0cf2fc34
@@ -57,9 +56,9 @@ def _hub_config(name, revision):
 def check_model_name(
     name,  # `testbed`, `testbed-qwen3`, a folder, or a hub id
     revision=None,  # branch, tag or commit of a hub id
-) -> int | None:  # decoder layers, if the configuration says
-    """The depth of a model, from its configuration alone: nothing heavy is imported. ValueError for
-    a name that is none, and for a model that cannot be had here."""
+) -> dict:  # configuration of its text model, as config.json has it
+    """What is known of a model without loading it: nothing heavy is imported. ValueError for a name
+    that is none, and for a model that cannot be had here."""
     shipped = name in TESTBEDS
     folder = shipped_folder("testbed") / TESTBEDS[name] if shipped else Path(name)
     path = folder / "config.json"
@@ -75,7 +74,7 @@ def check_model_name(
         config = json.loads(Path(path).read_text(encoding="utf-8"))
         for part in ("thinker_config", "text_config"):
             config = config.get(part) or config
-        return config.get("num_hidden_layers")
+        return dict(config.items())
     except (ValueError, AttributeError, RecursionError):
         raise _unknown(name, "its config.json is no JSON object") from None
 
@@ -186,8 +185,6 @@ def load_samples(
     """Questions of a data set, on clips that were opened. ValueError for an unknown name, a broken
     line or a missing split, and for broken clips all at once."""
     if str(name) == "testbed":
-        from seats_analysis.testbed.load import testbed_samples
-
         samples = testbed_samples()
     else:
         from seats_analysis.inputs.questions import load_questions

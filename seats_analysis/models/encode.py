@@ -17,7 +17,7 @@ from itertools import takewhile
 from ..inputs.media import Clip
 from ..inputs.samples import Sample
 from ..inputs.layout import Modality, TokenLayout, pad_left
-from .families import adapter_for
+from .families import adapter_for, check_words
 
 # %% ../../nbs/models/01_encode.ipynb #02a07440
 def _turn_text(processor, content):
@@ -45,6 +45,11 @@ class Prompt:
     lettered: bool = False  # whether answers begin with a letter, as in `Sample`
 
     answer_texts = Sample.answer_texts
+
+    @property
+    def prompt_text(self) -> str:
+        "Its text alone."
+        return "\n".join(part for part in self.content if isinstance(part, str))
 
     def __post_init__(self):
         for part in self.content:
@@ -371,6 +376,7 @@ def encode(
         raise ValueError("encode needs at least one sample")
     if answers is not None and len(answers) != len(samples):
         raise ValueError(f"{len(answers)} answers for {len(samples)} samples")
+    check_words(model, processor, samples)
     rate = sampling_rate(processor)
     resize = frame_resizer(processor)
     clips = {}
@@ -470,6 +476,7 @@ def mean_tokens(
     "Mean tokens of a prompt."
     from tqdm.auto import tqdm
 
+    check_words(model, processor, samples)
     first = {}
     for sample in samples:
         first.setdefault(sample.clip, sample)

@@ -15,7 +15,7 @@ from ..storage.schemas import SCHEMAS
 from ..inputs.media import Clip
 from ..inputs.layout import Modality
 from ..inputs.samples import Sample
-from .families import adapter_for
+from .families import adapter_for, check_words
 from .encode import chat_prompt
 
 # %% ../../nbs/models/05_provenance.ipynb #cd106c08
@@ -48,6 +48,7 @@ def provenance(
     **settings,  # to add
 ) -> dict:  # as JSON or NetCDF can hold it
     "Attributes of a profile or a result: everything that its numbers depend on."
+    check_words(model, processor, samples)
     adapter = adapter_for(model)
     weight = adapter.lm_head(model).weight
     config = adapter.config(model).get_text_config()

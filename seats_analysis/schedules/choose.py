@@ -7,14 +7,16 @@ __all__ = ['stored_tokens', 'blocks_of', 'solve_schedules', 'describe']
 
 # %% ../../nbs/schedules/03_choose.ipynb #65eb684d
 import json
-from collections.abc import Sequence
+import shlex
+import warnings
+from collections.abc import Mapping, Sequence
 
 from ..inputs.layout import Modality
 from ..storage.schemas import load_profile
 from ..testbed.load import TESTBEDS
 from ..boundaries.find import Boundaries, find_boundaries
-from .file import PUBLISHED
-from .schedule import DEFAULT_LATE, Schedule
+from .file import PUBLISHED, published_for
+from .schedule import Schedule, ScheduleWarning
 
 # %% ../../nbs/schedules/03_choose.ipynb #b991b067
 def stored_tokens(
@@ -29,47 +31,53 @@ def stored_tokens(
 # %% ../../nbs/schedules/03_choose.ipynb #ebce3525
 def blocks_of(
     model_name: str,  # testbed, folder or hub id
-    profile=None,  # NetCDF file of its dependency profile
-    num_layers: int | None = None,  # decoder layers of the model, where they are known
-) -> tuple:  # Boundaries, TRRs (percent) with a published schedule
-    """Where the blocks of a model lie.
+    profile=None,  # NetCDF file of its dependency profile, or a `Schedule` that has the blocks
+    config: Mapping = {},  # of its text model, as its config.json has it
+    data: str = "QUESTIONS.jsonl",  # to measure them on
+) -> tuple:  # Boundaries; key of PUBLISHED where they are published ones, else None
+    """Where the blocks of a model lie; warns where that follows from its sizes alone.
 
     Raises ValueError where that is not known, not measurable, or of a model of another depth."""
     source = profile or (model_name if model_name in TESTBEDS else None)
-    published = [k for k in PUBLISHED if k in model_name.lower()]
-    pairs = ()
-    if source is not None:
+    published = None
+    if isinstance(source, Schedule):
+        late = max(map(source.late, Modality.CODES))
+        blocks = Boundaries(source.num_layers, source.shallow_end, late, model=source.model)
+    elif source is not None:
         blocks = find_boundaries(load_profile(source))
-    elif published:
-        setting = PUBLISHED[published[0]]
+    elif published := published_for(config):
+        setting = PUBLISHED[published]
         blocks = Boundaries(*setting["boundaries"])
-        pairs = tuple(setting["pairs"])
+        said = f"published blocks of {setting['model']}: the configuration has its architecture"
+        warnings.warn(
+            f"{said} and sizes; `seats probe` measures those of {model_name}", ScheduleWarning
+        )
     else:
+        probe = shlex.join(["seats", "probe", "--model", model_name, "--data", data])
         raise ValueError(
-            f"--trr for {model_name}: where its blocks lie is not known; make a profile with "
-            "`seats probe` and add --profile FILE"
+            f"where the blocks of {model_name} lie is not known: `{probe}` measures it, --profile "
+            "or --schedule names what says it"
         )
     blocks.check_measured()
-    if num_layers:
-        Schedule(blocks.num_layers, model=blocks.model).check_model(num_layers)
-    return blocks, pairs
+    if layers := config.get("num_hidden_layers"):
+        Schedule(blocks.num_layers, model=blocks.model).check_model(layers)
+    return blocks, published
 
 # %% ../../nbs/schedules/03_choose.ipynb #72a0c934
 def solve_schedules(
-    model_name: str,  # see `blocks_of`
+    known: tuple,  # what `blocks_of` gives
     trrs: Sequence,  # headline TRRs, percent
     counts,  # mean visual and audio tokens of the data
-    profile=None,  # see `blocks_of`
-    late: str | None = None,  # estimate or certified
 ) -> dict:  # percent -> Schedule
     "Published schedules, or ones for these tokens. Raises ValueError where there can be none."
-    blocks, pairs = blocks_of(model_name, profile)
+    blocks, published = known
+    pairs = PUBLISHED[published]["pairs"] if published else ()
     plans = {}
     for trr in trrs:
         if trr in pairs:
-            plans[trr] = Schedule.published(model_name, int(trr))
+            plans[trr] = Schedule.published(published, int(trr))
         else:
-            plans[trr] = Schedule.from_trr(blocks, trr, *counts, late=late or DEFAULT_LATE)
+            plans[trr] = Schedule.from_trr(blocks, trr, *counts)
     return plans
 
 # %% ../../nbs/schedules/03_choose.ipynb #c202284d

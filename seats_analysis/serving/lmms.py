@@ -20,12 +20,12 @@ from ..inputs.samples import Sample
 from ..inputs.benchmarks import preset_for
 from ..models.families import published_limits
 from ..models.encode import Prompt, encode, frame_resizer, sampling_rate
-from ..schedules.file import PUBLISHED
+from ..schedules.file import published_for
 from ..schedules.schedule import Schedule
 from ..pruning.session import prune
 from ..baselines.registry import method_at
 from ..evaluation.evaluate import parse_answer, write_answers
-from ..evaluation.load import load_model, load_samples
+from ..evaluation.load import check_model_name, load_model, load_samples
 
 # %% ../../nbs/serving/02_lmms.ipynb #e358b22e
 def _audio(source, rate):
@@ -77,30 +77,22 @@ def prompt_of(
     return Prompt(id, tuple(parts))
 
 # %% ../../nbs/serving/02_lmms.ipynb #4a1df743
-def schedule_for(
-    model: str,  # `testbed`, a folder or a hub id
-    trr: float,  # headline TRR in percent
-) -> Schedule:
-    "The shipped schedule of a model. Raises ValueError with a list where there is none."
-    family = next((k for k in PUBLISHED if k in model.lower()), model)
-    return Schedule.load(f"{family}/{trr:g}")
-
-
 def method_for(
-    model: str,  # name of the model
+    model: str,  # `testbed`, a folder or a hub id
     method: str = "seats",  # key of `METHODS` or `ABLATIONS`; 'full' prunes nothing
     trr: float | None = None,  # headline TRR in percent
     schedule=None,  # file, instead of `trr`
     knob: float = 1.0,  # see `method_at`
     tokens: tuple = (9216, 1500),  # visual and audio ones of a typical prompt, for shared budgets
 ):  # -> Pruner, or None for the full model
-    "A method by name. Raises ValueError for an unknown one, or without a TRR."
+    "A method by name. ValueError for an unknown one, and where no schedule is given or shipped."
     if method == "full":
         return None
     if (trr is None) == (schedule is None):
         raise ValueError("give either trr=N (percent) or schedule=FILE")
-    plan = Schedule.load(schedule) if schedule is not None else schedule_for(model, trr)
-    return method_at(method, plan, tokens, knob)
+    if schedule is None:
+        schedule = f"{published_for(check_model_name(model)) or model}/{trr:g}"
+    return method_at(method, Schedule.load(schedule), tokens, knob)
 
 # %% ../../nbs/serving/02_lmms.ipynb #94de65ea
 @dataclass(frozen=True)
@@ -274,9 +266,6 @@ def manifests():
     )
 
 # %% ../../nbs/serving/02_lmms.ipynb #9030aa59
-LETTER_ONLY = "Answer with the letter of the right choice."
-
-
 def task_docs(
     name: str,  # `testbed`, a benchmark, or `jsonl` for the file named by SEATS_JSONL
     limit: int | None = None,
@@ -292,7 +281,8 @@ def task_docs(
             id=s.id,
             video=str(s.video or ""),
             sound=str(s.audio or ""),
-            text=s.prompt_text + (f"\n{LETTER_ONLY}" if s.lettered else ""),
+            text=s.prompt_text,
+            target=s.answer_texts[s.answer],
             choices=list(s.choices),
             answer=s.answer,
             family=s.family,
@@ -303,7 +293,7 @@ def task_docs(
 
 
 def doc_to_text(doc):  # -> str
-    "The question with its choices, as our own evaluation asks it, by letter where they have one."
+    "The question as `evaluate` asks it: with its choices where they have letters, and no more."
     return doc["text"]
 
 # %% ../../nbs/serving/02_lmms.ipynb #80b5d934
@@ -323,8 +313,8 @@ def doc_to_messages(doc):  # -> list with one turn
 
 
 def doc_to_target(doc):
-    "The right answer as the prompt asks for it: a letter, or the text."
-    return chr(ord("A") + doc["answer"]) if doc["lettered"] else doc["choices"][doc["answer"]]
+    "The right answer as the prompt asks for it: with its letter where it has one."
+    return doc["target"]
 
 # %% ../../nbs/serving/02_lmms.ipynb #27003e58
 def process_results(doc, results):  # -> metric -> what is averaged

@@ -153,8 +153,8 @@ def chain_of(costs, kl, alive):  # -> list of indices, from dear to cheap
 
 # %% ../../nbs/tuning/02_tune.ipynb #479214f0
 def _profile_of(model_name, profile):
-    "What the blocks of a model were measured on; None where they are the published ones."
-    if profile is None and model_name not in TESTBEDS:
+    "What the blocks of a model were measured on; None where they are published or stated."
+    if isinstance(profile, Schedule) or (profile is None and model_name not in TESTBEDS):
         return None
     return load_profile(profile or model_name)
 
@@ -172,6 +172,11 @@ def deal_clips(
         first.update(derived_from(stored)["clip"].values.astype(str).tolist())
     proposal = [s for s in samples if s.clip in first]
     calibration = [s for s in samples if s.clip not in first]
+    if samples and not calibration:
+        raise ValueError(
+            "all clips made the profile and none is left to certify on: give questions on others, "
+            'or mark the lines for the profile by "split": "derive" before it is made'
+        )
     promise.check_clips(calibration)
     if not proposal:
         raise ValueError("no clip is left for the search: give more questions")
@@ -359,12 +364,12 @@ class Tuning:
 LADDER = (80, 60, 45, 35, 25, 15, 10, 5)  # TRR of the fixed shape that is certified beside, percent
 
 
-def measured_space(model_name, profile=None, text=False) -> SearchSpace:
+def measured_space(model_name, profile=None, config={}, text=False) -> SearchSpace:
     "What the analysis leaves open; that of whole answers also says which caches they read."
     if text and profile is None and model_name in TESTBEDS:
         profile = f"captions/{model_name}"
     if (stored := _profile_of(model_name, profile)) is None:
-        return SearchSpace.of(dict(both=blocks_of(model_name)[0]))
+        return SearchSpace.of(dict(both=blocks_of(model_name, profile, config)[0]))
     removed = sorted({"visual", "audio", "both"} & set(stored["removed"].values.astype(str)))
     space = SearchSpace.of({r: find_boundaries(stored, r) for r in removed})
     if not text:
@@ -378,13 +383,13 @@ def measured_space(model_name, profile=None, text=False) -> SearchSpace:
     return replace(space, facts=space.facts | dict(cache=layers_read(stored), evidence=evidence))
 
 
-def fixed_shapes(model_name, counts, profile=None):
+def fixed_shapes(where, counts):  # arguments of `blocks_of`; mean visual and audio tokens
     "The published shape at every ratio that this model's late block allows."
     plans = []
     for trr in LADDER:
         with suppress(ValueError), warnings.catch_warnings():  # too high for the late block
             warnings.simplefilter("ignore")
-            plans += solve_schedules(model_name, (trr,), counts, profile).values()
+            plans += solve_schedules(blocks_of(*where), (trr,), counts).values()
     return plans
 
 
@@ -408,8 +413,8 @@ def tune_schedule(
     processor,
     samples: Sequence[Sample],  # right answers are not needed; half of the clips are for the search
     promise: Promise = Promise(),
-    profile=None,  # NetCDF file of the model, which bounds the search; a testbed has its own
-    name="",  # of the model, where that says its blocks; default: as the model says itself
+    profile=None,  # NetCDF file of the model, or a `Schedule` with its blocks, to bound the search
+    name="",  # of the model: a testbed has its own profile; default: as the model says itself
     method: str = "seats",  # or another one to tune by its knobs, as "fastv" or "fastv+late"
     budget: float = 10.0,  # FLOPs, over those of the full model on all questions of the search
     max_new_tokens: int = 64,  # of the full model's answers, where whole ones count
@@ -425,14 +430,16 @@ def tune_schedule(
 
     The same call goes on after an interruption. Raises ValueError for too few clips, a model whose
     blocks are not known, and a wrong budget."""
-    name = name or adapter_for(model).name(model)
-    space = measured_space(name, profile, text=promise.of != "choices")
+    adapter = adapter_for(model)
+    name = name or adapter.name(model)
+    where = name, profile, adapter.config(model).get_text_config().to_dict()
+    space = measured_space(*where, text=promise.of != "choices")
     proposal, calibration = deal_clips(samples, promise, name, profile)
     origin = provenance(model, processor, proposal + calibration, seed=0)
     origin |= dict(code_sha256=hash_code(), data=data)
     counts = mean_tokens(model, processor, proposal, **limits)
     counts = (counts["visual"], counts["audio"])
-    fixed = fixed_shapes(name, counts, profile)
+    fixed = fixed_shapes(where, counts)
     seats = method == "seats"
     draw = space.draw if seats else drawn_settings(method, fixed[-1], counts)
     with Checkpoint.hold(path and Checkpoint.folder_of(path)) as folder:
