@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import ascii_uppercase
+from ..storage.provenance import digest
 from .media import Clip, decode_clip
 
 # %% ../../nbs/inputs/01_samples.ipynb #cc4d9c3c
@@ -27,27 +28,33 @@ def _check_text(name, text):
 
 @dataclass(frozen=True)
 class Sample:
-    "A multiple-choice question about a clip."
+    "A question about a clip, with choices or without."
 
-    id: str  # unique within a data set
     video: str | Clip | None  # media file, decoded clip, or None
-    question: str
-    choices: tuple  # answer texts; () where there are none
-    answer: int  # index of the right one; -1 where there are no choices
+    question: str  # what is asked, as a text
+    choices: tuple = ()  # answer texts; () where there are none
+    answer: int = -1  # index of the right one; -1 where there are no choices
+    id: str = ""  # unique within a data set; default: made of clip, question and choices
     family: str = ""  # kind of question, results are reported per family
     split: str = ""  # "derive", "test" or whatever the data set calls it
     audio: str | None = None  # separate audio file, replaces the audio of `video`
     lettered: bool = False  # does the prompt list the choices as A., B., ...
-    # `clip` where the file's stem is not enough (see `tell_apart`); follows from the paths
-    clip_id: str = field(default="", compare=False)
+    clip_id: str = field(default="", compare=False)  # `clip`, where files share their stem
     where: str = field(default="", compare=False, repr=False)  # it was read from, as a line
 
     def __post_init__(self):
         if isinstance(self.choices, str):
             raise TypeError(
-                f"sample {self.id!r}: choices {self.choices!r}, expected a list of texts"
+                f"sample {self.id!r}: choices {self.choices!r}, expected a list of texts "
+                "(the order is video, question, choices, answer; then id=...)"
             )
+        if isinstance(self.video, Path):
+            object.__setattr__(self, "video", str(self.video))
         object.__setattr__(self, "choices", tuple(self.choices))
+        if self.id == "":
+            medium = self.medium.id if isinstance(self.medium, Clip) else self.medium
+            made = digest([medium, self.question, self.choices])[:8]
+            object.__setattr__(self, "id", f"{self.clip[:99]}-{made}")
         object.__setattr__(self, "answer", operator.index(self.answer))
         for name in ("id", "question", "family", "split", "clip"):
             _check_text(name, getattr(self, name))
