@@ -10,20 +10,30 @@ import re
 import numpy as np
 import torch
 import torch.nn.functional as F
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
 from torch.nn.utils.rnn import pad_sequence
 from ..inputs.media import Clip, decode_clip
+from ..inputs.questions import samples_of
 from ..inputs.samples import Sample, check_ids
 from ..models.decoder import last_logits_only
-from ..models.encode import Encoded, encode, frame_resizer, sampling_rate
+from ..models.encode import Encoded, encode, frame_resizer, mean_tokens, sampling_rate
 from ..models.families import adapter_for
 from ..models.scoring import score_choices
 from ..statistics.intervals import mcnemar
 from ..pruning.cache import Slots
+from ..schedules.choose import known_schedule
+from ..schedules.schedule import Schedule
+from ..pruning.base import Pruner
 from ..pruning.session import as_pruner, prune
+from ..baselines.registry import ABLATIONS, METHODS, method_at
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #b7f3f5c5
 def clip_cache(processor):  # function: Sample -> the sample with its video decoded
@@ -74,25 +84,35 @@ def score_rows(
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #726b1974
 def evaluate(
-    model,  # an om-LLM
-    processor,  # its processor
-    samples: Sequence[Sample],  # ids must differ
-    plan=None,  # a `Schedule` (SEATS), a `Pruner`, or None for the full model
+    model: torch.nn.Module,  # an om-LLM
+    processor: Callable,  # its processor
+    samples: Sequence[Sample],  # see `samples_of`; ids must differ
+    plan: Schedule | Pruner | str | Path | None = None,  # as for `prune`, or a name of `METHODS`
+    # (or of `ABLATIONS`), which is asked for the tokens that SEATS keeps; None: see `trr`
     batch_size: int = 16,  # questions per forward pass
     kv: str = "retain",  # see `prune`
     progress: bool = False,  # show a bar
-):  # -> DataFrame, a row per question; attrs: method, kv, timings (ms), tokens_per_layer (mean)
+    trr: float | Schedule | None = None,  # percent of the tokens to keep; or the schedule of SEATS
+    # whose targets a named method gets (default: 10 %); without a plan either: the full model
+) -> "pd.DataFrame":  # a row per question; attrs: method, kv, timings (ms), tokens_per_layer (mean)
     """Score the choices of every question. ValueError for repeated ids, questions without choices,
     and logits that are not finite."""
     import pandas as pd
     from tqdm.auto import tqdm
 
+    samples = samples_of(samples)
     check_ids(samples)
+    if isinstance(plan, str) and plan.removesuffix("+late") in METHODS | ABLATIONS:
+        seats = trr if isinstance(trr, Schedule) else known_schedule(model, trr or 10)
+        counts = mean_tokens(model, processor, samples)
+        plan = method_at(plan, seats, (counts["visual"], counts["audio"]))
+        trr = None
+    method = as_pruner(plan, model, trr)
     cached = clip_cache(processor)
     rows = []
     tokens = []
     starts = range(0, len(samples), batch_size)
-    with prune(model, plan, kv=kv) as run:
+    with prune(model, method, kv=kv) as run:
         for i in tqdm(starts, desc="questions", unit="batch", disable=not progress):
             some = samples[i : i + batch_size]
             batch = encode(model, processor, [cached(s) for s in some])
@@ -100,7 +120,7 @@ def evaluate(
             tokens.append(run.tokens_per_layer)
     frame = pd.DataFrame(rows).astype({"letter_correct": "boolean"})
     frame.attrs = dict(
-        method="full" if plan is None else as_pruner(plan).name,
+        method="full" if method is None else method.name,
         kv=kv,
         timings=run.timings.ms,
         tokens_per_layer=np.concatenate(tokens).mean(0).tolist(),
@@ -373,7 +393,7 @@ def accuracy_table(
     reference: str = "full",  # run that `relative` refers to
     apart: Sequence[str] = APART,  # families that do not count in `all`
     n_boot: int = 2000,  # resamples of clips
-):  # -> pandas.DataFrame in percent; rows (run, family)
+) -> "pd.DataFrame":  # in percent; rows (run, family)
     "Accuracies with 95 % intervals over clips, relative to a reference on the same questions."
     import pandas as pd
 

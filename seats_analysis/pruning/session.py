@@ -9,9 +9,11 @@ __all__ = ['as_pruner', 'prune']
 import inspect
 import warnings
 import torch
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from threading import Lock, current_thread
 from unittest.mock import patch
 from weakref import WeakSet
@@ -19,11 +21,13 @@ from ..inputs.layout import Modality, TokenLayout
 from ..models.decoder import Decoder
 from ..models.encode import layout_of
 from ..models.families import adapter_for
+from ..schedules.choose import known_schedule
 from ..schedules.schedule import Schedule, ScheduleWarning
 from .base import Pruner, Tokens
 from .cache import Slots
 from .encoders import ENCODED, EncoderWatch, Hooks, visual_order
 from .prefill import Prefill
+from .report import _drawn, _in_words
 from .seats import Seats
 from .timing import Timings
 
@@ -32,13 +36,19 @@ from .timing import Timings
 class Run:
     "What `prune` yields."
 
-    method: Pruner | None
-    kv: str
+    method: Pruner | None  # None: nothing is pruned
+    kv: str  # as given to `prune`
     timings: Timings  # milliseconds: encoders, selection, prefill, decode
     samples: int = 0  # samples prefilled so far
     layout: TokenLayout | None = None  # of the last prefill
     _stages: list = field(default_factory=list, repr=False)  # (name, Tokens) after every step
     _layers: list = field(default_factory=list, repr=False)  # Tokens of every layer; None = all
+
+    def __repr__(self):
+        return _in_words(self)
+
+    def _repr_html_(self):
+        return _drawn(self)
 
     @property
     def kept(self):  # -> stage name -> per sample: int64 original positions, ascending
@@ -426,14 +436,20 @@ _ENTERING = Lock()  # one thread at a time enters
 
 
 def as_pruner(
-    plan: Schedule | Pruner | None,
+    plan: Schedule | Pruner | str | Path | None,
     model=None,  # whose encoders' attention the method may want
+    trr: float | None = None,  # instead of a plan, see `known_schedule`
 ) -> Pruner | None:
-    """A schedule means SEATS with that schedule; None: prune nothing, only keep the timings. Raises
-    ValueError for a method that wants what the model's encoders do not show."""
+    """A schedule, or its file, means SEATS with that schedule; None: prune nothing, only keep the
+    timings. Raises ValueError for a method that wants what the model's encoders do not show."""
+    if trr is not None and plan is not None:
+        raise ValueError("give a plan or `trr`, not both")
+    plan = plan if trr is None else known_schedule(model, trr)
+    if isinstance(plan, str | Path):
+        plan = Schedule.load(plan)
     method = Seats(plan) if isinstance(plan, Schedule) else plan
     if method is not None and not isinstance(method, Pruner):
-        raise TypeError(f"prune wants a Schedule, a Pruner or None, not {type(plan).__name__}")
+        raise TypeError(f"prune wants a Schedule, its file, a Pruner or None, not {type(plan).__name__}")
     if model is None or method is None or not (method.uses_attention or method.uses_keys):
         return method
     adapter = adapter_for(model)
@@ -449,12 +465,16 @@ def as_pruner(
 
 @contextmanager
 def prune(
-    model,  # an om-LLM of transformers, the thinker or the full model; only this instance changes
-    plan: Schedule | Pruner | None,  # a schedule (SEATS), a method, or None to only measure
+    model: torch.nn.Module,  # an om-LLM of transformers, the thinker or the full model; only this
+    # instance changes
+    plan: Schedule | Pruner | str | Path | None = None,  # a schedule (SEATS), its file or shipped
+    # name, as "testbed/10", or a method; None: see `trr`
     kv: str = "retain",  # each layer's cache keeps what it processed; 'evict': as published, all
     # caches end as short as the last one, which only answers of one token bear
     images: str = "keep",  # 'keep': images are never pruned; 'prune': they count as visual tokens
-):
+    trr: float | None = None,  # percent of the tokens to keep, by the blocks that are published or
+    # shipped for this model; without a plan either, nothing is pruned, only measured
+) -> Iterator[Run]:
     """Within the block every forward pass and `generate` of the model is pruned. Yields a `Run`;
     undone on exit (SEATS, arXiv 2605.20035)."""
     given = ("kv", kv, ("retain", "evict")), ("images", images, ("keep", "prune"))
@@ -462,7 +482,7 @@ def prune(
         if value not in choices:
             known = ", ".join(map(repr, choices))
             raise ValueError(f"`{name}` must be one of {known}, not {value!r}")
-    session = Session(model, as_pruner(plan, model), kv, images)
+    session = Session(model, as_pruner(plan, model, trr), kv, images)
     with ExitStack() as stack:
         with _ENTERING:
             session.check_model()

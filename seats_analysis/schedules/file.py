@@ -37,6 +37,18 @@ def both(value):
     return value if isinstance(value, Mapping) else dict.fromkeys(Modality.CODES, value)
 
 
+def _pair(bounds):
+    "Modality -> Boundaries, whether one or two were given."
+    pair = both(bounds)
+    if set(pair) != set(Modality.CODES):
+        raise ValueError(f"boundaries must be those of visual and audio, not {sorted(pair)}")
+    for b in pair.values():
+        b.check_measured()
+    if len(counts := {b.num_layers for b in pair.values()}) > 1:
+        raise ValueError(f"boundaries of different layer counts: {sorted(counts)}")
+    return pair
+
+
 def joined(values):
     "One number where both modalities agree, a mapping where they do not."
     visual, audio = values.values()
@@ -228,4 +240,27 @@ def published_setting(name):
     raise ValueError(
         f"no published setting for {name!r}, only for {', '.join(PUBLISHED)}; "
         "others need a profile of their own"
+    )
+
+# %% ../../nbs/schedules/01_file.ipynb #b10c0011
+def in_words(plan) -> str:  # layers printed from 1
+    "A `Schedule` in five lines."
+    drops = "none: all that enters stays until it leaves as a whole"
+    if plan.drop_layers:
+        drops = "before layers " + ", ".join(str(d + 1) for d in plan.drop_layers)
+    gone = []
+    for m in Modality.CODES:
+        late = plan.late(m)
+        place = f"gone from layer {late + 1}" if late < plan.num_layers else "stays to the end"
+        gone.append(f"{m} {place}")
+    trr, entering = (
+        f"visual {100 * of['visual']:.3g} %, audio {100 * of['audio']:.3g} %"
+        for of in (plan.trr, plan.entering)
+    )
+    return (
+        f"Schedule for {plan.num_layers} layers{f' of {plan.model}' if plan.model else ''}\n"
+        f"kept      {trr}, averaged over layers (TRR)\n"
+        f"entering  {entering}\n"
+        f"drops     {drops}\n"
+        f"late      {', '.join(gone)}"
     )
