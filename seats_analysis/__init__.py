@@ -4,9 +4,13 @@ import lazy_loader as _lazy
 from .storage import moved as _moved
 from .storage.shown import document as _document
 
-_face, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)
+_face, _, _names = _lazy.attach_stub(__name__, __file__)
 _SHORT = dict(tune="tune_schedule", check="check_schedule")  # as the commands are called
-__all__ += _SHORT
+__all__ = [*_names, *_SHORT]
+
+
+def __dir__():
+    return __all__
 
 
 def __getattr__(name):
