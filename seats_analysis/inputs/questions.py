@@ -105,7 +105,11 @@ def _check_row(row, unlabelled):
         return isinstance(x, str) and bool(x.strip())
 
     choices = row.get("choices", [])
-    if not isinstance(choices, list | tuple) or not (choices or unlabelled) or not all(map(text, choices)):
+    if (
+        not isinstance(choices, list | tuple)
+        or not (choices or unlabelled)
+        or not all(map(text, choices))
+    ):
         raise ValueError(f"choices {choices!r}, expected a list of texts")
     if len(set(choices)) < len(choices):
         raise ValueError(f"choices {choices!r}, expected each only once")
@@ -222,11 +226,11 @@ def check_clips(
 
 # %% ../../nbs/inputs/03_questions.ipynb #a7ae5a8a
 def read_samples(
-    path,  # JSONL file, one question per line; media paths are relative to its folder
-    allow_outside=False,  # whether media may lie outside of that folder
-    limit=None,  # only the first so many
-    broken=None,  # list that gets files that are not there, see `check_clips`; None: an error
-):  # list of Sample
+    path: str | Path,  # JSONL file, one question per line; media paths are relative to its folder
+    allow_outside: bool = False,  # whether media may lie outside of that folder
+    limit: int | None = None,  # only the first so many
+    broken: list | None = None,  # gets files that are not there, see `check_clips`; None: an error
+) -> list[Sample]:
     """Read questions. Raises ValueError that names file and line for a missing field, a wrong
     value, or a media file that is not there or lies outside."""
     path = Path(path)
@@ -350,12 +354,12 @@ def _sample(bench, folder, key, video, asked, allow_outside):
 
 
 def load_benchmark(
-    name,  # one of BENCHMARKS
-    root=None,  # its folder, if not in SEATS_DATA or the hub cache
-    limit=None,  # only the first so many questions
-    broken=None,  # list that gets videos that are not there, see `check_clips`; None: an error
-    allow_outside=False,  # whether videos may lie outside of the folder
-):  # list of Sample
+    name: str,  # one of BENCHMARKS
+    root: str | Path | None = None,  # its folder, if not in SEATS_DATA or the hub cache
+    limit: int | None = None,  # only the first so many questions
+    broken: list | None = None,  # gets videos that are not there, see `check_clips`; None: an error
+    allow_outside: bool = False,  # whether videos may lie outside of the folder
+) -> list[Sample]:
     "Questions of a benchmark from its folder. Raises ValueError saying what is wrong, and where."
     bench, folder, file, rows = annotated(name, root)
     samples = []

@@ -8,6 +8,7 @@ __all__ = ['Sample', 'check_ids']
 # %% ../../nbs/inputs/01_samples.ipynb #17177c03
 import operator
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import ascii_uppercase
@@ -101,11 +102,11 @@ class Sample:
 
     def load_media(
         self,
-        fps=2.0,  # as for decode_clip
-        sample_rate=16000,  # as for decode_clip
-        max_frames=None,  # as for decode_clip
-        resize=None,  # as for decode_clip
-    ):  # Clip, or None for a question without media
+        fps: float = 2.0,  # as for decode_clip
+        sample_rate: int = 16000,  # as for decode_clip
+        max_frames: int | None = None,  # as for decode_clip
+        resize: Callable | None = None,  # as for decode_clip
+    ) -> Clip | None:  # None for a question without media
         "The clip, or its file decoded; a separate file replaces the audio."
 
         def decode(path, max_frames):

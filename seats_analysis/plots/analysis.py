@@ -15,12 +15,14 @@ from html import escape
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
+import numpy as np
 from ..storage.files import atomic_write
 from ..inputs.samples import Sample
 from ..testbed.task import NEEDS
 from ..probing.run import probe_dependency, probe_to_file
 from ..boundaries.find import Boundaries, find_boundaries, kl_late_start
 from ..boundaries.report import boundary_row, explain
+from ..boundaries.retention import derived_from, family_needs
 from ..schedules.schedule import DEFAULT_LATE, Schedule
 from ..evaluation.load import load_samples
 from .dependency import derive_split, plot_dependency
@@ -50,9 +52,13 @@ def not_known(
         return said
     worst = min(bounds.control)
     at = bounds.layers[bounds.control.index(worst)] + 1
-    kept = f"Control questions keep {100 * worst:.0f} % of their right answers"
+    free = [family for family, needs in family_needs(profile).items() if not needs]
+    n = int(np.isin(derived_from(profile)["family"].values, free).sum())
+    kept = f"{n} control questions keep {100 * worst:.0f} % of their right answers"
     if worst < 1 - bounds.parameters["tolerance"]:
-        kept += f" when tokens are removed before layer {at}: so much the removal itself can disturb"
+        kept += (
+            f" when tokens are removed before layer {at}: so much the removal itself can disturb"
+        )
     return [*said, f"{kept}."]
 
 
@@ -147,7 +153,9 @@ class Analysis:
             data = base64.b64encode(drawn.getvalue()).decode()
             rows = pd.DataFrame([boundary_row(b) for b in self.by_condition.values()])
             table = rows.to_html(index=False, border=0)
-            parts.insert(0, f'<img alt="dependency" width="480" src="data:image/png;base64,{data}">')
+            parts.insert(
+                0, f'<img alt="dependency" width="480" src="data:image/png;base64,{data}">'
+            )
             parts.append(f'<div style="overflow-x:auto">{table}</div>')
         if self.schedule:
             parts.append(self.schedule._repr_html_())

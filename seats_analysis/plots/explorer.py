@@ -249,10 +249,11 @@ def _png(fig):
 
 # %% ../../nbs/plots/06_explorer.ipynb #a232f137
 def explore(
-    data="testbed",  # folder with profiles/*.nc, or one profile; default: the shipped one
-    out=None,  # folder where the button saves; default: schedules/ of the data in seats_out/
-    n_boot=2000,  # resamples of each interval
-):  # Explorer, or the figure where ipywidgets is not installed
+    data: str | Path = "testbed",  # folder with profiles/*.nc, or one profile; default: the shipped
+    out: str | Path | None = None,  # folder where the button saves; default: schedules/ of the data
+    # in seats_out/
+    n_boot: int = 2000,  # resamples of each interval
+) -> object:  # Explorer, or the figure where ipywidgets is not installed
     "Explore every profile of a folder, or one profile. Raises ValueError if there is none."
     paths = sorted(Path(data).glob("profiles/*.nc")) or [Path(data)]
     try:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from ..storage.files import Checkpoint, processes
 from ..storage.schemas import SCHEMAS, save_flow
+from ..inputs.questions import samples_of
 from ..inputs.samples import Sample, check_ids
 from ..models.encode import encode_questions
 from ..models.families import adapter_for
@@ -412,6 +413,7 @@ def trace_flow(
     layers = list(range(num_layers)) if layers is None else sorted({int(i) for i in layers})
     if bad := [i for i in layers if not 0 <= i < num_layers]:
         raise ValueError(f"layer {bad[0]} is outside 0..{num_layers - 1}")
+    samples = samples_of(samples)
     if not samples:
         raise ValueError("trace_flow needs at least one sample")
     check_ids(samples)

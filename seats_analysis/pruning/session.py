@@ -449,7 +449,9 @@ def as_pruner(
         plan = Schedule.load(plan)
     method = Seats(plan) if isinstance(plan, Schedule) else plan
     if method is not None and not isinstance(method, Pruner):
-        raise TypeError(f"prune wants a Schedule, its file, a Pruner or None, not {type(plan).__name__}")
+        raise TypeError(
+            f"prune wants a Schedule, its file, a Pruner or None, not {type(plan).__name__}"
+        )
     if model is None or method is None or not (method.uses_attention or method.uses_keys):
         return method
     adapter = adapter_for(model)

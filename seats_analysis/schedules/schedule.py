@@ -81,8 +81,8 @@ class Schedule:
 
     def _repr_html_(self):
         lines = {m: steps(self.levels(m)) for m in Modality.CODES}
-        late = max(map(self.late, Modality.CODES))
-        return as_html(self, lines, (self.shallow_end, late, self.num_layers))
+        ends = self.shallow_end, max(map(self.late, Modality.CODES)), self.num_layers
+        return as_html(self, lines, ends)
 
     @classmethod
     def solve(
@@ -187,7 +187,6 @@ class Schedule:
         end = min(starts.values()) if shallow < min(starts.values()) else max(starts.values())
         shallow = min(shallow, end)
         drops = drop_positions(shallow, end, max_drops)
-
         origin = pair["visual"]
         given = bounds if isinstance(bounds, Mapping) else {"both": bounds}
         evidence = dict(
@@ -324,7 +323,9 @@ class Schedule:
         n_visual: int,  # of the full prompt
         n_audio: int,  # likewise
         n_text: int,  # never dropped
-    ) -> tuple:  # (L,) tokens that each layer processes; where a modality is left, at least one of it
+    ) -> (
+        tuple
+    ):  # (L,) tokens that each layer processes; where a modality is left, at least one of it
         "A prompt's tokens per layer."
 
         def present(level, n):
@@ -483,7 +484,6 @@ class Schedule:
     @classmethod
     def load(cls, path: str | Path) -> "Schedule":
         """Read a plan: a file, or a shipped one by its name, as `testbed/10` or `testbed/tuned`.
-
         Raises ValueError that names the file and its fault, or the shipped ones."""
         file = Path(path)
         if not file.is_file() and file.suffix != ".json":

@@ -13,12 +13,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..storage.files import Checkpoint, processes
 from ..storage.provenance import digest, hash_code
 from ..storage.schemas import SCHEMAS, load_profile, save_json
 from ..inputs.benchmarks import split_of
 from ..inputs.layout import Modality
+from ..inputs.questions import samples_of
 from ..inputs.samples import Sample
 from ..models.encode import mean_tokens
 from ..models.families import adapter_for
@@ -33,6 +36,9 @@ from ..pruning.session import as_pruner
 from ..baselines.registry import METHODS, method_at
 from ..evaluation.prepared import Answering, DataShape, MethodRun
 from .certificate import Promise
+
+if TYPE_CHECKING:
+    import torch
 
 # %% ../../nbs/tuning/02_tune.ipynb #276056e3
 _TEMPERATURES = (0.03, 0.1, 0.3, 1.0)
@@ -415,20 +421,22 @@ def drawn_settings(method, plan, counts):
 
 # %% ../../nbs/tuning/02_tune.ipynb #c6096353
 def tune_schedule(
-    model,
-    processor,
+    model: "torch.nn.Module",  # an om-LLM
+    processor: Callable,  # its processor
     samples: Sequence[Sample],  # right answers are not needed; half of the clips are for the search
-    promise: Promise = Promise(),
-    profile=None,  # NetCDF file of the model, which bounds the search; a testbed has its own
-    name="",  # of the model, where that says its blocks; default: as the model says itself
+    promise: Promise = Promise(),  # how few answers may change, and how sure that must be
+    profile: str | Path | None = None,  # NetCDF file of the model, which bounds the search; a
+    # testbed has its own
+    name: str = "",  # of the model, where that says its blocks; default: as the model says itself
     method: str = "seats",  # or another one to tune by its knobs, as "fastv" or "fastv+late"
     budget: float = 10.0,  # FLOPs, over those of the full model on all questions of the search
     max_new_tokens: int = 64,  # of the full model's answers, where whole ones count
-    path=None,  # JSON file for search, chain and certificate; unfinished work is kept beside it
-    schedule_path=None,  # JSON file for the schedule, where one holds
+    path: str | Path | None = None,  # JSON file for search, chain and certificate; unfinished work
+    # is kept beside it
+    schedule_path: str | Path | None = None,  # JSON file for the schedule, where one holds
     data: str = "",  # what the questions are called
-    broken=None,  # clips that were left out, if any may be
-    batch_size: int = 4,
+    broken: list | None = None,  # clips that were left out, if any may be
+    batch_size: int = 4,  # questions
     progress: bool = False,  # show bars
     **limits,  # fps and max_frames, see `encode`
 ) -> dict | None:  # as in the file; None in all processes but the first
@@ -436,6 +444,7 @@ def tune_schedule(
 
     The same call goes on after an interruption. Raises ValueError for too few clips, a model whose
     blocks are not known, and a wrong budget."""
+    samples = samples_of(samples)
     name = name or adapter_for(model).name(model)
     space = measured_space(name, profile, text=promise.of != "choices")
     proposal, calibration = deal_clips(samples, promise, name, profile)
