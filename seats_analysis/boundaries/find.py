@@ -64,22 +64,18 @@ class Boundaries:
             )
 
     def __repr__(self):
-        "At most five lines; layers from 1."
-        end = self.num_layers
-        of = f" of {self.model}" if self.model else ""
-        on = f", {self.n_samples} questions on {self.n_clips} clips" if self.n_clips else ""
-        lines = [f"Boundaries of {end} layers{of}, {self.removed} removed{on}"]
+        "Three lines; layers from 1, the number of layers + 1 is the end."
+        head = f"Boundaries of {self.num_layers} layers, {self.removed} removed"
+        if self.n_clips:
+            head += f", {self.n_samples} questions on {self.n_clips} clips"
         if self.unmeasurable:
-            return "\n".join([*lines, self.unmeasurable])
-        starts = dict(middle=(self.shallow_end, self.shallow_end_ci))
-        starts["late"] = self.late_start, self.late_start_ci
-        if self.late_start_certified is not None:
-            starts["certified"] = self.late_start_certified, None
-        for name, (at, ci) in starts.items():
-            text = f"from layer {at + 1}" if at < end else "none"
-            if ci:
-                text += f" (interval {ci[0] + 1} to {ci[1] + 1 if ci[1] < end else 'the end'})"
-            lines.append(f"{name:<10}{text}")
+            return f"{head}\n{self.unmeasurable}"
+        lines = [head]
+        for name, start in dict(middle="shallow_end", late="late_start").items():
+            said = f"{name:<10}from layer {getattr(self, start) + 1}"
+            if ci := getattr(self, f"{start}_ci"):
+                said += f" (interval {ci[0] + 1} to {ci[1] + 1})"
+            lines.append(said)
         return "\n".join(lines)
 
     def _repr_html_(self):

@@ -311,7 +311,6 @@ def schedule(
     usual = f"schedules/{profile.stem}_trr{trr:g}.json"
     out = output_file(out, profile, usual, "schedule", overwrite)
     from seats_analysis.boundaries.find import find_boundaries
-    from seats_analysis.schedules.choose import stored_tokens
     from seats_analysis.schedules.schedule import DEFAULT_LATE, Schedule
 
     stored = load_profile(profile)
@@ -321,6 +320,6 @@ def schedule(
         bounds = {m: find_boundaries(stored, m, tolerance) for m in Modality.CODES}
     else:
         bounds = find_boundaries(stored, tolerance=tolerance)
-    plan = Schedule.from_trr(bounds, trr, *stored_tokens(stored), late=late or DEFAULT_LATE)
+    plan = Schedule.from_trr(bounds, trr, late=late or DEFAULT_LATE)
     plan.save(out)
     print(f"{out}\n{plan}")

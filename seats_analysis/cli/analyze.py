@@ -58,9 +58,8 @@ def analyze(
 
     if there:
         found = Analysis.of(load_profile(profile), trr)
-        about = found.profile
-        said = f"{about.sizes['sample']} questions to {about.attrs.get('model') or 'a model'}"
-        note(f"note: {profile} is there ({said}) and is used; --overwrite measures again")
+        n = found.profile.sizes["sample"]
+        note(f"note: {profile} is there ({n} questions) and is used; --overwrite measures again")
     else:
         samples = asked.samples()
         model, processor = asked.load()
@@ -77,12 +76,10 @@ def analyze(
             )
     if found is None:
         return
-    files = [profile]
+    files = [profile, found.save(page)]
     if found.schedule:
         found.schedule.save(plan)
         files.append(plan)
     if found.boundaries:
         files += save_figure(found.figure(), drawn)
-    files.append(found.save(page))
-    print(f"{found.advice}{left_out(asked.broken)}\n")
-    print("\n".join(map(str, files)))
+    print(f"{found.advice}{left_out(asked.broken)}", *files, sep="\n")

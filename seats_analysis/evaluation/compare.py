@@ -296,9 +296,8 @@ def compare_methods(
     samples: Sequence[Sample],  # see `samples_of`
     plans: Mapping,  # headline TRR in percent -> `Schedule` of SEATS
     names: str | Sequence[str] = "all",  # see `method_names`
-    path: str
-    | Path
-    | None = None,  # JSON file; finished questions are kept in a folder beside it until it is there
+    path: str | Path | None = None,  # JSON file; finished questions are kept in a folder beside it
+    # until it is there
     rules: Mapping = {},  # label -> `Pruner` that is not matched, since a rule decides its cost
     tuned: Mapping = {},  # name -> chain of `Pruner` that `seats tune` found, from dear to cheap
     cache: Mapping | None = None,  # 'text': field of a schedule, which SEATS also runs with

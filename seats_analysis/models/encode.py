@@ -361,10 +361,7 @@ def _collate(prompts, pad_id):
 def encode(
     model: torch.nn.Module,  # an om-LLM
     processor: Callable,  # the model's processor
-    samples: Sequence[Sample | Prompt]
-    | Sample
-    | Prompt
-    | Mapping,  # one or several, see `samples_of`
+    samples: Sequence[Sample | Prompt] | Sample | Mapping,  # one or several, see `samples_of`
     answers: Sequence[str] | None = None,  # per sample: text to append after the prompt
     fps: float = 2.0,  # frames per second at which files are decoded; clips keep their own
     max_frames: int | None = None,  # of a file

@@ -8,6 +8,7 @@ __all__ = ['Analysis', 'analyze']
 # %% ../../nbs/plots/07_analysis.ipynb #a9a10003
 import base64
 import warnings
+import numpy as np
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,15 +16,14 @@ from html import escape
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
-import numpy as np
 from ..storage.files import atomic_write
 from ..inputs.samples import Sample
 from ..testbed.task import NEEDS
 from ..probing.run import probe_dependency, probe_to_file
 from ..boundaries.find import Boundaries, find_boundaries, kl_late_start
-from ..boundaries.report import boundary_row, explain
+from ..boundaries.report import explain
 from ..boundaries.retention import derived_from, family_needs
-from ..schedules.schedule import DEFAULT_LATE, Schedule
+from ..schedules.schedule import Schedule
 from ..evaluation.load import load_samples
 from .dependency import derive_split, plot_dependency
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def not_known(
     profile,  # dependency profile
     bounds,  # its `Boundaries`
-) -> list:  # of sentences, layers from 1
+) -> list:  # of sentences
     "What these questions cannot show, beside what `explain` says of clips and blocks."
     said = []
     if profile.attrs.get("needs", "{}") in ("", "{}"):
@@ -50,35 +50,28 @@ def not_known(
             "much of a loss is a disturbance by the removal itself is not known."
         )
         return said
-    worst = min(bounds.control)
-    at = bounds.layers[bounds.control.index(worst)] + 1
     free = [family for family, needs in family_needs(profile).items() if not needs]
     n = int(np.isin(derived_from(profile)["family"].values, free).sum())
-    kept = f"{n} control questions keep {100 * worst:.0f} % of their right answers"
-    if worst < 1 - bounds.parameters["tolerance"]:
-        kept += (
-            f" when tokens are removed before layer {at}: so much the removal itself can disturb"
-        )
-    return [*said, f"{kept}."]
+    kept = f"keep at least {100 * min(bounds.control):.0f} % of their right answers"
+    said.append(f"{n} control questions {kept}: what they lose, the removal itself disturbs.")
+    return said
 
 
-def _solved(blocks, trr, late):
+def _solved(blocks, trr):
     "A schedule from {condition: Boundaries}, or None, and what is to be said of it."
-    if any(b.unmeasurable for b in blocks.values()):
-        return None, ["No schedule: blocks that are known otherwise give one, `Boundaries.stated`."]
     bounds = blocks if len(blocks) == 2 else next(iter(blocks.values()))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            plan = Schedule.from_trr(bounds, trr, late=late)
+            plan = Schedule.from_trr(bounds, trr)
         except ValueError as error:
             return None, [f"No schedule for {trr:g} % of the tokens: {error}."]
-    remarks = [f"{str(w.message)[:1].upper()}{str(w.message)[1:]}." for w in caught]
-    return plan, [
-        *remarks,
+    said = [f"Note: {w.message}." for w in caught]
+    said.append(
         f"The schedule keeps {trr:g} % of the tokens. Whether answers stay was not measured with "
-        "it: `sa.check` (`seats check`) asks other questions, `sa.tune` (`seats tune`) searches.",
-    ]
+        "it: `sa.check` (`seats check`) asks other questions, `sa.tune` (`seats tune`) searches."
+    )
+    return plan, said
 
 # %% ../../nbs/plots/07_analysis.ipynb #a9a10009
 @dataclass(frozen=True, repr=False)
@@ -95,26 +88,21 @@ class Analysis:
         cls,
         profile: "xr.Dataset",  # dependency profile
         trr: float = 10,  # percent of the tokens to keep
-        late: str = DEFAULT_LATE,  # or "certified"
     ) -> "Analysis":
         "Read a profile that is there."
         found = {}
-        said = []
-        conditions = [str(r) for r in profile["removed"].values]
-        for removed in conditions:
+        for removed in map(str, profile["removed"].values):
             try:
                 found[removed] = find_boundaries(profile, removed)
             except ValueError as error:
-                said.append(f"No blocks with {removed} removed: {error}.")
-        main = {"both": found["both"]} if "both" in found else found
-        if main:
-            plan, more = _solved(main, trr, late)
+                said = [f"No blocks with {removed} removed: {error}."]
+        if main := {"both": found["both"]} if "both" in found else found:
+            plan, said = _solved(main, trr)
             unknown = not_known(profile, next(iter(main.values())))
-            said = [*map(explain, main.values()), *said, *more, *unknown]
+            said = [*map(explain, main.values()), *said, *unknown]
             return cls(profile, found, plan, "\n".join(said))
-        said = said[-1:]  # the others are alike
         if "kl" in profile:
-            kl = kl_late_start(profile, conditions[-1])
+            kl = kl_late_start(profile, removed)
             low, high = (layer + 1 for layer in kl["interval"])
             said.append(
                 f"The answers move by less than {kl['threshold']:g} nats (mean KL) where tokens go "
@@ -130,49 +118,40 @@ class Analysis:
 
     def figure(self) -> "Figure":
         "Retained performance and blocks. Raises ValueError where no blocks can be told."
-        if self.boundaries is None:
-            raise ValueError(self.advice.splitlines()[0])
+        if not self.by_condition:
+            raise ValueError(self.advice)
         shown = self.profile.sel(removed=list(self.by_condition))
-        return plot_dependency(shown, dict(self.by_condition), split=derive_split(shown))
+        return plot_dependency(shown, self.by_condition, split=derive_split(shown))
 
     def __repr__(self):
         "At most six lines."
-        if self.boundaries is None:
-            return f"Analysis: {self.advice.splitlines()[0]}"
-        lines = repr(self.boundaries).splitlines()
-        plan = repr(self.schedule).splitlines()[1] if self.schedule else "no schedule, see .advice"
-        return "\n".join(["Analysis: " + lines[0], *lines[1:], plan])
+        said = repr(self.boundaries) if self.boundaries else self.advice.splitlines()[0]
+        plan = repr(self.schedule).splitlines()[1] if self.schedule else "no schedule, see `advice`"
+        return f"Analysis\n{said}\n{plan}"
 
     def _repr_html_(self):
         parts = [f"<p>{escape(line)}</p>" for line in self.advice.splitlines()]
-        if self.boundaries is not None:
-            import pandas as pd
-
+        if self.by_condition:
             drawn = BytesIO()
             self.figure().savefig(drawn, format="png", dpi=180)
             data = base64.b64encode(drawn.getvalue()).decode()
-            rows = pd.DataFrame([boundary_row(b) for b in self.by_condition.values()])
-            table = rows.to_html(index=False, border=0)
             parts.insert(
                 0, f'<img alt="dependency" width="480" src="data:image/png;base64,{data}">'
             )
-            parts.append(f'<div style="overflow-x:auto">{table}</div>')
-        if self.schedule:
-            parts.append(self.schedule._repr_html_())
-        return "\n".join(parts)
+        shown = *self.by_condition.values(), self.schedule
+        return "\n".join([*parts, *(x._repr_html_() for x in shown if x)])
 
     def save(
         self,
         path: str | Path,  # HTML file, which needs nothing beside it
     ) -> Path:
         "Write it as a page, whole or not at all."
-        name = escape(str(self.profile.attrs.get("model", "")))
         look = "body{font:15px sans-serif;max-width:50em;margin:auto;padding:1em}"
-        look += "img,svg{max-width:100%}pre{white-space:pre-wrap}td,th{padding:.2em .6em}"
-        head = f'<!doctype html><meta charset="utf-8"><title>{name}</title><style>{look}</style>'
-        head += '<meta name="viewport" content="width=device-width">'
+        look += "img,svg{max-width:100%}pre{white-space:pre-wrap}"
+        head = '<!doctype html><meta charset="utf-8"><meta name="viewport" content="width='
+        head += f'device-width"><title>{escape(Path(path).stem)}</title><style>{look}</style>'
         with atomic_write(path) as part:
-            part.write_text(f"{head}<h1>{name}</h1>{self._repr_html_()}\n", encoding="utf-8")
+            part.write_text(f"{head}{self._repr_html_()}\n", encoding="utf-8")
         return Path(path)
 
 
@@ -189,7 +168,7 @@ def analyze(
     if not 0 < trr <= 100:
         raise ValueError(f"`trr` is percent in (0, 100], not {trr}")
     if isinstance(samples, str | Path):
-        options = (dict(needs=NEEDS) if samples == "testbed" else {}) | options
+        options = dict(needs=NEEDS if samples == "testbed" else None) | options
         samples = load_samples(samples)
     probe = partial(probe_to_file, path=path) if path else probe_dependency
     profile = probe(model, processor, samples, **options)

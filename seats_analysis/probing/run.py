@@ -395,9 +395,8 @@ def probe_dependency(
     seed: int = 0,  # recorded; full removal draws nothing at random
     fps: float = 2.0,  # frames a second at which files are decoded
     max_frames: int | None = None,  # of a file
-    checkpoint: str
-    | Path
-    | None = None,  # folder for finished samples; the same call goes on with it
+    checkpoint: str | Path | None = None,  # folder of finished samples, with which the same call
+    # goes on
     shard: tuple = (0, 1),  # this process of how many that share the checkpoint; 0 has the result
     progress: bool = True,  # show a bar
 ) -> "xr.Dataset":  # dims (sample, removed, layer); None in all processes but the first
@@ -460,8 +459,7 @@ def probe_to_file(
     processor: Callable,  # its processor
     samples: Sequence[Sample],  # likewise
     path: str | Path,  # NetCDF file to write
-    broken: Sequence
-    | None = None,  # clips that were left out, as a list for JSON; stored where it is given
+    broken: list | None = None,  # clips that were left out; stored where it is given
     **options,  # of `probe_dependency`
 ) -> "xr.Dataset":  # None in all processes but the first
     "Probe and store the profile; the same call goes on after an interruption."

@@ -15,21 +15,16 @@ def _in_words(run) -> str:
     said = f"Run of {run.method.name if run.method else 'the full model'}, kv={run.kv!r}"
     if run.layout is None:
         return f"{said}; no prompt was read yet"
-    there = {m: share[np.isfinite(share)] for m, share in run.trr.items()}
-    shares = [f"{m} {100 * share.mean():.3g} %" for m, share in there.items() if len(share)]
-    lines = [
-        f"{said}, {run.samples} samples; of the last prompt",
-        f"kept      {', '.join(shares)}, averaged over layers (TRR)",
-        "tokens    " + " ".join(f"{n:.0f}" for n in run.tokens_per_layer.mean(0)),
-        "time      " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in run.timings.ms.items()),
-    ]
-    return "\n".join(lines)
+    kept = ", ".join(f"{m} {100 * np.nanmean(share):.3g} %" for m, share in run.trr.items())
+    tokens = " ".join(f"{n:.0f}" for n in run.tokens_per_layer.mean(0))
+    times = ", ".join(f"{name} {ms:.0f} ms" for name, ms in run.timings.ms.items())
+    return f"{said}, {run.samples} samples\nkept      {kept}\ntokens    {tokens}\ntime      {times}"
 
 
 def _drawn(run) -> str:
     "The share of the prompt that each layer processed, above those lines."
     if run.layout is None:
-        return as_html(run, {}, (0, 0, 1))
+        return as_html(run, {}, (1,))
     tokens = run.tokens_per_layer.sum(0)
     share = tokens / run.layout.valid.sum().item()
-    return as_html(run, dict(tokens=steps(share.tolist())), (0, len(tokens), len(tokens)))
+    return as_html(run, dict(tokens=steps(share)), (len(tokens),))

@@ -6,98 +6,60 @@
 __all__ = ['document', 'steps', 'as_html']
 
 # %% ../../nbs/storage/05_shown.ipynb #c0de0003
-import ast
 import inspect
+import re
 import textwrap
-import tokenize
+from contextlib import suppress
 from html import escape
-from io import StringIO
+from itertools import takewhile
 
 # %% ../../nbs/storage/05_shown.ipynb #c0de0006
-def _parameters(node):
-    "(name, annotation, default, last line) of each parameter, or of each field of a class."
-    if isinstance(node, ast.ClassDef):
-        fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
-        found = [(n.target.id, n.annotation, n.value, n.end_lineno) for n in fields]
-        return [f for f in found if not f[0].startswith("_")]
-    a = node.args
-    plain = [*a.posonlyargs, *a.args]
-    defaults = [None] * (len(plain) - len(a.defaults)) + a.defaults
-    pairs = [*zip(plain, defaults), *zip(a.kwonlyargs, a.kw_defaults)]
-    pairs += [(arg, None) for arg in (a.vararg, a.kwarg)]
-    pairs = [(arg, value) for arg, value in pairs if arg and arg.arg not in ("self", "cls")]
-    return [(p.arg, p.annotation, value, (value or p).end_lineno) for p, value in pairs]
-
-
-def _plain(annotation):
-    return ast.unparse(annotation).strip("'")
-
-
-def _section(title, entries):
-    "A section as docstrings of numpy have it."
-    lines = [title, "-" * len(title)]
-    for head, said in entries:
-        lines += [head, *textwrap.wrap(said, 88, initial_indent="    ", subsequent_indent="    ")]
-    return ["", *lines] if entries else []
-
-
 def sections_of(
-    source: str,  # of one function or class
+    lines: list,  # source of one function or class, with a parameter or field a line
 ) -> str:  # empty where there is nothing to say
-    "Parameters and result of a function, or the fields of a class, with their comments."
-    node = ast.parse(source).body[0]
-    comments = {}
-    code = set()
-    for token in tokenize.generate_tokens(StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            comments[token.start[0]] = token.string.lstrip("# ")
-        elif token.string.strip():
-            code.update(range(token.start[0], token.end[0] + 1))
-
-    def comment(line):  # it goes on in lines that hold nothing else
-        found = [comments.get(line, "")]
-        while (line := line + 1) in comments.keys() - code:
-            found.append(comments[line])
-        return " ".join(found).strip()
-
-    head = max(code & set(range(node.body[0].lineno)), default=0)  # where the body's colon is
-    result = getattr(node, "returns", None)
-    entries = []
-    for name, annotation, value, line in _parameters(node):
-        name += f" : {_plain(annotation)}" if annotation else ""
-        name += f", default {ast.unparse(value)}" if value else ""
-        entries.append((name, "" if line == head else comment(line)))
-    if isinstance(node, ast.ClassDef):
-        return "\n".join(_section("Attributes", entries))
-    said = comments.get(head, "")
-    result = [(_plain(result) if result else said, said if result else "")]
-    result = [entry for entry in result if entry != ("", "")]
-    return "\n".join([*_section("Parameters", entries), *_section("Returns", result)])
+    "Parameters and result of a function, or fields of a class, with their comments."
+    first = next(i for i, line in enumerate(lines) if re.match(r"\s*(def|class) ", line))
+    is_class = "class " in lines[first]
+    kind = "Attributes" if is_class else "Parameters"
+    stop = r"\s*(def |@)" if is_class else r"\s*[\"']"  # the first method, or the docstring
+    found = {kind: [], "Returns": []}
+    last = None
+    for line in takewhile(lambda line: not re.match(stop, line), lines[first + 1 :]):
+        code, _, said = (part.strip() for part in line.partition("# "))
+        if code.startswith(")"):
+            result = code.lstrip(") ->").rstrip(":").strip("\"'")
+            last = [result or said, said if result else ""]
+            found["Returns"].append(last)
+        elif re.match(r"(?!cls|self)\**[a-z]\w*[:=,]", code):
+            last = [code.rstrip(",").replace(":", " :", 1), said]
+            found[kind].append(last)
+        elif last and said and not code:  # the comment goes on
+            last[1] += f" {said}"
+    text = ""
+    for title, entries in found.items():
+        told = [f"{head}\n{textwrap.indent(said, '    ')}" for head, said in entries if head]
+        text += "\n".join(["", title, "-" * len(title), *told, ""]) if told else ""
+    return text
 
 # %% ../../nbs/storage/05_shown.ipynb #c0de0009
 def document(
     thing,  # whatever the face offers
 ):  # the same
     "Let the docstring of a function, or of a class and its methods, say what its comments say."
-    if inspect.isclass(thing):
-        for member in vars(thing).values():
-            member = getattr(member, "__func__", member)
-            if inspect.isfunction(member) and not member.__name__.startswith("_"):
-                document(member)
-    elif not inspect.isfunction(thing):
-        return thing
-    said = thing.__doc__ or ""
-    if "\n----" not in said:
-        try:
-            sections = sections_of(textwrap.dedent(inspect.getsource(thing)))
-        except (OSError, SyntaxError):  # no source at hand
-            return thing
-        thing.__doc__ = f"{inspect.cleandoc(said)}\n{sections}" if sections else said
+    is_class = inspect.isclass(thing)
+    for name, member in vars(thing).items() if is_class else ():
+        if not name.startswith("_") and inspect.isfunction(
+            f := getattr(member, "__func__", member)
+        ):
+            document(f)
+    said = inspect.cleandoc(thing.__doc__ or "")
+    if (is_class or inspect.isfunction(thing)) and "\n----" not in said:
+        with suppress(OSError):  # where no source is at hand
+            thing.__doc__ = f"{said}\n{sections_of(inspect.getsourcelines(thing)[0])}"
     return thing
 
 # %% ../../nbs/storage/05_shown.ipynb #c0de0013
-_COLOURS = dict(visual="#0173b2", audio="#de8f05")
-_SHADES = "#d9d9d9", "#eeeeee", "#ffffff"  # shallow, middle, late
+_COLOURS = dict(visual="#0173b2", audio="#de8f05", control="#888888")
 
 
 def steps(
@@ -110,20 +72,17 @@ def steps(
 def as_html(
     thing,  # whose repr is the text
     lines: dict,  # name -> (layer, share) points, shares from 0 to 1
-    ends: tuple,  # last layers of the shallow, middle and late block, half-open
+    ends: tuple,  # of the shallow, middle and late block
 ) -> str:
     "A picture of 320 by 80 pixels above the text."
-    scale = 320 / max(ends[-1], 1)
-    drawn = []
-    for start, end, shade in zip((0, *ends), ends, _SHADES):
-        place = f'x="{start * scale:.1f}" width="{max(end - start, 0) * scale:.1f}"'
-        drawn.append(f'<rect {place} height="80" fill="{shade}"/>')
-    for i, (name, points) in enumerate(lines.items()):
+    scale = 320 / ends[-1]
+    drawn = ""
+    for end, shade in zip(ends[::-1], ("#ffffff", "#eeeeee", "#d9d9d9")):
+        drawn += f'<rect width="{end * scale:.1f}" height="80" fill="{shade}"/>'
+    for y, (name, points) in zip((12, 23), lines.items()):
         colour = _COLOURS.get(name, "#222222")
-        places = " ".join(f"{x * scale:.1f},{76 - 72 * y:.1f}" for x, y in points)
-        drawn.append(f'<polyline points="{places}" fill="none" stroke="{colour}"/>')
-        label = f'x="316" y="{12 + 11 * i}" font-size="10" text-anchor="end" fill="{colour}"'
-        drawn.append(f"<text {label}>{escape(name)}</text>")
+        places = " ".join(f"{x * scale:.1f},{76 - 72 * share:.1f}" for x, share in points)
+        drawn += f'<polyline points="{places}" fill="none" stroke="{colour}"/>'
+        drawn += f'<text x="260" y="{y}" font-size="10" fill="{colour}">{name}</text>'
     box = 'width="320" height="80" style="border:1px solid #999"'
-    text = f"<pre>{escape(repr(thing))}</pre>"
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {box}>{"".join(drawn)}</svg>{text}'
+    return f"<svg {box}>{drawn}</svg><pre>{escape(repr(thing))}</pre>"

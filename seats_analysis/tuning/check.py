@@ -123,8 +123,8 @@ def check_schedule(
     model: "torch.nn.Module",  # an om-LLM
     processor: Callable,  # its processor
     samples: Sequence[Sample],  # on clips that made neither schedule nor promise
-    schedule: str
-    | Path,  # file or name of a `Schedule`, or JSON file of `seats tune`: all of its chains
+    schedule: str | Path,  # file or name of a `Schedule`, or JSON file of `seats tune`: all of its
+    # chains
     promise: Promise | None = None,  # default: what was promised, else `Promise()`
     path: str | Path | None = None,  # JSON file to write; unfinished work is kept beside it
     data: str = "",  # what the questions are called
