@@ -64,7 +64,11 @@ class Boundaries:
             )
 
     def __repr__(self):
-        "Three lines; layers from 1, the number of layers + 1 is the end."
+        "Three lines; layers from 1."
+
+        def layer(start):
+            return f"layer {start + 1}" if start < self.num_layers else "the end"
+
         head = f"Boundaries of {self.num_layers} layers, {self.removed} removed"
         if self.n_clips:
             head += f", {self.n_samples} questions on {self.n_clips} clips"
@@ -72,9 +76,9 @@ class Boundaries:
             return f"{head}\n{self.unmeasurable}"
         lines = [head]
         for name, start in dict(middle="shallow_end", late="late_start").items():
-            said = f"{name:<10}from layer {getattr(self, start) + 1}"
+            said = f"{name:<10}from {layer(getattr(self, start))}"
             if ci := getattr(self, f"{start}_ci"):
-                said += f" (interval {ci[0] + 1} to {ci[1] + 1})"
+                said += f" ({layer(ci[0])} to {layer(ci[1])})"
             lines.append(said)
         return "\n".join(lines)
 
