@@ -34,10 +34,10 @@ def analyze(
     out: Path | None = Option(None, help="Folder for all files; default: seats_out/DATA."),
     overwrite: Overwrite = False,
 ):
-    """Probe a model, find its blocks, make a schedule, and say what follows.
+    """Probe a model, find its blocks and make a schedule.
 
-    Writes a profile, a schedule, a figure and a page. A profile that is there is used as it is; an
-    interrupted probe goes on with the same command.
+    Writes a profile, a schedule, a figure and a page with advice in words. A profile that is there
+    is used as it is; an interrupted probe goes on with the same command.
     """
     check_trr(trr)
     asked.depth()
