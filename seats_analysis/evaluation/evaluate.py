@@ -104,7 +104,7 @@ def evaluate(
     check_ids(samples)
     if isinstance(plan, str) and plan.removesuffix("+late") in METHODS | ABLATIONS:
         seats = trr if isinstance(trr, Schedule) else known_schedule(model, trr or 10)
-        counts = mean_tokens(model, processor, samples)
+        counts = mean_tokens(model, processor, samples, progress)
         plan = method_at(plan, seats, (counts["visual"], counts["audio"]))
         trr = None
     method = as_pruner(plan, model, trr)

@@ -467,6 +467,7 @@ def mean_tokens(
     model,
     processor,  # the model's processor
     samples: Sequence[Sample],  # one question on each of the first 16 clips is encoded
+    progress: bool = True,  # show a bar, where it takes longer than a second
     **limits,  # fps, max_frames: see `encode`
 ) -> dict:  # 'visual', 'audio', 'text' -> tokens
     "Mean tokens of a prompt."
@@ -475,6 +476,8 @@ def mean_tokens(
     first = {}
     for sample in samples_of(samples):
         first.setdefault(sample.clip, sample)
-    shown = tqdm(list(first.values())[:16], desc="mean tokens", unit="clip", delay=1)
+    shown = tqdm(
+        list(first.values())[:16], desc="mean tokens", unit="clip", delay=1, disable=not progress
+    )
     counts = [encode(model, processor, [s], **limits).layout.counts() for s in shown]
     return {k: sum(c[k].item() for c in counts) / len(counts) for k in ("visual", "audio", "text")}

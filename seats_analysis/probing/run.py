@@ -449,7 +449,8 @@ def probe_dependency(
     )
     profile = run.scan_auto(num_layers, needs) if layers == "auto" else run.scan(layers)
     if profile is not None:
-        counts = mean_tokens(model, processor, samples, fps=fps, max_frames=max_frames)
+        media = dict(fps=fps, max_frames=max_frames)
+        counts = mean_tokens(model, processor, samples, progress, **media)
         profile.attrs["tokens"] = json.dumps(counts)
     return profile
 
