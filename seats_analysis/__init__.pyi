@@ -51,3 +51,7 @@ from .plots.flow import plot_flow as plot_flow
 from .plots.kept import kept_data as kept_data
 from .plots.kept import plot_kept as plot_kept
 from .plots.explorer import explore as explore
+from .plots.analysis import analyze as analyze
+
+tune = tune_schedule  # as the commands are called
+check = check_schedule

@@ -148,7 +148,11 @@ def request(seconds=240):
         processor,
         [
             Sample(
-                "x", clip, question="what colour is the circle ?", choices=("red", "blue"), answer=0
+                clip,
+                id="x",
+                question="what colour is the circle ?",
+                choices=("red", "blue"),
+                answer=0,
             )
         ],
     ).inputs

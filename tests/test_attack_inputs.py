@@ -337,7 +337,7 @@ def test_streams_that_deliver_nothing(tmp_path, name, empty):
     refused(lambda: check_media(path, other), *said)
     broken = []
     named = dict(video=None) | {other: str(path)}
-    asked = Sample("s", question="?", choices=("a", "b"), answer=0, **named)
+    asked = Sample(id="s", question="?", choices=("a", "b"), answer=0, **named)
     assert check_clips([asked], broken, opened=True) == [] and said[1] in broken[0]["why"]
 
 
@@ -416,7 +416,17 @@ def test_any_label_is_refused_or_can_be_saved(tmp_path, n):
             odd = any(c == "\0" or 0xD800 <= ord(c) < 0xE000 for c in "".join(fields.values()))
             assert odd or "choice" in str(error), error
     assert n / 4 < len(read) < n
-    read.append(Sample("i" * 4096, "v" * 4096, "?" * 10**6, ("a", "b"), 0, "f" * 4096, "s" * 4096))
+    read.append(
+        Sample(
+            "v" * 4096,
+            "?" * 10**6,
+            ("a", "b"),
+            0,
+            id="i" * 4096,
+            family="f" * 4096,
+            split="s" * 4096,
+        )
+    )
     assert_storable(read, tmp_path / "p.nc")
 
 

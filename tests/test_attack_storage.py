@@ -389,7 +389,7 @@ def encoded(path):
 WRITERS = dict(
     bytes=lambda path: save_bytes(path, bytes(20_000)),
     clip=encoded,
-    questions=lambda path: write_samples([Sample("s", None, "x" * 20_000, ("a", "b"), 0)], path),
+    questions=lambda path: write_samples([Sample(None, "x" * 20_000, ("a", "b"), 0, id="s")], path),
 )
 
 

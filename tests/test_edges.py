@@ -26,7 +26,7 @@ from seats_analysis.tuning.tune import Tuning
 def test_a_tie_is_no_right_answer():
     mean = np.array([[-1.0, -1.0], [-1.0, -1.5]])
     scores = Scores(mean=mean, first=mean, total=mean, answer=torch.zeros(2, 3))
-    found = scores.metrics([Sample(i, None, "?", ("a", "b"), 0) for i in "12"], scores)
+    found = scores.metrics([Sample(None, "?", ("a", "b"), 0, id=i) for i in "12"], scores)
     assert found["correct"].tolist() == [False, True]
     assert found["margin"].tolist() == [0.0, 0.5]
 
@@ -71,13 +71,13 @@ def test_families_count_the_same_in_the_harness():
 
 def test_a_thinned_video_with_separate_audio_keeps_its_rate():
     path = shipped_samples("test")[0].video
-    clip = Sample("1", path, "?", (), -1, audio=path).load_media(max_frames=3)
+    clip = Sample(path, "?", (), -1, id="1", audio=path).load_media(max_frames=3)
     assert clip.fps == decode_clip(path, max_frames=3).fps
     assert len(clip.frames) == 3
 
 
 def test_a_clip_is_for_the_search_or_for_calibration():
-    first, second = (Sample(name, "same.mp4", "?", ("a", "b"), 0) for name in "12")
+    first, second = (Sample("same.mp4", "?", ("a", "b"), 0, id=name) for name in "12")
     with pytest.raises(ValueError, match="both for the search and for calibration"):
         Tuning(
             model=None, processor=None, promise=Promise(), proposal=[first], calibration=[second]

@@ -410,8 +410,8 @@ def test_samples_round_trip(tmp_path):
     said = dict(family="f", split="test", lettered=True)
     choices = ("ja", "nein", "x\u2028y")
     samples = [
-        Sample("a", str(video), 'Größe? "x"\n2', choices, 2, **said),
-        Sample("b", None, "?", ("x", "y"), 0, audio=str(audio)),
+        Sample(str(video), 'Größe? "x"\n2', choices, 2, id="a", **said),
+        Sample(None, "?", ("x", "y"), 0, id="b", audio=str(audio)),
     ]
     write_samples(samples, tmp_path / "sub" / "q.jsonl")
     back = read_samples(tmp_path / "sub" / "q.jsonl", allow_outside=True)
@@ -473,7 +473,7 @@ def test_equal_file_names_are_different_clips(tmp_path):
 
 def test_media_of_a_sample(tmp_path, file):
     clip = made()
-    sample = Sample("s", str(file), "?", ("a", "b"), 0)
+    sample = Sample(str(file), "?", ("a", "b"), 0, id="s")
     assert sample.load_media().frames.shape == clip.frames.shape
     assert replace(sample, video=clip).load_media() is clip
     other = Clip("other", waveform=click(3.0)).save(tmp_path / "other.mp4")

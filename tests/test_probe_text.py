@@ -29,7 +29,7 @@ def testbed(request):
 def caption():
     folder = shipped_folder("testbed")
     r = json.loads((folder / "captions.jsonl").read_text().splitlines()[0])
-    return sa.Sample("caption", str(folder / r["video"]), r["question"], (r["caption"],), 0)
+    return sa.Sample(str(folder / r["video"]), r["question"], (r["caption"],), 0, id="caption")
 
 
 def plain(model, encoded, ids, gone, rule, layer):

@@ -28,7 +28,7 @@ def captions():
     folder = shipped_folder("testbed")
     rows = map(json.loads, (folder / "captions.jsonl").read_text().splitlines())
     return [
-        sa.Sample(r["video"], str(folder / r["video"]), r["question"], (r["caption"],), 0)
+        sa.Sample(str(folder / r["video"]), r["question"], (r["caption"],), 0, id=r["video"])
         for r in rows
         if r["split"] == "test"
     ]

@@ -7,9 +7,15 @@ __all__ = ['explain', 'boundary_table', 'boundary_row', 'family_row']
 
 # %% ../../nbs/boundaries/02_report.ipynb #5ab4b73e
 import numpy as np
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 from .retention import Unanswered, needed_families
 from .find import Boundaries, find_boundaries
 from .flow import flow_end
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
 
 # %% ../../nbs/boundaries/02_report.ipynb #cd81dca3
 def explain(
@@ -108,11 +114,12 @@ def _row(profile, removed, families, options):
 
 
 def boundary_table(
-    profile,  # dependency profile
-    removed=None,  # conditions; None: all that were probed
-    flow=None,  # xr.Dataset of `trace_flow` on the same model: a second estimate, `late_by_flow`
+    profile: "xr.Dataset",  # dependency profile
+    removed: Sequence[str] | None = None,  # conditions; None: all that were probed
+    flow: "xr.Dataset | None" = None,  # of `trace_flow` on the same model: a second estimate,
+    # `late_by_flow`
     **options,  # of `find_boundaries`: tolerance, split, n_boot, ...
-):  # pandas.DataFrame by (removed, family); layers 0-based, with 95 % intervals and stability
+) -> "pd.DataFrame":  # by (removed, family); layers 0-based, with 95 % intervals and stability
     """Boundaries of each modality, of both together, and of each family that needs them; empty
     where they are not measurable."""
     import pandas as pd

@@ -121,13 +121,7 @@ def probe(
     else:
         samples = asked.samples()
     model, processor = asked.load()
-    from seats_analysis.models.encode import mean_tokens
     from seats_analysis.probing.run import probe_to_file
-
-    limits = asked.limits(processor)
-
-    def more():
-        return dict(tokens=json.dumps(mean_tokens(model, processor, samples, **limits)))
 
     with resumable(Checkpoint.folder_of(out), "samples"):
         profile = probe_to_file(
@@ -135,7 +129,6 @@ def probe(
             processor,
             samples,
             out,
-            attributes=more,
             broken=asked.broken,
             removed=conditions,
             layers=chosen,
@@ -143,7 +136,7 @@ def probe(
             needs=needs,
             answers=answers,
             max_new_tokens=max_new_tokens,
-            **limits,
+            **asked.limits(processor),
         )
     if profile is not None:
         print(f"{out}: {_probe_text(profile)}{left_out(asked.broken)}")
@@ -320,7 +313,6 @@ def schedule(
     usual = f"schedules/{profile.stem}_trr{trr:g}.json"
     out = output_file(out, profile, usual, "schedule", overwrite)
     from seats_analysis.boundaries.find import find_boundaries
-    from seats_analysis.schedules.choose import describe, stored_tokens
     from seats_analysis.schedules.schedule import DEFAULT_LATE, Schedule
 
     stored = load_profile(profile)
@@ -330,6 +322,6 @@ def schedule(
         bounds = {m: find_boundaries(stored, m, tolerance) for m in Modality.CODES}
     else:
         bounds = find_boundaries(stored, tolerance=tolerance)
-    plan = Schedule.from_trr(bounds, trr, *stored_tokens(stored), late=late or DEFAULT_LATE)
+    plan = Schedule.from_trr(bounds, trr, late=late or DEFAULT_LATE)
     plan.save(out)
-    print(f"{out}\n{describe(plan)}")
+    print(f"{out}\n{plan}")

@@ -9,13 +9,16 @@ __all__ = ['method_names', 'vtw_rule', 'made_from', 'compare_methods', 'comparis
 import re
 
 import numpy as np
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 from tqdm.auto import tqdm
 from ..storage.schemas import SCHEMAS, load_profile, save_json
 from ..storage.provenance import digest, hash_code
 from ..storage.files import Checkpoint, processes
+from ..inputs.questions import samples_of
 from ..inputs.samples import Sample
 from ..models.encode import encode
 from ..models.provenance import provenance
@@ -25,6 +28,10 @@ from ..baselines.registry import ABLATIONS, METHODS, method_at
 from .evaluate import APART, over_clips, paired_difference
 from .prepared import Answering, DataShape, MethodRun
 from ..testbed.task import Scene
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
 
 # %% ../../nbs/evaluation/02_compare.ipynb #cceb46f0
 TOLERANCE = (
@@ -278,12 +285,13 @@ def outcome_rows(
 
 # %% ../../nbs/evaluation/02_compare.ipynb #8d9fffe5
 def compare_methods(
-    model,
-    processor,
-    samples: Sequence[Sample],
+    model: "torch.nn.Module",  # an om-LLM
+    processor: Callable,  # its processor
+    samples: Sequence[Sample],  # see `samples_of`
     plans: Mapping,  # headline TRR in percent -> `Schedule` of SEATS
-    names="all",  # see `method_names`
-    path=None,  # JSON file; finished questions are kept in a folder beside it until it is there
+    names: str | Sequence[str] = "all",  # see `method_names`
+    path: str | Path | None = None,  # JSON file; finished questions are kept in a folder beside it
+    # until it is there
     rules: Mapping = {},  # label -> `Pruner` that is not matched, since a rule decides its cost
     tuned: Mapping = {},  # name -> chain of `Pruner` that `seats tune` found, from dear to cheap
     cache: Mapping | None = None,  # 'text': field of a schedule, which SEATS also runs with
@@ -302,6 +310,7 @@ def compare_methods(
             "answers 'token' are neither right nor wrong: likelihood, generate or text"
         )
     names = method_names(names)
+    samples = samples_of(samples)
     shape = DataShape.of(model, processor, samples, progress, **limits)
     runs = method_runs(names, plans, shape, rules=rules, tuned=tuned, progress=progress)
     text = answers == "text"
@@ -392,7 +401,7 @@ def significantly_better(
 # %% ../../nbs/evaluation/02_compare.ipynb #30a60f57
 def comparison_table(
     rows: Sequence,  # of `compare_methods`
-):  # pandas.DataFrame in percent, for people
+) -> "pd.DataFrame":  # in percent, for people
     """The rows that matter, best first at each TRR; those that are not ranked come last.
 
     Its `attrs` name who is `above seats` and `above seats+tuned` beyond chance (label and TRR), and

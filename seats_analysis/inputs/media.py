@@ -11,6 +11,7 @@ import io
 import math
 import os
 import numpy as np
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -436,12 +437,14 @@ def _decode_waveform(
 
 # %% ../../nbs/inputs/00_media.ipynb #3d7c8591
 def decode_clip(
-    path,  # mp4, mkv, webm, wav, ...: a film or a sound in one file
-    fps=2.0,  # frames per second to sample
-    sample_rate=16000,  # samples per second of the waveform, what the audio encoder wants
-    max_frames=None,  # upper limit; a longer clip is sampled more sparsely, and its `fps` says so
-    resize=None,  # ((H, W, 3) uint8, number of frames) -> final frame, as `frame_resizer` makes it
-):  # Clip; `frames` or `waveform` is None where the file has none
+    path: str | Path,  # mp4, mkv, webm, wav, ...: a film or a sound in one file
+    fps: float = 2.0,  # frames per second to sample
+    sample_rate: int = 16000,  # samples per second of the waveform, what the audio encoder wants
+    max_frames: int | None = None,  # upper limit; a longer clip is sampled more sparsely, and its
+    # `fps` says so
+    resize: Callable | None = None,  # ((H, W, 3) uint8, number of frames) -> final frame, as
+    # `frame_resizer` makes it
+) -> Clip:  # `frames` or `waveform` is None where the file has none
     """Decode a file into frames and waveform on one clock, holding no more than is kept.
 
     Raises ValueError that names the file if it is missing, broken, cut off or not media, if a

@@ -8,9 +8,11 @@ __all__ = ['Sample', 'check_ids']
 # %% ../../nbs/inputs/01_samples.ipynb #17177c03
 import operator
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import ascii_uppercase
+from ..storage.provenance import digest
 from .media import Clip, decode_clip
 
 # %% ../../nbs/inputs/01_samples.ipynb #cc4d9c3c
@@ -27,27 +29,33 @@ def _check_text(name, text):
 
 @dataclass(frozen=True)
 class Sample:
-    "A multiple-choice question about a clip."
+    "A question about a clip, with choices or without."
 
-    id: str  # unique within a data set
     video: str | Clip | None  # media file, decoded clip, or None
-    question: str
-    choices: tuple  # answer texts; () where there are none
-    answer: int  # index of the right one; -1 where there are no choices
+    question: str  # what is asked, as a text
+    choices: tuple = ()  # answer texts; () where there are none
+    answer: int = -1  # index of the right one; -1 where there are no choices
+    id: str = ""  # unique within a data set; default: made of clip, question and choices
     family: str = ""  # kind of question, results are reported per family
     split: str = ""  # "derive", "test" or whatever the data set calls it
     audio: str | None = None  # separate audio file, replaces the audio of `video`
     lettered: bool = False  # does the prompt list the choices as A., B., ...
-    # `clip` where the file's stem is not enough (see `tell_apart`); follows from the paths
-    clip_id: str = field(default="", compare=False)
+    clip_id: str = field(default="", compare=False)  # `clip`, where files share their stem
     where: str = field(default="", compare=False, repr=False)  # it was read from, as a line
 
     def __post_init__(self):
         if isinstance(self.choices, str):
             raise TypeError(
-                f"sample {self.id!r}: choices {self.choices!r}, expected a list of texts"
+                f"sample {self.id!r}: choices {self.choices!r}, expected a list of texts "
+                "(the order is video, question, choices, answer; then id=...)"
             )
+        if isinstance(self.video, Path):
+            object.__setattr__(self, "video", str(self.video))
         object.__setattr__(self, "choices", tuple(self.choices))
+        if self.id == "":
+            medium = self.medium.id if isinstance(self.medium, Clip) else self.medium
+            made = digest([medium, self.question, self.choices])[:8]
+            object.__setattr__(self, "id", f"{self.clip[:99]}-{made}")
         object.__setattr__(self, "answer", operator.index(self.answer))
         for name in ("id", "question", "family", "split", "clip"):
             _check_text(name, getattr(self, name))
@@ -94,11 +102,11 @@ class Sample:
 
     def load_media(
         self,
-        fps=2.0,  # as for decode_clip
-        sample_rate=16000,  # as for decode_clip
-        max_frames=None,  # as for decode_clip
-        resize=None,  # as for decode_clip
-    ):  # Clip, or None for a question without media
+        fps: float = 2.0,  # as for decode_clip
+        sample_rate: int = 16000,  # as for decode_clip
+        max_frames: int | None = None,  # as for decode_clip
+        resize: Callable | None = None,  # as for decode_clip
+    ) -> Clip | None:  # None for a question without media
         "The clip, or its file decoded; a separate file replaces the audio."
 
         def decode(path, max_frames):

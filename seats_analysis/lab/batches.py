@@ -95,7 +95,7 @@ def _drill(rng, kind):
     listed = " ".join(f"{v} {k}" if kind == 1 else f"{k} {v}" for k, v in pairs)
     if kind == 2:
         key, value = rng.sample(rng.choice(pairs), 2)
-        what = Sample("", None, f"{listed} . what is {key} ?", (value,), 0)
+        what = Sample(None, f"{listed} . what is {key} ?", (value,), 0)
         return replace(_question(what, blind=True), sample=None)
     again = " ".join(f"{k} {v}" for k, v in rng.sample(pairs, 4))
     return Branch(text_ids(f"{listed} {again}"), range(9, 16, 2), blind=True)
@@ -229,7 +229,7 @@ class Batch:
             first = [_drill(rng, (i + 2) % 3) for i in range(drills)]
             first.append(_facts(scene, rng))
             if not told:
-                asked = Sample("", None, scene.CAPTION, (scene.caption(),), 0)
+                asked = Sample(None, scene.CAPTION, (scene.caption(),), 0)
                 first.append(_question(asked))
             rows.append(branches(scene, rng, c, first, c.early * told))
         return cls._of(scenes, rows, c, told)

@@ -130,7 +130,6 @@ def _demo(name, out, limit):
     from seats_analysis.boundaries.find import find_boundaries
     from seats_analysis.boundaries.report import boundary_row
     from seats_analysis.evaluation.load import load_samples
-    from seats_analysis.models.encode import mean_tokens
     from seats_analysis.probing.run import probe_to_file
     from seats_analysis.schedules.choose import stored_tokens
     from seats_analysis.testbed.task import NEEDS
@@ -144,10 +143,7 @@ def _demo(name, out, limit):
     note(f"probe: {len(derive)} questions, removal before every layer")
     probe_to, results_to, kept_to, *schedules_to = (out / file for file in _files(name))
 
-    def more():
-        return dict(tokens=json.dumps(mean_tokens(model, processor, derive)))
-
-    profile = probe_to_file(model, processor, derive, probe_to, more, needs=NEEDS)
+    profile = probe_to_file(model, processor, derive, probe_to, needs=NEEDS)
     bounds = {str(r): find_boundaries(profile, str(r)) for r in profile["removed"].values}
     note(table([boundary_row(b) for b in bounds.values()]))
     both = bounds["both"]

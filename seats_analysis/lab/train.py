@@ -43,7 +43,7 @@ def fast_vision(model):
 @cache
 def media_prefix(family, windows):
     "Token ids (P,) and M-RoPE positions (3, P) of all that precedes the question."
-    clip = Sample("", Scene.draw(0, windows).clip(), "?", (), -1)
+    clip = Sample(Scene.draw(0, windows).clip(), "?")
     encoded = encode(build_model(family, 1), build_processor(family), [clip])
     ids = encoded.inputs["input_ids"][0]
     end = ids.tolist().index(*text_ids("?"))

@@ -289,7 +289,7 @@ class Request:
         clip = Clip("noise", frames, fps=fps, waveform=wave, sample_rate=rate)
         words = "what colour is seen with the low sound ?".split() * self.text
         question = " ".join(words[: self.text - _FRAME])
-        return Sample("request", clip, question, ("red", "blue"), 0)
+        return Sample(clip, question, ("red", "blue"), 0, id="request")
 
 
 _SECONDS = {  # of a typical clip

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import takewhile
 from ..inputs.media import Clip
+from ..inputs.questions import samples_of
 from ..inputs.samples import Sample
 from ..inputs.layout import Modality, TokenLayout, pad_left
 from .families import adapter_for, check_words
@@ -363,15 +364,16 @@ def _collate(prompts, pad_id):
 
 
 def encode(
-    model,
-    processor,  # the model's processor
-    samples: Sequence[Sample | Prompt],  # at least one
+    model: torch.nn.Module,  # an om-LLM
+    processor: Callable,  # the model's processor
+    samples: Sequence[Sample | Prompt] | Sample | Mapping,  # one or several, see `samples_of`
     answers: Sequence[str] | None = None,  # per sample: text to append after the prompt
     fps: float = 2.0,  # frames per second at which files are decoded; clips keep their own
     max_frames: int | None = None,  # of a file
     interleave: bool = True,  # a clip's audio lies between its frames; False: behind them
 ) -> Encoded:
     "Samples as one batch; each is processed and positioned alone, then they are left-padded."
+    samples = samples_of(samples)
     if not samples:
         raise ValueError("encode needs at least one sample")
     if answers is not None and len(answers) != len(samples):
@@ -471,6 +473,7 @@ def mean_tokens(
     model,
     processor,  # the model's processor
     samples: Sequence[Sample],  # one question on each of the first 16 clips is encoded
+    progress: bool = True,  # show a bar, where it takes longer than a second
     **limits,  # fps, max_frames: see `encode`
 ) -> dict:  # 'visual', 'audio', 'text' -> tokens
     "Mean tokens of a prompt."
@@ -478,8 +481,10 @@ def mean_tokens(
 
     check_words(model, processor, samples)
     first = {}
-    for sample in samples:
+    for sample in samples_of(samples):
         first.setdefault(sample.clip, sample)
-    shown = tqdm(list(first.values())[:16], desc="mean tokens", unit="clip", delay=1)
+    shown = tqdm(
+        list(first.values())[:16], desc="mean tokens", unit="clip", delay=1, disable=not progress
+    )
     counts = [encode(model, processor, [s], **limits).layout.counts() for s in shown]
     return {k: sum(c[k].item() for c in counts) / len(counts) for k in ("visual", "audio", "text")}

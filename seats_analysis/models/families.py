@@ -93,7 +93,7 @@ FAMILIES = {a.family: a for a in (*_OMNI, *_SIGHT, *_SOUND)}
 
 # %% ../../nbs/models/00_families.ipynb #715a91af
 def adapter_for(
-    model,  # a transformers model, or its class: the thinker, or the full model around it
+    model: object,  # a transformers model, or its class: the thinker, or the full one around it
 ) -> Adapter:
     """The row of the model's family, or the generic one, by what transformers says of the model.
     Raises ValueError for a model whose media are no placeholders of the prompt."""

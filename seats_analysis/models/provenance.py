@@ -53,7 +53,7 @@ def provenance(
     weight = adapter.lm_head(model).weight
     config = adapter.config(model).get_text_config()
     # a lettered example through the chat template; pixel limits are among the processor's settings
-    example = Sample("example", None, "question", ("first", "second"), 0, lettered=True)
+    example = Sample(None, "question", ("first", "second"), 0, id="example", lettered=True)
     takes = [Modality.ENCODERS[m] for m in adapter.modalities(model)]
     prompt = chat_prompt(processor, example, tuple(takes)), example.answer_texts
     rows = sample_rows(samples)

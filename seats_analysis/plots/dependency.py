@@ -8,6 +8,7 @@ __all__ = ['plot_dependency', 'boundaries_figure', 'plot_retention', 'answer_fig
 # %% ../../nbs/plots/01_dependency.ipynb #f1861b41
 import numpy as np
 from contextlib import suppress
+from typing import TYPE_CHECKING
 from ..boundaries.retention import family_needs, retained
 from seats_analysis.plots.style import (
     DOTTED,
@@ -21,6 +22,13 @@ from seats_analysis.plots.style import (
     shade_blocks,
     wrapped,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    import xarray as xr
+    from matplotlib.figure import Figure
+    from seats_analysis.boundaries.find import Boundaries
+    from seats_analysis.schedules.schedule import Schedule
 
 # %% ../../nbs/plots/01_dependency.ipynb #f793e94a
 LOOKS = {
@@ -144,11 +152,12 @@ def _boundary_strip(ax, bounds):
 # %% ../../nbs/plots/01_dependency.ipynb #47ca2fe3
 @house_style()
 def plot_dependency(
-    profile,  # xr.Dataset of `probe_dependency`
-    boundaries=None,  # {condition: Boundaries}, one Boundaries, or None for the curves alone
-    split="derive",  # samples to draw; None takes all
-    corrected=False,  # chance-corrected instead of plain retained performance
-):  # matplotlib Figure, one column wide
+    profile: "xr.Dataset",  # of `probe_dependency`
+    boundaries: "Mapping | Boundaries | None" = None,  # {condition: Boundaries}, one of them, or
+    # None for the curves alone
+    split: str | None = "derive",  # samples to draw; None takes all
+    corrected: bool = False,  # chance-corrected instead of plain retained performance
+) -> "Figure":  # of matplotlib, one column wide
     """Retained performance against the layer before which tokens are removed, one curve per
     condition, blocks shaded (SEATS, arXiv 2605.20035)."""
     bounds = boundaries or {}
@@ -253,8 +262,8 @@ _STAIRS = (
 
 @house_style()
 def plot_retention(
-    schedules,  # label -> Schedule, or one Schedule; all for the same number of layers
-):  # matplotlib Figure, one column wide
+    schedules: "Mapping | Schedule",  # label -> Schedule, or one; all of the same number of layers
+) -> "Figure":  # of matplotlib, one column wide
     """Fraction of visual and of audio tokens that each layer processes. Raises ValueError for
     different layer counts."""
     plans = {"schedule": schedules} if hasattr(schedules, "levels") else schedules

@@ -8,20 +8,26 @@ __all__ = ['probe_dependency', 'probe_to_file', 'family_curves']
 # %% ../../nbs/probing/03_run.ipynb #788dda06
 import json
 import numpy as np
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from ..storage.files import Checkpoint, processes
 from ..storage.schemas import save_profile
 from ..inputs.layout import Modality
+from ..inputs.questions import samples_of
 from ..inputs.samples import Sample, check_ids
 from ..models.families import adapter_for
-from ..models.encode import encode, encode_questions
+from ..models.encode import encode, encode_questions, mean_tokens
 from ..models.provenance import provenance
 from ..statistics.intervals import crossings, monotone_fit
 from .selectors import check_removed, describe
 from .branches import answer_scores, branch_scores, removal_scores
+
+if TYPE_CHECKING:
+    import torch
+    import xarray as xr
 
 # %% ../../nbs/probing/03_run.ipynb #1a38cfcf
 PROBE_METHODS = ("branch", "plain")
@@ -369,11 +375,13 @@ def _check_layers(layers, num_layers):
 
 
 def probe_dependency(
-    model,  # in eval mode; left as it is
-    processor,  # its processor
-    samples: Sequence[Sample],  # questions; without choices only `kl` is measured
-    removed=None,  # conditions: names, or a mapping name -> selector; None: what the model takes
-    layers=None,  # 0-based, to remove before: all by default, or 'auto'; the full run is added
+    model: "torch.nn.Module",  # in eval mode; left as it is
+    processor: Callable,  # its processor
+    samples: Sequence[Sample],  # questions, see `samples_of`; without choices only `kl` is measured
+    removed: Sequence[str] | Mapping | None = None,  # conditions: names, or a mapping name ->
+    # selector; None: what the model takes
+    layers: Sequence[int] | str | None = None,  # 0-based, to remove before: all by default, or
+    # 'auto'; the full run is added
     method: str = "branch",  # or 'plain', the slow reference
     answers: str = "choices",  # or 'text': a whole answer, the only choice if there is one, else
     # what the full model writes
@@ -383,13 +391,15 @@ def probe_dependency(
     max_branch_tokens: int | None = None,  # branch: that run as one batch; None: 4,096 on a CPU,
     # 65,536 elsewhere
     seed: int = 0,  # recorded; full removal draws nothing at random
-    fps: float = 2.0,
-    max_frames: int | None = None,  # how files are decoded
-    checkpoint=None,  # folder for finished samples; the same call goes on with it
+    fps: float = 2.0,  # frames a second at which files are decoded
+    max_frames: int | None = None,  # of a file
+    checkpoint: str | Path | None = None,  # folder of finished samples, with which the same call
+    # goes on
     shard: tuple = (0, 1),  # this process of how many that share the checkpoint; 0 has the result
     progress: bool = True,  # show a bar
-):  # xr.Dataset with dims (sample, removed, layer)
+) -> "xr.Dataset":  # dims (sample, removed, layer); None in all processes but the first
     "Remove tokens before every layer and score the answers. Raises ValueError for bad arguments."
+    samples = samples_of(samples)
     if removed is None:
         takes = adapter_for(model).modalities(model)
         removed = (*takes, "both") if len(takes) > 1 else takes
@@ -426,25 +436,28 @@ def probe_dependency(
         shard=shard,
         progress=progress,
     )
-    return run.scan_auto(num_layers, needs) if layers == "auto" else run.scan(layers)
+    profile = run.scan_auto(num_layers, needs) if layers == "auto" else run.scan(layers)
+    if profile is not None:
+        media = dict(fps=fps, max_frames=max_frames)
+        counts = mean_tokens(model, processor, samples, progress, **media)
+        profile.attrs["tokens"] = json.dumps(counts)
+    return profile
 
 # %% ../../nbs/probing/03_run.ipynb #bab25b78
 def probe_to_file(
-    model,
-    processor,
-    samples: Sequence[Sample],  # see `probe_dependency`
-    path,  # NetCDF file to write
-    attributes=dict,  # function that gives attributes to store, as `tokens`; called at the end
-    broken=None,  # clips that were left out, as a list for JSON; stored where it is given
+    model: "torch.nn.Module",  # see `probe_dependency`
+    processor: Callable,  # its processor
+    samples: Sequence[Sample],  # likewise
+    path: str | Path,  # NetCDF file to write
+    broken: list | None = None,  # clips that were left out; stored where it is given
     **options,  # of `probe_dependency`
-):  # xr.Dataset, or None in all processes but the first
+) -> "xr.Dataset":  # None in all processes but the first
     "Probe and store the profile; the same call goes on after an interruption."
     with Checkpoint.hold(Checkpoint.folder_of(path)) as folder:
         profile = probe_dependency(
             model, processor, samples, checkpoint=folder, shard=processes(), **options
         )
         if profile is not None:
-            profile.attrs |= attributes()
             if broken is not None:
                 profile.attrs["broken"] = json.dumps(broken)
             save_profile(profile, path)
@@ -453,10 +466,10 @@ def probe_to_file(
 
 # %% ../../nbs/probing/03_run.ipynb #7552a564
 def family_curves(
-    profile,  # dependency profile
+    profile: "xr.Dataset",  # dependency profile
     variable: str = "correct",  # or nll, margin, kl
     split: str | None = None,  # only these samples
-):  # xr.DataArray (family, removed, layer): means, with coordinate `n`
+) -> "xr.DataArray":  # (family, removed, layer): means, with coordinate `n`
     "Mean of a metric for each question family. Raises ValueError for a split that is not there."
     part = profile[variable].astype(float)
     if split is not None:

@@ -356,7 +356,7 @@ def _empty_pruned(cls):
 
 # %% ../../nbs/pruning/09_cache.ipynb #71a494ad
 def follow_up(
-    cache,  # of a prompt pruned with kv='retain', and what was generated after it
+    cache: object,  # of a prompt pruned with kv='retain', and what was generated after it
     input_ids: torch.Tensor,  # (B, T) int64 the conversation: prompt as given, answer, next turn
     attention_mask: torch.Tensor | None = None,  # (B, T), 0 at padding, also in the middle
     position_ids: torch.Tensor | None = None,  # (3, B, t) of a turn with media, encoded alone

@@ -9,9 +9,11 @@ __all__ = ['as_pruner', 'prune']
 import inspect
 import warnings
 import torch
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from threading import Lock, current_thread
 from unittest.mock import patch
 from weakref import WeakSet
@@ -19,11 +21,13 @@ from ..inputs.layout import Modality, TokenLayout
 from ..models.decoder import Decoder
 from ..models.encode import layout_of
 from ..models.families import adapter_for
+from ..schedules.choose import known_schedule
 from ..schedules.schedule import Schedule, ScheduleWarning
 from .base import Pruner, Tokens
 from .cache import Slots
 from .encoders import ENCODED, EncoderWatch, Hooks, visual_order
-from .prefill import Check, Prefill
+from .prefill import Prefill
+from .report import _drawn, _in_words
 from .seats import Seats
 from .timing import Timings
 
@@ -32,13 +36,19 @@ from .timing import Timings
 class Run:
     "What `prune` yields."
 
-    method: Pruner | None
-    kv: str
+    method: Pruner | None  # None: nothing is pruned
+    kv: str  # as given to `prune`
     timings: Timings  # milliseconds: encoders, selection, prefill, decode
     samples: int = 0  # samples prefilled so far
     layout: TokenLayout | None = None  # of the last prefill
     _stages: list = field(default_factory=list, repr=False)  # (name, Tokens) after every step
     _layers: list = field(default_factory=list, repr=False)  # Tokens of every layer; None = all
+
+    def __repr__(self):
+        return _in_words(self)
+
+    def _repr_html_(self):
+        return _drawn(self)
 
     @property
     def kept(self):  # -> stage name -> per sample: int64 original positions, ascending
@@ -120,14 +130,9 @@ class Session:
         "Register all hooks; leaving the stack undoes everything."
         stack.callback(self.encoders.forget)
         stack.callback(self.reset)
-        methods = dict(
-            _expand_inputs_for_generation=self.expand_inputs,
-            _get_candidate_generator=Hooks.guess_later,
-            generate=self.hooks.generate,
-        )
-        for name, ours in methods.items():
-            ours = partial(ours, getattr(self.thinker, name))
-            stack.enter_context(patch.object(self.thinker, name, ours))
+        name = "_expand_inputs_for_generation"
+        expand = partial(self.expand_inputs, getattr(self.thinker, name))
+        stack.enter_context(patch.object(self.thinker, name, expand))
         self.encoders.install(stack)
         decoder = self.decoder.module
         self.hooks.before(stack, self.thinker, self.before_thinker)
@@ -164,12 +169,11 @@ class Session:
         if expand_size == 1 or input_ids is None:
             return stock(**settings, input_ids=input_ids, **given)
         media = {}
-        cache = given.get("past_key_values")
         if self.decoder.adapter.interleaved:
-            new = input_ids[:, Slots.known(cache, given.get("position_ids")) :]
-            media = self.encoders.repeat_media(new, given, expand_size)
+            media = self.encoders.repeat_media(input_ids, given, expand_size)
         others = {k: v for k, v in given.items() if k not in media}
         ids, rest = stock(**settings, input_ids=input_ids, **others)
+        cache = given.get("past_key_values")
         if cache is not None:
             rest["past_key_values"] = Slots.repeat_cache(cache, len(input_ids), expand_size)
         return ids, {**rest, **media, COPIES: expand_size}
@@ -179,7 +183,7 @@ class Session:
     def before_thinker(self, module, args, kwargs):
         """Fires first in every forward pass: plans a prefill, or checks what follows on a cache.
         Takes out our own arguments, and may give the thinker its positions."""
-        self.hooks.claim(thinker=True)
+        self.hooks.claim()
         self.reset()
         self.hooks.refuse_compiled(module)
         kwargs = dict(kwargs)
@@ -188,10 +192,6 @@ class Session:
         given = self.signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.pop("kwargs", {})}
         cache = given.get("past_key_values")
-        if known := Slots.known(cache, given.get("position_ids")):
-            new = {k: given[k][..., known:] for k in ("input_ids", "position_ids")}
-            given |= new
-            kwargs |= new
         earlier = None
         if cache is not None and cache.get_seq_length():
             slots = Slots.of(cache)
@@ -301,6 +301,11 @@ class Session:
                     "the encoded videos come from no call of the vision tower: pass pixel values, "
                     "and leave `prefill_chunk_size` unset"
                 )
+            n = int((given["input_ids"] == self.token_ids[Modality.VISUAL]).sum())
+            if call.tokens != n:
+                raise ValueError(
+                    f"the prompt has {n} visual tokens, its encoded videos have {call.tokens}"
+                )
             given = {**given, "video_grid_thw": torch.tensor(call.shape)}
         mask = given.get("attention_mask")
         if isinstance(mask, dict):  # as `generate` makes them for a cache of fixed length
@@ -407,7 +412,7 @@ class Session:
                 with self.timings.time("selection"):
                     held = prefill.held()
                     Slots.evict(cache, prefill)
-            Check.read(prefill.checks)
+            prefill.read_checks()
             if cache is not None:
                 Slots.after_prefill(prefill, held).label(cache)
             self.run._stages = prefill.stages
@@ -431,14 +436,22 @@ _ENTERING = Lock()  # one thread at a time enters
 
 
 def as_pruner(
-    plan: Schedule | Pruner | None,
+    plan: Schedule | Pruner | str | Path | None,
     model=None,  # whose encoders' attention the method may want
+    trr: float | None = None,  # instead of a plan, see `known_schedule`
 ) -> Pruner | None:
-    """A schedule means SEATS with that schedule; None: prune nothing, only keep the timings. Raises
-    ValueError for a method that wants what the model's encoders do not show."""
+    """A schedule, or its file, means SEATS with that schedule; None: prune nothing, only keep the
+    timings. Raises ValueError for a method that wants what the model's encoders do not show."""
+    if trr is not None and plan is not None:
+        raise ValueError("give a plan or `trr`, not both")
+    plan = plan if trr is None else known_schedule(model, trr)
+    if isinstance(plan, str | Path):
+        plan = Schedule.load(plan)
     method = Seats(plan) if isinstance(plan, Schedule) else plan
     if method is not None and not isinstance(method, Pruner):
-        raise TypeError(f"prune wants a Schedule, a Pruner or None, not {type(plan).__name__}")
+        raise TypeError(
+            f"prune wants a Schedule, its file, a Pruner or None, not {type(plan).__name__}"
+        )
     if model is None or method is None or not (method.uses_attention or method.uses_keys):
         return method
     adapter = adapter_for(model)
@@ -454,19 +467,24 @@ def as_pruner(
 
 @contextmanager
 def prune(
-    model,  # an om-LLM of transformers, the thinker or the full model; only this instance changes
-    plan: Schedule | Pruner | None,  # a schedule (SEATS), a method, or None to only measure
+    model: torch.nn.Module,  # an om-LLM of transformers, the thinker or the full model; only this
+    # instance changes
+    plan: Schedule | Pruner | str | Path | None = None,  # a schedule (SEATS), its file or shipped
+    # name, as "testbed/10", or a method; None: see `trr`
     kv: str = "retain",  # each layer's cache keeps what it processed; 'evict': as published, all
     # caches end as short as the last one, which only answers of one token bear
     images: str = "keep",  # 'keep': images are never pruned; 'prune': they count as visual tokens
-):
+    trr: float | None = None,  # percent of the tokens to keep, by the blocks that are published or
+    # shipped for this model; without a plan either, nothing is pruned, only measured
+) -> Iterator[Run]:
     """Within the block every forward pass and `generate` of the model is pruned. Yields a `Run`;
     undone on exit (SEATS, arXiv 2605.20035)."""
     given = ("kv", kv, ("retain", "evict")), ("images", images, ("keep", "prune"))
     for name, value, choices in given:
         if value not in choices:
-            raise ValueError(f"`{name}` must be one of {str(choices)[1:-1]}, not {value!r}")
-    session = Session(model, as_pruner(plan, model), kv, images)
+            known = ", ".join(map(repr, choices))
+            raise ValueError(f"`{name}` must be one of {known}, not {value!r}")
+    session = Session(model, as_pruner(plan, model, trr), kv, images)
     with ExitStack() as stack:
         with _ENTERING:
             session.check_model()
@@ -477,12 +495,4 @@ def prune(
             _ACTIVE.add(session.thinker)
         stack.callback(_ACTIVE.discard, session.thinker)
         session.install(stack)
-        try:
-            yield session.run
-        finally:
-            cut_short = session.hooks.leave(session.thinker)
-    if cut_short:
-        raise ValueError(Hooks.LEFT)
-    if not any(session.timings.calls.values()):
-        said = "no prompt was read in this `prune` block: where a thread generates, its end has to"
-        warnings.warn(f"{said} be awaited within the block (`thread.join()`)", stacklevel=3)
+        yield session.run

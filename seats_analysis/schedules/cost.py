@@ -100,7 +100,7 @@ def _check_tokens(tokens, dims):
 
 def prefill_flops(
     tokens: Sequence[int],  # (L,) tokens that each layer processes, of one sample
-    config,  # see `text_dims`
+    config: object,  # see `text_dims`
     convention: str = "causal",  # or counter, reference
     logits: int | None = None,  # positions given to the output head; None: as in the table above
 ) -> float:  # FLOPs of the language model
@@ -136,7 +136,7 @@ def flops_fraction(
 
 # %% ../../nbs/schedules/02_cost.ipynb #88e511e1
 def probe_flops(
-    config,  # see `text_dims`
+    config: object,  # see `text_dims`
     context: int,  # positions that all questions on a clip begin with, media among them
     tail: int,  # positions that follow, of all questions together
     removals: Sequence,  # per condition (front, own): positions of the context that stay

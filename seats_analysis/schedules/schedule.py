@@ -7,7 +7,7 @@ __all__ = ['DEFAULT_LATE', 'ScheduleWarning', 'Schedule']
 
 # %% ../../nbs/schedules/01_schedule.ipynb #e41303d8
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -20,15 +20,18 @@ from seats_analysis.schedules.file import (
     PUBLISHED,
     Certificate,
     FrozenDict,
+    _pair,
     both,
     checked,
     checked_evidence,
+    in_words,
     levels_of,
     published_setting,
 )
 from ..storage.files import shipped_folder
 from ..storage.provenance import digest
 from ..storage.schemas import SCHEMAS, load_json, save_json
+from ..storage.shown import as_html, steps
 
 # %% ../../nbs/schedules/01_schedule.ipynb #44e3bef8
 class ScheduleWarning(UserWarning):
@@ -36,18 +39,6 @@ class ScheduleWarning(UserWarning):
 
 
 DEFAULT_LATE = "estimate"  # `certified` takes more clips than most profiles have
-
-
-def _pair(bounds):
-    "Modality -> Boundaries, whether one or two were given."
-    pair = both(bounds)
-    if set(pair) != set(Modality.CODES):
-        raise ValueError(f"boundaries must be those of visual and audio, not {sorted(pair)}")
-    for b in pair.values():
-        b.check_measured()
-    if len(counts := {b.num_layers for b in pair.values()}) > 1:
-        raise ValueError(f"boundaries of different layer counts: {sorted(counts)}")
-    return pair
 
 
 _WINDOWS = FrozenDict(visual_grids=2, seconds=2.0)  # Stage I: temporal grids, seconds of audio
@@ -70,9 +61,9 @@ class Schedule:
     weighted: bool = True  # Stage I weights distances by the attention that tokens received
     cache: Mapping | None = None  # modality -> half-open range of the layers whose cache keeps its
     # tokens for the answer, (0, 0) = none; None: every layer keeps what it processed
-    windows: Mapping = _WINDOWS
-    model: str = ""
-    revision: str | None = None
+    windows: Mapping = _WINDOWS  # of Stage I: temporal grids of video, seconds of audio
+    model: str = ""  # that it is for
+    revision: str | None = None  # of the model
     seed: int | None = None  # of the profile it was derived from
     evidence: Mapping = field(default_factory=FrozenDict)  # where the boundaries come from
 
@@ -85,18 +76,26 @@ class Schedule:
             rest = {name: value for name, value in self.evidence.items() if name != "certificate"}
             object.__setattr__(self, "evidence", FrozenDict(rest))
 
+    def __repr__(self):
+        return in_words(self)
+
+    def _repr_html_(self):
+        lines = {m: steps(self.levels(m)) for m in Modality.CODES}
+        ends = self.shallow_end, max(map(self.late, Modality.CODES)), self.num_layers
+        return as_html(self, lines, ends)
+
     @classmethod
     def solve(
         cls,
-        num_layers,
-        drop_layers,  # shared by both modalities
-        late_start,  # layer, or modality -> layer
-        visual,  # target TRR, fraction
-        audio,
-        scale=1.4,  # entering / TRR that is wanted; the nearest feasible one is taken
-        entering=None,  # modality -> explicit entering ratio, instead of a scale
+        num_layers: int,  # L
+        drop_layers: Sequence[int],  # shared by both modalities
+        late_start: int | Mapping,  # layer, or modality -> layer
+        visual: float,  # target TRR, fraction
+        audio: float,  # likewise
+        scale: float = 1.4,  # entering / TRR that is wanted; the nearest feasible one is taken
+        entering: Mapping | None = None,  # modality -> entering ratio, instead of a scale
         **options,  # other fields
-    ):  # Schedule; without drop layers where nothing would be dropped
+    ) -> "Schedule":  # without drop layers where nothing would be dropped
         "Plan with given layers and TRRs. Raises ValueError with the feasible range."
         trr = {"visual": visual, "audio": audio}
         for m, share in trr.items():
@@ -132,25 +131,62 @@ class Schedule:
     @classmethod
     def from_boundaries(
         cls,
-        bounds,  # Boundaries, or modality -> Boundaries
-        visual,  # target TRR, fraction
-        audio,
-        scale=1.4,  # entering / TRR that is wanted
-        late=DEFAULT_LATE,  # or "certified"
-        max_drops=3,
+        bounds: Boundaries | Mapping,  # or modality -> Boundaries
+        visual: float,  # target TRR, fraction
+        audio: float,  # likewise
+        scale: float = 1.4,  # entering / TRR that is wanted
+        late: str = DEFAULT_LATE,  # or "certified"
+        max_drops: int = 3,  # layers before which tokens are dropped
         **options,  # other fields, as temperature
-    ):  # Schedule
-        """Plan from boundaries and a target per modality; warns of what it does not do.
+    ) -> "Schedule":
+        """Plan from boundaries and a target per modality; warns of what it does not do. Raises
+        ValueError with the feasible range if a target cannot be met."""
+        targets = {"visual": visual, "audio": audio}
+        return cls._derive(bounds, targets, late, scale=scale, max_drops=max_drops, **options)
 
-        Raises ValueError with the feasible range if a target cannot be met.
-        """
+    @classmethod
+    def from_trr(
+        cls,
+        bounds: Boundaries | Mapping,  # or modality -> Boundaries
+        trr: float,  # headline TRR, percent in (0, 100]
+        n_visual: float | None = None,  # visual tokens, total or average; None: of the profile
+        n_audio: float | None = None,  # audio tokens, likewise
+        late: str = DEFAULT_LATE,  # or "certified"
+        like: str = "qwen2.5-omni-7b",  # whose published pairs to interpolate
+        **options,  # of `from_boundaries`
+    ) -> "Schedule":
+        "`from_boundaries` for a headline TRR on a mix of tokens, with what the late blocks allow."
+        if not 0 < trr <= 100:
+            raise ValueError(f"`trr` is percent in (0, 100], not {trr}")
+        if trr < 1:
+            warnings.warn(
+                f"`trr` is percent: {trr:g} keeps {trr / 100:.2%} of the tokens; if that fraction "
+                f"was meant, write {100 * trr:g}",
+                ScheduleWarning,
+                stacklevel=2,
+            )
+        pair = _pair(bounds)
+        counts = n_visual, n_audio
+        if counts == (None, None):
+            counts = pair["visual"].parameters.get("tokens", counts)
+        if None in counts:
+            raise ValueError(
+                "how many visual and audio tokens the data have is not known: give `n_visual` and "
+                "`n_audio`, or boundaries of a profile that says it"
+            )
+        caps = {m: b.late(late) / b.num_layers for m, b in pair.items()}
+        targets = split_trr(trr / 100, counts, caps, published_setting(like))
+        return cls._derive(bounds, targets, late, **options)
+
+    @classmethod
+    def _derive(cls, bounds, targets, late, scale=1.4, max_drops=3, **options):
+        "Plan from boundaries; warns as if its caller's caller did."
         pair = _pair(bounds)
         starts = {m: b.late(late) for m, b in pair.items()}
         shallow = max(b.shallow_end for b in pair.values())
         end = min(starts.values()) if shallow < min(starts.values()) else max(starts.values())
         shallow = min(shallow, end)
         drops = drop_positions(shallow, end, max_drops)
-
         origin = pair["visual"]
         given = bounds if isinstance(bounds, Mapping) else {"both": bounds}
         evidence = dict(
@@ -174,7 +210,7 @@ class Schedule:
             evidence=evidence,
         )
         plan = cls.solve(
-            origin.num_layers, drops, starts, visual, audio, scale=scale, **(facts | options)
+            origin.num_layers, drops, starts, **targets, scale=scale, **(facts | options)
         )
         if plan.keeps_all:
             return plan
@@ -187,36 +223,11 @@ class Schedule:
                 "enters stays"
             )
         for remark in remarks:
-            warnings.warn(remark, ScheduleWarning, stacklevel=2)
+            warnings.warn(remark, ScheduleWarning, stacklevel=3)
         return plan
 
     @classmethod
-    def from_trr(
-        cls,
-        bounds,  # Boundaries, or modality -> Boundaries
-        trr,  # headline TRR, percent in (0, 100]
-        n_visual,  # visual tokens of the data, total or average
-        n_audio,
-        late=DEFAULT_LATE,  # or "certified"
-        like="qwen2.5-omni-7b",  # whose published pairs to interpolate
-        **options,  # of `from_boundaries`
-    ):  # Schedule
-        "`from_boundaries` for a headline TRR on a mix of tokens, with what the late blocks allow."
-        if not 0 < trr <= 100:
-            raise ValueError(f"`trr` is percent in (0, 100], not {trr}")
-        if trr < 1:
-            warnings.warn(
-                f"`trr` is percent: {trr:g} keeps {trr / 100:.2%} of the tokens; if that fraction "
-                f"was meant, write {100 * trr:g}",
-                ScheduleWarning,
-                stacklevel=2,
-            )
-        caps = {m: b.late(late) / b.num_layers for m, b in _pair(bounds).items()}
-        targets = split_trr(trr / 100, (n_visual, n_audio), caps, published_setting(like))
-        return cls.from_boundaries(bounds, **targets, late=late, **options)
-
-    @classmethod
-    def published(cls, name, trr=10):
+    def published(cls, name: str, trr: float = 10) -> "Schedule":
         "Published plan of a model, by short name or hub id, at 35, 25, 15 or 10 percent."
         setting = published_setting(name)
         if trr not in setting["pairs"]:
@@ -235,7 +246,7 @@ class Schedule:
         )
 
     @classmethod
-    def at_published_depth(cls, num_layers):
+    def at_published_depth(cls, num_layers: int) -> "Schedule":
         "Stages where the 7B has them, relative to depth; keeps everything until its late block."
         L, *blocks = PUBLISHED["qwen2.5-omni-7b"]["boundaries"]
         shallow, late = (max(1, round(layer / L * num_layers)) for layer in blocks)
@@ -243,12 +254,12 @@ class Schedule:
 
     def nearest(
         self,
-        visual,  # target TRR, fraction
-        audio,
-        stages=(1, 2, 3),  # those that are on
-        scale=None,  # entering / TRR that is wanted; None: what this plan was asked for
-        equal_drops=False,  # every drop takes the same part, instead of growing ones
-    ):  # Schedule
+        visual: float,  # target TRR, fraction
+        audio: float,  # likewise
+        stages: Sequence[int] = (1, 2, 3),  # those that are on
+        scale: float | None = None,  # entering / TRR; None: what this plan was asked for
+        equal_drops: bool = False,  # every drop takes the same part, instead of growing ones
+    ) -> "Schedule":
         "This plan's layers for other targets, or the nearest that they can meet; never an error."
         late = {m: self.late(m) if 3 in stages else self.num_layers for m in Modality.CODES}
         drops = self.drop_layers if 2 in stages else ()
@@ -281,8 +292,8 @@ class Schedule:
 
     def times(
         self,
-        factor,  # above 0
-    ):  # Schedule
+        factor: float,  # above 0
+    ) -> "Schedule":
         "The same layers with so many times the tokens wherever some are missing, at most all."
         keep = {}
         enters = {}
@@ -293,11 +304,11 @@ class Schedule:
             keep[m] = (levels[1:] / levels[:-1]).tolist()
         return replace(self, entering=enters, keep_ratios=keep, trr=None, scale=None)
 
-    def late(self, modality):
+    def late(self, modality: str) -> int:
         "First layer without tokens of a modality; the number of layers if they stay."
         return both(self.late_start)[modality]
 
-    def levels(self, modality):
+    def levels(self, modality: str) -> tuple:
         "(L,) fraction of a modality's tokens that each layer processes."
         return levels_of(
             num_layers=self.num_layers,
@@ -309,9 +320,11 @@ class Schedule:
 
     def tokens(
         self,
-        n_visual,  # of the full prompt
-        n_audio,
-        n_text,  # never dropped
+        n_visual: int,  # of the full prompt
+        n_audio: int,  # likewise
+        n_text: int,  # never dropped
+    ) -> (
+        tuple
     ):  # (L,) tokens that each layer processes; where a modality is left, at least one of it
         "A prompt's tokens per layer."
 
@@ -320,6 +333,14 @@ class Schedule:
 
         levels = zip(self.levels("visual"), self.levels("audio"))
         return tuple(present(v, n_visual) + present(a, n_audio) + n_text for v, a in levels)
+
+    def cached(self, n_visual: int, n_audio: int, n_text: int) -> tuple:  # of the full prompt
+        "(L,) tokens that each layer's cache keeps after the prefill with kv='retain'."
+        held = np.full(self.num_layers, n_text)
+        for m, n in dict(visual=(n_visual, 0), audio=(0, n_audio)).items():
+            start, end = self.cache[m] if self.cache else (0, self.num_layers)
+            held[start:end] += self.tokens(*n, 0)[start:end]
+        return tuple(held.tolist())
 
     @property
     def stages(self):  # of 1, 2, 3: those in which something is dropped
@@ -333,9 +354,18 @@ class Schedule:
     @property
     def plan_sha256(self):  # 64 hexadecimal digits
         "Digest of what decides which tokens a layer gets, and of the weights it was made for."
-        names = "num_layers drop_layers late_start keep_ratios entering temperature query weighted"
-        deciding = {name: getattr(self, name) for name in f"{names} windows".split()}
-        deciding["weights_sha256"] = self.evidence.get("weights_sha256")
+        deciding = dict(
+            num_layers=self.num_layers,
+            drop_layers=self.drop_layers,
+            late_start=self.late_start,
+            keep_ratios=self.keep_ratios,
+            entering=self.entering,
+            temperature=self.temperature,
+            query=self.query,
+            weighted=self.weighted,
+            windows=self.windows,
+            weights_sha256=self.evidence.get("weights_sha256"),
+        )
         return digest(deciding | (dict(cache=self.cache) if self.cache else {}))
 
     @property
@@ -349,7 +379,7 @@ class Schedule:
     def certified(
         self,
         **facts,  # fields of a `Certificate`
-    ):  # Schedule
+    ) -> "Schedule":
         "This plan with what was promised of it."
         proof = Certificate(plan_sha256=self.plan_sha256, **facts)
         return replace(self, evidence=self.evidence | dict(certificate=proof.to_dict()))
@@ -368,9 +398,9 @@ class Schedule:
 
     def check_model(
         self,
-        num_layers,  # of the model at hand
-        name="",  # of that model
-        weights=None,  # function that gives their hash
+        num_layers: int,  # of the model at hand
+        name: str = "",  # of that model
+        weights: Callable | None = None,  # function that gives their hash
     ):
         """Raise ValueError if the plan was made for another number of decoder layers; warn of one
         for another model, or for other weights where it knows them."""
@@ -394,9 +424,9 @@ class Schedule:
 
     def token_trr(
         self,
-        n_visual,  # tokens of the data at hand
-        n_audio,
-    ):  # fraction kept of all visual and audio tokens, averaged over layers
+        n_visual: float,  # tokens of the data at hand
+        n_audio: float,  # likewise
+    ) -> float:  # fraction kept of all visual and audio tokens, averaged over layers
         "The headline TRR of a pair: visual and audio weighted by how many tokens there are."
         if n_visual + n_audio <= 0:
             raise ValueError("needs at least one visual or audio token")
@@ -419,25 +449,21 @@ class Schedule:
             rows.append(row | {f"{m} kept (%)": 100 * levels[m][start] for m in Modality.CODES})
         return pd.DataFrame(rows)
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         "The plan as `save` writes it."
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.cache is None:
             given.pop("cache")  # as in files from before there was a choice
         return {"schema": SCHEMAS["schedule"].id} | given
 
-    def save(self, path):
+    def save(self, path: str | Path):
         "Write the plan as JSON; an older file survives a failed write."
         save_json(path, self.to_dict())
 
     @classmethod
-    def from_dict(cls, data):
+    def from_dict(cls, data: Mapping) -> "Schedule":
         "A plan from what `to_dict` gave. Raises ValueError for anything else."
-        data = {
-            "query": "last",
-            "weighted": True,
-            "cache": None,
-        } | data  # files made before there was a choice
+        data = dict(query="last", weighted=True, cache=None) | data  # before there was a choice
         own = {name: value for name, value in data.items() if name != "schema"}
         known = {f.name for f in fields(cls)}
         if set(own) != known:
@@ -456,9 +482,8 @@ class Schedule:
         return replace(plan, evidence=evidence)
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | Path) -> "Schedule":
         """Read a plan: a file, or a shipped one by its name, as `testbed/10` or `testbed/tuned`.
-
         Raises ValueError that names the file and its fault, or the shipped ones."""
         file = Path(path)
         if not file.is_file() and file.suffix != ".json":

@@ -13,13 +13,16 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 from reprlib import repr as in_short
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from .files import atomic_write, shipped_folder
 from .provenance import digest
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 # %% ../../nbs/storage/03_schemas.ipynb #45321794
 def record(closed=True, **fields):
@@ -384,8 +387,8 @@ def _load_netcdf(path, name):
 
 
 def load_profile(
-    path,  # NetCDF file, or the name of a shipped one, as 'testbed'
-):  # xr.Dataset in memory, dims (sample, removed, layer)
+    path: str | Path,  # NetCDF file, or the name of a shipped one, as 'testbed'
+) -> "xr.Dataset":  # in memory, dims (sample, removed, layer)
     """Read a profile; one that nothing vouches for is warned of.
 
     Raises ValueError naming the file if it is missing, broken, changed or something else."""

@@ -228,8 +228,8 @@ def build_model(
 # %% ../../nbs/testbed/01_load.ipynb #e76fbaf2
 def load_testbed(
     family: str = "qwen2.5-omni",  # or "qwen3-omni"
-    folder=None,  # another folder of the same make; default: the shipped one
-):  # (model in eval mode, processor)
+    folder: str | Path | None = None,  # another folder of the same make; default: the shipped one
+) -> tuple:  # model in eval mode, processor
     "The small thinker of a family and its processor, by `from_pretrained`, without a network."
     thinker = _class(family, "ThinkerForConditionalGeneration")
     processor = _class(family, "Processor")
@@ -250,7 +250,7 @@ def load_testbed(
 def testbed_samples(
     split: str | None = None,  # 'derive' or 'test'; default: both
     limit: int | None = None,  # at most so many, spread over the clips in file order
-    folder=None,
+    folder: str | Path | None = None,  # with questions.jsonl; default: the shipped one
 ) -> list:  # of Sample
     "The shipped questions."
     if split not in (None, "derive", "test"):

@@ -7,12 +7,14 @@ __all__ = ['load_chains', 'load_promised', 'check_schedule']
 
 # %% ../../nbs/tuning/03_check.ipynb #8d94faee
 import numpy as np
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..storage.files import Checkpoint, processes
 from ..storage.provenance import hash_code
 from ..storage.schemas import SCHEMAS, load_json, save_json, schema_of
+from ..inputs.questions import samples_of
 from ..inputs.samples import Sample
 from ..models.families import adapter_for
 from ..models.provenance import provenance
@@ -20,6 +22,9 @@ from ..schedules.schedule import Schedule
 from ..baselines.registry import METHODS
 from .certificate import Promise
 from .tune import Tuning
+
+if TYPE_CHECKING:
+    import torch
 
 # %% ../../nbs/tuning/03_check.ipynb #7de0bab8
 def load_chains(
@@ -115,15 +120,16 @@ def verdict_on(result, promise, plan):
 
 # %% ../../nbs/tuning/03_check.ipynb #fa909bc1
 def check_schedule(
-    model,
-    processor,
+    model: "torch.nn.Module",  # an om-LLM
+    processor: Callable,  # its processor
     samples: Sequence[Sample],  # on clips that made neither schedule nor promise
-    schedule,  # file or name of a `Schedule`, or JSON file of `seats tune`: all of its chains
+    schedule: str | Path,  # file or name of a `Schedule`, or JSON file of `seats tune`: all of its
+    # chains
     promise: Promise | None = None,  # default: what was promised, else `Promise()`
-    path=None,  # JSON file to write; unfinished work is kept beside it
+    path: str | Path | None = None,  # JSON file to write; unfinished work is kept beside it
     data: str = "",  # what the questions are called
-    broken=None,  # clips that were left out, if any may be
-    batch_size: int = 4,
+    broken: list | None = None,  # clips that were left out, if any may be
+    batch_size: int = 4,  # questions
     progress: bool = False,  # show bars
     **limits,  # fps and max_frames, see `encode`
 ) -> tuple | None:  # whether it holds, result as in the file; None in all processes but the first
@@ -131,6 +137,7 @@ def check_schedule(
 
     The same call goes on after an interruption. Raises ValueError for clips that are known, for too
     few of them where nothing was promised, and for a schedule of another depth."""
+    samples = samples_of(samples)
     chains, promised, known_clips = load_promised(schedule)
     promise = promise or promised or Promise()
     promise.check_clips(samples, known_clips, enough=promised is None)
