@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..inputs.media import Clip, decode_clip
 from ..inputs.questions import samples_of
 from ..inputs.samples import Sample, check_ids
 from ..models.decoder import last_logits_only
-from ..models.encode import Encoded, encode, frame_resizer, mean_tokens, sampling_rate
+from ..models.encode import encode, frame_resizer, mean_tokens, sampling_rate
 from ..models.families import adapter_for
 from ..models.scoring import score_choices
 from ..statistics.intervals import mcnemar
@@ -56,7 +56,7 @@ def clip_cache(processor):  # function: Sample -> the sample with its video deco
 def score_rows(
     scores,  # `ChoiceScores` of a batch
     samples: Sequence[Sample],
-) -> list:  # of dict
+):  # of dict
     "What became of each question. Ties do not count as right."
     rows = []
     for i, s in enumerate(samples):
@@ -161,7 +161,7 @@ def parse_answer(
 @torch.no_grad()
 def greedy(
     model,
-    inputs: Mapping,  # of `encode`
+    inputs,  # of `encode`
 ):  # yields (B, V) logits, of which the next token of every row is the largest
     "What the model writes, without end. The first takes the prefill, each other a step."
     thinker = adapter_for(model).thinker(model)
@@ -179,23 +179,15 @@ def greedy(
             past_key_values=out.past_key_values,
         )
 
-# %% ../../nbs/evaluation/00_evaluate.ipynb #92c1c0f6
-@dataclass(frozen=True)
-class Written:
-    "Answers of a batch, token by token."
-
-    ids: list  # per row: token ids, with the one that ends the answer where it was reached
-    texts: list  # per row: str
-    logp: torch.Tensor  # (B, T, V) float32 log-probabilities of every next token, where wanted
-
 # %% ../../nbs/evaluation/00_evaluate.ipynb #5bb8152a
 def write_tokens(
     model,
     processor,
-    batch: Encoded,  # of `encode`
+    batch,  # of `encode`
     max_new_tokens: int = 16,
-    scored: bool = False,  # whether log-probabilities are wanted
-) -> Written:
+    scored=False,  # whether log-probabilities are wanted
+):  # -> per row: token ids, with the one that ends the answer where it was reached; per row: text;
+    # (B, T, V) float32 log-probabilities of every next token, where wanted
     "Greedy answers of a batch. Raises ValueError for logits that are not finite."
     tokenizer = processor.tokenizer
     config = getattr(adapter_for(model).thinker(model), "generation_config", None)
@@ -216,19 +208,19 @@ def write_tokens(
         tokenizer.decode([t for t in ids if t not in ends], skip_special_tokens=True).strip()
         for ids in written
     ]
-    return Written(written, texts, torch.stack(logp, 1) if logp else torch.empty(0))
+    return written, texts, torch.stack(logp, 1) if logp else None
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #e2869f71
 def write_answers(model, processor, batch, max_new_tokens=16) -> list:  # of str
     "The texts of `write_tokens`."
-    return write_tokens(model, processor, batch, max_new_tokens).texts
+    return write_tokens(model, processor, batch, max_new_tokens)[1]
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #b344d275
 @torch.no_grad()
 def force_answers(
     model,
-    batch: Encoded,  # of `encode`
-    answers: Sequence,  # per row: token ids
+    batch,  # of `encode`
+    answers,  # per row: token ids
 ):  # -> (B, T, V) float32; what lies behind a row's own answer says nothing
     "Log-probabilities at every token of given answers. ValueError for logits that are not finite."
     thinker = adapter_for(model).thinker(model)
@@ -240,7 +232,8 @@ def force_answers(
     slots = Slots.of(out.past_key_values)
     logits = [out.logits]
     done = 0
-    for part in fed.split(1 if slots and slots.removed else max(fed.shape[1], 1), dim=1):
+    at_once = 1 if slots and slots.removed else max(fed.shape[1], 1)
+    for part in fed.split(at_once, dim=1) if fed.shape[1] else ():
         end = done + part.shape[1]
         at = torch.arange(1 + done, 1 + end, device=device)
         step = thinker(
@@ -255,43 +248,27 @@ def force_answers(
     return torch.cat(logits, 1).float().log_softmax(-1)
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #baa84163
-def clips_of(samples: Sequence[Sample]) -> list:  # of lists of indices
+def clips_of(samples: Sequence[Sample]):  # of lists of indices
     "The questions on each clip, in order of appearance."
     clips = {}
     for i, s in enumerate(samples):
         clips.setdefault((s.video, s.audio), []).append(i)
     return list(clips.values())
 
-# %% ../../nbs/evaluation/00_evaluate.ipynb #c0ab4fa7
-def next_tokens(
-    model,
-    batch: Encoded,  # of `encode`
-    full: Sequence | None,  # per row: what this gave for the full model; None: this is its run
-) -> list:  # per row: pick: the token; kl in nats, of the full model logp
-    "The first token of an answer, beside that of the full model."
-    thinker = adapter_for(model).thinker(model)
-    with last_logits_only(model, batch):
-        logp = thinker(**batch.inputs).logits[:, -1].float().log_softmax(-1)
-    picks = logp.argmax(-1).tolist()
-    if full is None:  # its distributions stay until the others have answered
-        return [dict(pick=pick, logp=row) for pick, row in zip(picks, logp)]
-    own = torch.stack([done["logp"] for done in full])
-    kl = F.kl_div(logp, own, reduction="none", log_target=True).sum(-1).tolist()
-    return [dict(pick=pick, kl=k) for pick, k in zip(picks, kl)]
-
 # %% ../../nbs/evaluation/00_evaluate.ipynb #81257bec
 def whole_answers(
     model,
     processor,
-    batch: Encoded,  # of `encode`
-    full: Sequence | None,  # per row: what this gave for the full model; None: this is its run
+    batch,  # of `encode`
+    full,  # per row: what this gave for the full model; None: this is its run
     max_new_tokens: int,
-) -> list:  # per row: correct: share of the tokens that stay; whole: all of them; kl, mean in nats
+) -> (
+    list
+):  # per row: correct: share of the tokens that stay; pick: 0 where all do; kl, mean in nats
     "The full model writes; any other is asked at each of its tokens whether it would as well."
     if full is None:
-        own = write_tokens(model, processor, batch, max_new_tokens, scored=True)
-        stays = dict(pick=0, correct=1.0, whole=True, kl=0.0)
-        rows = zip(own.ids, own.texts, own.logp)
+        rows = zip(*write_tokens(model, processor, batch, max_new_tokens, scored=True))
+        stays = dict(pick=0, correct=1.0, kl=0.0)
         return [dict(stays, tokens=ids, text=text, logp=logp) for ids, text, logp in rows]
     out = []
     forced = force_answers(model, batch, [done["tokens"] for done in full])
@@ -301,7 +278,7 @@ def whole_answers(
         own = done["logp"][: len(ids)]
         stays = (logp.argmax(-1) == ids).float().mean().item()
         kl = F.kl_div(logp, own, reduction="none", log_target=True).sum(-1).mean().item()
-        out.append(dict(pick=0, correct=stays, whole=stays == 1, kl=kl))
+        out.append(dict(pick=int(stays < 1), correct=stays, kl=kl))
     return out
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #0a4c9ed5
@@ -309,8 +286,8 @@ APART = ("control",)  # families that do not count in the whole
 
 
 def clip_weights(
-    clips: Sequence,  # (N,) clip of each question
-    n_boot: int = 2000,  # resamples
+    clips,  # (N,) clip of each question
+    n_boot=2000,  # resamples
 ):  # -> (n_boot, N) float: how often each question is in each resample
     "Weights of a bootstrap that draws clips."
     names, index = np.unique(np.asarray(clips, dtype=str), return_inverse=True)
@@ -335,9 +312,9 @@ def _alike(share, clips):
 
 
 def over_clips(
-    got: Sequence,  # (N,) bool, right answers
-    clips: Sequence,  # (N,) clip of each question
-    full: Sequence | None = None,  # (N,) bool, those of a reference, at least one; None: all
+    got,  # (N,) bool, right answers
+    clips,  # (N,) clip of each question
+    full=None,  # (N,) bool, those of a reference, at least one; None: all
     n_boot: int = 2000,
 ):  # -> (share, low, high)
     """Share of the questions, or of a reference's right answers, with its 95 % interval over clips.
@@ -353,11 +330,11 @@ def over_clips(
 
 
 def paired_difference(
-    a: Sequence,  # (N,) bool, right answers of one method
-    b: Sequence,  # (N,) bool, of the one it is compared with
-    clips: Sequence,  # (N,) clip of each question
+    a,  # (N,) bool, right answers of one method
+    b,  # (N,) bool, of the one it is compared with
+    clips,  # (N,) clip of each question
     n_boot: int = 2000,
-) -> tuple:  # accuracy of `a` minus that of `b`; low and high of its 95 % interval; p of `mcnemar`
+):  # accuracy of `a` minus that of `b`; low and high of its 95 % interval; p of `mcnemar`
     "How much better one method answers than another one, on the same questions."
     diff = np.asarray(a, float) - np.asarray(b, float)
     if diff.any():
@@ -367,9 +344,9 @@ def paired_difference(
     return float(diff.mean()), low, high, float(mcnemar(a, b))
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #6353ac90
-def _table_row(part, base, n_boot):
+def _table_row(part, base):
     "One row in percent: accuracy with interval, letters, share of the reference `base`."
-    accuracy, low, high = over_clips(part.correct, part["clip"], n_boot=n_boot)
+    accuracy, low, high = over_clips(part.correct, part["clip"])
     letters = part.letter_correct.dropna()
     row = dict(
         n=len(part),
@@ -381,7 +358,7 @@ def _table_row(part, base, n_boot):
         nll=part.nll.mean(),
     )
     got, full, chance = (np.asarray(x, float) for x in (part.correct, base.correct, part.chance))
-    share = over_clips(got, part["clip"], full, n_boot) if full.any() else (np.nan,) * 3
+    share = over_clips(got, part["clip"], full) if full.any() else (np.nan,) * 3
     above = (full - chance).sum()
     share = *share, (got - chance).sum() / above if above > 0 else np.nan
     names = "relative", "relative_low", "relative_high", "corrected"
@@ -392,7 +369,6 @@ def accuracy_table(
     frames: Mapping,  # name of a run -> frame of `evaluate`
     reference: str = "full",  # run that `relative` refers to
     apart: Sequence[str] = APART,  # families that do not count in `all`
-    n_boot: int = 2000,  # resamples of clips
 ) -> "pd.DataFrame":  # in percent; rows (run, family)
     "Accuracies with 95 % intervals over clips, relative to a reference on the same questions."
     import pandas as pd
@@ -410,7 +386,7 @@ def accuracy_table(
         families = dict(list(frame.groupby("family")))
         for family, part in dict(all=frame[~frame.family.isin(apart)], **families).items():
             if len(part):
-                rows[name, family] = _table_row(part, base.loc[part.id], n_boot)
+                rows[name, family] = _table_row(part, base.loc[part.id])
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["run", "family"])
     for end in ("relative_low", "relative_high"):  # of itself it is all
         table.loc[[reference], end] = table.loc[[reference], "relative"]

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['copies_at_once', 'trace_flow', 'flow_to_file', 'media_lens']
 
-# %% ../../nbs/probing/05_flow.ipynb #f4d97bf5
+# %% ../../nbs/probing/05_flow.ipynb #09da4c16
 import json
 import numpy as np
 import torch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from torch.nn.functional import pad
 from ..storage.files import Checkpoint, processes
 from ..storage.schemas import SCHEMAS, save_flow
 from ..inputs.questions import samples_of
@@ -21,14 +22,13 @@ from ..models.provenance import provenance
 from .branches import Stream, Tail, marks_of
 from .edges import Sides, behind_media, check_edges, usual_edges
 from .run import units_of
-from .selectors import describe
 
-# %% ../../nbs/probing/05_flow.ipynb #7a2dbc1a
+# %% ../../nbs/probing/05_flow.ipynb #e0e8b2d7
 def copies_at_once(rows, fixed, width):
-    "Copies of so many rows that stand side by side, in front of `fixed` common columns."
+    "Copies of so many rows that stand side by side, behind `fixed` common columns."
     return max(1, max(2 * width, fixed // 4) // rows)
 
-# %% ../../nbs/probing/05_flow.ipynb #e8f1ab0d
+# %% ../../nbs/probing/05_flow.ipynb #d82ab62a
 MOST_TOKENS = 8_192  # of copies that run as one batch
 MOST_CELLS = 2**27  # of their masks: 512 MiB in float32
 
@@ -39,10 +39,16 @@ class Branches:
 
     cut: object  # Cut
     blocked: torch.Tensor  # (J, L, H) bool, or (J, L, 1) for all heads at once
-    hidden: dict = field(default_factory=dict)  # job -> (r, D)
+    hidden: dict = field(default_factory=dict)  # job -> (r, D), from its first blocked layer on
 
-    def packs(self, jobs, width, most):  # -> (B, g) int64 tensors of jobs
-        "Copies that stand side by side, and so many such rows at once."
+    def branch_off(self, layer, full):  # (N, D) before this layer
+        "Copy the rows for every job that is blocked here for the first time."
+        until = self.blocked[:, : layer + 1].any(-1)
+        new = (until[:, -1] & ~until[:, :-1].any(1)).nonzero()[:, 0]
+        self.hidden |= dict.fromkeys(new.tolist(), full[self.cut.rows])
+
+    def packs(self, jobs, width, most):  # -> (B, g) int64 tensors of jobs, at most so many tokens
+        "g copies side by side, B such rows as a batch; what is left over by itself."
         g = copies_at_once(len(self.cut.rows), len(self.cut.fixed), width)
         whole = len(jobs) // g * g
         rows = torch.tensor(jobs[:whole], dtype=torch.long).view(-1, g)
@@ -50,13 +56,10 @@ class Branches:
         at_once = max(1, most // (g * len(self.cut.rows)))
         return [part for part in (*rows.split(at_once), rest) if part.numel()]
 
-    def starts(self):  # (J,) first blocked layer; the number of layers where there is none
-        layers = self.blocked.any(-1)
-        return torch.where(layers.any(1), layers.int().argmax(1), layers.shape[1]).tolist()
-
     def allowed(self, jobs, layer):  # (B, g) -> (B, H or 1, g * r, n + g * r) bool
         "Who sees whom among some copies."
-        n, g = len(self.cut.fixed), jobs.shape[1]
+        n = len(self.cut.fixed)
+        g = jobs.shape[1]
         which = self.blocked[jobs, layer].to(self.cut.sees.device)  # (B, g, H)
         if (which == which[..., :1]).all():
             which = which[..., :1]
@@ -69,68 +72,97 @@ class Branches:
     def advance(self, stream, layer, kv):
         "One layer for all copies, behind keys and values of the positions that stay."
         front = tuple(t[:, :, self.cut.fixed] for t in kv)
-        decoder, width = stream.decoder, stream.hidden.shape[-1]
         own = stream.map(lambda x: x[:, self.cut.rows])
-        blocked = self.blocked[:, layer].sum(-1).tolist()
-        columns = stream.hidden.shape[1] + 2 * width
-        idle = [j for j in self.hidden if not blocked[j]]
-        busy = [j for j in self.hidden if blocked[j]]
-        packs = [(p, p[:1]) for p in self.packs(idle, width, MOST_TOKENS)]  # all with one mask
-        most = MOST_CELLS // columns // self.blocked.shape[-1]
-        packs += [(p, p) for p in self.packs(busy, width, min(MOST_TOKENS, most))]
-        for jobs, masked in packs:
-            rotary = tuple(t.repeat(1, jobs.shape[1], 1) for t in own.rotary)
-            hidden = torch.stack([self.hidden[j] for j in jobs.flatten().tolist()])
-            mask = decoder.mask(self.allowed(masked, layer), hidden.dtype)
-            rows = hidden.view(len(jobs), -1, width)
-            rows, _ = decoder.run_layer(rows, rotary, mask, layer, front)
-            hidden = own.inject(rows.view(hidden.shape), layer)
-            self.hidden |= dict(zip(jobs.flatten().tolist(), hidden))
+        width = stream.hidden.shape[-1]
+        row = self.blocked.shape[-1] * (stream.hidden.shape[1] + 2 * width)  # cells of a mask
+        here = self.blocked[:, layer].any(-1)
+        for busy, most in ((False, MOST_TOKENS), (True, min(MOST_TOKENS, MOST_CELLS // row))):
+            for jobs in self.packs([j for j in self.hidden if here[j] == busy], width, most):
+                # copies that are blocked nowhere here have all the same mask
+                allowed = self.allowed(jobs if busy else jobs[:1], layer)
+                hidden = torch.stack([self.hidden[j] for j in jobs.flatten().tolist()])
+                rotary = tuple(t.repeat(1, jobs.shape[1], 1) for t in own.rotary)
+                mask = stream.decoder.mask(allowed, hidden.dtype)
+                rows = hidden.view(len(jobs), -1, width)
+                rows, _ = stream.decoder.run_layer(rows, rotary, mask, layer, front)
+                hidden = own.inject(rows.view(hidden.shape), layer)
+                self.hidden |= dict(zip(jobs.flatten().tolist(), hidden))
+
+# %% ../../nbs/probing/05_flow.ipynb #e529ab33
+def _join(a, b):  # Cut, Cut -> Cut, (r,) where the rows of `b` are in it; None
+    "Two edges as one, where they part only in rows that no other row looks at."
+    r = len(b.rows)
+    n = len(b.fixed)
+    more = len(a.rows)
+    if not torch.equal(a.rows[:r], b.rows):
+        return None
+    part = (a.sees[1, :r, : n + r] != b.sees[1]).any(1)
+    if part.all() or b.sees[0, ~part][:, n:][:, part].any():
+        return None
+    rows = torch.cat([a.rows, b.rows[part]])
+    at = torch.arange(r, device=rows.device)
+    at[part] = torch.arange(more, len(rows), device=rows.device)
+    sees = pad(a.sees, (0, len(rows) - more, 0, len(rows) - more))
+    sees[:, more:, :n] = b.sees[:, part, :n]
+    sees[:, more:, n + at] = b.sees[:, part, n:]
+    return replace(a, rows=rows, sees=sees), at
 
 
+def joined(branches):  # edge -> Branches -> list of (Branches, {edge: where its rows are in it})
+    "Media to the question and to all text differ in the last token alone: a copy serves both."
+    found = []
+    for name, b in branches.items():
+        for i, (other, edges) in enumerate(found):
+            if torch.equal(other.blocked, b.blocked) and (both := _join(other.cut, b.cut)):
+                found[i] = Branches(both[0], b.blocked), edges | {name: both[1]}
+                break
+        else:
+            # its rows ascend
+            found.append((Branches(b.cut, b.blocked), {name: b.cut.rows.argsort()}))
+    return found
+
+# %% ../../nbs/probing/05_flow.ipynb #0cc62f82
 class Knockouts:
     "Questions on one clip in the decoder, with what is needed to block edges between them."
 
+    @torch.no_grad()
     def __init__(self, model, processor, questions, selectors=()):
         encoded = questions.encoded
-        questions, begin = behind_media(questions)
+        alike = questions.shared  # up to there positions are the prompt's, then they count up
+        questions = behind_media(questions)
         self.questions = questions
         device = encoded.inputs["input_ids"].device
-        self.tail = Tail.pack(questions.tails, questions.choice_ids, device)
-        common = begin.shape[-1] - 1  # the end markers of media need not count up
-        more = (self.tail.depth - common).clamp(min=0)
-        positions = begin[..., self.tail.depth.clamp(max=common)] + more
-        ids = self.tail.ids[None]
-        self.stream = Stream.enter(model, encoded, questions.shared, ids, positions)
+        tail = Tail.pack(questions.tails, questions.choice_ids, device)
+        self.tail = tail
+        at = questions.shared + tail.depth
+        positions = encoded.position_ids[..., at.clamp(max=alike)] + (at - alike).clamp(min=0)
+        self.stream = Stream.enter(model, encoded, questions.shared, tail.ids[None], positions)
         found = marks_of(self.stream, encoded, {s: s for s in selectors})
         marks = {s: mark[0].to(device) for s, mark in found.items()}
-        self.sides = Sides.of(questions, self.tail, marks, processor.tokenizer)
+        self.sides = Sides.of(questions, tail, marks, processor.tokenizer)
+        self.everyone = torch.arange(self.stream.hidden.shape[1], device=device)
 
     def score(self, hidden):  # (k, n, D) of the tail -> k Scores
         return self.tail.score(self.stream.decoder, hidden[:, self.tail.wanted])
 
+    def mask(self, allowed):  # (n, m) bool
+        return self.stream.decoder.mask(allowed[None, None], self.stream.hidden.dtype)
+
     @torch.no_grad()
-    def branch(self, branches):
+    def branch(self, branches):  # edge -> Branches
         """Scores of the full pass, {edge: {job: Scores}}, and the Scores read off behind every
         layer; all in one pass."""
-        decoder, c = self.stream.decoder, self.questions.shared
-        context = self.stream.map(lambda x: x[:, :c])
-        after = self.stream.map(lambda x: x[:, c:])
-        tail_mask = decoder.mask(
-            self.sides.sees(torch.arange(c, c + len(self.tail.ids), device=self.tail.ids.device))[
-                None, None
-            ],
-            self.stream.hidden.dtype,
-        )
-        alone = torch.ones_like(context.hidden[..., 0], dtype=torch.bool)
-        mask = decoder.mask(decoder.causal_pattern(alone), context.hidden.dtype)
-        starts = {name: b.starts() for name, b in branches.items()}
+        c = self.questions.shared
+        stream = self.stream
+        decoder = stream.decoder
+        context = stream.map(lambda x: x[:, :c])
+        after = stream.map(lambda x: x[:, c:])
+        mask = self.mask(torch.ones(c, c, dtype=torch.bool, device=stream.hidden.device).tril())
+        tail_mask = self.mask(self.sides.sees(self.everyone[c:]))
+        groups = joined(branches)
         read = []
         for layer in range(len(decoder.layers)):
-            whole = torch.cat([context.hidden, after.hidden], 1)[0]
-            for name, b in branches.items():
-                new = [j for j, start in enumerate(starts[name]) if start == layer]
-                b.hidden |= dict.fromkeys(new, whole[b.cut.rows])
+            before = torch.cat([context.hidden, after.hidden], 1)[0]
             if layer == len(decoder.layers) - 1:
                 kv = decoder.layer_keys(context.hidden, context.rotary, layer)
             else:
@@ -138,97 +170,71 @@ class Knockouts:
                 context = replace(context, hidden=context.inject(hidden, layer))
             hidden, kv = decoder.run_layer(after.hidden, after.rotary, tail_mask, layer, kv)
             after = replace(after, hidden=hidden)
-            for b in branches.values():
-                if b.hidden:
-                    b.advance(self.stream, layer, kv)
+            for b, _ in groups:
+                b.branch_off(layer, before)
+                b.advance(stream, layer, kv)
             read += self.score(after.hidden)
         found = {}
-        for name, b in branches.items():
-            at = (b.cut.rows >= c).nonzero()[:, 0]
-            hidden = after.hidden.repeat(len(b.hidden), 1, 1)
-            for into, rows in zip(hidden, b.hidden.values()):
-                into[b.cut.rows[at] - c] = rows[at]
-            found[name] = dict(zip(b.hidden, self.score(hidden))) if b.hidden else {}
+        for b, edges in groups:
+            for name, at in edges.items():
+                at = at[b.cut.rows[at] >= c]  # of the context nothing is scored
+                hidden = after.hidden.repeat(len(b.hidden), 1, 1)
+                for into, rows in zip(hidden, b.hidden.values()):
+                    into[b.cut.rows[at] - c] = rows[at]
+                found[name] = dict(zip(b.hidden, self.score(hidden)))
         return read[-1], found, read
 
     @torch.no_grad()
     def plain(self, branches):
         "The same by a pass of its own for every knockout, each with a mask over all positions."
-        decoder, c = self.stream.decoder, self.questions.shared
-        everyone = torch.arange(self.stream.hidden.shape[1], device=self.tail.ids.device)
-        sees = self.sides.sees(everyone)
+        decoder = self.stream.decoder
+        sees = self.sides.sees(self.everyone)
 
-        def run(b=None, blocked=None):
+        def run(less=sees, blocked=torch.zeros(len(decoder.layers), 1)):  # who sees whom there
             stream = self.stream
             for layer in range(len(decoder.layers)):
-                allowed = sees[None]
-                if b is not None and blocked[layer].any():
-                    order = torch.cat([b.cut.fixed, b.cut.rows]).argsort()
-                    less = sees.clone()
-                    less[b.cut.rows] = b.cut.sees[1][:, order]
-                    allowed = torch.stack([less if at else sees for at in blocked[layer]])
+                allowed = torch.stack([less if at else sees for at in blocked[layer]])
                 mask = decoder.mask(allowed[None], stream.hidden.dtype)
                 stream = replace(stream, mask=mask).through(layer, layer + 1)
-            return self.score(stream.hidden[:, c:])[0]
+            return self.score(stream.hidden[:, self.questions.shared :])[0]
 
         found = {}
         for name, b in branches.items():
+            less = sees.clone()
+            order = torch.cat([b.cut.fixed, b.cut.rows]).argsort()
+            less[b.cut.rows] = b.cut.sees[1][:, order]
             jobs = b.blocked.flatten(1).any(1).nonzero()[:, 0].tolist()
-            found[name] = {j: run(b, b.blocked[j]) for j in jobs}
+            found[name] = {j: run(less, b.blocked[j]) for j in jobs}
         return run(), found, []
 
-# %% ../../nbs/probing/05_flow.ipynb #0a3d67b3
-FLOW_METHODS = ("branch", "plain")
-SPANS = dict(
-    around="blocked in the window of layers around this one",
-    **{"from": "blocked from this layer on"},
-    to="blocked up to this layer, it included",
-)
+# %% ../../nbs/probing/05_flow.ipynb #fb08da0c
+SPANS = {
+    "around": lambda at, layer, window: abs(at - layer) <= window // 2,
+    "from": lambda at, layer, window: at >= layer,
+    "to": lambda at, layer, window: at <= layer,
+}
 
 
-def span_of(kind, window, layer, num_layers):  # -> (L,) bool
-    "The layers in which an edge is blocked."
-    layers = np.arange(num_layers)
-    if kind == "around":
-        return abs(layers - layer) <= window // 2
-    return layers >= layer if kind == "from" else layers <= layer
+def jobs_of(spans, heads, count):  # (J, L) bool; as given to `trace_flow`; heads of the model
+    """Further axes of the knockouts, name -> values, and where each blocks, (J, L, H) bool; H is 1
+    where all heads are. Raises ValueError for a head that is not there."""
+    if isinstance(heads, Mapping):
+        num_layers = spans.shape[1]
+        blocked = np.zeros((len(heads), num_layers, count), bool)
+        for (name, pairs), at in zip(heads.items(), blocked):
+            known = [p for p in pairs if 0 <= p[0] < num_layers and 0 <= p[1] < count]
+            if not known or len(known) < len(pairs):
+                said = f"(layer, head) pairs within {num_layers} x {count}"
+                raise ValueError(f"heads: {name!r} is {pairs}, expected {said}")
+            at[tuple(zip(*known))] = True
+        return dict(heads=list(heads)), torch.from_numpy(blocked)
+    blocked = torch.from_numpy(spans)[:, None, :, None]
+    if not heads:
+        return {}, blocked[:, 0]
+    each = torch.eye(count, dtype=torch.bool)[:, None]
+    return dict(head=list(range(count))), (blocked & each).flatten(0, 1)
 
-
-@dataclass(frozen=True)
-class Grid:
-    "The knockouts of one edge, and how their results are laid out."
-
-    coords: dict  # name -> values, in the order of the axes
-    blocked: np.ndarray  # (J, L, H) bool, J over all axes; (J, L, 1): all heads at once
-
-    @classmethod
-    def of(cls, span, window, layers, num_layers, heads):  # heads: None, a number, or sets
-        "Layers; layers by heads; or sets of heads by name."
-        if isinstance(heads, Mapping):
-            most = max(h for pairs in heads.values() for _, h in pairs) + 1
-            blocked = np.zeros((len(heads), num_layers, most), bool)
-            for at, pairs in zip(blocked, heads.values()):
-                for layer, head in pairs:
-                    at[layer, head] = True
-            return cls(dict(heads=list(heads)), blocked)
-        spans = np.stack([span_of(span, window, i, num_layers) for i in layers])
-        if heads is None:
-            return cls(dict(layer=layers), spans[:, :, None])
-        each = np.eye(heads, dtype=bool)
-        blocked = spans[:, None, :, None] & each[None, :, None]
-        return cls(
-            dict(layer=layers, head=list(range(heads))), blocked.reshape(-1, num_layers, heads)
-        )
-
-    def every(self, step):
-        "The same with nothing blocked but at every so-manieth layer."
-        if step == 1 or "layer" not in self.coords:
-            return self
-        keep = np.array([i % step == 0 for i in self.coords["layer"]])
-        keep = keep.repeat(len(self.blocked) // len(keep))
-        return replace(self, blocked=self.blocked & keep[:, None, None])
-
-# %% ../../nbs/probing/05_flow.ipynb #a394ce06
+# %% ../../nbs/probing/05_flow.ipynb #ebaa5203
 FLOW_METRICS = {
     "change": ("1", "relative change of the probability of the full model's own answer"),
     "change_right": ("1", "relative change of the probability of the right answer"),
@@ -239,141 +245,94 @@ FLOW_METRICS = {
 
 
 def effects(samples, full, found):  # Scores of the full pass and of a knockout
-    "name -> (Q,) array; see `FLOW_METRICS`."
-    rows = np.arange(len(samples))
-    measured = found.metrics(samples, full)
-    right = np.array([s.answer for s in samples])
+    "name -> (Q,) array; see `FLOW_METRICS`. Without other choices the answer is its first token."
     asked = np.array([len(s.choices) > 1 for s in samples])
+    right = np.array([s.answer for s in samples])
+    rows = np.arange(len(samples))
 
-    def best(scores):
-        token = scores.answer.argmax(-1).numpy()
+    def given(scores):  # a choice, or a token
         choice = np.where(np.isnan(scores.mean), -np.inf, scores.mean).argmax(-1)
+        return np.where(asked, choice, scores.answer.argmax(-1))
+
+    own = given(full)
+
+    def logp(scores):  # of the full model's answer
+        choice = scores.total[rows, np.where(asked, own, 0)]
+        token = scores.answer[rows, np.where(asked, 0, own)].double().numpy()
         return np.where(asked, choice, token)
 
-    def ratio(at):
-        return np.expm1(found.total[rows, at] - full.total[rows, at])
-
-    own = best(full)
-    token = torch.from_numpy(np.where(asked, 0, own))[:, None]
-    first = (found.answer - full.answer).gather(1, token)[:, 0].double().expm1().numpy()
+    measured = found.metrics(samples, full)
     return dict(
-        change=np.where(asked, ratio(np.where(asked, own, 0)), first),
-        change_right=ratio(right),
+        change=np.expm1(logp(found) - logp(full)),
+        change_right=np.expm1(found.total[rows, right] - full.total[rows, right]),
         kl=measured["kl"],
-        flip=(best(found) != own).astype(float),
+        flip=(given(found) != own).astype(float),
         correct=np.where(asked, measured["correct"], np.nan),
     )
 
-# %% ../../nbs/probing/05_flow.ipynb #f4081438
-@dataclass
-class _Trace:
-    "What is asked of every clip."
-
-    model: object
-    processor: object
-    edges: object  # name -> two sides, or 'time'
-    grid: Grid
-    media_every: int
-    method: str
-    limits: dict
-
-    def edges_of(self, questions):
-        "The edges of one clip: by name, or one for each of its time windows."
-        if self.edges != "time":
-            return self.edges
-        layout = questions.encoded.layout
-        windows = {m: layout.window[0][getattr(layout, m)[0]] for m in ("visual", "audio")}
-        counts = {m: int(w.max()) + 1 for m, w in windows.items() if len(w)}
-        return check_edges([f"{m}@{k}->text" for m, n in counts.items() for k in range(n)])
-
-    def rows_of(self, samples):
-        "Per sample: edge -> metric -> (J,) list, and what the lens reads."
-        rows = []
-        for questions in encode_questions(self.model, self.processor, samples, **self.limits):
-            edges = self.edges_of(questions)
-            selectors = {side for pair in edges.values() for side in pair if callable(side)}
-            walk = Knockouts(self.model, self.processor, questions, selectors)
-            branches = {}
-            for name, pair in edges.items():
-                if cut := walk.sides.cut(*pair):
-                    grid = self.grid
-                    if (cut.rows < walk.questions.shared).any():
-                        grid = grid.every(self.media_every)
-                    branches[name] = Branches(cut, torch.from_numpy(grid.blocked))
-            if self.method == "plain":
-                full, found, read = walk.plain(branches)
-            else:
-                full, found, read = walk.branch(branches)
-            rows += self.table(questions.samples, edges, branches, full, found, read)
-        return rows
-
-    def table(self, samples, edges, branches, full, found, read):
-        "NaN where a question has no such edge, or the layer was not asked."
-        same = effects(samples, full, full)
-        out = [dict(correct=float(c), edges={}) for c in same["correct"]]
-        values = np.full((len(samples), len(self.grid.blocked)), np.nan)
-        for name in edges:
-            metrics = {k: values.copy() for k in FLOW_METRICS}
-            for job, scores in found.get(name, {}).items():
-                for k, x in effects(samples, full, scores).items():
-                    metrics[k][:, job] = x
-            for i, row in enumerate(out):
-                here = name in branches and branches[name].cut.asked[i]
-                row["edges"][name] = {
-                    k: (x[i] if here else values[i]).tolist() for k, x in metrics.items()
-                }
-        for i, row in enumerate(out):
-            row["lens"] = [np.exp(scores.total[i]).tolist() for scores in read]
-        return out
+# %% ../../nbs/probing/05_flow.ipynb #74af7fdb
+def _time_edges(questions):
+    "Each time window of each modality of a clip to the text."
+    layout = questions.encoded.layout
+    windows = {m: layout.window[0][getattr(layout, m)[0]].tolist() for m in ("visual", "audio")}
+    return check_edges([f"{m}@{k}->text" for m, found in windows.items() for k in sorted({*found})])
 
 
-def _dataset(rows, samples, grid, about):
+def _rows(walk, edges, blocked, coarse, method):
+    """Per sample: what every job of every edge does, edge -> metric -> (J,) list, and what the
+    lens reads. NaN where a question has no such edge, or the layer was not asked."""
+    branches = {}
+    for name, sides in edges.items():
+        if cut := walk.sides.cut(*sides):
+            into_media = (cut.rows < walk.questions.shared).any()
+            branches[name] = Branches(cut, coarse if into_media else blocked)
+    full, found, read = getattr(walk, method)(branches)
+    samples = walk.questions.samples
+    nothing = np.full((len(samples), len(blocked)), np.nan)
+    values = {name: {k: nothing.copy() for k in FLOW_METRICS} for name in edges}
+    for name, scores in found.items():
+        asked = branches[name].cut.asked.numpy()
+        for job, each in scores.items():
+            for k, x in effects(samples, full, each).items():
+                values[name][k][asked, job] = x[asked]
+    rows = []
+    for i, right in enumerate(effects(samples, full, full)["correct"]):
+        found = {e: {k: x[i].tolist() for k, x in value.items()} for e, value in values.items()}
+        lens = [np.exp(scores.total[i]).tolist() for scores in read]
+        rows.append(dict(correct=float(right), lens=lens, edges=found))
+    return rows
+
+
+def _dataset(rows, samples, axes, about):
     "The flow as xarray."
     import xarray as xr
 
     edges = list(dict.fromkeys(e for row in rows for e in row["edges"]))
-    dims = ("sample", "edge", *grid.coords)
-    shape = [len(v) for v in grid.coords.values()]
-    nothing = np.full(shape, np.nan)
+    dims = ("sample", "edge", *axes)
+    shape = [len(values) for values in axes.values()]
+    nothing = dict.fromkeys(FLOW_METRICS, [np.nan] * int(np.prod(shape)))
     variables = {}
     for k, (units, said) in FLOW_METRICS.items():
-        values = [
-            [np.reshape(row["edges"][e][k], shape) if e in row["edges"] else nothing for e in edges]
-            for row in rows
-        ]
-        variables[k] = dims, np.array(values, "float32"), dict(units=units, description=said)
+        values = [[row["edges"].get(e, nothing)[k] for e in edges] for row in rows]
+        values = np.array(values, "float32").reshape(len(rows), len(edges), *shape)
+        variables[k] = dims, values, dict(units=units, description=said)
     right = "whether the full model is right; NaN without other choices"
     full = np.array([row["correct"] for row in rows], "float32")
     variables["full_correct"] = "sample", full, dict(units="1", description=right)
-    if len(rows[0]["lens"]):
+    if rows[0]["lens"]:
         most = max(len(row["lens"][0]) for row in rows)
-        lens = np.full((len(rows), len(rows[0]["lens"]), most), np.nan, "float32")
-        for at, row in zip(lens, rows):
-            at[:, : len(row["lens"][0])] = row["lens"]
+        lens = [[p + [np.nan] * (most - len(p)) for p in row["lens"]] for row in rows]
+        lens = np.array(lens, "float32")
         said = "a lens, not a cause: probability of each choice by final norm and head"
         variables["lens"] = ("sample", "depth", "choice"), lens, dict(units="1", description=said)
 
     def labels(name):
         return "sample", np.array([getattr(s, name) for s in samples], dtype=object)
 
-    coords = {name: (name, values) for name, values in grid.coords.items()}
-    coords |= dict(edge=("edge", np.array(edges, dtype=object)), sample=labels("id"))
-    coords |= {name: labels(name) for name in ("family", "clip", "split")}
-    coords["answer"] = labels("answer")[0], np.array([s.answer for s in samples])
-    attrs = {k: v for k, v in about.items() if k != "samples"}
-    return xr.Dataset(variables, coords, attrs)
-
-
-def _check_heads(heads, num_layers, count):
-    "None, all heads of the model, or the sets of heads as they were given."
-    if not isinstance(heads, Mapping):
-        return count if heads else None
-    for name, pairs in heads.items():
-        if bad := [p for p in pairs if not (0 <= p[0] < num_layers and 0 <= p[1] < count)]:
-            raise ValueError(f"heads: {name!r} has {bad[0]}, the model {num_layers} x {count}")
-        if not pairs:
-            raise ValueError(f"heads: {name!r} names none, expected (layer, head) pairs")
-    return heads
+    coords = {name: labels(name) for name in ("family", "clip", "split")}
+    coords |= dict(axes, edge=np.array(edges, dtype=object), sample=labels("id"))
+    coords["answer"] = "sample", np.array([s.answer for s in samples])
+    return xr.Dataset(variables, coords, {k: v for k, v in about.items() if k != "samples"})
 
 
 def trace_flow(
@@ -399,51 +358,55 @@ def trace_flow(
     Raises ValueError for bad arguments. Attention knockout after Geva et al. 2023."""
     adapter = adapter_for(model)
     num_layers = adapter.num_layers(model)
-    if edges is None:
-        edges = usual_edges(adapter.modalities(model))
-    edges = edges if isinstance(edges, str) and edges == "time" else check_edges(edges)
-    if method not in FLOW_METHODS:
-        raise ValueError(f"method: {method!r} is not known; {' and '.join(FLOW_METHODS)} are")
+    layers = list(range(num_layers)) if layers is None else sorted({int(i) for i in layers})
+    if method not in ("branch", "plain"):
+        raise ValueError(f"method: {method!r} is not known; branch and plain are")
     if span not in SPANS:
         raise ValueError(f"span: {span!r} is not known; {', '.join(SPANS)} are")
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window: {window}, expected an odd number of layers")
     if media_every < 1:
         raise ValueError(f"media_every: {media_every}, expected at least 1")
-    layers = list(range(num_layers)) if layers is None else sorted({int(i) for i in layers})
-    if bad := [i for i in layers if not 0 <= i < num_layers]:
-        raise ValueError(f"layer {bad[0]} is outside 0..{num_layers - 1}")
+    if not layers or layers[0] < 0 or layers[-1] >= num_layers:
+        raise ValueError(f"layers: {layers}, expected some of 0..{num_layers - 1}")
     samples = samples_of(samples)
     if not samples:
         raise ValueError("trace_flow needs at least one sample")
     check_ids(samples)
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first")
-    heads = _check_heads(
-        heads, num_layers, adapter.config(model).get_text_config().num_attention_heads
-    )
-    grid = Grid.of(span, window, layers, num_layers, heads)
-    settings = dict(method=method, span=span, window=window, media_every=media_every)
-    settings |= dict(fps=fps, max_frames=max_frames or 0)
-    if edges == "time":
-        settings["edges"] = "time"
-    else:
-        sides = {f"{e} {i}": side for e, pair in edges.items() for i, side in enumerate(pair)}
-        own = describe({k: s for k, s in sides.items() if callable(s)}, checkpoint is not None)
-        settings["edges"] = json.dumps({k: own.get(k, str(s)) for k, s in sides.items()})
-    settings["heads"] = json.dumps(heads if isinstance(heads, Mapping) else bool(heads))
+    if edges != "time":
+        edges = check_edges(usual_edges(adapter.modalities(model)) if edges is None else edges)
+    spans = np.stack([SPANS[span](np.arange(num_layers), i, window) for i in layers])
+    count = adapter.config(model).get_text_config().num_attention_heads
+    axes, blocked = jobs_of(spans, heads, count)
+    coarse = blocked
+    if not isinstance(heads, Mapping):
+        axes = dict(layer=layers, **axes)
+        apart = torch.tensor([i % media_every == 0 for i in layers])
+        coarse = blocked & apart.repeat_interleave(len(blocked) // len(layers))[:, None, None]
+    # a selector that is no dataclass says where it lies in memory: no other run goes on with it
+    named = edges if edges == "time" else json.dumps(edges, default=repr)
+    settings = dict(edges=named, method=method, span=span, window=window, media_every=media_every)
+    settings |= dict(heads=json.dumps(heads), fps=fps, max_frames=max_frames or 0)
     about = provenance(model, processor, samples, each=True, **settings)
     about["schema"] = SCHEMAS["flow"].id
-    limits = dict(fps=fps, max_frames=max_frames)
-    trace = _Trace(model, processor, edges, grid, media_every, method, limits)
-    rows = Checkpoint(checkpoint, about | dict(layers=layers), shard).run(
-        units_of(samples, "branch", 1),
-        lambda number, unit: trace.rows_of([samples[i] for i in unit]),
-        unit="sample",
-        desc="flow",
-        disable=not progress,
-    )
-    return rows and _dataset(rows, samples, grid, about)
+
+    def work(number, unit):
+        rows = []
+        some = [samples[i] for i in unit]
+        limits = dict(fps=fps, max_frames=max_frames)
+        for questions in encode_questions(model, processor, some, **limits):
+            here = _time_edges(questions) if edges == "time" else edges
+            selectors = {side for pair in here.values() for side in pair if callable(side)}
+            walk = Knockouts(model, processor, questions, selectors)
+            rows += _rows(walk, here, blocked, coarse, method)
+        return rows
+
+    run = Checkpoint(checkpoint, about | dict(layers=layers), shard)
+    units = units_of(samples, "branch", 1)
+    rows = run.run(units, work, unit="sample", desc="flow", disable=not progress)
+    return rows and _dataset(rows, samples, axes, about)
 
 
 def flow_to_file(
@@ -463,38 +426,31 @@ def flow_to_file(
             Checkpoint.remove(folder)
     return flow
 
-# %% ../../nbs/probing/05_flow.ipynb #42f5e752
+# %% ../../nbs/probing/05_flow.ipynb #94282077
 @torch.no_grad()
 def media_lens(
     model,
     processor,
     sample: Sample,
-    layers=None,  # 0-based, to read behind; None: all
     **limits,  # fps, max_frames: see `encode`
 ):  # pandas.DataFrame (layer, window) of words; columns as 'visual@0'
     "The word that most tokens of each time window decode to, layer by layer: a lens, not a cause."
     import pandas as pd
 
-    encoded = encode_questions(model, processor, [sample], **limits)[0].encoded
-    nothing = encoded.position_ids[..., :0]
-    stream = Stream.enter(
-        model, encoded, encoded.shape[1], encoded.inputs["input_ids"][:, :0], nothing
-    )
-    decoder = stream.decoder
-    valid = torch.ones_like(stream.hidden[..., 0], dtype=torch.bool)
-    mask = decoder.mask(decoder.causal_pattern(valid), stream.hidden.dtype)
-    stream = replace(stream, mask=mask)
-    window = encoded.layout.window[0]
+    (questions,) = encode_questions(model, processor, [sample], **limits)
+    walk = Knockouts(model, processor, questions)
+    decoder = walk.stream.decoder
+    layout = questions.encoded.layout
+    stream = replace(walk.stream, mask=walk.mask(walk.sides.sees(walk.everyone)))
     rows = {}
     for layer in range(len(decoder.layers)):
         stream = stream.through(layer, layer + 1)
-        if layers is not None and layer not in layers:
-            continue
         row = rows[layer] = {}
         for name in adapter_for(model).modalities(model):
-            at = getattr(encoded.layout, name)[0]
-            for k in window[at].unique().tolist():
-                hidden = stream.hidden[0, (at & (window == k)).to(stream.hidden.device)]
-                token = decoder.logits(hidden[None])[0].argmax(-1).mode().values
+            at = getattr(layout, name)[0].nonzero()[:, 0]
+            of = layout.window[0, at]
+            for k in of.unique().tolist():
+                hidden = stream.hidden[:, at[of == k].to(walk.everyone.device)]
+                token = decoder.logits(hidden)[0].argmax(-1).mode().values
                 row[f"{name}@{k}"] = processor.tokenizer.decode([int(token)])
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")

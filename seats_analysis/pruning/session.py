@@ -26,7 +26,7 @@ from ..schedules.schedule import Schedule, ScheduleWarning
 from .base import Pruner, Tokens
 from .cache import Slots
 from .encoders import ENCODED, EncoderWatch, Hooks, visual_order
-from .prefill import Prefill
+from .prefill import Check, Prefill
 from .report import _drawn, _in_words
 from .seats import Seats
 from .timing import Timings
@@ -130,9 +130,14 @@ class Session:
         "Register all hooks; leaving the stack undoes everything."
         stack.callback(self.encoders.forget)
         stack.callback(self.reset)
-        name = "_expand_inputs_for_generation"
-        expand = partial(self.expand_inputs, getattr(self.thinker, name))
-        stack.enter_context(patch.object(self.thinker, name, expand))
+        methods = dict(
+            _expand_inputs_for_generation=self.expand_inputs,
+            _get_candidate_generator=Hooks.guess_later,
+            generate=self.hooks.generate,
+        )
+        for name, ours in methods.items():
+            ours = partial(ours, getattr(self.thinker, name))
+            stack.enter_context(patch.object(self.thinker, name, ours))
         self.encoders.install(stack)
         decoder = self.decoder.module
         self.hooks.before(stack, self.thinker, self.before_thinker)
@@ -169,11 +174,12 @@ class Session:
         if expand_size == 1 or input_ids is None:
             return stock(**settings, input_ids=input_ids, **given)
         media = {}
+        cache = given.get("past_key_values")
         if self.decoder.adapter.interleaved:
-            media = self.encoders.repeat_media(input_ids, given, expand_size)
+            new = input_ids[:, Slots.known(cache, given.get("position_ids")) :]
+            media = self.encoders.repeat_media(new, given, expand_size)
         others = {k: v for k, v in given.items() if k not in media}
         ids, rest = stock(**settings, input_ids=input_ids, **others)
-        cache = given.get("past_key_values")
         if cache is not None:
             rest["past_key_values"] = Slots.repeat_cache(cache, len(input_ids), expand_size)
         return ids, {**rest, **media, COPIES: expand_size}
@@ -183,7 +189,7 @@ class Session:
     def before_thinker(self, module, args, kwargs):
         """Fires first in every forward pass: plans a prefill, or checks what follows on a cache.
         Takes out our own arguments, and may give the thinker its positions."""
-        self.hooks.claim()
+        self.hooks.claim(thinker=True)
         self.reset()
         self.hooks.refuse_compiled(module)
         kwargs = dict(kwargs)
@@ -192,6 +198,10 @@ class Session:
         given = self.signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.pop("kwargs", {})}
         cache = given.get("past_key_values")
+        if known := Slots.known(cache, given.get("position_ids")):
+            new = {k: given[k][..., known:] for k in ("input_ids", "position_ids")}
+            given |= new
+            kwargs |= new
         earlier = None
         if cache is not None and cache.get_seq_length():
             slots = Slots.of(cache)
@@ -301,11 +311,6 @@ class Session:
                     "the encoded videos come from no call of the vision tower: pass pixel values, "
                     "and leave `prefill_chunk_size` unset"
                 )
-            n = int((given["input_ids"] == self.token_ids[Modality.VISUAL]).sum())
-            if call.tokens != n:
-                raise ValueError(
-                    f"the prompt has {n} visual tokens, its encoded videos have {call.tokens}"
-                )
             given = {**given, "video_grid_thw": torch.tensor(call.shape)}
         mask = given.get("attention_mask")
         if isinstance(mask, dict):  # as `generate` makes them for a cache of fixed length
@@ -412,7 +417,7 @@ class Session:
                 with self.timings.time("selection"):
                     held = prefill.held()
                     Slots.evict(cache, prefill)
-            prefill.read_checks()
+            Check.read(prefill.checks)
             if cache is not None:
                 Slots.after_prefill(prefill, held).label(cache)
             self.run._stages = prefill.stages
@@ -482,8 +487,7 @@ def prune(
     given = ("kv", kv, ("retain", "evict")), ("images", images, ("keep", "prune"))
     for name, value, choices in given:
         if value not in choices:
-            known = ", ".join(map(repr, choices))
-            raise ValueError(f"`{name}` must be one of {known}, not {value!r}")
+            raise ValueError(f"`{name}` must be one of {str(choices)[1:-1]}, not {value!r}")
     session = Session(model, as_pruner(plan, model, trr), kv, images)
     with ExitStack() as stack:
         with _ENTERING:
@@ -495,4 +499,12 @@ def prune(
             _ACTIVE.add(session.thinker)
         stack.callback(_ACTIVE.discard, session.thinker)
         session.install(stack)
-        yield session.run
+        try:
+            yield session.run
+        finally:
+            cut_short = session.hooks.leave(session.thinker)
+    if cut_short:
+        raise ValueError(Hooks.LEFT)
+    if not any(session.timings.calls.values()):
+        said = "no prompt was read in this `prune` block: where a thread generates, its end has to"
+        warnings.warn(f"{said} be awaited within the block (`thread.join()`)", stacklevel=3)

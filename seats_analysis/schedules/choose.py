@@ -6,14 +6,18 @@
 __all__ = ['stored_tokens', 'blocks_of', 'solve_schedules', 'known_schedule']
 
 # %% ../../nbs/schedules/03_choose.ipynb #65eb684d
-from collections.abc import Sequence
+import json
+import shlex
+import warnings
+from collections.abc import Mapping, Sequence
 
+from ..inputs.layout import Modality
 from ..models.families import adapter_for
 from ..storage.schemas import load_profile
 from ..testbed.load import TESTBEDS
 from ..boundaries.find import Boundaries, find_boundaries, mean_counts
-from .file import PUBLISHED
-from .schedule import DEFAULT_LATE, Schedule
+from .file import PUBLISHED, published_for
+from .schedule import Schedule, ScheduleWarning
 
 # %% ../../nbs/schedules/03_choose.ipynb #b991b067
 def stored_tokens(
@@ -27,56 +31,56 @@ def stored_tokens(
 # %% ../../nbs/schedules/03_choose.ipynb #ebce3525
 def blocks_of(
     model_name: str,  # testbed, folder or hub id
-    profile=None,  # NetCDF file of its dependency profile
-    num_layers: int | None = None,  # decoder layers of the model, where they are known
-) -> tuple:  # Boundaries, TRRs (percent) with a published schedule
-    """Where the blocks of a model lie.
+    profile=None,  # NetCDF file of its dependency profile, or a `Schedule` that has the blocks
+    config: Mapping = {},  # of its text model, as its config.json has it
+    data: str = "QUESTIONS.jsonl",  # to measure them on
+) -> tuple:  # Boundaries; key of PUBLISHED where they are published ones, else None
+    """Where the blocks of a model lie; warns where that follows from its sizes alone.
 
     Raises ValueError where that is not known, not measurable, or of a model of another depth."""
     source = profile or (model_name if model_name in TESTBEDS else None)
-    published = [k for k in PUBLISHED if k in model_name.lower()]
-    pairs = ()
-    if source is not None:
+    published = None
+    if isinstance(source, Schedule):
+        late = max(map(source.late, Modality.CODES))
+        blocks = Boundaries(source.num_layers, source.shallow_end, late, model=source.model)
+    elif source is not None:
         blocks = find_boundaries(load_profile(source))
-    elif published:
-        setting = PUBLISHED[published[0]]
+    elif published := published_for(config):
+        setting = PUBLISHED[published]
         blocks = Boundaries(*setting["boundaries"])
-        pairs = tuple(setting["pairs"])
+        said = f"published blocks of {setting['model']}: the configuration has its architecture"
+        warnings.warn(
+            f"{said} and sizes; `seats probe` measures those of {model_name}", ScheduleWarning
+        )
     else:
+        probe = shlex.join(["seats", "probe", "--model", model_name, "--data", data])
         raise ValueError(
-            f"--trr for {model_name}: where its blocks lie is not known; make a profile with "
-            "`seats probe` and add --profile FILE"
+            f"where the blocks of {model_name} lie is not known: `{probe}` (in Python "
+            "`sa.analyze`) measures it, --profile or --schedule names what says it"
         )
     blocks.check_measured()
-    if num_layers:
-        Schedule(blocks.num_layers, model=blocks.model).check_model(num_layers)
-    return blocks, pairs
+    if layers := config.get("num_hidden_layers"):
+        Schedule(blocks.num_layers, model=blocks.model).check_model(layers)
+    return blocks, published
 
 # %% ../../nbs/schedules/03_choose.ipynb #72a0c934
 def solve_schedules(
-    model_name: str,  # see `blocks_of`
+    known: tuple,  # what `blocks_of` gives
     trrs: Sequence,  # headline TRRs, percent
     counts,  # mean visual and audio tokens of the data
-    profile=None,  # see `blocks_of`
-    late: str | None = None,  # estimate or certified
 ) -> dict:  # percent -> Schedule
     "Published schedules, or ones for these tokens. Raises ValueError where there can be none."
-    blocks, pairs = blocks_of(model_name, profile)
+    blocks, published = known
+    pairs = PUBLISHED[published]["pairs"] if published else ()
     plans = {}
     for trr in trrs:
         if trr in pairs:
-            plans[trr] = Schedule.published(model_name, int(trr))
+            plans[trr] = Schedule.published(published, int(trr))
         else:
-            plans[trr] = Schedule.from_trr(blocks, trr, *counts, late=late or DEFAULT_LATE)
+            plans[trr] = Schedule.from_trr(blocks, trr, *counts)
     return plans
 
 # %% ../../nbs/schedules/03_choose.ipynb #b10c0002
-_SIZES = {  # family, layers, width -> a key of `PUBLISHED`
-    ("qwen2.5-omni", 28, 3584): "qwen2.5-omni-7b",
-    ("qwen3-omni", 48, 2048): "qwen3-omni-30b-a3b",
-}
-
-
 def known_schedule(
     model,  # an om-LLM
     trr: float,  # headline TRR, percent
@@ -84,18 +88,10 @@ def known_schedule(
     "A schedule from shipped or published blocks. Raises ValueError where nothing is known."
     adapter = adapter_for(model)
     name = adapter.name(model)
-    known = name
-    if name in TESTBEDS:
-        counts = stored_tokens(load_profile(name))
-    else:
-        config = adapter.config(model).get_text_config()
-        sizes = adapter.family, config.num_hidden_layers, config.hidden_size
-        if (known := _SIZES.get(sizes)) is None:
-            raise ValueError(
-                f"where the blocks of {name or 'this model'} lie is not known: `sa.analyze(model, "
-                "processor, samples)` measures it and makes a schedule"
-            )
-        counts = PUBLISHED[known]["tokens"]
+    config = adapter.config(model).get_text_config().to_dict()
+    known = blocks_of(name or "this model", config=config)
+    published = known[1]
+    counts = PUBLISHED[published]["tokens"] if published else stored_tokens(load_profile(name))
     plan = solve_schedules(known, (trr,), counts)[trr]
     plan.check_model(adapter.num_layers(model), name, lambda: adapter.hash_weights(model))
     return plan

@@ -141,8 +141,50 @@ class Schedule:
     ) -> "Schedule":
         """Plan from boundaries and a target per modality; warns of what it does not do. Raises
         ValueError with the feasible range if a target cannot be met."""
-        targets = {"visual": visual, "audio": audio}
-        return cls._derive(bounds, targets, late, scale=scale, max_drops=max_drops, **options)
+        pair = _pair(bounds)
+        starts = {m: b.late(late) for m, b in pair.items()}
+        shallow = max(b.shallow_end for b in pair.values())
+        end = min(starts.values()) if shallow < min(starts.values()) else max(starts.values())
+        shallow = min(shallow, end)
+        drops = drop_positions(shallow, end, max_drops)
+        origin = pair["visual"]
+        given = bounds if isinstance(bounds, Mapping) else {"both": bounds}
+        evidence = dict(
+            kind="derived" if any(b.profile_hash for b in given.values()) else "stated",
+            late=late,
+            scale_requested=scale,
+            profile_hash=sorted({b.profile_hash for b in given.values()}),
+            tolerance={m: b.parameters.get("tolerance") for m, b in given.items()},
+            boundaries={m: b.to_dict() for m, b in given.items()},
+        )
+        weights = {b.parameters.get("weights_sha256") for b in given.values()} - {None}
+        if weights:
+            evidence["weights_sha256"] = ",".join(sorted(weights))
+        if {b.parameters.get("answers") for b in given.values()} == {"text"}:
+            evidence["answers"] = "text"
+        facts = dict(
+            shallow_end=shallow,
+            model=origin.model,
+            revision=origin.revision,
+            seed=origin.seed,
+            evidence=evidence,
+        )
+        plan = cls.solve(
+            origin.num_layers, drops, starts, visual, audio, scale=scale, **(facts | options)
+        )
+        if plan.keeps_all:
+            return plan
+        said = {m: b.late_remark(late) for m, b in given.items()}
+        remarks = [text if m == "both" else f"{m}: {text}" for m, text in said.items() if text]
+        if drops and not plan.drop_layers:
+            remarks.append(
+                f"stage II drops nothing: with so early a late block the target takes a scale of "
+                f"{max(both(plan.scale).values()):.4g} ({scale:g} was asked for), and all that "
+                "enters stays"
+            )
+        for remark in remarks:
+            warnings.warn(remark, ScheduleWarning, stacklevel=2)
+        return plan
 
     @classmethod
     def from_trr(
@@ -176,55 +218,7 @@ class Schedule:
             )
         caps = {m: b.late(late) / b.num_layers for m, b in pair.items()}
         targets = split_trr(trr / 100, counts, caps, published_setting(like))
-        return cls._derive(bounds, targets, late, **options)
-
-    @classmethod
-    def _derive(cls, bounds, targets, late, scale=1.4, max_drops=3, **options):
-        "Plan from boundaries; warns as if its caller's caller did."
-        pair = _pair(bounds)
-        starts = {m: b.late(late) for m, b in pair.items()}
-        shallow = max(b.shallow_end for b in pair.values())
-        end = min(starts.values()) if shallow < min(starts.values()) else max(starts.values())
-        shallow = min(shallow, end)
-        drops = drop_positions(shallow, end, max_drops)
-        origin = pair["visual"]
-        given = bounds if isinstance(bounds, Mapping) else {"both": bounds}
-        evidence = dict(
-            kind="derived" if any(b.profile_hash for b in given.values()) else "stated",
-            late=late,
-            scale_requested=scale,
-            profile_hash=sorted({b.profile_hash for b in given.values()}),
-            tolerance={m: b.parameters.get("tolerance") for m, b in given.items()},
-            boundaries={m: b.to_dict() for m, b in given.items()},
-        )
-        weights = {b.parameters.get("weights_sha256") for b in given.values()} - {None}
-        if weights:
-            evidence["weights_sha256"] = ",".join(sorted(weights))
-        if {b.parameters.get("answers") for b in given.values()} == {"text"}:
-            evidence["answers"] = "text"
-        facts = dict(
-            shallow_end=shallow,
-            model=origin.model,
-            revision=origin.revision,
-            seed=origin.seed,
-            evidence=evidence,
-        )
-        plan = cls.solve(
-            origin.num_layers, drops, starts, **targets, scale=scale, **(facts | options)
-        )
-        if plan.keeps_all:
-            return plan
-        said = {m: b.late_remark(late) for m, b in given.items()}
-        remarks = [text if m == "both" else f"{m}: {text}" for m, text in said.items() if text]
-        if drops and not plan.drop_layers:
-            remarks.append(
-                f"stage II drops nothing: with so early a late block the target takes a scale of "
-                f"{max(both(plan.scale).values()):.4g} ({scale:g} was asked for), and all that "
-                "enters stays"
-            )
-        for remark in remarks:
-            warnings.warn(remark, ScheduleWarning, stacklevel=3)
-        return plan
+        return cls.from_boundaries(bounds, **targets, late=late, **options)
 
     @classmethod
     def published(cls, name: str, trr: float = 10) -> "Schedule":
@@ -334,14 +328,6 @@ class Schedule:
         levels = zip(self.levels("visual"), self.levels("audio"))
         return tuple(present(v, n_visual) + present(a, n_audio) + n_text for v, a in levels)
 
-    def cached(self, n_visual: int, n_audio: int, n_text: int) -> tuple:  # of the full prompt
-        "(L,) tokens that each layer's cache keeps after the prefill with kv='retain'."
-        held = np.full(self.num_layers, n_text)
-        for m, n in dict(visual=(n_visual, 0), audio=(0, n_audio)).items():
-            start, end = self.cache[m] if self.cache else (0, self.num_layers)
-            held[start:end] += self.tokens(*n, 0)[start:end]
-        return tuple(held.tolist())
-
     @property
     def stages(self):  # of 1, 2, 3: those in which something is dropped
         on = {
@@ -354,18 +340,9 @@ class Schedule:
     @property
     def plan_sha256(self):  # 64 hexadecimal digits
         "Digest of what decides which tokens a layer gets, and of the weights it was made for."
-        deciding = dict(
-            num_layers=self.num_layers,
-            drop_layers=self.drop_layers,
-            late_start=self.late_start,
-            keep_ratios=self.keep_ratios,
-            entering=self.entering,
-            temperature=self.temperature,
-            query=self.query,
-            weighted=self.weighted,
-            windows=self.windows,
-            weights_sha256=self.evidence.get("weights_sha256"),
-        )
+        names = "num_layers drop_layers late_start keep_ratios entering temperature query weighted"
+        deciding = {name: getattr(self, name) for name in f"{names} windows".split()}
+        deciding["weights_sha256"] = self.evidence.get("weights_sha256")
         return digest(deciding | (dict(cache=self.cache) if self.cache else {}))
 
     @property

@@ -8,7 +8,7 @@ __all__ = ['SearchSpace', 'deal_clips', 'tune_schedule', 'certified']
 # %% ../../nbs/tuning/02_tune.ipynb #746a5417
 import numpy as np
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -134,7 +134,7 @@ MAX_GROUPS = 8  # groups of like cost
 MIN_GROUP = 2  # schedules that stay in each
 
 
-def rounds_of(n: int) -> list:  # questions seen after each round
+def rounds_of(n: int):  # questions seen after each round
     "Doubling up to all n questions."
     return [-(-n // 2**k) for k in range(int(np.log2(max(n / FIRST_ROUND, 1))), -1, -1)]
 
@@ -159,8 +159,8 @@ def chain_of(costs, kl, alive):  # -> list of indices, from dear to cheap
 
 # %% ../../nbs/tuning/02_tune.ipynb #479214f0
 def _profile_of(model_name, profile):
-    "What the blocks of a model were measured on; None where they are the published ones."
-    if profile is None and model_name not in TESTBEDS:
+    "What the blocks of a model were measured on; None where they are published or stated."
+    if isinstance(profile, Schedule) or (profile is None and model_name not in TESTBEDS):
         return None
     return load_profile(profile or model_name)
 
@@ -178,14 +178,17 @@ def deal_clips(
         first.update(derived_from(stored)["clip"].values.astype(str).tolist())
     proposal = [s for s in samples if s.clip in first]
     calibration = [s for s in samples if s.clip not in first]
+    if samples and not calibration:
+        raise ValueError(
+            "all clips made the profile and none is left to certify on: give questions on others, "
+            'or mark the lines for the profile by "split": "derive" before it is made'
+        )
     promise.check_clips(calibration)
     if not proposal:
         raise ValueError("no clip is left for the search: give more questions")
     return proposal, calibration
 
 # %% ../../nbs/tuning/02_tune.ipynb #67ce81db
-MIN_BUDGET = 1.5  # passes of the full model
-MAX_BUDGET = 1000
 MAX_SCHEDULES = 10_000  # of a search
 
 
@@ -205,11 +208,6 @@ class Tuning:
     limits: Mapping = field(default_factory=dict)  # fps and max_frames, see `encode`
     progress: bool = False  # show bars
 
-    @property
-    def text(self):
-        "Whether whole answers count."
-        return self.promise.of != "choices"
-
     def __post_init__(self):
         if both := {s.clip for s in self.proposal} & {s.clip for s in self.calibration}:
             raise ValueError(f"clip {min(both)!r} is both for the search and for calibration")
@@ -226,8 +224,8 @@ class Tuning:
             samples,
             runs=runs,
             batch_size=self.batch_size,
-            answers="text" if self.text else answers,
-            max_new_tokens=self.max_new_tokens if self.text else 16,
+            answers=answers if self.promise.of == "choices" else "text",
+            max_new_tokens=self.max_new_tokens,
             limits=self.limits,
             title=title,
         )
@@ -271,14 +269,11 @@ class Tuning:
 
     def search(
         self,
-        draw: Callable,  # function: numpy Generator -> `Schedule` or `Pruner`
-        fixed: Sequence = (),  # plans that take part in any case
-        budget: float = 10.0,  # FLOPs, over those of the full model on all proposal questions
-    ) -> tuple | None:  # rows of all candidates, chain, chain of `fixed` alone; or no work
+        draw,  # function: numpy Generator -> `Schedule` or `Pruner`
+        fixed=(),  # plans that take part in any case
+        budget=10.0,  # FLOPs, over those of the full model on all proposal questions
+    ):  # rows of all candidates, chain, chain of `fixed` alone; or no work
         "Successive halving on the proposal questions. Raises ValueError for a wrong budget."
-        if not MIN_BUDGET <= budget <= MAX_BUDGET:
-            ends = f"{MIN_BUDGET} to {MAX_BUDGET}"
-            raise ValueError(f"a budget of {budget} passes of the full model must lie in {ends}")
         plans, costs = self._candidates(draw, fixed, budget)
         alive = np.arange(len(plans))
         kl = np.zeros(len(plans))
@@ -311,8 +306,8 @@ class Tuning:
 
     def calibrate(
         self,
-        chains: Mapping,  # name -> plans, from dear to cheap
-    ) -> dict | None:  # what was promised to whom, and what held; None in a process without work
+        chains,  # name -> plans, from dear to cheap
+    ):  # what was promised to whom, and what held; None in a process without work
         "Answers on the calibration clips, and fixed-sequence tests down each chain."
         samples = self.calibration
         plans = [as_pruner(p) for chain in chains.values() for p in chain]
@@ -320,13 +315,12 @@ class Tuning:
         asked = self._asked(samples, plans, asked, "calibration")
         if (rows := self._answer(asked, "calibration")) is None:
             return None
-        if self.text:
-            changed = np.array([[self.promise.loss(cell) for cell in row[1:]] for row in rows])
-        else:
-            changed = np.array([[c["pick"] != row[0]["pick"] for c in row[1:]] for row in rows])
+        changed = np.array([[c["pick"] != row[0]["pick"] for c in row[1:]] for row in rows], float)
+        if self.promise.of == "text":
+            changed = np.array([[1 - c["correct"] for c in row[1:]] for row in rows])
         clips, at = np.unique([s.clip for s in samples], return_inverse=True)
         per_clip = np.bincount(at)
-        losses = np.stack([np.bincount(at, c) for c in changed.T.astype(float)]) / per_clip
+        losses = np.stack([np.bincount(at, c) for c in changed.T]) / per_clip
         exact = bool(per_clip.max() == 1) and self.promise.of != "text"
         shape = DataShape.of(self.model, self.processor, samples, **self.limits)
         found = {}
@@ -376,12 +370,12 @@ class Tuning:
 LADDER = (80, 60, 45, 35, 25, 15, 10, 5)  # TRR of the fixed shape that is certified beside, percent
 
 
-def measured_space(model_name, profile=None, text=False) -> SearchSpace:
+def measured_space(model_name, profile=None, config={}, text=False) -> SearchSpace:
     "What the analysis leaves open; that of whole answers also says which caches they read."
     if text and profile is None and model_name in TESTBEDS:
         profile = f"captions/{model_name}"
     if (stored := _profile_of(model_name, profile)) is None:
-        return SearchSpace.of(dict(both=blocks_of(model_name)[0]))
+        return SearchSpace.of(dict(both=blocks_of(model_name, profile, config)[0]))
     removed = sorted({"visual", "audio", "both"} & set(stored["removed"].values.astype(str)))
     space = SearchSpace.of({r: find_boundaries(stored, r) for r in removed})
     if not text:
@@ -395,13 +389,13 @@ def measured_space(model_name, profile=None, text=False) -> SearchSpace:
     return replace(space, facts=space.facts | dict(cache=layers_read(stored), evidence=evidence))
 
 
-def fixed_shapes(model_name, counts, profile=None):
+def fixed_shapes(where, counts):  # arguments of `blocks_of`; mean visual and audio tokens
     "The published shape at every ratio that this model's late block allows."
     plans = []
     for trr in LADDER:
         with suppress(ValueError), warnings.catch_warnings():  # too high for the late block
             warnings.simplefilter("ignore")
-            plans += solve_schedules(model_name, (trr,), counts, profile).values()
+            plans += solve_schedules(blocks_of(*where), (trr,), counts).values()
     return plans
 
 
@@ -425,9 +419,9 @@ def tune_schedule(
     processor: Callable,  # its processor
     samples: Sequence[Sample],  # right answers are not needed; half of the clips are for the search
     promise: Promise = Promise(),  # how few answers may change, and how sure that must be
-    profile: str | Path | None = None,  # NetCDF file of the model, which bounds the search; a
-    # testbed has its own
-    name: str = "",  # of the model, where that says its blocks; default: as the model says itself
+    profile: str | Path | Schedule | None = None,  # NetCDF file of the model, or a `Schedule` with
+    # its blocks, to bound the search
+    name: str = "",  # of the model: a testbed has its own profile; default: as the model says itself
     method: str = "seats",  # or another one to tune by its knobs, as "fastv" or "fastv+late"
     budget: float = 10.0,  # FLOPs, over those of the full model on all questions of the search
     max_new_tokens: int = 64,  # of the full model's answers, where whole ones count
@@ -445,14 +439,16 @@ def tune_schedule(
     The same call goes on after an interruption. Raises ValueError for too few clips, a model whose
     blocks are not known, and a wrong budget."""
     samples = samples_of(samples)
-    name = name or adapter_for(model).name(model)
-    space = measured_space(name, profile, text=promise.of != "choices")
+    adapter = adapter_for(model)
+    name = name or adapter.name(model)
+    where = name, profile, adapter.config(model).get_text_config().to_dict()
+    space = measured_space(*where, text=promise.of != "choices")
     proposal, calibration = deal_clips(samples, promise, name, profile)
     origin = provenance(model, processor, proposal + calibration, seed=0)
     origin |= dict(code_sha256=hash_code(), data=data)
     counts = mean_tokens(model, processor, proposal, **limits)
     counts = (counts["visual"], counts["audio"])
-    fixed = fixed_shapes(name, counts, profile)
+    fixed = fixed_shapes(where, counts)
     seats = method == "seats"
     draw = space.draw if seats else drawn_settings(method, fixed[-1], counts)
     with Checkpoint.hold(path and Checkpoint.folder_of(path)) as folder:
