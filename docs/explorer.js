@@ -42,7 +42,7 @@
       add("text", {x: left - 4, y: y(v) + 4, "text-anchor": "end"}, v);
     }
     const every = Math.ceil(layers / (w / 34));
-    for (let i = 1; i <= layers + 0.5 - 0.8 * every; i += every)
+    for (let i = 1; i <= layers; i += every)
       add("text", {x: x(i), y: h - bottom + 14, "text-anchor": "middle"}, i);
     add("text", {x: (left + w - right) / 2, y: h - 4, "text-anchor": "middle"}, label);
     draw(add, x, y, {top, bottom: h - bottom});
@@ -56,7 +56,7 @@
       const [a, b] = [x(edges[i] + 0.5), x(edges[i + 1] + 0.5)];
       if (b <= a) return;
       add("rect", {x: a, y: box.top, width: b - a, height: box.bottom - box.top,
-        fill: "#de8f05", opacity: [0.16, 0.07, 0][i]});
+        fill: "#029e73", opacity: [0.16, 0.07, 0][i]});
       if (b - a > 42) add("text", {x: (a + b) / 2, y: box.top - 4, "text-anchor": "middle"}, name);
     });
   }

@@ -91,7 +91,7 @@ const look = (path, width) => new Promise((done) => {
   frame.style.cssText = `width:${width}px;height:900px;border:0`;
   frame.onload = () => {
     const page = frame.contentDocument, root = page.documentElement;
-    const text = page.querySelector(".md-content__inner");
+    const text = page.querySelector(".md-content");  // boxes of code reach into its margin
     const edge = text ? text.getBoundingClientRect().right + 1 : Infinity;
     const boxed = (e) => {
       for (let b = e.parentElement; b && b !== text; b = b.parentElement)

@@ -247,7 +247,7 @@ def boundary_rows(profile):
                 "late, certified": _layer(b, b.late_start_certified),
             }
             if b.unmeasurable:
-                known = dict.fromkeys(known, "not measurable")
+                known = dict.fromkeys(known, "") | {"middle from layer": "not measurable"}
             rows.append(dict(removed=removed, **known, questions=b.n_samples, clips=b.n_clips))
     return rows
 
@@ -290,9 +290,9 @@ def write_tables(
     return written
 
 # %% ../../nbs/lab/09_paper.ipynb #0b25e95a
-def _with_source(source, draw, *args, **options):
-    "A job: draw a figure and say where its numbers come from."
-    return lambda: say_source(draw(*args, **options), source)
+def _with_source(source, draw, *args, finding="", **options):
+    "A job: draw a figure, say what it shows and where its numbers come from."
+    return lambda: say_source(draw(*args, **options), source, finding)
 
 
 class FigureWarning(UserWarning):
@@ -324,6 +324,8 @@ def _profile_jobs(stem, profile, bounds):
         said = f"Measured here on {profile.attrs.get('model', 'a model')}: "
         said += f"{part.sizes['sample']} questions, "
         said += f"{clips} clips{f', {split} split' if split else ''}; 95 % bands{more}"
+        if draw is plot_dependency and any(not needs for needs in family_needs(part).values()):
+            said += "; control: questions that need neither"
         return _with_source(said, draw, profile, bounds, split=split, **options)
 
     yield f"{stem}_dependency", job(plot_dependency, derive)
@@ -346,7 +348,10 @@ def _answer_jobs(data):
         text = load_profile(path)
         n = text.sizes["sample"]
         said = f"Measured here on {text.attrs.get('model', 'a model')}: {n} captions"
-        yield f"{path.stem}_answers", _with_source(said, answer_figure, text)
+        gone = text["token_stays"].sel(removed="both", rule="evict").isel(bin=slice(1, None))
+        most = 100 * float(gone.mean("sample").isel(layer=slice(-1)).max())
+        finding = f"Once evicted, at most {most:.0f} % of the later tokens stay, from any layer"
+        yield f"{path.stem}_answers", _with_source(said, answer_figure, text, finding=finding)
         choices = data / "profiles" / path.name
         if choices.is_file():
             parts = {
@@ -364,7 +369,14 @@ def _answer_jobs(data):
             }
     if starts:
         said = "Measured here; 95 % intervals over clips; layers from 1"
-        yield "answers_late_start", _with_source(said, answers_figure, starts)
+        late = {
+            name: [_layer(kinds[kind]["both"], kinds[kind]["both"].late_start) for kind in kinds]
+            for name, kinds in starts.items()
+        }
+        finding = "; ".join(
+            f"{n}: choices from layer {a}, captions from {b}" for n, (a, *_, b) in late.items()
+        )
+        yield "answers_late_start", _with_source(said, answers_figure, starts, finding=finding)
 
 
 def _flow_jobs(data):
@@ -393,7 +405,11 @@ def _schedule_jobs(data):
         least = plans[min(plans)]
         said = f"Computed from {_origin(least)} of {least.model or 'a model'}; layers from 1"
         named = {f"TRR {percent:g} %": plans[percent] for percent in sorted(plans, reverse=True)}
-        yield f"{name}_retention", _with_source(said, plot_retention, named)
+        enters = " and ".join(
+            f"{100 * share:.0f} % of the {m}" for m, share in least.entering.items()
+        )
+        finding = f"At {min(plans):g} %, {enters} tokens enter"
+        yield f"{name}_retention", _with_source(said, plot_retention, named, finding=finding)
         profile = data / "profiles" / f"{name}.nc"
         tokens = None
         if name in PUBLISHED:
@@ -418,10 +434,18 @@ def _result_jobs(data, results):
             yield name, partial(chain_figure, found)
     for name, found in results["sensitivity"].items():
         said = f"Measured here on {found.get('model', 'a model')}; cells: % of the full accuracy"
-        yield name, _with_source(said, sensitivity_figure, found["rows"])
+        worst = min((r for r in found["rows"] if r["kept"]), key=lambda r: r["kept"], default=None)
+        finding = ""
+        if worst:
+            finding = f"Made for {worst['made_for']}, used on {worst['used_on']}: "
+            finding = f"{finding}{100 * worst['kept']:.0f} % is kept".replace("_", " ")
+        yield name, _with_source(said, sensitivity_figure, found["rows"], finding=finding)
     for stem, found in results["bench"].items():
         said = f"Measured here on {found['device']}"
-        said += "; random weights, except the testbed at its own width"
+        said += (
+            "; random weights, except the testbed at its own width; whiskers: middle half of the "
+        )
+        said += "repeats. `full, batch` has the prefill of `full`: where they differ, it is noise"
         for name, draw in timing_figures(stem, found):
             yield name, _with_source(said, draw)
 
@@ -436,7 +460,11 @@ def _draw_kept(kept, data):
         said = f"the clip {kept['clip']!r} is in none of {', '.join(map(str, places))}"
         raise FileNotFoundError(said)
     said = f"Measured here on {kept.get('model', 'a model')}: kept tokens are framed or marked"
-    return say_source(plot_kept(decode_clip(clip, fps=kept.get("fps", 2.0)), kept), said)
+    runs = [r for r in (kept, *kept.get("beside", ())) if "label" in r]
+    right = "; ".join(
+        f"{r['label']}: {'right' if r['answered'] == r['truth'] else 'wrong'}" for r in runs
+    )
+    return say_source(plot_kept(decode_clip(clip, fps=kept.get("fps", 2.0)), kept), said, right)
 
 # %% ../../nbs/lab/09_paper.ipynb #b1595fec
 def figure_jobs(
@@ -459,7 +487,12 @@ def figure_jobs(
     for name, family in TESTBEDS.items():
         if (log := data / "testbed" / family / "train_log.jsonl").is_file():
             said = "Measured here while training, on held-out clips; dashed: lettered choices"
-            jobs[f"{name}_learning"] = _with_source(said, learning_curves_figure, log)
+            *_, last = (row for row in read_log(log) if row["accuracy"])
+            least = 100 * min(last["accuracy"].values())
+            finding = f"After {last['step']:,} steps every family is at least {least:.0f} % right"
+            jobs[f"{name}_learning"] = _with_source(
+                said, learning_curves_figure, log, finding=finding
+            )
     if not jobs:
         raise ValueError(
             f"{data}: nothing to draw; looked for profiles/*.nc, schedules/*_trr*.json, "

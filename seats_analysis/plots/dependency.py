@@ -82,13 +82,12 @@ def layer_axis(ax, n_layers, label="Tokens removed before layer", most_ticks=14)
 
 
 def draw_curve(ax, curve, name, **look):
-    "One condition in percent against printed layers, its band behind it."
+    "One condition in percent against printed layers, its band behind it; few ask for `control`."
     x = curve["layer"] + 1
     look = LOOKS[name] | look
-    color = look["color"]
-    ax.fill_between(
-        x, 100 * curve["low"], 100 * curve["high"], color=color, alpha=0.18, linewidth=0
-    )
+    if name != "control":
+        band = dict(color=look["color"], alpha=0.18, linewidth=0)
+        ax.fill_between(x, 100 * curve["low"], 100 * curve["high"], **band)
     ax.plot(x, 100 * curve["value"], label=name, zorder=3, **look)
 
 
@@ -111,6 +110,7 @@ def draw_dependency(fig, curves, bounds, corrected=False):
         ax, strip = fig.subplots(2, 1, sharex=True, height_ratios=[4.6, 1])
         main = bounds.get("both") or next(iter(bounds.values()))
         shade_blocks(ax, (main.shallow_end, main.late_start, n_layers))
+        ax.set_title(_finding(main), pad=12)
         _boundary_strip(strip, bounds)
     else:
         ax = fig.subplots()
@@ -125,6 +125,16 @@ def draw_dependency(fig, curves, bounds, corrected=False):
     legend_outside(fig, [ax], 4, handlelength=2.6)
 
 
+def _finding(b):
+    "What the late block means; nothing for blocks that were stated."
+    if "tolerance" not in b.parameters:
+        return ""
+    loss = f"{100 * b.parameters['tolerance']:g} %"
+    if b.late_start == b.num_layers:
+        return f"Removal before any layer costs more than {loss}"
+    return f"From layer {b.late_start + 1} on, removal costs at most {loss}"
+
+
 def _boundary_strip(ax, bounds):
     "One row per condition: middle start (open), late start (full), certified one (tick)."
     for row, (removed, b) in enumerate(bounds.items()):
@@ -134,10 +144,13 @@ def _boundary_strip(ax, bounds):
             low, high = getattr(b, f"{name}_ci") or (at, at)
             label = f"{hidden}{'late' if late else 'middle'} starts (95 %)"
             draw_boundary(ax, row, (low, at, high), removed, late, label)
-        if b.late_start_certified is not None:
-            look = dict(color=LOOKS[removed]["color"], linestyle="", marker="|", markersize=9)
-            label = f"{hidden}late, certified"
-            ax.plot(b.late_start_certified + 1, row, markeredgewidth=1.6, label=label, **look)
+        look = dict(color=PALETTE.ink, linestyle="", clip_on=False)
+        proven = b.late_start_certified
+        if proven is not None and proven < b.num_layers:
+            look |= dict(markersize=9, markeredgewidth=1.6)
+            ax.plot(proven + 1, row, marker="|", label="late, certified", **look)
+        elif b.late_start_ci and high == b.num_layers:
+            ax.plot(high + 1, row, marker=">", label="later not excluded", **look)
     row_axis(ax, bounds)
     legend_outside(ax.figure, [ax], 3, "lower", fontsize=6, handlelength=1.6, columnspacing=1.1)
 
@@ -312,7 +325,7 @@ def answer_figure(
         values = 100 * means.sel(rule=rule).transpose("bin", "layer").values
         image = ax.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto", origin="lower")
         ax.set_title(f"{rule}: {said}", fontsize=7)
-        ax.set_xticks(range(0, len(layers), 2), layers[::2])
+        ax.set_xticks(range(0, len(layers), 2), [*layers[:-1:2] + 1, "none"])
         ax.set_yticks(range(len(bins)), names)
         for y, row in enumerate(values):
             below = np.flatnonzero(row < 99)
@@ -322,7 +335,7 @@ def answer_figure(
     for ax in axes[:, 0]:
         ax.set_ylabel("token of the answer")
     for ax in axes[-1]:
-        ax.set_xlabel("layer (0-based)")
+        ax.set_xlabel("layer")
     fig.colorbar(image, ax=axes, label="tokens that stay (%)", fraction=0.05)
     return fig
 
