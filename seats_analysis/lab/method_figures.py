@@ -422,7 +422,8 @@ def time_figure(
         sources.append(f"{letter}: {said}" if both else said)
     tight = dict(handlelength=2.2, columnspacing=0.9, handletextpad=0.5)
     legend_outside(fig, axes[::-1], 6 if both else 3, **tight)
-    return say_source(fig, "\n".join(sources), fastest_of(found) if found else "")
+    finding = fastest_of(found) if found else ""
+    return say_source(fig, "\n".join(sources), f"b: {finding}" if both and finding else finding)
 
 # %% ../../nbs/lab/07_method_figures.ipynb #cb67d331
 def _forest(rows, value):
@@ -485,9 +486,10 @@ def ablation_figure(
         "; lines: 95 % paired intervals; open: the interval holds zero; cross: not at equal FLOPs"
     )
     least = min(budgets(rows))
-    worst = min((r for r in rows if r["trr"] == least), key=lambda r: r["diff_seats"])
-    part = name_of(worst).removeprefix("SEATS, ")
-    finding = f"{part[0].upper()}{part[1:]}: {100 * worst['diff_seats']:+.0f} points against SEATS"
+    own = [r for r in rows if r["trr"] == least and r["equal_cost"]] or rows
+    most = max(own, key=lambda r: abs(r["diff_seats"]))
+    part = name_of(most).removeprefix("SEATS, ")
+    finding = f"{part[0].upper()}{part[1:]}: {100 * most['diff_seats']:+.0f} points against SEATS"
     return say_source(fig, source_of(found, more), f"{finding} at a TRR of {least:g} %")
 
 # %% ../../nbs/lab/07_method_figures.ipynb #3e955917

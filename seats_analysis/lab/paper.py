@@ -405,10 +405,8 @@ def _schedule_jobs(data):
         least = plans[min(plans)]
         said = f"Computed from {_origin(least)} of {least.model or 'a model'}; layers from 1"
         named = {f"TRR {percent:g} %": plans[percent] for percent in sorted(plans, reverse=True)}
-        enters = " and ".join(
-            f"{100 * share:.0f} % of the {m}" for m, share in least.entering.items()
-        )
-        finding = f"At {min(plans):g} %, {enters} tokens enter"
+        enters = " and ".join(f"{100 * share:.0f} % of {m}" for m, share in least.entering.items())
+        finding = f"TRR {min(plans):g} %: {enters} tokens enter"
         yield f"{name}_retention", _with_source(said, plot_retention, named, finding=finding)
         profile = data / "profiles" / f"{name}.nc"
         tokens = None
@@ -434,20 +432,25 @@ def _result_jobs(data, results):
             yield name, partial(chain_figure, found)
     for name, found in results["sensitivity"].items():
         said = f"Measured here on {found.get('model', 'a model')}; cells: % of the full accuracy"
-        worst = min((r for r in found["rows"] if r["kept"]), key=lambda r: r["kept"], default=None)
+        most = {}
+        for r in found["rows"]:
+            if r["made_for"] != "full" and r["kept"] is not None:
+                most[r["used_on"]] = max(r["kept"], most.get(r["used_on"], 0))
         finding = ""
-        if worst:
-            finding = f"Made for {worst['made_for']}, used on {worst['used_on']}: "
-            finding = f"{finding}{100 * worst['kept']:.0f} % is kept".replace("_", " ")
+        if most:
+            hardest = min(most, key=most.get)
+            finding = (
+                f"On {hardest} questions no schedule keeps more than {100 * most[hardest]:.0f} %"
+            )
+            finding = finding.replace("_", " ")
         yield name, _with_source(said, sensitivity_figure, found["rows"], finding=finding)
     for stem, found in results["bench"].items():
         said = f"Measured here on {found['device']}"
-        said += (
-            "; random weights, except the testbed at its own width; whiskers: middle half of the "
-        )
-        said += "repeats. `full, batch` has the prefill of `full`: where they differ, it is noise"
+        said += "; random weights, except the testbed at its own width; whiskers: the middle half of "
+        said += "the repeats"
+        noise = ". “full, batch” has the same prefill as “full”: what differs there is noise"
         for name, draw in timing_figures(stem, found):
-            yield name, _with_source(said, draw)
+            yield name, _with_source(said + noise * name.endswith("timings"), draw)
 
 
 def _draw_kept(kept, data):

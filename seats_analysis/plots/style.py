@@ -121,10 +121,12 @@ def say_source(
     top = 0.03 + 0.13 * len(found)
     total = height + top + 0.1 * len(lines) + 0.04
     fig.set_size_inches(width, total)
-    below = (0, 0, 1, height / total)
-    fig.get_layout_engine().set(rect=below)
     for legend in fig.legends:
-        legend.set_bbox_to_anchor(below, fig.transFigure)
+        if legend._outside_loc == "upper":  # moved down, it reserves no room of its own
+            box = legend.get_window_extent(fig.canvas.get_renderer())
+            legend.set_bbox_to_anchor((0, 0, 1, height / total), fig.transFigure)
+            height -= box.height / fig.dpi + 0.04
+    fig.get_layout_engine().set(rect=(0, 0, 1, height / total))
     look = dict(ha="center", va="top", linespacing=1.15)
     fig.text(0.5, 1 - 0.03 / total, "\n".join(found), fontsize=7.5, weight="bold", **look)
     fig.text(0.5, 1 - top / total, "\n".join(lines), fontsize=5.8, color="#444444", **look)
