@@ -136,12 +136,13 @@ def _kept_example(model, processor, samples, plans):
         with prune(model, plan) as ran:
             said[label] = sample.choices[score_choices(model, encoded).best[0].item()]
         if plan is not None:
-            more = dict(truth=sample.choices[sample.answer], label=label, answered=said[label])
+            more = dict(question=sample.question, truth=sample.choices[sample.answer])
+            more |= dict(full=said["full"], label=label, answered=said[label])
             clip = f"clips/{Path(sample.video).name}"
             kept.append(kept_data(ran, encoded, adapter.rates(model), clip, **more))
     first, *beside = kept
-    about = dict(model=adapter.name(model), revision=None, seed=0, question=sample.question)
-    return first | about | dict(full=said["full"], beside=beside)
+    about = dict(model=adapter.name(model), revision=None, seed=0)
+    return first | about | dict(beside=beside)
 
 
 def _demo(name, out, limit, data):

@@ -446,7 +446,9 @@ def _result_jobs(data, results):
         yield name, _with_source(said, sensitivity_figure, found["rows"], finding=finding)
     for stem, found in results["bench"].items():
         said = f"Measured here on {found['device']}"
-        said += "; random weights, except the testbed at its own width; whiskers: the middle half of "
+        said += (
+            "; random weights, except the testbed at its own width; whiskers: the middle half of "
+        )
         said += "the repeats"
         noise = ". “full, batch” has the same prefill as “full”: what differs there is noise"
         for name, draw in timing_figures(stem, found):

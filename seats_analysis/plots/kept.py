@@ -65,11 +65,10 @@ def plot_kept(
 
     fig = new_figure(depth * (height + 0.30 * has_audio + 0.22) + 0.6, min(len(runs), 2))
     heights = [height] * has_video + [0.3] * has_audio
-    axes = fig.subplots(
-        depth * len(heights), len(runs), squeeze=False, height_ratios=heights * depth
-    )
-    for run, shown, column in zip(runs, stages, axes.T):
-        rows = column.reshape(depth, -1)
+    columns = fig.subfigures(1, len(runs), squeeze=False)[0]
+    for run, shown, column in zip(runs, stages, columns):
+        axes = column.subplots(depth * len(heights), squeeze=False, height_ratios=heights * depth)
+        rows = axes.reshape(depth, -1)
         for ax in rows[len(shown) :].flat:
             ax.remove()
         for stage, panels in zip(shown, rows):
@@ -89,7 +88,7 @@ def plot_kept(
         notes += [f"stage III, from layer {layer}: text only" for layer in text_only[:1]]
         panels[-1].set_xlabel("\n".join(notes))
     if has_audio:
-        fig.supylabel("Frequency (kHz)")
+        columns[0].supylabel("Frequency (kHz)")
     fig.get_layout_engine().set(h_pad=0.014, hspace=0)
     return fig
 
