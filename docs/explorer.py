@@ -8,7 +8,7 @@ import json
 import warnings
 
 from seats_analysis.boundaries.find import Resampled
-from seats_analysis.boundaries.retention import needed_families, retained
+from seats_analysis.boundaries.retention import needed_families
 from seats_analysis.plots.dependency import curves_of, derive_split
 from seats_analysis.schedules.cost import flops_fraction
 from seats_analysis.schedules.schedule import Schedule, ScheduleWarning

@@ -52,7 +52,7 @@ def explain(
             f"The answers move by less than {nats} from layer {kl['late_start'] + 1} on {span}, "
             f"where {left}: an estimate."
             if kl["late_start"] < b.num_layers
-            else f"Removal before any layer moves the answers by {nats} or more {span}: an estimate."
+            else f"Removed anywhere, they move the answers by {nats} or more {span}: an estimate."
         )
     if b.unmeasurable:
         return "\n".join(lines)

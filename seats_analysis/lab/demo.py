@@ -99,7 +99,7 @@ def _files(name):
 
 
 def _tuned_plan(name, plan, tokens, data):
-    "The tuned schedule at the FLOPs of a plan, as `seats eval --tuned` takes it; or the shipped one."
+    "A name, and the tuned schedule nearest in FLOPs to a plan; the shipped one without a search."
     from math import log
     from seats_analysis.plots.explorer import model_config
     from seats_analysis.schedules.cost import flops_fraction

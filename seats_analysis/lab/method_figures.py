@@ -6,9 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/lab/07_method_figures.ipynb #f50c656e
-import csv
 import numpy as np
 from functools import partial
+from .reported import read_reported, verified
 from seats_analysis.plots.style import (
     DASHED,
     PALETTE,
@@ -63,66 +63,6 @@ def method_look(method):
         markeredgewidth=0.8,
         zorder=5 if thick else 3,
     )
-
-# %% ../../nbs/lab/07_method_figures.ipynb #84d00836
-TRUSTED = {
-    "project-page": "project page",
-    "readme": "repository",
-    "teaser-figure": "teaser figure, read by eye",
-}
-
-
-def read_reported(
-    path,  # CSV file with a column `source`
-) -> list:  # one dict of texts per row
-    "Read what others published. Raises ValueError that names the file, also for an unknown source."
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a table: {error}") from None
-    known = [*TRUSTED, "secondary"]
-    unknown = {str(r.get("source")) for r in rows} - set(known) if rows else {"no rows"}
-    if unknown:
-        said = f"unknown source {sorted(unknown)}; known are {', '.join(known)}"
-        raise ValueError(f"{path}: {said}")
-    return rows
-
-
-def verified(rows, *numbers):
-    "Rows that may be drawn, those whose source is the authors' own, with these columns as float."
-    trusted = [r for r in rows or () if r["source"] in TRUSTED]
-    return [r | {name: float(r[name]) for name in numbers} for r in trusted]
-
-# %% ../../nbs/lab/07_method_figures.ipynb #32065645
-def _reported_rows(folder, trusted=True):
-    "Published numbers with their source, in one table: those that may be drawn, or the others."
-    return [
-        {
-            "file": path.stem,
-            "statement": "; ".join(
-                f"{key.replace('_', ' ')} {v}" for key, v in r.items() if v and key != "source"
-            ),
-            "source": TRUSTED.get(r["source"], r["source"]),
-        }
-        for path in sorted(folder.glob("*.csv"))
-        for r in read_reported(path)
-        if (r["source"] in TRUSTED) == trusted
-    ]
-
-
-_TITLES = dict(
-    reported="Published by others, by sources that are the authors' own; not measured here.",
-    reported_unverified="Unverified: second-hand reports that sources disagree about; "
-    "drawn in no figure, not measured here.",
-)
-
-
-def reported_tables(folder):
-    "The tables of what others published: (name, (title, rows)) each."
-    for name, title in _TITLES.items():
-        if rows := _reported_rows(folder, trusted=name == "reported"):
-            yield name, (title, rows)
 
 # %% ../../nbs/lab/07_method_figures.ipynb #47eac0b0
 def kind_of(row):

@@ -17,14 +17,11 @@ from pathlib import Path
 from ..testbed.load import TESTBEDS
 from ..boundaries.retention import family_needs
 from seats_analysis.plots.dependency import (
-    answer_figure,
-    answers_figure,
     curves_of,
     derive_split,
     family_figure,
     plot_dependency,
     plot_retention,
-    plot_side_by_side,
 )
 from ..plots.chain import chain_figure
 from seats_analysis.plots.flow import (
@@ -33,13 +30,15 @@ from seats_analysis.plots.flow import (
     plot_flow_heads,
     plot_flow_windows,
 )
-from ..plots.kept import plot_kept
-from seats_analysis.lab.method_figures import (
-    CHANCE,
-    comparison_figures,
-    comparison_tables,
-    reported_tables,
+from seats_analysis.lab.answer_figures import (
+    answer_jobs,
+    draw_kept,
+    plot_side_by_side,
+    printed_layer,
+    with_source,
 )
+from .method_figures import CHANCE, comparison_figures, comparison_tables
+from .reported import reported_tables
 from seats_analysis.plots.style import (
     DOTTED,
     PALETTE,
@@ -55,7 +54,7 @@ from .simulate import coverage_figure, needed_figure
 from .timing_figures import timing_figures
 from ..schedules.file import PUBLISHED
 from ..schedules.schedule import Schedule
-from ..storage.files import atomic_write, shipped_folder
+from ..storage.files import atomic_write
 from ..storage.schemas import load_flow, load_json, load_profile, schema_of
 
 # %% ../../nbs/lab/09_paper.ipynb #b001cf40
@@ -236,15 +235,15 @@ def boundary_rows(profile):
             kl = b.parameters.get("kl", {})
             same = {k: f"{100 * v:.0f}" for k, v in b.parameters.get("stability", {}).items()}
             known = {
-                "middle from layer": _layer(b, b.shallow_end),
+                "middle from layer": printed_layer(b, b.shallow_end),
                 "middle, 95 % interval": _span(b, b.shallow_end_ci),
                 "middle, resamples that agree (%)": same.get("shallow_end", ""),
-                "late from layer": _layer(b, b.late_start),
+                "late from layer": printed_layer(b, b.late_start),
                 "late, 95 % interval": _span(b, b.late_start_ci),
                 "late, resamples that agree (%)": same.get("late_start", ""),
-                "late, by KL": _layer(b, kl.get("late_start")),
+                "late, by KL": printed_layer(b, kl.get("late_start")),
                 "late, by KL, 95 % interval": _span(b, kl.get("interval")),
-                "late, certified": _layer(b, b.late_start_certified),
+                "late, certified": printed_layer(b, b.late_start_certified),
             }
             if b.unmeasurable:
                 known = dict.fromkeys(known, "") | {"middle from layer": "not measurable"}
@@ -252,14 +251,8 @@ def boundary_rows(profile):
     return rows
 
 
-def _layer(b, at):
-    if at is None:
-        return ""
-    return "none" if at >= b.num_layers else str(at + 1)
-
-
 def _span(b, ends):
-    return " to ".join(_layer(b, at) for at in ends or ()).replace("none", "end")
+    return " to ".join(printed_layer(b, at) for at in ends or ()).replace("none", "end")
 
 
 def tables(data):
@@ -290,11 +283,6 @@ def write_tables(
     return written
 
 # %% ../../nbs/lab/09_paper.ipynb #0b25e95a
-def _with_source(source, draw, *args, finding="", **options):
-    "A job: draw a figure, say what it shows and where its numbers come from."
-    return lambda: say_source(draw(*args, **options), source, finding)
-
-
 class FigureWarning(UserWarning):
     "What is said of data that cannot be drawn."
 
@@ -326,7 +314,7 @@ def _profile_jobs(stem, profile, bounds):
         said += f"{clips} clips{f', {split} split' if split else ''}; 95 % bands{more}"
         if draw is plot_dependency and any(not needs for needs in family_needs(part).values()):
             said += "; control: questions that need neither"
-        return _with_source(said, draw, profile, bounds, split=split, **options)
+        return with_source(said, draw, profile, bounds, split=split, **options)
 
     yield f"{stem}_dependency", job(plot_dependency, derive)
     with suppress(ValueError):  # not above chance
@@ -336,47 +324,6 @@ def _profile_jobs(stem, profile, bounds):
         yield f"{stem}_dependency_test", job(plot_dependency, "test")
     if len(family_needs(profile)) > 1:
         yield f"{stem}_families", job(family_figure, None, "; dotted: chance")
-
-
-def _answer_jobs(data):
-    "Whole answers by layer and position, and their late starts beside those of choices."
-    from seats_analysis.boundaries.find import answer_part, find_boundaries
-
-    folder = data / "profiles" / "captions"
-    starts = {}
-    for path in sorted(folder.glob("*.nc")):
-        text = load_profile(path)
-        n = text.sizes["sample"]
-        said = f"Measured here on {text.attrs.get('model', 'a model')}: {n} captions"
-        gone = text["token_stays"].sel(removed="both", rule="evict").isel(bin=slice(1, None))
-        most = 100 * float(gone.mean("sample").isel(layer=slice(-1)).max())
-        finding = f"Once evicted, at most {most:.0f} % of the later tokens stay, from any layer"
-        yield f"{path.stem}_answers", _with_source(said, answer_figure, text, finding=finding)
-        choices = data / "profiles" / path.name
-        if choices.is_file():
-            parts = {
-                "choices": load_profile(choices),
-                "first token": answer_part(text, 0),
-                "tenth token": answer_part(text, 9),
-                "all tokens": text,
-            }
-            starts[path.stem] = {
-                kind: {
-                    r: find_boundaries(part, r, split=derive_split(part))
-                    for r in part["removed"].values.astype(str).tolist()
-                }
-                for kind, part in parts.items()
-            }
-    if starts:
-        said = "Measured here; 95 % intervals over clips; layers from 1"
-        late = {
-            name: [_layer(kinds[kind]["both"], kinds[kind]["both"].late_start) for kind in kinds]
-            for name, kinds in starts.items()
-        }
-        finding = "; ".join(
-            f"{n}: choices from layer {a}, captions from {b}" for n, (a, *_, b) in late.items()
-        )
-        yield "answers_late_start", _with_source(said, answers_figure, starts, finding=finding)
 
 
 def _flow_jobs(data):
@@ -392,7 +339,7 @@ def _flow_jobs(data):
         else:
             draws = dict(flow=plot_flow, way=plot_flow_diagram)
         for name, draw in draws.items():
-            yield f"{path.stem.split('_')[0]}_flow_{name}", _with_source(said, draw, flow)
+            yield f"{path.stem.split('_')[0]}_flow_{name}", with_source(said, draw, flow)
 
 
 def _schedule_jobs(data):
@@ -407,7 +354,7 @@ def _schedule_jobs(data):
         named = {f"TRR {percent:g} %": plans[percent] for percent in sorted(plans, reverse=True)}
         enters = " and ".join(f"{100 * share:.0f} % of {m}" for m, share in least.entering.items())
         finding = f"TRR {min(plans):g} %: {enters} tokens enter"
-        yield f"{name}_retention", _with_source(said, plot_retention, named, finding=finding)
+        yield f"{name}_retention", with_source(said, plot_retention, named, finding=finding)
         profile = data / "profiles" / f"{name}.nc"
         tokens = None
         if name in PUBLISHED:
@@ -422,11 +369,11 @@ def _result_jobs(data, results):
     "Figures of the stored results, by what a file says it is."
     simulated = "Simulated here: answers drawn around planted boundaries; dotted line: the goal"
     for name, study in results["coverage"].items():
-        yield name, _with_source(simulated, coverage_figure, study)
+        yield name, with_source(simulated, coverage_figure, study)
     for name, study in results["needed"].items():
-        yield name, _with_source(simulated, needed_figure, study)
+        yield name, with_source(simulated, needed_figure, study)
     for name, kept in results["kept"].items():
-        yield name, partial(_draw_kept, kept, data)
+        yield name, partial(draw_kept, kept, data)
     for name, found in results["tune"].items():
         if found["method"] == "seats":
             yield name, partial(chain_figure, found)
@@ -443,7 +390,7 @@ def _result_jobs(data, results):
                 f"On {hardest} questions no schedule keeps more than {100 * most[hardest]:.0f} %"
             )
             finding = finding.replace("_", " ")
-        yield name, _with_source(said, sensitivity_figure, found["rows"], finding=finding)
+        yield name, with_source(said, sensitivity_figure, found["rows"], finding=finding)
     for stem, found in results["bench"].items():
         said = f"Measured here on {found['device']}"
         said += (
@@ -452,24 +399,7 @@ def _result_jobs(data, results):
         said += "the repeats"
         noise = ". “full, batch” has the same prefill as “full”: what differs there is noise"
         for name, draw in timing_figures(stem, found):
-            yield name, _with_source(said + noise * name.endswith("timings"), draw)
-
-
-def _draw_kept(kept, data):
-    "The kept figure; its clip lies beside the file, under the data folder or in the testbed."
-    from seats_analysis.inputs.media import decode_clip
-
-    places = (data / "results", data, shipped_folder("testbed"))
-    clip = next((p / kept["clip"] for p in places if (p / kept["clip"]).is_file()), None)
-    if clip is None:
-        said = f"the clip {kept['clip']!r} is in none of {', '.join(map(str, places))}"
-        raise FileNotFoundError(said)
-    said = f"Measured here on {kept.get('model', 'a model')}: kept tokens are framed or marked"
-    runs = [r for r in (kept, *kept.get("beside", ())) if "label" in r]
-    right = "; ".join(
-        f"{r['label']}: {'right' if r['answered'] == r['truth'] else 'wrong'}" for r in runs
-    )
-    return say_source(plot_kept(decode_clip(clip, fps=kept.get("fps", 2.0)), kept), said, right)
+            yield name, with_source(said + noise * name.endswith("timings"), draw)
 
 # %% ../../nbs/lab/09_paper.ipynb #b1595fec
 def figure_jobs(
@@ -484,8 +414,8 @@ def figure_jobs(
         jobs |= _profile_jobs(stem, profile, bounds)
     if len(known) > 1:
         said = "Measured here; questions of the derive split where there is one; 95 % bands"
-        jobs["models_dependency"] = _with_source(said, plot_side_by_side, known)
-    jobs |= _answer_jobs(data)
+        jobs["models_dependency"] = with_source(said, plot_side_by_side, known)
+    jobs |= answer_jobs(data)
     jobs |= _flow_jobs(data)
     jobs |= _schedule_jobs(data)
     jobs |= _result_jobs(data, results)
@@ -495,7 +425,7 @@ def figure_jobs(
             *_, last = (row for row in read_log(log) if row["accuracy"])
             least = 100 * min(last["accuracy"].values())
             finding = f"After {last['step']:,} steps every family is at least {least:.0f} % right"
-            jobs[f"{name}_learning"] = _with_source(
+            jobs[f"{name}_learning"] = with_source(
                 said, learning_curves_figure, log, finding=finding
             )
     if not jobs:
