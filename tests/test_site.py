@@ -22,6 +22,7 @@ from seats_analysis.schedules.cost import flops_fraction
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.files import shipped_folder
 from seats_analysis.storage.schemas import load_profile
+from seats_analysis.testbed.load import TESTBEDS
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "build" / "docs" / "site"
@@ -163,6 +164,7 @@ def test_no_page_scrolls_sideways(pages, tmp_path):
 
 
 @needs_chromium
+@pytest.mark.filterwarnings("ignore::seats_analysis.schedules.schedule.ScheduleWarning")
 @pytest.mark.parametrize("name", ["testbed", "testbed-qwen3"])
 @pytest.mark.parametrize("removed, family", [("both", "all"), ("both", "tone"), ("audio", "all")])
 def test_the_explorer_says_what_the_package_says(pages, name, removed, family):
@@ -183,8 +185,8 @@ def test_the_explorer_says_what_the_package_says(pages, name, removed, family):
     if removed != "both":
         found = {m: find_boundaries(profile, m, tolerance / 100) for m in ("visual", "audio")}
     plan = Schedule.from_trr(found, trr, tokens["visual"], tokens["audio"])
-    family = dict(testbed="qwen2.5-omni")[name] if name == "testbed" else "qwen3-omni"
-    config = json.loads((shipped_folder("testbed") / family / "config.json").read_text())
+    config = shipped_folder("testbed") / TESTBEDS[name] / "config.json"
+    config = json.loads(config.read_text(encoding="utf-8"))
     price = flops_fraction(plan, *(round(tokens[m]) for m in ("visual", "audio", "text")), config)
     assert f"TRR of {trr} % takes {round(100 * price, 1):g} % of the FLOPs" in words
     stairs = re.search(r'<div class="stairs">.*?</div>', shown, re.S)[0]
