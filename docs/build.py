@@ -1,11 +1,12 @@
 """Lay out the pages of the site and build it: `python docs/build.py` (or `make docs`).
 
 Notebooks become Markdown with their stored outputs, in the folders of the repository, so that links
-between them, README and figures are the same here as there and mkdocs can check every one. The
-reference lists the names of the package's face.
+between them, README and figures are the same here as there and mkdocs can check every one. Formulas
+become MathML (formulas.py). The reference lists the names of the package's face.
 """
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import explorer
 import yaml
 from nbconvert import MarkdownExporter
 
@@ -79,6 +81,14 @@ def write_reference():
     (PAGES / "reference.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def write_explorer():
+    "The explorer's page, its script, and what that looks up."
+    for name in ("explorer.md", "explorer.js", "style.css"):
+        shutil.copy(ROOT / "docs" / name, PAGES)
+    data = json.dumps(explorer.settings(), separators=(",", ":"))
+    (PAGES / "explorer_data.js").write_text(f"const EXPLORER = {data};\n", encoding="utf-8")
+
+
 def navigation():
     "Home, the three kinds of reading, the notebooks of the modules by room, and the reference."
     shown = lambda folder: [  # noqa: E731
@@ -90,6 +100,7 @@ def navigation():
     more = ["CONTRIBUTING.md", "CHANGELOG.md", {"Experiments": shown("experiments")}]
     return [
         {"Home": "index.md"},
+        {"Explorer": "explorer.md"},
         *tabs,
         {"Modules": modules},
         {"Reference": "reference.md"},
@@ -114,12 +125,11 @@ def main():
         PAGES / "figures",
         ignore=shutil.ignore_patterns("*.pdf", "*.tex", "*.csv"),
     )
-    shutil.copy(ROOT / "docs" / "style.css", PAGES)
+    write_explorer()
     write_reference()
     config = yaml.safe_load((ROOT / "docs" / "mkdocs.yml").read_text(encoding="utf-8"))
-    (BUILD / "mkdocs.yml").write_text(
-        yaml.safe_dump(config | dict(nav=navigation()), sort_keys=False), encoding="utf-8"
-    )
+    config |= dict(nav=navigation(), hooks=[str(ROOT / "docs" / "formulas.py")])
+    (BUILD / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", BUILD / "mkdocs.yml"]
     ).returncode

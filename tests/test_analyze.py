@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import seats_analysis as sa
-from seats_analysis.boundaries.retention import ramp, synthetic_profile
+from seats_analysis.testbed.task import ramp, synthetic_profile
 from seats_analysis.plots.analysis import Analysis
 from seats_analysis.schedules import choose
 from seats_analysis.storage.schemas import save_profile

@@ -1,6 +1,7 @@
 """Boundaries that others would find again: intervals, other rules, evidence in schedules."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from seats_analysis.boundaries import find as B
 from seats_analysis.boundaries.find import Boundaries, find_boundaries
-from seats_analysis.boundaries.report import boundary_table, explain
+from seats_analysis.boundaries.report import boundary_row, boundary_table, explain
 from seats_analysis.boundaries.retention import ClipCounts, needed_families, profile_hash, retained
 from seats_analysis.testbed.task import ramp, synthetic_profile
 from seats_analysis.inputs.layout import Modality
@@ -353,3 +354,17 @@ def test_questions_without_choices_do_not_count():
     assert ours.parameters["chance"] == 0.25
     with pytest.raises(ValueError, match="no chosen question has choices"):
         find_boundaries(bare)
+
+
+def test_no_share_above_all_and_no_layer_behind_the_last_is_printed():
+    b = find_boundaries(synthetic_profile(clips=40), n_boot=50)
+
+    def said(late):
+        kl = dict(threshold=0.01, late_start=late, interval=(12, 12), stability=1, retained=1.175)
+        return explain(replace(b, parameters=b.parameters | dict(kl=kl)))
+
+    assert "100.0 % of the performance is left" in said(8) and "from layer 9 on" in said(8)
+    assert "Removed anywhere, they move" in said(12) and "from layer" not in said(12)
+    assert "interval the end to the end" in said(12)
+    row = boundary_row(replace(b, parameters=b.parameters | dict(unmeasurable="too few clips: 3")))
+    assert list(row.values()).count("not measurable") == 1

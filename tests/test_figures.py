@@ -93,6 +93,14 @@ def every_figure(profile, clip):
     yield "kept", plot_kept(clip, kept_of())
 
 
+def beside(**texts):
+    "A kept file with a second run."
+    texts = dict(truth="noise", full="noise") | texts
+    second = kept_of() | dict(label="tuned", **texts)
+    second["stages"] = second["stages"][1:]
+    return kept_of() | texts | dict(label="pruned", answered="tone", beside=[second])
+
+
 @pytest.fixture(scope="module")
 def drawn(profile, clip):
     return dict(every_figure(profile, clip))
@@ -226,6 +234,29 @@ def test_kept_figure_shows_what_was_kept(clip):
     assert (image[:28, :28] == clip.frames[0, :28, :28]).all() and (
         image[:28, 28:56] != clip.frames[0, :28, 28:56]
     ).any()
+
+
+def test_a_wrong_answer_is_called_wrong_beside_the_truth(clip):
+    fig = plot_kept(clip, beside())
+    heads = [ax.get_title(loc="left").splitlines() for ax in fig.axes]
+    first, second = (h for h in heads if h and h[-1].startswith("all tokens"))
+    assert first[:4] == ["asked: what is it ?", "truth: noise", "full model: noise"] + [
+        "pruned: tone, wrong"
+    ]
+    assert second[3] == "tuned: noise" and len(fig.axes) == 2 * (3 + 2)
+
+
+def test_the_first_figure_says_what_is_found_and_nothing_more(profile):
+    "The finding as a title, no band of few questions, no mark where nothing is certified."
+    bounds = Boundaries(
+        12, 3, 8, 12, shallow_end_ci=(2, 3), late_start_ci=(7, 12), parameters=dict(tolerance=0.02)
+    )
+    ax, strip = plot_dependency(profile, {"both": bounds}).axes
+    assert ax.get_title(loc="left") == "From layer 9 on, removal costs at most 2 %"
+    assert len(ax.collections) == 3  # visual, audio, both; not control
+    assert [line.get_marker() for line in strip.lines] == ["o", "o", ">"]
+    labels = strip.get_legend_handles_labels()[1]
+    assert "later not excluded" in labels and "late, certified" not in labels
 
 
 def test_long_clips_show_eight_frames(clip):

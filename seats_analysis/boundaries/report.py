@@ -33,7 +33,7 @@ def explain(
         if (ci := getattr(b, f"{name}_ci")) is None:
             return ""
         agree = f", {100 * same[name]:.0f} % of resamples agree" if name in same else ""
-        return f" (interval {ci[0] + 1} to {place(ci[1])}{agree})"
+        return f" (interval {place(ci[0])} to {place(ci[1])}{agree})"
 
     lines = [
         f"{b.num_layers} layers, {b.removed} removed, {b.n_samples} questions on {b.n_clips} clips."
@@ -50,12 +50,15 @@ def explain(
         if b.late_start_ci and b.late_start < b.late_start_ci[1] == b.num_layers:
             lines.append("That interval is open above: so few clips exclude no later start.")
     if kl := known.get("kl"):
-        low, high = kl["interval"]
+        low, high = map(place, kl["interval"])
+        span = f"(interval {low} to {high}, {100 * kl['stability']:.0f} % of resamples agree)"
+        nats = f"{kl['threshold']:g} nats (mean KL)"
+        left = f"{100 * min(kl['retained'], 1):.1f} % of the performance is left"  # more is chance
         lines.append(
-            f"The answers move by less than {kl['threshold']:g} nats (mean KL) from layer "
-            f"{place(kl['late_start'])} on (interval {low + 1} to {place(high)}, "
-            f"{100 * kl['stability']:.0f} % of resamples agree), where "
-            f"{100 * kl['retained']:.1f} % of the performance is left: an estimate."
+            f"The answers move by less than {nats} from layer {kl['late_start'] + 1} on {span}, "
+            f"where {left}: an estimate."
+            if kl["late_start"] < b.num_layers
+            else f"Removed anywhere, they move the answers by {nats} or more {span}: an estimate."
         )
     if b.unmeasurable:
         return "\n".join(lines)
@@ -178,7 +181,6 @@ def boundary_row(
     if b.unmeasurable:
         row = dict.fromkeys(row, "-") | {"removed": b.removed}
         row["middle starts (95 %)"] = "not measurable"
-        row["late starts (95 %)"] = "not measurable"
     return row
 
 
@@ -190,7 +192,7 @@ def family_row(
 
     def start(name):
         if r[name] is None:
-            return "not measurable"
+            return "not measurable" if name == "shallow_end" else "-"
         return _start(r[name], (r[f"{name}_low"], r[f"{name}_high"]), num_layers)
 
     return {

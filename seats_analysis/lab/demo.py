@@ -98,8 +98,28 @@ def _files(name):
     return [f"profiles/{name}.nc", f"results/{name}.json", f"results/kept_{name}.json", *schedules]
 
 
-def _kept_example(model, processor, samples, plan):
-    "One worked example of what is kept, preferably a question that needs both modalities."
+def _tuned_plan(name, plan, tokens, data):
+    "A name, and the tuned schedule nearest in FLOPs to a plan; the shipped one without a search."
+    from math import log
+    from seats_analysis.plots.explorer import model_config
+    from seats_analysis.schedules.cost import flops_fraction
+    from seats_analysis.schedules.schedule import Schedule
+    from seats_analysis.tuning.check import load_chains
+
+    found = data / "results" / f"tune_{name}.json"
+    if not found.is_file():
+        return "tuned", Schedule.load(f"{name}/tuned")
+    config = model_config(name)
+    counts = [round(tokens[m]) for m in ("visual", "audio", "text")]
+    chain = [pruner.schedule for pruner in load_chains(found)[1]["tuned"]]
+    cost = [flops_fraction(p, *counts, config) for p in (plan, *chain)]
+    near = min(range(len(chain)), key=lambda i: abs(log(cost[i + 1] / cost[0])))
+    return "tuned, the same FLOPs", chain[near]
+
+
+def _kept_example(model, processor, samples, plans):
+    """One worked example of what is kept under each plan, by its label: of a question that needs
+    both modalities if there is one."""
     from seats_analysis.models.encode import encode
     from seats_analysis.models.families import adapter_for
     from seats_analysis.models.scoring import score_choices
@@ -109,23 +129,23 @@ def _kept_example(model, processor, samples, plan):
     fused = [s for s in samples if s.family == "see_while_hear" and not s.lettered]
     sample = (fused or samples)[0]
     encoded = encode(model, processor, [sample])
-    with prune(model, plan) as ran:
-        best = score_choices(model, encoded).best[0].item()
     adapter = adapter_for(model)
-    return kept_data(
-        ran,
-        encoded,
-        adapter.rates(model),
-        clip=f"clips/{Path(sample.video).name}",
-        model=adapter.name(model),
-        revision=None,
-        question=sample.question,
-        answered=sample.choices[best],
-        seed=0,
-    )
+    said = {}
+    kept = []
+    for label, plan in dict(full=None, **plans).items():
+        with prune(model, plan) as ran:
+            said[label] = sample.choices[score_choices(model, encoded).best[0].item()]
+        if plan is not None:
+            more = dict(question=sample.question, truth=sample.choices[sample.answer])
+            more |= dict(full=said["full"], label=label, answered=said[label])
+            clip = f"clips/{Path(sample.video).name}"
+            kept.append(kept_data(ran, encoded, adapter.rates(model), clip, **more))
+    first, *beside = kept
+    about = dict(model=adapter.name(model), revision=None, seed=0)
+    return first | about | dict(beside=beside)
 
 
-def _demo(name, out, limit):
+def _demo(name, out, limit, data):
     "Do the main job and write everything below `out`: (profile, bounds, plans, rows)."
     from seats_analysis.boundaries.find import find_boundaries
     from seats_analysis.boundaries.report import boundary_row
@@ -158,7 +178,10 @@ def _demo(name, out, limit):
     rows = answer_rows(model, processor, test, plans, both, 16)
     about = dict(schema=SCHEMAS["results"].id, **origin(profile), split="test", rows=rows)
     save_json(results_to, about)
-    kept = _kept_example(model, processor, test, plans[min(plans)])
+    least = min(plans)
+    label, tuned = _tuned_plan(name, plans[least], json.loads(profile.attrs["tokens"]), data)
+    shown = {f"SEATS, TRR {least} %": plans[least], label: tuned}
+    kept = _kept_example(model, processor, test, shown)
     save_json(kept_to, kept)
     note("figures")
     make_figures(out, out / "figures")
@@ -241,7 +264,7 @@ def demo(
     prepare()
     from seats_analysis.lab.agreement import agreement
 
-    profile, bounds, plans, rows = _demo(model, out, limit)
+    profile, bounds, plans, rows = _demo(model, out, limit, data)
     checks, agrees, said = agreement(data, profile, bounds, plans, rows, whole=limit is None)
     mark = {True: "agrees ", False: "DIFFERS", None: "note   "}
     lines = [

@@ -6,9 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/lab/07_method_figures.ipynb #f50c656e
-import csv
 import numpy as np
 from functools import partial
+from .reported import read_reported, verified
 from seats_analysis.plots.style import (
     DASHED,
     PALETTE,
@@ -63,66 +63,6 @@ def method_look(method):
         markeredgewidth=0.8,
         zorder=5 if thick else 3,
     )
-
-# %% ../../nbs/lab/07_method_figures.ipynb #84d00836
-TRUSTED = {
-    "project-page": "project page",
-    "readme": "repository",
-    "teaser-figure": "teaser figure, read by eye",
-}
-
-
-def read_reported(
-    path,  # CSV file with a column `source`
-) -> list:  # one dict of texts per row
-    "Read what others published. Raises ValueError that names the file, also for an unknown source."
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a table: {error}") from None
-    known = [*TRUSTED, "secondary"]
-    unknown = {str(r.get("source")) for r in rows} - set(known) if rows else {"no rows"}
-    if unknown:
-        said = f"unknown source {sorted(unknown)}; known are {', '.join(known)}"
-        raise ValueError(f"{path}: {said}")
-    return rows
-
-
-def verified(rows, *numbers):
-    "Rows that may be drawn, those whose source is the authors' own, with these columns as float."
-    trusted = [r for r in rows or () if r["source"] in TRUSTED]
-    return [r | {name: float(r[name]) for name in numbers} for r in trusted]
-
-# %% ../../nbs/lab/07_method_figures.ipynb #32065645
-def _reported_rows(folder, trusted=True):
-    "Published numbers with their source, in one table: those that may be drawn, or the others."
-    return [
-        {
-            "file": path.stem,
-            "statement": "; ".join(
-                f"{key.replace('_', ' ')} {v}" for key, v in r.items() if v and key != "source"
-            ),
-            "source": TRUSTED.get(r["source"], r["source"]),
-        }
-        for path in sorted(folder.glob("*.csv"))
-        for r in read_reported(path)
-        if (r["source"] in TRUSTED) == trusted
-    ]
-
-
-_TITLES = dict(
-    reported="Published by others, by sources that are the authors' own; not measured here.",
-    reported_unverified="Unverified: second-hand reports that sources disagree about; "
-    "drawn in no figure, not measured here.",
-)
-
-
-def reported_tables(folder):
-    "The tables of what others published: (name, (title, rows)) each."
-    for name, title in _TITLES.items():
-        if rows := _reported_rows(folder, trusted=name == "reported"):
-            yield name, (title, rows)
 
 # %% ../../nbs/lab/07_method_figures.ipynb #47eac0b0
 def kind_of(row):
@@ -200,10 +140,42 @@ def time_share(row):
 
 def source_of(found, more=""):
     "Where a comparison was measured, for `say_source`."
-    device = f"{found['threads']} CPU threads" if found["device"] == "cpu" else found["device"]
+    device = found["device"]
+    if device == "cpu":
+        device = f"{found['threads']} CPU thread{'s' if found['threads'] > 1 else ''}"
     n = max(r["n"] for r in found["rows"])
+    asked = f"{n} questions"
+    if apart := found.get("questions", n) - n:
+        asked += f" ({apart} of {', '.join(found['apart'])} apart)"
+    return f"Measured here on {found['model']} ({device}), {asked}, {found['clips']} clips{more}"
+
+
+def ranked_at(rows, trr):
+    "Rows of a budget that rank, the best first."
+    own = [r for r in rows if r["trr"] == trr and r["ranked"] and not by_rule(r)]
+    return sorted(own, key=lambda r: -r["accuracy"])
+
+
+def best_of(found, kind="published"):
+    "What a comparison shows at its smallest budget: the best method, SEATS and the full model."
+    rows = pick(found, kind)
+    trr = budgets(rows)[-1]
+    ranked = ranked_at(rows, trr)
+    named = ranked[:1] + [r for r in ranked[1:] if r["method"] == "seats"] + [full_model(found)]
+    said = [f"{name_of(r)} {100 * r['accuracy']:.0f} %" for r in named]
+    return f"Right at a TRR of {trr:g} %: {', '.join(said)}"
+
+
+def fastest_of(found, points=10):
+    "Who comes within so many points of the full model in the least time; empty where nobody does."
+    enough = full_model(found)["accuracy"] - points / 100
+    near = [r for r in pick(found) if r["ms"] and r["accuracy"] >= enough]
+    if not near:
+        return ""
+    best = min(near, key=time_share)
     return (
-        f"Measured here on {found['model']} ({device}), {n} questions, {found['clips']} clips{more}"
+        f"Within {points} points of the full model in the least time: {name_of(best)}, "
+        f"{time_share(best):.0f} % of its time"
     )
 
 # %% ../../nbs/lab/07_method_figures.ipynb #30b0b7a2
@@ -324,20 +296,26 @@ def _published_times(ax, rows):
     ax.grid(axis="y")
 
 
-def _measured_times(ax, found):
+_OTHER = dict(color="#bbbbbb", marker=".", linewidth=0.7, linestyle="-", zorder=2)
+
+
+def _measured_times(ax, found, named=()):
     """All methods of a comparison and the full model, a line with 95 % bars each; rings around what
-    runs at the floor of its own rule."""
+    runs at the floor of its own rule. Named are these, the three best, SEATS and random."""
     full = full_model(found)
     shown = pick(found)
+    best = ranked_at(shown, min(budgets(shown)))[:3]
+    named = {"full", "seats", "random", *named, *(r["method"] for r in best)}
     curves = {}
     for r in [full, *shown]:
         curves.setdefault(name_of(r), []).append(r)
     for name, own in curves.items():
         own = sorted(own, key=time_share)
         accuracy, low, high = np.transpose([interval(r) for r in own])
-        look = dict(method_look(own[0]["method"]), elinewidth=0.5, label=name)
-        if by_rule(own[0]):
-            look["markerfacecolor"] = "white"
+        look = dict(method_look(own[0]["method"]), label=name)
+        if own[0]["method"] not in named or by_rule(own[0]):
+            look = dict(_OTHER, label="other methods")
+        look["elinewidth"] = 0.5
         bars = np.clip([accuracy - low, high - accuracy], 0, None)
         ax.errorbar(list(map(time_share, own)), accuracy, bars, **look)
     minimal = [(time_share(r), 100 * r["accuracy"]) for r in shown if r["own_minimum"]]
@@ -370,7 +348,8 @@ def time_figure(
     if found:
         said = source_of(found, "; bars: 95 % intervals; rings: at its floor")
         title = wrapped(f"measured here, {found['model']}", 50)
-        panels.append((title, said, _measured_times, found))
+        drawn = partial(_measured_times, named={r["method"] for r in rows})
+        panels.append((title, said, drawn, found))
     if not panels:
         raise ValueError("neither published numbers nor a measured comparison: nothing to draw")
     both = len(panels) == 2
@@ -382,8 +361,9 @@ def time_figure(
         ax.set_title(f"{letter}  {title}" if both else title, pad=3)
         sources.append(f"{letter}: {said}" if both else said)
     tight = dict(handlelength=2.2, columnspacing=0.9, handletextpad=0.5)
-    legend_outside(fig, axes[::-1], 7 if both else 2, **tight)
-    return say_source(fig, "\n".join(sources))
+    legend_outside(fig, axes[::-1], 6 if both else 3, **tight)
+    finding = fastest_of(found) if found else ""
+    return say_source(fig, "\n".join(sources), f"b: {finding}" if both and finding else finding)
 
 # %% ../../nbs/lab/07_method_figures.ipynb #cb67d331
 def _forest(rows, value):
@@ -429,7 +409,7 @@ def comparison_figure(
             ax.set_title(f"TRR {trr:g} %, causal FLOPs {share:.0f} %", fontsize=6.2)
     fig.supxlabel("Accuracy (%); FLOPs are causal, with selection, of the full prefill")
     more = "; lines: 95 % intervals; band: SEATS; dashed: full model; open: outside the ranking"
-    return say_source(fig, source_of(found, more))
+    return say_source(fig, source_of(found, more), best_of(found, kind))
 
 # %% ../../nbs/lab/07_method_figures.ipynb #c5da935f
 @house_style()
@@ -445,7 +425,12 @@ def ablation_figure(
     more = (
         "; lines: 95 % paired intervals; open: the interval holds zero; cross: not at equal FLOPs"
     )
-    return say_source(fig, source_of(found, more))
+    least = min(budgets(rows))
+    own = [r for r in rows if r["trr"] == least and r["equal_cost"]] or rows
+    most = max(own, key=lambda r: abs(r["diff_seats"]))
+    part = name_of(most).removeprefix("SEATS, ")
+    finding = f"{part[0].upper()}{part[1:]}: {100 * most['diff_seats']:+.0f} points against SEATS"
+    return say_source(fig, source_of(found, more), f"{finding} at a TRR of {least:g} %")
 
 # %% ../../nbs/lab/07_method_figures.ipynb #3e955917
 def comparison_figures(

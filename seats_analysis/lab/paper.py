@@ -17,24 +17,28 @@ from pathlib import Path
 from ..testbed.load import TESTBEDS
 from ..boundaries.retention import family_needs
 from seats_analysis.plots.dependency import (
-    answer_figure,
-    answers_figure,
     curves_of,
     derive_split,
     family_figure,
     plot_dependency,
     plot_retention,
-    plot_side_by_side,
 )
 from ..plots.chain import chain_figure
-from ..plots.flow import plot_flow, plot_flow_diagram
-from ..plots.kept import plot_kept
-from seats_analysis.lab.method_figures import (
-    CHANCE,
-    comparison_figures,
-    comparison_tables,
-    reported_tables,
+from seats_analysis.plots.flow import (
+    plot_flow,
+    plot_flow_diagram,
+    plot_flow_heads,
+    plot_flow_windows,
 )
+from seats_analysis.lab.answer_figures import (
+    answer_jobs,
+    draw_kept,
+    plot_side_by_side,
+    printed_layer,
+    with_source,
+)
+from .method_figures import CHANCE, comparison_figures, comparison_tables
+from .reported import reported_tables
 from seats_analysis.plots.style import (
     DOTTED,
     PALETTE,
@@ -50,7 +54,7 @@ from .simulate import coverage_figure, needed_figure
 from .timing_figures import timing_figures
 from ..schedules.file import PUBLISHED
 from ..schedules.schedule import Schedule
-from ..storage.files import atomic_write, shipped_folder
+from ..storage.files import atomic_write
 from ..storage.schemas import load_flow, load_json, load_profile, schema_of
 
 # %% ../../nbs/lab/09_paper.ipynb #b001cf40
@@ -231,30 +235,24 @@ def boundary_rows(profile):
             kl = b.parameters.get("kl", {})
             same = {k: f"{100 * v:.0f}" for k, v in b.parameters.get("stability", {}).items()}
             known = {
-                "middle from layer": _layer(b, b.shallow_end),
+                "middle from layer": printed_layer(b, b.shallow_end),
                 "middle, 95 % interval": _span(b, b.shallow_end_ci),
                 "middle, resamples that agree (%)": same.get("shallow_end", ""),
-                "late from layer": _layer(b, b.late_start),
+                "late from layer": printed_layer(b, b.late_start),
                 "late, 95 % interval": _span(b, b.late_start_ci),
                 "late, resamples that agree (%)": same.get("late_start", ""),
-                "late, by KL": _layer(b, kl.get("late_start")),
+                "late, by KL": printed_layer(b, kl.get("late_start")),
                 "late, by KL, 95 % interval": _span(b, kl.get("interval")),
-                "late, certified": _layer(b, b.late_start_certified),
+                "late, certified": printed_layer(b, b.late_start_certified),
             }
             if b.unmeasurable:
-                known = dict.fromkeys(known, "not measurable")
+                known = dict.fromkeys(known, "") | {"middle from layer": "not measurable"}
             rows.append(dict(removed=removed, **known, questions=b.n_samples, clips=b.n_clips))
     return rows
 
 
-def _layer(b, at):
-    if at is None:
-        return ""
-    return "none" if at >= b.num_layers else str(at + 1)
-
-
 def _span(b, ends):
-    return " to ".join(_layer(b, at) for at in ends or ()).replace("none", "end")
+    return " to ".join(printed_layer(b, at) for at in ends or ()).replace("none", "end")
 
 
 def tables(data):
@@ -285,11 +283,6 @@ def write_tables(
     return written
 
 # %% ../../nbs/lab/09_paper.ipynb #0b25e95a
-def _with_source(source, draw, *args, **options):
-    "A job: draw a figure and say where its numbers come from."
-    return lambda: say_source(draw(*args, **options), source)
-
-
 class FigureWarning(UserWarning):
     "What is said of data that cannot be drawn."
 
@@ -319,7 +312,9 @@ def _profile_jobs(stem, profile, bounds):
         said = f"Measured here on {profile.attrs.get('model', 'a model')}: "
         said += f"{part.sizes['sample']} questions, "
         said += f"{clips} clips{f', {split} split' if split else ''}; 95 % bands{more}"
-        return _with_source(said, draw, profile, bounds, split=split, **options)
+        if draw is plot_dependency and any(not needs for needs in family_needs(part).values()):
+            said += "; control: questions that need neither"
+        return with_source(said, draw, profile, bounds, split=split, **options)
 
     yield f"{stem}_dependency", job(plot_dependency, derive)
     with suppress(ValueError):  # not above chance
@@ -331,50 +326,20 @@ def _profile_jobs(stem, profile, bounds):
         yield f"{stem}_families", job(family_figure, None, "; dotted: chance")
 
 
-def _answer_jobs(data):
-    "Whole answers by layer and position, and their late starts beside those of choices."
-    from seats_analysis.boundaries.find import answer_part, find_boundaries
-
-    folder = data / "profiles" / "captions"
-    starts = {}
-    for path in sorted(folder.glob("*.nc")):
-        text = load_profile(path)
-        n = text.sizes["sample"]
-        said = f"Measured here on {text.attrs.get('model', 'a model')}: {n} captions"
-        yield f"{path.stem}_answers", _with_source(said, answer_figure, text)
-        choices = data / "profiles" / path.name
-        if choices.is_file():
-            parts = {
-                "choices": load_profile(choices),
-                "first token": answer_part(text, 0),
-                "tenth token": answer_part(text, 9),
-                "all tokens": text,
-            }
-            starts[path.stem] = {
-                kind: {
-                    r: find_boundaries(part, r, split=derive_split(part))
-                    for r in part["removed"].values.astype(str).tolist()
-                }
-                for kind, part in parts.items()
-            }
-    if starts:
-        said = "Measured here; 95 % intervals over clips; layers from 1"
-        yield "answers_late_start", _with_source(said, answers_figure, starts)
-
-
 def _flow_jobs(data):
-    "Edges by layer and the way to the answer, time windows, or heads, by what a file is called."
+    "Edges by layer, the way to the answer, time windows, heads."
     for path in sorted((data / "flows").glob("*.nc")):
         flow = load_flow(path)
-        kind = next((k for k in ("time", "heads") if path.stem.endswith(f"_{k}")), "layers")
-        model = path.stem.removesuffix(f"_{kind}")
-        said = f"Measured here on {flow.attrs.get('model', 'a model')}: {flow.sizes['sample']} "
-        said += f"questions, {len({*flow['clip'].values})} clips; blocked: {flow.span} each layer, "
-        said += f"{flow.window} wide"
-        if kind == "layers":
-            said += "; bands: 95 %; full markers: holds after Holm's correction"
-            yield f"{model}_flow_way", _with_source(said, plot_flow_diagram, flow)
-        yield f"{model}_flow_{kind}", _with_source(said, plot_flow, flow)
+        said = f"Measured here on {flow.attrs.get('model', 'a model')}: "
+        said += f"{flow.sizes['sample']} questions, {len(set(flow['clip'].values))} clips"
+        if "head" in flow.dims:
+            draws = dict(heads=plot_flow_heads)
+        elif flow.attrs.get("edges") == "time":
+            draws = dict(windows=plot_flow_windows)
+        else:
+            draws = dict(flow=plot_flow, way=plot_flow_diagram)
+        for name, draw in draws.items():
+            yield f"{path.stem.split('_')[0]}_flow_{name}", with_source(said, draw, flow)
 
 
 def _schedule_jobs(data):
@@ -387,7 +352,9 @@ def _schedule_jobs(data):
         least = plans[min(plans)]
         said = f"Computed from {_origin(least)} of {least.model or 'a model'}; layers from 1"
         named = {f"TRR {percent:g} %": plans[percent] for percent in sorted(plans, reverse=True)}
-        yield f"{name}_retention", _with_source(said, plot_retention, named)
+        enters = " and ".join(f"{100 * share:.0f} % of {m}" for m, share in least.entering.items())
+        finding = f"TRR {min(plans):g} %: {enters} tokens enter"
+        yield f"{name}_retention", with_source(said, plot_retention, named, finding=finding)
         profile = data / "profiles" / f"{name}.nc"
         tokens = None
         if name in PUBLISHED:
@@ -402,35 +369,37 @@ def _result_jobs(data, results):
     "Figures of the stored results, by what a file says it is."
     simulated = "Simulated here: answers drawn around planted boundaries; dotted line: the goal"
     for name, study in results["coverage"].items():
-        yield name, _with_source(simulated, coverage_figure, study)
+        yield name, with_source(simulated, coverage_figure, study)
     for name, study in results["needed"].items():
-        yield name, _with_source(simulated, needed_figure, study)
+        yield name, with_source(simulated, needed_figure, study)
     for name, kept in results["kept"].items():
-        yield name, partial(_draw_kept, kept, data)
+        yield name, partial(draw_kept, kept, data)
     for name, found in results["tune"].items():
         if found["method"] == "seats":
             yield name, partial(chain_figure, found)
     for name, found in results["sensitivity"].items():
         said = f"Measured here on {found.get('model', 'a model')}; cells: % of the full accuracy"
-        yield name, _with_source(said, sensitivity_figure, found["rows"])
+        most = {}
+        for r in found["rows"]:
+            if r["made_for"] != "full" and r["kept"] is not None:
+                most[r["used_on"]] = max(r["kept"], most.get(r["used_on"], 0))
+        finding = ""
+        if most:
+            hardest = min(most, key=most.get)
+            finding = (
+                f"On {hardest} questions no schedule keeps more than {100 * most[hardest]:.0f} %"
+            )
+            finding = finding.replace("_", " ")
+        yield name, with_source(said, sensitivity_figure, found["rows"], finding=finding)
     for stem, found in results["bench"].items():
         said = f"Measured here on {found['device']}"
-        said += "; random weights, except the testbed at its own width"
+        said += (
+            "; random weights, except the testbed at its own width; whiskers: the middle half of "
+        )
+        said += "the repeats"
+        noise = ". “full, batch” has the same prefill as “full”: what differs there is noise"
         for name, draw in timing_figures(stem, found):
-            yield name, _with_source(said, draw)
-
-
-def _draw_kept(kept, data):
-    "The kept figure; its clip lies beside the file, under the data folder or in the testbed."
-    from seats_analysis.inputs.media import decode_clip
-
-    places = (data / "results", data, shipped_folder("testbed"))
-    clip = next((p / kept["clip"] for p in places if (p / kept["clip"]).is_file()), None)
-    if clip is None:
-        said = f"the clip {kept['clip']!r} is in none of {', '.join(map(str, places))}"
-        raise FileNotFoundError(said)
-    said = f"Measured here on {kept.get('model', 'a model')}: kept tokens are framed or marked"
-    return say_source(plot_kept(decode_clip(clip, fps=kept.get("fps", 2.0)), kept), said)
+            yield name, with_source(said + noise * name.endswith("timings"), draw)
 
 # %% ../../nbs/lab/09_paper.ipynb #b1595fec
 def figure_jobs(
@@ -445,15 +414,20 @@ def figure_jobs(
         jobs |= _profile_jobs(stem, profile, bounds)
     if len(known) > 1:
         said = "Measured here; questions of the derive split where there is one; 95 % bands"
-        jobs["models_dependency"] = _with_source(said, plot_side_by_side, known)
-    jobs |= _answer_jobs(data)
+        jobs["models_dependency"] = with_source(said, plot_side_by_side, known)
+    jobs |= answer_jobs(data)
     jobs |= _flow_jobs(data)
     jobs |= _schedule_jobs(data)
     jobs |= _result_jobs(data, results)
     for name, family in TESTBEDS.items():
         if (log := data / "testbed" / family / "train_log.jsonl").is_file():
             said = "Measured here while training, on held-out clips; dashed: lettered choices"
-            jobs[f"{name}_learning"] = _with_source(said, learning_curves_figure, log)
+            *_, last = (row for row in read_log(log) if row["accuracy"])
+            least = 100 * min(last["accuracy"].values())
+            finding = f"After {last['step']:,} steps every family is at least {least:.0f} % right"
+            jobs[f"{name}_learning"] = with_source(
+                said, learning_curves_figure, log, finding=finding
+            )
     if not jobs:
         raise ValueError(
             f"{data}: nothing to draw; looked for profiles/*.nc, schedules/*_trr*.json, "

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/lab/08_timing_figures.ipynb #053e74ac
+import numpy as np
 from functools import partial
 from .method_figures import method_look
 from ..plots.style import PALETTE, house_style, legend_outside, log_axis, new_figure
@@ -25,6 +26,27 @@ def timed_models(rows):
         if r.get("ttft_ms") and r["batch"] == 1
     )
     return dict(list(table.groupby("model", sort=False))) if len(table) else {}
+
+
+def middle_half(table, *parts):
+    "(3, n) lower quartile, median and upper quartile over the repeats; nan where not stored."
+    sums = [
+        [sum(s[part] for part in parts) for s in row["samples"]] if "samples" in row else np.nan
+        for row in table.to_dict("records")
+    ]
+    return np.transpose([np.percentile(own, (25, 50, 75)) for own in sums])
+
+
+def whiskers(ax, x, quartiles, **look):
+    "Upright marks of `middle_half`."
+    low, mid, high = quartiles
+    ax.errorbar(x, mid, (mid - low, high - mid), fmt="none", elinewidth=0.6, **look)
+
+
+def _least(table, method="seats"):
+    "The row of a method with the least tokens, with plain encoders; None where there is none."
+    own = table[(table["method"] == method) & (table["encoders"] == "")]
+    return None if own.empty else own.sort_values("trr").iloc[0]
 
 
 def main_requests(rows):
@@ -64,15 +86,24 @@ def timings_figure(
         ]
         parts = table[["encoder_ms", "selection_ms", "prefill_ms"]].set_axis(names)
         parts.columns = parts.columns.str.removesuffix("_ms")
-        if shares:
-            parts = 100 * parts / table.loc[table["full"], "ttft_ms"].iloc[0]
+        full = table.loc[table["full"], "ttft_ms"].iloc[0]
+        unit = full / 100 if shares else 1
+        parts = parts / unit
+        low, mid, high = middle_half(table, "ttft_ms") / unit
         look = dict(
             color=["#bbbbbb", PALETTE.orange, PALETTE.blue], width=0.72, linewidth=0, legend=False
         )
         parts.plot.barh(stacked=True, ax=ax, **look)
-        ax.set(ylim=(len(table) - 0.4, -0.6), xlim=(0, 1.02 * parts.sum(axis=1).max()), ylabel="")
+        span = [mid - low, high - mid]
+        ax.errorbar(mid, range(len(table)), xerr=span, fmt="none", ecolor="black", elinewidth=0.7)
+        longest = np.nanmax([*parts.sum(axis=1), *high])
+        ax.set(ylim=(len(table) - 0.4, -0.6), xlim=(0, 1.02 * longest), ylabel="")
         ax.tick_params(axis="y", length=0)
-        ax.set_title(f"{model}: {table['tokens'].iloc[0]:,} tokens", fontsize=6.5)
+        title = f"{model}: {table['tokens'].iloc[0]:,} tokens"
+        if (best := _least(table)) is not None:
+            share = 100 * best["ttft_ms"] / full
+            title += f"\nwith SEATS at {best['trr']:g} % the first token takes {share:.0f} %"
+        ax.set_title(title, fontsize=6.5)
     axes[-1].set_xlabel(f"Time to first token ({'% of full' if shares else 'ms'})")
     legend_outside(fig, axes[:1], 3, handlelength=1.2)
     return fig
@@ -96,11 +127,21 @@ def speedup_figure(
             ax.plot(own["trr"], own["speedup"], label=f"{method}, prefill", **look)
             first = look | dict(linestyle=":", markerfacecolor="white")
             ax.plot(own["trr"], own["ttft_speedup"], label=f"{method}, first token", **first)
+            for name, *parts in (
+                ("speedup", "selection_ms", "prefill_ms"),
+                ("ttft_speedup", "ttft_ms"),
+            ):
+                low, mid, high = middle_half(own, *parts)
+                spread = own[name].values * mid / (high, mid, low)  # quicker is a larger speed-up
+                whiskers(ax, own["trr"], spread, ecolor=look["color"])
         ax.axhline(1, color="#dddddd", linewidth=0.6, zorder=0)
         ax.set(xlabel="Token retention ratio, TRR (%)", xticks=promised.index)
         limits = (1, 2, 3, 5, 10, 20, 30, 50, 100)
         log_axis(ax, [t for t in limits if t <= 1.1 * promised.max()], "y")
-        ax.set_title(model, fontsize=6.5)
+        title = model
+        if (best := _least(table)) is not None:
+            title += f"\nSEATS, {best['trr']:g} %: prefill {best['speedup']:.1f} times as fast"
+        ax.set_title(title, fontsize=6.5)
     axes[0].set_ylabel("Times as fast as the full model")
     legend_outside(fig, axes, 3, handlelength=2.2, columnspacing=1)
     return fig
@@ -145,9 +186,13 @@ def scaling_figure(
         ):
             look = dict(zip(("color", "linestyle", "marker"), look))
             ax.plot(table["tokens"], table[part] / unit, label=label, **look)
+            whiskers(ax, table["tokens"], middle_half(table, part) / unit, ecolor=look["color"])
         ax.set(yscale="log", xlabel="Tokens")
         log_axis(ax, [n for n in _TOKENS if n <= pruned["tokens"].max()])
-        ax.set_title(model, fontsize=6.5)
+        both = full.merge(pruned, on="tokens", suffixes=("", "_pruned")).iloc[-1]
+        times = both["prefill_ms"] / (both["prefill_ms_pruned"] + both["selection_ms_pruned"])
+        said = f"{both['tokens']:,} tokens: prefill {times:.0f} times as fast with {name}"
+        ax.set_title(f"{model}, {said}", fontsize=6.5)
     axes[0].set_ylabel("Time (full prefill of the shortest = 1)")
     legend_outside(fig, axes[:1], 2)
     return fig

@@ -62,9 +62,11 @@ def chain_figure(
         ax.set_xlabel("FLOPs, causal, with selection (% of full)")
     legend_outside(fig, axes, 5)
     p = found["promise"]
-    return say_source(
-        fig,
-        f"Measured here on {found.get('model', 'a model')}; dashed: at most "
-        f"{100 * p['max_change']:.3g} % promised with {100 * p['confidence']:.4g} % confidence, on "
-        f"{found['clips']} clips",
-    )
+    said = f"at most {100 * p['max_change']:.3g} %"
+    sure = f"{100 * p['confidence']:.4g} % confidence"
+    held = [r["cost"] for c in found["chains"].values() for r in c["rows"][: c["held"]]]
+    source = f"Measured here on {found.get('model', 'a model')}, {found['clips']} clips"
+    finding = f"No schedule is certified to change {said} of the answers"
+    if held:
+        finding = f"{100 * min(held):.0f} % of the FLOPs change {said} of the answers ({sure})"
+    return say_source(fig, f"{source}; dashed: {said} promised with {sure}", finding)

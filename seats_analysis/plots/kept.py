@@ -7,22 +7,17 @@ __all__ = ['kept_data', 'plot_kept', 'draw_strip', 'draw_sound']
 
 # %% ../../nbs/plots/02_kept.ipynb #6984a019
 import numpy as np
-from typing import TYPE_CHECKING
 from ..storage.schemas import SCHEMAS
-from ..inputs.media import Clip
 from .style import PALETTE, house_style, new_figure
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # %% ../../nbs/plots/02_kept.ipynb #4d04e165
 def kept_data(
-    run: object,  # what `prune` yielded, after a prefill
-    encoded: object,  # the batch of `encode` that went through it
-    rates: object,  # `adapter.rates(model)`
-    clip: str,  # path of the clip, relative to where the JSON file goes
+    run,  # what `prune` yielded, after a prefill
+    encoded,  # the batch that went through it
+    rates,  # `adapter.rates(model)`
+    clip,  # path of the clip, relative to where the JSON file goes
     row: int = 0,  # sample of the batch; its clip has at most one video and one audio track
-    **more,  # texts for the title: question, answered
+    **more,  # texts for the title: question, truth, full (its answer), label, answered
 ) -> dict:  # a stored file of kept positions
     "Kept positions of one sample after each stage, counted within their modality."
     valid = np.asarray(run.layout.valid[row])
@@ -52,47 +47,60 @@ _MAX_FRAMES = 8
 
 @house_style()
 def plot_kept(
-    clip: Clip,  # frames and/or waveform
-    kept: dict,  # of `kept_data` or of its file
-) -> "Figure":  # of matplotlib, one column wide
-    "Frames and spectrogram of a clip with the tokens that were kept after each stage."
+    clip,  # media.Clip: frames and/or waveform
+    kept,  # dict of `kept_data` or of its file
+):  # matplotlib Figure, one column wide
+    "Frames and spectrogram of a clip with the tokens that were kept after each stage; runs beside."
     has_video = clip.frames is not None and kept["grid"][0] > 0
     has_audio = clip.waveform is not None and kept["audio_tokens"] > 0
     everything = dict(
         stage=0, visual=range(np.prod(kept["grid"])), audio=range(kept["audio_tokens"])
     )
-    stages = [everything] + [s for s in kept["stages"] if s["visual"] or s["audio"]]
+    runs = [kept, *kept.get("beside", ())]
+    stages = [[everything, *(s for s in r["stages"] if s["visual"] or s["audio"])] for r in runs]
+    depth = max(map(len, stages))
     image = _spectrogram(clip.waveform, clip.sample_rate) if has_audio else None
     seconds = len(clip.waveform) / clip.sample_rate if has_audio else 0
     height = 0.395 * clip.frames.shape[1] / clip.frames.shape[2] if has_video else 0
 
-    fig = new_figure(len(stages) * (height + 0.30 * has_audio + 0.22) + 0.5)
+    fig = new_figure(depth * (height + 0.30 * has_audio + 0.22) + 0.6, min(len(runs), 2))
     heights = [height] * has_video + [0.3] * has_audio
-    axes = fig.subplots(
-        len(stages) * len(heights), squeeze=False, height_ratios=heights * len(stages)
-    )
-    for stage, panels in zip(stages, axes.reshape(len(stages), -1)):
-        counts = f"{len(stage['visual'])} visual, {len(stage['audio'])} audio"
-        if not stage["stage"]:
-            said = f"all tokens: {counts}"
-            if kept.get("question"):
-                said = f"“{kept['question']}”  {kept.get('answered', '')}\n{said}"
-        else:
-            said = f"stage {'I' * stage['stage']}, from layer {stage['layer'] + 1}: {counts}"
-        panels[0].set_title(said, fontsize=6.5)
-        if has_video:
-            _draw_frames(panels[0], clip.frames, kept["grid"], stage["visual"])
-        if has_audio:
-            _draw_audio(panels[-1], image, seconds, kept, stage["audio"])
-        panels[-1].tick_params(labelbottom=stage is stages[-1])
-    notes = ["Time (s)"] * has_audio
-    text_only = [s["layer"] + 1 for s in kept["stages"] if not s["visual"] and not s["audio"]]
-    notes += [f"stage III, from layer {layer}: text only" for layer in text_only[:1]]
-    panels[-1].set_xlabel("\n".join(notes))
+    columns = fig.subfigures(1, len(runs), squeeze=False)[0]
+    for run, shown, column in zip(runs, stages, columns):
+        axes = column.subplots(depth * len(heights), squeeze=False, height_ratios=heights * depth)
+        rows = axes.reshape(depth, -1)
+        for ax in rows[len(shown) :].flat:
+            ax.remove()
+        for stage, panels in zip(shown, rows):
+            said = f"{len(stage['visual'])} visual, {len(stage['audio'])} audio"
+            if stage["stage"]:
+                said = f"stage {'I' * stage['stage']}, from layer {stage['layer'] + 1}: {said}"
+            else:
+                said = "\n".join([*_answers(run), f"all tokens: {said}"])
+            panels[0].set_title(said, fontsize=6.5)
+            if has_video:
+                _draw_frames(panels[0], clip.frames, kept["grid"], stage["visual"])
+            if has_audio:
+                _draw_audio(panels[-1], image, seconds, kept, stage["audio"])
+            panels[-1].tick_params(labelbottom=stage is shown[-1])
+        notes = ["Time (s)"] * has_audio
+        text_only = [s["layer"] + 1 for s in run["stages"] if not s["visual"] and not s["audio"]]
+        notes += [f"stage III, from layer {layer}: text only" for layer in text_only[:1]]
+        panels[-1].set_xlabel("\n".join(notes))
     if has_audio:
-        fig.supylabel("Frequency (kHz)")
+        columns[0].supylabel("Frequency (kHz)")
     fig.get_layout_engine().set(h_pad=0.014, hspace=0)
     return fig
+
+
+def _answers(run):
+    "What was asked, what is true, what the full model and the pruned one say."
+    named = (("question", "asked"), ("truth", "truth"), ("full", "full model"))
+    lines = [f"{name}: {run[key]}" for key, name in named if run.get(key)]
+    if "answered" in run:
+        wrong = ", wrong" if run.get("truth", run["answered"]) != run["answered"] else ""
+        lines.append(f"{run.get('label', 'pruned')}: {run['answered']}{wrong}")
+    return lines
 
 
 def _draw_frames(ax, frames, grid, kept):

@@ -110,25 +110,30 @@ def save_figure(
 def say_source(
     fig,  # matplotlib Figure; grows by the height of the lines
     text,  # where the numbers come from; each line is wrapped to the width
+    finding="",  # what the figure shows, in a sentence; wrapped likewise
 ):  # the same Figure
-    "Write the origin of the numbers above everything else in a figure."
+    "Write the finding and the origin of the numbers above everything else in a figure."
     width, height = fig.get_size_inches()
+    found = textwrap.wrap(finding.replace(" %", "\u00a0%"), int(16 * width))
     lines = []
     for line in text.splitlines():
         lines += textwrap.wrap(line.replace(" %", "\u00a0%"), int(22.5 * width))
-    text = "\n".join(lines)
-    fig.set_size_inches(width, height + 0.1 * len(lines) + 0.05)
-    looks = dict(fontsize=5.8, color="#444444", linespacing=1.15)
-    above = [legend for legend in fig.legends if legend._outside_loc == "upper"]
-    if above:  # a title of its own would lie on the legend
-        above[0].set_title(text)
-        above[0].get_title().set(**looks, multialignment="center")
-    else:
-        fig.suptitle(text, **looks)
+    top = 0.03 + 0.13 * len(found)
+    total = height + top + 0.1 * len(lines) + 0.04
+    fig.set_size_inches(width, total)
+    for legend in fig.legends:
+        if legend._outside_loc == "upper":  # moved down, it reserves no room of its own
+            box = legend.get_window_extent(fig.canvas.get_renderer())
+            legend.set_bbox_to_anchor((0, 0, 1, height / total), fig.transFigure)
+            height -= box.height / fig.dpi + 0.04
+    fig.get_layout_engine().set(rect=(0, 0, 1, height / total))
+    look = dict(ha="center", va="top", linespacing=1.15)
+    fig.text(0.5, 1 - 0.03 / total, "\n".join(found), fontsize=7.5, weight="bold", **look)
+    fig.text(0.5, 1 - top / total, "\n".join(lines), fontsize=5.8, color="#444444", **look)
     return fig
 
 # %% ../../nbs/plots/00_style.ipynb #657b0598
-BLOCK_SHADES = {"shallow": "#d9d9d9", "middle": "#eeeeee", "late": "#ffffff"}
+BLOCK_SHADES = {"shallow": "#d5e8df", "middle": "#edf5f1", "late": "#ffffff"}  # no band is green
 
 
 def shade_blocks(

@@ -14,6 +14,8 @@ from test_figures import kept_of, visible_texts
 
 from seats_analysis.lab import method_figures as M
 from seats_analysis.lab import paper as P
+from seats_analysis.lab import timing_figures as T
+from seats_analysis.lab.reported import read_reported
 from seats_analysis.plots import style
 from seats_analysis.lab.simulate import needed_figure
 from seats_analysis.testbed.task import synthetic_profile
@@ -300,12 +302,13 @@ def test_stored_figures_keep_their_source_inside(data):
     "The line of a source is neither cut off nor on top of a legend."
     study = load_json(ROOT / "data" / "results" / "questions_needed.json", "needed")
     long = "Measured here on nothing, " + "95 % of it, " * 24
-    fig = style.say_source(needed_figure(study), long)
-    assert len(fig.legends[0].get_title().get_text().splitlines()) > 1
+    fig = style.say_source(needed_figure(study), long, "Nothing is found")
     found = visible_texts(fig)
-    box = next(b for t, b in found if t.startswith("Measured"))
-    assert box.x0 >= 0 and box.x1 <= fig.bbox.x1 and box.y1 <= fig.bbox.y1
-    assert not any(box.overlaps(b) for t, b in found if not t.startswith("Measured"))
+    for words, lines in (("Measured", 2), ("Nothing", 1)):
+        text, box = next((t, b) for t, b in found if t.startswith(words))
+        assert len(text.splitlines()) >= lines
+        assert box.x0 >= 0 and box.x1 <= fig.bbox.x1 and box.y1 <= fig.bbox.y1
+        assert not any(box.overlaps(b) for t, b in found if t != text)
 
 
 def test_published_and_measured_never_share_a_panel(drawn):
@@ -316,7 +319,7 @@ def test_published_and_measured_never_share_a_panel(drawn):
     )
     stored = {
         (float(r["time_ms"]), float(r["accuracy"]))
-        for r in M.read_reported(ROOT / "data" / "reported" / "tradeoff_qwen2_5_omni_7b.csv")
+        for r in read_reported(ROOT / "data" / "reported" / "tradeoff_qwen2_5_omni_7b.csv")
     }
     points = {
         xy
@@ -362,6 +365,36 @@ def test_methods_differ_without_colour():
     om = [m for m in M.NAMES if m.endswith("-om")]
     assert len(set(looks)) == len(looks) and om == ["fastv-om", "visionzip-om", "divprune-om"]
     assert M.method_look("fastv-om+late") == M.method_look("fastv-om")
+
+
+def test_findings_are_those_of_the_rows(drawn):
+    "Who is best at the smallest budget; who comes near the full model in the least time."
+    said = drawn["eval_testbed_comparison"].texts[-2].get_text()
+    assert said == "Right at a TRR of 10 %: SEATS 98 %, full 99 %".replace(" %", "\u00a0%")
+    said = drawn["accuracy_against_time"].texts[-2].get_text()
+    near = [r for r in M.pick(made_up()) if r["accuracy"] >= 0.89]
+    share = min(map(M.time_share, near))
+    assert said.startswith("b: Within 10 points") and f"{share:.0f}\u00a0% of its time" in said
+    assert "(1 CPU thread)" in M.source_of(made_up() | dict(threads=1))
+    assert "908 questions (92 of control apart)" in M.source_of(made_up())
+
+
+def test_few_methods_are_named_in_a_legend(drawn):
+    "Those of the published panel, the best three, SEATS, random and full; the others are grey."
+    (legend,) = drawn["accuracy_against_time"].legends
+    names = [t.get_text() for t in legend.get_texts()]
+    assert {"SEATS", "full", "random", "other methods"} < set(names) and len(names) <= 11
+
+
+def test_times_carry_the_middle_half_of_their_repeats():
+    found = load_json(next((ROOT / "data" / "results").glob("bench_intel*.json")), "bench")
+    requests = T.main_requests(found["rows"])
+    for ax, table in zip(T.timings_figure(requests).axes, requests.values()):
+        full = table.loc[table["full"], "ttft_ms"].iloc[0]
+        bars = ax.collections[0].get_segments()
+        for bar, samples in zip(bars, table["samples"], strict=True):
+            ends = np.percentile([s["ttft_ms"] for s in samples], (25, 75))
+            assert bar[:, 0] == pytest.approx(100 * ends / full)
 
 
 def test_what_is_not_ranked_is_drawn_open(drawn):
@@ -544,7 +577,7 @@ def test_a_broken_comparison_is_refused_by_name(tmp_path, break_it, says):
 def test_broken_reports_are_refused_by_name(tmp_path, text):
     (tmp_path / "claims.csv").write_text(text)
     with pytest.raises(ValueError, match="claims.csv"):
-        M.read_reported(tmp_path / "claims.csv")
+        read_reported(tmp_path / "claims.csv")
 
 
 def test_a_comparison_of_two_methods_at_one_budget():
