@@ -24,12 +24,7 @@ from seats_analysis.plots.dependency import (
     plot_retention,
 )
 from ..plots.chain import chain_figure
-from seats_analysis.plots.flow import (
-    plot_flow,
-    plot_flow_diagram,
-    plot_flow_heads,
-    plot_flow_windows,
-)
+from ..plots.flow import plot_flow, plot_flow_diagram
 from seats_analysis.lab.answer_figures import (
     answer_jobs,
     draw_kept,
@@ -327,19 +322,18 @@ def _profile_jobs(stem, profile, bounds):
 
 
 def _flow_jobs(data):
-    "Edges by layer, the way to the answer, time windows, heads."
+    "Edges by layer and the way to the answer, time windows, or heads, by what a file is called."
     for path in sorted((data / "flows").glob("*.nc")):
         flow = load_flow(path)
-        said = f"Measured here on {flow.attrs.get('model', 'a model')}: "
-        said += f"{flow.sizes['sample']} questions, {len(set(flow['clip'].values))} clips"
-        if "head" in flow.dims:
-            draws = dict(heads=plot_flow_heads)
-        elif flow.attrs.get("edges") == "time":
-            draws = dict(windows=plot_flow_windows)
-        else:
-            draws = dict(flow=plot_flow, way=plot_flow_diagram)
-        for name, draw in draws.items():
-            yield f"{path.stem.split('_')[0]}_flow_{name}", with_source(said, draw, flow)
+        kind = next((k for k in ("time", "heads") if path.stem.endswith(f"_{k}")), "layers")
+        model = path.stem.removesuffix(f"_{kind}")
+        said = f"Measured here on {flow.attrs.get('model', 'a model')}: {flow.sizes['sample']} "
+        said += f"questions, {len({*flow['clip'].values})} clips; blocked: {flow.span} each layer, "
+        said += f"{flow.window} wide"
+        if kind == "layers":
+            said += "; bands: 95 %; full markers: holds after Holm's correction"
+            yield f"{model}_flow_way", with_source(said, plot_flow_diagram, flow)
+        yield f"{model}_flow_{kind}", with_source(said, plot_flow, flow)
 
 
 def _schedule_jobs(data):

@@ -7,15 +7,20 @@ __all__ = ['kept_data', 'plot_kept', 'draw_strip', 'draw_sound']
 
 # %% ../../nbs/plots/02_kept.ipynb #6984a019
 import numpy as np
+from typing import TYPE_CHECKING
 from ..storage.schemas import SCHEMAS
+from ..inputs.media import Clip
 from .style import PALETTE, house_style, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/plots/02_kept.ipynb #4d04e165
 def kept_data(
-    run,  # what `prune` yielded, after a prefill
-    encoded,  # the batch that went through it
-    rates,  # `adapter.rates(model)`
-    clip,  # path of the clip, relative to where the JSON file goes
+    run: object,  # what `prune` yielded, after a prefill
+    encoded: object,  # the batch of `encode` that went through it
+    rates: object,  # `adapter.rates(model)`
+    clip: str,  # path of the clip, relative to where the JSON file goes
     row: int = 0,  # sample of the batch; its clip has at most one video and one audio track
     **more,  # texts for the title: question, truth, full (its answer), label, answered
 ) -> dict:  # a stored file of kept positions
@@ -47,9 +52,9 @@ _MAX_FRAMES = 8
 
 @house_style()
 def plot_kept(
-    clip,  # media.Clip: frames and/or waveform
-    kept,  # dict of `kept_data` or of its file
-):  # matplotlib Figure, one column wide
+    clip: Clip,  # frames and/or waveform
+    kept: dict,  # of `kept_data` or of its file
+) -> "Figure":  # of matplotlib, one column wide
     "Frames and spectrogram of a clip with the tokens that were kept after each stage; runs beside."
     has_video = clip.frames is not None and kept["grid"][0] > 0
     has_audio = clip.waveform is not None and kept["audio_tokens"] > 0

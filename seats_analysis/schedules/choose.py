@@ -6,7 +6,6 @@
 __all__ = ['stored_tokens', 'blocks_of', 'solve_schedules', 'known_schedule']
 
 # %% ../../nbs/schedules/03_choose.ipynb #65eb684d
-import json
 import shlex
 import warnings
 from collections.abc import Mapping, Sequence

@@ -8,7 +8,7 @@ __all__ = ['SearchSpace', 'deal_clips', 'tune_schedule', 'certified']
 # %% ../../nbs/tuning/02_tune.ipynb #746a5417
 import numpy as np
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -419,8 +419,8 @@ def tune_schedule(
     processor: Callable,  # its processor
     samples: Sequence[Sample],  # right answers are not needed; half of the clips are for the search
     promise: Promise = Promise(),  # how few answers may change, and how sure that must be
-    profile: str | Path | Schedule | None = None,  # NetCDF file of the model, or a `Schedule` with
-    # its blocks, to bound the search
+    profile: str | Path | Schedule | None = None,  # NetCDF file, or a
+    # `Schedule` with its blocks, to bound the search
     name: str = "",  # of the model: a testbed has its own profile; default: as the model says itself
     method: str = "seats",  # or another one to tune by its knobs, as "fastv" or "fastv+late"
     budget: float = 10.0,  # FLOPs, over those of the full model on all questions of the search
