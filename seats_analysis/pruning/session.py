@@ -11,7 +11,7 @@ import warnings
 import torch
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock, current_thread
@@ -27,62 +27,9 @@ from .base import Pruner, Tokens
 from .cache import Slots
 from .encoders import ENCODED, EncoderWatch, Hooks, visual_order
 from .prefill import Check, Prefill
-from .report import _drawn, _in_words
+from .report import Run
 from .seats import Seats
 from .timing import Timings
-
-# %% ../../nbs/pruning/10_session.ipynb #42388e4b
-@dataclass
-class Run:
-    "What `prune` yields."
-
-    method: Pruner | None  # None: nothing is pruned
-    kv: str  # as given to `prune`
-    timings: Timings  # milliseconds: encoders, selection, prefill, decode
-    samples: int = 0  # samples prefilled so far
-    layout: TokenLayout | None = None  # of the last prefill
-    _stages: list = field(default_factory=list, repr=False)  # (name, Tokens) after every step
-    _layers: list = field(default_factory=list, repr=False)  # Tokens of every layer; None = all
-
-    def __repr__(self):
-        return _in_words(self)
-
-    def _repr_html_(self):
-        return _drawn(self)
-
-    @property
-    def kept(self):  # -> stage name -> per sample: int64 original positions, ascending
-        "Positions that were left after every stage, text included."
-        if self.layout is None:
-            return {}
-        pads = (self.layout.valid.cumsum(1) == 0).sum(1).tolist()  # the layout lives on the host
-        kept = {}
-        for name, tokens in self._stages:
-            rows = zip(tokens.column.cpu(), tokens.valid.cpu(), pads)
-            kept[name] = [column[valid] - pad for column, valid, pad in rows]
-        return kept
-
-    def _per_layer(self, count):  # count: (Tokens or layout) -> (B,); -> (B, L) int64
-        if self.layout is None:
-            raise ValueError("no prompt was read in this `prune` block yet")
-        layers = (self.layout if tokens is None else tokens for tokens in self._layers)
-        return torch.stack([count(tokens).cpu() for tokens in layers], 1)
-
-    @property
-    def tokens_per_layer(self):  # -> (B, L) int64
-        "Tokens that every layer processed."
-        return self._per_layer(lambda t: t.valid.sum(1)).numpy()
-
-    @property
-    def trr(self):  # -> modality -> (B,) float64; nan for a sample without such tokens
-        """Fraction of each modality's tokens that was really kept, averaged over the layers.
-        Windows keep whole tokens, so it can lie above the schedule's."""
-        trr = {}
-        for modality, code in Modality.CODES.items():
-            kept = self._per_layer(lambda tokens: (tokens.modality == code).sum(1))
-            there = (self.layout.modality == code).sum(1)
-            trr[modality] = (kept.double().mean(1) / there).numpy()
-        return trr
 
 # %% ../../nbs/pruning/10_session.ipynb #005bb6bc
 # keyword argument that travels through `generate` to the thinker's pre-hook, which takes it out

@@ -421,7 +421,7 @@ def tune_schedule(
     promise: Promise = Promise(),  # how few answers may change, and how sure that must be
     profile: str | Path | Schedule | None = None,  # NetCDF file, or a
     # `Schedule` with its blocks, to bound the search
-    name: str = "",  # of the model: a testbed has its own profile; default: as the model says itself
+    name: str = "",  # of the model: a testbed has its own profile; default: what it says itself
     method: str = "seats",  # or another one to tune by its knobs, as "fastv" or "fastv+late"
     budget: float = 10.0,  # FLOPs, over those of the full model on all questions of the search
     max_new_tokens: int = 64,  # of the full model's answers, where whole ones count
