@@ -239,7 +239,7 @@ seats schedule 'seats_out/mine/profiles/my sft.nc' --trr 30 --blocks 3,5
 seats run "q'uote.mp4" --question 'What?' --model 'my sft' --schedule '{PLAN}'
 seats eval {OF} --methods random --schedule '{PLAN}'
 seats tune {OF} --schedule '{PLAN}' {LOOSE} --budget 3
-seats check '{PLAN}' {OF} {LOOSE}
+seats check '{PLAN}' {OF} --max-change 99 --confidence 50
 seats figures --data mine.jsonl
 """
 
