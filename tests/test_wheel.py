@@ -225,7 +225,7 @@ for i, name in enumerate(names):
     frames = np.random.default_rng(i).integers(0, 255, (int(2 * seconds), *size, 3), dtype="uint8")
     wave = None if i == 2 else np.sin(np.arange(int(16000 * seconds)) / 9).astype("float32") / 3
     Clip(name, frames, 2.0, wave, 16000).save(f"{name}.mp4")
-    asked = dict(question="What moves?", choices=["a bar", "a cat"], answer=i % 2)
+    asked = dict(question="What moves?", choices=["red", "blue"], answer=i % 2)
     rows.append(dict(asked, video=f"{name}.mp4", family="moves"))
 Path("mine.jsonl").write_text("\\n".join(map(json.dumps, rows)))
 """
@@ -239,7 +239,7 @@ seats schedule 'seats_out/mine/profiles/my sft.nc' --trr 30 --blocks 3,5
 seats run "q'uote.mp4" --question 'What?' --model 'my sft' --schedule '{PLAN}'
 seats eval {OF} --methods random --schedule '{PLAN}'
 seats tune {OF} --schedule '{PLAN}' {LOOSE} --budget 3
-seats check '{PLAN}' {OF} {LOOSE}
+seats check '{PLAN}' {OF} --max-change 99 --confidence 50
 seats figures --data mine.jsonl
 """
 
