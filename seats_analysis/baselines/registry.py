@@ -74,12 +74,17 @@ def method_at(
     audio: float = 1.0,  # and for the audio tokens once more times this
     **options,  # of the method, such as its `knobs` name
 ) -> Pruner:
-    "SEATS with its schedule, another method asked for the same TRRs, ablations with its layers."
+    """SEATS with its schedule, another method asked for the same TRRs, ablations with its layers.
+
+    Raises ValueError for an unknown name."""
+    known = METHODS | ABLATIONS
     base = name.removesuffix("+late")
+    if base not in known or base != name and not issubclass(known[base], Baseline):
+        raise ValueError(f"unknown method {name!r}; known: full, {', '.join(known)}")
     if name == "seats":
         return Seats(plan)
     if base in ABLATIONS:
         options["like"] = plan
     pair = (min(1.0, knob * plan.trr["visual"]), min(1.0, knob * audio * plan.trr["audio"]))
-    found = (METHODS | ABLATIONS)[base].for_trr(plan.num_layers, *pair, *tokens, **options)
+    found = known[base].for_trr(plan.num_layers, *pair, *tokens, **options)
     return found if base == name else found.leaving(plan)
