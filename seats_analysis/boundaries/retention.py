@@ -46,7 +46,7 @@ def needed_families(
 
 def known_split(profile, split):
     "A split that the profile has; None, which is everything, for `all` or without a `derive`."
-    splits = profile["split"].values.astype(str)
+    splits = profile["split"].values.astype(str) if "split" in profile.coords else np.array([""])
     if split in (None, "all") or not (splits != "").any():  # data of one's own need not be split
         return None
     if split in splits:
