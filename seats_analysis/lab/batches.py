@@ -229,7 +229,8 @@ def _crowd_hints(out, scene, number):
         out["thing"][t.token] = -100
     for t in scene.decoys:
         out["light"][t.token] = -100
-        out["rim"][t.token] = number["rim"][t.colour]
+        for name, look in (("rim", t.colour), ("outline", t.shape), ("spot", t.place)):
+            out[name][t.token] = number[name][look]
     for s in (*scene.sounds, *scene.noises):
         out["sound"][s.token - 1 : s.token + 2] = -100
     for s in scene.noises:
@@ -256,8 +257,13 @@ class Batch:
         pitch=(1, "pitch"),
         kind=(1, "kind"),
     )
-    CROWD = dict(  # in crowded scenes also
-        rim=(0, "colour"), noise=(1, "pitch"), thing=(0, "number"), sound=(1, "number")
+    CROWD = dict(  # in crowded scenes also: decoys must be as rich as objects, or distance suffices
+        rim=(0, "colour"),
+        outline=(0, "shape"),
+        spot=(0, "place"),
+        noise=(1, "pitch"),
+        thing=(0, "number"),
+        sound=(1, "number"),
     )
 
     @classmethod

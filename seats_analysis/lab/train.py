@@ -397,14 +397,14 @@ def store_next(
     import torch
     from safetensors.torch import load_file, save_file
 
-    config = json.loads((Path(trained) / "train.json").read_text())
-    before = begin(TrainConfig(**config)).state_dict()
-    after = load_file(Path(trained) / "model.safetensors")
+    trained, folder = Path(trained), Path(folder)
+    config = json.loads((trained / "train.json").read_text())
+    log = [json.loads(row) for row in (trained / "train_log.jsonl").read_text().splitlines()]
+    model = begin(TrainConfig(**config))
+    before = model.state_dict()
+    after = load_file(trained / "model.safetensors")
     changed = {k: v.half() for k, v in after.items() if not torch.equal(v, before[k])}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(changed, folder / f"{name}.safetensors", metadata={"format": "pt"})
-    log = [json.loads(row) for row in (Path(trained) / "train_log.jsonl").read_text().splitlines()]
+    model.load_state_dict(before | {k: v.float() for k, v in changed.items()})
     about = dict(
         schema="seats_analysis/testbed_next/1",
         model=f"{name}-next",
@@ -412,14 +412,14 @@ def store_next(
         seed=config["seed"],
         steps=log[-1]["step"],
         seconds=log[-1]["seconds"],
-        command=f"seats train-testbed --out {Path(trained).name} --config <config of this file>",
+        command=f"seats train-testbed --out {trained} --config FILE, with `config` in that file",
+        weights_sha256=adapter_for(model).hash_weights(model),
         config=config,
+        log=log,
     )
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(about, indent=1) + "\n")
-    model = load_next(name, folder)[0]
-    about["weights_sha256"] = adapter_for(model).hash_weights(model)
-    path.write_text(json.dumps(about | dict(log=log), indent=1) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(changed, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    (folder / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 def load_next(
@@ -469,22 +469,19 @@ def stage_one_keeps(
     import torch
 
     fraction = both(fraction)
-    window = dict(
-        visual=2 * Scene.ROWS * Scene.COLS, audio=int(Scene.AUDIO_RATE * Scene.WINDOW_SECONDS)
-    )
+    window = dict(visual=2 * Scene.ROWS * Scene.COLS, audio=2 * Scene.AUDIO_RATE)  # of 2 s
     kept = {}
     for modality, (x, received) in read.items():
         B, T, width = x.shape
-        size = window[modality]
-        sizes = (size,) * (B * T // size)
+        sizes = (window[modality],) * (B * T // window[modality])
         n = stage1_counts(sizes, fraction[modality])
         if rule in ("published", "distance"):
             weight = received.flatten() if rule == "published" else None
             keep = select_in_clip(x.reshape(-1, width), weight, sizes, n)
         else:
-            noise = torch.Generator().manual_seed(seed)
-            score = received if rule == "attention" else torch.rand(B, T, generator=noise)
-            order = score.reshape(-1, size).argsort(1, descending=True).argsort(1)
+            drawn = torch.rand(B, T, generator=torch.Generator().manual_seed(seed))
+            score = received if rule == "attention" else drawn
+            order = score.reshape(-1, window[modality]).argsort(1, descending=True).argsort(1)
             keep = order < n[0]
         kept[modality] = keep.view(B, T)
     return kept
