@@ -48,6 +48,7 @@ class TrainConfig:
     read_first: int = 0  # steps in which only the read-outs learn
     every: int = 1  # then, every so manyth step is a whole one; the others train towers on hints
     crowded: float = 0.0  # share of the scenes with decoys, and wrong choices from the clip
+    crowd: tuple = ("rim", "noise", "thing", "sound")  # of `Batch.CROWD`: what hints ask in those
     frozen: int = 0  # last layers whose MLPs stay as they are
 
     def is_told(self, step):
@@ -230,7 +231,8 @@ def _crowd_hints(out, scene, number):
     for t in scene.decoys:
         out["light"][t.token] = -100
         for name, look in (("rim", t.colour), ("outline", t.shape), ("spot", t.place)):
-            out[name][t.token] = number[name][look]
+            if name in out:
+                out[name][t.token] = number[name][look]
     for s in (*scene.sounds, *scene.noises):
         out["sound"][s.token - 1 : s.token + 2] = -100
     for s in scene.noises:
@@ -257,7 +259,7 @@ class Batch:
         pitch=(1, "pitch"),
         kind=(1, "kind"),
     )
-    CROWD = dict(  # in crowded scenes also: decoys must be as rich as objects, or distance suffices
+    CROWD = dict(  # in crowded scenes also, see `crowd` of the config
         rim=(0, "colour"),
         outline=(0, "shape"),
         spot=(0, "place"),
@@ -269,7 +271,7 @@ class Batch:
     @classmethod
     def read(cls, c):
         "What the read-outs of a run are asked."
-        return cls.READ | cls.CROWD if c.crowded else cls.READ
+        return cls.READ | {k: cls.CROWD[k] for k in c.crowd if c.crowded}
 
     @classmethod
     def of_step(cls, step, c: TrainConfig):

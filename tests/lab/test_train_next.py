@@ -63,7 +63,10 @@ def test_decoys_are_apart_from_evidence_and_unspoken():
         assert all(t.hollow for t in scene.decoys) and not any(t.hollow for t in scene.things)
         spoken = scene.caption().split(" then ")
         for w, part in enumerate(spoken):  # a light, three words an object, two a sound
-            there = sum(t.window == w for t in scene.things), sum(s.window == w for s in scene.sounds)
+            there = (
+                sum(t.window == w for t in scene.things),
+                sum(s.window == w for s in scene.sounds),
+            )
             assert len(part.split()) == 1 + 3 * there[0] + 2 * there[1]
 
 
