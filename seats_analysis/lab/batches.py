@@ -192,10 +192,10 @@ def hints(
     tokens = (cells * seconds, Scene.AUDIO_RATE * seconds)
     out = {
         name: torch.zeros(len(scenes), tokens[tower], dtype=torch.long)
-        for name, (tower, _) in read.items()
+        for name, tower in read.items()
     }
     number = {
-        name: {v: i for i, v in enumerate(POOLS[pool], 1)} for name, (_, pool) in read.items()
+        name: {v: i for i, v in enumerate(POOLS[Batch.OF.get(name, name)], 1)} for name in read
     }
     for b, scene in enumerate(scenes):
         for w, light in enumerate(scene.lights):
@@ -250,22 +250,11 @@ class Batch:
     mel: object = None  # (B, 64, frames)
     hints: dict | None = None  # of `hints`
 
-    # what linear read-outs find in each token: of which tower (0 vision, 1 audio), from which pool
-    READ = dict(
-        colour=(0, "colour"),
-        shape=(0, "shape"),
-        place=(0, "place"),
-        light=(0, "light"),
-        pitch=(1, "pitch"),
-        kind=(1, "kind"),
-    )
-    CROWD = dict(  # in crowded scenes also, see `crowd` of the config
-        rim=(0, "colour"),
-        outline=(0, "shape"),
-        spot=(0, "place"),
-        noise=(1, "pitch"),
-        thing=(0, "number"),
-        sound=(1, "number"),
+    # what linear read-outs find in each token, and of which tower: 0 vision, 1 audio
+    READ = dict(colour=0, shape=0, place=0, light=0, pitch=1, kind=1)
+    CROWD = dict(rim=0, outline=0, spot=0, thing=0, noise=1, sound=1)  # see `crowd` of the config
+    OF = dict(  # the pools of those
+        rim="colour", outline="shape", spot="place", noise="pitch", thing="number", sound="number"
     )
 
     @classmethod

@@ -172,7 +172,7 @@ def hint_loss(
     generator = torch.Generator().manual_seed(seed)
     loss = 0.0
     for name in wanted:
-        x = towers[(Batch.READ | Batch.CROWD)[name][0]]
+        x = towers[(Batch.READ | Batch.CROWD)[name]]
         x = x * x.pow(2).mean(-1, keepdim=True).add(1e-6).rsqrt()
         logits = heads[name](x + noise * torch.randn(x.shape, generator=generator))
         weight = torch.tensor([0.05] + [1.0] * (logits.shape[-1] - 1))
@@ -221,7 +221,7 @@ class Trainer:
         fast_vision(self.model)
         width = self.model.config.text_config.hidden_size
         torch.manual_seed(config.seed)  # the read-outs are not part of the model
-        pools = {name: POOLS[pool] for name, (_, pool) in Batch.read(config).items()}
+        pools = {name: POOLS[Batch.OF.get(name, name)] for name in Batch.read(config)}
         heads = {name: torch.nn.Linear(width, 1 + len(pool)) for name, pool in pools.items()}
         self.heads = torch.nn.ModuleDict(heads)
         self.optimizer = self._optimizer()
