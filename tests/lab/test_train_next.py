@@ -10,10 +10,9 @@ import torch
 
 from seats_analysis.inputs.samples import Sample
 from seats_analysis.lab import train
-from seats_analysis.lab.batches import Batch, TrainConfig
+from seats_analysis.lab.batches import Batch, TrainConfig, features
 from seats_analysis.models.encode import encode
-from seats_analysis.pruning.base import stage1_counts
-from seats_analysis.pruning.select import select_in_clip
+from seats_analysis.pruning.seats import Seats
 from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.testbed.load import TESTBEDS
@@ -112,38 +111,35 @@ def test_the_last_vision_block_spans_a_frame():
         visual = train.adapter_for(model).visual(model)
         keep = lambda module, args, kwargs: seen.append(kwargs["cu_seqlens"])
         visual.blocks[-1].register_forward_pre_hook(keep, with_kwargs=True)
-        train.stage_one(model, [Scene.draw(3)], "qwen2.5-omni")
+        patches, mel = features([Scene.draw(3)], "qwen2.5-omni")
+        train.embed_clips(model, Batch([()], patches=patches, mel=mel), "qwen2.5-omni")
         assert set(seen[0].diff().tolist()) == {patches}
 
 
 @pytest.mark.parametrize("name", [n for n in TESTBEDS if (NEXT / f"{n}.json").exists()])
-def test_evidence_receives_attention_and_survives(name):
-    "Its token receives more than the mean of its window, and the real Stage I keeps it."
+def test_evidence_receives_attention_and_survives(name, monkeypatch):
+    "Its token receives more than the mean of its window, and Stage I keeps it."
     model, processor = train.load_next(name, NEXT)
     about = json.loads((NEXT / f"{name}.json").read_text())
     assert about["weights_sha256"] == train.adapter_for(model).hash_weights(model)
     scenes = crowded_scenes(8)
-    read = train.stage_one(model, scenes, TESTBEDS[name])
     asked = [Sample("", s.clip(), s.CAPTION, (s.caption(),), 0) for s in scenes]
     batch = encode(model, processor, asked)
-    plan = Schedule.load(f"{name}/35")
-    with prune(model, plan) as run, torch.no_grad():
+    seen = {}  # tokens of a window -> attention received by all, which are kept
+
+    def select(self, inputs):
+        keep = real(self, inputs)
+        seen[inputs.sizes[0]] = (inputs.attention, keep)
+        return keep
+
+    real = Seats.select
+    monkeypatch.setattr(Seats, "select", select)
+    with prune(model, Schedule.load(f"{name}/35")), torch.no_grad():
         model(**batch.inputs)
-    for modality, what in (("visual", "things"), ("audio", "sounds")):
-        features, received = read[modality]
-        windows = 48 if modality == "visual" else 10
-        mean = received.unflatten(1, (-1, windows)).mean(-1)
+    for window, what in ((48, "things"), (10, "sounds")):
+        received, keep = (x.view(8, -1) for x in seen[window])
+        mean = received.unflatten(1, (-1, window)).mean(-1)
         assert torch.allclose(mean, torch.ones_like(mean), atol=1e-4)
         at = [(b, x.token) for b, s in enumerate(scenes) for x in getattr(s, what)]
         assert torch.stack([received[i] for i in at]).median() > 1
-        sizes = (windows,) * (received.numel() // windows)
-        n = stage1_counts(sizes, plan.entering[modality])
-        kept = select_in_clip(features.flatten(0, 1), received.flatten(), sizes, n)
-        stay = []
-        for b, mine in enumerate(kept.view_as(received)):
-            first = int(batch.layout.valid[b].int().argmax())
-            places = getattr(batch.layout, modality)[b].nonzero()[:, 0] - first
-            real = set(run.kept["stage1"][b].tolist())
-            assert {int(p) for p in places[mine]} == real & set(places.tolist())
-            stay += [int(places[t]) in real for i, t in at if i == b]
-        assert sum(stay) > 0.9 * len(stay)
+        assert sum(bool(keep[i]) for i in at) > 0.9 * len(at)
