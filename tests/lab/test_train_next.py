@@ -105,15 +105,16 @@ def test_hints_name_every_decoy():
 
 def test_the_last_vision_block_spans_a_frame():
     "The segments that the tower's last block is handed; before, four patches, one cell."
-    for go_on, patches in ((False, 4), (True, 96)):
+    for go_on, span in ((False, 4), (True, 96)):
         model = train.begin(TrainConfig(go_on=go_on))
         seen = []
-        visual = train.adapter_for(model).visual(model)
-        keep = lambda module, args, kwargs: seen.append(kwargs["cu_seqlens"])
-        visual.blocks[-1].register_forward_pre_hook(keep, with_kwargs=True)
+        last = train.adapter_for(model).visual(model).blocks[-1]
+        last.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["cu_seqlens"]), with_kwargs=True
+        )
         patches, mel = features([Scene.draw(3)], "qwen2.5-omni")
         train.embed_clips(model, Batch([()], patches=patches, mel=mel), "qwen2.5-omni")
-        assert set(seen[0].diff().tolist()) == {patches}
+        assert set(seen[0].diff().tolist()) == {span}
 
 
 @pytest.mark.parametrize("name", [n for n in TESTBEDS if (NEXT / f"{n}.json").exists()])
