@@ -126,19 +126,20 @@ def test_evidence_receives_attention_and_survives(name, monkeypatch):
     scenes = crowded_scenes(8)
     asked = [Sample("", s.clip(), s.CAPTION, (s.caption(),), 0) for s in scenes]
     batch = encode(model, processor, asked)
-    seen = {}  # tokens of a window -> attention received by all, which are kept
+    seen = []  # attention received, and which are kept: visual tokens, then those of the sound
 
     def select(self, inputs):
         keep = real(self, inputs)
-        seen[inputs.sizes[0]] = (inputs.attention, keep)
+        seen.append((inputs.attention, keep))
         return keep
 
     real = Seats.select
     monkeypatch.setattr(Seats, "select", select)
     with prune(model, Schedule.load(f"{name}/35")), torch.no_grad():
         model(**batch.inputs)
-    for window, what in ((48, "things"), (10, "sounds")):
-        received, keep = (x.view(8, -1) for x in seen[window])
+    pairs = zip(*(x.split([8 * 192, 8 * 40]) for x in seen[0]))
+    for window, what, pair in zip((48, 10), ("things", "sounds"), pairs, strict=True):
+        received, keep = (x.view(8, -1) for x in pair)
         mean = received.unflatten(1, (-1, window)).mean(-1)
         assert torch.allclose(mean, torch.ones_like(mean), atol=1e-4)
         at = [(b, x.token) for b, s in enumerate(scenes) for x in getattr(s, what)]
