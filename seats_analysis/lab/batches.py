@@ -44,6 +44,12 @@ class TrainConfig:
     eval_every: int = 250
     eval_clips: int = 96
     threads: int = 1
+    go_on: bool = False  # begin with the shipped weights, see `begin`
+    read_first: int = 0  # steps in which only the read-outs learn
+    every: int = 1  # then, every so manyth step is a whole one; the others train towers on hints
+    crowded: float = 0.0  # share of the scenes with decoys, and wrong choices from the clip
+    crowd: tuple = ("rim", "noise", "thing", "sound")  # of `Batch.CROWD`: what hints ask in those
+    frozen: int = 0  # last layers whose MLPs stay as they are
 
     def is_told(self, step):
         "Whether a step is made of captions instead of clips: at first all are, later some."
@@ -176,6 +182,7 @@ def features(scenes, family):
 # %% ../../nbs/lab/00_batches.ipynb #6c06ea74
 def hints(
     scenes,  # of one length
+    read,  # `Batch.READ`, or also `Batch.CROWD`
 ):  # name -> (B, tokens of its tower) int64 classes, -100 where nothing is asked
     "What is to be read from each token of the towers."
     import torch
@@ -185,14 +192,16 @@ def hints(
     tokens = (cells * seconds, Scene.AUDIO_RATE * seconds)
     out = {
         name: torch.zeros(len(scenes), tokens[tower], dtype=torch.long)
-        for name, tower in Batch.READ.items()
+        for name, tower in read.items()
     }
-    number = {name: {v: i for i, v in enumerate(POOLS[name], 1)} for name in Batch.READ}
+    number = {
+        name: {v: i for i, v in enumerate(POOLS[Batch.OF.get(name, name)], 1)} for name in read
+    }
     for b, scene in enumerate(scenes):
         for w, light in enumerate(scene.lights):
             out["light"][b, 2 * cells * w : 2 * cells * (w + 1)] = number["light"][light]
         for t in scene.things:
-            at = cells * (2 * t.window + t.second) + Scene.COLS * t.row + t.col
+            at = t.token
             out["light"][b, at] = -100
             for name in ("colour", "shape", "place"):
                 out[name][b, at] = number[name][getattr(t, name)]
@@ -201,7 +210,34 @@ def hints(
             for name in ("pitch", "kind"):
                 out[name][b, start : start + 3] = -100
                 out[name][b, start + 1] = number[name][getattr(s, name)]
+        if "rim" in read:
+            _crowd_hints({name: out[name][b] for name in out}, scene, number)
     return out
+
+
+def _crowd_hints(out, scene, number):
+    """Which decoy is here; elsewhere, whether the frame has an object and the window a sound, but
+    not which one: so much, and no answer, is to be seen from other tokens."""
+    cells = Scene.ROWS * Scene.COLS
+    length = int(Scene.AUDIO_RATE * Scene.WINDOW_SECONDS)
+    out["thing"][:] = out["sound"][:] = 1
+    for t in scene.things:
+        grid = t.token // cells
+        out["thing"][cells * grid : cells * (grid + 1)] = 2
+    for s in scene.sounds:
+        out["sound"][length * s.window : length * (s.window + 1)] = 2
+    for t in (*scene.things, *scene.decoys):
+        out["thing"][t.token] = -100
+    for t in scene.decoys:
+        out["light"][t.token] = -100
+        for name, look in (("rim", t.colour), ("outline", t.shape), ("spot", t.place)):
+            if name in out:
+                out[name][t.token] = number[name][look]
+    for s in (*scene.sounds, *scene.noises):
+        out["sound"][s.token - 1 : s.token + 2] = -100
+    for s in scene.noises:
+        out["noise"][s.token - 1 : s.token + 2] = -100
+        out["noise"][s.token] = number["noise"][s.pitch]
 
 # %% ../../nbs/lab/00_batches.ipynb #cbca355a
 @dataclass(frozen=True)
@@ -216,6 +252,15 @@ class Batch:
 
     # what linear read-outs find in each token, and of which tower: 0 vision, 1 audio
     READ = dict(colour=0, shape=0, place=0, light=0, pitch=1, kind=1)
+    CROWD = dict(rim=0, outline=0, spot=0, thing=0, noise=1, sound=1)  # see `crowd` of the config
+    OF = dict(  # the pools of those
+        rim="colour", outline="shape", spot="place", noise="pitch", thing="number", sound="number"
+    )
+
+    @classmethod
+    def read(cls, c):
+        "What the read-outs of a run are asked."
+        return cls.READ | {k: cls.CROWD[k] for k in c.crowd if c.crowded}
 
     @classmethod
     def of_step(cls, step, c: TrainConfig):
@@ -247,14 +292,14 @@ class Batch:
             captions = [text_ids(f"<|im_start|> user {s.caption()} .") for s in scenes]
             return cls(rows, captions=captions)
         patches, mel = features(scenes, c.family)
-        return cls(rows, patches=patches, mel=mel, hints=hints(scenes))
+        return cls(rows, patches=patches, mel=mel, hints=hints(scenes, cls.read(c)))
 
 
 def _draw_scenes(rng, c: TrainConfig, told, windows, first_seed=10**6):
     "Those of one batch."
     n = c.text_batch if told else c.batch
     seeds = [rng.randrange(first_seed, 10 * first_seed) for _ in range(n)]
-    return [Scene.draw(seed, windows) for seed in seeds]
+    return [Scene.draw(s, windows, crowded=i < n * c.crowded) for i, s in enumerate(seeds)]
 
 
 def training_scenes(c: TrainConfig):

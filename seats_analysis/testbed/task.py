@@ -8,7 +8,7 @@ __all__ = ['NEEDS', 'TWO_HOP', 'COLOURS', 'PITCHES', 'LIGHTS', 'POOLS', 'Thing',
 # %% ../../nbs/testbed/00_task.ipynb #ee6ce3f0
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -67,12 +67,19 @@ class Thing:
     col: int
     colour: str
     shape: str
+    hollow: bool = False  # a decoy is an outline: no question or caption speaks of it
 
     @property
     def place(self):
         below = 2 * self.row >= Scene.ROWS
         right = 2 * self.col >= Scene.COLS
         return POOLS["place"][2 * below + right]
+
+    @property
+    def token(self):
+        "Which visual token of the clip its cell becomes."
+        grid = 2 * self.window + self.second
+        return Scene.COLS * (Scene.ROWS * grid + self.row) + self.col
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,12 @@ class Sound:
     pitch: str
     kind: str
 
+    @property
+    def token(self):
+        "The audio token with its middle, or the one beside."
+        middle = self.onset + (0.125 if self.kind == "noise" else 0.2)
+        return int(Scene.AUDIO_RATE * (self.window * Scene.WINDOW_SECONDS + middle))
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -93,6 +106,8 @@ class Scene:
     things: tuple
     sounds: tuple
     lights: tuple  # of each window
+    decoys: tuple = ()  # hollow things
+    noises: tuple = ()  # sounds that are noise about a pitch, in a crowded scene
 
     WINDOWS = 4
     WINDOW_SECONDS = 2.0
@@ -110,11 +125,13 @@ class Scene:
         cls,
         seed: int,  # the only source of randomness
         windows: int = WINDOWS,  # length in windows of 2 s; training begins with shorter clips
+        crowded=False,  # more of both, and decoys: five to eight cells, one or two noises a window
     ):
         "At least one object and one sound, at most one of each in a window."
         rng = random.Random(f"scene {seed}")
-        n_things = rng.randint(1, windows)
-        n_sounds = rng.randint(1, windows)
+        fewest = windows // 2 if crowded else 1
+        n_things = rng.randint(fewest, windows)
+        n_sounds = rng.randint(fewest, windows)
 
         def places(n):
             return sorted(rng.sample(range(windows), n))
@@ -131,7 +148,8 @@ class Scene:
             Sound(w, rng.uniform(0.1, 1.5), p, k)
             for w, p, k in zip(places(n_sounds), pitches, kinds)
         )
-        return cls(seed, things, sounds, tuple(rng.choices(list(LIGHTS), k=windows)))
+        scene = cls(seed, things, sounds, tuple(rng.choices(list(LIGHTS), k=windows)))
+        return _crowd(scene, rng) if crowded else scene
 
     @property
     def seconds(self):
@@ -151,8 +169,11 @@ class Scene:
         "Background, sensor noise, and each object for one second."
         rng = np.random.default_rng([self.seed, 1])
         grids = _background(self.lights, rng)
-        for t in self.things:
-            mask = _stencil(t.shape, rng.uniform(10, 12.5), *rng.uniform(-1.5, 1.5, 2))
+        for t in (*self.things, *self.decoys):
+            radius, dy, dx = rng.uniform(10, 12.5), *rng.uniform(-1.5, 1.5, 2)
+            mask = _stencil(t.shape, radius, dy, dx)
+            if t.hollow:
+                mask &= ~_stencil(t.shape, 0.6 * radius, dy, dx)
             rows, cols = (slice(i * self.CELL, (i + 1) * self.CELL) for i in (t.row, t.col))
             cell = grids[2 * t.window + t.second, rows, cols]
             cell[mask] = np.array(COLOURS[t.colour]) + rng.uniform(-12, 12, 3)
@@ -165,7 +186,7 @@ class Scene:
         rng = np.random.default_rng([self.seed, 2])
         n = self.seconds * self.SAMPLE_RATE
         wave = rng.standard_normal(n, "float32") * rng.uniform(0.001, 0.004)
-        for s in self.sounds:
+        for s in (*self.sounds, *self.noises):
             sound = _waveform(s, rng)
             at = int((s.window * self.WINDOW_SECONDS + s.onset) * self.SAMPLE_RATE)
             wave[at : at + len(sound)] += sound.astype("float32")
@@ -198,7 +219,14 @@ class Scene:
     ) -> Sample:
         "One question, with four shuffled choices."
         question, answer, pool, *avoid = _question(self, family, rng)
-        choices = rng.sample([p for p in pool if p not in (answer, *avoid)], 3) + [answer]
+        wrong = [p for p in pool if p not in (answer, *avoid)]
+        if self.decoys:  # first what is there: whoever guesses among that gains nothing
+            rng.shuffle(wrong)
+            seen = {t.colour: 1 for t in self.decoys} | {t.colour: 2 for t in self.things}
+            wrong = sorted(wrong, key=lambda p: -seen.get(p, 0))[:3]
+        else:
+            wrong = rng.sample(wrong, 3)
+        choices = [*wrong, answer]
         rng.shuffle(choices)
         name = f"scene{self.seed}"
         about = dict(question=question, choices=tuple(choices), answer=choices.index(answer))
@@ -222,6 +250,25 @@ class Scene:
         return [phrases[i : i + 1] == [p] for i, p in enumerate(caption.split(" then "))]
 
 # %% ../../nbs/testbed/00_task.ipynb #a16a4bfd
+def _crowd(scene, rng):
+    "The scene with decoys: outlines in free cells, and noises away from the sounds."
+    taken = {(t.window, t.second, t.row, t.col) for t in scene.things}
+    decoys = []
+    noises = []
+    for w in range(len(scene.lights)):
+        cells = [(w, *c) for c in np.ndindex(2, Scene.ROWS, Scene.COLS) if (w, *c) not in taken]
+        for cell in rng.sample(cells, rng.randint(5, 8)):
+            look = rng.choice(list(COLOURS)), rng.choice(POOLS["shape"])
+            decoys.append(Thing(*cell, *look, hollow=True))
+        busy = [s.onset for s in scene.sounds if s.window == w]
+        for _ in range(rng.randint(1, 2)):
+            free = [t / 20 for t in range(2, 34) if all(abs(t / 20 - b) > 0.45 for b in busy)]
+            if free:
+                busy.append(rng.choice(free))
+                noises.append(Sound(w, busy[-1], rng.choice(list(PITCHES)), "noise"))
+    return replace(scene, decoys=tuple(decoys), noises=tuple(noises))
+
+
 def _stencil(shape, radius, dy, dx):
     "Boolean mask of a shape inside one cell, off centre by (dy, dx) pixels."
     y, x = np.mgrid[: Scene.CELL, : Scene.CELL] - (Scene.CELL - 1) / 2
@@ -252,7 +299,9 @@ def _background(lights, rng):
 
 # %% ../../nbs/testbed/00_task.ipynb #5279a379
 def _waveform(sound, rng):
-    "One sound, 0.35 to 0.45 s."
+    "One sound, 0.35 to 0.45 s; or a noise of a quarter of a second."
+    if sound.kind == "noise":
+        return _noise(PITCHES[sound.pitch], rng)
     n = int(rng.uniform(0.35, 0.45) * Scene.SAMPLE_RATE)
     t = np.arange(n) / Scene.SAMPLE_RATE
     bend = {"rising": 1, "falling": -1}.get(sound.kind, 0)
@@ -263,6 +312,17 @@ def _waveform(sound, rng):
     if sound.kind == "pulsing":
         wave *= np.sin(2 * np.pi * 6 * t) > 0
     return wave * np.minimum(1, np.minimum(t, t[::-1]) / 0.01)
+
+
+def _noise(hz, rng):
+    "Noise of two thirds of an octave about a frequency."
+    n = Scene.SAMPLE_RATE // 4
+    spectrum = np.fft.rfft(rng.standard_normal(n))
+    away = np.log2(np.maximum(np.fft.rfftfreq(n, 1 / Scene.SAMPLE_RATE), 1) / hz)
+    wave = np.fft.irfft(spectrum * (abs(away) < 1 / 3), n)
+    t = np.arange(n) / Scene.SAMPLE_RATE
+    edges = np.minimum(1, np.minimum(t, t[::-1]) / 0.01)
+    return wave / wave.std() * rng.uniform(0.1, 0.2) * edges
 
 # %% ../../nbs/testbed/00_task.ipynb #efa0edad
 def _table(right, pool, rng):
