@@ -129,6 +129,8 @@ def main():
     write_reference()
     config = yaml.safe_load((ROOT / "docs" / "mkdocs.yml").read_text(encoding="utf-8"))
     config |= dict(nav=navigation(), hooks=[str(ROOT / "docs" / "formulas.py")])
+    reference = config["plugins"][1]["mkdocstrings"]["handlers"]["python"]["options"]
+    reference["extensions"] = [str(ROOT / "docs" / "comments.py")]
     (BUILD / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", BUILD / "mkdocs.yml"]

@@ -376,7 +376,7 @@ def test_refused_calls(model, singles, line):
         (PLAN, dict(kv="drop"), ValueError, "`kv` must be one of 'retain', 'evict', not 'drop'"),
         (PLAN, dict(images="crop"), ValueError, "`images` must be one of 'keep', 'prune'"),
         (Schedule.published("qwen2.5-omni-7b"), {}, ValueError, "28 layers"),
-        (0.1, {}, TypeError, "wants a Schedule, a Pruner or None, not float"),
+        (0.1, {}, TypeError, "wants a Schedule, its file, a Pruner or None, not float"),
         (PLAN, dict(model=torch.nn.Linear(1, 1)), ValueError, "names no token"),
     ],
 )

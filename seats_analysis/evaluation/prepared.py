@@ -481,9 +481,10 @@ class Answering:
 
     def _identity(self, about):
         "What the answers depend on."
-        runs = [
-            [r.label, r.trr, r.share, r.kv, [p and repr(p) for p in r.plans]] for r in self.runs
-        ]
+        runs = []
+        for r in self.runs:
+            plans = [p and [repr(p), p.schedule.plan_sha256] for p in r.plans]
+            runs.append([r.label, r.trr, r.share, r.kv, plans])
         own = dict(
             answers=self.answers,
             batch_size=self.batch_size,

@@ -54,8 +54,8 @@ def blocks_of(
     else:
         probe = shlex.join(["seats", "probe", "--model", model_name, "--data", data])
         raise ValueError(
-            f"where the blocks of {model_name} lie is not known: `{probe}` (in Python "
-            "`sa.analyze`) measures it, --profile or --schedule names what says it"
+            f"where the blocks of {model_name} lie is not known: `{probe}` measures it "
+            "(in Python `sa.analyze`), --profile or --schedule names what says it"
         )
     blocks.check_measured()
     if layers := config.get("num_hidden_layers"):
