@@ -4,6 +4,8 @@ Parameters are explained in comments beside them, which a static reader does not
 `seats_analysis` puts them into the docstrings of its face.
 """
 
+import re
+
 import griffe
 
 import seats_analysis as sa
@@ -19,4 +21,5 @@ class Comments(griffe.Extension):
 
     def on_object(self, *, obj, **_):
         if text := self.said.get(obj.path):
+            text = re.sub(r"(?m)^(\**\w+ : .*?) = .*$", r"\1", text)  # defaults have a column
             obj.docstring = griffe.Docstring(text, parser="numpy", parent=obj)
