@@ -13,9 +13,11 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pins
 import pytest
 import typer.main
+from clips import blocks, patch, write_clip
 from packaging.requirements import Requirement
 
 from seats_analysis.cli import main as cli
@@ -221,15 +223,19 @@ from seats_analysis.testbed.load import build_model, build_processor
 for part in build_model(layers=6), build_processor():
     part.save_pretrained("my sft")
 names = ["plain", "half a second", "s\u00edlent", "portrait", "[b]", "dot.", "q'uote", "UPPER"]
+names += ["thirty", "ninety", "wide", "-dash"]
+lengths = {"half a second": 0.5, "thirty": 30, "ninety": 90}
 rows = []
 for i, name in enumerate(names):
-    size = (112, 56) if name == "portrait" else (56, 84)
-    seconds = 0.5 if i == 1 else 2
+    size = dict(portrait=(112, 56), wide=(28, 140)).get(name, (56, 84))
+    seconds = lengths.get(name, 2)
     frames = np.random.default_rng(i).integers(0, 255, (int(2 * seconds), *size, 3), dtype="uint8")
     wave = None if i == 2 else np.sin(np.arange(int(16000 * seconds)) / 9).astype("float32") / 3
     Clip(name, frames, 2.0, wave, 16000).save(f"{name}.mp4")
+for i, path in enumerate(sorted([*Path().glob("*.mp4"), *Path().glob("*.webm")])):
     asked = dict(question="What moves?", choices=["red", "blue"], answer=i % 2)
-    rows.append(dict(asked, video=f"{name}.mp4", family="moves"))
+    rows.append(dict(asked, video=str(path), family="moves"))
+assert len(rows) == 15, rows
 Path("mine.jsonl").write_text("\\n".join(map(json.dumps, rows)))
 """
 PLAN = "seats_out/mine/schedules/my sft_trr30.json"
@@ -244,12 +250,22 @@ seats eval {OF} --methods random --schedule '{PLAN}'
 seats tune {OF} --schedule '{PLAN}' {LOOSE} --budget 3
 seats check '{PLAN}' {OF} --max-change 99 --confidence 50
 seats figures --data mine.jsonl
+seats analyze {OF} --limit 6 --trr 30 --out analyzed
 """
 
 
 @pytest.mark.nightly
 def test_ones_own_clips_and_checkpoint_from_an_empty_folder(shell, tmp_path):
-    "No dead end: what is refused names the command that helps."
+    "No dead end with fifteen clips: what is refused names the command that helps."
+    wave = np.sin(np.arange(32000) / 9).astype("float32") / 3
+    kinds = ("webm.webm", "libvpx-vp9", "libopus", "mono"), ("six.mp4", "libx264", "aac", "5.1")
+    for name, codec, voice, layout in (*kinds, ("turned.mp4", "libx264", "aac", "stereo")):
+        channels = dict(mono=1, stereo=2).get(layout, 6)
+        sound = blocks(np.tile(wave, (channels, 1)))
+        options = dict(codec=codec, voice=voice, layout=layout, sound=sound, hz=48000)
+        write_clip(tmp_path / name, list(range(0, 200, 10)), **options)
+    a_quarter = 0, 1 << 16, 0, -(1 << 16) % (1 << 32), 0, 0, 0, 0, 1 << 30
+    patch(tmp_path / "turned.mp4", b"tkhd", 44, *a_quarter)  # the matrix of a phone held upright
     shell(f"python -c {shlex.quote(OWN)}")
     asked = "--question 'What moves?' --trr 30 --model"
     shell(f"seats run plain.mp4 {asked} testbed", refused="does not know the words What, moves?")
