@@ -240,7 +240,7 @@ Path("mine.jsonl").write_text("\\n".join(map(json.dumps, rows)))
 """
 PLAN = "seats_out/mine/schedules/my sft_trr30.json"
 OF = "--model 'my sft' --data mine.jsonl"
-LOOSE = "--max-change 90 --confidence 50"
+LOOSE = "--max-change 99 --confidence 50"
 OWN_WALK = f"""
 seats probe {OF} --layers 0:7:3 --removed both
 seats boundaries 'seats_out/mine/profiles/my sft.nc'
