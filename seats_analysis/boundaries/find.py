@@ -242,8 +242,8 @@ class Resampled:
             curve=_rounded(counts.retained),
             corrected=corrected,
             control=control,
-            model=str(attrs.get("model", attrs.get("model_id", ""))),
-            revision=attrs.get("revision", attrs.get("model_revision")) or None,
+            model=str(attrs.get("model", "")),
+            revision=attrs.get("revision") or None,
             seed=None if made is None else int(made),
             profile_hash=profile_hash(profile),
         )

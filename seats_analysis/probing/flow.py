@@ -26,13 +26,9 @@ from .run import units_of
 # %% ../../nbs/probing/05_flow.ipynb #e0e8b2d7
 def copies_at_once(rows, fixed, width):
     "Copies of so many rows that stand side by side, behind `fixed` common columns."
-    return max(1, max(2 * width, fixed // 4) // rows)
+    return max(1, max(1024, 2 * width, fixed // 4) // rows)
 
 # %% ../../nbs/probing/05_flow.ipynb #d82ab62a
-MOST_TOKENS = 8_192  # of copies that run as one batch
-MOST_CELLS = 2**27  # of their masks: 512 MiB in float32
-
-
 @dataclass
 class Branches:
     "Copies of the rows of one edge, each blocked in layers (and heads) of its own."
@@ -47,46 +43,36 @@ class Branches:
         new = (until[:, -1] & ~until[:, :-1].any(1)).nonzero()[:, 0]
         self.hidden |= dict.fromkeys(new.tolist(), full[self.cut.rows])
 
-    def packs(self, jobs, width, most):  # -> (B, g) int64 tensors of jobs, at most so many tokens
-        "g copies side by side, B such rows as a batch; what is left over by itself."
-        g = copies_at_once(len(self.cut.rows), len(self.cut.fixed), width)
-        whole = len(jobs) // g * g
-        rows = torch.tensor(jobs[:whole], dtype=torch.long).view(-1, g)
-        rest = torch.tensor(jobs[whole:], dtype=torch.long)[None]
-        at_once = max(1, most // (g * len(self.cut.rows)))
-        return [part for part in (*rows.split(at_once), rest) if part.numel()]
-
-    def allowed(self, jobs, layer):  # (B, g) -> (B, H or 1, g * r, n + g * r) bool
+    def allowed(self, jobs, layer):  # g of them -> (1, H or 1, g * r, n + g * r) bool
         "Who sees whom among some copies."
         n = len(self.cut.fixed)
-        g = jobs.shape[1]
-        which = self.blocked[jobs, layer].to(self.cut.sees.device)  # (B, g, H)
-        if (which == which[..., :1]).all():
-            which = which[..., :1]
-        sees = self.cut.sees[which.movedim(-1, 1).long()]  # (B, H, g, r, n + r)
-        own = sees.new_zeros(*sees.shape[:4], g, sees.shape[3])
-        each = torch.arange(g)
-        own[:, :, each, :, each] = sees[..., n:].movedim(2, 0)
-        return torch.cat([sees[..., :n], own.flatten(4)], -1).flatten(2, 3)
+        which = self.blocked[jobs, layer].to(self.cut.sees.device)  # (g, H)
+        if (which == which[:, :1]).all():
+            which = which[:, :1]
+        sees = self.cut.sees[which.T.long()]  # (H, g, r, n + r)
+        own = sees.new_zeros(*sees.shape[:3], len(jobs), sees.shape[2])
+        each = torch.arange(len(jobs))
+        own[:, each, :, each] = sees[..., n:].movedim(1, 0)
+        return torch.cat([sees[..., :n], own.flatten(3)], -1).flatten(1, 2)[None]
 
     def advance(self, stream, layer, kv):
         "One layer for all copies, behind keys and values of the positions that stay."
         front = tuple(t[:, :, self.cut.fixed] for t in kv)
         own = stream.map(lambda x: x[:, self.cut.rows])
         width = stream.hidden.shape[-1]
-        row = self.blocked.shape[-1] * (stream.hidden.shape[1] + 2 * width)  # cells of a mask
+        together = copies_at_once(len(self.cut.rows), len(self.cut.fixed), width)
         here = self.blocked[:, layer].any(-1)
-        for busy, most in ((False, MOST_TOKENS), (True, min(MOST_TOKENS, MOST_CELLS // row))):
-            for jobs in self.packs([j for j in self.hidden if here[j] == busy], width, most):
-                # copies that are blocked nowhere here have all the same mask
-                allowed = self.allowed(jobs if busy else jobs[:1], layer)
-                hidden = torch.stack([self.hidden[j] for j in jobs.flatten().tolist()])
-                rotary = tuple(t.repeat(1, jobs.shape[1], 1) for t in own.rotary)
-                mask = stream.decoder.mask(allowed, hidden.dtype)
-                rows = hidden.view(len(jobs), -1, width)
+        for busy in (False, True):  # those blocked nowhere here have one mask for all heads
+            waiting = [j for j in self.hidden if here[j] == busy]
+            for start in range(0, len(waiting), together):
+                jobs = waiting[start : start + together]
+                hidden = torch.stack([self.hidden[j] for j in jobs])
+                rotary = tuple(t.repeat(1, len(jobs), 1) for t in own.rotary)
+                mask = stream.decoder.mask(self.allowed(jobs, layer), hidden.dtype)
+                rows = hidden.view(1, -1, width)
                 rows, _ = stream.decoder.run_layer(rows, rotary, mask, layer, front)
                 hidden = own.inject(rows.view(hidden.shape), layer)
-                self.hidden |= dict(zip(jobs.flatten().tolist(), hidden))
+                self.hidden |= dict(zip(jobs, hidden))
 
 # %% ../../nbs/probing/05_flow.ipynb #e529ab33
 def _join(a, b):  # Cut, Cut -> Cut, (r,) where the rows of `b` are in it; None

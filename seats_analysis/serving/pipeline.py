@@ -6,6 +6,7 @@
 __all__ = ['TASK', 'Thinker', 'register']
 
 # %% ../../nbs/serving/03_pipeline.ipynb #a3f0c004
+from ..evaluation.load import architecture_of
 from ..pruning.session import as_pruner
 from .lmms import Answerer
 
@@ -18,11 +19,7 @@ class Thinker:
 
     @staticmethod
     def from_pretrained(name, **given):
-        import transformers
-
-        stated = transformers.AutoConfig.from_pretrained(name, **given).architectures[0]
-        thinker = getattr(transformers, stated.replace("ForCond", "ThinkerForCond"), None)
-        return (thinker or getattr(transformers, stated)).from_pretrained(name, **given).eval()
+        return architecture_of(name, **given).from_pretrained(name, **given).eval()
 
 
 def register():
