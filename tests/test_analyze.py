@@ -49,11 +49,11 @@ def known(curves=None, clips=200, needs=True, control=True, **attrs):
 FLAT = "nothing is lost even where the tokens never enter"
 SAID = [  # profile, whether there is a schedule, what the advice says, and what it does not
     (known(), True, "late block begins at layer 9", "not known"),
-    (known(), True, "Control questions keep at least", "needs`"),
+    (known(), True, "200 control questions keep at least", "needs`"),
     (known(clips=2), False, "too few clips", "The late block"),
     (known({"both": ramp(12, 3, 12)}), True, "There is no late block", "The late block"),
     (known({"both": np.ones(13)}), False, FLAT, "The late block"),
-    (known(control=False), True, "disturbance by the removal itself is not known", "Control quest"),
+    (known(control=False), True, "disturbance by the removal itself is not known", "control quest"),
     (known(needs=False), True, "needs was not said", "is not known"),
     (known().drop_attrs(), False, "how many visual and audio tokens", "The schedule keeps"),
 ]

@@ -12,19 +12,11 @@ from seats_analysis.boundaries.find import find_boundaries
 from seats_analysis.boundaries.flow import explain_flow, flow_end, flow_table
 from seats_analysis.boundaries.report import boundary_table
 from seats_analysis.cli.main import app
-from seats_analysis.lab.flow import plain_knockouts
 from seats_analysis.inputs.layout import Modality
 from seats_analysis.models.encode import encode, encode_questions
 from seats_analysis.models.families import adapter_for
 from seats_analysis.probing import flow as flow_module
-from seats_analysis.probing.flow import (
-    FLOW_METRICS,
-    Branches,
-    Knockouts,
-    jobs_of,
-    joined,
-    trace_flow,
-)
+from seats_analysis.probing.flow import Branches, Knockouts, jobs_of, joined, trace_flow
 from seats_analysis.schedules.cost import flow_flops
 from seats_analysis.storage.files import shipped_folder
 from seats_analysis.storage.schemas import load_flow, load_profile, save_flow
@@ -101,26 +93,6 @@ def test_a_knockout_is_the_stock_model_with_a_mask(parts, samples, edge, head):
         kl = (full.exp() * (full - found)).sum()
         np.testing.assert_allclose(flow["kl"].sel(edge=edge, layer=layer)[0], kl, atol=2e-5)
     assert float(flow["kl"].max()) > 1e-4  # something was blocked
-
-
-@pytest.mark.parametrize("span", ["around", "from", "to"])
-def test_the_pass_with_branches_gives_what_a_pass_for_each_gives(parts, samples, span, monkeypatch):
-    model, processor = parts
-    edges = ["visual->question", "both->text", "audio->visual", "visual@0->audio", "options->last"]
-    edges += ["right->last", "first->text", "question->answer"]
-    edges += ["visual->text", "visual->last", "first->question"]  # two share copies with another
-    options = dict(edges=edges, span=span, media_every=2, progress=False)
-    fast = trace_flow(model, processor, samples, **options)
-    monkeypatch.setattr(Knockouts, "branch", plain_knockouts)
-    slow = trace_flow(model, processor, samples, **options)
-    for k in FLOW_METRICS:
-        np.testing.assert_allclose(fast[k], slow[k], atol=2e-4, rtol=1e-3, err_msg=k)
-    change = fast["change"]
-    assert change.sel(edge="audio->visual").isel(layer=[1, 3]).isnull().all()
-    assert change.sel(edge="right->last", sample="open").isnull().all()  # no choices in the prompt
-    assert change.sel(edge="right->last", sample="letters").notnull().all()
-    assert change.sel(edge="both->text", sample="text").isnull().all()  # no media
-    assert change.sel(edge="question->answer").notnull().any()
 
 
 def test_sets_of_heads_are_blocked_together(parts, samples):

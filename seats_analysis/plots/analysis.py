@@ -21,6 +21,7 @@ from ..testbed.task import NEEDS
 from ..probing.run import probe_dependency, probe_to_file
 from ..boundaries.find import Boundaries, find_boundaries, kl_late_start
 from ..boundaries.report import explain
+from ..boundaries.retention import derived_from, family_needs
 from ..schedules.schedule import Schedule
 from ..evaluation.load import load_samples
 from .dependency import derive_split, plot_dependency
@@ -43,10 +44,10 @@ def not_known(
             "count for every modality."
         )
     if bounds.control:
-        said.append(
-            f"Control questions keep at least {100 * min(bounds.control):.0f} % of their right "
-            "answers: what they lose, the removal itself disturbs."
-        )
+        free = [family for family, needs in family_needs(profile).items() if not needs]
+        n = int(derived_from(profile)["family"].isin(free).sum())
+        kept = f"keep at least {100 * min(bounds.control):.0f} % of their right answers"
+        said.append(f"{n} control questions {kept}: what they lose, the removal itself disturbs.")
     else:
         said.append(
             "No question that needs neither video nor audio was answered (a family `control`): how "
