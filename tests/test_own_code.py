@@ -29,7 +29,7 @@ from seats_analysis.evaluation.load import load_model
 from seats_analysis.models.encode import encode
 from seats_analysis.models.families import adapter_for
 from seats_analysis.pruning.cache import follow_up
-from seats_analysis.pruning.session import prune
+from seats_analysis.pruning.session import as_pruner, prune
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.serving import lmms as serving
 from seats_analysis.serving.pipeline import TASK
@@ -459,12 +459,14 @@ def test_on_a_testbed(name):
     seen = []
     with patch.object(serving, "prune", lambda *a, **k: seen.append(a) or prune(*a, **k)):
         assert pipe(clip, **asked) == want and pipe([clip] * 2, **asked) == [want] * 2
-    assert len(seen) == 3 and all(a[1] == run.method for a in seen)
+    plans = {m.schedule.plan_sha256 for m in (run.method, *(a[1] for a in seen))}
+    assert len(seen) == 3 and len(plans) == 1
     content = [dict(type="video", url=clip), dict(type="text", text=sample.prompt_text)]
     by_hand = pipeline(TASK, schedule=Schedule.load(f"{name}/10"), **parts)
     assert by_hand([dict(role="user", content=content)], **lengths) == want
+    assert pipeline(TASK, trr=7, **parts).answerer.method == as_pruner(None, model, 7)
     with pytest.raises(ValueError, match="neither a file nor a shipped schedule"):
-        pipeline(TASK, trr=7, **parts)
+        pipeline(TASK, schedule=f"{name}/7", **parts)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -45,20 +45,12 @@ def _p_holm(means):  # (clips, L) with NaN
 def flow_table(
     flow,  # xr.Dataset of `trace_flow`
     metric: str = "change",  # or change_right, kl, flip
-    split: str | None = None,  # only these samples
     n_boot: int = 2000,
     seed: int = 0,
 ):  # pandas.DataFrame by (edge, layer, ...): effect, 95 % interval, p by Holm, repaired and broken
-    """Mean effect of every knockout over clips; shares of the questions that it repairs and breaks.
-
-    Raises ValueError for a split that is not there."""
+    "Mean effect of every knockout over clips; shares of the questions that it repairs and breaks."
     import pandas as pd
 
-    if split is not None:
-        known = sorted({*flow["split"].values.tolist()})
-        if split not in known:
-            raise ValueError(f"split: {split!r} is not among {known}")
-        flow = flow.isel(sample=flow["split"].values == split)
     dims = flow[metric].dims[1:]
     right = flow["correct"]
     full = flow["full_correct"]
@@ -93,13 +85,12 @@ def flow_end(
     flow,  # of layers, with the edge `visual->text` and the like
     modality: str,  # visual, audio or both
     tolerance: float = 0.01,  # mean change that counts as none
-    **options,  # of `flow_table`
 ):  # layer, 0-based; the number of layers where the last one still reads them; None: no such edge
     "The first layer from which on no window shows that the text reads a modality."
     edge = f"{modality}->text"
     if edge not in flow["edge"].values or "layer" not in flow.dims or "head" in flow.dims:
         return None
-    rows = flow_table(flow.sel(edge=[edge]), **options).xs(edge, level="edge")
+    rows = flow_table(flow.sel(edge=[edge])).xs(edge, level="edge")
     seen = _seen(rows, tolerance).index
     # a window that shows nothing has its first layer half a window before its middle
     back = int(flow.attrs["window"]) // 2 if flow.attrs["span"] == "around" else 0
@@ -150,13 +141,14 @@ def explain_flow(
         if b.unmeasurable or (end := flow_end(flow, removed)) is None:
             continue
         low, high = b.late_start_ci or (b.late_start, b.late_start)
-        said = "they agree" if low <= end <= high else "they disagree"
+        said = "they agree"
         if end < low:
-            said += (
-                ": what removal still costs, single windows do not show where there is another way"
+            said = (
+                "they disagree: what removal still costs, single windows do not show where there "
+                "is another way"
             )
         if end > high:
-            said += ": the text still reads what removal shows it could do without"
+            said = "they disagree: the text still reads what removal shows it could do without"
         lines.append(
             f"{removed}: by its flow no layer from {end + 1} on lets the text read it; by the "
             f"probe the late block begins at {b.late_start + 1} ({low + 1} to {high + 1}): {said}."

@@ -70,11 +70,11 @@ def explain(
             f"{live[idle]:.2g} nats (mean KL)."
         )
     if known and b.late_start_certified is not None:
-        lines.append(_certificate(b, known["margin"], known["critical"]))
+        lines.append(_certificate(b, known["margin"]))
     return "\n".join(lines)
 
 
-def _certificate(b, margin, critical):
+def _certificate(b, margin):
     "One sentence about what could be certified, and what it would take."
     if b.late_start_certified < b.num_layers:
         return (
@@ -82,7 +82,7 @@ def _certificate(b, margin, critical):
             f"{margin:.3g} of the performance."
         )
     # clips at which `loss_bound` of no loss is the margin, up to rounding
-    enough = int(np.ceil(critical**2 * (1 - margin) / margin - 1e-12))
+    enough = int(np.ceil(b.parameters["critical"] ** 2 * (1 - margin) / margin - 1e-12))
     return (
         f"No layer can be certified at a loss of {margin:.3g}: {b.n_clips} clips exclude "
         f"{b.excludable_loss:.3g} at best, and {enough} effective clips without a loss would be "
@@ -98,12 +98,8 @@ _TYPES = {
 } | dict.fromkeys(("late_by_kl", "certified", "questions", "clips"), "Int64")
 
 
-def _row(profile, removed, families, options):
-    "One row of `boundary_table`; without layers where they are not measurable, or none is asked."
-    try:
-        b = find_boundaries(profile, removed, families=families, **options)
-    except Unanswered if families is None else ValueError:
-        return {}
+def _numbers(b):
+    "One row of `boundary_table`; without layers where they are not measurable."
     row = dict(questions=b.n_samples, clips=b.n_clips)
     if b.unmeasurable:
         return row
@@ -114,6 +110,14 @@ def _row(profile, removed, families, options):
         row[f"{name}_low"], row[f"{name}_high"] = getattr(b, f"{name}_ci")
         row[f"{name}_same"] = b.parameters.get("stability", {}).get(name)
     return row
+
+
+def _row(profile, removed, families, options):
+    "The same of a profile; empty where none is asked."
+    try:
+        return _numbers(find_boundaries(profile, removed, families=families, **options))
+    except Unanswered if families is None else ValueError:
+        return {}
 
 
 def boundary_table(
@@ -146,8 +150,21 @@ def _start(layer, interval, num_layers):
     return f"{layer + 1} ({low + 1} to {high + 1 if high < num_layers else 'end'})"
 
 
-def _share(value):
-    return "-" if value is None else f"{100 * value:.0f} %"
+def _starts(numbers, num_layers):
+    "What a line says of where blocks start: column -> text."
+    starts = {}
+    shares = {}
+    for block, name in dict(middle="shallow_end", late="late_start").items():
+        layer = numbers.get(name)
+        said = "no late block"
+        if layer is None:
+            said = "not measurable"
+        elif layer < num_layers:
+            said = _start(layer, (numbers[f"{name}_low"], numbers[f"{name}_high"]), num_layers)
+        starts[f"{block} starts (95 %)"] = said
+        same = numbers.get(f"{name}_same")
+        shares[f"{block} same"] = "-" if same is None else f"{100 * same:.0f} %"
+    return starts | shares
 
 
 def _span(first, end):
@@ -163,24 +180,17 @@ def boundary_row(
     "One condition as a line of a table."
     n = b.num_layers
     kl = b.parameters.get("kl")
-    same = b.parameters.get("stability", {})
     row = {
         "removed": b.removed,
         "shallow": _span(0, b.shallow_end),
         "middle": _span(b.shallow_end, b.late_start),
         "late": _span(b.late_start, n),
-        "middle starts (95 %)": _start(b.shallow_end, b.shallow_end_ci, n),
-        "late starts (95 %)": "no late block",
-        "middle same": _share(same.get("shallow_end")),
-        "late same": _share(same.get("late_start")),
+        **_starts(_numbers(b), n),
         "late by KL": _start(kl["late_start"], kl["interval"], n) if kl else "-",
         "certified": "-" if b.late_start_certified >= n else str(b.late_start_certified + 1),
     }
-    if b.late_start < n:
-        row["late starts (95 %)"] = _start(b.late_start, b.late_start_ci, n)
     if b.unmeasurable:
-        row = dict.fromkeys(row, "-") | {"removed": b.removed}
-        row["middle starts (95 %)"] = "not measurable"
+        row |= dict.fromkeys(("shallow", "middle", "late", "late by KL", "certified"), "-")
     return row
 
 
@@ -189,18 +199,5 @@ def family_row(
     num_layers: int,
 ) -> dict:  # column -> text, layers printed from 1
     "One family as a line of a table."
-
-    def start(name):
-        if r[name] is None:
-            return "not measurable" if name == "shallow_end" else "-"
-        return _start(r[name], (r[f"{name}_low"], r[f"{name}_high"]), num_layers)
-
-    return {
-        "removed": r["removed"],
-        "family": r["family"],
-        "questions": r["questions"] or "-",
-        "middle starts (95 %)": start("shallow_end"),
-        "late starts (95 %)": start("late_start"),
-        "middle same": _share(r["shallow_end_same"]),
-        "late same": _share(r["late_start_same"]),
-    }
+    named = {name: r[name] for name in ("removed", "family")}
+    return named | {"questions": r["questions"] or "-"} | _starts(r, num_layers)

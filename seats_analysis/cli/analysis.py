@@ -25,13 +25,11 @@ from seats_analysis.cli.app import (
     note,
     numbers_of,
     output_file,
-    resumable,
     table,
     takes,
     writable,
 )
 from ..inputs.layout import Modality
-from ..storage.files import Checkpoint
 from ..storage.schemas import load_profile
 
 # %% ../../nbs/cli/01_analysis.ipynb #5d1079fd
@@ -107,37 +105,30 @@ def probe(
     num_layers = asked.depth()
     usual = f"profiles/{name_of(asked.model)}.nc"
     out = output_file(out, asked.data, usual, "profile", overwrite)
-    from seats_analysis.testbed.load import caption_samples
-    from seats_analysis.testbed.task import NEEDS
-
     conditions = None
     if removed:
         conditions = names_of(removed, "--removed", (*Modality.CODES, "both"))
     chosen = _layer_list(layers, num_layers)
-    needs = NEEDS if asked.data == "testbed" else None  # other data do not say
+    needs = asked.needs
+    samples = None
+    from seats_analysis.probing.run import probe_to_file
+    from seats_analysis.testbed.load import caption_samples
+
     if asked.data == "testbed" and answers == "text":
         samples = caption_samples(asked.limit or 96, PROBE_SEED, progress=True)
         needs = dict(caption=list(Modality.CODES))
-    else:
-        samples = asked.samples()
-    model, processor = asked.load()
-    from seats_analysis.probing.run import probe_to_file
-
-    with resumable(Checkpoint.folder_of(out), "samples"):
-        profile = probe_to_file(
-            model,
-            processor,
-            samples,
-            out,
-            broken=asked.broken,
-            removed=conditions,
-            layers=chosen,
-            max_branch_tokens=max_branch_tokens,
-            needs=needs,
-            answers=answers,
-            max_new_tokens=max_new_tokens,
-            **asked.limits(processor),
-        )
+    profile = asked.measured(
+        probe_to_file,
+        out,
+        samples,
+        broken=asked.broken,
+        removed=conditions,
+        layers=chosen,
+        max_branch_tokens=max_branch_tokens,
+        needs=needs,
+        answers=answers,
+        max_new_tokens=max_new_tokens,
+    )
     if profile is not None:
         print(f"{out}: {_probe_text(profile)}{left_out(asked.broken)}")
 
@@ -156,10 +147,6 @@ def flow(
         "text; default: what reaches the question, its last token, and all text.",
     ),
     window: int = Option(3, min=1, help="Layers that are blocked around each one, odd."),
-    span: Literal["around", "from", "to"] = Option(
-        "around", help="Layers that are blocked: a window around each, from it on, or up to it."
-    ),
-    layers: str = Option("", help="0-based layers, as for `seats probe`; default: all."),
     heads: bool = Option(False, "--heads", help="Each attention head by itself."),
 ):
     """Measure which way video and audio take to the answer.
@@ -167,10 +154,7 @@ def flow(
     That is what the answers lose when one group of tokens may not look at another one, layer by
     layer. Interrupted, the same command goes on; `accelerate launch --no_python` shares the work.
     """
-    num_layers = asked.depth()
-    chosen = _layer_list(layers, num_layers and num_layers - 1)
-    if chosen == "auto":
-        raise ValueError("--layers auto: only `seats probe` follows a curve; give numbers")
+    asked.depth()  # a model that cannot be had is refused first
     if window % 2 == 0:
         raise ValueError(f"--window {window}: give an odd number of layers")
     kind = "_time" if edges == "time" else "_heads" if heads else ""
@@ -181,21 +165,7 @@ def flow(
     from seats_analysis.probing.flow import flow_to_file
 
     named = edges if edges in ("", "time") else list(check_edges(names_of(edges, "--edges")))
-    samples = asked.samples()
-    model, processor = asked.load()
-    with resumable(Checkpoint.folder_of(out), "samples"):
-        found = flow_to_file(
-            model,
-            processor,
-            samples,
-            out,
-            edges=named or None,
-            window=window,
-            span=span,
-            layers=chosen,
-            heads=heads,
-            **asked.limits(processor),
-        )
+    found = asked.measured(flow_to_file, out, edges=named or None, window=window, heads=heads)
     if found is not None:
         said = f"{out}: {found.sizes['sample']} questions{left_out(asked.broken)}"
         print(said if heads else f"{said}\n{explain_flow(found)}")
@@ -276,15 +246,6 @@ def _stated(text, profile):
     return Boundaries.stated(starts[0] - 1, starts[1] - 1, profile)
 
 
-Late = Annotated[
-    str | None,
-    Option(
-        help="Where the late block starts: the `estimate`, or the layer that is `certified`; "
-        "without it as `Schedule` has it."
-    ),
-]
-
-
 @app.command()
 def schedule(
     profile: Profile,
@@ -303,7 +264,11 @@ def schedule(
         help="MIDDLE,LATE: where these blocks start, from 1, if that is known otherwise; the "
         "profile then says only model and tokens.",
     ),
-    late: Late = None,
+    late: str | None = Option(
+        None,
+        help="Where the late block starts: the `estimate`, or the layer that is `certified`; "
+        "without it as `Schedule` has it.",
+    ),
     tolerance: Tolerance = 0.01,
 ):
     """Turn a profile into a schedule file.

@@ -18,11 +18,11 @@ from seats_analysis.cli.app import (
     left_out,
     name_of,
     note,
-    resumable,
     takes,
     writable,
 )
-from ..storage.files import Checkpoint, output_folder
+from .analysis import check_figure
+from ..storage.files import output_folder
 from ..storage.schemas import load_profile
 
 # %% ../../nbs/cli/03_analyze.ipynb #c11a0005
@@ -47,35 +47,23 @@ def analyze(
     plan = folder / f"schedules/{name}_trr{trr:g}.json"
     drawn = folder / f"figures/{name}_trr{trr:g}"
     page = Path(f"{drawn}.html")
-    there = profile.is_file() and not overwrite
     writable(profile, "profile", overwrite=True)
     writable(plan, "schedule", overwrite)
-    for suffix in (".png", ".pdf", ".html"):
-        writable(f"{drawn}{suffix}", overwrite=overwrite)
-    from seats_analysis.plots.analysis import Analysis, analyze
+    writable(page, overwrite=overwrite)
+    check_figure(drawn, overwrite)
+    from seats_analysis.plots.analysis import Analysis
     from seats_analysis.plots.style import save_figure
-    from seats_analysis.testbed.task import NEEDS
+    from seats_analysis.probing.run import probe_to_file
 
-    if there:
-        found = Analysis.of(load_profile(profile), trr)
-        n = found.profile.sizes["sample"]
+    if profile.is_file() and not overwrite:
+        stored = load_profile(profile)
+        n = stored.sizes["sample"]
         note(f"note: {profile} is there ({n} questions) and is used; --overwrite measures again")
     else:
-        samples = asked.samples()
-        model, processor = asked.load()
-        with resumable(Checkpoint.folder_of(profile), "samples"):
-            found = analyze(
-                model,
-                processor,
-                samples,
-                trr,
-                profile,
-                broken=asked.broken,
-                needs=NEEDS if asked.data == "testbed" else None,
-                **asked.limits(processor),
-            )
-    if found is None:
+        stored = asked.measured(probe_to_file, profile, broken=asked.broken, needs=asked.needs)
+    if stored is None:
         return
+    found = Analysis.of(stored, trr)
     files = [profile, found.save(page)]
     if found.schedule:
         found.schedule.save(plan)

@@ -38,24 +38,6 @@ from ..inputs.layout import Modality
 from ..storage.files import Checkpoint
 from ..storage.schemas import save_json
 
-# %% ../../nbs/cli/02_answers.ipynb #71b7fe98
-def clip_sample(
-    clip,  # path of a video or audio file
-    question,
-    choices,  # answers to score; none: a free answer
-) -> tuple:  # `Sample`, seconds of video
-    "A question about a clip, which is opened here: a broken file costs no model."
-    from seats_analysis.inputs.media import decode_clip
-    from seats_analysis.inputs.samples import Sample
-
-    if choices and len(choices) < 2:
-        raise ValueError("--choice: give at least two choices, or none for a free answer")
-    first = decode_clip(clip, max_frames=1)
-    seconds = 0.0 if first.frames is None else 1 / first.fps
-    choices = tuple(choices or ("",))
-    sample = Sample(id="run", video=str(clip), question=question, choices=choices, answer=0)
-    return sample, seconds
-
 # %% ../../nbs/cli/02_answers.ipynb #d1de3283
 def _run_text(answer):
     "An answer for people."
@@ -150,6 +132,8 @@ def run(
     if kept:
         writable(kept, "kept", overwrite)
     from seats_analysis.evaluation.answer import Answer
+    from seats_analysis.inputs.media import decode_clip
+    from seats_analysis.inputs.samples import Sample
     from seats_analysis.models.encode import encode
     from seats_analysis.models.families import adapter_for
     from seats_analysis.schedules.choose import solve_schedules
@@ -160,10 +144,14 @@ def run(
         plan.check_model(num_layers)
     if trr is not None:
         _, known = asked.blocks(profile)
+    if choice and len(choice) < 2:
+        raise ValueError("--choice: give at least two choices, or none for a free answer")
     limits = dict(fps=asked.fps or 2.0, max_frames=asked.max_frames or MAX_FRAMES)
-    sample, seconds = clip_sample(clip, question, choice)
+    first = decode_clip(clip, max_frames=1)  # a broken file costs no model
+    seconds = 0.0 if first.frames is None else 1 / first.fps
     if asked.max_frames is None and seconds * limits["fps"] > MAX_FRAMES:
         note(f"note: {MAX_FRAMES} frames spread over {seconds:.0f} s; --max-frames takes more")
+    sample = Sample(clip, question, choice or (), answer=0 if choice else -1)
     model, processor = asked.load()
     encoded = encode(model, processor, [sample], **limits)
     if trr is not None:

@@ -20,10 +20,17 @@ from typing import Annotated
 import typer
 from typer import Option
 from typer.core import TyperCommand, TyperGroup
-from ..evaluation.load import check_model_name, load_model
-from ..storage.files import check_target, one_line, output_folder, processes
+from ..evaluation.load import check_model_name, load_model, load_samples
+from seats_analysis.storage.files import (
+    Checkpoint,
+    check_target,
+    one_line,
+    output_folder,
+    processes,
+)
 from ..storage.schemas import SCHEMAS, load_flow, load_profile, schema_of
 from ..testbed.load import TESTBEDS
+from ..testbed.task import NEEDS
 
 # %% ../../nbs/cli/00_app.ipynb #d18f5656
 _BAD_INPUT = (ValueError, TypeError, OSError, OverflowError, RecursionError)
@@ -177,15 +184,14 @@ def limits_of(
     from seats_analysis.models.families import published_limits
 
     limits = published_limits(data, processor)
-    if not limits:
-        limits = dict(fps=2.0, max_frames=None if data == "testbed" else MAX_FRAMES)
-        if data != "testbed" and max_frames is None:
+    if not limits and data == "testbed":
+        limits = dict(fps=2.0, max_frames=None)
+    elif not limits:
+        limits = dict(fps=2.0, max_frames=MAX_FRAMES)
+        if max_frames is None:
             note(f"note: at most {MAX_FRAMES} frames of a clip are used; --max-frames changes that")
-    if fps is not None:
-        limits["fps"] = fps
-    if max_frames is not None:
-        limits["max_frames"] = max_frames
-    return limits
+    asked = dict(fps=fps, max_frames=max_frames)
+    return limits | {name: value for name, value in asked.items() if value is not None}
 
 # %% ../../nbs/cli/00_app.ipynb #ea397fbf
 def writable(
@@ -402,8 +408,6 @@ class DataOptions(ModelOptions):
         return [] if self.skip_broken else None
 
     def samples(self, split=None):
-        from seats_analysis.evaluation.load import load_samples
-
         return load_samples(
             self.data,
             split,
@@ -413,8 +417,19 @@ class DataOptions(ModelOptions):
             broken=self.broken,
         )
 
+    @property
+    def needs(self):  # family -> modalities; None: the data do not say
+        return NEEDS if self.data == "testbed" else None
+
     def limits(self, processor):
         return limits_of(self.data, processor, self.fps, self.max_frames)
+
+    def measured(self, measure, path, samples=None, **options):
+        "What `probe_to_file` or the like gives; --data unless there are samples."
+        samples = samples or self.samples()
+        model, processor = self.load()
+        with resumable(Checkpoint.folder_of(path), "samples"):
+            return measure(model, processor, samples, path, **options, **self.limits(processor))
 
 
 def takes(group):

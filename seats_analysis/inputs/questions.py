@@ -326,7 +326,7 @@ def _file(folder, patterns, video, allow_outside):
 
 
 def _sample(bench, folder, key, video, asked, allow_outside):
-    "A question as a Sample; None where its video is not there."
+    "A question as a Sample; its video need not be there."
     if not isinstance(asked, Mapping):
         raise ValueError(f"{asked!r}, expected its fields")
     answer = next((asked[a] for a in bench.answer if asked.get(a) not in (None, "")), None)
@@ -337,11 +337,9 @@ def _sample(bench, folder, key, video, asked, allow_outside):
     if not isinstance(video, str | int):
         raise ValueError(f"video {video!r}, expected its name")
     name, path = _file(folder, bench.videos, str(video), allow_outside)
-    if path is None:
-        return None
     choices = _plain_choices(asked[bench.choices])
     return Sample(
-        path,
+        path or str(folder / bench.videos[0].format(id=name)),
         str(asked[bench.question]).strip(),
         choices,
         answer_index(answer, choices),
@@ -363,27 +361,18 @@ def load_benchmark(
     "Questions of a benchmark from its folder. Raises ValueError saying what is wrong, and where."
     bench, folder, file, rows = annotated(name, root)
     samples = []
-    gone = {}
     for key, video, asked in rows[:limit]:
         try:
             sample = _sample(bench, folder, key, video, asked, allow_outside)
         except ValueError as error:
             raise ValueError(f"{file}: question {key}: {error}") from error
-        if sample:
-            samples.append(replace(sample, where=f"{name}, question {key}"))
-        else:
-            gone.setdefault(video, []).append(f"{name}, question {key}")
-    if gone and (broken is None or not samples):
+        samples.append(replace(sample, where=f"{name}, question {key}"))
+    if not any(os.path.isfile(s.video) for s in samples):
         raise ValueError(
-            f"{name}: {len(gone)} videos are not in {folder}, the first is {next(iter(gone))} "
-            f"(looked for {' or '.join(bench.videos[:2])}): unpack the archives there, or take "
-            "what there is with --skip-broken (broken=[])"
+            f"{name}: none of its videos is in {folder} (looked for "
+            f"{' or '.join(bench.videos[:2])}): unpack the archives there"
         )
-    if not samples:
-        raise ValueError(f"{name}: no question in {folder}")
-    for video, asked in gone.items():
-        broken.append(dict(why=f"video {video!r}: no such file in {folder}", questions=asked))
-    return tell_apart(samples)
+    return check_clips(tell_apart(samples), broken)
 
 
 def load_questions(
@@ -397,7 +386,7 @@ def load_questions(
     and `BrokenClips` that names all broken clips at once."""
     found = [] if broken is None else broken
     if str(data) in BENCHMARKS:
-        samples = load_benchmark(str(data), root, limit, broken, allow_outside)
+        samples = load_benchmark(str(data), root, limit, found, allow_outside)
     elif Path(data).suffix in (".jsonl", ".json"):
         samples = read_samples(data, allow_outside, limit, found)
     else:

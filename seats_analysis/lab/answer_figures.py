@@ -7,7 +7,9 @@ __all__ = []
 
 # %% ../../nbs/lab/08_answer_figures.ipynb #6f8eaa9f
 import numpy as np
+from seats_analysis.boundaries.flow import flow_table
 from seats_analysis.plots.dependency import (
+    LOOKS,
     answer_figure,
     curves_of,
     derive_split,
@@ -16,7 +18,15 @@ from seats_analysis.plots.dependency import (
     layer_axis,
 )
 from seats_analysis.plots.kept import plot_kept
-from seats_analysis.plots.style import house_style, legend_outside, new_figure, say_source
+from seats_analysis.plots.style import (
+    PALETTE,
+    depth_axis,
+    house_style,
+    legend_outside,
+    new_figure,
+    row_axis,
+    say_source,
+)
 from seats_analysis.storage.files import shipped_folder
 from seats_analysis.storage.schemas import load_profile
 
@@ -32,6 +42,18 @@ def plot_side_by_side(
         draw_dependency(panel, curves_of(profile, split=derive_split(profile)), bounds)
         panel.legends[-1].set_title(name)  # a title of the panel would lie on the legend
     return fig
+
+# %% ../../nbs/lab/08_answer_figures.ipynb #2893f71f
+def answer_part(
+    profile,  # of whole answers: `probe_dependency(..., answers="text")`
+    token: int,  # position in the answer, from 0
+):  # Dataset for `find_boundaries`; answers that are shorter are left out
+    "The tokens around one position of whole answers."
+    here = int(np.searchsorted(profile["bin"].values, token, side="right")) - 1
+    part = profile.isel(bin=here, sample=(profile["tokens"].isel(bin=here) > 0).values)
+    part = part.sel(rule="retain")
+    alike = dict(correct="token_stays", nll="token_nll", kl="token_kl")
+    return part.assign({name: part[of] for name, of in alike.items()})
 
 # %% ../../nbs/lab/08_answer_figures.ipynb #78a418bf
 @house_style()
@@ -56,6 +78,39 @@ def answers_figure(
     legend_outside(fig, axes[:1], 3)
     return fig
 
+# %% ../../nbs/lab/08_answer_figures.ipynb #a0b4aa51
+@house_style()
+def plot_flow_diagram(
+    flow,  # xr.Dataset of `trace_flow`, by layer
+):  # matplotlib Figure, two columns wide
+    "Source to target at every layer that holds after Holm's correction; width by effect."
+    table = flow_table(flow)
+    edges = {tuple(str(e).split("->")): str(e) for e in flow["edge"].values if e in table.index}
+    names = [n for n in ("visual", "audio", "question", "last") if any(n in e for e in edges)]
+    fig = new_figure(0.42 * len(names) + 0.6, columns=2)
+    ax = fig.subplots()
+    row_axis(ax, names)
+    ax.grid(False)
+    depth_axis(ax, int(flow["layer"].max()) + 1)
+    said = []
+    for (source, target), edge in edges.items():
+        if source not in names or target not in names:
+            continue
+        change = table.xs(edge, level="edge").query("p_holm < 0.05")["change"].abs()
+        change = change[change > 0.01]
+        color = LOOKS.get(source, dict(color=PALETTE.green))["color"]
+        beside = 0.16 * (names.index(source) - 1)  # arrows of one layer beside one another
+        for layer, size in change.items():
+            arrow = dict(arrowstyle="-|>", color=color, shrinkA=4, shrinkB=4, mutation_scale=6)
+            x = layer + 1 + beside
+            ends = (x, names.index(target)), (x, names.index(source))
+            ax.annotate("", *ends, arrowprops=arrow | dict(linewidth=0.4 + 4.5 * size))
+        if len(change):
+            most = f"{100 * change.max():.0f} % at layer {change.idxmax() + 1}"
+            said.append(f"{source} to {target}: {most}")
+    ax.set_title("; ".join(said) or "no edge shows an effect")
+    return fig
+
 # %% ../../nbs/lab/08_answer_figures.ipynb #7809dde1
 def with_source(source, draw, *args, finding="", **options):
     "A job: draw a figure, say what it shows and where its numbers come from."
@@ -70,7 +125,7 @@ def printed_layer(b, at):
 
 def answer_jobs(data):
     "Whole answers by layer and position, and their late starts beside those of choices."
-    from seats_analysis.boundaries.find import answer_part, find_boundaries
+    from seats_analysis.boundaries.find import find_boundaries
 
     folder = data / "profiles" / "captions"
     starts = {}

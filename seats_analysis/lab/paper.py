@@ -24,10 +24,11 @@ from seats_analysis.plots.dependency import (
     plot_retention,
 )
 from ..plots.chain import chain_figure
-from ..plots.flow import plot_flow, plot_flow_diagram
+from ..plots.flow import plot_flow
 from seats_analysis.lab.answer_figures import (
     answer_jobs,
     draw_kept,
+    plot_flow_diagram,
     plot_side_by_side,
     printed_layer,
     with_source,

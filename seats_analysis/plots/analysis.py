@@ -8,7 +8,6 @@ __all__ = ['Analysis', 'analyze']
 # %% ../../nbs/plots/07_analysis.ipynb #a9a10003
 import base64
 import warnings
-import numpy as np
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -44,34 +43,32 @@ def not_known(
             "Which modality each family needs was not said (`needs`): all questions but `control` "
             "count for every modality."
         )
-    if not bounds.control:
+    if bounds.control:
+        free = [family for family, needs in family_needs(profile).items() if not needs]
+        n = int(derived_from(profile)["family"].isin(free).sum())
+        kept = f"keep at least {100 * min(bounds.control):.0f} % of their right answers"
+        said.append(f"{n} control questions {kept}: what they lose, the removal itself disturbs.")
+    else:
         said.append(
             "No question that needs neither video nor audio was answered (a family `control`): how "
             "much of a loss is a disturbance by the removal itself is not known."
         )
-        return said
-    free = [family for family, needs in family_needs(profile).items() if not needs]
-    n = int(np.isin(derived_from(profile)["family"].values, free).sum())
-    kept = f"keep at least {100 * min(bounds.control):.0f} % of their right answers"
-    said.append(f"{n} control questions {kept}: what they lose, the removal itself disturbs.")
     return said
 
 
-def _solved(blocks, trr):
-    "A schedule from {condition: Boundaries}, or None, and what is to be said of it."
-    bounds = blocks if len(blocks) == 2 else next(iter(blocks.values()))
+def _solved(bounds, trr):
+    "A schedule, or None, and what is to be said of it."
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             plan = Schedule.from_trr(bounds, trr)
         except ValueError as error:
             return None, [f"No schedule for {trr:g} % of the tokens: {error}."]
-    said = [f"Note: {w.message}." for w in caught]
-    said.append(
+    return plan, [
+        *(f"Note: {w.message}." for w in caught),
         f"The schedule keeps {trr:g} % of the tokens. Whether answers stay was not measured with "
-        "it: `sa.check` (`seats check`) asks other questions, `sa.tune` (`seats tune`) searches."
-    )
-    return plan, said
+        "it: `sa.check` (`seats check`) asks other questions, `sa.tune` (`seats tune`) searches.",
+    ]
 
 # %% ../../nbs/plots/07_analysis.ipynb #a9a10009
 @dataclass(frozen=True, repr=False)
@@ -96,10 +93,10 @@ class Analysis:
                 found[removed] = find_boundaries(profile, removed)
             except ValueError as error:
                 said = [f"No blocks with {removed} removed: {error}."]
-        if main := {"both": found["both"]} if "both" in found else found:
-            plan, said = _solved(main, trr)
-            unknown = not_known(profile, next(iter(main.values())))
-            said = [*map(explain, main.values()), *said, *unknown]
+        if found:
+            main = [found["both"]] if "both" in found else list(found.values())
+            plan, said = _solved(main[0] if len(main) == 1 else found, trr)
+            said = [*map(explain, main), *said, *not_known(profile, main[0])]
             return cls(profile, found, plan, "\n".join(said))
         if "kl" in profile:
             kl = kl_late_start(profile, removed)
@@ -130,14 +127,13 @@ class Analysis:
         return f"Analysis\n{said}\n{plan}"
 
     def _repr_html_(self):
-        parts = [f"<p>{escape(line)}</p>" for line in self.advice.splitlines()]
+        parts = []
         if self.by_condition:
             drawn = BytesIO()
             self.figure().savefig(drawn, format="png", dpi=180)
             data = base64.b64encode(drawn.getvalue()).decode()
-            parts.insert(
-                0, f'<img alt="dependency" width="480" src="data:image/png;base64,{data}">'
-            )
+            parts = [f'<img alt="dependency" width="480" src="data:image/png;base64,{data}">']
+        parts += [f"<p>{escape(line)}</p>" for line in self.advice.splitlines()]
         shown = *self.by_condition.values(), self.schedule
         return "\n".join([*parts, *(x._repr_html_() for x in shown if x)])
 

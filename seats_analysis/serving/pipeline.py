@@ -6,9 +6,9 @@
 __all__ = ['TASK', 'Thinker', 'register']
 
 # %% ../../nbs/serving/03_pipeline.ipynb #a3f0c004
-from ..storage.files import shipped_folder
-from ..testbed.load import TESTBEDS
-from .lmms import Answerer, method_for
+from ..evaluation.load import architecture_of
+from ..pruning.session import as_pruner
+from .lmms import Answerer
 
 # %% ../../nbs/serving/03_pipeline.ipynb #a3f0c005
 TASK = "seats-video-text-to-text"
@@ -19,11 +19,7 @@ class Thinker:
 
     @staticmethod
     def from_pretrained(name, **given):
-        import transformers
-
-        stated = transformers.AutoConfig.from_pretrained(name, **given).architectures[0]
-        thinker = getattr(transformers, stated.replace("ForCond", "ThinkerForCond"), None)
-        return (thinker or getattr(transformers, stated)).from_pretrained(name, **given).eval()
+        return architecture_of(name, **given).from_pretrained(name, **given).eval()
 
 
 def register():
@@ -32,7 +28,8 @@ def register():
 
     class SeatsPipeline(Pipeline):
         """Answers questions about clips with a pruned model: `pipe(clip, question=...)`, or
-        `pipe(messages)` of one user's turn with text, video, audio and images."""
+        `pipe(messages)` of one user's turn with text, video, audio and images; `trr` and
+        `schedule` are those of `prune`, `fps` and `max_frames` say how clips are read."""
 
         _load_processor = True
         _load_tokenizer = False
@@ -42,13 +39,8 @@ def register():
 
         def __init__(self, *args, trr=None, schedule=None, fps=2.0, max_frames=None, **given):
             super().__init__(*args, **given)
-            model = self.model
-            shipped = {str(shipped_folder("testbed") / end): k for k, end in TESTBEDS.items()}
-            name = shipped.get(model.name_or_path, model.name_or_path)
-            method = schedule  # one in hand, or a method
-            if schedule is None or isinstance(schedule, str):
-                method = method_for(name, trr=trr, schedule=schedule)
-            self.answerer = Answerer(model, self.processor, method, fps, max_frames)
+            method = as_pruner(schedule, self.model, trr)
+            self.answerer = Answerer(self.model, self.processor, method, fps, max_frames)
 
         def __call__(self, inputs, **given):
             chat = isinstance(inputs, list) and isinstance(inputs[0], dict)
