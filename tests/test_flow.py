@@ -16,7 +16,14 @@ from seats_analysis.inputs.layout import Modality
 from seats_analysis.models.encode import encode, encode_questions
 from seats_analysis.models.families import adapter_for
 from seats_analysis.probing import flow as flow_module
-from seats_analysis.probing.flow import Branches, Knockouts, jobs_of, joined, trace_flow
+from seats_analysis.probing.flow import (
+    FLOW_METRICS,
+    Branches,
+    Knockouts,
+    jobs_of,
+    joined,
+    trace_flow,
+)
 from seats_analysis.schedules.cost import flow_flops
 from seats_analysis.storage.files import shipped_folder
 from seats_analysis.storage.schemas import load_flow, load_profile, save_flow
@@ -93,6 +100,25 @@ def test_a_knockout_is_the_stock_model_with_a_mask(parts, samples, edge, head):
         kl = (full.exp() * (full - found)).sum()
         np.testing.assert_allclose(flow["kl"].sel(edge=edge, layer=layer)[0], kl, atol=2e-5)
     assert float(flow["kl"].max()) > 1e-4  # something was blocked
+
+
+@pytest.mark.parametrize("span", ["around", "from", "to"])
+def test_the_pass_with_branches_gives_what_a_pass_for_each_gives(parts, samples, span):
+    model, processor = parts
+    edges = ["visual->question", "both->text", "audio->visual", "visual@0->audio", "options->last"]
+    edges += ["right->last", "first->text", "question->answer"]
+    edges += ["visual->text", "visual->last", "first->question"]  # two share copies with another
+    options = dict(edges=edges, span=span, media_every=2, progress=False)
+    fast = trace_flow(model, processor, samples, **options)
+    slow = trace_flow(model, processor, samples, method="plain", **options)
+    for k in FLOW_METRICS:
+        np.testing.assert_allclose(fast[k], slow[k], atol=2e-4, rtol=1e-3, err_msg=k)
+    change = fast["change"]
+    assert change.sel(edge="audio->visual").isel(layer=[1, 3]).isnull().all()
+    assert change.sel(edge="right->last", sample="open").isnull().all()  # no choices in the prompt
+    assert change.sel(edge="right->last", sample="letters").notnull().all()
+    assert change.sel(edge="both->text", sample="text").isnull().all()  # no media
+    assert change.sel(edge="question->answer").notnull().any()
 
 
 def test_sets_of_heads_are_blocked_together(parts, samples):
@@ -197,7 +223,8 @@ REFUSED = {
     "--edges audio": "'audio', expected 'source->target'",
     "--edges ,": "--edges: nothing named",
     "--window 2": "--window 2: give an odd number",
-    "--span from": "No such option",
+    "--layers 16": "--layers: layer 16 is outside 0..15",
+    "--layers auto": "give numbers",
     "--out {profile} --overwrite": "is not a flow; choose another name",
 }
 
@@ -213,7 +240,7 @@ def test_the_command_refuses_in_one_line(line):
 
 def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = "flow --edges time --limit 6 --out f.nc".split()
+    words = "flow --edges time --layers 5,6 --limit 6 --out f.nc".split()
     seen = []
     rows = flow_module._rows
 
@@ -230,8 +257,8 @@ def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     assert again.exit_code == 0, again.stderr
     assert len(set(seen)) == len(seen) - 1  # only the clip that was stopped in ran twice
     flow = load_flow("f.nc")
-    assert dict(flow.sizes) | dict(sample=6, edge=8, layer=16) == dict(flow.sizes)
-    heads = CliRunner().invoke(app, "flow --heads --edges audio->last --limit 2".split())
+    assert dict(flow.sizes) | dict(sample=6, edge=8, layer=2) == dict(flow.sizes)
+    heads = CliRunner().invoke(app, "flow --heads --edges audio->last --layers 6 --limit 2".split())
     assert heads.exit_code == 0 and "testbed_heads.nc: 2 questions" in heads.stdout
 
 

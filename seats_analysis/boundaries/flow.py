@@ -7,6 +7,12 @@ __all__ = ['flow_table', 'explain_flow']
 
 # %% ../../nbs/boundaries/01_flow.ipynb #b6854096
 import numpy as np
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
 
 # %% ../../nbs/boundaries/01_flow.ipynb #b252142e
 def _over_clips(
@@ -43,11 +49,11 @@ def _p_holm(means):  # (clips, L) with NaN
 
 # %% ../../nbs/boundaries/01_flow.ipynb #ed0ba686
 def flow_table(
-    flow,  # xr.Dataset of `trace_flow`
+    flow: "xr.Dataset",  # of `trace_flow`
     metric: str = "change",  # or change_right, kl, flip
-    n_boot: int = 2000,
-    seed: int = 0,
-):  # pandas.DataFrame by (edge, layer, ...): effect, 95 % interval, p by Holm, repaired and broken
+    n_boot: int = 2000,  # resamples of clips
+    seed: int = 0,  # of them
+) -> "pd.DataFrame":  # by (edge, layer, ...): effect, 95 % interval, p by Holm, repaired and broken
     "Mean effect of every knockout over clips; shares of the questions that it repairs and breaks."
     import pandas as pd
 
@@ -104,8 +110,8 @@ def _spans(layers):  # ascending, from 0 -> text, from 1
 
 # %% ../../nbs/boundaries/01_flow.ipynb #eabe0a94
 def explain_flow(
-    flow,  # of layers
-    bounds=None,  # {condition: Boundaries} of the probe, to compare with
+    flow: "xr.Dataset",  # of layers
+    bounds: Mapping | None = None,  # {condition: Boundaries} of the probe, to compare with
 ) -> str:  # layers from 1
     """The flow in sentences for people: the strongest layer of each edge, and where reading ends.
 

@@ -22,34 +22,6 @@ from ..testbed.conflict import Conflict, conflict_samples
 from ..testbed.load import TESTBEDS, testbed_samples
 from ..testbed.task import Scene
 
-# %% ../../nbs/lab/12_flow.ipynb #3f1a9c02
-def plain_knockouts(walk, branches):  # Knockouts; edge -> Branches -> as `Knockouts.branch`
-    "Scores of the full pass, {edge: {job: Scores}}, and as if read off behind the last layer only."
-    import torch
-    from dataclasses import replace
-
-    decoder = walk.stream.decoder
-    sees = walk.sides.sees(walk.everyone)
-
-    @torch.no_grad()
-    def run(less=sees, blocked=torch.zeros(len(decoder.layers), 1)):  # who sees whom there
-        stream = walk.stream
-        for layer in range(len(decoder.layers)):
-            allowed = torch.stack([less if at else sees for at in blocked[layer]])
-            mask = decoder.mask(allowed[None], stream.hidden.dtype)
-            stream = replace(stream, mask=mask).through(layer, layer + 1)
-        return walk.score(stream.hidden[:, walk.questions.shared :])[0]
-
-    found = {}
-    for name, b in branches.items():
-        less = sees.clone()
-        order = torch.cat([b.cut.fixed, b.cut.rows]).argsort()
-        less[b.cut.rows] = b.cut.sees[1][:, order]
-        jobs = b.blocked.flatten(1).any(1).nonzero()[:, 0].tolist()
-        found[name] = {j: run(less, b.blocked[j]) for j in jobs}
-    full = run()
-    return full, found, [full]
-
 # %% ../../nbs/lab/12_flow.ipynb #37a5cf9c
 def evidence(sample):  # -> {modality: window}, {} where there is no single one
     "Where the evidence of a testbed's question lies."

@@ -7,6 +7,8 @@ __all__ = ['plot_flow']
 
 # %% ../../nbs/plots/05_flow.ipynb #a9a65490
 import numpy as np
+from typing import TYPE_CHECKING
+from ..inputs.media import Clip
 from ..boundaries.flow import flow_table
 from .dependency import LOOKS
 from .kept import draw_sound, draw_strip
@@ -18,6 +20,10 @@ from seats_analysis.plots.style import (
     legend_outside,
     new_figure,
 )
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/plots/05_flow.ipynb #eec48fee
 _QUESTION = dict(color=PALETTE.green, linestyle=(0, (3, 1, 1, 1)), marker="D")
@@ -118,11 +124,11 @@ def _heads(flow):
 # %% ../../nbs/plots/05_flow.ipynb #5c9ab95e
 @house_style()
 def plot_flow(
-    flow,  # xr.Dataset of `trace_flow`: by layer, with `edges="time"`, or with `heads=True`
+    flow: "xr.Dataset",  # of `trace_flow`: by layer, with `edges="time"`, or with `heads=True`
     metric: str = "change",  # of the curves; or change_right, kl, flip
-    clip=None,  # media.Clip, drawn above maps of time windows
-    sample=None,  # id of one question; None: the mean over all
-):  # matplotlib Figure
+    clip: Clip | None = None,  # drawn above maps of time windows
+    sample: str | None = None,  # id of one question; None: the mean over all
+) -> "Figure":  # of matplotlib
     """What every edge carries. Bands: 95 % over clips; full markers: holds after Holm's correction.
 
     Raises ValueError for a question that is not there, or has none of the edges."""

@@ -9,8 +9,10 @@ __all__ = ['copies_at_once', 'trace_flow', 'flow_to_file', 'media_lens']
 import json
 import numpy as np
 import torch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 from torch.nn.functional import pad
 from ..storage.files import Checkpoint, processes
 from ..storage.schemas import SCHEMAS, save_flow
@@ -23,12 +25,20 @@ from .branches import Stream, Tail, marks_of
 from .edges import Sides, behind_media, check_edges, usual_edges
 from .run import units_of
 
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
 # %% ../../nbs/probing/05_flow.ipynb #e0e8b2d7
 def copies_at_once(rows, fixed, width):
     "Copies of so many rows that stand side by side, behind `fixed` common columns."
-    return max(1, max(1024, 2 * width, fixed // 4) // rows)
+    return max(1, max(2 * width, fixed // 4) // rows)
 
 # %% ../../nbs/probing/05_flow.ipynb #d82ab62a
+MOST_TOKENS = 8_192  # of copies that run as one batch
+MOST_CELLS = 2**27  # of their masks: 512 MiB in float32
+
+
 @dataclass
 class Branches:
     "Copies of the rows of one edge, each blocked in layers (and heads) of its own."
@@ -43,36 +53,46 @@ class Branches:
         new = (until[:, -1] & ~until[:, :-1].any(1)).nonzero()[:, 0]
         self.hidden |= dict.fromkeys(new.tolist(), full[self.cut.rows])
 
-    def allowed(self, jobs, layer):  # g of them -> (1, H or 1, g * r, n + g * r) bool
+    def packs(self, jobs, width, most):  # -> (B, g) int64 tensors of jobs, at most so many tokens
+        "g copies side by side, B such rows as a batch; what is left over by itself."
+        g = copies_at_once(len(self.cut.rows), len(self.cut.fixed), width)
+        whole = len(jobs) // g * g
+        rows = torch.tensor(jobs[:whole], dtype=torch.long).view(-1, g)
+        rest = torch.tensor(jobs[whole:], dtype=torch.long)[None]
+        at_once = max(1, most // (g * len(self.cut.rows)))
+        return [part for part in (*rows.split(at_once), rest) if part.numel()]
+
+    def allowed(self, jobs, layer):  # (B, g) -> (B, H or 1, g * r, n + g * r) bool
         "Who sees whom among some copies."
         n = len(self.cut.fixed)
-        which = self.blocked[jobs, layer].to(self.cut.sees.device)  # (g, H)
-        if (which == which[:, :1]).all():
-            which = which[:, :1]
-        sees = self.cut.sees[which.T.long()]  # (H, g, r, n + r)
-        own = sees.new_zeros(*sees.shape[:3], len(jobs), sees.shape[2])
-        each = torch.arange(len(jobs))
-        own[:, each, :, each] = sees[..., n:].movedim(1, 0)
-        return torch.cat([sees[..., :n], own.flatten(3)], -1).flatten(1, 2)[None]
+        g = jobs.shape[1]
+        which = self.blocked[jobs, layer].to(self.cut.sees.device)  # (B, g, H)
+        if (which == which[..., :1]).all():
+            which = which[..., :1]
+        sees = self.cut.sees[which.movedim(-1, 1).long()]  # (B, H, g, r, n + r)
+        own = sees.new_zeros(*sees.shape[:4], g, sees.shape[3])
+        each = torch.arange(g)
+        own[:, :, each, :, each] = sees[..., n:].movedim(2, 0)
+        return torch.cat([sees[..., :n], own.flatten(4)], -1).flatten(2, 3)
 
     def advance(self, stream, layer, kv):
         "One layer for all copies, behind keys and values of the positions that stay."
         front = tuple(t[:, :, self.cut.fixed] for t in kv)
         own = stream.map(lambda x: x[:, self.cut.rows])
         width = stream.hidden.shape[-1]
-        together = copies_at_once(len(self.cut.rows), len(self.cut.fixed), width)
+        row = self.blocked.shape[-1] * (stream.hidden.shape[1] + 2 * width)  # cells of a mask
         here = self.blocked[:, layer].any(-1)
-        for busy in (False, True):  # those blocked nowhere here have one mask for all heads
-            waiting = [j for j in self.hidden if here[j] == busy]
-            for start in range(0, len(waiting), together):
-                jobs = waiting[start : start + together]
-                hidden = torch.stack([self.hidden[j] for j in jobs])
-                rotary = tuple(t.repeat(1, len(jobs), 1) for t in own.rotary)
-                mask = stream.decoder.mask(self.allowed(jobs, layer), hidden.dtype)
-                rows = hidden.view(1, -1, width)
+        for busy, most in ((False, MOST_TOKENS), (True, min(MOST_TOKENS, MOST_CELLS // row))):
+            for jobs in self.packs([j for j in self.hidden if here[j] == busy], width, most):
+                # copies that are blocked nowhere here have all the same mask
+                allowed = self.allowed(jobs if busy else jobs[:1], layer)
+                hidden = torch.stack([self.hidden[j] for j in jobs.flatten().tolist()])
+                rotary = tuple(t.repeat(1, jobs.shape[1], 1) for t in own.rotary)
+                mask = stream.decoder.mask(allowed, hidden.dtype)
+                rows = hidden.view(len(jobs), -1, width)
                 rows, _ = stream.decoder.run_layer(rows, rotary, mask, layer, front)
                 hidden = own.inject(rows.view(hidden.shape), layer)
-                self.hidden |= dict(zip(jobs, hidden))
+                self.hidden |= dict(zip(jobs.flatten().tolist(), hidden))
 
 # %% ../../nbs/probing/05_flow.ipynb #e529ab33
 def _join(a, b):  # Cut, Cut -> Cut, (r,) where the rows of `b` are in it; None
@@ -170,6 +190,29 @@ class Knockouts:
                 found[name] = dict(zip(b.hidden, self.score(hidden)))
         return read[-1], found, read
 
+    @torch.no_grad()
+    def plain(self, branches):
+        "The same by a pass of its own for every knockout, each with a mask over all positions."
+        decoder = self.stream.decoder
+        sees = self.sides.sees(self.everyone)
+
+        def run(less=sees, blocked=torch.zeros(len(decoder.layers), 1)):  # who sees whom there
+            stream = self.stream
+            for layer in range(len(decoder.layers)):
+                allowed = torch.stack([less if at else sees for at in blocked[layer]])
+                mask = decoder.mask(allowed[None], stream.hidden.dtype)
+                stream = replace(stream, mask=mask).through(layer, layer + 1)
+            return self.score(stream.hidden[:, self.questions.shared :])[0]
+
+        found = {}
+        for name, b in branches.items():
+            less = sees.clone()
+            order = torch.cat([b.cut.fixed, b.cut.rows]).argsort()
+            less[b.cut.rows] = b.cut.sees[1][:, order]
+            jobs = b.blocked.flatten(1).any(1).nonzero()[:, 0].tolist()
+            found[name] = {j: run(less, b.blocked[j]) for j in jobs}
+        return run(), found, []
+
 # %% ../../nbs/probing/05_flow.ipynb #fb08da0c
 SPANS = {
     "around": lambda at, layer, window: abs(at - layer) <= window // 2,
@@ -241,15 +284,22 @@ def _time_edges(questions):
     return check_edges([f"{m}@{k}->text" for m, found in windows.items() for k in sorted({*found})])
 
 
-def _rows(walk, edges, blocked, coarse):
+def _rows(walk, edges, blocked, coarse, method, tell):
     """Per sample: what every job of every edge does, edge -> metric -> (J,) list, and what the
-    lens reads. NaN where a question has no such edge, or the layer was not asked."""
+    lens reads. NaN where a question has no such edge, or the layer was not asked. Tells the cost
+    before it begins, in passes of the prompt; edges that share copies cost less."""
     branches = {}
     for name, sides in edges.items():
         if cut := walk.sides.cut(*sides):
             into_media = (cut.rows < walk.questions.shared).any()
             branches[name] = Branches(cut, coarse if into_media else blocked)
-    full, found, read = walk.branch(branches)
+    passes = 1.0
+    for b in branches.values():
+        begun = b.blocked.any(-1).cumsum(1) > 0  # (J, L) layers from the first blocked one on
+        share = len(b.cut.rows) / walk.stream.hidden.shape[1]
+        passes += (share if method == "branch" else 1) * begun.float().mean(1).sum().item()
+    tell(f"up to {passes:.3g} passes a clip")
+    full, found, read = getattr(walk, method)(branches)
     samples = walk.questions.samples
     nothing = np.full((len(samples), len(blocked)), np.nan)
     values = {name: {k: nothing.copy() for k in FLOW_METRICS} for name in edges}
@@ -282,11 +332,12 @@ def _dataset(rows, samples, axes, about):
     right = "whether the full model is right; NaN without other choices"
     full = np.array([row["correct"] for row in rows], "float32")
     variables["full_correct"] = "sample", full, dict(units="1", description=right)
-    most = max(len(row["lens"][0]) for row in rows)
-    lens = [[p + [np.nan] * (most - len(p)) for p in row["lens"]] for row in rows]
-    lens = np.array(lens, "float32")
-    said = "a lens, not a cause: probability of each choice by final norm and head"
-    variables["lens"] = ("sample", "depth", "choice"), lens, dict(units="1", description=said)
+    if rows[0]["lens"]:
+        most = max(len(row["lens"][0]) for row in rows)
+        lens = [[p + [np.nan] * (most - len(p)) for p in row["lens"]] for row in rows]
+        lens = np.array(lens, "float32")
+        said = "a lens, not a cause: probability of each choice by final norm and head"
+        variables["lens"] = ("sample", "depth", "choice"), lens, dict(units="1", description=said)
 
     def labels(name):
         return "sample", np.array([getattr(s, name) for s in samples], dtype=object)
@@ -298,28 +349,39 @@ def _dataset(rows, samples, axes, about):
 
 
 def trace_flow(
-    model,  # in eval mode; left as it is
-    processor,  # its processor
+    model: torch.nn.Module,  # in eval mode; left as it is
+    processor: Callable,  # its processor
     samples: Sequence[Sample],  # questions; without choices the answer's first token is measured
-    edges=None,  # names as 'audio->question', a mapping name -> (source, target), or 'time': each
+    edges: Sequence[str]
+    | Mapping
+    | str
+    | None = None,  # names as 'audio->question', a mapping name -> (source, target), or 'time': each
     # time window of either modality to the text; None: `usual_edges`
     window: int = 3,  # layers, odd; of `around`
     span: str = "around",  # or 'from', 'to': the layers in which an edge is blocked
-    layers=None,  # 0-based; None: all
-    heads=False,  # True: each attention head alone; a mapping name -> [(layer, head)]: together
+    layers: Sequence[int] | None = None,  # 0-based; None: all
+    heads: bool
+    | Mapping = False,  # True: each attention head alone; a mapping name -> [(layer, head)]: together
     media_every: int = 4,  # edges into media run all later positions again: so many layers apart
+    method: str = "branch",  # or 'plain', the definition: one full pass a knockout
     fps: float = 2.0,
     max_frames: int | None = None,  # how files are decoded
-    checkpoint=None,  # folder for finished samples; the same call goes on with it
+    checkpoint: str
+    | Path
+    | None = None,  # folder for finished samples; the same call goes on with it
     shard: tuple = (0, 1),  # this process of how many that share the checkpoint; 0 has the result
     progress: bool = True,  # show a bar
-):  # xr.Dataset, dims (sample, edge, layer); `heads`: (..., layer, head) or (sample, edge, heads)
+) -> (
+    "xr.Dataset"
+):  # dims (sample, edge, layer); `heads`: (..., layer, head) or (sample, edge, heads)
     """Block edges of the attention, layer by layer, and measure what the answers do.
 
     Raises ValueError for bad arguments. Attention knockout after Geva et al. 2023."""
     adapter = adapter_for(model)
     num_layers = adapter.num_layers(model)
     layers = list(range(num_layers)) if layers is None else sorted({int(i) for i in layers})
+    if method not in ("branch", "plain"):
+        raise ValueError(f"method: {method!r} is not known; branch and plain are")
     if span not in SPANS:
         raise ValueError(f"span: {span!r} is not known; {', '.join(SPANS)} are")
     if window < 1 or window % 2 == 0:
@@ -346,7 +408,7 @@ def trace_flow(
         coarse = blocked & apart.repeat_interleave(len(blocked) // len(layers))[:, None, None]
     # a selector that is no dataclass says where it lies in memory: no other run goes on with it
     named = edges if edges == "time" else json.dumps(edges, default=repr)
-    settings = dict(edges=named, span=span, window=window, media_every=media_every)
+    settings = dict(edges=named, method=method, span=span, window=window, media_every=media_every)
     settings |= dict(heads=json.dumps(heads), fps=fps, max_frames=max_frames or 0)
     about = provenance(model, processor, samples, each=True, **settings)
     about["schema"] = SCHEMAS["flow"].id
@@ -359,7 +421,7 @@ def trace_flow(
             here = _time_edges(questions) if edges == "time" else edges
             selectors = {side for pair in here.values() for side in pair if callable(side)}
             walk = Knockouts(model, processor, questions, selectors)
-            rows += _rows(walk, here, blocked, coarse)
+            rows += _rows(walk, here, blocked, coarse, method, run.bar.set_postfix_str)
         return rows
 
     run = Checkpoint(checkpoint, about | dict(layers=layers), shard)
@@ -388,11 +450,11 @@ def flow_to_file(
 # %% ../../nbs/probing/05_flow.ipynb #94282077
 @torch.no_grad()
 def media_lens(
-    model,
-    processor,
-    sample: Sample,
+    model: torch.nn.Module,  # an om-LLM
+    processor: Callable,  # its processor
+    sample: Sample,  # one question; its clip is read
     **limits,  # fps, max_frames: see `encode`
-):  # pandas.DataFrame (layer, window) of words; columns as 'visual@0'
+) -> "pd.DataFrame":  # (layer, window) of words; columns as 'visual@0'
     "The word that most tokens of each time window decode to, layer by layer: a lens, not a cause."
     import pandas as pd
 

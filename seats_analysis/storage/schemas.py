@@ -399,8 +399,8 @@ def load_profile(
 
 
 def load_flow(
-    path,  # NetCDF file, or the name of a shipped one, as 'testbed'
-):  # xr.Dataset in memory, dims (sample, edge, layer)
+    path: str | Path,  # NetCDF file, or the name of a shipped one, as 'testbed'
+) -> "xr.Dataset":  # in memory, dims (sample, edge, layer)
     """Read a flow; one that nothing vouches for is warned of.
 
     Raises ValueError naming the file if it is missing, broken, changed or something else."""

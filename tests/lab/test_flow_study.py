@@ -5,19 +5,16 @@ import re
 
 import numpy as np
 import pytest
-import tiny
 import xarray as xr
 from test_cli import done, refused
 
 from seats_analysis.lab.flow import (
     joint_heads,
     joint_sets,
-    plain_knockouts,
     repair_table,
     strongest_heads,
     window_hits,
 )
-from seats_analysis.probing.flow import FLOW_METRICS, Knockouts, trace_flow
 from seats_analysis.storage.schemas import load_flow, load_profile
 from seats_analysis.testbed import load
 from seats_analysis.testbed.conflict import CONFLICTS, Conflict, conflict_samples
@@ -127,25 +124,3 @@ def test_the_study(tmp_path):
     assert {r["family"] for r in found["conflicts"]} == set(CONFLICTS)
     assert {r["by"] for r in found["repair"]} == {"blocked", "removed"}
     assert "exists" in refused(f"flow-study --out {out}")
-
-
-@pytest.mark.parametrize("family", ["qwen2.5-omni", "qwen3-omni"])
-@pytest.mark.parametrize("span", ["around", "from", "to"])
-def test_the_pass_with_branches_gives_what_a_pass_for_each_gives(family, span, monkeypatch):
-    model, processor = tiny.thinker(family, 4), tiny.processor(family)
-    samples = [s for s in tiny.probed() if s.id in ("open", "letters", "silent", "text")]
-    edges = ["visual->question", "both->text", "audio->visual", "visual@0->audio", "options->last"]
-    edges += ["right->last", "first->text", "question->answer"]
-    edges += ["visual->text", "visual->last", "first->question"]  # two share copies with another
-    options = dict(edges=edges, span=span, media_every=2, progress=False)
-    fast = trace_flow(model, processor, samples, **options)
-    monkeypatch.setattr(Knockouts, "branch", plain_knockouts)
-    slow = trace_flow(model, processor, samples, **options)
-    for k in FLOW_METRICS:
-        np.testing.assert_allclose(fast[k], slow[k], atol=2e-4, rtol=1e-3, err_msg=k)
-    change = fast["change"]
-    assert change.sel(edge="audio->visual").isel(layer=[1, 3]).isnull().all()
-    assert change.sel(edge="right->last", sample="open").isnull().all()  # no choices in the prompt
-    assert change.sel(edge="right->last", sample="letters").notnull().all()
-    assert change.sel(edge="both->text", sample="text").isnull().all()  # no media
-    assert change.sel(edge="question->answer").notnull().any()
