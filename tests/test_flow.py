@@ -223,8 +223,6 @@ REFUSED = {
     "--edges audio": "'audio', expected 'source->target'",
     "--edges ,": "--edges: nothing named",
     "--window 2": "--window 2: give an odd number",
-    "--layers 16": "--layers: layer 16 is outside 0..15",
-    "--layers auto": "give numbers",
     "--out {profile} --overwrite": "is not a flow; choose another name",
 }
 
@@ -240,7 +238,7 @@ def test_the_command_refuses_in_one_line(line):
 
 def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = "flow --edges time --layers 5,6 --limit 6 --out f.nc".split()
+    words = "flow --edges time --limit 6 --out f.nc".split()
     seen = []
     rows = flow_module._rows
 
@@ -257,8 +255,8 @@ def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     assert again.exit_code == 0, again.stderr
     assert len(set(seen)) == len(seen) - 1  # only the clip that was stopped in ran twice
     flow = load_flow("f.nc")
-    assert dict(flow.sizes) | dict(sample=6, edge=8, layer=2) == dict(flow.sizes)
-    heads = CliRunner().invoke(app, "flow --heads --edges audio->last --layers 6 --limit 2".split())
+    assert dict(flow.sizes) | dict(sample=6, edge=8, layer=16) == dict(flow.sizes)
+    heads = CliRunner().invoke(app, "flow --heads --edges audio->last --limit 2".split())
     assert heads.exit_code == 0 and "testbed_heads.nc: 2 questions" in heads.stdout
 
 

@@ -61,7 +61,7 @@ NO_TORCH = {"inputs.media", "inputs.samples", "boundaries", "schedules.schedule"
 NO_SYNC = {"pruning.received", "pruning.select"}
 PROVENANCE = {  # what a stored result must carry to be traced back; alternatives separated by |
     "profiles": "schema model revision weights data prompt seed versions|transformers threads",
-    "flows": "schema model revision weights data prompt seed versions|transformers threads",
+    "flows": "schema model revision weights data prompt versions|transformers threads",
     "schedules": "schema model revision seed evidence",
     "results": "schema model revision seed",
     "testbed_next": "schema model revision seed",

@@ -157,7 +157,7 @@ seats probe --limit 24
 seats boundaries seats_out/testbed/profiles/testbed.nc --families --figure blocks
 seats schedule seats_out/testbed/profiles/testbed.nc --trr 10
 seats analyze --trr 20
-seats flow --limit 2 --layers 5,9
+seats flow --limit 2
 seats flow-study --limit 8
 seats run "$CLIP" {ASKED} --trr 10 --kept kept.json
 seats run "$CLIP" {ASKED} --schedule testbed/10

@@ -352,28 +352,21 @@ def trace_flow(
     model: torch.nn.Module,  # in eval mode; left as it is
     processor: Callable,  # its processor
     samples: Sequence[Sample],  # questions; without choices the answer's first token is measured
-    edges: Sequence[str]
-    | Mapping
-    | str
-    | None = None,  # names as 'audio->question', a mapping name -> (source, target), or 'time': each
-    # time window of either modality to the text; None: `usual_edges`
+    edges: Sequence[str] | Mapping | str | None = None,  # names as 'audio->question', a mapping
+    # name -> (source, target), or 'time': each time window to the text; None: `usual_edges`
     window: int = 3,  # layers, odd; of `around`
     span: str = "around",  # or 'from', 'to': the layers in which an edge is blocked
     layers: Sequence[int] | None = None,  # 0-based; None: all
-    heads: bool
-    | Mapping = False,  # True: each attention head alone; a mapping name -> [(layer, head)]: together
+    heads: bool | Mapping = False,  # True: each attention head alone; a mapping name ->
+    # [(layer, head)]: together
     media_every: int = 4,  # edges into media run all later positions again: so many layers apart
     method: str = "branch",  # or 'plain', the definition: one full pass a knockout
     fps: float = 2.0,
     max_frames: int | None = None,  # how files are decoded
-    checkpoint: str
-    | Path
-    | None = None,  # folder for finished samples; the same call goes on with it
+    checkpoint: str | Path | None = None,  # folder for finished samples; the same call goes on
     shard: tuple = (0, 1),  # this process of how many that share the checkpoint; 0 has the result
     progress: bool = True,  # show a bar
-) -> (
-    "xr.Dataset"
-):  # dims (sample, edge, layer); `heads`: (..., layer, head) or (sample, edge, heads)
+) -> "xr.Dataset":  # dims (sample, edge, layer); heads: (..., layer, head), (sample, edge, heads)
     """Block edges of the attention, layer by layer, and measure what the answers do.
 
     Raises ValueError for bad arguments. Attention knockout after Geva et al. 2023."""
