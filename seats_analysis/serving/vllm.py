@@ -8,7 +8,8 @@ __all__ = []
 # %% ../../nbs/serving/00_vllm.ipynb #dea81d9b
 import os
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
+from threading import Lock
 
 import torch
 
@@ -28,7 +29,26 @@ def method_of_environment() -> Seats:
     "The method whose stage I runs in the engine."
     return Seats(Schedule.load(os.environ[SCHEDULE]))
 
+
+def check_engine(config):  # vLLM's, of the whole engine
+    "Raises ValueError for an option under which the engine would die or choose wrongly."
+    found = {**vars(config.parallel_config), **vars(config.compilation_config)}
+    for name, best, why in (
+        ("tensor_parallel_size", 1, "the selection sees the attention of all heads"),
+        ("pipeline_parallel_size", 1, "only the first stage gets embeddings and their positions"),
+        ("compile_mm_encoder", False, "the selection watches the encoders by hooks"),
+        ("cudagraph_mm_encoder", False, "the selection watches the encoders by hooks"),
+    ):
+        if found.get(name, best) not in (best, None):
+            raise ValueError(
+                f"{name} is {found[name]}, but {why}: serve with {best}, or without a schedule"
+            )
+
 # %% ../../nbs/serving/00_vllm.ipynb #af0a8bcc
+PLANS = 64 * 2**20  # bytes of plans that a planner holds
+LONGEST = 3  # times the model's positions: vLLM's table has 4, one is left for text
+
+
 @dataclass(frozen=True, eq=False)
 class MediumPlan:
     "An image, a video, an audio track, or a video with its audio, before it is encoded."
@@ -42,6 +62,16 @@ class MediumPlan:
     def media(self):  # (N,) bool
         return (self.layout.visual | self.layout.audio | self.layout.image)[0]
 
+    @cached_property
+    def inside(self):  # from the first of the media to the last
+        edge = int((~self.media).sum()) // 2
+        return slice(edge, -edge)
+
+    @property
+    def bytes(self) -> int:
+        tensors = self.ids, self.positions, self.media, *vars(self.layout).values()
+        return sum(t.nbytes for t in tensors)
+
     @property
     def placeholders(self) -> list:
         "Token ids between the outer special tokens; which slot holds what is not known yet."
@@ -50,10 +80,9 @@ class MediumPlan:
         inner = self.ids[1:-1][~self.media[1:-1]]  # begin and end of the audio in a video
         return torch.cat([inner[:1], *kept, inner[1:]]).tolist()
 
-    def positions_of(self, kept):  # (media tokens,) bool -> (3, kept) int64
-        "Positions of what stays, counted from the special token before the first."
-        first = self.media.nonzero()[0]
-        return (self.positions[:, self.media] - self.positions[:, first - 1])[:, kept]
+    def positions_of(self, stay):  # (n,) int64 of the media tokens -> (3, n) int64
+        "Positions of what stays, counted from the special token before the first; there it is 0."
+        return self.positions[:, self.inside].to(stay.device, non_blocking=True)[:, stay]
 
 
 class Planner:
@@ -71,7 +100,8 @@ class Planner:
         self.config = config
         self.method = method
         self.adapter = adapter_for(self.thinker)
-        self.plan = lru_cache(maxsize=256)(self._plan)
+        self.plans = {}  # what was asked for last comes last
+        self.lock = Lock()
 
     @property
     def key(self) -> str:
@@ -100,8 +130,18 @@ class Planner:
             1.0 if seconds is None else float(seconds),
         )
 
+    def plan(self, *shape) -> MediumPlan:
+        with self.lock:
+            found = self.plans.pop(shape, None) or self._plan(*shape)
+            self.plans[shape] = found
+            held = sum(p.bytes for p in self.plans.values())
+            for oldest in [*self.plans][:-1]:
+                if held > PLANS:
+                    held -= self.plans.pop(oldest).bytes
+        return found
+
     def _plan(self, grid, frames, seconds):  # seconds: None for an image
-        ids = self._ids(grid, frames, seconds)
+        ids, positions = self._lay_out(grid, frames, seconds)
         video = grid and seconds is not None
         grids = torch.tensor([grid]) if grid else None
         inputs = dict(
@@ -110,63 +150,70 @@ class Planner:
             image_grid_thw=grids if not video else None,
             video_grid_thw=grids if video else None,
         )
-        positions, _ = self.thinker.get_rope_index(
-            **inputs,
-            use_audio_in_video=bool(video and frames),
-            audio_seqlens=torch.tensor([frames]) if frames else None,
-            second_per_grids=torch.tensor([seconds or 1.0]),
-        )
         if frames:
             inputs["feature_attention_mask"] = torch.ones(1, frames, dtype=torch.long)
         layout = layout_of(self.thinker, inputs, "keep", self.method.grids, self.method.seconds)
         budgets = self.method.window_budgets(layout, 0)
-        return MediumPlan(ids, positions[:, 0].long(), layout, budgets)
+        return MediumPlan(ids, positions, layout, budgets)
 
-    def _ids(self, grid, frames, seconds):  # -> (N,) int64
-        "The medium as the family's processor writes it: chunk by chunk, visual before audio."
+    def _lay_out(self, grid, frames, seconds):  # -> (N,) ids, (3, N) positions
+        """The medium as the family's processor writes it, chunk by chunk, visual before audio, with
+        the positions of transformers' `get_rope_index`."""
         c = self.config
         rates = self.adapter.rates(self.thinker)
-        ids = []
-        chunks = []
+        most = LONGEST * c.get_text_config().max_position_embeddings
+        tokens = []
+        places = []
         around = []
         if grid:
-            time = torch.arange(grid[0]) * (seconds or 1.0) * rates.positions_per_second
-            time = time.repeat_interleave(grid[1] * grid[2] // rates.merge_size**2)
-            ids += [c.image_token_id if seconds is None else c.video_token_id] * len(time)
-            chunks.append(2 * self._chunks(time))
+            each = 1.0 if seconds is None else seconds
+            if not 0 < each * rates.positions_per_second * grid[0] < most:  # nor NaN
+                raise ValueError(
+                    f"a video of {grid[0]} grids of {each:g} s, from its fps, does not fit into "
+                    f"the {most} positions of the model"
+                )
+            time = torch.arange(grid[0]) * each * rates.positions_per_second
+            sides = [torch.arange(n // rates.merge_size) for n in grid[1:]]
+            places.append(torch.cartesian_prod(time.long(), *sides).T)
+            tokens.append(c.image_token_id if seconds is None else c.video_token_id)
             around.append((c.vision_start_token_id, c.vision_end_token_id))
-        if frames:
-            time = torch.arange(self.adapter.audio_tokens(self.thinker, [frames])[0])
-            ids += [c.audio_token_id] * len(time)
-            chunks.append(2 * self._chunks(time) + 1)
+        if frames is not None:
+            count = self.adapter.audio_tokens(self.thinker, [frames])[0]
+            if not 0 < count < most:
+                raise ValueError(f"audio of {frames} mel frames is empty, too short or too long")
+            places.append(torch.arange(count).expand(3, -1))
+            tokens.append(c.audio_token_id)
             around.append((c.audio_start_token_id, c.audio_end_token_id))
-        begin, end = zip(*around)
-        inner = torch.tensor(ids)[torch.cat(chunks).argsort(stable=True)]
-        return torch.cat([torch.tensor(begin), inner, torch.tensor(end[::-1])])
+        order = torch.cat([2 * self._chunks(p[0]) + i for i, p in enumerate(places)])
+        order = order.argsort(stable=True)
+        own = torch.cat(places, 1)[:, order] + 1
+        counts = torch.tensor([p.shape[1] for p in places])
+        begin, end = map(torch.tensor, zip(*around))
+        ids = torch.tensor(tokens).repeat_interleave(counts)[order]
+        edge = own.new_zeros(3, len(begin))
+        positions = torch.cat([edge, own, edge + own[:, -1].max() + 1], 1)
+        return torch.cat([begin, ids, end.flip(0)]), positions
 
-    def _chunks(self, time):  # (T,) ascending M-RoPE times -> (T,) int64
+    def _chunks(self, time):  # (T,) ascending M-RoPE times from 0 -> (T,) int64
         "A new chunk begins where the time passes the end of the one before: one step at a time."
         rates = self.adapter.rates(self.thinker)
-        size = int(rates.positions_per_second * rates.seconds_per_chunk)
-        out = []
-        chunk = 0
-        for t in time.tolist():
-            chunk += t >= (chunk + 1) * size
-            out.append(chunk)
-        return torch.tensor(out, dtype=torch.long)
+        whole = time // int(rates.positions_per_second * rates.seconds_per_chunk)
+        place = torch.arange(len(time))
+        return (whole - place).cummin(0).values + place
 
     def select(
         self,
         plan: MediumPlan,
         features: torch.Tensor,  # (T, D) visual rows, then audio rows
         attention: torch.Tensor,  # (T,) received in the encoders
-    ):  # (kept, D) rows in the order of the prompt, (T,) bool in that order
-        "Stage I of one medium."
+    ):  # (n, D) rows in the order of the prompt, (n,) int64 which of the media tokens they are
+        "Stage I of one medium; nothing waits for the device."
         keep = self.method.select(Stage1Inputs(features, attention, plan.budgets))
-        visual = plan.layout.visual[0][plan.media].to(features.device)
-        order = torch.cat([visual.nonzero(), (~visual).nonzero()])[:, 0].argsort()
-        kept = keep[order]
-        return features[order][kept], kept.cpu()
+        audio = plan.layout.audio[0, plan.inside].int()
+        order = audio.argsort(stable=True).argsort().to(features.device, non_blocking=True)
+        dropped = (~keep[order]).int()
+        stay = dropped.argsort(stable=True)[: sum(sum(b.keep) for b in plan.budgets)]
+        return features[order[stay]], stay
 
 # %% ../../nbs/serving/00_vllm.ipynb #590fc2b8
 def pack(rows, positions):  # (n, D) float, (3, n) int64 -> (n, D + k)
@@ -179,6 +226,29 @@ def unpack(rows, width):  # (n, D + k), D -> (n, D), (3, n) int64; None where no
     "The way back."
     bits = rows[:, width:].contiguous()
     return rows[:, :width], bits.view(torch.int32).T.long() if bits.shape[1] else None
+
+
+def place(
+    embeddings,  # of a chunk, in the order of the prompt, with their positions
+    positions,  # (3, S) int64 of the prompt
+    media,  # (S,) bool where the prompt holds media
+    first,  # slot of the chunk's first token
+    width,  # of a row without positions
+):  # the rows alone, (3, S) int64
+    "Positions that came with the rows, put where these go; nothing waits for the device."
+    slot = torch.arange(len(media), device=media.device)
+    before = torch.where(media, 0, slot).cummax(0).values  # the last token of no medium
+    slots = (~(media & (slot >= first))).int().argsort(stable=True)
+    positions = positions.clone()
+    found = []
+    for rows in embeddings:
+        rows, own = unpack(rows, width)
+        here = slots[: len(rows)]
+        slots = slots[len(rows) :]
+        if own is not None:
+            positions[:, here] = positions[:, before[here]] + own.to(positions)
+        found.append(rows)
+    return found, positions
 
 # %% ../../nbs/serving/00_vllm.ipynb #7b864b9b
 ARCHITECTURES = "Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration"
