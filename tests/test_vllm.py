@@ -279,11 +279,14 @@ def test_switched_off_changes_nothing(testbed, folder, kinds, tmp_path):
     assert_equal(off["answers"][1:], wanted[1:])
 
 
-def test_refused_at_the_start(folder, tmp_path):
+def test_refused_at_the_start(folder, schedules, tmp_path):
     path = tmp_path / "plan.json"
     Schedule(3, entering=ENTERING).save(path)
     with pytest.raises(AssertionError, match="3 layers"):
         engine(folder, tmp_path, [], path)
+    compiled = dict(compilation_config=dict(compile_mm_encoder=True))
+    with pytest.raises(AssertionError, match="compile_mm_encoder is True, but the selection"):
+        engine(folder, tmp_path, [], schedules["some"][1], **compiled)
 
 
 def test_refused_without_an_engine(monkeypatch):
@@ -293,8 +296,10 @@ def test_refused_without_an_engine(monkeypatch):
     monkeypatch.setenv("SEATS_SCHEDULE", "plan.json")
     with pytest.raises(ValueError, match="plan.json"):
         register()
-    two = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=2))
-    with pytest.raises(ValueError, match="tensor parallel size of 1"):
+    two = SimpleNamespace(
+        parallel_config=SimpleNamespace(tensor_parallel_size=2), compilation_config=object
+    )
+    with pytest.raises(ValueError, match="tensor_parallel_size is 2"):
         PrunedOmni(vllm_config=two)
     processor = object.__new__(PrunedProcessor)
     with pytest.raises(ValueError, match="send the video itself"):
@@ -302,7 +307,7 @@ def test_refused_without_an_engine(monkeypatch):
     processor.info = SimpleNamespace(ctx=SimpleNamespace(get_merged_mm_kwargs=dict))
     uneven = SimpleNamespace(
         hf_processor_mm_kwargs=dict(use_audio_in_video=True),
-        mm_data_items=dict(video=[0, 0], audio=[0]),
+        mm_data_items=dict(video=[0, 0], audio=[np.zeros(9)]),
     )
     with pytest.raises(ValueError, match="2 videos and 1 audio tracks"):
         processor.apply(uneven, None)

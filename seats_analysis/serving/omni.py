@@ -51,7 +51,7 @@ class PrunedProcessor(Qwen2_5OmniThinkerMultiModalProcessor):
     def apply(self, inputs, timing_ctx):
         "`use_audio_in_video` of the server holds where there is an audio track for every video."
         for i, track in enumerate(inputs.mm_data_items.get("audio", ())):
-            if not len(track):
+            if track is not None and not len(track):
                 raise ValueError(f"audio {i + 1} is empty: it has no samples")
         given = inputs.hf_processor_mm_kwargs
         if self.info.ctx.get_merged_mm_kwargs(given).get("use_audio_in_video"):
@@ -137,22 +137,22 @@ class PrunedProcessor(Qwen2_5OmniThinkerMultiModalProcessor):
 
 # %% ../../nbs/serving/01_omni.ipynb #5f120007
 #| eval: false
-def _videos(videos):
+def _videos(grids, pixels):  # (n, 3), (patches of all, D)
     "Each as a batch of its own."
-    grids = videos["video_grid_thw"]
-    pixels = videos["pixel_values_videos"].split(grids.prod(-1).tolist())
+    parts = pixels.split(grids.prod(-1).tolist())
     return [
-        {**videos, "pixel_values_videos": p, "video_grid_thw": g[None]}
-        for p, g in zip(pixels, grids)
+        dict(type="pixel_values_videos", pixel_values_videos=part, video_grid_thw=grid)
+        for part, grid in zip(parts, grids.split(1))
     ]
 
 
-def _tracks(features, lengths):  # (mel bins, frames of all), (n,) or (n, 1)
+def _tracks(lengths, features):  # (n,) or (n, 1), (mel bins, frames of all)
     "Likewise."
-    parts = features.split(lengths.flatten().tolist(), 1)
+    lengths = lengths.flatten()
+    parts = features.split(lengths.tolist(), 1)
     return [
-        dict(input_features=p, audio_feature_lengths=n[None])
-        for p, n in zip(parts, lengths.flatten())
+        dict(input_features=part, audio_feature_lengths=length)
+        for part, length in zip(parts, lengths.split(1))
     ]
 
 
@@ -195,14 +195,13 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
         if video is not None:
             tracks = []
             if "clip_audio_features" in kwargs:
-                features = kwargs["clip_audio_features"]
-                tracks = _tracks(features, kwargs["clip_audio_lengths"])
-            seconds = kwargs["second_per_grid_ts"]
-            for clip in zip_longest(_videos(video), tracks, seconds):
-                found.append(self._select(*clip))
+                tracks = _tracks(kwargs["clip_audio_lengths"], kwargs["clip_audio_features"])
+            videos = _videos(video["video_grid_thw"], video["pixel_values_videos"])
+            clips = zip_longest(videos, tracks, kwargs["second_per_grid_ts"])
+            found += [self._select(*clip) for clip in clips]
         if audio is not None:
-            for track in _tracks(audio["input_features"], audio["audio_feature_lengths"]):
-                found.append(self._select(None, track))
+            tracks = _tracks(audio["audio_feature_lengths"], audio["input_features"])
+            found += [self._select(None, track) for track in tracks]
         return found
 
     def _select(self, video, audio, seconds=None):
