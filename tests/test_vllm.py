@@ -245,6 +245,7 @@ def test_answers_are_those_of_prune(name, testbed, folder, schedules, kinds, tmp
     assert_equal(found[-1]["answers"], [by_id[p.id] for p in asked])
     wanted += [by_id[p.id] for p in twice]
     assert_equal([f["answers"][0] for f in found[:-2]], wanted)
+    assert max(f["media"] for f in found) == 1  # in a call of an encoder, in whatever batch
     for kind, batch, want in zip(kinds, found, wanted):
         if "image" not in kind and "two" not in kind and batch["kept"]:  # else known, or several
             assert kind == "video_then_audio" or batch["kept"] == [want["kept"]], kind
@@ -373,12 +374,12 @@ class Server:
         self.process.wait(60)
 
 
-def wav(waveform):
+def wav(waveform, rate=16_000):
     out = io.BytesIO()
     with wave.open(out, "wb") as f:
         f.setnchannels(1)
         f.setsampwidth(2)
-        f.setframerate(16_000)
+        f.setframerate(rate)
         f.writeframes((waveform * 32767).round().astype("<i2").tobytes())
     return out.getvalue()
 
@@ -395,6 +396,7 @@ def chat(sample, audio=True, **more):
     return dict(messages=[dict(role="user", content=parts)]) | more
 
 
+WITHOUT = "--mm-processor-kwargs", json.dumps(dict(do_resize=False, fps=2.0))  # the tutorial's
 WITHIN = dict(mm_processor_kwargs=dict(use_audio_in_video=True))  # asked for by the client
 
 
@@ -404,32 +406,64 @@ def refused(server, body):
     return json.load(error.value)["error"]["message"]
 
 
-def tutorial(server, sample, folder):
-    "The tutorial's lines with this server, clip and question in them: usages by client and curl."
+def tutorial(server, sample, folder, without):
+    "The tutorial's lines with these servers, clip and question in them: usages by client and curl."
     (folder / "clip.mp4").write_bytes(Path(sample.video).read_bytes())
     (folder / "clip.wav").write_bytes(wav(clip_of(sample).waveform))
     page = json.loads((TESTS.parent / "nbs/tutorials/07_serve_with_vllm.ipynb").read_text())
     text = "\n".join("".join(cell["source"]) for cell in page["cells"])
     here = {
+        "port in 8000 8001": f"port in {server.port} {without.port}",
         "localhost:8000": f"127.0.0.1:{server.port}",
+        "localhost:$port": "127.0.0.1:$port",
         "Qwen/Qwen2.5-Omni-7B": "omni",
         "https://example.org": f"file://{folder}",
         "What is said while the door opens?": sample.prompt_text,
     }
     for name, own in here.items():
         text = text.replace(name, own)
-    curl, client = re.findall(r"```(?:bash|python)\n((?:curl|from openai).*?)```", text, re.S)
+    blocks = re.findall(r"```(?:bash|python)\n((?:curl|for port|from openai).*?)```", text, re.S)
+    curl, client, both = blocks
     names = {}
     exec(client, names)
     yield names["answer"].usage.prompt_tokens
-    if shutil.which("curl"):
-        run = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True)
-        yield json.loads(run.stdout)["usage"]["prompt_tokens"]
+    for command in (curl, both) if shutil.which("curl") else ():
+        run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+        for line in run.stdout.split("\n"):
+            if line:
+                yield json.loads(line)["usage"]["prompt_tokens"]
+
+
+def odd_requests(sample):
+    "Requests that are refused, with what is said; sounds of other rates, which are not."
+    waveform = clip_of(sample).waveform
+
+    def sounding(samples, rate=16_000, video=True):
+        body = chat(sample)
+        parts = body["messages"][0]["content"]
+        parts[1]["input_audio"]["data"] = base64.b64encode(wav(samples, rate)).decode()
+        del parts[: not video]
+        return body
+
+    wrong = [
+        (chat(sample, audio=audio, mm_processor_kwargs=dict(fps=fps)), "from its fps")
+        for audio in (True, False)
+        for fps in (1e-9, -1.0, float("nan"))
+    ]
+    for video in (True, False):
+        wrong.append((sounding(waveform[:0], video=video), "audio 1 is empty"))
+        wrong.append((sounding(waveform[:800], video=video), "1 mel frames"))
+    right = []
+    for rate in (8_000, 44_100, 48_000):
+        time = np.arange(len(waveform) * rate // 16_000) * 16_000 / rate
+        resampled = np.interp(time, np.arange(len(waveform)), waveform)
+        right.append(sounding(resampled, rate))
+    return wrong, right
 
 
 def test_server(testbed, folder, schedules, tmp_path):
     """Eight at a time, streamed, over HTTP; a refused request harms nobody; killed in mid-request,
-    it starts again and answers as before."""
+    it starts again and answers as before; the tutorial's comparison with a server without."""
     schedule, path = schedules["some"]
     asked = samples()[:16]
     wanted = [
@@ -471,6 +505,19 @@ def test_server(testbed, folder, schedules, tmp_path):
         assert trusted["choices"][0]["message"]["content"] == words[1]
         assert trusted["usage"] == found[1]["usage"]
         assert "1 videos and 2 audio tracks" in refused(server, chat(asked[1], **WITHIN))
-        assert set(tutorial(server, asked[2], tmp_path)) == {wanted[2]["prompt"]}
+        wrong, right = odd_requests(asked[0])
+        for body, said in wrong:
+            message = refused(server, body)
+            assert said in message and "\n" not in message and len(message) < 200
+        for body in right:
+            assert server.ask(body)["usage"]["prompt_tokens"] == wanted[0]["prompt"]
+        without = Server(folder, None, tmp_path / "third.log", *options, *WITHOUT)
+        try:
+            found = [*tutorial(server, asked[2], tmp_path, without)]
+        finally:
+            without.stop()
+        whole = encode(*testbed, [Prompt("whole", (clip_of(asked[2]), asked[2].prompt_text))])
+        *pruned, unpruned = found
+        assert set(pruned) == {wanted[2]["prompt"]} and unpruned == whole.shape[1]
     finally:
         server.stop()

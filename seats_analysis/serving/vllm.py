@@ -170,7 +170,7 @@ class Planner:
             if not 0 < each * rates.positions_per_second * grid[0] < most:  # nor NaN
                 raise ValueError(
                     f"a video of {grid[0]} grids of {each:g} s, from its fps, does not fit into "
-                    f"the {most} positions of the model"
+                    f"{most} positions"
                 )
             time = torch.arange(grid[0]) * each * rates.positions_per_second
             sides = [torch.arange(n // rates.merge_size) for n in grid[1:]]
