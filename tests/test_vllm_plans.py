@@ -74,13 +74,14 @@ def test_audio_without_a_token_is_refused(planner, grid, frames):
 
 def test_plans_are_bounded_by_bytes(planner, monkeypatch):
     small = planner.plan((2, 4, 4), None, 1.0)
-    size = planner.plan((40, 16, 16), None, 1.0).bytes
+    plan = planner.plan((40, 16, 16), None, 1.0)
+    size = sum(t.nbytes for t in (plan.ids, plan.positions, *vars(plan.layout).values()))
+    assert size == vllm.BYTES * len(plan.ids)
     monkeypatch.setattr(vllm, "PLANS", 3 * size)
     for seconds in range(1, 9):
         planner.plan((40, 16, 16), None, seconds / 8)
         assert planner.plan((2, 4, 4), None, 1.0) is small  # asked for again, it stays
-    held = [len(p.ids) for p in planner.plans.values()]
-    assert held == [len(planner.plans[(40, 16, 16), None, 1.0].ids)] * 2 + [len(small.ids)]
+    assert [len(p.ids) for p in planner.plans.values()] == [len(plan.ids)] * 2 + [len(small.ids)]
     monkeypatch.setattr(vllm, "PLANS", 0)
     assert planner.plan((40, 16, 16), None, 1.0) and len(planner.plans) == 1
 
@@ -135,7 +136,7 @@ def test_positions_are_placed_chunk_by_chunk():
 def test_nothing_waits_for_the_device(planner):
     "Shapes follow from the plan alone: on tensors without values, a wait is an error."
     plan = planner.plan(*SHAPES["both"])
-    n = len(plan.ids[plan.inside])
+    n = len(plan.ids) - 2 * plan.edge
     method = SimpleNamespace(select=lambda inputs: inputs.features[:, 0] > 0)
     double = SimpleNamespace(method=method)
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -19,7 +19,7 @@ def kept_by_stage_1():
 
     def select(self, plan, features, attention):
         rows, stay = stock(self, plan, features, attention)
-        found.append(plan.media.nonzero()[:, 0][stay].tolist())
+        found.append((stay + plan.edge).tolist())
         return rows, stay
 
     Planner.select = select

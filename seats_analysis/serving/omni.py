@@ -137,23 +137,8 @@ class PrunedProcessor(Qwen2_5OmniThinkerMultiModalProcessor):
 
 # %% ../../nbs/serving/01_omni.ipynb #5f120007
 #| eval: false
-def _videos(grids, pixels):  # (n, 3), (patches of all, D)
-    "Each as a batch of its own."
-    parts = pixels.split(grids.prod(-1).tolist())
-    return [
-        dict(type="pixel_values_videos", pixel_values_videos=part, video_grid_thw=grid)
-        for part, grid in zip(parts, grids.split(1))
-    ]
-
-
-def _tracks(lengths, features):  # (n,) or (n, 1), (mel bins, frames of all)
-    "Likewise."
-    lengths = lengths.flatten()
-    parts = features.split(lengths.tolist(), 1)
-    return [
-        dict(input_features=part, audio_feature_lengths=length)
-        for part, length in zip(parts, lengths.split(1))
-    ]
+def _one_by_one(shapes, values, sizes, axis):  # -> per medium: its shape (1, ...), its values
+    return [*zip(shapes.split(1), values.split(sizes.tolist(), axis))]
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -193,36 +178,40 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
         video = self._parse_and_validate_video_input(**kwargs)
         audio = self._parse_and_validate_audio_input(**kwargs)
         if video is not None:
+            grids = video["video_grid_thw"]
+            clips = _one_by_one(grids, video["pixel_values_videos"], grids.prod(-1), 0)
             tracks = []
             if "clip_audio_features" in kwargs:
-                tracks = _tracks(kwargs["clip_audio_lengths"], kwargs["clip_audio_features"])
-            videos = _videos(video["video_grid_thw"], video["pixel_values_videos"])
-            clips = zip_longest(videos, tracks, kwargs["second_per_grid_ts"])
-            found += [self._select(*clip) for clip in clips]
+                lengths = kwargs["clip_audio_lengths"].flatten()
+                tracks = _one_by_one(lengths, kwargs["clip_audio_features"], lengths, 1)
+            media = zip_longest(clips, tracks, kwargs["second_per_grid_ts"])
+            found += [self._select(*medium) for medium in media]
         if audio is not None:
-            tracks = _tracks(audio["audio_feature_lengths"], audio["input_features"])
+            lengths = audio["audio_feature_lengths"].flatten()
+            tracks = _one_by_one(lengths, audio["input_features"], lengths, 1)
             found += [self._select(None, track) for track in tracks]
         return found
 
-    def _select(self, video, audio, seconds=None):
+    def _select(self, clip, track, seconds=None):
         "One medium at a time: the engine's memory was measured with one that is as long as can be."
+        grid, pixels = clip or (None, None)
+        length, features = track or (None, None)
         rows = {}
         timings = Timings(str(self.visual.device))
         with watch_encoders(self, timings, self.planner.method) as watch:
-            if video is not None:
+            if clip:
+                video = dict(
+                    type="pixel_values_videos", video_grid_thw=grid, pixel_values_videos=pixels
+                )
                 rows["visual"] = self._process_video_input(video)[0]
-            if audio is not None:
+            if track:
+                audio = dict(input_features=features, audio_feature_lengths=length)
                 rows["audio"] = self._process_audio_input(audio)[0]
             counts = {m: len(own) for m, own in rows.items()}
             received = watch.noted("received", counts, None)
-        plan = self.planner.of_shape(
-            None if video is None else video["video_grid_thw"][0],
-            None if audio is None else audio["audio_feature_lengths"][0],
-            seconds,
-        )
-        features = torch.cat([*rows.values()])
+        plan = self.planner.of_shape(None if grid is None else grid[0], length, seconds)
         attention = torch.cat([received[m] for m in rows])
-        kept, stay = self.planner.select(plan, features, attention)
+        kept, stay = self.planner.select(plan, torch.cat([*rows.values()]), attention)
         return pack(kept, plan.positions_of(stay))
 
     def get_mrope_input_positions(self, input_tokens, mm_features):
@@ -242,7 +231,7 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
             positions[:, start:stop] = own[:, 1:-1].amax()
             if feature.modality == "image":
                 positions[:, start:stop] = own[:, 1:-1]
-            elif not plan.media[1]:
+            elif plan.edge > 1:
                 positions[:, start] = own[:, 1]
                 positions[:, stop - 1] = own[:, -2]
             at = stop

@@ -39,13 +39,14 @@ def check_engine(config):  # vLLM's, of the whole engine
         ("compile_mm_encoder", False, "the selection watches the encoders by hooks"),
         ("cudagraph_mm_encoder", False, "the selection watches the encoders by hooks"),
     ):
-        if found.get(name, best) not in (best, None):
+        if found[name] > best:
             raise ValueError(
                 f"{name} is {found[name]}, but {why}: serve with {best}, or without a schedule"
             )
 
 # %% ../../nbs/serving/00_vllm.ipynb #af0a8bcc
 PLANS = 64 * 2**20  # bytes of plans that a planner holds
+BYTES = 41  # of a plan, for each token
 LONGEST = 3  # times the model's positions: vLLM's table has 4, one is left for text
 
 
@@ -58,31 +59,22 @@ class MediumPlan:
     layout: TokenLayout  # (1, N)
     budgets: tuple  # of `WindowBudget`: visual, then audio
 
-    @cached_property
-    def media(self):  # (N,) bool
-        return (self.layout.visual | self.layout.audio | self.layout.image)[0]
-
-    @cached_property
-    def inside(self):  # from the first of the media to the last
-        edge = int((~self.media).sum()) // 2
-        return slice(edge, -edge)
-
     @property
-    def bytes(self) -> int:
-        tensors = self.ids, self.positions, self.media, *vars(self.layout).values()
-        return sum(t.nbytes for t in tensors)
+    def edge(self):  # special tokens before the media, and behind
+        return sum(bool(b.sizes) for b in self.budgets) or 1
 
     @property
     def placeholders(self) -> list:
         "Token ids between the outer special tokens; which slot holds what is not known yet."
         here = self.layout.visual[0], self.layout.audio[0]
         kept = [self.ids[h][: sum(b.keep)] for h, b in zip(here, self.budgets)]
-        inner = self.ids[1:-1][~self.media[1:-1]]  # begin and end of the audio in a video
-        return torch.cat([inner[:1], *kept, inner[1:]]).tolist()
+        e = self.edge  # what lies between the outer ones: begin and end of the audio in a video
+        return torch.cat([self.ids[1:e], *kept, self.ids[-e:-1]]).tolist()
 
     def positions_of(self, stay):  # (n,) int64 of the media tokens -> (3, n) int64
         "Positions of what stays, counted from the special token before the first; there it is 0."
-        return self.positions[:, self.inside].to(stay.device, non_blocking=True)[:, stay]
+        inside = self.positions[:, self.edge : -self.edge]
+        return inside.to(stay.device, non_blocking=True)[:, stay]
 
 
 class Planner:
@@ -134,24 +126,20 @@ class Planner:
         with self.lock:
             found = self.plans.pop(shape, None) or self._plan(*shape)
             self.plans[shape] = found
-            held = sum(p.bytes for p in self.plans.values())
+            held = sum(len(p.ids) for p in self.plans.values())
             for oldest in [*self.plans][:-1]:
-                if held > PLANS:
-                    held -= self.plans.pop(oldest).bytes
+                if held * BYTES > PLANS:
+                    held -= len(self.plans.pop(oldest).ids)
         return found
 
     def _plan(self, grid, frames, seconds):  # seconds: None for an image
         ids, positions = self._lay_out(grid, frames, seconds)
-        video = grid and seconds is not None
-        grids = torch.tensor([grid]) if grid else None
-        inputs = dict(
-            input_ids=ids[None],
-            attention_mask=torch.ones_like(ids)[None],
-            image_grid_thw=grids if not video else None,
-            video_grid_thw=grids if video else None,
-        )
+        inputs = dict(input_ids=ids[None])
+        if grid:
+            kind = "image" if seconds is None else "video"
+            inputs[f"{kind}_grid_thw"] = torch.tensor([grid])
         if frames:
-            inputs["feature_attention_mask"] = torch.ones(1, frames, dtype=torch.long)
+            inputs["feature_attention_mask"] = torch.ones(1, frames).bool()
         layout = layout_of(self.thinker, inputs, "keep", self.method.grids, self.method.seconds)
         budgets = self.method.window_budgets(layout, 0)
         return MediumPlan(ids, positions, layout, budgets)
@@ -162,9 +150,7 @@ class Planner:
         c = self.config
         rates = self.adapter.rates(self.thinker)
         most = LONGEST * c.get_text_config().max_position_embeddings
-        tokens = []
-        places = []
-        around = []
+        media = []  # placeholder, special token before and behind, (3, T) positions
         if grid:
             each = 1.0 if seconds is None else seconds
             if not 0 < each * rates.positions_per_second * grid[0] < most:  # nor NaN
@@ -174,25 +160,23 @@ class Planner:
                 )
             time = torch.arange(grid[0]) * each * rates.positions_per_second
             sides = [torch.arange(n // rates.merge_size) for n in grid[1:]]
-            places.append(torch.cartesian_prod(time.long(), *sides).T)
-            tokens.append(c.image_token_id if seconds is None else c.video_token_id)
-            around.append((c.vision_start_token_id, c.vision_end_token_id))
+            token = c.image_token_id if seconds is None else c.video_token_id
+            places = torch.cartesian_prod(time.long(), *sides).T
+            media.append((token, c.vision_start_token_id, c.vision_end_token_id, places))
         if frames is not None:
             count = self.adapter.audio_tokens(self.thinker, [frames])[0]
             if not 0 < count < most:
                 raise ValueError(f"audio of {frames} mel frames is empty, too short or too long")
-            places.append(torch.arange(count).expand(3, -1))
-            tokens.append(c.audio_token_id)
-            around.append((c.audio_start_token_id, c.audio_end_token_id))
-        order = torch.cat([2 * self._chunks(p[0]) + i for i, p in enumerate(places)])
-        order = order.argsort(stable=True)
-        own = torch.cat(places, 1)[:, order] + 1
-        counts = torch.tensor([p.shape[1] for p in places])
-        begin, end = map(torch.tensor, zip(*around))
-        ids = torch.tensor(tokens).repeat_interleave(counts)[order]
-        edge = own.new_zeros(3, len(begin))
-        positions = torch.cat([edge, own, edge + own[:, -1].max() + 1], 1)
-        return torch.cat([begin, ids, end.flip(0)]), positions
+            places = torch.arange(count).expand(3, -1)
+            media.append((c.audio_token_id, c.audio_start_token_id, c.audio_end_token_id, places))
+        *special, places = zip(*media)
+        token, begin, end = map(torch.tensor, special)
+        key = torch.cat([2 * self._chunks(own[0]) + i for i, own in enumerate(places)])
+        order = key.argsort(stable=True)
+        inner = torch.cat(places, 1)[:, order] + 1
+        edge = inner.new_zeros(3, len(media))
+        ids = torch.cat([begin, token[key[order] % 2], end.flip(0)])
+        return ids, torch.cat([edge, inner, edge + inner[:, -1].max() + 1], 1)
 
     def _chunks(self, time):  # (T,) ascending M-RoPE times from 0 -> (T,) int64
         "A new chunk begins where the time passes the end of the one before: one step at a time."
@@ -208,11 +192,12 @@ class Planner:
         attention: torch.Tensor,  # (T,) received in the encoders
     ):  # (n, D) rows in the order of the prompt, (n,) int64 which of the media tokens they are
         "Stage I of one medium; nothing waits for the device."
-        keep = self.method.select(Stage1Inputs(features, attention, plan.budgets))
-        audio = plan.layout.audio[0, plan.inside].int()
+        inputs = Stage1Inputs(features, attention, plan.budgets)
+        keep = self.method.select(inputs)
+        audio = plan.layout.audio[0, plan.edge : -plan.edge].int()
         order = audio.argsort(stable=True).argsort().to(features.device, non_blocking=True)
         dropped = (~keep[order]).int()
-        stay = dropped.argsort(stable=True)[: sum(sum(b.keep) for b in plan.budgets)]
+        stay = dropped.argsort(stable=True)[: sum(inputs.keep)]
         return features[order[stay]], stay
 
 # %% ../../nbs/serving/00_vllm.ipynb #590fc2b8
