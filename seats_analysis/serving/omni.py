@@ -194,22 +194,19 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
 
     def _select(self, clip, track, seconds=None):
         "One medium at a time: the engine's memory was measured with one that is as long as can be."
-        grid, pixels = clip or (None, None)
-        length, features = track or (None, None)
         rows = {}
         timings = Timings(str(self.visual.device))
         with watch_encoders(self, timings, self.planner.method) as watch:
             if clip:
-                video = dict(
-                    type="pixel_values_videos", video_grid_thw=grid, pixel_values_videos=pixels
-                )
+                names = "video_grid_thw", "pixel_values_videos"
+                video = dict(zip(names, clip), type="pixel_values_videos")
                 rows["visual"] = self._process_video_input(video)[0]
             if track:
-                audio = dict(input_features=features, audio_feature_lengths=length)
-                rows["audio"] = self._process_audio_input(audio)[0]
+                names = "audio_feature_lengths", "input_features"
+                rows["audio"] = self._process_audio_input(dict(zip(names, track)))[0]
             counts = {m: len(own) for m, own in rows.items()}
             received = watch.noted("received", counts, None)
-        plan = self.planner.of_shape(None if grid is None else grid[0], length, seconds)
+        plan = self.planner.of_shape(clip and clip[0][0], track and track[0], seconds)
         attention = torch.cat([received[m] for m in rows])
         kept, stay = self.planner.select(plan, torch.cat([*rows.values()]), attention)
         return pack(kept, plan.positions_of(stay))

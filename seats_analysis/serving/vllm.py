@@ -8,7 +8,6 @@ __all__ = []
 # %% ../../nbs/serving/00_vllm.ipynb #dea81d9b
 import os
 from dataclasses import dataclass
-from functools import cached_property
 from threading import Lock
 
 import torch
@@ -32,7 +31,7 @@ def method_of_environment() -> Seats:
 
 def check_engine(config):  # vLLM's, of the whole engine
     "Raises ValueError for an option under which the engine would die or choose wrongly."
-    found = {**vars(config.parallel_config), **vars(config.compilation_config)}
+    found = vars(config.parallel_config) | vars(config.compilation_config)
     for name, best, why in (
         ("tensor_parallel_size", 1, "the selection sees the attention of all heads"),
         ("pipeline_parallel_size", 1, "only the first stage gets embeddings and their positions"),
@@ -77,6 +76,12 @@ class MediumPlan:
         return inside.to(stay.device, non_blocking=True)[:, stay]
 
 
+def _chunks(whole):  # (T,) int64 time in chunks, ascending from 0 -> (T,) int64
+    "A new chunk begins where the time passes the end of the one before: one step at a time."
+    place = torch.arange(len(whole))
+    return (whole - place).cummin(0).values + place
+
+
 class Planner:
     "Plans media from their shapes, as `prune` does; both sides of the engine come to the same."
 
@@ -87,7 +92,7 @@ class Planner:
     ):
         from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-        with torch.device("meta"):  # for its arithmetic of positions, without weights
+        with torch.device("meta"):  # for what its family makes of the config, without weights
             self.thinker = Qwen2_5OmniThinkerForConditionalGeneration(config)
         self.config = config
         self.method = method
@@ -171,19 +176,13 @@ class Planner:
             media.append((c.audio_token_id, c.audio_start_token_id, c.audio_end_token_id, places))
         *special, places = zip(*media)
         token, begin, end = map(torch.tensor, special)
-        key = torch.cat([2 * self._chunks(own[0]) + i for i, own in enumerate(places)])
+        size = int(rates.positions_per_second * rates.seconds_per_chunk)
+        key = torch.cat([2 * _chunks(own[0] // size) + i for i, own in enumerate(places)])
         order = key.argsort(stable=True)
         inner = torch.cat(places, 1)[:, order] + 1
         edge = inner.new_zeros(3, len(media))
         ids = torch.cat([begin, token[key[order] % 2], end.flip(0)])
         return ids, torch.cat([edge, inner, edge + inner[:, -1].max() + 1], 1)
-
-    def _chunks(self, time):  # (T,) ascending M-RoPE times from 0 -> (T,) int64
-        "A new chunk begins where the time passes the end of the one before: one step at a time."
-        rates = self.adapter.rates(self.thinker)
-        whole = time // int(rates.positions_per_second * rates.seconds_per_chunk)
-        place = torch.arange(len(time))
-        return (whole - place).cummin(0).values + place
 
     def select(
         self,
