@@ -3,7 +3,7 @@
 The job: `engine` (arguments of `vllm.LLM`), `batches` of requests, `tokens` to generate. The
 answers hold, per batch and request, prompt tokens, cached tokens, generated ids, their
 log-probabilities over the vocabulary, and which media tokens stage I kept, in the order in which it
-was asked; per batch also the most videos or audio tracks that an encoder got in one call.
+was asked.
 """
 
 import os
@@ -26,26 +26,6 @@ def kept_by_stage_1():
     return found
 
 
-def media_per_call():
-    "A list that gets the videos, or audio tracks, of every call of an encoder."
-    from seats_analysis.serving.omni import PrunedOmni
-
-    found = []
-
-    def watched(name, field):
-        stock = getattr(PrunedOmni, name)
-
-        def call(self, given):
-            found.append(len(given[field]))
-            return stock(self, given)
-
-        setattr(PrunedOmni, name, call)
-
-    watched("_process_video_input", "video_grid_thw")
-    watched("_process_audio_input", "audio_feature_lengths")
-    return found
-
-
 def answer(output):
     import torch
 
@@ -65,16 +45,13 @@ def main(job, answers):
     with open(job, "rb") as f:
         job = pickle.load(f)
     llm, kept, found = LLM(**job["engine"]), kept_by_stage_1(), []
-    calls = media_per_call() if os.environ.get("SEATS_SCHEDULE") else []
     greedy = SamplingParams(
         temperature=0, max_tokens=job["tokens"], logprobs=-1, ignore_eos=True, detokenize=False
     )
     for batch in job["batches"]:
         kept.clear()
-        calls.clear()
         outputs = llm.generate(batch, greedy, use_tqdm=False)
-        answers_here = [answer(o) for o in outputs]
-        found.append(dict(answers=answers_here, kept=list(kept), media=max(calls, default=0)))
+        found.append(dict(answers=[answer(o) for o in outputs], kept=list(kept)))
     with open(answers, "wb") as f:
         pickle.dump(found, f)
 
