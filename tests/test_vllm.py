@@ -21,6 +21,7 @@ import urllib.error
 import urllib.request
 import wave
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -279,11 +280,14 @@ def test_switched_off_changes_nothing(testbed, folder, kinds, tmp_path):
     assert_equal(off["answers"][1:], wanted[1:])
 
 
-def test_refused_at_the_start(folder, tmp_path):
+def test_refused_at_the_start(folder, schedules, tmp_path):
     path = tmp_path / "plan.json"
     Schedule(3, entering=ENTERING).save(path)
     with pytest.raises(AssertionError, match="3 layers"):
         engine(folder, tmp_path, [], path)
+    compiled = dict(compilation_config=dict(compile_mm_encoder=True))
+    with pytest.raises(AssertionError, match="compile_mm_encoder is True, but the selection"):
+        engine(folder, tmp_path, [], schedules["some"][1], **compiled)
 
 
 def test_refused_without_an_engine(monkeypatch):
@@ -293,8 +297,10 @@ def test_refused_without_an_engine(monkeypatch):
     monkeypatch.setenv("SEATS_SCHEDULE", "plan.json")
     with pytest.raises(ValueError, match="plan.json"):
         register()
-    two = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=2))
-    with pytest.raises(ValueError, match="tensor parallel size of 1"):
+    two = SimpleNamespace(
+        parallel_config=SimpleNamespace(tensor_parallel_size=2), compilation_config=object
+    )
+    with pytest.raises(ValueError, match="tensor_parallel_size is 2"):
         PrunedOmni(vllm_config=two)
     processor = object.__new__(PrunedProcessor)
     with pytest.raises(ValueError, match="send the video itself"):
@@ -302,10 +308,42 @@ def test_refused_without_an_engine(monkeypatch):
     processor.info = SimpleNamespace(ctx=SimpleNamespace(get_merged_mm_kwargs=dict))
     uneven = SimpleNamespace(
         hf_processor_mm_kwargs=dict(use_audio_in_video=True),
-        mm_data_items=dict(video=[0, 0], audio=[0]),
+        mm_data_items=dict(video=[0, 0], audio=[np.zeros(9)]),
     )
     with pytest.raises(ValueError, match="2 videos and 1 audio tracks"):
         processor.apply(uneven, None)
+
+
+def test_media_are_encoded_one_by_one():
+    "A batch of several, as the second runner makes it: each clip with its own track and rate."
+    from seats_analysis.serving.omni import PrunedOmni
+
+    seen = []
+    double = SimpleNamespace(_select=lambda *medium: seen.append(medium))
+    for modality in ("image", "video", "audio"):
+        name = f"_parse_and_validate_{modality}_input"
+        setattr(double, name, partial(getattr(PrunedOmni, name), double))
+    grids, lengths = torch.tensor([[2, 4, 4], [1, 2, 4], [3, 2, 2]]), torch.tensor([7, 4, 9])
+    pixels, sound = torch.randn(52, 6), torch.randn(5, 20)
+    videos = dict(pixel_values_videos=pixels, video_grid_thw=grids)
+    videos |= dict(second_per_grid_ts=torch.tensor([1.0, 0.5, 2.0]))
+    tracks = dict(clip_audio_features=sound, clip_audio_lengths=lengths)
+    alone = dict(input_audio_features=sound, audio_feature_lengths=lengths)
+    alone |= dict(feature_attention_mask=torch.ones(3, 9))
+    for given in (videos | tracks, videos, alone):
+        seen.clear()
+        assert len(PrunedOmni.embed_multimodal(double, **given)) == len(seen) == 3
+        for i, (clip, track, *seconds) in enumerate(seen):
+            if "video_grid_thw" in given:
+                before, here = (int(grids[:k].prod(-1).sum()) for k in (i, i + 1))
+                assert torch.equal(clip[0], grids[i : i + 1]) and seconds == [(1.0, 0.5, 2.0)[i]]
+                assert torch.equal(clip[1], pixels[before:here])
+            if given is not videos:
+                before, here = (int(lengths[:k].sum()) for k in (i, i + 1))
+                assert track[0].tolist() == [here - before]
+                assert torch.equal(track[1], sound[:, before:here])
+        assert (seen[0][0] is None) == ("video_grid_thw" not in given)
+        assert (seen[0][1] is None) == (given is videos)
 
 
 # ---------------------------------------------------------------- the server
@@ -368,12 +406,12 @@ class Server:
         self.process.wait(60)
 
 
-def wav(waveform):
+def wav(waveform, rate=16_000):
     out = io.BytesIO()
     with wave.open(out, "wb") as f:
         f.setnchannels(1)
         f.setsampwidth(2)
-        f.setframerate(16_000)
+        f.setframerate(rate)
         f.writeframes((waveform * 32767).round().astype("<i2").tobytes())
     return out.getvalue()
 
@@ -399,32 +437,68 @@ def refused(server, body):
     return json.load(error.value)["error"]["message"]
 
 
-def tutorial(server, sample, folder):
-    "The tutorial's lines with this server, clip and question in them: usages by client and curl."
+def page():
+    page = json.loads((TESTS.parent / "nbs/tutorials/07_serve_with_vllm.ipynb").read_text())
+    return "\n".join("".join(cell["source"]) for cell in page["cells"])
+
+
+def tutorial(server, sample, folder, without):
+    "The tutorial's lines with these servers, clip and question in them: usages by client and curl."
     (folder / "clip.mp4").write_bytes(Path(sample.video).read_bytes())
     (folder / "clip.wav").write_bytes(wav(clip_of(sample).waveform))
-    page = json.loads((TESTS.parent / "nbs/tutorials/07_serve_with_vllm.ipynb").read_text())
-    text = "\n".join("".join(cell["source"]) for cell in page["cells"])
+    text = page()
     here = {
+        "port in 8000 8001": f"port in {server.port} {without.port}",
         "localhost:8000": f"127.0.0.1:{server.port}",
+        "localhost:$port": "127.0.0.1:$port",
         "Qwen/Qwen2.5-Omni-7B": "omni",
         "https://example.org": f"file://{folder}",
         "What is said while the door opens?": sample.prompt_text,
     }
     for name, own in here.items():
         text = text.replace(name, own)
-    curl, client = re.findall(r"```(?:bash|python)\n((?:curl|from openai).*?)```", text, re.S)
+    blocks = re.findall(r"```(?:bash|python)\n((?:curl|for port|from openai).*?)```", text, re.S)
+    curl, client, both = blocks
     names = {}
     exec(client, names)
     yield names["answer"].usage.prompt_tokens
-    if shutil.which("curl"):
-        run = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True)
-        yield json.loads(run.stdout)["usage"]["prompt_tokens"]
+    for command in (curl, both) if shutil.which("curl") else ():
+        run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+        for line in run.stdout.split("\n"):
+            if line:
+                yield json.loads(line)["usage"]["prompt_tokens"]
+
+
+def odd_requests(sample):
+    "Requests that are refused, with what is said; sounds of other rates, which are not."
+    waveform = clip_of(sample).waveform
+
+    def sounding(samples, rate=16_000, video=True):
+        body = chat(sample)
+        parts = body["messages"][0]["content"]
+        parts[1]["input_audio"]["data"] = base64.b64encode(wav(samples, rate)).decode()
+        del parts[: not video]
+        return body
+
+    wrong = [
+        (chat(sample, audio=audio, mm_processor_kwargs=dict(fps=fps)), "from its fps")
+        for audio in (True, False)
+        for fps in (1e-9, -1.0, float("nan"))
+    ]
+    for video in (True, False):
+        wrong.append((sounding(waveform[:0], video=video), "audio 1 is empty"))
+        wrong.append((sounding(waveform[:800], video=video), "1 mel frames"))
+    right = []
+    for rate in (8_000, 44_100, 48_000):
+        time = np.arange(len(waveform) * rate // 16_000) * 16_000 / rate
+        resampled = np.interp(time, np.arange(len(waveform)), waveform)
+        right.append(sounding(resampled, rate))
+    return wrong, right
 
 
 def test_server(testbed, folder, schedules, tmp_path):
     """Eight at a time, streamed, over HTTP; a refused request harms nobody; killed in mid-request,
-    it starts again and answers as before."""
+    it starts again and answers as before; the tutorial's comparison with a server without."""
     schedule, path = schedules["some"]
     asked = samples()[:16]
     wanted = [
@@ -466,6 +540,23 @@ def test_server(testbed, folder, schedules, tmp_path):
         assert trusted["choices"][0]["message"]["content"] == words[1]
         assert trusted["usage"] == found[1]["usage"]
         assert "1 videos and 2 audio tracks" in refused(server, chat(asked[1], **WITHIN))
-        assert set(tutorial(server, asked[2], tmp_path)) == {wanted[2]["prompt"]}
+        wrong, right = odd_requests(asked[0])
+        for body, said in wrong:
+            message = refused(server, body)
+            assert said in message and "\n" not in message and len(message) < 200
+        for body in right:
+            assert server.ask(body)["usage"]["prompt_tokens"] == wanted[0]["prompt"]
+        *_, settings = re.findall("--mm-processor-kwargs '(.*)'", page())
+        options += "--mm-processor-kwargs", json.dumps(json.loads(settings) | dict(do_resize=False))
+        without = Server(folder, None, tmp_path / "third.log", *options)
+        try:
+            found = [*tutorial(server, asked[2], tmp_path, without)]
+            found.append(without.ask(chat(asked[2]))["usage"]["prompt_tokens"])
+        finally:
+            without.stop()
+        whole = encode(*testbed, [Prompt("whole", (clip_of(asked[2]), asked[2].prompt_text))])
+        pruned, unpruned = wanted[2]["prompt"], whole.shape[1]
+        many = bool(shutil.which("curl"))
+        assert found == [pruned] * (1 + 2 * many) + [unpruned] * (1 + many)
     finally:
         server.stop()

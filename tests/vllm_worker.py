@@ -18,9 +18,9 @@ def kept_by_stage_1():
     found, stock = [], Planner.select
 
     def select(self, plan, features, attention):
-        rows, kept = stock(self, plan, features, attention)
-        found.append(plan.media.nonzero()[:, 0][kept].tolist())
-        return rows, kept
+        rows, stay = stock(self, plan, features, attention)
+        found.append((stay + plan.edge).tolist())
+        return rows, stay
 
     Planner.select = select
     return found

@@ -10,6 +10,8 @@ __all__ = []
 import logging
 from dataclasses import replace
 from functools import cached_property, partial
+from importlib.util import find_spec
+from itertools import zip_longest
 
 import torch
 from vllm.model_executor.models.interfaces import SupportsMultiModal, SupportsMultiModalPruning
@@ -25,12 +27,17 @@ from vllm.multimodal.processing.processor import PromptReplacement, PromptUpdate
 
 from ..pruning.encoders import watch_encoders
 from ..pruning.timing import Timings
-from .vllm import Planner, method_of_environment, pack, unpack
+from .vllm import Planner, check_engine, method_of_environment, pack, place
 
 # %% ../../nbs/serving/01_omni.ipynb #dcfe0cc8
 #| eval: false
 class PrunedProcessor(Qwen2_5OmniThinkerMultiModalProcessor):
     "Counts what will stay; a video with its audio is one item, which holds both."
+
+    def __init__(self, info, *args, **kwargs):
+        super().__init__(info, *args, **kwargs)
+        if find_spec("torchaudio") is None:  # vLLM's way to another sampling rate
+            info.data_parser.audio_resampler.method = "pyav"
 
     @cached_property
     def planner(self):
@@ -43,6 +50,9 @@ class PrunedProcessor(Qwen2_5OmniThinkerMultiModalProcessor):
 
     def apply(self, inputs, timing_ctx):
         "`use_audio_in_video` of the server holds where there is an audio track for every video."
+        for i, track in enumerate(inputs.mm_data_items.get("audio", ())):
+            if track is not None and not len(track):
+                raise ValueError(f"audio {i + 1} is empty: it has no samples")
         given = inputs.hf_processor_mm_kwargs
         if self.info.ctx.get_merged_mm_kwargs(given).get("use_audio_in_video"):
             videos, tracks = (len(inputs.mm_data_items.get(m, ())) for m in ("video", "audio"))
@@ -102,8 +112,6 @@ class PrunedProcessor(Qwen2_5OmniThinkerMultiModalProcessor):
     def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
         def kept(i, modality):
             ids = self.planner.of_item(out_mm_kwargs[modality][i]).placeholders
-            if not ids:
-                raise ValueError(f"{modality} {i + 1} is too short for a token")
             return PromptUpdateDetails.select_token_ids(ids, self.media_ids.tolist())
 
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
@@ -129,6 +137,10 @@ class PrunedProcessor(Qwen2_5OmniThinkerMultiModalProcessor):
 
 # %% ../../nbs/serving/01_omni.ipynb #5f120007
 #| eval: false
+def _one_by_one(shapes, values, sizes, axis):  # -> per medium: its shape (1, ...), its values
+    return [*zip(shapes.split(1), values.split(sizes.tolist(), axis))]
+
+
 @MULTIMODAL_REGISTRY.register_processor(
     PrunedProcessor,
     info=Qwen2_5OmniThinkerProcessingInfo,
@@ -138,11 +150,7 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
     "Qwen2.5-Omni whose videos and audio tracks pass through stage I."
 
     def __init__(self, *, vllm_config, prefix=""):
-        if vllm_config.parallel_config.tensor_parallel_size > 1:
-            raise ValueError(
-                "the selection sees the attention of all heads: serve with a tensor parallel "
-                "size of 1, or without a schedule"
-            )
+        check_engine(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         method = method_of_environment()
         model = vllm_config.model_config
@@ -152,7 +160,7 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
         # runners only ask whether it is above 0; then they take positions from the embeddings
         model.multimodal_config.video_pruning_rate = 0.5
         c = self.config
-        self.media_ids = torch.tensor([c.video_token_id, c.audio_token_id, c.image_token_id])
+        self.media_ids = c.video_token_id, c.audio_token_id, c.image_token_id
         attention = self.visual.blocks[-1].attn
         attention.num_heads = attention.num_attention_heads_per_partition  # as in transformers
         entering = method.schedule.entering
@@ -168,38 +176,40 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
         images = self._parse_and_validate_image_input(**kwargs)
         found = [] if images is None else [*self._process_image_input(images)]
         video = self._parse_and_validate_video_input(**kwargs)
-        inside = None
-        if "clip_audio_features" in kwargs:
-            inside = dict(
-                input_features=kwargs["clip_audio_features"],
-                audio_feature_lengths=kwargs["clip_audio_lengths"],
-            )
-        if video is not None:
-            found += self._select(video, inside, kwargs["second_per_grid_ts"])
         audio = self._parse_and_validate_audio_input(**kwargs)
-        return found if audio is None else found + self._select(None, audio)
+        if video is not None:
+            grids = video["video_grid_thw"]
+            clips = _one_by_one(grids, video["pixel_values_videos"], grids.prod(-1), 0)
+            tracks = []
+            if "clip_audio_features" in kwargs:
+                lengths = kwargs["clip_audio_lengths"].flatten()
+                tracks = _one_by_one(lengths, kwargs["clip_audio_features"], lengths, 1)
+            media = zip_longest(clips, tracks, kwargs["second_per_grid_ts"])
+            found += [self._select(*medium) for medium in media]
+        if audio is not None:
+            lengths = audio["audio_feature_lengths"].flatten()
+            tracks = _one_by_one(lengths, audio["input_features"], lengths, 1)
+            found += [self._select(None, track) for track in tracks]
+        return found
 
-    def _select(self, video, audio, seconds=None):  # -> one tensor per medium
+    def _select(self, clip, track, seconds=None):
+        "One medium at a time: the engine's memory was measured with one that is as long as can be."
         rows = {}
         timings = Timings(str(self.visual.device))
         with watch_encoders(self, timings, self.planner.method) as watch:
-            if video is not None:
-                rows["visual"] = self._process_video_input(video)
-            if audio is not None:
-                rows["audio"] = self._process_audio_input(audio)
-            counts = {m: sum(map(len, parts)) for m, parts in rows.items()}
+            if clip:
+                names = "video_grid_thw", "pixel_values_videos"
+                video = dict(zip(names, clip), type="pixel_values_videos")
+                rows["visual"] = self._process_video_input(video)[0]
+            if track:
+                names = "audio_feature_lengths", "input_features"
+                rows["audio"] = self._process_audio_input(dict(zip(names, track)))[0]
+            counts = {m: len(own) for m, own in rows.items()}
             received = watch.noted("received", counts, None)
-        parts = {m: received[m].split([*map(len, found)]) for m, found in rows.items()}
-        nothing = [None] * max(map(len, rows.values()))
-        grids = nothing if video is None else video["video_grid_thw"]
-        frames = nothing if audio is None else audio["audio_feature_lengths"]
-        found = []
-        for i, shape in enumerate(zip(grids, frames, nothing if seconds is None else seconds)):
-            plan = self.planner.of_shape(*shape)
-            features, attention = (torch.cat([x[m][i] for m in rows]) for x in (rows, parts))
-            kept_rows, kept = self.planner.select(plan, features, attention)
-            found.append(pack(kept_rows, plan.positions_of(kept)))
-        return found
+        plan = self.planner.of_shape(clip and clip[0][0], track and track[0], seconds)
+        attention = torch.cat([received[m] for m in rows])
+        kept, stay = self.planner.select(plan, torch.cat([*rows.values()]), attention)
+        return pack(kept, plan.positions_of(stay))
 
     def get_mrope_input_positions(self, input_tokens, mm_features):
         "Those of the full prompt; the rows of a medium bring their own once it is encoded."
@@ -218,7 +228,7 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
             positions[:, start:stop] = own[:, 1:-1].amax()
             if feature.modality == "image":
                 positions[:, start:stop] = own[:, 1:-1]
-            elif not plan.media[1]:
+            elif plan.edge > 1:
                 positions[:, start] = own[:, 1]
                 positions[:, stop - 1] = own[:, -2]
             at = stop
@@ -230,21 +240,12 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
         self, input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
     ):
         "Positions that came with the embeddings of this chunk, put where these go."
-        ids = torch.as_tensor(input_ids).cpu()
-        positions = mrope_positions.clone()
-        media = torch.isin(ids, self.media_ids)
-        slot = torch.arange(len(ids))
-        before = torch.where(media, 0, slot).cummax(0).values  # the last token of no medium
-        slots = slot[media & (slot >= num_computed_tokens)]
-        found = []
-        for rows in multimodal_embeddings:
-            rows, own = unpack(rows, self.width)
-            here = slots[: len(rows)]
-            slots = slots[len(rows) :]
-            if own is not None:
-                base = positions[:, before[here].to(positions.device)]
-                positions[:, here.to(positions.device)] = base + own.to(base)
-            found.append(rows)
+        ids = torch.as_tensor(input_ids, device=mrope_positions.device)
+        media = sum(ids == token for token in self.media_ids).bool()
+        found, positions = place(
+            multimodal_embeddings, mrope_positions, media, num_computed_tokens, self.width
+        )
+        # a number on the host, as the engine wants it: the only wait, and none in its first runner
         return found, positions, int(positions.max()) + 1 - len(ids)
 
     def embed_input_ids(self, input_ids, multimodal_embeddings=None, *, is_multimodal=None):

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/serving/00_vllm.ipynb #dea81d9b
 import os
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from threading import Lock
 
 import torch
 
@@ -28,7 +28,27 @@ def method_of_environment() -> Seats:
     "The method whose stage I runs in the engine."
     return Seats(Schedule.load(os.environ[SCHEDULE]))
 
+
+def check_engine(config):  # vLLM's, of the whole engine
+    "Raises ValueError for an option under which the engine would die or choose wrongly."
+    found = vars(config.parallel_config) | vars(config.compilation_config)
+    for name, best, why in (
+        ("tensor_parallel_size", 1, "the selection sees the attention of all heads"),
+        ("pipeline_parallel_size", 1, "only the first stage gets embeddings and their positions"),
+        ("compile_mm_encoder", False, "the selection watches the encoders by hooks"),
+        ("cudagraph_mm_encoder", False, "the selection watches the encoders by hooks"),
+    ):
+        if found[name] > best:
+            raise ValueError(
+                f"{name} is {found[name]}, but {why}: serve with {best}, or without a schedule"
+            )
+
 # %% ../../nbs/serving/00_vllm.ipynb #af0a8bcc
+PLANS = 64 * 2**20  # bytes of plans that a planner holds
+BYTES = 41  # of a plan, for each token
+LONGEST = 3  # times the model's positions: vLLM's table has 4, one is left for text
+
+
 @dataclass(frozen=True, eq=False)
 class MediumPlan:
     "An image, a video, an audio track, or a video with its audio, before it is encoded."
@@ -38,22 +58,28 @@ class MediumPlan:
     layout: TokenLayout  # (1, N)
     budgets: tuple  # of `WindowBudget`: visual, then audio
 
-    @cached_property
-    def media(self):  # (N,) bool
-        return (self.layout.visual | self.layout.audio | self.layout.image)[0]
+    @property
+    def edge(self):  # special tokens before the media, and behind
+        return sum(bool(b.sizes) for b in self.budgets) or 1
 
     @property
     def placeholders(self) -> list:
         "Token ids between the outer special tokens; which slot holds what is not known yet."
         here = self.layout.visual[0], self.layout.audio[0]
         kept = [self.ids[h][: sum(b.keep)] for h, b in zip(here, self.budgets)]
-        inner = self.ids[1:-1][~self.media[1:-1]]  # begin and end of the audio in a video
-        return torch.cat([inner[:1], *kept, inner[1:]]).tolist()
+        e = self.edge  # what lies between the outer ones: begin and end of the audio in a video
+        return torch.cat([self.ids[1:e], *kept, self.ids[-e:-1]]).tolist()
 
-    def positions_of(self, kept):  # (media tokens,) bool -> (3, kept) int64
-        "Positions of what stays, counted from the special token before the first."
-        first = self.media.nonzero()[0]
-        return (self.positions[:, self.media] - self.positions[:, first - 1])[:, kept]
+    def positions_of(self, stay):  # (n,) int64 of the media tokens -> (3, n) int64
+        "Positions of what stays, counted from the special token before the first; there it is 0."
+        inside = self.positions[:, self.edge : -self.edge]
+        return inside.to(stay.device, non_blocking=True)[:, stay]
+
+
+def _chunks(whole):  # (T,) int64 time in chunks, ascending from 0 -> (T,) int64
+    "A new chunk begins where the time passes the end of the one before: one step at a time."
+    place = torch.arange(len(whole))
+    return (whole - place).cummin(0).values + place
 
 
 class Planner:
@@ -66,12 +92,13 @@ class Planner:
     ):
         from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-        with torch.device("meta"):  # for its arithmetic of positions, without weights
+        with torch.device("meta"):  # for what its family makes of the config, without weights
             self.thinker = Qwen2_5OmniThinkerForConditionalGeneration(config)
         self.config = config
         self.method = method
         self.adapter = adapter_for(self.thinker)
-        self.plan = lru_cache(maxsize=256)(self._plan)
+        self.plans = {}  # what was asked for last comes last
+        self.lock = Lock()
 
     @property
     def key(self) -> str:
@@ -100,73 +127,77 @@ class Planner:
             1.0 if seconds is None else float(seconds),
         )
 
+    def plan(self, *shape) -> MediumPlan:
+        with self.lock:
+            found = self.plans.pop(shape, None) or self._plan(*shape)
+            self.plans[shape] = found
+            held = sum(len(p.ids) for p in self.plans.values())
+            for oldest in [*self.plans][:-1]:
+                if held * BYTES > PLANS:
+                    held -= len(self.plans.pop(oldest).ids)
+        return found
+
     def _plan(self, grid, frames, seconds):  # seconds: None for an image
-        ids = self._ids(grid, frames, seconds)
-        video = grid and seconds is not None
-        grids = torch.tensor([grid]) if grid else None
-        inputs = dict(
-            input_ids=ids[None],
-            attention_mask=torch.ones_like(ids)[None],
-            image_grid_thw=grids if not video else None,
-            video_grid_thw=grids if video else None,
-        )
-        positions, _ = self.thinker.get_rope_index(
-            **inputs,
-            use_audio_in_video=bool(video and frames),
-            audio_seqlens=torch.tensor([frames]) if frames else None,
-            second_per_grids=torch.tensor([seconds or 1.0]),
-        )
+        ids, positions = self._lay_out(grid, frames, seconds)
+        inputs = dict(input_ids=ids[None])
+        if grid:
+            kind = "image" if seconds is None else "video"
+            inputs[f"{kind}_grid_thw"] = torch.tensor([grid])
         if frames:
-            inputs["feature_attention_mask"] = torch.ones(1, frames, dtype=torch.long)
+            inputs["feature_attention_mask"] = torch.ones(1, frames).bool()
         layout = layout_of(self.thinker, inputs, "keep", self.method.grids, self.method.seconds)
         budgets = self.method.window_budgets(layout, 0)
-        return MediumPlan(ids, positions[:, 0].long(), layout, budgets)
+        return MediumPlan(ids, positions, layout, budgets)
 
-    def _ids(self, grid, frames, seconds):  # -> (N,) int64
-        "The medium as the family's processor writes it: chunk by chunk, visual before audio."
+    def _lay_out(self, grid, frames, seconds):  # -> (N,) ids, (3, N) positions
+        """The medium as the family's processor writes it, chunk by chunk, visual before audio, with
+        the positions of transformers' `get_rope_index`."""
         c = self.config
         rates = self.adapter.rates(self.thinker)
-        ids = []
-        chunks = []
-        around = []
+        most = LONGEST * c.get_text_config().max_position_embeddings
+        media = []  # placeholder, special token before and behind, (3, T) positions
         if grid:
-            time = torch.arange(grid[0]) * (seconds or 1.0) * rates.positions_per_second
-            time = time.repeat_interleave(grid[1] * grid[2] // rates.merge_size**2)
-            ids += [c.image_token_id if seconds is None else c.video_token_id] * len(time)
-            chunks.append(2 * self._chunks(time))
-            around.append((c.vision_start_token_id, c.vision_end_token_id))
-        if frames:
-            time = torch.arange(self.adapter.audio_tokens(self.thinker, [frames])[0])
-            ids += [c.audio_token_id] * len(time)
-            chunks.append(2 * self._chunks(time) + 1)
-            around.append((c.audio_start_token_id, c.audio_end_token_id))
-        begin, end = zip(*around)
-        inner = torch.tensor(ids)[torch.cat(chunks).argsort(stable=True)]
-        return torch.cat([torch.tensor(begin), inner, torch.tensor(end[::-1])])
-
-    def _chunks(self, time):  # (T,) ascending M-RoPE times -> (T,) int64
-        "A new chunk begins where the time passes the end of the one before: one step at a time."
-        rates = self.adapter.rates(self.thinker)
+            each = 1.0 if seconds is None else seconds
+            if not 0 < each * rates.positions_per_second * grid[0] < most:  # nor NaN
+                raise ValueError(
+                    f"a video of {grid[0]} grids of {each:g} s, from its fps, does not fit into "
+                    f"{most} positions"
+                )
+            time = torch.arange(grid[0]) * each * rates.positions_per_second
+            sides = [torch.arange(n // rates.merge_size) for n in grid[1:]]
+            token = c.image_token_id if seconds is None else c.video_token_id
+            places = torch.cartesian_prod(time.long(), *sides).T
+            media.append((token, c.vision_start_token_id, c.vision_end_token_id, places))
+        if frames is not None:
+            count = self.adapter.audio_tokens(self.thinker, [frames])[0]
+            if not 0 < count < most:
+                raise ValueError(f"audio of {frames} mel frames is empty, too short or too long")
+            places = torch.arange(count).expand(3, -1)
+            media.append((c.audio_token_id, c.audio_start_token_id, c.audio_end_token_id, places))
+        *special, places = zip(*media)
+        token, begin, end = map(torch.tensor, special)
         size = int(rates.positions_per_second * rates.seconds_per_chunk)
-        out = []
-        chunk = 0
-        for t in time.tolist():
-            chunk += t >= (chunk + 1) * size
-            out.append(chunk)
-        return torch.tensor(out, dtype=torch.long)
+        key = torch.cat([2 * _chunks(own[0] // size) + i for i, own in enumerate(places)])
+        order = key.argsort(stable=True)
+        inner = torch.cat(places, 1)[:, order] + 1
+        edge = inner.new_zeros(3, len(media))
+        ids = torch.cat([begin, token[key[order] % 2], end.flip(0)])
+        return ids, torch.cat([edge, inner, edge + inner[:, -1].max() + 1], 1)
 
     def select(
         self,
         plan: MediumPlan,
         features: torch.Tensor,  # (T, D) visual rows, then audio rows
         attention: torch.Tensor,  # (T,) received in the encoders
-    ):  # (kept, D) rows in the order of the prompt, (T,) bool in that order
-        "Stage I of one medium."
-        keep = self.method.select(Stage1Inputs(features, attention, plan.budgets))
-        visual = plan.layout.visual[0][plan.media].to(features.device)
-        order = torch.cat([visual.nonzero(), (~visual).nonzero()])[:, 0].argsort()
-        kept = keep[order]
-        return features[order][kept], kept.cpu()
+    ):  # (n, D) rows in the order of the prompt, (n,) int64 which of the media tokens they are
+        "Stage I of one medium; nothing waits for the device."
+        inputs = Stage1Inputs(features, attention, plan.budgets)
+        keep = self.method.select(inputs)
+        audio = plan.layout.audio[0, plan.edge : -plan.edge].int()
+        order = audio.argsort(stable=True).argsort().to(features.device, non_blocking=True)
+        dropped = (~keep[order]).int()
+        stay = dropped.argsort(stable=True)[: sum(inputs.keep)]
+        return features[order[stay]], stay
 
 # %% ../../nbs/serving/00_vllm.ipynb #590fc2b8
 def pack(rows, positions):  # (n, D) float, (3, n) int64 -> (n, D + k)
@@ -179,6 +210,29 @@ def unpack(rows, width):  # (n, D + k), D -> (n, D), (3, n) int64; None where no
     "The way back."
     bits = rows[:, width:].contiguous()
     return rows[:, :width], bits.view(torch.int32).T.long() if bits.shape[1] else None
+
+
+def place(
+    embeddings,  # of a chunk, in the order of the prompt, with their positions
+    positions,  # (3, S) int64 of the prompt
+    media,  # (S,) bool where the prompt holds media
+    first,  # slot of the chunk's first token
+    width,  # of a row without positions
+):  # the rows alone, (3, S) int64
+    "Positions that came with the rows, put where these go; nothing waits for the device."
+    slot = torch.arange(len(media), device=media.device)
+    before = torch.where(media, 0, slot).cummax(0).values  # the last token of no medium
+    slots = (~(media & (slot >= first))).int().argsort(stable=True)
+    positions = positions.clone()
+    found = []
+    for rows in embeddings:
+        rows, own = unpack(rows, width)
+        here = slots[: len(rows)]
+        slots = slots[len(rows) :]
+        if own is not None:
+            positions[:, here] = positions[:, before[here]] + own.to(positions)
+        found.append(rows)
+    return found, positions
 
 # %% ../../nbs/serving/00_vllm.ipynb #7b864b9b
 ARCHITECTURES = "Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration"
