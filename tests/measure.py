@@ -44,15 +44,15 @@ BEFORE = {  # commit 85d5dfe, by this script
     "README, words": 897,
 }
 MAX = {  # what tests/test_repo.py holds the house to, and in a comment where it is meant to go
-    "of the core rooms": 76_900,  # 68,000 before whole answers and other families
-    "of the instrument": 116_900,  # 98,000 before whole answers and other families
-    "of the tests": 175_700,  # as many as the package's
-    "names that cross a file's border": 280,  # 260
-    "classes": 118,  # 100
+    "of the core rooms": 86_000,  # 68,000 before whole answers, other families and flow
+    "of the instrument": 129_600,  # 98,000 before whole answers, other families, flow and one call
+    "of the tests": 195_700,  # as many as the package's
+    "names that cross a file's border": 336,  # 260
+    "classes": 128,  # 100
     "assignments of several things": 30,
     "lambdas with a name": 0,
     "files above 500 lines": 0,
-    "options of all commands": 150,  # 140
+    "options of all commands": 184,  # 140
 }
 _LAYOUT = {getattr(tokenize, kind) for kind in "COMMENT NL NEWLINE INDENT DEDENT ENDMARKER".split()}
 

@@ -361,8 +361,8 @@ def trace_flow(
     # [(layer, head)]: together
     media_every: int = 4,  # edges into media run all later positions again: so many layers apart
     method: str = "branch",  # or 'plain', the definition: one full pass a knockout
-    fps: float = 2.0,
-    max_frames: int | None = None,  # how files are decoded
+    fps: float = 2.0,  # frames a second, of files
+    max_frames: int | None = None,  # of a clip, spread over it
     checkpoint: str | Path | None = None,  # folder for finished samples; the same call goes on
     shard: tuple = (0, 1),  # this process of how many that share the checkpoint; 0 has the result
     progress: bool = True,  # show a bar
