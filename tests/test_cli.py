@@ -322,7 +322,7 @@ def test_blocks_of_a_checkpoint_of_ones_own(line, questions, clip, profile, stub
     said, of the same data if there is more; a schedule's own blocks are taken as well."""
     places = dict(c=clip, d=questions, t=tmp_path)
     data = questions if "{d}" in line else "QUESTIONS.jsonl"
-    wanted = f"`seats probe --model '/ckpt/my sft' --data {data}` (in Python"
+    wanted = f"`seats probe --model '/ckpt/my sft' --data {data}` measures it"
     assert wanted in refused(line, "--model", "/ckpt/my sft", **places)
     for home, layers in dict(older=11, questions=12).items():
         made = tmp_path / "seats_out" / home / "profiles" / "my sft.nc"

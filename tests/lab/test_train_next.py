@@ -124,7 +124,7 @@ def test_evidence_receives_attention_and_survives(name, monkeypatch):
     about = json.loads((NEXT / f"{name}.json").read_text())
     assert about["weights_sha256"] == train.adapter_for(model).hash_weights(model)
     scenes = crowded_scenes(8)
-    asked = [Sample("", s.clip(), s.CAPTION, (s.caption(),), 0) for s in scenes]
+    asked = [Sample(s.clip(), s.CAPTION, (s.caption(),), 0) for s in scenes]
     batch = encode(model, processor, asked)
     seen = []  # attention received, and which are kept: visual tokens, then those of the sound
 
