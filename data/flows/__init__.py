@@ -1,1 +1,1 @@
-"Installed as `seats_analysis._profiles`: see DATA in setup.py."
+"Installed as `seats_analysis._flows`: see DATA in setup.py."

@@ -8,17 +8,20 @@ __all__ = ['mean_counts', 'Boundaries', 'Resampled', 'kl_late_start', 'find_boun
 # %% ../../nbs/boundaries/01_find.ipynb #0eac3bf1
 import json
 import numpy as np
-import xarray as xr
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from scipy.special import ndtri
+from typing import TYPE_CHECKING
 from ..storage.schemas import SCHEMAS, load_json, load_profile, save_json
 from ..storage.shown import as_html
 from ..statistics.intervals import crossings, first_staying, loss_bound, monotone_fit
 from .retention import ClipCounts, family_needs, known_split, profile_hash
 from ..inputs.layout import Modality
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 # %% ../../nbs/boundaries/01_find.ipynb #57b13c1a
 def mean_counts(profile) -> dict:  # tokens: visual and audio; empty where it does not say
@@ -91,7 +94,7 @@ class Boundaries:
         cls,
         middle: int,  # first layer of the middle block, 0-based
         late: int,  # first layer of the late block, 0-based
-        profile: xr.Dataset,  # dependency profile of the model
+        profile: "xr.Dataset",  # dependency profile of the model
     ) -> "Boundaries":
         "Blocks that somebody states. Raises ValueError for layers that the model does not have."
         return cls(
@@ -405,7 +408,7 @@ def kl_late_start(
 
 # %% ../../nbs/boundaries/01_find.ipynb #d777020e
 def find_boundaries(
-    profile: xr.Dataset | str | Path,  # dependency profile, its file, or a shipped one by name
+    profile: "xr.Dataset | str | Path",  # dependency profile, its file, or a shipped one by name
     removed: str | None = None,  # "visual", "audio" or "both"; None: "both", or the only one
     tolerance: float = Resampled.TOLERANCE,  # loss that still counts as none, share of R
     rise: float = Resampled.RISE,  # share of the way from collapse to 1 that ends shallow

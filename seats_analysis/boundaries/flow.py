@@ -36,15 +36,15 @@ def _over_clips(
 def _p_holm(means):  # (clips, L) with NaN
     "Wilcoxon's signed-rank test of each column, by Holm over those that were asked; else 1."
     from scipy.stats import wilcoxon
+    from statsmodels.stats.multitest import multipletests
 
     found = np.ones(means.shape[1])
     moved = (abs(means) > 1e-6).any(0)  # less is rounding
     if moved.any():
         found[moved] = wilcoxon(means[:, moved], nan_policy="omit").pvalue
-    asked = np.flatnonzero(~np.isnan(means).all(0))
-    order = asked[found[asked].argsort()]
-    steps = found[order] * np.arange(len(order), 0, -1)
-    found[order] = np.maximum.accumulate(steps).clip(max=1)
+    asked = ~np.isnan(means).all(0)
+    if asked.any():
+        found[asked] = multipletests(found[asked], method="holm")[1]
     return found
 
 # %% ../../nbs/boundaries/01_flow.ipynb #ed0ba686
@@ -121,9 +121,9 @@ def explain_flow(
     table = flow_table(flow)
     clips = len({*flow["clip"].values.tolist()})
     layers = flow.sizes["layer"]
-    least = int(np.ceil(1 + np.log2(layers / 0.05)))
+    enough = int(np.ceil(1 + np.log2(layers / 0.05)))
     lines = [
-        f"{flow.sizes['sample']} questions on {clips} clips; fewer than {least} clips cannot show "
+        f"{flow.sizes['sample']} questions on {clips} clips; fewer than {enough} clips cannot show "
         f"any of {layers} layers after Holm's correction."
     ]
     for edge in map(str, flow["edge"].values):
