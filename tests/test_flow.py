@@ -208,6 +208,16 @@ def test_a_flow_is_stored_and_read(parts, samples, tmp_path):
     assert (rows["questions"] == 3).all()  # the text alone has no such edge
 
 
+def test_processes_share_the_samples(parts, samples, tmp_path):
+    model, processor = parts
+    options = dict(edges=["both->text"], progress=False)
+    whole = trace_flow(model, processor, samples, **options)
+    options["checkpoint"] = tmp_path / "c"
+    assert trace_flow(model, processor, samples, shard=(1, 2), **options) is None
+    shared = trace_flow(model, processor, samples, shard=(0, 2), **options)
+    np.testing.assert_array_equal(whole["kl"], shared["kl"])
+
+
 def test_a_checkpoint_goes_on(parts, samples, tmp_path):
     model, processor = parts
     options = dict(edges=["both->text"], progress=False)
