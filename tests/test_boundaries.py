@@ -8,12 +8,19 @@ import numpy as np
 import pytest
 import xarray as xr
 from hypothesis import given, strategies as st
+from scipy.stats import binomtest
 from typer.testing import CliRunner
 
 from seats_analysis.boundaries import find as B
 from seats_analysis.boundaries.find import Boundaries, find_boundaries
 from seats_analysis.boundaries.report import boundary_row, boundary_table, explain
-from seats_analysis.boundaries.retention import ClipCounts, needed_families, profile_hash, retained
+from seats_analysis.boundaries.retention import (
+    ClipCounts,
+    layer_changes,
+    needed_families,
+    profile_hash,
+    retained,
+)
 from seats_analysis.testbed.task import ramp, synthetic_profile
 from seats_analysis.inputs.layout import Modality
 from seats_analysis.schedules.schedule import Schedule
@@ -259,16 +266,45 @@ def test_five_clips_are_resampled():
     assert "it takes" not in explain(found)
 
 
+CHANGED = dict(
+    lettered=[30] * 9 + [12, 9, 20], open=[30] * 9 + [6, 0, 0]
+)  # clips, by layer left out
+
+
+def left_out(profile):
+    "The same, its first 30 clips asked: of each the first question has letters, the others none."
+    number = np.array([int(name[4:]) for name in profile["clip"].values])
+    lettered = profile["family"].values == profile["family"].values[0]
+    counts = np.where(lettered[:, None], *([*CHANGED[k], 0] for k in ("lettered", "open")))
+    changes = np.where(number[:, None] < 30, number[:, None] < counts, np.nan)
+    letters = np.where(lettered[:, None, None], 1, np.nan) + np.zeros(profile["correct"].shape)
+    return profile.assign(
+        bypass_changes=(("sample", "layer"), changes),
+        correct_letter=(profile["correct"].dims, letters),
+    )
+
+
 def test_a_late_block_says_which_layer_does_least():
+    "Shares and intervals by counting clips: all open questions on one change together, or none."
     profile = synthetic_profile(clips=40, full=1.0)
+    assert layer_changes(profile) is None
     assert "does least" not in explain(find_boundaries(profile, n_boot=50))
-    kl = np.full((profile.sizes["sample"], 13), 0.3)  # nothing is bypassed at the last, 12
-    kl[:, [2, 10, 12]] = 0.001, 0.02, 0.0
-    kl[1:, 4] = np.nan  # not asked
-    found = find_boundaries(profile.assign(bypass_kl=(("sample", "layer"), kl)), n_boot=50)
-    assert found.late_start == 8 and found.parameters["bypass_kl"]["2"] == 0.001
-    assert found.parameters["bypass_kl"]["4"] == 0.3 and "12" not in found.parameters["bypass_kl"]
-    assert "layers 11 does least" in explain(found) and "0.02 nats" in explain(found)
+    some = left_out(profile)
+    table = layer_changes(some)
+    assert dict(zip(table["kind"], table["questions"])) == dict(lettered=30, open=90)
+    for row in table.itertuples():
+        k = CHANGED[row.kind][row.layer]
+        exact = binomtest(k, 30).proportion_ci(method="wilson")
+        assert (row.share, row.low, row.high) == pytest.approx((k / 30, *exact), abs=0.01)
+    found = find_boundaries(some, n_boot=50)
+    least = found.parameters["does_least"]
+    assert found.late_start == 8 and [row["layer"] for row in least] == [10, 10]
+    said = explain(Boundaries.from_dict(json.loads(json.dumps(found.to_dict()))))
+    assert said == explain(found) and (
+        "Of its layers 11 does least: left out, it changes 30.0 % of 30 lettered answers" in said
+    )
+    assert "and 0.0 % of 90 open answers (0.0 to 11.4)." in said
+    assert layer_changes(some.assign(bypass_changes=some["bypass_changes"] * np.nan)) is None
 
 
 def test_clips_that_are_needed_are_effective_ones(measured):

@@ -13,6 +13,7 @@ import torch
 
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode
+from seats_analysis.models.scoring import score_choices
 from seats_analysis.inputs.layout import Modality
 from seats_analysis.storage.schemas import load_profile, save_profile
 from seats_analysis.models.provenance import sample_rows
@@ -93,6 +94,26 @@ def test_removal_matters_and_ends_at_the_full_model(profile):
     assert (profile.kl.sel(layer=LAYERS) == 0).all()
     assert (profile.kl.sel(sample="text") < 1e-6).all()
     assert (profile.kl.sel(sample="silent", removed="audio") < 1e-6).all()
+
+
+def test_a_layer_left_out_changes_what_it_changes_in_the_stock_model(
+    model, processor, samples, profile
+):
+    layers = adapter_for(model).layers(model)
+
+    def answers():
+        return [score_choices(model, encode(model, processor, [s])).best.item() for s in samples]
+
+    full = answers()
+    found = profile["bypass_changes"].sel(sample=[s.id for s in samples])
+    for i, layer in enumerate(layers):
+        handle = layer.register_forward_hook(
+            lambda m, args, out: args[0] if torch.is_tensor(out) else (args[0], *out[1:])
+        )
+        changed = [a != b for a, b in zip(answers(), full)]
+        handle.remove()
+        assert found.sel(layer=i).values.tolist() == changed
+    assert 0 < found.mean() < 1 and not found.sel(layer=LAYERS).any()
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING
 from ..storage.schemas import SCHEMAS, load_json, load_profile, save_json
 from ..storage.shown import as_html
 from ..statistics.intervals import crossings, first_staying, loss_bound, monotone_fit
-from .retention import ClipCounts, family_needs, known_split, profile_hash
+from seats_analysis.boundaries.retention import (
+    ClipCounts,
+    family_needs,
+    known_split,
+    layer_changes,
+    profile_hash,
+)
 from ..inputs.layout import Modality
 
 if TYPE_CHECKING:
@@ -213,6 +219,7 @@ class Resampled:
     boot: np.ndarray  # (n_boot, n) accuracy of the resamples
     parameters: dict = field(default_factory=dict)  # n_boot, seed, split
     facts: dict = field(default_factory=dict)  # fields of `Boundaries` that are known by now
+    changes: object = None  # of `layer_changes`
 
     @classmethod
     def of(
@@ -256,13 +263,8 @@ class Resampled:
             parameters["weights_sha256"] = weights
         if attrs.get("answers", "choices") != "choices":
             parameters["answers"] = attrs["answers"]
-        if "bypass_kl" in profile and profile["bypass_kl"].notnull().any():
-            live = profile["bypass_kl"].mean("sample")[:-1]
-            parameters["bypass_kl"] = {
-                str(layer): round(kl, 4)
-                for layer, kl in zip(live["layer"].values, live.values.tolist())
-            }
-        drawn = cls(counts, counts.bootstrap(n_boot, seed), parameters, facts)
+        boot = counts.bootstrap(n_boot, seed)
+        drawn = cls(counts, boot, parameters, facts, layer_changes(profile))
         if "kl" in profile:
             kl = kl_late_start(
                 profile, removed, n_boot=n_boot, seed=seed, split=split, families=families
@@ -361,6 +363,10 @@ class Resampled:
             late_confidence=late_confidence,
         )
         whole = int(counts.layers[0]), int(counts.layers[-1])
+        if self.changes is not None and late < whole[1]:
+            block = self.changes.query(f"layer >= {late}").round(6)
+            least = block.groupby("layer")["share"].sum().idxmin()
+            parameters["does_least"] = block.query(f"layer == {least}").to_dict("records")
         if why := counts.unmeasurable:
             parameters["unmeasurable"] = why
             shallow_ci = whole

@@ -62,12 +62,15 @@ def explain(
         )
     if b.unmeasurable:
         return "\n".join(lines)
-    live = {int(i): kl for i, kl in known.get("bypass_kl", {}).items() if int(i) >= b.late_start}
-    if live:
-        idle = min(live, key=live.get)
+    if least := known.get("does_least"):
+        shares = [
+            f"{100 * x['share']:.1f} % of {x['questions']} {x['kind']} answers "
+            f"({100 * x['low']:.1f} to {100 * x['high']:.1f})"
+            for x in least
+        ]
         lines.append(
-            f"Of its layers {idle + 1} does least: with it left out the answers move by "
-            f"{live[idle]:.2g} nats (mean KL)."
+            f"Of its layers {least[0]['layer'] + 1} does least: left out, it changes "
+            f"{' and '.join(shares)}."
         )
     if known and b.late_start_certified is not None:
         lines.append(_certificate(b, known["margin"]))

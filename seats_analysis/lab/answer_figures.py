@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/lab/08_answer_figures.ipynb #6f8eaa9f
 import numpy as np
 from seats_analysis.boundaries.flow import flow_table
+from seats_analysis.boundaries.retention import layer_changes
 from seats_analysis.plots.dependency import (
     LOOKS,
     answer_figure,
@@ -41,6 +42,33 @@ def plot_side_by_side(
     for panel, (name, (profile, bounds)) in zip(panels, models.items()):
         draw_dependency(panel, curves_of(profile, split=derive_split(profile)), bounds)
         panel.legends[-1].set_title(name)  # a title of the panel would lie on the legend
+    return fig
+
+# %% ../../nbs/lab/08_answer_figures.ipynb #5f0b7c11
+@house_style()
+def layers_figure(
+    changes,  # pandas.DataFrame of `layer_changes`
+):  # matplotlib Figure, one column wide
+    "Share of the answers that change with one layer left out, with 95 % intervals."
+    fig = new_figure(1.9)
+    ax = fig.subplots()
+    looks = dict(lettered=("D", PALETTE.purple, -0.15), open=("o", PALETTE.green, 0.15))
+    for kind, part in changes.groupby("kind"):
+        marker, color, beside = looks[kind]
+        ax.errorbar(
+            part["layer"] + 1 + beside,
+            100 * part["share"],
+            yerr=100 * part[["low", "high"]].sub(part["share"], axis=0).abs().T,
+            marker=marker,
+            color=color,
+            markerfacecolor="white" if kind == "open" else color,
+            linestyle="",
+            elinewidth=0.8,
+            label=f"{kind} ({part['questions'].iloc[0]} questions)",
+        )
+    depth_axis(ax, int(changes["layer"].max()) + 1)
+    ax.set(xlabel="Layer left out", ylabel="Answers that change (%)", ylim=(-4, 104))
+    legend_outside(fig, [ax], 2)
     return fig
 
 # %% ../../nbs/lab/08_answer_figures.ipynb #2893f71f
@@ -123,10 +151,29 @@ def printed_layer(b, at):
     return "none" if at >= b.num_layers else str(at + 1)
 
 
+def _idle(changes):
+    "What the figure of the layers shows."
+    still = changes.groupby("layer")["share"].max()
+    never = ", ".join(str(layer + 1) for layer in still.index[still == 0])
+    said = [f"Without layer {never} no answer that was asked for changes"] if never else []
+    for kind, part in changes.groupby("kind"):
+        low, high = 100 * part["share"].min(), 100 * part["share"].max()
+        said.append(f"{low:.0f} to {high:.0f} % of {kind} answers change without one layer")
+    return "; ".join(said)
+
+
 def answer_jobs(data):
-    "Whole answers by layer and position, and their late starts beside those of choices."
+    """What each layer does by itself; whole answers by layer and position, and their late starts
+    beside those of choices."""
     from seats_analysis.boundaries.find import find_boundaries
 
+    for path in sorted(data.glob("profiles/*.nc")) if data.is_dir() else [data]:
+        profile = load_profile(path)
+        if (changes := layer_changes(profile)) is not None:
+            said = f"Measured here on {profile.attrs.get('model', 'a model')}; each layer left out "
+            said += "alone, media in place; 95 % intervals over clips"
+            finding = _idle(changes)
+            yield f"{path.stem}_layers", with_source(said, layers_figure, changes, finding=finding)
     folder = data / "profiles" / "captions"
     starts = {}
     for path in sorted(folder.glob("*.nc")):

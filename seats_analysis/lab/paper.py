@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from ..testbed.load import TESTBEDS
-from ..boundaries.retention import family_needs
+from ..boundaries.retention import family_needs, layer_changes
 from seats_analysis.plots.dependency import (
     curves_of,
     derive_split,
@@ -247,6 +247,19 @@ def boundary_rows(profile):
     return rows
 
 
+def layer_rows(profile):
+    "Which answers each layer changes by itself, in percent, layers from 1; none if not asked."
+    changes = layer_changes(profile)
+    rows = defaultdict(dict)
+    for r in () if changes is None else changes.itertuples():
+        percent = [f"{100 * x:.1f}" for x in (r.share, r.low, r.high)]
+        said = f"{percent[0]} ({percent[1]} to {percent[2]})"
+        rows[r.layer]["layer left out"] = r.layer + 1
+        rows[r.layer][f"{r.kind}: answers that change, % (95 %)"] = said
+        rows[r.layer][f"{r.kind}: questions"] = r.questions
+    return list(rows.values())
+
+
 def _span(b, ends):
     return " to ".join(printed_layer(b, at) for at in ends or ()).replace("none", "end")
 
@@ -257,9 +270,12 @@ def tables(data):
     out = {}
     for path in profile_paths(data):
         profile = load_profile(path)
+        said = f"Measured here on {profile.attrs.get('model', 'a model')}; layers from 1."
         if rows := boundary_rows(profile):
-            said = f"Measured here on {profile.attrs.get('model', 'a model')}; layers from 1."
             out[f"{path.stem}_boundaries"] = f"Blocks of a profile. {said}", rows
+        if rows := layer_rows(profile):
+            said = f"What each layer does by itself, all media in place. {said}"
+            out[f"{path.stem}_layers"] = said, rows
     for stem, found in stored_results(data)["eval"].items():
         out |= dict(comparison_tables(stem, found))
     return out | dict(reported_tables(data / "reported"))

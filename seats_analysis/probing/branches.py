@@ -48,9 +48,10 @@ class Scores:
         samples,  # of the batch
         full,  # Scores of the full run
     ):  # name -> (B,) array
-        "What is measured. Without choices only `kl`, with one also `nll`."
+        "What is measured. Without choices only `kl`, with one also `nll`; `changes` takes two."
         answer = np.array([s.answer for s in samples])
         margin = _over_best(self.mean, answer)
+        over = _over_best(self.mean, np.nan_to_num(full.mean, nan=-np.inf).argmax(-1))
         lettered = np.array([s.lettered for s in samples]) & np.isfinite(margin)
         return dict(
             correct=margin > 0,
@@ -58,6 +59,7 @@ class Scores:
             nll=-self.total[np.arange(len(samples)), answer],
             margin=margin,
             kl=_kl(full.answer, self.answer),
+            changes=(over < 0) + 0 * over,  # NaN stays
         )
 
 # %% ../../nbs/probing/01_branches.ipynb #210ac21e

@@ -36,7 +36,7 @@ PROBE_METHODS = ("branch", "plain")
 CPU_TOKENS = 4_096
 MAX_TOKENS = 65_536
 MAX_QUESTIONS = 32  # of one clip in one traversal
-BYPASS_CLIPS = 12  # over which each layer is bypassed as well, spread over all
+BYPASS_CLIPS = 48  # on which each layer is left out as well, spread over all
 
 
 def units_of(samples, method, batch_size):
@@ -116,6 +116,12 @@ METRICS = {  # name -> unit, description
     ),
     "kl": ("nats", "KL(full || removed) of the next-token distributions at the answer position"),
 }
+
+
+LEFT_OUT = dict(  # beside them, with one layer left out and nothing removed
+    kl=("nats", "KL(full || this layer left out) at the answer position"),
+    changes=("1", "whether the choice is another one with this layer left out"),
+)
 
 
 BIN_EDGES = 0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2**31  # positions in an answer
@@ -253,9 +259,10 @@ class ProbeRun:
         full = scores[None, layers[-1]]
         out = [{k: [] for k in METRICS} for _ in samples]
         if (None, layers[0]) in scores:
-            bypassed = [scores[None, i].metrics(samples, full)["kl"] for i in layers]
+            grid = [scores[None, i].metrics(samples, full) for i in layers]
             for i, row in enumerate(out):
-                row["bypass_kl"] = [kl[i].item() for kl in bypassed]
+                for k in LEFT_OUT:
+                    row[f"bypass_{k}"] = [metrics[k][i].item() for metrics in grid]
         for name in self.removed:
             grid = [scores.get((name, i), full).metrics(samples, full) for i in layers]
             for i, row in enumerate(out):
@@ -277,15 +284,11 @@ class ProbeRun:
             values = np.array([r[k] for r in rows], dtype=bool if k == "correct" else "float32")
             variables[k] = dims, values, dict(units=units, description=description)
         unasked = [np.nan] * len(layers)
-        variables["bypass_kl"] = (
-            ("sample", "layer"),
-            np.array([r.get("bypass_kl", unasked) for r in rows], "float32"),
-            dict(
-                units="nats",
-                description="KL(full || this layer bypassed, nothing removed) at the answer "
-                f"position; NaN where it was not asked ({BYPASS_CLIPS} clips are)",
-            ),
-        )
+        for k, (units, description) in () if text else LEFT_OUT.items():
+            values = np.array([r.get(f"bypass_{k}", unasked) for r in rows], "float32")
+            said = f"{description}; NaN where it was not asked ({BYPASS_CLIPS} clips are)"
+            about = dict(units=units, description=said)
+            variables[f"bypass_{k}"] = ("sample", "layer"), values, about
         before = f"removed before this layer, 0-based; {layers[-1]} = nothing removed"
         choices = "choices of the question; with fewer than two, `correct` and `margin` say nothing"
         coords = dict(
