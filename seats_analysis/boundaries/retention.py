@@ -302,13 +302,10 @@ def layer_changes(
         counts = ClipCounts.tally(layers, stays, some["clip"].values, chance=0.0)
         spread = counts.bootstrap().std(0), counts.effective, ndtri(1 - _TAIL)
         share = 1 - counts.accuracy
-        band = dict(
-            share=share,
-            low=np.maximum(1 - loss_bound(1 - share, *spread), 0),
-            high=loss_bound(share, *spread),
-        )
-        part = pd.DataFrame(dict(kind=kind, layer=layers, questions=len(stays), **band))
-        found.append(part[:-1])  # at L nothing is left out
+        columns = dict(kind=kind, layer=layers, questions=len(stays), share=share)
+        columns["low"] = np.maximum(1 - loss_bound(1 - share, *spread), 0)
+        columns["high"] = loss_bound(share, *spread)
+        found.append(pd.DataFrame(columns)[:-1])  # at L nothing is left out
     return pd.concat(found) if found else None
 
 # %% ../../nbs/boundaries/00_retention.ipynb #be71869d

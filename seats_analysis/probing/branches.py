@@ -218,8 +218,7 @@ class Stream:
 
     def bypass(self, layer):
         "Up to behind `layer`, which is left out."
-        before = self.through(0, layer).hidden
-        return replace(self, hidden=self.inject(before, layer))
+        return replace(self, hidden=self.inject(self.through(0, layer).hidden, layer))
 
 # %% ../../nbs/probing/01_branches.ipynb #41ef356f
 def marks_of(stream, encoded, selectors):  # name -> (B, N) bool

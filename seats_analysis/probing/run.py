@@ -87,8 +87,7 @@ def next_layers(
     wanted = set()
     for name in map(str, profile["removed"].values):
         removed = {name} & set(Modality.CODES) or set(Modality.CODES)
-        unsaid = dict.fromkeys(families, removed) | dict(control=())
-        needed = unsaid | dict(needs or {})
+        needed = dict.fromkeys(families, removed) | dict(control=()) | dict(needs or {})
         use = np.array([bool(removed & set(needed[f])) for f in families])
         use = use if use.any() else np.ones(len(families), bool)
         use = use & derive if (use & derive).any() else use
