@@ -23,7 +23,7 @@ from ..inputs.samples import Sample
 from ..models.encode import encode
 from ..models.provenance import provenance
 from ..boundaries.retention import derived_from
-from ..baselines.attention import VTW
+from ..baselines.downsample import Downsample
 from ..baselines.registry import ABLATIONS, METHODS, method_at
 from .evaluate import APART, over_clips, paired_difference
 from .prepared import Answering, DataShape, MethodRun
@@ -72,7 +72,8 @@ def match_cost(
     return dict(plans=(build(low), build(high)), share=share, knob=(low, high))
 
 # %% ../../nbs/evaluation/02_compare.ipynb #cc9be733
-_LATE = tuple(f"{n}+late" for n, m in METHODS.items() if n != "seats" and {1, 2} & set(m.stages))
+_PRUNE = [n for n, m in METHODS.items() if n != "seats" and not issubclass(m, Downsample)]
+_LATE = tuple(f"{n}+late" for n in _PRUNE if {1, 2} & set(METHODS[n].stages))
 _GROUPS = dict(all=tuple(METHODS), late=_LATE, ablations=tuple(ABLATIONS))
 
 
@@ -135,7 +136,7 @@ def vtw_rule(
 ) -> dict:  # label -> `Pruner`, see `compare_methods`
     "VTW at the layer that its rule picks from a profile's `derive` split."
     stored = load_profile(profile)
-    rule = VTW.from_profile(derived_from(stored), int(stored["layer"].max()))
+    rule = METHODS["vtw"].from_profile(derived_from(stored), int(stored["layer"].max()))
     return {"vtw (rule)": rule}
 
 

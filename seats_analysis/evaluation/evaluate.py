@@ -30,20 +30,21 @@ from ..schedules.choose import known_schedule
 from ..schedules.schedule import Schedule
 from ..pruning.base import Pruner
 from ..pruning.session import as_pruner, prune
+from ..baselines.downsample import Downsample
 from ..baselines.registry import ABLATIONS, METHODS, method_at
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #b7f3f5c5
-def clip_cache(processor):  # function: Sample -> the sample with its video decoded
+def clip_cache(processor, **limits):  # function: Sample -> the sample with its video decoded
     "Decodes each media file once as long as questions about it follow one another; holds 16."
     rate = sampling_rate(processor)
     resize = frame_resizer(processor)
 
     @lru_cache(16)
     def decode(path):
-        return decode_clip(path, sample_rate=rate, resize=resize)
+        return decode_clip(path, sample_rate=rate, resize=resize, **limits)
 
     def cached(sample):
         if sample.video is None or isinstance(sample.video, Clip):
@@ -109,13 +110,14 @@ def evaluate(
         trr = None
     method = as_pruner(plan, model, trr)
     cached = clip_cache(processor)
+    less = isinstance(method, Downsample)
     rows = []
     tokens = []
     starts = range(0, len(samples), batch_size)
-    with prune(model, method, kv=kv) as run:
+    with prune(model, None if less else method, kv=kv) as run:
         for i in tqdm(starts, desc="questions", unit="batch", disable=not progress):
-            some = samples[i : i + batch_size]
-            batch = encode(model, processor, [cached(s) for s in some])
+            some = [cached(s) for s in samples[i : i + batch_size]]
+            batch = encode(model, processor, method.shown(processor, some) if less else some)
             rows += score_rows(score_choices(model, batch), some)
             tokens.append(run.tokens_per_layer)
     frame = pd.DataFrame(rows).astype({"letter_correct": "boolean"})

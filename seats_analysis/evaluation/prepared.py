@@ -6,6 +6,7 @@
 __all__ = ['DataShape', 'MethodRun', 'Answering']
 
 # %% ../../nbs/evaluation/01_prepared.ipynb #1537fb9f
+import math
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from ..storage.files import Checkpoint
 from ..inputs.samples import Sample, check_ids
@@ -26,7 +28,9 @@ from ..schedules.cost import kv_bytes, prefill_flops, text_dims
 from ..pruning.timing import Timings
 from ..pruning.encoders import ENCODED, join_calls, watch_encoders
 from ..pruning.session import as_pruner, prune
+from ..baselines.downsample import Downsample
 from seats_analysis.evaluation.evaluate import (
+    clip_cache,
     clips_of,
     parse_answer,
     score_rows,
@@ -236,6 +240,17 @@ class DataShape:
     def _layouts(self):  # function: time windows of a method -> layout of every question
         return cache(lambda *own: [layout_of(self.model, m, "keep", *own) for m in self.media])
 
+    def _grids(self, method):  # -> per question: (pairs of frames, rows, columns) of each video
+        "Temporal grids in merged tokens, as they are encoded."
+        merge = adapter_for(self.model).rates(self.model).merge_size
+        found = []
+        for media in self.media:
+            grids = media.get("video_grid_thw", torch.zeros(0, 3)).long().tolist()
+            grids = [(t, h // merge, w // merge) for t, h, w in grids]
+            less = isinstance(method, Downsample)
+            found.append([method.grid(*g) for g in grids] if less else grids)
+        return found
+
     def plans(
         self,
         method,  # a schedule is SEATS; None = the full model
@@ -244,6 +259,9 @@ class DataShape:
         method = as_pruner(method)
         size = len(self.media), self.dims.layers
         out = {m: np.zeros(size, int) for m in ("visual", "audio", "text")}
+        if isinstance(method, Downsample):
+            tokens = [sum(map(math.prod, grids)) for grids in self._grids(method)]
+            return self.full | dict(visual=np.repeat(np.array(tokens)[:, None], size[1], 1))
         windows = (method.grids, method.seconds) if method else ()
         for row, layout in enumerate(self._layouts(*windows)):
             for m, n in layout.counts().items():
@@ -280,10 +298,35 @@ class DataShape:
         last = {m: TowerAttention(self.model, m).module for m in adapter.received}
         return {m: (rows[m], attn.num_heads, attn.head_dim) for m, attn in last.items()}
 
+    @cached_property
+    def _grid_flops(self):  # function: rows, columns of merged tokens -> FLOPs
+        "What the vision tower spends on a temporal grid, which none of it looks beyond."
+        adapter = adapter_for(self.model)
+        tower = adapter.visual(self.model)
+        weight = tower.patch_embed.proj.weight
+        merge = adapter.rates(self.model).merge_size
+
+        @cache
+        def flops(*size):
+            h, w = (n * merge for n in size)
+            patches = weight.new_zeros(h * w, weight[0].numel())
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                tower(patches, grid_thw=torch.tensor([[1, h, w]], device=weight.device))
+            return counter.get_total_flops()
+
+        return flops
+
+    def _tower(self, method):  # FLOPs of the vision tower on all questions
+        grids = self._grids(method)
+        return self.weights @ [sum(t * self._grid_flops(*hw) for t, *hw in g) for g in grids]
+
     def selection(self, method):
-        "FLOPs of choosing tokens, over the causal FLOPs of the full model."
+        """FLOPs of choosing tokens, over the causal FLOPs of the full model. Of downsampling, which
+        chooses before the encoders: what it saves there, below 0."""
         if (method := as_pruner(method, self.model)) is None:
             return 0.0
+        if isinstance(method, Downsample):
+            return float((self._tower(method) - self._tower(None)) / self._whole)
         layouts = self._layouts(method.grids, method.seconds)
         spent = [method.selection_flops(x, self.dims, self._towers) for x in layouts]
         return float(self.weights @ spent / self._whole)
@@ -304,8 +347,6 @@ class DataShape:
     def encoder_share(self, encoded):  # `Encoded`, one sample
         "FLOPs of the towers over the causal ones of the full prefill: no method changes them."
         # without a closed form; not causal, so torch's counter counts the pairs that are compared
-        from torch.utils.flop_counter import FlopCounterMode
-
         with FlopCounterMode(display=False) as counter:
             encode_clip(self.model, encoded)
         full = prefill_flops([encoded.shape[1]] * self.dims.layers, self.dims)
@@ -411,6 +452,18 @@ class Answering:
             out.append(dict(pick=pick, correct=pick == s.answer, margin=None, nll=None, text=text))
         return out
 
+    @cached_property
+    def _decoded(self):
+        return clip_cache(self.processor, **self.limits)
+
+    def _seen(self, batch, plan):  # -> `PreparedBatch`, what prunes it
+        "Downsampling has done its work when clips are encoded anew."
+        if not isinstance(plan, Downsample):
+            return batch, plan
+        samples = [self._decoded(q.sample) for q in batch.questions]
+        shown = plan.shown(self.processor, samples)
+        return PreparedBatch.of(self.model, self.processor, shown, **self.limits), None
+
     def answer_unit(
         self,
         batch: PreparedBatch,
@@ -424,14 +477,14 @@ class Answering:
         questions = batch.questions
         out = [[] for _ in questions]
         for r in runs:
-            plan = r.plan_for(number)
-            with batch.prune(plan, r.kv) as (run, given):
+            seen, plan = self._seen(batch, r.plan_for(number))
+            with seen.prune(plan, r.kv) as (run, given):
                 run.samples = first
                 chosen = self.choose(given, out)
             if self.written and r is not self.runs[0]:  # apart, or it would be on the clock
                 texts = [row[0]["text"] for row in out]
                 if any(a["pick"] for a in chosen):
-                    with batch.prune(plan, r.kv) as (again, given):
+                    with seen.prune(plan, r.kv) as (again, given):
                         again.samples = first
                         most = self.max_new_tokens
                         texts = write_answers(self.model, self.processor, given, most)
