@@ -78,4 +78,3 @@ FewerPixels = _variant(
     [("pixels", float, 1.0)],
     namespace=dict(name="downsample-pixels", knobs={}, __module__=__name__),
 )
-

@@ -5,154 +5,93 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/baselines/04_omnipack.ipynb #87e572fa
+# %% ../../nbs/baselines/04_omnipack.ipynb #3eb202ed
 import torch
 from dataclasses import dataclass
-from itertools import accumulate
-from torch.nn.functional import cosine_similarity, normalize
+from itertools import groupby
+from torch.nn.functional import cosine_similarity, normalize, pad
 
 from .base import Baseline, best_in_windows, on_device
 from .merging import peaks_of
 from ..inputs.layout import Modality
 from ..schedules.schedule import Schedule
 
-# %% ../../nbs/baselines/04_omnipack.ipynb #37fc3ce6
+# %% ../../nbs/baselines/04_omnipack.ipynb #62ec2f78
 def minmax(
     x,  # (..., N)
-    here=None,  # (..., N) bool, those that count; None: all
+    here,  # bool, broadcastable: those that count
 ):  # (..., N) in [0, 1], 0 elsewhere
-    "Scaled to the range of its last axis."
-    here = torch.ones_like(x, dtype=torch.bool) if here is None else here
+    "Scaled to the range along the last axis."
     low = x.masked_fill(~here, torch.inf).amin(-1, keepdim=True)
     high = x.masked_fill(~here, -torch.inf).amax(-1, keepdim=True)
     return ((x - low) / (high - low + 1e-6)).where(here, 0.0)
 
 
-def same_place(
-    sizes,  # tokens of each frame
-    step,  # -1: the frame before; 1: behind
-):  # of int
-    "The token at the same place of a frame beside; itself where there is none of the same size."
-    starts = [0, *accumulate(sizes)]
-    found = []
-    for f, n in enumerate(sizes):
-        other = f + step
-        there = 0 <= other < len(sizes) and sizes[other] == n
-        found += range(starts[other if there else f], starts[other if there else f] + n)
-    return found
-
-
-def changes(
-    x,  # (n, D) float32
-    sizes,  # tokens of each frame
-):  # (n,), (n,)
-    "How much a token differs from its place in the frames beside; how sharply its way turns there."
-    before, behind = (on_device(same_place(sizes, step), x.device) for step in (-1, 1))
-    here = torch.arange(len(x), device=x.device)
-    change = [1 - cosine_similarity(x, x[at], dim=-1, eps=1e-6) for at in (before, behind)]
-    turn = 1 - cosine_similarity(x - x[before], x[behind] - x, dim=-1, eps=1e-6)
-    inner = (before != here) & (behind != here)
-    return torch.maximum(*change), turn.where(inner, 0.0)
+def events(
+    x,  # (F, P, D) frames of one size
+):  # (F, P), (F, P)
+    "How much a token differs from its place in the frames beside or stands out; how its way turns."
+    change = 1 - cosine_similarity(x[1:], x[:-1], -1, 1e-6)
+    change = torch.maximum(pad(change, (0, 0, 1, 0)), pad(change, (0, 0, 0, 1)))
+    step = x.diff(dim=0)
+    turn = pad(1 - cosine_similarity(step[1:], step[:-1], -1, 1e-6), (0, 0, 1, 1))
+    detail = 1 - cosine_similarity(x, x.mean(1, keepdim=True), -1, 1e-6)
+    return torch.maximum(change, detail), turn[: len(x)]
 
 
 def salience_of(
-    x,  # (n, D) float32, of one modality
+    x,  # (n, D) float32, of one modality of a sample
     attention,  # (n,) received in the encoder
     sizes,  # tokens of each frame; () for audio
-    ratio=1.0,  # fraction kept: where little stays, events count less
+    ratio,  # fraction kept: where little stays, events count less
 ):  # (n,) float32
     "Attention, raised by events."
-    seen = minmax(attention)
-    change, turn = changes(x, sizes or (1,) * len(x))
+    everywhere = torch.ones_like(attention, dtype=torch.bool)
+    seen = minmax(attention, everywhere)
     if not sizes:
-        return seen + 0.25 * minmax(change)
-    if len(sizes) < 2:
-        return seen + 1e-6
-    frame = on_device([f for f, n in enumerate(sizes) for _ in range(n)], x.device)
-    mean = x.new_zeros(len(sizes), x.shape[1]).index_add(0, frame, x)[frame]
-    detail = 1 - cosine_similarity(x, mean, dim=-1, eps=1e-6)
-    event = minmax(torch.maximum(change, detail)) + 0.35 * minmax(turn)
-    scale = min(max((ratio - 0.14) / 0.28, 0.0), 1.0)
-    return seen * (1 + 0.35 * (0.35 + 0.65 * scale) * minmax(event)) + 1e-6
+        return seen + 0.25 * minmax(events(x[:, None])[0][:, 0], everywhere)
+    clips = x.split([sum(same) for _, same in groupby(sizes)])
+    clips = [c.view(-1, n, x.shape[1]) for c, (n, _) in zip(clips, groupby(sizes))]
+    found = (torch.cat([f.flatten() for f in part]) for part in zip(*map(events, clips)))
+    event, turn = (minmax(values, everywhere) for values in found)
+    share = 0.35 + 0.65 * min(max((ratio - 0.14) / 0.28, 0.0), 1.0)
+    return seen * (1 + 0.35 * share * minmax(event + 0.35 * turn, everywhere))
 
-# %% ../../nbs/baselines/04_omnipack.ipynb #96c9d1b0
-@torch.no_grad()
-def pack_keep(
-    x,  # (n, D) float32, of one modality of a sample
-    salience,  # (n,)
-    place,  # (n, 3) in [0, 1]
-    keep,  # tokens to keep, at least one
-    dominant,  # fraction of these that goes by salience
-):  # (n,) bool
-    "The most salient tokens, then density peaks of all that remain."
-    n = len(x)
-    first = max(1, round(keep * dominant))
-    strong = best_in_windows(salience, (n,), (first,))
-    if keep in (first, n):
-        return strong if keep == first else torch.ones_like(strong)
-    rest = strong.long().argsort(stable=True)[: n - first]
-    unit = normalize(x[rest], dim=-1)
-    distance = 1 - unit @ unit.mT + 0.2 * minmax(far(place[rest], place[rest]))
-    weight = 1 + 0.35 * minmax(salience[rest])
-    value = peaks_of(distance.fill_diagonal_(torch.inf), 7, power=2, weight=weight)
-    return strong.scatter(0, rest, best_in_windows(value, (n - first,), (keep - first,)))
+# %% ../../nbs/baselines/04_omnipack.ipynb #552ec7a0
+def absorb(
+    x,  # (..., N, D) float32
+    like,  # (..., N, N) to whom a token would go
+    weight,  # (..., N), 0 for tokens that go nowhere
+    kept,  # (..., N) bool
+):  # (..., N, D), changed where something came
+    "Means of the kept tokens with those that go to each."
+    to = like.masked_fill(~kept[..., None, :], -torch.inf).argmax(-1)
+    total = torch.zeros_like(weight).scatter_add(-1, to, weight)
+    brought = torch.zeros_like(x)
+    brought = brought.scatter_add(-2, to[..., None].expand_as(x), weight[..., None] * x)
+    return (x + brought) / (1 + total[..., None])
 
 
-def far(a, b):  # (N, 3), (M, 3) -> (N, M)
-    "Distances in time and place."
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def pack_merge(
-    x,  # as for `pack_keep`
-    salience,
-    place,
-    kept,  # (n,) bool
-    keep,  # how many that are
-    pull,  # how much distance counts against likeness
-):  # (n, D)
-    "Kept tokens as means with the dropped ones that are most like each."
-    stay, gone = (~kept).long().argsort(stable=True).split([keep, len(x) - keep])
-    unit = normalize(x, dim=-1)
-    like = unit[gone] @ unit[stay].mT - pull * minmax(far(place[gone], place[stay]))
-    to = (like + 0.1 * minmax(salience[stay])).argmax(-1)
-    weight = 0.5 + 0.5 * minmax(salience[gone])
-    total = torch.ones_like(salience[stay]).index_add(0, to, weight)
-    mean = x[stay].index_add(0, to, weight[:, None] * x[gone]) / total[:, None]
-    return x.index_copy(0, stay, mean)
-
-# %% ../../nbs/baselines/04_omnipack.ipynb #189459ad
-@torch.no_grad()
 def spread_out(
     like,  # (B, S, S) cosines
-    worth,  # (B, S), in [0, 3]
+    worth,  # (B, S)
     here,  # (B, S) bool, those to choose from
     count,  # per sample: how many
 ):  # (B, S) bool
     "The worthiest, then always the one that is farthest from all chosen, weighted by its worth."
     n = on_device(count, like.device)[:, None]
     chosen = torch.zeros_like(here)
-    gap = torch.full_like(worth, torch.inf)
+    gap = torch.ones_like(worth)
     weight = 1 + minmax(worth, here)
     for i in range(max(count)):
-        value = gap * weight if i else worth
-        at = value.masked_fill(chosen | ~here, -torch.inf).argmax(1, keepdim=True)
+        value = (gap * weight if i else worth).masked_fill(chosen | ~here, -torch.inf)
+        at = value.argmax(1, keepdim=True)
         chosen = chosen.scatter(1, at, chosen.gather(1, at) | (n > i))
-        near = like.gather(1, at[..., None].expand(-1, -1, like.shape[2]))[:, 0]
-        gap = torch.minimum(gap, 1 - near)
+        near = 1 - like.gather(1, at[..., None].expand_as(like[:, :1]))[:, 0]
+        gap = torch.minimum(gap, near) if i else near
     return chosen
 
-
-def take_in(x, like, worth, chosen, gone):  # (B, S, D), (B, S, S), (B, S), bool (B, S) twice
-    "States in which every chosen token has taken in those that go and are most like it."
-    best, to = like.masked_fill(~chosen[:, None], -torch.inf).max(-1)
-    weight = ((best + 1) / 2).clamp(0, 1) ** 2 * (0.5 + 0.5 * minmax(worth, gone))
-    weight = weight.where(gone, 0.0)
-    total = torch.zeros_like(weight).scatter_add(1, to, weight)
-    brought = torch.zeros_like(x).scatter_add(1, to[..., None].expand_as(x), weight[..., None] * x)
-    return (x + brought) / (1 + total[..., None])
-
-
+# %% ../../nbs/baselines/04_omnipack.ipynb #895ab51e
 @dataclass(frozen=True)
 class OmniPack(Baseline):
     "OmniPack (arXiv 2608.03812, as in its code): peaks and merging, then likeness to the question."
@@ -175,62 +114,75 @@ class OmniPack(Baseline):
         target leaves Stage I nothing to do."""
         layer = min(max(round(depth * num_layers), 1), num_layers - 1)
         after = num_layers - layer
-        enter = {}
-        keep = {}
-        for m, trr in zip(Modality.CODES, target):
-            whole = trr * num_layers
-            enter[m] = min(1.0, whole / (layer + later * after))
-            keep[m] = (min(1.0, (whole / enter[m] - layer) / after),)
-        enter = cls.fair_pair(*enter.values(), *target[2:])
-        return cls(Schedule(num_layers, 0, (layer,), None, keep, enter), **options)
-
-    def dominant(self, modality, keep):  # of these, how many go by salience
-        return max(1, round(keep * self.constants[modality][0]))
+        totals = [trr * num_layers for trr in target[:2]]
+        enter = [min(1.0, total / (layer + later * after)) for total in totals]
+        keep = [min(1.0, (n / part - layer) / after) for n, part in zip(totals, enter)]
+        return cls(
+            Schedule(
+                num_layers,
+                drop_layers=(layer,),
+                keep_ratios={m: (k,) for m, k in zip(Modality.CODES, keep)},
+                entering=cls.fair_pair(*enter, *target[2:]),
+            ),
+            **options,
+        )
 
     def select_flops(self, budgets, width, keys):
-        total = 0
-        for b in budgets:
-            n = sum(b.sizes)
-            keep = sum(b.keep)
-            first = self.dominant(b.modality, keep)
-            if keep < n:
-                total += 2 * width * ((keep > first) * (n - first) ** 2 + keep * (n - keep))
-        return total
+        counts = [(sum(b.sizes), sum(b.keep)) for b in budgets]
+        return sum(2 * width * n**2 for n, keep in counts if keep < n)
 
     def pick(self, inputs):
-        found = []
         ends = [sum(b.sizes) for b in inputs.budgets]
-        parts = inputs.features.split(ends), inputs.attention.split(ends)
-        for b, x, attention, place in zip(inputs.budgets, *parts, inputs.places.split(ends, -1)):
-            keep = sum(b.keep)
-            if keep == len(x):
-                found.append((torch.ones_like(attention, dtype=torch.bool), x.float()))
-                continue
-            dominant, pull, own = self.constants[b.modality]
-            x = x.float()
-            frames = b.sizes if b.modality == "visual" else ()
-            salience = salience_of(x, attention, frames, self.schedule.entering[b.modality])
-            place = minmax(place.float()).T
-            kept = pack_keep(x, salience, place, keep, dominant)
-            mean = pack_merge(x, salience, place, kept, keep, pull)
-            found.append((kept, mean.lerp(x, own)))
-        return tuple(map(torch.cat, zip(*found)))
+        parts = (x.split(ends, at) for x, at in ((inputs.features, 0), (inputs.attention, 0)))
+        parts = zip(inputs.budgets, *parts, inputs.places.split(ends, -1))
+        return tuple(map(torch.cat, zip(*(self.pack(*part) for part in parts))))
+
+    def pack(self, budget, x, attention, place):  # of one sample: (n, D), (n,), (3, n)
+        "Stage I: (n,) bool; (n, D) float32."
+        x = x.float()
+        n = sum(budget.keep)
+        everywhere = torch.ones_like(attention, dtype=torch.bool)
+        if n == len(x):
+            return everywhere, x
+        dominant, pull, own = self.constants[budget.modality]
+        frames = budget.sizes if budget.modality == "visual" else ()
+        salience = salience_of(x, attention, frames, self.schedule.entering[budget.modality])
+        unit = normalize(x, dim=-1)
+        like = unit @ unit.mT
+        place = minmax(place.float(), everywhere).mT
+        apart = torch.cdist(place, place, compute_mode="donot_use_mm_for_euclid_dist")
+        first = max(1, round(n * dominant))
+        kept = best_in_windows(salience, (len(x),), (first,))
+        distance = (1 - like + 0.2 * minmax(apart, ~kept)).fill_diagonal_(torch.inf)
+        distance = distance.masked_fill(kept | kept[:, None], torch.inf)
+        peak = peaks_of(distance, 7, power=2, weight=1 + 0.35 * minmax(salience, ~kept))
+        kept = kept | best_in_windows(peak.masked_fill(kept, -1), (len(x),), (n - first,))
+        like = like - pull * minmax(apart, kept) + 0.1 * minmax(salience, kept)
+        weight = (0.5 + 0.5 * minmax(salience, ~kept)).where(~kept, 0.0)
+        return kept, absorb(x, like, weight, kept).lerp(x, own)
 
     def drop(self, tokens, hidden, step, n_chunks):
         x = hidden.float()
         unit = normalize(x, dim=-1)
         like = unit @ unit.mT
-        kinds = dict(text=tokens.text, **{m: tokens.is_(m) for m in Modality.CODES})
-        mean = {m: (x * here[..., None]).sum(1, keepdim=True) for m, here in kinds.items()}
-        to = {m: cosine_similarity(x, total, dim=-1, eps=1e-6) for m, total in mean.items()}
-        asked = like.masked_fill(~tokens.text[:, None], -torch.inf).amax(-1)
         keep = tokens.text
+        merged = x
+
+        def to_mean(here):
+            return cosine_similarity(x, (x * here[..., None]).sum(1, keepdim=True), -1, 1e-6)
+
+        def most(among):  # likeness to the nearest
+            return like.masked_fill(~among[:, None], -torch.inf).amax(-1)
+
+        asked = torch.maximum(to_mean(tokens.text), most(tokens.text))
         for m, other in (("visual", "audio"), ("audio", "visual")):
-            here = kinds[m]
+            here = tokens.is_(m)
             dense = (like * here[:, None]).sum(-1) / here.sum(-1, keepdim=True).clamp(min=1)
-            parts = torch.maximum(asked, to["text"]), to[other], torch.exp(dense - 1)
+            parts = asked, to_mean(tokens.is_(other)), torch.exp(dense - 1)
             worth = sum(minmax(part, here) for part in parts)
             chosen = spread_out(like, worth, here, [n[m] for n in step.n_keep])
-            x = take_in(x, like, worth, chosen, here & ~chosen)
+            gone = here & ~chosen
+            weight = ((most(chosen) + 1) / 2).clamp(0, 1) ** 2 * (0.5 + 0.5 * minmax(worth, gone))
+            merged = absorb(merged, like, weight.where(gone, 0.0), chosen)
             keep = keep | chosen
-        return keep, x.to(hidden.dtype)
+        return keep, merged.to(hidden.dtype)

@@ -242,14 +242,16 @@ class DataShape:
 
     def _grids(self, method):  # -> per question: (pairs of frames, rows, columns) of each video
         "Temporal grids in merged tokens, as they are encoded."
-        merge = adapter_for(self.model).rates(self.model).merge_size
-        found = []
-        for media in self.media:
-            grids = media.get("video_grid_thw", torch.zeros(0, 3)).long().tolist()
-            grids = [(t, h // merge, w // merge) for t, h, w in grids]
-            less = isinstance(method, Downsample)
-            found.append([method.grid(*g) for g in grids] if less else grids)
-        return found
+        adapter = adapter_for(self.model)
+        if not adapter.interleaved:
+            raise ValueError(
+                f"{adapter.family}: how its processor sizes a frame is not known, which "
+                "downsampling needs"
+            )
+        merge = adapter.rates(self.model).merge_size
+        whole = [m["video_grid_thw"].tolist() if "video_grid_thw" in m else () for m in self.media]
+        seen = method.grid if isinstance(method, Downsample) else lambda *grid: grid
+        return [[seen(t, h // merge, w // merge) for t, h, w in grids] for grids in whole]
 
     def plans(
         self,
