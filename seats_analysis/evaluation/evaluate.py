@@ -283,6 +283,35 @@ def whole_answers(
         out.append(dict(pick=int(stays < 1), correct=stays, kl=kl))
     return out
 
+# %% ../../nbs/evaluation/00_evaluate.ipynb #a2bc84d8
+WHOLE = "token", "text"  # answers beside those of the full model
+
+
+def chosen_answers(
+    model,
+    processor,
+    batch,  # of `encode`
+    answers: str,  # 'likelihood', 'generate', 'token' or 'text', see `Answering`
+    full,  # per row: what this gave for the full model; empty: this is its run
+    max_new_tokens: int,
+):  # per row: dict, with the choice in `pick` and whether that is right
+    "What a batch answers."
+    if answers in WHOLE:
+        most = 1 if answers == "token" else max_new_tokens
+        return whole_answers(model, processor, batch, full or None, most)
+    if answers == "likelihood":
+        rows = score_rows(score_choices(model, batch), batch.samples)
+        return [
+            dict(pick=s.choices.index(r["prediction"]))
+            | {name: r[name] for name in ("correct", "margin", "nll")}
+            for r, s in zip(rows, batch.samples)
+        ]
+    out = []
+    for s, text in zip(batch.samples, write_answers(model, processor, batch, max_new_tokens)):
+        pick = parse_answer(text, s.choices, s.lettered)
+        out.append(dict(pick=pick, correct=pick == s.answer, margin=None, nll=None, text=text))
+    return out
+
 # %% ../../nbs/evaluation/00_evaluate.ipynb #0a4c9ed5
 APART = ("control",)  # families that do not count in the whole
 

@@ -6,7 +6,6 @@
 __all__ = ['DataShape', 'MethodRun', 'Answering']
 
 # %% ../../nbs/evaluation/01_prepared.ipynb #1537fb9f
-import math
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,20 +22,12 @@ from ..models.attention import TowerAttention
 from ..models.decoder import Decoder
 from ..models.encode import Encoded, encode_questions, layout_of, pad_positions
 from ..models.families import adapter_for
-from ..models.scoring import score_choices
 from ..schedules.cost import kv_bytes, prefill_flops, text_dims
 from ..pruning.timing import Timings
 from ..pruning.encoders import ENCODED, join_calls, watch_encoders
 from ..pruning.session import as_pruner, prune
 from ..baselines.downsample import Downsample
-from seats_analysis.evaluation.evaluate import (
-    clip_cache,
-    clips_of,
-    parse_answer,
-    score_rows,
-    whole_answers,
-    write_answers,
-)
+from .evaluate import WHOLE, chosen_answers, clip_cache, clips_of, write_answers
 
 # %% ../../nbs/evaluation/01_prepared.ipynb #d8cff688
 @dataclass(frozen=True, eq=False)
@@ -240,18 +231,9 @@ class DataShape:
     def _layouts(self):  # function: time windows of a method -> layout of every question
         return cache(lambda *own: [layout_of(self.model, m, "keep", *own) for m in self.media])
 
-    def _grids(self, method):  # -> per question: (pairs of frames, rows, columns) of each video
-        "Temporal grids in merged tokens, as they are encoded."
-        adapter = adapter_for(self.model)
-        if not adapter.interleaved:
-            raise ValueError(
-                f"{adapter.family}: how its processor sizes a frame is not known, which "
-                "downsampling needs"
-            )
-        merge = adapter.rates(self.model).merge_size
-        whole = [m["video_grid_thw"].tolist() if "video_grid_thw" in m else () for m in self.media]
-        seen = method.grid if isinstance(method, Downsample) else lambda *grid: grid
-        return [[seen(t, h // merge, w // merge) for t, h, w in grids] for grids in whole]
+    @cached_property
+    def _less(self):  # function: `Downsample` -> (N, 2) visual tokens, FLOPs that encoders save
+        return Downsample.measuring(self.model, self.media)
 
     def plans(
         self,
@@ -262,8 +244,8 @@ class DataShape:
         size = len(self.media), self.dims.layers
         out = {m: np.zeros(size, int) for m in ("visual", "audio", "text")}
         if isinstance(method, Downsample):
-            tokens = [sum(map(math.prod, grids)) for grids in self._grids(method)]
-            return self.full | dict(visual=np.repeat(np.array(tokens)[:, None], size[1], 1))
+            tokens = self._less(method)[:, :1]
+            return self.full | dict(visual=tokens.repeat(size[1], 1))
         windows = (method.grids, method.seconds) if method else ()
         for row, layout in enumerate(self._layouts(*windows)):
             for m, n in layout.counts().items():
@@ -300,35 +282,13 @@ class DataShape:
         last = {m: TowerAttention(self.model, m).module for m in adapter.received}
         return {m: (rows[m], attn.num_heads, attn.head_dim) for m, attn in last.items()}
 
-    @cached_property
-    def _grid_flops(self):  # function: rows, columns of merged tokens -> FLOPs
-        "What the vision tower spends on a temporal grid, which none of it looks beyond."
-        adapter = adapter_for(self.model)
-        tower = adapter.visual(self.model)
-        weight = tower.patch_embed.proj.weight
-        merge = adapter.rates(self.model).merge_size
-
-        @cache
-        def flops(*size):
-            h, w = (n * merge for n in size)
-            patches = weight.new_zeros(h * w, weight[0].numel())
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                tower(patches, grid_thw=torch.tensor([[1, h, w]], device=weight.device))
-            return counter.get_total_flops()
-
-        return flops
-
-    def _tower(self, method):  # FLOPs of the vision tower on all questions
-        grids = self._grids(method)
-        return self.weights @ [sum(t * self._grid_flops(*hw) for t, *hw in g) for g in grids]
-
     def selection(self, method):
         """FLOPs of choosing tokens, over the causal FLOPs of the full model. Of downsampling, which
         chooses before the encoders: what it saves there, below 0."""
         if (method := as_pruner(method, self.model)) is None:
             return 0.0
         if isinstance(method, Downsample):
-            return float((self._tower(method) - self._tower(None)) / self._whole)
+            return float(-self.weights @ self._less(method)[:, 1] / self._whole)
         layouts = self._layouts(method.grids, method.seconds)
         spent = [method.selection_flops(x, self.dims, self._towers) for x in layouts]
         return float(self.weights @ spent / self._whole)
@@ -389,8 +349,7 @@ class MethodRun:
         return (1 - self.share) * values[0] + self.share * values[-1] if self.share else values[0]
 
 
-_WHOLE = "token", "text"  # beside those of the full model
-_ANSWERS = "likelihood", "generate", *_WHOLE
+_ANSWERS = "likelihood", "generate", *WHOLE
 
 
 @dataclass(frozen=True, eq=False)
@@ -415,7 +374,7 @@ class Answering:
             raise ValueError("nothing to evaluate: no questions")
         check_ids(self.samples)
         bare = [s.id for s in self.samples if len(s.choices) < 2]
-        if bare and self.answers not in _WHOLE:
+        if bare and self.answers not in WHOLE:
             raise ValueError(
                 f"{len(bare)} questions have fewer than two choices, the first is {bare[0]!r}"
             )
@@ -434,25 +393,6 @@ class Answering:
             else:
                 units.append(clip)
         return units
-
-    def choose(self, batch, before):  # `Encoded`, outcomes of earlier runs -> those of this one
-        if self.answers == "likelihood":
-            rows = score_rows(score_choices(self.model, batch), batch.samples)
-            return [
-                dict(pick=s.choices.index(r["prediction"]))
-                | {name: r[name] for name in ("correct", "margin", "nll")}
-                for r, s in zip(rows, batch.samples)
-            ]
-        full = [done[0] for done in before] if before[0] else None
-        if self.answers in _WHOLE:
-            most = 1 if self.answers == "token" else self.max_new_tokens
-            return whole_answers(self.model, self.processor, batch, full, most)
-        out = []
-        texts = write_answers(self.model, self.processor, batch, self.max_new_tokens)
-        for s, text in zip(batch.samples, texts):
-            pick = parse_answer(text, s.choices, s.lettered)
-            out.append(dict(pick=pick, correct=pick == s.answer, margin=None, nll=None, text=text))
-        return out
 
     @cached_property
     def _decoded(self):
@@ -482,7 +422,10 @@ class Answering:
             seen, plan = self._seen(batch, r.plan_for(number))
             with seen.prune(plan, r.kv) as (run, given):
                 run.samples = first
-                chosen = self.choose(given, out)
+                before = [row[0] for row in out if row]
+                chosen = chosen_answers(
+                    self.model, self.processor, given, self.answers, before, self.max_new_tokens
+                )
             if self.written and r is not self.runs[0]:  # apart, or it would be on the clock
                 texts = [row[0]["text"] for row in out]
                 if any(a["pick"] for a in chosen):
