@@ -116,7 +116,7 @@ class OmniPack(Baseline):
         after = num_layers - layer
         totals = [trr * num_layers for trr in target[:2]]
         enter = [min(1.0, total / (layer + later * after)) for total in totals]
-        keep = [min(1.0, (n / part - layer) / after) for n, part in zip(totals, enter)]
+        keep = [min(1.0, max(later, (total - layer) / after)) for total in totals]
         return cls(
             Schedule(
                 num_layers,

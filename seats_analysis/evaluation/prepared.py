@@ -27,7 +27,13 @@ from ..pruning.timing import Timings
 from ..pruning.encoders import ENCODED, join_calls, watch_encoders
 from ..pruning.session import as_pruner, prune
 from ..baselines.downsample import Downsample
-from .evaluate import WHOLE, chosen_answers, clip_cache, clips_of, write_answers
+from seats_analysis.evaluation.evaluate import (
+    WHOLE,
+    chosen_answers,
+    clip_cache,
+    clips_of,
+    write_answers,
+)
 
 # %% ../../nbs/evaluation/01_prepared.ipynb #d8cff688
 @dataclass(frozen=True, eq=False)
