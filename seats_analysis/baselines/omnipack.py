@@ -109,12 +109,14 @@ class OmniPack(Baseline):
     constants = dict(visual=(0.25, 0.10, 0.62), audio=(0.35, 0.05, 0.65))
 
     @classmethod
-    def for_trr(cls, num_layers, *target, depth=18 / 28, later=0.5, **options):
-        """`depth` of Stage II over that of the model; `later`: what it keeps, or more where a
-        target leaves Stage I nothing to do."""
+    def for_trr(cls, num_layers, visual, audio, n_visual, n_audio, **options):
+        """Options: `depth` of Stage II over that of the model; `later`, what it keeps, or more
+        where a target leaves Stage I nothing to do."""
+        depth = options.pop("depth", 18 / 28)
+        later = options.pop("later", 0.5)
         layer = min(max(round(depth * num_layers), 1), num_layers - 1)
         after = num_layers - layer
-        totals = [trr * num_layers for trr in target[:2]]
+        totals = [visual * num_layers, audio * num_layers]
         enter = [min(1.0, total / (layer + later * after)) for total in totals]
         keep = [min(1.0, max(later, (total - layer) / after)) for total in totals]
         return cls(
@@ -122,7 +124,7 @@ class OmniPack(Baseline):
                 num_layers,
                 drop_layers=(layer,),
                 keep_ratios={m: (k,) for m, k in zip(Modality.CODES, keep)},
-                entering=cls.fair_pair(*enter, *target[2:]),
+                entering=cls.fair_pair(*enter, n_visual, n_audio),
             ),
             **options,
         )
