@@ -131,6 +131,105 @@ def omnizip_visual(frames, shares):
     return keep
 
 
+def scaled(values, among):
+    low, high = min(values[i] for i in among), max(values[i] for i in among)
+    return {i: float(values[i] - low) / float(high - low + 1e-6) for i in among}
+
+
+def omnipack_salience(x, attention, P, ratio):
+    "P: tokens of a frame; None: sound."
+    n, step = len(x), P or 1
+    seen = scaled(attention, range(n))
+    beside = [[j for j in (i - step, i + step) if 0 <= j < n] for i in range(n)]
+    differs = [max(1 - cos(x[i], x[j]) for j in near) for i, near in enumerate(beside)]
+    if P is None:
+        new = scaled(differs, range(n))
+        return [seen[i] + 0.25 * new[i] for i in range(n)]
+    frame = [x[i // P * P : i // P * P + P].double().mean(0) for i in range(n)]
+    stands = scaled([max(differs[i], 1 - cos(x[i], frame[i])) for i in range(n)], range(n))
+    inner = [P <= i < n - P for i in range(n)]
+    turns = [1 - cos(x[i] - x[i - P], x[i + P] - x[i]) if inner[i] else 0.0 for i in range(n)]
+    turns = scaled(turns, range(n))
+    event = scaled([stands[i] + 0.35 * turns[i] for i in range(n)], range(n))
+    weight = 0.35 * (0.35 + 0.65 * min(max((ratio - 0.14) / (0.42 - 0.14), 0), 1))
+    return [seen[i] * (1 + weight * event[i]) for i in range(n)]
+
+
+def omnipack_enter(x, attention, places, keep, P, ratio):
+    "Salient tokens, peaks among all others, and what is left goes into the nearest kept one."
+    n = len(x)
+    share, pull, own = (0.25, 0.10, 0.62) if P else (0.35, 0.05, 0.65)
+    if keep == n:
+        return list(range(n)), x
+    axes = [scaled(axis.double(), range(n)) for axis in places.T]
+    far = [
+        [math.dist([a[i] for a in axes], [a[j] for a in axes]) for j in range(n)] for i in range(n)
+    ]
+    salience = omnipack_salience(x, attention, P, ratio)
+    first = max(1, round(keep * share))
+    kept = best(salience, first, range(n))
+    rest = [i for i in range(n) if i not in kept]
+    d, rho, louder = {}, {}, scaled(salience, rest)
+    for i in rest:
+        apart = scaled(far[i], rest)
+        d[i] = {j: 1 - cos(x[i], x[j]) + 0.2 * apart[j] for j in rest if j != i}
+        near = sorted(d[i].values())[:7]
+        dense = math.exp(-sum(v**2 for v in near) / max(len(near), 1))
+        rho[i] = dense * (1 + 0.35 * louder[i])
+    value = {
+        i: rho[i]
+        * min([v for j, v in d[i].items() if rho[j] > rho[i]] or [max(d[i].values(), default=0)])
+        for i in rest
+    }
+    kept = sorted(kept + best(value, keep - first, rest))
+    gone = [i for i in range(n) if i not in kept]
+    weight, loud = scaled(salience, gone), scaled(salience, kept)
+    total, sums = {i: 1.0 for i in kept}, {i: x[i].double() for i in kept}
+    for i in gone:
+        apart = scaled(far[i], kept)
+        to = max(kept, key=lambda j: cos(x[i], x[j]) - pull * apart[j] + 0.1 * loud[j])
+        w = 0.5 + 0.5 * weight[i]
+        total[to] += w
+        sums[to] = sums[to] + w * x[i].double()
+    out = x.double().clone()
+    for i in kept:
+        out[i] = own * x[i].double() + (1 - own) * sums[i] / total[i]
+    return kept, out
+
+
+def omnipack_drop(h, kinds, counts):
+    "Like the text, like the other modality, dense; spread out; what goes is merged."
+    at = {k: [i for i, kind in enumerate(kinds) if kind == k] for k in (0, 1, 2)}
+    keep, out = list(at[0]), h.double().clone()
+    for k, n in counts.items():
+        own = at[k]
+        asked = {
+            i: max(cos(h[i], h[at[0]].mean(0)), *(cos(h[i], h[j]) for j in at[0])) for i in own
+        }
+        cross = {i: cos(h[i], h[at[3 - k]].mean(0)) for i in own}
+        dense = {i: math.exp(-sum(1 - cos(h[i], h[j]) for j in own) / len(own)) for i in own}
+        parts = [scaled(v, own) for v in (asked, cross, dense)]
+        worth = {i: sum(p[i] for p in parts) for i in own}
+        weight = scaled(worth, own)
+        chosen = [max(own, key=lambda i: worth[i])]
+        while len(chosen) < n:
+            free = [i for i in own if i not in chosen]
+            gap = {i: min(1 - cos(h[i], h[j]) for j in chosen) * (1 + weight[i]) for i in free}
+            chosen.append(max(free, key=lambda i: gap[i]))
+        keep += chosen
+        gone = [i for i in own if i not in chosen]
+        pressing = scaled(worth, gone) if gone else {}
+        total = {i: 1.0 for i in chosen}
+        for i in gone:
+            to = max(chosen, key=lambda j: cos(h[i], h[j]))
+            w = ((cos(h[i], h[to]) + 1) / 2) ** 2 * (0.5 + 0.5 * pressing[i])
+            total[to] += w
+            out[to] += w * h[i].double()
+        for i in chosen:
+            out[i] /= total[i]
+    return sorted(keep), out
+
+
 def top_by_modality(scores, kinds, counts):
     "FastV, PyramidDrop: the best of each modality, all text."
     keep = [i for i, k in enumerate(kinds) if k == 0]

@@ -16,7 +16,7 @@ import torch
 from test_undo import Broken, last, state
 
 from seats_analysis.baselines.merging import OmniZip
-from seats_analysis.baselines.registry import METHODS, method_at
+from seats_analysis.baselines.registry import method_at
 from seats_analysis.evaluation.compare import compare_methods
 from seats_analysis.evaluation.evaluate import evaluate
 from seats_analysis.serving.lmms import Answerer, generation_options
@@ -422,7 +422,7 @@ def some_method(draw):
     "A method at random; now and then a schedule that does not fit."
     plans = [*tiny.PLANS.values()]
     plan = draw.choice([*plans, *plans, Schedule(tiny.LAYERS + 1, late_start=2)])
-    name = draw.choice([None, "seats", "seats", *METHODS])
+    name = draw.choice([None, "seats", "seats", *tiny.PRUNERS])
     return plan if name is None else method_at(name, plan, (40.0, 40.0), draw.uniform(0.3, 1.5))
 
 

@@ -24,6 +24,7 @@ from seats_analysis.baselines.merging import (
     visionzip_counts,
     visual_shares,
 )
+from seats_analysis.baselines.omnipack import OmniPack
 from seats_analysis.baselines.registry import ABLATIONS, METHODS, method_at
 from seats_analysis.baselines.base import Uniform
 from seats_analysis.inputs.layout import TokenLayout, chunk_ids
@@ -34,14 +35,15 @@ from seats_analysis.pruning.seats import Seats
 from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.schedule import Schedule
 
-EVERY = METHODS | ABLATIONS
+EVERY = tiny.PRUNERS | ABLATIONS
 L = tiny.LAYERS
 CODE = dict(visual=1, audio=2)
 each = pytest.mark.parametrize("name", EVERY)
 in_one_family = tiny.by_turns(EVERY)
 in_both_families = pytest.mark.parametrize(
     "family, name",
-    [(f, n) for f in tiny.FAMILIES for n in METHODS] + [(tiny.FAMILIES[0], n) for n in ABLATIONS],
+    [(f, n) for f in tiny.FAMILIES for n in tiny.PRUNERS]
+    + [(tiny.FAMILIES[0], n) for n in ABLATIONS],
     indirect=["family"],
     scope="session",
 )
@@ -156,6 +158,34 @@ def test_density_peaks(r):
     close(density_peaks(x, torch.ones(x.shape[:2], dtype=torch.bool))[0], plain.peaks(x[0]))
 
 
+def test_omnipack_before_the_decoder(r):
+    "Frames that repeat one another and noise, and sounds."
+    for kind, P in (("visual", r.randint(2, 7)), ("audio", 1)):
+        frames = r.randint(2, 6) * (1 if kind == "visual" else 4)
+        n = frames * P
+        x = torch.randn(P, 6).repeat(frames, 1) + r.choice([0.1, 2]) * torch.randn(n, 6)
+        attention, ratio = torch.rand(n), r.uniform(0.05, 0.9)
+        at = torch.arange(n)
+        places = torch.stack([at // P * 7 + 3, at % P + 5, at % P // 2])
+        method = OmniPack(Schedule(L, entering=dict.fromkeys(CODE, ratio)))
+        (part,) = budgets(method, **{kind: (P,) * frames})
+        keep, merged = method.pick(Stage1Inputs(x, attention, (part,), places=places))
+        sizes = P if kind == "visual" else None
+        want, out = plain.omnipack_enter(x, attention, places.T, sum(part.keep), sizes, ratio)
+        assert positions(keep) == want
+        close(merged[keep], out[keep])
+
+
+def test_omnipack_between_layers(r):
+    kinds, tokens, _ = sequence(r)
+    hidden = torch.randn(1, len(kinds), 6)
+    aim = {m: r.randint(1, kinds.count(k)) for m, k in CODE.items()}
+    keep, merged = drop(OmniPack(Schedule(L, **STAGES[2])), tokens, hidden, aim)
+    want, out = plain.omnipack_drop(hidden[0], kinds, {CODE[m]: n for m, n in aim.items()})
+    assert positions(keep[0]) == want
+    close(merged[0][keep[0]], out[keep[0]])
+
+
 def sequence(r, rows=1):
     "Kinds of the tokens of a made-up prompt, the tokens, and scores."
     kinds = [0, 0, *r.choices([1, 1, 2], k=r.randint(4, 19)), 1, 2, 0]
@@ -214,7 +244,7 @@ def test_uniform(r):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n, m in METHODS.items() if getattr(m, "prunes", None) == ("visual",)]
+    "name", [n for n, m in tiny.PRUNERS.items() if getattr(m, "prunes", None) == ("visual",)]
 )
 def test_audio_without_a_rule_goes_by_chance(name):
     "Not by anything that the method looks at; otherwise for every sample, alike for the same seed."
@@ -355,7 +385,8 @@ def test_every_sample_has_a_number_of_its_own(name):
 def test_every_entry_says_what_it_is():
     names = (
         "seats random uniform fastv fastv-om visionzip visionzip-om visionzip-om-wide divprune "
-        "divprune-om dycoke omnizip vtw pyramiddrop"
+        "divprune-om dycoke omnizip omnipack vtw pyramiddrop downsample downsample-frames "
+        "downsample-pixels"
     )
     assert list(METHODS) == names.split()
     for name, cls in EVERY.items():
@@ -434,7 +465,7 @@ def test_batch_equals_singles_and_plan(name, model, processor, samples):
     assert tokens.sum() < batch.layout.valid.sum() * L
 
 
-@tiny.by_turns(METHODS)
+@tiny.by_turns(tiny.PRUNERS)
 def test_any_media(name, model, processor):
     "Images as visual tokens, clips of different size, one modality or none, in one batch."
     images = tiny.image(2), tiny.clip(14, 2), "or", tiny.image(3, (28, 56)), "what ?"
@@ -502,7 +533,7 @@ def test_nothing_is_chosen_from_nan(name, model, batch):
     places = []
     if min(method.schedule.entering.values()) < 1:
         places.append(adapter_for(model).visual(model).merger)
-    if method.uses_scores and method.schedule.drop_layers:
+    if (method.uses_scores or method.uses_hidden) and method.schedule.drop_layers:
         places.append(adapter_for(model).layers(model)[0])
 
     def spoil(module, args, out):
@@ -525,7 +556,7 @@ def stage1_inputs(method, parts):
     T = sum(n.values())
     attention = torch.rand(T) if method.uses_attention else None
     keys = {m: torch.rand(k, 4) for m, k in n.items()} if method.uses_keys else None
-    return Stage1Inputs(torch.rand(T, 8), attention, parts, keys)
+    return Stage1Inputs(torch.rand(T, 8), attention, parts, keys, torch.rand(3, T))
 
 
 def planned(name, model, batch):
@@ -547,7 +578,8 @@ def test_no_choice_waits_for_the_device(name, model, batch):
                 kind = torch.zeros(B, S, dtype=torch.int8)
                 column = torch.arange(S).expand(B, S)
                 tokens = Tokens(column, kind, kind.int(), kind.int(), S, tuple(range(B)), True)
-                assert method.drop(tokens, torch.rand(B, S), step, 4).shape == (B, S)
+                seen = torch.rand(B, S, *[8] * method.uses_hidden)
+                assert mask_of(method.drop(tokens, seen, step, 4)).shape == (B, S)
 
 
 @pytest.mark.cuda
@@ -559,7 +591,8 @@ def test_cuda_runs_without_sync(name, model, batch):
     inputs = stage1_inputs(method, parts)
     on_gpu = lambda x: None if x is None else x.cuda()
     keys = inputs.keys and {m: k.cuda() for m, k in inputs.keys.items()}
-    there = Stage1Inputs(on_gpu(inputs.features), on_gpu(inputs.attention), parts, keys)
+    seen = (on_gpu(x) for x in (inputs.features, inputs.attention))
+    there = Stage1Inputs(*seen, parts, keys, on_gpu(inputs.places))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -13,18 +13,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from seats_analysis.baselines.registry import ABLATIONS, METHODS
-from seats_analysis.evaluation import prepared as module
+from seats_analysis.evaluation import evaluate as module
 from seats_analysis.evaluation.compare import (
     _LATE as LATE,
     TOLERANCE,
     clips_needed,
     compare_methods,
+    comparison_table,
     match_cost,
     method_names,
     method_runs,
     outcome_rows,
     significantly_better,
 )
+from seats_analysis.evaluation import prepared
 from seats_analysis.evaluation.evaluate import evaluate
 from seats_analysis.evaluation.prepared import Answering, DataShape, MethodRun, PreparedBatch
 from seats_analysis.models.encode import encode
@@ -33,7 +35,7 @@ from seats_analysis.models.scoring import score_choices
 from seats_analysis.pruning.seats import Seats
 from seats_analysis.pruning.session import prune
 from seats_analysis.pruning.timing import Timings
-from seats_analysis.schedules.cost import prefill_flops
+from seats_analysis.schedules.cost import prefill_flops, text_dims
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.statistics.intervals import mcnemar
 from seats_analysis.storage.schemas import load_profile
@@ -49,7 +51,7 @@ from seats_analysis.testbed.load import (
 ROOT = Path(__file__).resolve().parents[1]
 L = tiny.LAYERS
 PLAN = tiny.schedule(drop_layers=(1, 3), keep_ratios=dict(visual=(0.8, 0.6), audio=(0.8, 0.6)))
-NAMES = *METHODS, *ABLATIONS, "fastv-om+late"
+NAMES = *tiny.PRUNERS, *ABLATIONS, "fastv-om+late"
 
 
 def method_of(name):
@@ -161,6 +163,57 @@ def test_frame_limit_holds_for_files(small):
     np.testing.assert_allclose([row[0]["nll"] for row in found], wanted, atol=2e-5)
 
 
+@pytest.mark.parametrize("part", (0.0, 0.5, 1.0))
+def test_downsampling_spends_what_was_planned(model, processor, part):
+    "Tokens of the decoder, and FLOPs of the towers as torch counts them on the clip as encoded."
+
+    def towers(encoded):
+        with FlopCounterMode(display=False) as counter:
+            prepared.encode_clip(model, encoded)
+        return counter.get_total_flops()
+
+    wide = tiny.ask("w", tiny.clip(0, size=(168, 112)))
+    for sample in wide, tiny.ask("o", tiny.clip(3, 4.7)), tiny.ask("h", tiny.clip(2, sight=False)):
+        shape = DataShape.of(model, processor, [sample])
+        whole = encode(model, processor, [sample])
+        full = prefill_flops(whole.shape[1:] * L, shape.dims)
+        for left in (1.0, 0.7, 0.3, 0.05):
+            plan = Schedule(L, entering=tiny.ratios(left, 1.0))
+            method = METHODS["downsample"](plan, pixels=part)
+            seen = encode(model, processor, method.shown(processor, [sample]))
+            saved = (towers(seen) - towers(whole)) / full
+            decoder = prefill_flops(seen.shape[1:] * L, shape.dims) / full
+            assert shape.selection(method) == pytest.approx(saved, rel=1e-9)
+            assert shape.cost(method) == pytest.approx(decoder + saved, rel=1e-9)
+            text = (seen.layout.modality == 0).sum() == (whole.layout.modality == 0).sum()
+            assert text and seen.layout.counts()["audio"] == whole.layout.counts()["audio"]
+
+
+def test_downsampling_is_a_clip_with_fewer_frames(model, processor, samples):
+    "Every second frame at half the rate, made by hand; `prune` alone would do nothing and refuses."
+    method = METHODS["downsample-frames"](Schedule(L, entering=tiny.ratios(0.5, 1.0)))
+    some = [s for s in samples if s.clip in ("c0", "c2")] + samples[-1:]
+    by_hand = [
+        replace(s, video=replace(s.video, frames=s.video.frames[::2], fps=s.video.fps / 2))
+        if s.clip == "c0"
+        else s
+        for s in some
+    ]
+    run = MethodRun("less", method.name, 30, (method,))
+    found = answered((model, processor), some, [*run_of("full"), run], batch_size=3)
+    given = evaluate(model, processor, some, method, batch_size=2)
+    wanted = evaluate(model, processor, by_hand, batch_size=5)
+    np.testing.assert_allclose(given.nll, wanted.nll, atol=2e-5)
+    np.testing.assert_allclose([row[1]["nll"] for row in found], wanted.nll, atol=2e-5)
+    flops = [
+        prefill_flops(encode(model, processor, [s]).shape[1:] * L, text_dims(model.config))
+        for s in by_hand
+    ]
+    assert [row[1]["flops_causal"] for row in found] == pytest.approx(flops)
+    with prune(model, method), pytest.raises(ValueError, match="changes what is encoded"):
+        model(**encode(model, processor, some[:1]).inputs)
+
+
 def test_outcomes_are_those_of_evaluate(model, processor, samples):
     drawn = METHODS["random"].for_trr(L, 0.4, 0.5, 24, 40, seed=3)
     runs = [*run_of("full", "seats"), MethodRun("random", "random", 30, (drawn,))]
@@ -221,7 +274,7 @@ def test_late_removal_is_where_seats_has_it(runs, shape):
             for m in ("visual", "audio"):
                 assert (tokens[m][:, PLANS[e.trr].late(m) :] == 0).all()
             assert e.plans[0].stages != (3,)
-    assert {n.removesuffix("+late") for n in LATE} == {*METHODS} - {"seats", "vtw"}
+    assert {n.removesuffix("+late") for n in LATE} == {*tiny.PRUNERS} - {"seats", "vtw"}
     with pytest.raises(ValueError, match="unknown method 'vtw.late'"):
         method_names("vtw+late")
 
@@ -487,6 +540,27 @@ def test_columns_say_what_happened(shape):
     assert rows[2]["ranked"]
 
 
+def test_easy_is_what_the_strongest_downsampling_answers(shape):
+    "Two of three questions; controls count in neither part."
+    less = METHODS["downsample"]
+    runs = [MethodRun("full", "full", 100, plans=(None,), setting="full")]
+    for trr in (35, 10):
+        runs.append(MethodRun("seats", "seats", trr, (Seats(PLANS[trr]),), knob=(1.0,)))
+        plan = Schedule(16, entering=tiny.ratios(trr / 100, 1.0))
+        runs.append(MethodRun("downsample", "downsample", trr, (less(plan),), knob=(1.0,)))
+    right = dict(a0="11101", a1="10011", a2="11010", control="00001")
+    asked = [tiny.ask(n, tiny.clip(i), family=n.rstrip("012")) for i, n in enumerate(right)]
+    cell = dict(pick=0, ms=[1.0, 2.0, 3.0], flops_causal=1.0)
+    answers = [[cell | dict(correct=c == "1") for c in row] for row in right.values()]
+    rows = outcome_rows(answers, asked, runs, shape)
+    got = [[r[part][k] for part in ("easy", "hard") for k in ("n", "accuracy")] for r in rows]
+    assert got == [[2, 1, 1, 1], [2, 0.5, 1, 1], [2, 0.5, 1, 0], [2, 0.5, 1, 1], [2, 1, 1, 0]]
+    table = comparison_table(rows)
+    assert sorted(table.easy) == [50, 50, 50, 100, 100] and sorted(table.hard)[:2] == [0, 0]
+    apart = outcome_rows([row[:2] for row in answers], asked, runs[:2], shape)
+    assert "easy" not in apart[0] and "easy" not in comparison_table(apart)
+
+
 def test_unparsable_is_wrong_and_counted(small, samples, monkeypatch):
     says = iter(["red", "hm", "blue or red", "blue"] * 2)  # once to warm up
     real = module.write_answers
@@ -524,7 +598,8 @@ def test_stored_comparison(name):
     assert any(r["label"] == "seats+tuned" for r in found["rows"])
     assert not significantly_better(found["rows"], "tuned")
     known = {r["method"] for r in found["rows"]}
-    assert found["questions"] >= 1000 and known >= {"full", *METHODS} - {"visionzip-om-wide"}
+    later = {"visionzip-om-wide", "omnipack"}  # than these files, as is downsampling
+    assert found["questions"] >= 1000 and known >= {"full", *tiny.PRUNERS} - later
     for r in found["rows"]:
         if r["ranked"] and r["method"] in ("random", "uniform"):
             assert r["diff_seats_low"] <= 0, (r["label"], r["trr"])

@@ -11,7 +11,6 @@ from tiny import PLANS, close
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode
 from seats_analysis.models.scoring import score_choices
-from seats_analysis.baselines.registry import METHODS
 from seats_analysis.probing.run import probe_dependency
 from seats_analysis.pruning.session import prune
 
@@ -99,9 +98,9 @@ def test_pruned_answers(models, batches, n, name, kv, options):
     same(models, batches[n], PLANS[name], kv, **options)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", tiny.PRUNERS)
 def test_methods(models, batches, name):
-    method = METHODS[name].for_trr(tiny.LAYERS, 0.5, 0.6, 18, 30)
+    method = tiny.PRUNERS[name].for_trr(tiny.LAYERS, 0.5, 0.6, 18, 30)
     same(models, batches[3], method, max_new_tokens=1, min_new_tokens=1)
 
 

@@ -11,7 +11,6 @@ from seats_analysis.pruning import base, cache, encoders, prefill, seats
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode
 from seats_analysis.models.scoring import score_choices
-from seats_analysis.baselines.registry import METHODS
 from seats_analysis.pruning.cache import Slots
 from seats_analysis.pruning.prefill import Check, Prefill
 from seats_analysis.pruning.session import Session, prune
@@ -90,9 +89,9 @@ def test_layers_that_keep_no_media(model, there, batches, strict):
     same(model, there, batches[3], plan, "retain")
 
 
-@tiny.by_turns(METHODS)
+@tiny.by_turns(tiny.PRUNERS)
 def test_methods(model, there, batches, strict, name):
-    method = METHODS[name].for_trr(tiny.LAYERS, 0.5, 0.6, 18, 30)
+    method = tiny.PRUNERS[name].for_trr(tiny.LAYERS, 0.5, 0.6, 18, 30)
     same(model, there, batches[3], method, max_new_tokens=1, min_new_tokens=1)
 
 

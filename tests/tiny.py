@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from seats_analysis.baselines.registry import METHODS
 from seats_analysis.inputs.media import Clip
 from seats_analysis.inputs.samples import Sample
 from seats_analysis.pruning.cache import follow_up
@@ -16,6 +17,7 @@ from seats_analysis.testbed import load
 CLASSES = {"qwen2.5-omni": "Qwen2_5Omni", "qwen3-omni": "Qwen3OmniMoe"}
 FAMILIES = tuple(CLASSES)
 LAYERS = 6
+PRUNERS = {n: m for n, m in METHODS.items() if "downsample" not in n}  # the others prune nothing
 
 
 def by_turns(names):

@@ -33,11 +33,14 @@ def equal_ratio(
 
 # %% ../../nbs/baselines/02_attention.ipynb #c334fbe2
 @dataclass(frozen=True)
-class EqualDrops(Baseline):
-    "The same fraction stays at each drop, by the last text token's attention."
+class FastVOm(Baseline):
+    "FastV for both modalities (arXiv 2403.06764): one drop before layer 2, by attention."
 
+    name = "fastv-om"
+    paper = "arXiv 2403.06764"
     stages = (2, 3)
     uses_scores = True
+    knobs = Baseline.knobs | dict(layer=(1, 2, 3, 4, 6, 8))
 
     @classmethod
     def with_drops(cls, drops, num_layers, visual, audio, n_visual, n_audio, **options):
@@ -46,15 +49,6 @@ class EqualDrops(Baseline):
         pair = cls.fair_pair(*ratios, n_visual, n_audio)
         keep = {m: (r,) * len(drops) for m, r in pair.items()}
         return cls(Schedule(num_layers, drop_layers=drops, keep_ratios=keep), **options)
-
-
-@dataclass(frozen=True)
-class FastVOm(EqualDrops):
-    "FastV for both modalities (arXiv 2403.06764): one drop before layer 2."
-
-    name = "fastv-om"
-    paper = "arXiv 2403.06764"
-    knobs = Baseline.knobs | dict(layer=(1, 2, 3, 4, 6, 8))
 
     @classmethod
     def for_trr(cls, num_layers, *target, layer=2, **options):
@@ -65,7 +59,7 @@ FastV = FastVOm.visual_only("fastv")
 
 # %% ../../nbs/baselines/02_attention.ipynb #2b57a3c4
 @dataclass(frozen=True)
-class PyramidDrop(EqualDrops):
+class PyramidDrop(FastVOm):
     "PyramidDrop (arXiv 2410.17247): the same fraction stays after each stage of the depth."
 
     name = "pyramiddrop"

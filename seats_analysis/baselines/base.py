@@ -9,6 +9,7 @@ __all__ = ['Baseline']
 import numpy as np
 import torch
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import ClassVar
 
 from ..inputs.layout import Modality
@@ -138,12 +139,13 @@ def by_modality(inputs: Stage1Inputs):  # modality -> `Stage1Inputs` with its to
     budgets = {m: tuple(b for b in inputs.budgets if b.modality == m) for m in Modality.CODES}
     sizes = [sum(sum(b.sizes) for b in own) for own in budgets.values()]
     features = inputs.features.split(sizes)
-    attention = (
-        [None] * len(Modality.CODES) if inputs.attention is None else inputs.attention.split(sizes)
+    attention, places = (
+        [None] * len(sizes) if x is None else x.split(sizes, -1)
+        for x in (inputs.attention, inputs.places)
     )
     return {
-        m: replace(inputs, features=x, attention=received, budgets=budgets[m])
-        for m, x, received in zip(Modality.CODES, features, attention)
+        m: replace(inputs, features=x, attention=received, budgets=budgets[m], places=at)
+        for m, x, received, at in zip(Modality.CODES, features, attention, places)
     }
 
 # %% ../../nbs/baselines/00_base.ipynb #5f2bf23c
@@ -158,6 +160,8 @@ class Baseline(Pruner):
     prunes: ClassVar[tuple] = tuple(Modality.CODES)  # modalities that it has a rule for
     min_visual: ClassVar[float] = MIN_VISUAL  # below it audio pays, where it has no rule
     in_windows: ClassVar[bool] = True  # whether it chooses in every time window, or at once
+    one_count: ClassVar[bool] = False  # for all windows, in proportion to them
+    keep_best = staticmethod(keep_best)
     knobs = dict(audio=(0.5, 0.75, 1.0, 1.5, 2.0))  # its share of the tokens
     by_name: ClassVar[dict] = {}  # all methods that were defined
 
@@ -212,7 +216,12 @@ class Baseline(Pruner):
         "What to keep, from the sizes of the time windows."
         if not self.in_windows:
             sizes = (sum(sizes),) if sum(sizes) else ()
-        return sizes, stage1_counts(sizes, self.schedule.entering[modality])
+        ratio = self.schedule.entering[modality]
+        if not self.one_count:
+            return sizes, stage1_counts(sizes, ratio)
+        (n,) = stage1_counts((sum(sizes),), ratio)
+        ends = [n * end // max(sum(sizes), 1) for end in accumulate(sizes)]
+        return sizes, tuple(np.diff(ends, prepend=0).tolist())
 
     def window_budgets(self, layout, first):
         windows = window_tokens(layout)
@@ -254,7 +263,7 @@ class Baseline(Pruner):
         if set(self.prunes) != set(Modality.CODES):
             own = torch.stack([tokens.is_(m) for m in self.prunes]).any(0)
             values = values.double().where(own, random_scores(tokens, self.seed, step.layer))
-        return keep_best(values, tokens, step)
+        return self.keep_best(values, tokens, step)
 
 # %% ../../nbs/baselines/00_base.ipynb #d3a65f0b
 @dataclass(frozen=True)

@@ -9,12 +9,10 @@ __all__ = []
 import numpy as np
 import torch
 from dataclasses import dataclass
-from itertools import accumulate
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
 from .base import Baseline, best_in_windows, on_device
-from ..pruning.base import stage1_counts
 from ..pruning.select import select_in_clip, topk_in_groups
 
 # %% ../../nbs/baselines/04_merging.ipynb #41dc58a3
@@ -294,15 +292,25 @@ def density_peaks(
     valid,  # (F, P) bool
     k=5,  # neighbours
 ):  # (F, P) float32, higher for tokens in a dense place far from denser ones
-    "Density, by the mean cosine distance to k neighbours, times the distance to the next denser."
+    "What `peaks_of` says of cosine distances."
     unit = normalize(x.float(), dim=-1)
     both = valid[:, None] & valid[:, :, None]
     itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-    distance = (1 - unit @ unit.mT).masked_fill(~both | itself, torch.inf)
-    near = distance.topk(min(k, max(x.shape[1] - 1, 1)), -1, largest=False).values
+    return peaks_of((1 - unit @ unit.mT).masked_fill(~both | itself, torch.inf), k)
+
+
+def peaks_of(
+    distance,  # (..., N, N) float32; infinite to itself, and where there is no token
+    k,  # neighbours
+    power=1,  # of a distance to a neighbour
+    weight=1.0,  # (..., N) of the density
+):  # (..., N) float32
+    "Density, by the mean distance to k neighbours, times the distance to the next denser (DPC-KNN)."
+    near = distance.topk(min(k, max(distance.shape[-1] - 1, 1)), -1, largest=False).values
     found = near.isfinite()
-    density = torch.exp(-torch.where(found, near, 0.0).sum(-1) / found.sum(-1).clamp(min=1))
-    denser = density[:, None] > density[:, :, None]
+    mean = near.where(found, 0.0).pow(power).sum(-1) / found.sum(-1).clamp(min=1)
+    density = weight * torch.exp(-mean)
+    denser = density[..., None, :] > density[..., None]
     to_denser = distance.masked_fill(~denser, torch.inf).amin(-1)
     farthest = distance.masked_fill(distance.isinf(), 0.0).amax(-1)  # for the densest
     return density * torch.where(to_denser.isinf(), farthest, to_denser)
@@ -351,6 +359,7 @@ class OmniZip(Baseline):
     paper = "arXiv 2511.14582"
     uses_attention = True
     merges = True
+    one_count = True
     knobs = Baseline.knobs | dict(
         contextual=(0.0, 0.05, 0.1), g=(1, 3, 6), bounds=((0.05, 0.95), (0.35, 0.75))
     )
@@ -365,12 +374,6 @@ class OmniZip(Baseline):
         return dict(
             visual=visual, audio=max(pair["audio"], options.get("contextual", cls.contextual))
         )
-
-    def budget(self, modality, sizes):
-        "One count for all, in proportion to the windows."
-        (n,) = stage1_counts((sum(sizes),), self.schedule.entering[modality])
-        ends = [n * end // max(sum(sizes), 1) for end in accumulate(sizes)]
-        return sizes, tuple(np.diff(ends, prepend=0).tolist())
 
     def select_flops(self, budgets, width, keys):
         (seen, some), (n, few) = ((sum(b.sizes), sum(b.keep) < sum(b.sizes)) for b in budgets)

@@ -8,8 +8,8 @@ __all__ = ['ABLATIONS', 'METHODS', 'Ablation', 'method_at']
 # %% ../../nbs/baselines/05_registry.ipynb #02c70aca
 from dataclasses import dataclass, replace
 
-from . import attention, merging  # noqa: F401  what they define has a name
-from .base import Baseline, best_in_windows, keep_best
+from . import attention, downsample, merging, omnipack  # noqa: F401  what they define has a name
+from .base import Baseline, best_in_windows
 from ..inputs.layout import Modality
 from ..pruning.base import Pruner
 from ..pruning.seats import Seats
@@ -40,7 +40,7 @@ class Ablation(Seats):
     def drop(self, tokens, scores, step, windows):
         if self.in_windows:
             return super().drop(tokens, scores, step, windows)
-        return keep_best(scores, tokens, step)
+        return Baseline.keep_best(scores, tokens, step)
 
 
 _CHANGED = {
@@ -61,7 +61,7 @@ ABLATIONS = {
 # %% ../../nbs/baselines/05_registry.ipynb #8f03f4ac
 _ORDER = """
 random uniform fastv fastv-om visionzip visionzip-om visionzip-om-wide divprune divprune-om dycoke
-omnizip vtw pyramiddrop
+omnizip omnipack vtw pyramiddrop downsample downsample-frames downsample-pixels
 """
 METHODS = {"seats": Seats} | {name: Baseline.by_name[name] for name in _ORDER.split()}
 

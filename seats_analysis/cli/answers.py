@@ -238,6 +238,8 @@ def _eval_text(result, out):
         said = f"too few for a conclusion: no difference can be significant below {needed} clips"
     asked = f"{result['questions']} questions on {result['clips']} clips, in percent"
     lines = [table(frame.to_dict("records")), "", f"{asked}; {said}{left_out(result['broken'])}"]
+    if easy := result.get("easy"):
+        lines.append(f"easy: the questions that {easy} answers right")
     towers = f"{100 * result['encoder_share']:.0f} % of the full prefill"
     lines.append(f"FLOPs are causal and hold the selection; the encoders, {towers}, come on top")
     if made := result["questions_of_schedule"]:

@@ -7,6 +7,7 @@ __all__ = ['method_names', 'vtw_rule', 'made_from', 'compare_methods', 'comparis
 
 # %% ../../nbs/evaluation/02_compare.ipynb #72ee9de7
 import re
+import warnings
 
 import numpy as np
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +22,11 @@ from ..storage.files import Checkpoint, processes
 from ..inputs.questions import samples_of
 from ..inputs.samples import Sample
 from ..models.encode import encode
+from ..models.families import adapter_for
 from ..models.provenance import provenance
 from ..boundaries.retention import derived_from
-from ..baselines.attention import VTW
+from ..schedules.schedule import ScheduleWarning
+from ..baselines.downsample import Downsample
 from ..baselines.registry import ABLATIONS, METHODS, method_at
 from .evaluate import APART, over_clips, paired_difference
 from .prepared import Answering, DataShape, MethodRun
@@ -72,7 +75,8 @@ def match_cost(
     return dict(plans=(build(low), build(high)), share=share, knob=(low, high))
 
 # %% ../../nbs/evaluation/02_compare.ipynb #cc9be733
-_LATE = tuple(f"{n}+late" for n, m in METHODS.items() if n != "seats" and {1, 2} & set(m.stages))
+_PRUNE = [n for n, m in METHODS.items() if n != "seats" and not issubclass(m, Downsample)]
+_LATE = tuple(f"{n}+late" for n in _PRUNE if {1, 2} & set(METHODS[n].stages))
 _GROUPS = dict(all=tuple(METHODS), late=_LATE, ablations=tuple(ABLATIONS))
 
 
@@ -135,7 +139,7 @@ def vtw_rule(
 ) -> dict:  # label -> `Pruner`, see `compare_methods`
     "VTW at the layer that its rule picks from a profile's `derive` split."
     stored = load_profile(profile)
-    rule = VTW.from_profile(derived_from(stored), int(stored["layer"].max()))
+    rule = METHODS["vtw"].from_profile(derived_from(stored), int(stored["layer"].max()))
     return {"vtw (rule)": rule}
 
 
@@ -199,6 +203,14 @@ def _planned(run, shape):
     )
 
 
+def strongest(
+    runs,  # of `MethodRun`
+):  # index, or None
+    "The strongest downsampling that takes part: what it answers right is easy (VTC-Bench)."
+    less = [k for k, run in enumerate(runs) if isinstance(run.plans[0], Downsample)]
+    return min(less, key=[run.trr for run in runs].__getitem__, default=None)
+
+
 def outcome_rows(
     answers,  # per question: outcome of each run; the first is the full model
     samples: Sequence[Sample],
@@ -214,6 +226,10 @@ def outcome_rows(
     families = np.array([s.family for s in samples])
     clips = np.array([s.clip for s in samples])
     counts = ~np.isin(families, APART)
+    parts = {}
+    if (least := strongest(runs)) is not None:
+        easy = right[least] == 1
+        parts = {name: counts & at for name, at in dict(easy=easy, hard=~easy).items()}
     if not counts.any():
         raise ValueError("no question counts: all families are set apart")
     # causal FLOPs over those of the full prefill, without and with selection
@@ -280,6 +296,7 @@ def outcome_rows(
             row["cache_bytes"] = run.mean([shape.cache_bytes(p, run.kv) for p in run.plans])
         row["unparsable"] = sum(cells[k]["pick"] is None for cells in answers)
         row["families"] = {f: family(k, seats, families == f) for f in sorted({*families.tolist()})}
+        row |= {name: family(k, seats, at) for name, at in parts.items() if at.any()}
         rows.append(row)
     return rows
 
@@ -310,6 +327,9 @@ def compare_methods(
             "answers 'token' are neither right nor wrong: likelihood, generate or text"
         )
     names = method_names(names)
+    if not adapter_for(model).interleaved and {*names} - {*_PRUNE, *_LATE, *ABLATIONS, "seats"}:
+        warnings.warn("downsampling is left out: it takes a Qwen-Omni model", ScheduleWarning)
+        names = tuple(n for n in names if "downsample" not in n)
     samples = samples_of(samples)
     shape = DataShape.of(model, processor, samples, progress, **limits)
     runs = method_runs(names, plans, shape, rules=rules, tuned=tuned, progress=progress)
@@ -321,6 +341,7 @@ def compare_methods(
             (own,) = r.plans
             held = replace(own, schedule=replace(own.schedule, cache=cache))
             runs.append(replace(r, label="seats (layers read)", plans=(held,)))
+    least = strongest(runs)
     asked = Answering(
         model=model,
         processor=processor,
@@ -350,6 +371,7 @@ def compare_methods(
             clips=len({s.clip for s in samples}),
             chance=0.0 if text else sum(1 / len(s.choices) for s in samples) / len(samples),
             apart=list(APART),
+            easy=None if least is None else f"{runs[least].label} at {runs[least].trr:g} %",
             encoder_share=shape.encoder_share(encode(model, processor, samples[:1], **limits)),
             trr=list(plans),
             methods=list(names),
@@ -437,6 +459,8 @@ def comparison_table(
             "note": note,
         }
     )
+    for at, name in enumerate([n for n in ("easy", "hard") if n in r]):
+        frame.insert(8 + at, name, [100 * part["accuracy"] for part in r[name]])
     for than, name in _NAMES.items():
         above = significantly_better(rows, than)
         frame.attrs[f"above {name}"] = [f"{r['label']} at {r['trr']:g} %" for r in above]

@@ -30,20 +30,21 @@ from ..schedules.choose import known_schedule
 from ..schedules.schedule import Schedule
 from ..pruning.base import Pruner
 from ..pruning.session import as_pruner, prune
+from ..baselines.downsample import Downsample
 from ..baselines.registry import ABLATIONS, METHODS, method_at
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #b7f3f5c5
-def clip_cache(processor):  # function: Sample -> the sample with its video decoded
+def clip_cache(processor, **limits):  # function: Sample -> the sample with its video decoded
     "Decodes each media file once as long as questions about it follow one another; holds 16."
     rate = sampling_rate(processor)
     resize = frame_resizer(processor)
 
     @lru_cache(16)
     def decode(path):
-        return decode_clip(path, sample_rate=rate, resize=resize)
+        return decode_clip(path, sample_rate=rate, resize=resize, **limits)
 
     def cached(sample):
         if sample.video is None or isinstance(sample.video, Clip):
@@ -109,13 +110,14 @@ def evaluate(
         trr = None
     method = as_pruner(plan, model, trr)
     cached = clip_cache(processor)
+    less = isinstance(method, Downsample)
     rows = []
     tokens = []
     starts = range(0, len(samples), batch_size)
-    with prune(model, method, kv=kv) as run:
+    with prune(model, None if less else method, kv=kv) as run:
         for i in tqdm(starts, desc="questions", unit="batch", disable=not progress):
-            some = samples[i : i + batch_size]
-            batch = encode(model, processor, [cached(s) for s in some])
+            some = [cached(s) for s in samples[i : i + batch_size]]
+            batch = encode(model, processor, method.shown(processor, some) if less else some)
             rows += score_rows(score_choices(model, batch), some)
             tokens.append(run.tokens_per_layer)
     frame = pd.DataFrame(rows).astype({"letter_correct": "boolean"})
@@ -279,6 +281,35 @@ def whole_answers(
         stays = (logp.argmax(-1) == ids).float().mean().item()
         kl = F.kl_div(logp, own, reduction="none", log_target=True).sum(-1).mean().item()
         out.append(dict(pick=int(stays < 1), correct=stays, kl=kl))
+    return out
+
+# %% ../../nbs/evaluation/00_evaluate.ipynb #a2bc84d8
+WHOLE = "token", "text"  # answers beside those of the full model
+
+
+def chosen_answers(
+    model,
+    processor,
+    batch,  # of `encode`
+    answers: str,  # 'likelihood', 'generate', 'token' or 'text', see `Answering`
+    full,  # per row: what this gave for the full model; empty: this is its run
+    max_new_tokens: int,
+):  # per row: dict, with the choice in `pick` and whether that is right
+    "What a batch answers."
+    if answers in WHOLE:
+        most = 1 if answers == "token" else max_new_tokens
+        return whole_answers(model, processor, batch, full or None, most)
+    if answers == "likelihood":
+        rows = score_rows(score_choices(model, batch), batch.samples)
+        return [
+            dict(pick=s.choices.index(r["prediction"]))
+            | {name: r[name] for name in ("correct", "margin", "nll")}
+            for r, s in zip(rows, batch.samples)
+        ]
+    out = []
+    for s, text in zip(batch.samples, write_answers(model, processor, batch, max_new_tokens)):
+        pick = parse_answer(text, s.choices, s.lettered)
+        out.append(dict(pick=pick, correct=pick == s.answer, margin=None, nll=None, text=text))
     return out
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #0a4c9ed5

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from ..storage.files import Checkpoint
 from ..inputs.samples import Sample, check_ids
@@ -21,16 +22,16 @@ from ..models.attention import TowerAttention
 from ..models.decoder import Decoder
 from ..models.encode import Encoded, encode_questions, layout_of, pad_positions
 from ..models.families import adapter_for
-from ..models.scoring import score_choices
 from ..schedules.cost import kv_bytes, prefill_flops, text_dims
 from ..pruning.timing import Timings
 from ..pruning.encoders import ENCODED, join_calls, watch_encoders
 from ..pruning.session import as_pruner, prune
+from ..baselines.downsample import Downsample
 from seats_analysis.evaluation.evaluate import (
+    WHOLE,
+    chosen_answers,
+    clip_cache,
     clips_of,
-    parse_answer,
-    score_rows,
-    whole_answers,
     write_answers,
 )
 
@@ -236,6 +237,10 @@ class DataShape:
     def _layouts(self):  # function: time windows of a method -> layout of every question
         return cache(lambda *own: [layout_of(self.model, m, "keep", *own) for m in self.media])
 
+    @cached_property
+    def _less(self):  # function: `Downsample` -> (N, 2) visual tokens, FLOPs that encoders save
+        return Downsample.measuring(self.model, self.media)
+
     def plans(
         self,
         method,  # a schedule is SEATS; None = the full model
@@ -244,6 +249,9 @@ class DataShape:
         method = as_pruner(method)
         size = len(self.media), self.dims.layers
         out = {m: np.zeros(size, int) for m in ("visual", "audio", "text")}
+        if isinstance(method, Downsample):
+            tokens = self._less(method)[:, :1]
+            return self.full | dict(visual=tokens.repeat(size[1], 1))
         windows = (method.grids, method.seconds) if method else ()
         for row, layout in enumerate(self._layouts(*windows)):
             for m, n in layout.counts().items():
@@ -281,9 +289,12 @@ class DataShape:
         return {m: (rows[m], attn.num_heads, attn.head_dim) for m, attn in last.items()}
 
     def selection(self, method):
-        "FLOPs of choosing tokens, over the causal FLOPs of the full model."
+        """FLOPs of choosing tokens, over the causal FLOPs of the full model. Of downsampling, which
+        chooses before the encoders: what it saves there, below 0."""
         if (method := as_pruner(method, self.model)) is None:
             return 0.0
+        if isinstance(method, Downsample):
+            return float(-self.weights @ self._less(method)[:, 1] / self._whole)
         layouts = self._layouts(method.grids, method.seconds)
         spent = [method.selection_flops(x, self.dims, self._towers) for x in layouts]
         return float(self.weights @ spent / self._whole)
@@ -304,8 +315,6 @@ class DataShape:
     def encoder_share(self, encoded):  # `Encoded`, one sample
         "FLOPs of the towers over the causal ones of the full prefill: no method changes them."
         # without a closed form; not causal, so torch's counter counts the pairs that are compared
-        from torch.utils.flop_counter import FlopCounterMode
-
         with FlopCounterMode(display=False) as counter:
             encode_clip(self.model, encoded)
         full = prefill_flops([encoded.shape[1]] * self.dims.layers, self.dims)
@@ -346,8 +355,7 @@ class MethodRun:
         return (1 - self.share) * values[0] + self.share * values[-1] if self.share else values[0]
 
 
-_WHOLE = "token", "text"  # beside those of the full model
-_ANSWERS = "likelihood", "generate", *_WHOLE
+_ANSWERS = "likelihood", "generate", *WHOLE
 
 
 @dataclass(frozen=True, eq=False)
@@ -372,7 +380,7 @@ class Answering:
             raise ValueError("nothing to evaluate: no questions")
         check_ids(self.samples)
         bare = [s.id for s in self.samples if len(s.choices) < 2]
-        if bare and self.answers not in _WHOLE:
+        if bare and self.answers not in WHOLE:
             raise ValueError(
                 f"{len(bare)} questions have fewer than two choices, the first is {bare[0]!r}"
             )
@@ -392,24 +400,17 @@ class Answering:
                 units.append(clip)
         return units
 
-    def choose(self, batch, before):  # `Encoded`, outcomes of earlier runs -> those of this one
-        if self.answers == "likelihood":
-            rows = score_rows(score_choices(self.model, batch), batch.samples)
-            return [
-                dict(pick=s.choices.index(r["prediction"]))
-                | {name: r[name] for name in ("correct", "margin", "nll")}
-                for r, s in zip(rows, batch.samples)
-            ]
-        full = [done[0] for done in before] if before[0] else None
-        if self.answers in _WHOLE:
-            most = 1 if self.answers == "token" else self.max_new_tokens
-            return whole_answers(self.model, self.processor, batch, full, most)
-        out = []
-        texts = write_answers(self.model, self.processor, batch, self.max_new_tokens)
-        for s, text in zip(batch.samples, texts):
-            pick = parse_answer(text, s.choices, s.lettered)
-            out.append(dict(pick=pick, correct=pick == s.answer, margin=None, nll=None, text=text))
-        return out
+    @cached_property
+    def _decoded(self):
+        return clip_cache(self.processor, **self.limits)
+
+    def _seen(self, batch, plan):  # -> `PreparedBatch`, what prunes it
+        "Downsampling has done its work when clips are encoded anew."
+        if not isinstance(plan, Downsample):
+            return batch, plan
+        samples = [self._decoded(q.sample) for q in batch.questions]
+        shown = plan.shown(self.processor, samples)
+        return PreparedBatch.of(self.model, self.processor, shown, **self.limits), None
 
     def answer_unit(
         self,
@@ -424,14 +425,17 @@ class Answering:
         questions = batch.questions
         out = [[] for _ in questions]
         for r in runs:
-            plan = r.plan_for(number)
-            with batch.prune(plan, r.kv) as (run, given):
+            seen, plan = self._seen(batch, r.plan_for(number))
+            with seen.prune(plan, r.kv) as (run, given):
                 run.samples = first
-                chosen = self.choose(given, out)
+                before = [row[0] for row in out if row]
+                chosen = chosen_answers(
+                    self.model, self.processor, given, self.answers, before, self.max_new_tokens
+                )
             if self.written and r is not self.runs[0]:  # apart, or it would be on the clock
                 texts = [row[0]["text"] for row in out]
                 if any(a["pick"] for a in chosen):
-                    with batch.prune(plan, r.kv) as (again, given):
+                    with seen.prune(plan, r.kv) as (again, given):
                         again.samples = first
                         most = self.max_new_tokens
                         texts = write_answers(self.model, self.processor, given, most)

@@ -79,7 +79,7 @@ def sampling_rate(processor) -> int:  # Hz; 16,000 where the processor takes no 
 
 def frame_resizer(
     processor,
-) -> Callable | None:  # ((H, W, 3) uint8, frames of the clip) -> (h, w, 3) uint8
+) -> Callable | None:  # ((H, W, 3) uint8, frames of the clip, size) -> (h, w, 3) uint8
     "For `decode_clip`: the processor's own resizing, frame by frame; None where it does none."
     from transformers.image_utils import SizeDict
     from transformers.video_processing_utils import BaseVideoProcessor
@@ -96,10 +96,10 @@ def frame_resizer(
         cap_pixels_per_frame=getattr(video, "cap_pixels_per_frame", None) or False,
     )
 
-    def resize(pixels, n):
+    def resize(pixels, n, size=None):  # None: the processor's own size for so many frames
         frame = torch.as_tensor(pixels).permute(2, 0, 1)[None]
         clip = torch.empty(1, n, *frame.shape[1:], dtype=torch.uint8, device="meta")
-        h, w = video.resize(videos=clip, **limits).shape[-2:]  # may depend on the number of frames
+        h, w = size or video.resize(videos=clip, **limits).shape[-2:]
         size = SizeDict(height=h, width=w)
         frame = BaseVideoProcessor.resize(video, frame, size=size, resample=video.resample)
         return frame[0].permute(1, 2, 0).numpy()

@@ -235,6 +235,7 @@ class Stage1Inputs:
     attention: torch.Tensor | None  # (T,) float32 received in the encoder; None if not asked for
     budgets: tuple  # of `WindowBudget`, in the same order
     keys: dict | None = None  # modality -> (T, k) float32 of the encoder's last layer, if asked for
+    places: torch.Tensor | None = None  # (3, T) positions: time, row, column; (1, T) without M-RoPE
 
     @property
     def sizes(self):
@@ -255,8 +256,9 @@ class Pruner(ABC):
     stages: ClassVar[tuple] = (1, 2, 3)  # in which it has a rule
     uses_attention: ClassVar[bool] = False  # stage I wants the attention received in the encoders
     uses_scores: ClassVar[bool] = False  # stage II wants the scores of the last text token
+    uses_hidden: ClassVar[bool] = False  # or hidden states instead, and compares all with all
     uses_keys: ClassVar[bool] = False  # stage I wants the keys of the encoders' last layers
-    merges: ClassVar[bool] = False  # stage I gives new features, which hand gradients on
+    merges: ClassVar[bool] = False  # it gives new features, which hand gradients on
     knobs: ClassVar[dict] = {}  # what a search may set: option of `method_at` -> candidates
 
     def __post_init__(self):
@@ -345,6 +347,8 @@ class Pruner(ABC):
         media = (layout.visual | layout.audio).int()
         queries = 1 if last else media.flip(1).argmax().item()  # text behind the media
         for step in self.plan(layout, budgets):
+            if step.stage == 2 and self.uses_hidden:
+                total += 2 * dims.hidden * before**2
             if step.stage == 2 and self.uses_scores:
                 wide = dims.heads * dims.head_dim
                 total += 2 * before * dims.hidden * dims.kv_heads * dims.head_dim
@@ -358,7 +362,7 @@ class Pruner(ABC):
 
     @abstractmethod
     def drop(self, tokens, scores, step, n_chunks):
-        "Stage II: (B, S) bool; text and padding do not matter."
+        "Stage II: (B, S) bool, text and padding do not matter; or that and (B, S, D) new states."
 
     @classmethod
     @abstractmethod

@@ -162,7 +162,7 @@ class Prefill:
             return self.behind_earlier(0, embeds, kwargs)
         step = self.steps[0]
         with torch.set_grad_enabled(self.method.merges and torch.is_grad_enabled()):
-            keep, embeds = self.select(embeds, encoders)
+            keep, embeds = self.select(embeds, positions, encoders)
         index = self.cut(step, keep)
         embeds = take(embeds, index)
         kwargs = {
@@ -176,8 +176,8 @@ class Prefill:
         }
         return self.behind_earlier(0, embeds, kwargs)
 
-    def select(self, embeds, encoders):  # -> (B, S) bool; embeds, changed where the method merges
-        "Ask the method, put its answer into the sequence."
+    def select(self, embeds, positions, encoders):
+        "Ask the method: (B, S) bool; embeds, changed where it merges."
         method = self.method
         n = dict.fromkeys(Modality.CODES, 0)
         for budget in self.budgets:
@@ -189,7 +189,8 @@ class Prefill:
         if method.uses_keys:
             keys = encoders.noted("keys", n, self.order)
         features = embeds.flatten(0, 1)[self.media]
-        inputs = Stage1Inputs(features, attention, self.budgets, keys)
+        places = positions.reshape(-1, embeds.shape[:2].numel())[:, self.media]
+        inputs = Stage1Inputs(features, attention, self.budgets, keys, places)
         self.checks.append(Check.of_inputs(inputs))
         with torch.autocast(features.device.type, enabled=False):
             keep = method.select(inputs)
@@ -211,8 +212,8 @@ class Prefill:
         "Cut hidden states, tables and mask once, for this layer and all that follow."
         for step in steps:
             tables = self.tables or tables
-            with torch.no_grad():
-                keep = self.choose(step, hidden, tables)
+            with torch.set_grad_enabled(self.method.merges and torch.is_grad_enabled()):
+                keep, hidden = self.choose(step, hidden, tables)
             self.tables = tables  # not before: a choice that fails must leave nothing behind
             hidden = take(hidden, self.cut(step, keep))
         if self.earlier is None:
@@ -232,16 +233,23 @@ class Prefill:
             self.masks[key] = earlier.mask(config, hidden, valid, self.cache, layer)
         return {**kwargs, "attention_mask": self.masks[key]}
 
-    def choose(self, step, hidden, tables):  # -> (B, S) bool
+    def choose(self, step, hidden, tables):  # -> (B, S) bool; hidden, changed where it merges
         "What a step inside the decoder keeps."
         tokens = self.tokens
         scores = None
         if step.stage == 3:
-            return tokens.valid & ~torch.stack([tokens.is_(m) for m in step.removed]).any(0)
-        if self.method.uses_scores:
+            gone = torch.stack([tokens.is_(m) for m in step.removed]).any(0)
+            return tokens.valid & ~gone, hidden
+        if self.method.uses_hidden:
+            scores = hidden.masked_fill(~tokens.valid[..., None], 0)
+        elif self.method.uses_scores:
             scores = self.scores(step.layer - 1, hidden, tables)
+        if scores is not None:
             self.checks.append(Check.of_scores(scores, step.layer))
-        return self.method.drop(tokens, scores, step, self.n_chunks) & tokens.valid
+        keep = self.method.drop(tokens, scores, step, self.n_chunks)
+        if isinstance(keep, tuple):
+            keep, hidden = keep
+        return keep & tokens.valid, hidden
 
     def scores(self, layer, hidden, tables):  # layer: of the Decoder; (B, S, D)
         """(B, S) float32 attention to all positions of each sample's last text token (SEATS), or of
