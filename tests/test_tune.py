@@ -15,11 +15,12 @@ from seats_analysis.testbed.task import ramp, synthetic_profile
 from seats_analysis.cli import app as shared
 from seats_analysis.tuning import tune
 from seats_analysis.evaluation.prepared import Answering, PreparedBatch
-from seats_analysis.tuning.tune import Tuning, better_half, chain_of, deal_clips
+from seats_analysis.tuning import space
+from seats_analysis.tuning.space import SearchSpace, deal_clips
+from seats_analysis.tuning.tune import Tuning, better_half
 from seats_analysis.inputs.questions import read_samples, write_samples
 from seats_analysis.tuning.certificate import Promise
 from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.tuning.tune import SearchSpace
 from seats_analysis.storage.schemas import save_profile
 
 EASY = Promise(0.6, 0.5)  # one clip is enough
@@ -50,8 +51,8 @@ def test_halving_keeps_the_best_of_every_cost():
     costs, kl = np.repeat([0.1, 0.5], 32), np.tile(np.arange(32.0), 2)
     half = better_half(costs, kl, np.arange(64))
     assert len(half) == 32 and {0, 32} <= set(half.tolist())
-    assert chain_of(costs, kl, half) == [0]  # the dear ones are no better
-    assert chain_of(costs, kl - 100 * (costs > 0.2), half) == [32, 0]
+    assert Promise.chain_of(costs, kl, half) == [0]  # the dear ones are no better
+    assert Promise.chain_of(costs, kl - 100 * (costs > 0.2), half) == [32, 0]
 
 
 # ---------------------------------------------------------------- with a model
@@ -145,7 +146,7 @@ def test_no_clip_serves_twice(samples, monkeypatch):
     profile = synthetic_profile({"both": ramp(tiny.LAYERS, 1, 4)})
     clips = np.repeat("c5", profile.sizes["sample"])
     monkeypatch.setattr(
-        tune, "load_profile", lambda name: profile.assign_coords(clip=("sample", clips))
+        space, "load_profile", lambda name: profile.assign_coords(clip=("sample", clips))
     )
     proposal, calibration = deal_clips(samples, EASY, profile="p.nc")
     sides = [{s.clip for s in side} for side in (proposal, calibration)]
@@ -243,7 +244,7 @@ def test_where_the_blocks_come_from(questions, ask, tmp_path):
     assert done.exit_code == 0, done.stderr
     found = Schedule.load(tmp_path / "seats_out/questions/schedules/tuned_m.json")
     assert 3 <= found.late("visual") and "published" not in done.stderr
-    stored = tune.load_profile(ask[3])
+    stored = space.load_profile(ask[3])
     n = stored.sizes["sample"]
     clips = [s.clip for s in read_samples(questions)]
     names = dict(clip=("sample", [clips[i % 10] for i in range(n)]), split=("sample", [""] * n))

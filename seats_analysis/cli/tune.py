@@ -72,13 +72,48 @@ def _chain_table(found):
     return table(rows)
 
 
+def _family_table(row):
+    "Changes of each family under one schedule."
+    rows = []
+    for name, own in row["families"].items():
+        rows.append(
+            {
+                "family": name or "none",
+                "changed": f"{own['changed']} of {own['questions']}",
+                "95 %": f"{100 * own['low']:.1f} to {100 * own['high']:.1f} %",
+            }
+        )
+    return table(rows)
+
+
+def _kind_table(kinds, mix):
+    "The schedule of each kind; those without one get that of the mix."
+    rows = []
+    for name, chain in kinds.items():
+        row = chain["rows"][chain["held"] - 1] if chain["held"] else mix
+        rows.append(
+            {
+                "kind": name or "none",
+                "FLOPs of full (causal)": f"{100 * row['cost']:.1f} %",
+                "": "own promise" if chain["held"] else "schedule of the mix",
+            }
+        )
+    return table(rows)
+
+
 def _tune_text(result, promise, out):
-    "The chain, and in one line what was promised to whom."
+    "The chain, changes by family, and in one line what was promised to whom."
     tuned = result["chains"]["tuned"]
     whom = promise.to_whom(result)
     lines = [_chain_table(tuned), ""]
     if held := tuned["held"]:
-        cost = tuned["rows"][held - 1]["cost"]
+        row = tuned["rows"][held - 1]
+        cost = row["cost"]
+        if len(row["families"]) > 1:
+            lines += [_family_table(row), ""]
+        if kinds := result.get("kinds"):
+            lines += [_kind_table(kinds, row), ""]
+        lines += result["remarks"]
         lines.append(f"{promise}, {whom}: {100 * cost:.1f} % of the FLOPs (causal); {out}")
     else:
         changed = tuned["rows"][0]["changed"]
@@ -122,6 +157,9 @@ def tune(
         help="What may change: the `choices` picked, the tokens of whole answers (`text`), or "
         "how many answers are other ones (`whole-text`).",
     ),
+    by: Literal["family", "split"] | None = Option(
+        None, help="Field of a question: each of its kinds gets a schedule of its own."
+    ),
     method: str = Option(
         "seats", help="Another method to tune by its own knobs, also as fastv+late."
     ),
@@ -139,7 +177,7 @@ def tune(
     """Find the cheapest schedule that changes few answers.
 
     Half of the clips are for the search, the other half certify what it finds; no right answers
-    are needed. Without a schedule that holds, none is written and the exit code is 1. After an
+    are needed, and questions of a family `control` are left out. Without a schedule that holds, none is written and the exit code is 1. After an
     interruption the same command goes on; `accelerate launch --no_python seats tune ...` shares the
     work among processes.
     """
@@ -150,7 +188,8 @@ def tune(
     evidence = output_file(evidence, asked.data, usual, "tune", overwrite)
     from seats_analysis.baselines.registry import METHODS
     from seats_analysis.tuning.certificate import Promise
-    from seats_analysis.tuning.tune import deal_clips, tune_schedule
+    from seats_analysis.tuning.space import deal_clips
+    from seats_analysis.tuning.tune import tune_schedule
 
     promise = Promise(max_change / 100, confidence / 100, answers)
     if method.removesuffix("+late") not in METHODS:
@@ -176,6 +215,7 @@ def tune(
                 name=asked.model,
                 method=method,
                 budget=budget,
+                by=by or "",
                 path=evidence,
                 schedule_path=out,
                 **_asked_options(asked, batch, processor),

@@ -311,7 +311,7 @@ def compare_methods(
         )
     names = method_names(names)
     samples = samples_of(samples)
-    shape = DataShape.of(model, processor, samples, progress, **limits)
+    shape = DataShape.of(model, processor, samples, progress, tuple(plans.values()), **limits)
     runs = method_runs(names, plans, shape, rules=rules, tuned=tuned, progress=progress)
     text = answers == "text"
     if text:  # the published cache rule takes part beside the default

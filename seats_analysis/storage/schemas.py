@@ -72,8 +72,18 @@ _MEASURED = dict(
     ),
     data=str,
 )
-_LOSS = dict(cost=_AMOUNT, changed=_SHARE, p=_SHARE)
-_CERTIFICATE = record(**_MEASURED, **_LOSS, known_clips=_CLIPS, plan_sha256=_SHA256, sha256=_SHA256)
+_FAMILY = record(changed=Annotated[int, Field(ge=0)], questions=_COUNT, low=_SHARE, high=_SHARE)
+_LOSS = dict(cost=_AMOUNT, changed=_SHARE, p=_SHARE, families=NotRequired[dict[str, _FAMILY]])
+_CERTIFICATE = record(
+    **_MEASURED,
+    **_LOSS,
+    known_clips=_CLIPS,
+    plan_sha256=_SHA256,
+    sha256=_SHA256,
+    remarks=NotRequired[list[str]],
+    by=NotRequired[Literal["family", "split"]],
+    kinds=NotRequired[dict[str, record(**_LOSS, questions=_COUNT, schedule=dict[str, Any])]],
+)
 _ROW = record(
     closed=False,
     **_LOSS,
@@ -95,6 +105,8 @@ _TUNED = record(
     chains=record(closed=False, tuned=_CHAIN, fixed=NotRequired[_CHAIN]),
     known_clips=_CLIPS,
     method=str,
+    kinds=NotRequired[dict[str, _CHAIN]],
+    parts=NotRequired[_COUNT],
     search=Annotated[list[_TRIED], Field(min_length=1)],
 )
 
