@@ -7,14 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tiny
-from scipy.stats import binom
+from scipy.stats import beta, binom
 from test_cli import refused, seats
 
+import seats_analysis as sa
 from seats_analysis.boundaries.find import Boundaries
 from seats_analysis.testbed.task import ramp, synthetic_profile
 from seats_analysis.cli import app as shared
 from seats_analysis.tuning import tune
-from seats_analysis.evaluation.prepared import Answering, PreparedBatch
+from seats_analysis.evaluation.prepared import Answering, DataShape, PreparedBatch
 from seats_analysis.tuning import space
 from seats_analysis.tuning.space import SearchSpace, deal_clips
 from seats_analysis.tuning.tune import Tuning, better_half
@@ -53,6 +54,99 @@ def test_halving_keeps_the_best_of_every_cost():
     assert len(half) == 32 and {0, 32} <= set(half.tolist())
     assert Promise.chain_of(costs, kl, half) == [0]  # the dear ones are no better
     assert Promise.chain_of(costs, kl - 100 * (costs > 0.2), half) == [32, 0]
+
+
+def test_no_candidate_is_judged_by_fewer_than_48_questions():
+    for n in range(1, 700):
+        rounds = tune.rounds_of(n)
+        assert rounds[0] >= min(n, 48) and rounds[-1] == n
+        assert all(abs(2 * a - b) <= 1 for a, b in zip(rounds, rounds[1:]))
+
+
+def test_the_chain_is_what_the_rule_says():
+    "A naive loop over candidates and draws; both outcomes occur."
+    few = [k for k in range(30) if binom.cdf(k, 600, 0.02) <= 0.05]
+    chosen = []
+    for seed in range(12):
+        random = np.random.default_rng(seed)
+        costs = random.permutation(np.linspace(0.1, 0.9, 8))
+        kl = random.uniform(0.5, 1.5, 8) / costs
+        rates = random.choice([0.001, 0.01, 0.05], 8) if seed % 2 else np.full(8, 0.006)
+        changed = (random.random((300, 8)) < rates).astype(float)
+        alive = np.arange(1, 8)
+
+        def front(losses):
+            key = {i: (losses[:, i].sum(), kl[i]) for i in alive}
+            stays = [
+                i
+                for i in alive
+                if all(costs[j] > costs[i] or key[j] > key[i] for j in alive if j != i)
+            ]
+            return sorted(stays, key=lambda i: -costs[i])
+
+        def mean_cost(chain, losses):
+            draws = np.random.default_rng(0).multinomial(600, np.full(150, 1 / 150), 200)
+            found = []
+            for weights in draws:
+                found.append(1.0)
+                for i in chain:
+                    if weights @ losses[:, i] not in few:
+                        break
+                    found[-1] = costs[i]
+            return np.mean(found)
+
+        sequence = front(np.zeros((1, 8)))  # nothing changed: the KL decides
+        halves = changed[:150], changed[150:]
+        means = np.zeros(2)
+        for made, asked in (halves, halves[::-1]):
+            means += mean_cost(sequence, asked), mean_cost(front(made), asked)
+        pareto = bool(means[1] < means[0])
+        found, how = Promise().choose_chain(costs, kl, changed, alive, 600)
+        assert found == (front(changed) if pareto else sequence)
+        assert how.startswith("Pareto") == pareto
+        assert f"{means[0] / 2:.3f} of the FLOPs along the KL" in how
+        chosen.append(pareto)
+    assert set(chosen) == {True, False}
+
+
+def test_a_chain_chosen_on_other_clips_breaks_its_promise_as_seldom_as_it_says():
+    "Every schedule changes a little more than was promised: any that is certified is a breach."
+    random = np.random.default_rng(0)
+    costs, kl = np.linspace(0.9, 0.1, 9), np.linspace(0.1, 0.9, 9)
+    breaches = 0
+    for _ in range(400):
+        searched, drawn = random.random((2, 300, 9)) < 0.0201
+        chain, _ = Promise().choose_chain(costs, kl, searched.astype(float), np.arange(9), 300)
+        breaches += Promise().certify(drawn.T[chain], exact=True) > 0
+    assert breaches <= binom.ppf(0.999, 400, 0.05)
+
+
+def test_families_have_the_intervals_of_clopper_and_pearson():
+    changed = np.repeat([0.0, 0.5, 1.0, 0.0], [20, 1, 3, 7])
+    families = ["a"] * 24 + ["b"] * 7
+    found = Promise.by_family(changed, families)
+    assert {f: (x["changed"], x["questions"]) for f, x in found.items()} == dict(
+        a=(4, 24), b=(0, 7)
+    )
+    ends = beta.ppf([0.025, 0.975], [4, 5], [21, 20])
+    assert [found["a"]["low"], found["a"]["high"]] == pytest.approx(ends)
+    assert (found["b"]["low"], found["b"]["high"]) == (0, pytest.approx(1 - 0.025 ** (1 / 7)))
+
+
+def test_as_many_kinds_as_their_clips_allow():
+    for seed in range(30):
+        counts = np.random.default_rng(seed).integers(100, 400, 8)
+        given = {f"k{i}": int(n) for i, n in enumerate(counts)}
+        found = Promise().kinds(given)
+        possible = [
+            k
+            for k in range(9)
+            if k == 0 or sum(0.98**n <= 0.05 / (k + 1) + 1e-9 for n in counts) >= k
+        ]
+        assert len(found) == max(possible) and len(set(found)) == len(found)
+        level = Promise().shared(len(found) + 1).level
+        assert level == pytest.approx(0.05 / (len(found) + 1))
+        assert all(0.98 ** given[k] <= level for k in found)
 
 
 # ---------------------------------------------------------------- with a model
@@ -155,6 +249,107 @@ def test_no_clip_serves_twice(samples, monkeypatch):
     assert {s.split for s in deal_clips(named, EASY)[1]} == {"test"}
     with pytest.raises(ValueError, match=r"too few: .* takes 149 .* --max-change \d+"):
         deal_clips(samples, Promise())
+
+
+# ---------------------------------------------------------------- schedules by kind
+
+FACTS = dict(
+    promise=dict(max_change=0.6, confidence=0.5),
+    answers="token",
+    one_question_a_clip=True,
+    clips=1,
+    questions=1,
+    mix=dict(families=dict(f0=1), tokens=dict(visual=1.0, audio=1.0, text=1.0)),
+    data="",
+    known_clips=["0" * 12],
+    **(LOSS := dict(cost=0.5, changed=0.0, p=0.0)),
+)
+PLANS = [SPACE.draw(np.random.default_rng(k)) for k in (1, 2)]
+
+
+def by_kind():
+    "The first schedule for the mix, the second for the family f1."
+    kinds = dict(f1=dict(LOSS, questions=1, schedule=PLANS[1].to_dict()))
+    return PLANS[0].certified(**FACTS, by="family", kinds=kinds)
+
+
+def test_a_file_holds_the_schedules_of_its_kinds(samples, tmp_path):
+    plan = by_kind()
+    plan.save(tmp_path / "p.json")
+    found = Schedule.load(tmp_path / "p.json")
+    assert found == plan
+    assert [found.of(s).plan_sha256 for s in samples[:2]] == [p.plan_sha256 for p in PLANS]
+    assert found.of(replace(samples[0], family="unheard of")) is found
+    assert Schedule.load(tmp_path / "p.json" / "f1") == PLANS[1]
+    with pytest.raises(ValueError, match="no schedule for 'f0'; it has f1"):
+        Schedule.load(tmp_path / "p.json" / "f0")
+    edited = json.loads((tmp_path / "p.json").read_text())
+    edited["evidence"]["certificate"]["kinds"]["f1"]["schedule"]["temperature"] = 9.0
+    (tmp_path / "p.json").write_text(json.dumps(edited))
+    with pytest.raises(ValueError, match="was changed after it was made"):
+        Schedule.load(tmp_path / "p.json")
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_each_question_is_answered_with_the_schedule_of_its_kind(samples):
+    "Two plain runs, one for each schedule, put together by hand."
+    t = tuning(samples)
+    asked = [replace(s, choices=("red", "blue"), answer=0) for s in samples]
+    apart = [sa.evaluate(t.model, t.processor, asked, p, batch_size=4) for p in PLANS]
+    second = apart[0].family == "f1"
+    wanted = apart[0].nll.where(~second, apart[1].nll)
+    assert (abs(apart[0].nll - apart[1].nll) > 1e-4)[second].all()
+    given = by_kind(), {"f1": PLANS[1], "": PLANS[0]}, lambda s: PLANS[s.family == "f1"]
+    for plan in given:
+        found = sa.evaluate(t.model, t.processor, asked, plan, batch_size=4)
+        assert found.id.tolist() == [s.id for s in samples]
+        assert found.nll.tolist() == pytest.approx(wanted.tolist(), abs=1e-4)
+        with pytest.raises(ValueError, match="different schedules"):
+            with sa.prune(t.model, plan, samples=asked[:2]):
+                pass
+    with pytest.raises(ValueError, match="no schedule for 'f0', and none for ''"):
+        sa.evaluate(t.model, t.processor, asked, {"f1": PLANS[1]})
+    # the prepared questions of `seats eval`, `tune` and `check`, and what they cost
+    runs = [tune.as_pruner(p) for p in (*PLANS, by_kind())]
+    rows = t._asked(samples, runs).answer_all()
+    for s, row in zip(samples, rows):
+        own = row[2 if s.family == "f1" else 1]
+        assert row[3]["kl"] == pytest.approx(own["kl"], abs=1e-5)
+        assert row[3]["flops_causal"] == own["flops_causal"]
+    costs = []
+    for family, plan in zip(("f0", "f1"), PLANS):
+        shape = DataShape.of(t.model, t.processor, [s for s in samples if s.family == family])
+        costs.append((shape.cost(plan) * shape._whole, shape._whole))
+    shape = DataShape.of(t.model, t.processor, samples, plans=runs[2:])
+    parts, whole = np.sum(costs, 0)
+    assert shape.cost(runs[2]) == pytest.approx(parts / whole)
+
+
+def test_kinds_get_chains_on_their_own_questions(samples):
+    "Losses of each are those that the plain answers give; nothing dearer than the model is tried."
+    t = replace(tuning(samples), by="family")
+    assert sorted(t.kinds) == ["f0", "f1"] and t.shared.confidence == pytest.approx(1 - 0.5 / 3)
+    found = t.tune(SPACE.draw, PLANS, budget=6)
+    assert found["parts"] == 3 and max(r["cost"] for r in found["search"]) <= 1
+    for kind, chain in found["kinds"].items():
+        own = [s for s in samples[6:] if s.family == kind]
+        plans = [tune.as_pruner(Schedule.from_dict(r["schedule"])) for r in chain["rows"]]
+        rows = t._asked(own, plans).answer_all()
+        losses = [
+            [float(row[k]["pick"] != row[0]["pick"]) for row in rows]
+            for k in range(1, len(plans) + 1)
+        ]
+        assert [r["losses"] for r in chain["rows"]] == losses
+        passed = [binom.cdf(sum(x), 3, 0.6) <= 0.5 / 3 for x in losses]
+        assert chain["held"] == [*passed, False].index(False)
+
+
+def test_questions_that_need_no_clip_are_left_out(samples):
+    mixed = [replace(s, family="control" if s.id == "0-0" else s.family) for s in samples]
+    both = deal_clips(mixed, EASY)
+    assert sorted(s.id for half in both for s in half) == sorted(s.id for s in samples[1:])
+    with pytest.raises(ValueError):
+        deal_clips([replace(s, family="control") for s in samples], EASY)
 
 
 # ---------------------------------------------------------------- the commands

@@ -107,7 +107,7 @@ class Tuning:
             return {}
         some = {self._kind(s) for s in self.proposal}
         clips = {(self._kind(s), s.clip) for s in self.calibration}
-        counts = Counter(kind for kind, _ in clips if kind in some)
+        counts = Counter(kind for kind, _ in clips if kind and kind in some)
         kinds = self.promise.kinds(counts)
         return {k: [s for s in self.calibration if self._kind(s) == k] for k in kinds}
 
