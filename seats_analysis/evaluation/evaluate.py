@@ -111,20 +111,17 @@ def evaluate(
         trr = None
     if not isinstance(plan, Mapping) and not callable(plan):
         plan = as_pruner(plan, model, trr)
-    groups = []  # of method, its questions
+    groups = {}
     for s in samples:
         method = as_pruner(plan, model, sample=s)
-        known = (own for other, own in groups if other == method)
-        if (own := next(known, None)) is None:
-            groups.append((method, own := []))
-        own.append(s)
+        groups.setdefault(repr(method and method.to_dict()), (method, []))[1].append(s)
     cached = clip_cache(processor)
     rows = {}
     tokens = []
     ms = Counter()
     title = dict(desc="questions", unit="question", disable=not progress)
     with tqdm(total=len(samples), **title) as bar:
-        for method, own in groups:
+        for method, own in groups.values():
             with prune(model, method, kv=kv) as run:
                 for i in range(0, len(own), batch_size):
                     some = own[i : i + batch_size]
@@ -264,13 +261,21 @@ def force_answers(
     return torch.cat(logits, 1).float().log_softmax(-1)
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #baa84163
-def clips_of(samples: Sequence[Sample], plans=()):  # of lists of indices
-    "The questions on each clip, in order of appearance, apart where one of the `Pruner`s says so."
+def clips_of(samples: Sequence[Sample], plans=(), most=1):  # of lists of indices
+    """The questions on each clip, or on a few clips up to `most`, in order of appearance; apart
+    where one of the `Pruner`s has another schedule for them."""
     clips = {}
     for i, s in enumerate(samples):
-        kinds = (p.kind_of(s) for p in plans)
-        clips.setdefault((s.video, s.audio, *kinds), []).append(i)
-    return list(clips.values())
+        kinds = tuple(p.kind_of(s) for p in plans)
+        clips.setdefault((kinds, s.video, s.audio), []).append(i)
+    found = {}
+    for (kinds, *_), clip in clips.items():
+        units = found.setdefault(kinds, [])
+        if units and len(units[-1]) + len(clip) <= most:
+            units[-1] += clip
+        else:
+            units.append(clip)
+    return sum(found.values(), [])
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #81257bec
 def whole_answers(

@@ -387,18 +387,7 @@ class Answering:
     def units(self):  # -> list of lists of indices
         "A few clips at a time, with all their questions; one schedule of each run serves a unit."
         plans = [p for r in self.runs for p in r.plans if p]
-
-        def kinds(unit):
-            return [p.kind_of(self.samples[unit[0]]) for p in plans]
-
-        units = []
-        for clip in sorted(clips_of(self.samples, plans), key=kinds):
-            fits = units and len(units[-1]) + len(clip) <= self.batch_size
-            if fits and kinds(units[-1]) == kinds(clip):
-                units[-1] += clip
-            else:
-                units.append(clip)
-        return units
+        return clips_of(self.samples, plans, self.batch_size)
 
     def choose(self, batch, before):  # `Encoded`, outcomes of earlier runs -> those of this one
         if self.answers == "likelihood":

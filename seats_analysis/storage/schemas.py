@@ -106,7 +106,6 @@ _TUNED = record(
     known_clips=_CLIPS,
     method=str,
     kinds=NotRequired[dict[str, _CHAIN]],
-    parts=NotRequired[_COUNT],
     search=Annotated[list[_TRIED], Field(min_length=1)],
 )
 

@@ -286,7 +286,7 @@ class Tuning:
             return None
         used = {digest(s.clip)[:12] for s in [*self.proposal, *self.calibration]}
         found |= dict(budget=budget, search=rows, known_clips=sorted(used), tested=how)
-        return found | (dict(by=self.by, kinds=own, parts=1 + len(own)) if self.by else {})
+        return found | (dict(by=self.by, kinds=own) if self.by else {})
 
 # %% ../../nbs/tuning/02_tune.ipynb #5e8288fe
 LADDER = (80, 60, 45, 35, 25, 15, 10, 5)  # TRR of the fixed shape that is certified beside, percent
@@ -325,10 +325,11 @@ def remarks_on(result) -> list:  # of `Tuning.tune`
     if n := result.get("left_out"):
         said.append(f"{n} questions of `{APART[0]}` need no clip and were left out")
     if result.get("by"):
+        kinds = len(result["kinds"])
         said.append(
-            f"by {result['by']}: {len(result['kinds'])} kinds have a promise of their own; all "
-            f"{result['parts']} chains are tested at {result['parts']} times less than the level "
-            "(Bonferroni), so that all hold at once; other kinds get the schedule of the mix"
+            f"by {result['by']}: {kinds} kinds have a promise of their own; each of the {kinds + 1} "
+            f"chains is tested at the level divided by {kinds + 1} (Bonferroni), so that all hold "
+            "at once; other kinds get the schedule of the mix"
         )
     return said
 
