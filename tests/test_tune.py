@@ -383,8 +383,9 @@ LOOSE = "--max-change", 90, "--confidence", 50
 
 
 def test_tune_and_check(questions, ask, tmp_path):
-    done = seats("tune", *ask, *LOOSE, "--budget", 3)
+    done = seats("tune", *ask, *LOOSE, "--budget", 3, "--by", "family")
     assert done.exit_code == 0 and "at most 90 % of the answers change" in done.stdout, done.stderr
+    assert "for this mix of questions only" in done.stdout and "Bonferroni" in done.stdout
     home = tmp_path / "seats_out" / "questions"
     schedule, chain = home / "schedules" / "tuned_m.json", home / "results" / "tune_m.json"
     assert not list(home.glob("*/*.checkpoint"))
@@ -392,6 +393,12 @@ def test_tune_and_check(questions, ask, tmp_path):
     proof = evidence["certificate"]
     assert proof["promise"] == dict(max_change=0.9, confidence=0.5) and proof["clips"] < 10
     assert evidence["kind"] == "tuned" and proof["mix"]["families"].keys() == {"colour"}
+    changed = proof["families"]["colour"]
+    assert changed["changed"] == round(proof["changed"] * proof["clips"])
+    own = Schedule.load(schedule / "colour")
+    assert proof["by"] == "family" and own == Schedule.load(schedule).of(read_samples(questions)[0])
+    kinds = "eval", *ask, "--methods", "seats", "--schedule", schedule, "--out", tmp_path / "e.json"
+    assert seats(*kinds).exit_code == 0
     assert "exists; --overwrite" in refused("tune", *ask, *LOOSE)
 
     def check(plan, data, *options):

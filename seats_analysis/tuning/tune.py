@@ -325,11 +325,11 @@ def remarks_on(result) -> list:  # of `Tuning.tune`
     if n := result.get("left_out"):
         said.append(f"{n} questions of `{APART[0]}` need no clip and were left out")
     if result.get("by"):
-        kinds = len(result["kinds"])
+        n = len(result["kinds"])
         said.append(
-            f"by {result['by']}: {kinds} kinds have a promise of their own; each of the {kinds + 1} "
-            f"chains is tested at the level divided by {kinds + 1} (Bonferroni), so that all hold "
-            "at once; other kinds get the schedule of the mix"
+            f"by {result['by']}: {n} kinds have a promise of their own; each of the {n + 1} chains "
+            f"is tested at the level divided by {n + 1} (Bonferroni), so that all hold at once; "
+            "other kinds get the schedule of the mix"
         )
     return said
 
