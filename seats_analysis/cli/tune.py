@@ -76,28 +76,9 @@ def _family_table(row):
     "Changes of each family under one schedule."
     rows = []
     for name, own in row["families"].items():
-        rows.append(
-            {
-                "family": name or "none",
-                "changed": f"{own['changed']} of {own['questions']}",
-                "95 %": f"{100 * own['low']:.1f} to {100 * own['high']:.1f} %",
-            }
-        )
-    return table(rows)
-
-
-def _kind_table(kinds, mix):
-    "The schedule of each kind; those without one get that of the mix."
-    rows = []
-    for name, chain in kinds.items():
-        row = chain["rows"][chain["held"] - 1] if chain["held"] else mix
-        rows.append(
-            {
-                "kind": name or "none",
-                "FLOPs of full (causal)": f"{100 * row['cost']:.1f} %",
-                "": "own promise" if chain["held"] else "schedule of the mix",
-            }
-        )
+        changed = f"{own['changed']} of {own['questions']}"
+        within = f"{100 * own['low']:.1f} to {100 * own['high']:.1f} %"
+        rows.append({"family": name, "changed": changed, "95 %": within})
     return table(rows)
 
 
@@ -111,9 +92,10 @@ def _tune_text(result, promise, out):
         cost = row["cost"]
         if len(row["families"]) > 1:
             lines += [_family_table(row), ""]
-        if kinds := result.get("kinds"):
-            lines += [_kind_table(kinds, row), ""]
         lines += result["remarks"]
+        for name, chain in result.get("kinds", {}).items():
+            own = chain["rows"][chain["held"] - 1] if chain["held"] else row
+            lines.append(f"{name}: {100 * own['cost']:.1f} % of the FLOPs (causal)")
         lines.append(f"{promise}, {whom}: {100 * cost:.1f} % of the FLOPs (causal); {out}")
     else:
         changed = tuned["rows"][0]["changed"]

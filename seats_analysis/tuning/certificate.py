@@ -131,14 +131,13 @@ class Promise:
             for i, chain in enumerate((by_kl, pareto(made))):
                 cost[i] += self.foreseen(costs[chain], asked[:, chain], n) / 2
         sequence, front = cost.tolist()
-        chosen, name = by_kl, "fixed-sequence testing along the KL"
-        if front < sequence:
-            chosen, name = pareto(changed), "Pareto testing"
-        return chosen, (
-            f"{name}: of the two, the one that {n} calibration clips like the search's would "
-            f"certify the cheaper schedule by ({sequence:.3f} of the FLOPs along the KL, "
-            f"{front:.3f} along the Pareto front); nothing on calibration clips was known then"
+        said = (
+            f"as {n} clips like the search's would certify {sequence:.3f} of the FLOPs along the "
+            f"KL and {front:.3f} along the Pareto front; no calibration clip was answered before"
         )
+        if front < sequence:
+            return pareto(changed), f"Pareto testing, {said}"
+        return by_kl, f"fixed-sequence testing along the KL, {said}"
 
     def shared(
         self,
