@@ -32,22 +32,6 @@ SPACE = SearchSpace.of(dict(both=Boundaries(tiny.LAYERS, 2, 5, shallow_end_ci=(1
 # ---------------------------------------------------------------- statistics
 
 
-def test_clips_that_a_promise_takes():
-    assert [Promise(a).clips() for a in (0.02, 0.01)] == [149, 299]
-    assert Promise(0.05, 0.9).clips(0.01) == min(
-        n for n in range(1, 500) if binom.cdf(np.ceil(0.01 * n), n, 0.05) <= 0.1
-    )
-    assert Promise(0.02).clips(0.03) is None
-
-
-def test_a_chain_is_left_at_its_first_failure():
-    zero, one = np.zeros(200), np.ones(200)
-    assert Promise().certify(np.stack([zero, one, zero]), True) == 1
-    assert Promise().certify(np.stack([one, zero]), True) == 0
-    with pytest.raises(ValueError, match="confidence must lie between 0 and 1, not 95"):
-        Promise(0.02, 95)
-
-
 def test_halving_keeps_the_best_of_every_cost():
     costs, kl = np.repeat([0.1, 0.5], 32), np.tile(np.arange(32.0), 2)
     half = better_half(costs, kl, np.arange(64))
