@@ -117,22 +117,6 @@ def test_families_have_the_intervals_of_clopper_and_pearson():
     assert (found["b"]["low"], found["b"]["high"]) == (0, pytest.approx(1 - 0.025 ** (1 / 7)))
 
 
-def test_as_many_kinds_as_their_clips_allow():
-    for seed in range(30):
-        counts = np.random.default_rng(seed).integers(100, 400, 8)
-        given = {f"k{i}": int(n) for i, n in enumerate(counts)}
-        found = Promise().kinds(given)
-        possible = [
-            k
-            for k in range(9)
-            if k == 0 or sum(0.98**n <= 0.05 / (k + 1) + 1e-9 for n in counts) >= k
-        ]
-        assert len(found) == max(possible) and len(set(found)) == len(found)
-        level = Promise().shared(len(found) + 1).level
-        assert level == pytest.approx(0.05 / (len(found) + 1))
-        assert all(0.98 ** given[k] <= level for k in found)
-
-
 # ---------------------------------------------------------------- with a model
 
 
@@ -253,8 +237,8 @@ PLANS = [SPACE.draw(np.random.default_rng(k)) for k in (1, 2)]
 
 def by_kind():
     "The first schedule for the mix, the second for the family f1."
-    kinds = dict(f1=dict(LOSS, questions=1, schedule=PLANS[1].to_dict()))
-    return PLANS[0].certified(**FACTS, by="family", kinds=kinds)
+    kinds = dict(LOSS, by="family", questions=1, plans=dict(f1=PLANS[1].to_dict()))
+    return PLANS[0].certified(**FACTS, kinds=kinds)
 
 
 def test_a_file_holds_the_schedules_of_its_kinds(samples, tmp_path):
@@ -268,7 +252,7 @@ def test_a_file_holds_the_schedules_of_its_kinds(samples, tmp_path):
     with pytest.raises(ValueError, match="no schedule for 'f0'; it has f1"):
         Schedule.load(tmp_path / "p.json" / "f0")
     edited = json.loads((tmp_path / "p.json").read_text())
-    edited["evidence"]["certificate"]["kinds"]["f1"]["schedule"]["temperature"] = 9.0
+    edited["evidence"]["certificate"]["kinds"]["plans"]["f1"]["temperature"] = 9.0
     (tmp_path / "p.json").write_text(json.dumps(edited))
     with pytest.raises(ValueError, match="was changed after it was made"):
         Schedule.load(tmp_path / "p.json")
@@ -309,23 +293,31 @@ def test_each_question_is_answered_with_the_schedule_of_its_kind(samples):
     assert shape.cost(runs[2]) == pytest.approx(parts / whole)
 
 
-def test_kinds_get_chains_on_their_own_questions(samples):
-    "Losses of each are those that the plain answers give; nothing dearer than the model is tried."
+def test_schedules_by_kind_are_tested_together(samples):
+    "Losses put together from plain answers; nothing dearer than the model is tried."
     t = replace(tuning(samples), by="family")
-    assert sorted(t.kinds) == ["f0", "f1"] and t.shared.confidence == pytest.approx(1 - 0.5 / 3)
     found = t.tune(SPACE.draw, PLANS, budget=6)
     assert max(r["cost"] for r in found["search"]) <= 1
-    for kind, chain in found["kinds"].items():
-        own = [s for s in samples[6:] if s.family == kind]
-        plans = [tune.as_pruner(Schedule.from_dict(r["schedule"])) for r in chain["rows"]]
-        rows = t._asked(own, plans, "likelihood").answer_all()
-        losses = [
-            [float(row[k]["pick"] != row[0]["pick"]) for row in rows]
-            for k in range(1, len(plans) + 1)
-        ]
-        assert [r["losses"] for r in chain["rows"]] == losses
-        passed = [binom.cdf(sum(x), 3, 0.6) <= 0.5 / 3 for x in losses]
-        assert chain["held"] == [*passed, False].index(False)
+    kinds = found["kinds"]
+    assert kinds["questions"] == 6 and len(kinds["rows"]) > 1
+    plans = [tune.as_pruner(Schedule.from_dict(p)) for p in kinds["plans"]]
+    asked = t._asked(samples[6:], plans, "likelihood").answer_all()
+    clips = [s.clip for s in samples[6:]]
+    shapes = {
+        f: DataShape.of(t.model, t.processor, [s for s in samples[6:] if s.family == f])
+        for f in ("f0", "f1")
+    }
+    for row in kinds["rows"]:
+        losses = dict.fromkeys(clips, 0.0)
+        for s, cells in zip(samples[6:], asked):
+            own = cells[1 + row["picks"][s.family]]
+            losses[s.clip] += (own["pick"] != cells[0]["pick"]) / 2
+        assert row["losses"] == [losses[c] for c in sorted(losses)]
+        costs = [shape.cost(plans[row["picks"][f]]) for f, shape in shapes.items()]
+        assert row["cost"] == pytest.approx(np.mean(costs))
+    for chain in (kinds, *found["chains"].values()):  # each at half of the level
+        p = EASY.p_values([r["losses"] for r in chain["rows"]], exact=False)
+        assert chain["held"] == [*(p <= 0.25), False].index(False)
 
 
 def test_questions_that_need_no_clip_are_left_out(samples):
@@ -380,7 +372,9 @@ def test_tune_and_check(questions, ask, tmp_path):
     changed = proof["families"]["colour"]
     assert changed["changed"] == round(proof["changed"] * proof["clips"])
     own = Schedule.load(schedule / "colour")
-    assert proof["by"] == "family" and own == Schedule.load(schedule).of(read_samples(questions)[0])
+    assert proof["kinds"]["by"] == "family" and own == Schedule.load(schedule).of(
+        read_samples(questions)[0]
+    )
     kinds = "eval", *ask, "--methods", "seats", "--schedule", schedule, "--out", tmp_path / "e.json"
     assert seats(*kinds).exit_code == 0
     assert "exists; --overwrite" in refused("tune", *ask, *LOOSE)

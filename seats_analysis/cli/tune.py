@@ -93,9 +93,10 @@ def _tune_text(result, promise, out):
         if len(row["families"]) > 1:
             lines += [_family_table(row), ""]
         lines += result["remarks"]
-        for name, chain in result.get("kinds", {}).items():
-            own = chain["rows"][chain["held"] - 1] if chain["held"] else row
-            lines.append(f"{name}: {100 * own['cost']:.1f} % of the FLOPs (causal)")
+        if kinds := result.get("kinds"):
+            won = kinds["rows"][kinds["held"] - 1] if kinds["held"] else row
+            share = f"{100 * won['cost']:.1f} % of the FLOPs (causal)"
+            lines += ["", _chain_table(kinds), "", f"with schedules by {kinds['by']}: {share}"]
         lines.append(f"{promise}, {whom}: {100 * cost:.1f} % of the FLOPs (causal); {out}")
     else:
         changed = tuned["rows"][0]["changed"]
@@ -159,9 +160,9 @@ def tune(
     """Find the cheapest schedule that changes few answers.
 
     Half of the clips are for the search, the other half certify what it finds; no right answers
-    are needed, and questions of a family `control` are left out. Without a schedule that holds, none is written and the exit code is 1. After an
-    interruption the same command goes on; `accelerate launch --no_python seats tune ...` shares the
-    work among processes.
+    are needed, and questions of a family `control` are left out. Without a schedule that holds,
+    none is written and the exit code is 1. After an interruption the same command goes on;
+    `accelerate launch --no_python seats tune ...` shares the work among processes.
     """
     asked.depth()  # a model that cannot be had is refused first
     name = name_of(asked.model) + ("" if method == "seats" else f"_{method}")

@@ -412,8 +412,8 @@ def as_pruner(
         method = method.of(sample)
     if method is not None and not isinstance(method, Pruner):
         raise TypeError(
-            f"prune wants a Schedule, its file, a Pruner or None, not {type(plan).__name__}; for one "
-            "by kind (a mapping, a function) also `samples`"
+            f"prune wants a Schedule, its file, a Pruner or None, not {type(plan).__name__} (one "
+            "by kind, a mapping or a function, takes `samples`)"
         )
     if model is None or method is None or not (method.uses_attention or method.uses_keys):
         return method

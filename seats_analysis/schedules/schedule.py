@@ -362,19 +362,19 @@ class Schedule:
         return replace(self, evidence=self.evidence | dict(certificate=proof.to_dict()))
 
     @property
-    def kinds(self):  # kind -> schedule, cost, changed, p, questions; empty where it has none
+    def kinds(self):  # kind -> fields of a schedule; empty where it has none
         "Kinds of questions that the certificate has schedules of their own for."
-        return self.evidence.get("certificate", {}).get("kinds", {})
+        return self.evidence.get("certificate", {}).get("kinds", {}).get("plans", {})
 
     def kind_of(self, sample) -> str:  # a `Sample`; "" for kinds without a schedule of their own
         "Which of these kinds a question is."
-        kind = getattr(sample, self.certificate.by) if self.kinds else ""
+        kind = getattr(sample, self.certificate.kinds["by"]) if self.kinds else ""
         return kind if kind in self.kinds else ""
 
     def of(self, sample) -> "Schedule":  # a `Sample`
         "The schedule of a question's kind; this one where its kind has none."
         kind = self.kind_of(sample)
-        return Schedule.from_dict(self.kinds[kind]["schedule"]) if kind else self
+        return Schedule.from_dict(self.kinds[kind]) if kind else self
 
     @property
     def answers(self):  # choices, text, or nothing
@@ -484,7 +484,7 @@ class Schedule:
             if file.name not in kinds:
                 has = f"it has {', '.join(kinds) or 'none'}"
                 raise ValueError(f"{file.parent} has no schedule for {file.name!r}; {has}")
-            return cls.from_dict(kinds[file.name]["schedule"])
+            return cls.from_dict(kinds[file.name])
         if not file.is_file() and file.suffix != ".json":
             files = sorted(shipped_folder("schedules").glob("*_*.json"))
             shipped = {f.stem.replace("_trr", "_").replace("_", "/"): f for f in files}

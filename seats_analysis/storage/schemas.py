@@ -74,6 +74,7 @@ _MEASURED = dict(
 )
 _FAMILY = record(changed=Annotated[int, Field(ge=0)], questions=_COUNT, low=_SHARE, high=_SHARE)
 _LOSS = dict(cost=_AMOUNT, changed=_SHARE, p=_SHARE, families=NotRequired[dict[str, _FAMILY]])
+_KINDS = dict(by=Literal["family", "split"], questions=_COUNT)
 _CERTIFICATE = record(
     **_MEASURED,
     **_LOSS,
@@ -81,8 +82,9 @@ _CERTIFICATE = record(
     plan_sha256=_SHA256,
     sha256=_SHA256,
     remarks=NotRequired[list[str]],
-    by=NotRequired[Literal["family", "split"]],
-    kinds=NotRequired[dict[str, record(**_LOSS, questions=_COUNT, schedule=dict[str, Any])]],
+    kinds=NotRequired[
+        record(**_LOSS, **_KINDS, plans=Annotated[dict[str, dict[str, Any]], Field(min_length=1)])
+    ],
 )
 _ROW = record(
     closed=False,
@@ -105,7 +107,6 @@ _TUNED = record(
     chains=record(closed=False, tuned=_CHAIN, fixed=NotRequired[_CHAIN]),
     known_clips=_CLIPS,
     method=str,
-    kinds=NotRequired[dict[str, _CHAIN]],
     search=Annotated[list[_TRIED], Field(min_length=1)],
 )
 

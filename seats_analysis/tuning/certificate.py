@@ -7,7 +7,6 @@ __all__ = ['Promise']
 
 # %% ../../nbs/tuning/00_certificate.ipynb #eb2f9c7a
 import numpy as np
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 from ..storage.provenance import digest
@@ -145,17 +144,6 @@ class Promise:
     ) -> "Promise":
         "The promise that each of so many makes (Bonferroni)."
         return replace(self, confidence=1 - (1 - self.confidence) / parts)
-
-    def kinds(
-        self,
-        counts: Mapping,  # kind -> calibration clips
-    ) -> tuple:
-        "Kinds, most clips first, that could show the promise each for itself, beside one for all."
-        most = sorted(counts, key=counts.get, reverse=True)
-        for n in range(len(most), 0, -1):
-            if (1 - self.max_change) ** counts[most[n - 1]] <= self.level / (n + 1):
-                return tuple(most[:n])
-        return ()
 
     def clips(
         self,

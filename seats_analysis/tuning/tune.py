@@ -59,6 +59,7 @@ def better_half(costs, kl, alive):  # (N,) each, and indices; -> indices
 
 # %% ../../nbs/tuning/02_tune.ipynb #67ce81db
 MAX_SCHEDULES = 10_000  # of a search
+MAX_STEPS = 24  # of the chain of kinds
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -100,24 +101,38 @@ class Tuning:
             title=title,
         )
 
-    @cached_property
-    def kinds(self):
-        "Kind -> its calibration questions, for those that can have a promise of their own."
-        if not self.by:
-            return {}
-        some = {self._kind(s) for s in self.proposal}
-        clips = {(self._kind(s), s.clip) for s in self.calibration}
-        counts = Counter(kind for kind, _ in clips if kind and kind in some)
-        kinds = self.promise.kinds(counts)
-        return {k: [s for s in self.calibration if self._kind(s) == k] for k in kinds}
-
-    def _kind(self, sample):
-        return getattr(sample, self.by)
-
     @property
     def shared(self):
-        "What each chain promises, so that all hold at once."
-        return self.promise.shared(1 + len(self.kinds))
+        "What each chain promises, so that all hold at once: that of the mix, and that of kinds."
+        return self.promise.shared(2 if self.by else 1)
+
+    def _of_kind(self, samples):
+        "Kind -> indices of its questions."
+        found = {}
+        for i, s in enumerate(samples if self.by else ()):
+            found.setdefault(getattr(s, self.by), []).append(i)
+        found.pop("", None)
+        return found
+
+    def _by_kind(self, costs, kl, alive):
+        """Kind -> candidate, from dear to cheap: at each step the cheapest below a KL that is the
+        same for all kinds. A kind's KL counts as if FIRST_ROUND questions of the mix were of it."""
+        own = {}
+        asked = self._of_kind(self.calibration)
+        for kind, some in self._of_kind(self._searched).items():
+            if kind in asked:
+                total = kl[some].sum(0) + FIRST_ROUND * kl.mean(0)
+                own[kind] = total / (len(some) + FIRST_ROUND)
+        chains = {kind: self.promise.chain_of(costs, own[kind], alive) for kind in own}
+        levels = sorted(own[kind][i] for kind, chain in chains.items() for i in chain)
+        found = []
+        for level in levels[:: -(-len(levels) // MAX_STEPS)] if levels else ():
+            step = {}
+            for kind, chain in chains.items():
+                step[kind] = [chain[0], *(i for i in chain if own[kind][i] <= level)][-1]
+            if step not in found[-1:]:
+                found.append(step)
+        return found
 
     @cached_property
     def _searched(self):
@@ -180,7 +195,7 @@ class Tuning:
         draw,  # function: numpy Generator -> `Schedule` or `Pruner`
         fixed=(),  # plans that take part in any case
         budget=10.0,  # FLOPs, over those of the full model on all proposal questions
-    ):  # rows of all candidates; name -> chain; kind -> chain; how the first chain was chosen
+    ):  # rows of all candidates; name -> chain; steps of kind -> plan; how the first was chosen
         "Successive halving on the proposal questions. Raises ValueError for a wrong budget."
         plans, costs, known = self._candidates(draw, fixed, budget)
         alive = np.arange(len(plans))
@@ -203,10 +218,6 @@ class Tuning:
         chains = dict(tuned=chosen)
         if known:  # as a chain of their own
             chains["fixed"] = self.shared.chain_of(costs, mean, np.arange(known))
-        kinds = {}
-        for kind in self.kinds:
-            own = kl[[self._kind(s) == kind for s in self._searched]]
-            kinds[kind] = self.shared.chain_of(costs, own.mean(0), alive)
         rows = [
             dict(
                 cost=costs[i].item(),
@@ -217,54 +228,89 @@ class Tuning:
             )
             for i in range(len(plans))
         ]
-        chains, kinds = (
-            {name: [plans[i] for i in chain] for name, chain in found.items()}
-            for found in (chains, kinds)
-        )
-        return rows, chains, kinds, how
+        chains = {name: [plans[i] for i in chain] for name, chain in chains.items()}
+        steps = self._by_kind(costs, kl, alive)
+        steps = [{kind: plans[i] for kind, i in step.items()} for step in steps]
+        return rows, chains, steps, how
+
+    def _certifying(self, samples, plans, place):
+        "How calibration questions are answered; (N, S) losses; FLOPs of each plan."
+        asked = "likelihood" if all(len(s.choices) > 1 for s in self.calibration) else "token"
+        asked = self._asked(samples, plans, asked, "calibration")
+        shape = DataShape.of(self.model, self.processor, samples, plans=plans, **self.limits)
+        return asked.answers, self._answer(asked, place)[1], [shape.cost(p) for p in plans]
+
+    def _tested(self, samples, changed, costs):
+        "A chain from (N, S) losses: how many of it hold, and a row for each link."
+        _, at = np.unique([s.clip for s in samples], return_inverse=True)
+        per_clip = np.bincount(at)
+        losses = np.stack([np.bincount(at, c) for c in changed.T]) / per_clip
+        exact = bool(per_clip.max() == 1) and self.promise.of != "text"
+        rows = [
+            dict(
+                cost=cost,
+                changed=loss.mean().item(),
+                p=p.item(),
+                families=self.promise.by_family(each, [s.family for s in samples]),
+                losses=loss.tolist(),
+            )
+            for cost, loss, each, p in zip(
+                costs, losses, changed.T, self.promise.p_values(losses, exact)
+            )
+        ]
+        return dict(held=int(self.shared.certify(losses, exact)), rows=rows)
+
+    def calibrate_kinds(
+        self,
+        steps,  # of kind -> plan, from dear to cheap
+    ):  # a chain whose links are mappings; its plans, and in each row the index of each kind's
+        "The same for schedules by kind, on the questions of these kinds: one test for all of them."
+        samples = []
+        changed = []
+        costs = np.zeros(len(steps))
+        plans = []
+        picks = [{} for _ in steps]
+        for n, (kind, some) in enumerate(self._of_kind(self.calibration).items()):
+            if kind in steps[0]:
+                own = [self.calibration[i] for i in some]
+                tried = [*{id(step[kind]): step[kind] for step in steps}.values()]
+                at = [tried.index(step[kind]) for step in steps]
+                _, losses, each = self._certifying(own, tried, f"kind-{n}")
+                changed.append(losses[:, at])
+                costs += np.array(each)[at] * len(own)
+                for pick, i in zip(picks, at):
+                    pick[kind] = len(plans) + i
+                plans += tried
+                samples += own
+        found = self._tested(samples, np.concatenate(changed), (costs / len(samples)).tolist())
+        for row, pick in zip(found["rows"], picks):
+            row["picks"] = pick
+        own = [p.schedule.to_dict() for p in plans]
+        return found | dict(by=self.by, questions=len(samples), plans=own)
 
     def calibrate(
         self,
         chains,  # name -> plans, from dear to cheap
-        kind=None,  # only on the questions of this kind
     ):  # what was promised to whom, and what held
         "Answers on the calibration clips, and fixed-sequence tests down each chain."
-        samples = self.calibration if kind is None else self.kinds[kind]
-        place = "calibration" if kind is None else f"kind-{[*self.kinds].index(kind)}"
+        samples = self.calibration
         plans = [as_pruner(p) for chain in chains.values() for p in chain]
-        asked = "likelihood" if all(len(s.choices) > 1 for s in samples) else "token"
-        asked = self._asked(samples, plans, asked, "calibration")
-        _, changed = self._answer(asked, place)
-        clips, first, at = np.unique(
-            [s.clip for s in samples], return_index=True, return_inverse=True
-        )
-        per_clip = np.bincount(at)
-        losses = np.stack([np.bincount(at, c) for c in changed.T]) / per_clip
-        exact = bool(per_clip.max() == 1) and self.promise.of != "text"
-        shape = DataShape.of(self.model, self.processor, samples, plans=plans, **self.limits)
+        asked, changed, costs = self._certifying(samples, plans, "calibration")
+        shape = DataShape.of(self.model, self.processor, samples, **self.limits)
         families = [s.family for s in samples]
+        clips, first = np.unique([s.clip for s in samples], return_index=True)
+        exact = len(clips) == len(samples) and self.promise.of != "text"
         found = {}
         start = 0
         for name, chain in chains.items():
-            own = losses[start : start + len(chain)]
-            rows = [
-                dict(
-                    cost=shape.cost(plan),
-                    changed=loss.mean().item(),
-                    p=p.item(),
-                    families=self.promise.by_family(each, families),
-                    losses=loss.tolist(),
-                    **plan.to_dict(),
-                )
-                for plan, loss, each, p in zip(
-                    plans[start:], own, changed.T[start:], self.promise.p_values(own, exact)
-                )
-            ]
-            found[name] = dict(held=int(self.shared.certify(own, exact)), rows=rows)
+            own = slice(start, start + len(chain))
+            found[name] = self._tested(samples, changed[:, own], costs[own])
+            for row, plan in zip(found[name]["rows"], chain):
+                row |= as_pruner(plan).to_dict()
             start += len(chain)
         result = dict(
             promise=self.promise.to_dict(),
-            answers=asked.answers,
+            answers=asked,
             one_question_a_clip=exact,
             clips=len(clips),
             questions=len(samples),
@@ -278,15 +324,15 @@ class Tuning:
 
     def tune(self, draw, fixed=(), budget=10.0):  # see `search`
         "Search and certify: what `seats tune` stores; None in all processes but the first."
-        rows, chains, kinds, how = self.search(draw, fixed, budget)
+        rows, chains, steps, how = self.search(draw, fixed, budget)
         # their checkpoint holds the chain before the first calibration clip is answered
         found = self.calibrate(chains)
-        own = {k: self.calibrate({k: chain}, k)["chains"][k] for k, chain in kinds.items()}
+        own = dict(kinds=self.calibrate_kinds(steps)) if steps else {}
         if processes()[0]:
             return None
         used = {digest(s.clip)[:12] for s in [*self.proposal, *self.calibration]}
         found |= dict(budget=budget, search=rows, known_clips=sorted(used), tested=how)
-        return found | (dict(by=self.by, kinds=own) if self.by else {})
+        return found | own
 
 # %% ../../nbs/tuning/02_tune.ipynb #5e8288fe
 LADDER = (80, 60, 45, 35, 25, 15, 10, 5)  # TRR of the fixed shape that is certified beside, percent
@@ -324,12 +370,11 @@ def remarks_on(result) -> list:  # of `Tuning.tune`
         said.append(result["tested"])
     if n := result.get("left_out"):
         said.append(f"{n} questions of `{APART[0]}` need no clip and were left out")
-    if result.get("by"):
-        n = len(result["kinds"])
+    if "kinds" in result:
         said.append(
-            f"by {result['by']}: {n} kinds have a promise of their own; each of the {n + 1} chains "
-            f"is tested at the level divided by {n + 1} (Bonferroni), so that all hold at once; "
-            "other kinds get the schedule of the mix"
+            f"schedules by {result['kinds']['by']} have one promise for all kinds together; it and "
+            "that of the mix, whose schedule other kinds get, are tested at half of the level each "
+            "(Bonferroni), so that both hold at once"
         )
     return said
 
@@ -413,22 +458,19 @@ def certified(
     "The cheapest schedule that holds, with its evidence."
     evidence = dict(kind="tuned", weights_sha256=result["weights_sha256"])
 
+    def tuned(fields):
+        return replace(Schedule.from_dict(fields), evidence=evidence)
+
     def cheapest(chain):
         row = chain["rows"][chain["held"] - 1]
-        plan = replace(Schedule.from_dict(row["schedule"]), evidence=evidence)
         said = "cost changed p families".split()
-        return plan, {name: row[name] for name in said if name in row}  # older files say less
+        return row, {name: row[name] for name in said if name in row}  # older files say less
 
-    plan, proof = cheapest(result["chains"]["tuned"])
-    kinds = {}
-    for kind, chain in result.get("kinds", {}).items():
-        if chain["held"]:
-            own, its = cheapest(chain)
-            kinds[kind] = its | dict(
-                schedule=own.to_dict(), questions=len(chain["rows"][0]["losses"])
-            )
+    row, proof = cheapest(result["chains"]["tuned"])
     kept = "promise answers one_question_a_clip clips questions mix data known_clips".split()
-    facts = {k: result[k] for k in kept} | dict(remarks=result.get("remarks"))
-    if kinds:
-        facts |= dict(by=result["by"], kinds=kinds)
-    return plan.certified(**facts, **proof)
+    facts = {k: result[k] for k in kept} | proof | dict(remarks=result.get("remarks"))
+    if (kinds := result.get("kinds")) and kinds["held"]:
+        step, its = cheapest(kinds)
+        plans = {k: tuned(kinds["plans"][i]).to_dict() for k, i in step["picks"].items()}
+        facts["kinds"] = its | dict(by=kinds["by"], questions=kinds["questions"], plans=plans)
+    return tuned(row["schedule"]).certified(**facts)
