@@ -331,7 +331,7 @@ class Tuning:
         if processes()[0]:
             return None
         used = {digest(s.clip)[:12] for s in [*self.proposal, *self.calibration]}
-        found |= dict(budget=budget, search=rows, known_clips=sorted(used), tested=how)
+        found |= dict(budget=budget, search=rows, known_clips=sorted(used), tested=how, by=self.by)
         return found | own
 
 # %% ../../nbs/tuning/02_tune.ipynb #5e8288fe
