@@ -42,7 +42,7 @@ from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.compare import compare_methods as compare_methods
 from .evaluation.compare import comparison_table as comparison_table
 from .tuning.certificate import Promise as Promise
-from .tuning.tune import SearchSpace as SearchSpace
+from .tuning.space import SearchSpace as SearchSpace
 from .tuning.tune import tune_schedule as tune_schedule
 from .tuning.check import check_schedule as check_schedule
 from .plots.dependency import plot_dependency as plot_dependency

@@ -165,6 +165,9 @@ def test_only_the_promise_of_the_file_stands_and_with_enough_clips(
     plan = Schedule.load("testbed/tuned")
     good, text = verdict_on(result, Promise(*promise), plan)
     assert text.startswith(said) and good == (said.split(":")[0] in ("stands", "holds"))
+    n = PROOF["questions"], result["questions"]
+    pooled = (PROOF["changed"] * n[0] + changed * n[1]) / sum(n)
+    assert (f"{100 * pooled:.2f} % of {sum(n):,} with" in text) != text.startswith("refused")
     if good and not held:  # another plan never stands
         with pytest.warns(ScheduleWarning):
             plan = plan.times(0.05)

@@ -7,19 +7,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tiny
-from scipy.stats import binom
+from scipy.stats import beta, binom
 from test_cli import refused, seats
 
+import seats_analysis as sa
 from seats_analysis.boundaries.find import Boundaries
 from seats_analysis.testbed.task import ramp, synthetic_profile
 from seats_analysis.cli import app as shared
 from seats_analysis.tuning import tune
-from seats_analysis.evaluation.prepared import Answering, PreparedBatch
-from seats_analysis.tuning.tune import Tuning, better_half, chain_of, deal_clips
+from seats_analysis.evaluation.prepared import Answering, DataShape, PreparedBatch
+from seats_analysis.tuning import space
+from seats_analysis.tuning.space import SearchSpace, deal_clips
+from seats_analysis.tuning.tune import Tuning, better_half
 from seats_analysis.inputs.questions import read_samples, write_samples
 from seats_analysis.tuning.certificate import Promise
 from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.tuning.tune import SearchSpace
 from seats_analysis.storage.schemas import save_profile
 
 EASY = Promise(0.6, 0.5)  # one clip is enough
@@ -30,28 +32,89 @@ SPACE = SearchSpace.of(dict(both=Boundaries(tiny.LAYERS, 2, 5, shallow_end_ci=(1
 # ---------------------------------------------------------------- statistics
 
 
-def test_clips_that_a_promise_takes():
-    assert [Promise(a).clips() for a in (0.02, 0.01)] == [149, 299]
-    assert Promise(0.05, 0.9).clips(0.01) == min(
-        n for n in range(1, 500) if binom.cdf(np.ceil(0.01 * n), n, 0.05) <= 0.1
-    )
-    assert Promise(0.02).clips(0.03) is None
-
-
-def test_a_chain_is_left_at_its_first_failure():
-    zero, one = np.zeros(200), np.ones(200)
-    assert Promise().certify(np.stack([zero, one, zero]), True) == 1
-    assert Promise().certify(np.stack([one, zero]), True) == 0
-    with pytest.raises(ValueError, match="confidence must lie between 0 and 1, not 95"):
-        Promise(0.02, 95)
-
-
 def test_halving_keeps_the_best_of_every_cost():
     costs, kl = np.repeat([0.1, 0.5], 32), np.tile(np.arange(32.0), 2)
     half = better_half(costs, kl, np.arange(64))
     assert len(half) == 32 and {0, 32} <= set(half.tolist())
-    assert chain_of(costs, kl, half) == [0]  # the dear ones are no better
-    assert chain_of(costs, kl - 100 * (costs > 0.2), half) == [32, 0]
+    assert Promise.chain_of(costs, kl, half) == [0]  # the dear ones are no better
+    assert Promise.chain_of(costs, kl - 100 * (costs > 0.2), half) == [32, 0]
+
+
+def test_no_candidate_is_judged_by_fewer_than_48_questions():
+    for n in range(1, 700):
+        rounds = tune.rounds_of(n)
+        assert rounds[0] >= min(n, 48) and rounds[-1] == n
+        assert all(abs(2 * a - b) <= 1 for a, b in zip(rounds, rounds[1:]))
+
+
+def test_the_chain_is_what_the_rule_says():
+    "A naive loop over candidates and draws; both outcomes occur."
+    few = [k for k in range(30) if binom.cdf(k, 600, 0.02) <= 0.05]
+    chosen = []
+    for seed in range(12):
+        random = np.random.default_rng(seed)
+        costs = random.permutation(np.linspace(0.1, 0.9, 8))
+        kl = random.uniform(0.5, 1.5, 8) / costs
+        rates = random.choice([0.001, 0.01, 0.05], 8) if seed % 2 else np.full(8, 0.006)
+        changed = (random.random((300, 8)) < rates).astype(float)
+        alive = np.arange(1, 8)
+
+        def front(losses):
+            key = {i: (losses[:, i].sum(), kl[i]) for i in alive}
+            stays = [
+                i
+                for i in alive
+                if all(costs[j] > costs[i] or key[j] > key[i] for j in alive if j != i)
+            ]
+            return sorted(stays, key=lambda i: -costs[i])
+
+        def mean_cost(chain, losses):
+            draws = np.random.default_rng(0).multinomial(600, np.full(150, 1 / 150), 200)
+            found = []
+            for weights in draws:
+                found.append(1.0)
+                for i in chain:
+                    if weights @ losses[:, i] not in few:
+                        break
+                    found[-1] = costs[i]
+            return np.mean(found)
+
+        sequence = front(np.zeros((1, 8)))  # nothing changed: the KL decides
+        halves = changed[:150], changed[150:]
+        means = np.zeros(2)
+        for made, asked in (halves, halves[::-1]):
+            means += mean_cost(sequence, asked), mean_cost(front(made), asked)
+        pareto = bool(means[1] < means[0])
+        found, how = Promise().choose_chain(costs, kl, changed, alive, 600)
+        assert found == (front(changed) if pareto else sequence)
+        assert how.startswith("Pareto") == pareto
+        assert f"{means[0] / 2:.3f} of the FLOPs along the KL" in how
+        chosen.append(pareto)
+    assert set(chosen) == {True, False}
+
+
+def test_a_chain_chosen_on_other_clips_breaks_its_promise_as_seldom_as_it_says():
+    "Every schedule changes a little more than was promised: any that is certified is a breach."
+    random = np.random.default_rng(0)
+    costs, kl = np.linspace(0.9, 0.1, 9), np.linspace(0.1, 0.9, 9)
+    breaches = 0
+    for _ in range(400):
+        searched, drawn = random.random((2, 300, 9)) < 0.0201
+        chain, _ = Promise().choose_chain(costs, kl, searched.astype(float), np.arange(9), 300)
+        breaches += Promise().certify(drawn.T[chain], exact=True) > 0
+    assert breaches <= binom.ppf(0.999, 400, 0.05)
+
+
+def test_families_have_the_intervals_of_clopper_and_pearson():
+    changed = np.repeat([0.0, 0.5, 1.0, 0.0], [20, 1, 3, 7])
+    families = ["a"] * 24 + ["b"] * 7
+    found = Promise.by_family(changed, families)
+    assert {f: (x["changed"], x["questions"]) for f, x in found.items()} == dict(
+        a=(4, 24), b=(0, 7)
+    )
+    ends = beta.ppf([0.025, 0.975], [4, 5], [21, 20])
+    assert [found["a"]["low"], found["a"]["high"]] == pytest.approx(ends)
+    assert (found["b"]["low"], found["b"]["high"]) == (0, pytest.approx(1 - 0.025 ** (1 / 7)))
 
 
 # ---------------------------------------------------------------- with a model
@@ -145,7 +208,7 @@ def test_no_clip_serves_twice(samples, monkeypatch):
     profile = synthetic_profile({"both": ramp(tiny.LAYERS, 1, 4)})
     clips = np.repeat("c5", profile.sizes["sample"])
     monkeypatch.setattr(
-        tune, "load_profile", lambda name: profile.assign_coords(clip=("sample", clips))
+        space, "load_profile", lambda name: profile.assign_coords(clip=("sample", clips))
     )
     proposal, calibration = deal_clips(samples, EASY, profile="p.nc")
     sides = [{s.clip for s in side} for side in (proposal, calibration)]
@@ -154,6 +217,115 @@ def test_no_clip_serves_twice(samples, monkeypatch):
     assert {s.split for s in deal_clips(named, EASY)[1]} == {"test"}
     with pytest.raises(ValueError, match=r"too few: .* takes 149 .* --max-change \d+"):
         deal_clips(samples, Promise())
+
+
+# ---------------------------------------------------------------- schedules by kind
+
+FACTS = dict(
+    promise=dict(max_change=0.6, confidence=0.5),
+    answers="token",
+    one_question_a_clip=True,
+    clips=1,
+    questions=1,
+    mix=dict(families=dict(f0=1), tokens=dict(visual=1.0, audio=1.0, text=1.0)),
+    data="",
+    known_clips=["0" * 12],
+    **(LOSS := dict(cost=0.5, changed=0.0, p=0.0)),
+)
+PLANS = [SPACE.draw(np.random.default_rng(k)) for k in (1, 2)]
+
+
+def by_kind():
+    "The first schedule for the mix, the second for the family f1."
+    kinds = dict(LOSS, by="family", questions=1, plans=dict(f1=PLANS[1].to_dict()))
+    return PLANS[0].certified(**FACTS, kinds=kinds)
+
+
+def test_a_file_holds_the_schedules_of_its_kinds(samples, tmp_path):
+    plan = by_kind()
+    plan.save(tmp_path / "p.json")
+    found = Schedule.load(tmp_path / "p.json")
+    assert found == plan
+    assert [found.of(s).plan_sha256 for s in samples[:2]] == [p.plan_sha256 for p in PLANS]
+    assert found.of(replace(samples[0], family="unheard of")) is found
+    assert Schedule.load(tmp_path / "p.json" / "f1") == PLANS[1]
+    with pytest.raises(ValueError, match="no schedule for 'f0'; it has f1"):
+        Schedule.load(tmp_path / "p.json" / "f0")
+    edited = json.loads((tmp_path / "p.json").read_text())
+    edited["evidence"]["certificate"]["kinds"]["plans"]["f1"]["temperature"] = 9.0
+    (tmp_path / "p.json").write_text(json.dumps(edited))
+    with pytest.raises(ValueError, match="was changed after it was made"):
+        Schedule.load(tmp_path / "p.json")
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_each_question_is_answered_with_the_schedule_of_its_kind(samples):
+    "Two plain runs, one for each schedule, put together by hand."
+    t = tuning(samples)
+    asked = [replace(s, choices=("red", "blue"), answer=0) for s in samples]
+    apart = [sa.evaluate(t.model, t.processor, asked, p, batch_size=4) for p in PLANS]
+    second = apart[0].family == "f1"
+    wanted = apart[0].nll.where(~second, apart[1].nll)
+    assert (abs(apart[0].nll - apart[1].nll) > 1e-4)[second].all()
+    given = by_kind(), {"f1": PLANS[1], "": PLANS[0]}, lambda s: PLANS[s.family == "f1"]
+    for plan in given:
+        found = sa.evaluate(t.model, t.processor, asked, plan, batch_size=4)
+        assert found.id.tolist() == [s.id for s in samples]
+        assert found.nll.tolist() == pytest.approx(wanted.tolist(), abs=1e-4)
+        with pytest.raises(ValueError, match="different schedules"):
+            with sa.prune(t.model, plan, samples=asked[:2]):
+                pass
+    with pytest.raises(ValueError, match="no schedule for 'f0', and none for ''"):
+        sa.evaluate(t.model, t.processor, asked, {"f1": PLANS[1]})
+    # the prepared questions of `seats eval`, `tune` and `check`, and what they cost
+    runs = [tune.as_pruner(p) for p in (*PLANS, by_kind())]
+    rows = t._asked(samples, runs).answer_all()
+    for s, row in zip(samples, rows):
+        own = row[2 if s.family == "f1" else 1]
+        assert row[3]["kl"] == pytest.approx(own["kl"], abs=1e-5)
+        assert row[3]["flops_causal"] == own["flops_causal"]
+    costs = []
+    for family, plan in zip(("f0", "f1"), PLANS):
+        shape = DataShape.of(t.model, t.processor, [s for s in samples if s.family == family])
+        costs.append((shape.cost(plan) * shape._whole, shape._whole))
+    shape = DataShape.of(t.model, t.processor, samples, plans=runs[2:])
+    parts, whole = np.sum(costs, 0)
+    assert shape.cost(runs[2]) == pytest.approx(parts / whole)
+
+
+def test_schedules_by_kind_are_tested_together(samples):
+    "Losses put together from plain answers; nothing dearer than the model is tried."
+    t = replace(tuning(samples), by="family")
+    found = t.tune(SPACE.draw, PLANS, budget=6)
+    assert max(r["cost"] for r in found["search"]) <= 1
+    kinds = found["kinds"]
+    assert kinds["questions"] == 6 and len(kinds["rows"]) > 1
+    plans = [tune.as_pruner(Schedule.from_dict(p)) for p in kinds["plans"]]
+    asked = t._asked(samples[6:], plans, "likelihood").answer_all()
+    clips = [s.clip for s in samples[6:]]
+    shapes = {
+        f: DataShape.of(t.model, t.processor, [s for s in samples[6:] if s.family == f])
+        for f in ("f0", "f1")
+    }
+    for row in kinds["rows"]:
+        losses = dict.fromkeys(clips, 0.0)
+        for s, cells in zip(samples[6:], asked):
+            own = cells[1 + row["picks"][s.family]]
+            losses[s.clip] += (own["pick"] != cells[0]["pick"]) / 2
+        assert row["losses"] == [losses[c] for c in sorted(losses)]
+        costs = [shape.cost(plans[row["picks"][f]]) for f, shape in shapes.items()]
+        assert row["cost"] == pytest.approx(np.mean(costs))
+    for chain in (kinds, *found["chains"].values()):  # each at half of the level
+        p = EASY.p_values([r["losses"] for r in chain["rows"]], exact=False)
+        assert chain["held"] == [*(p <= 0.25), False].index(False)
+
+
+def test_questions_that_need_no_clip_are_left_out(samples):
+    mixed = [replace(s, family="control" if s.id == "0-0" else s.family) for s in samples]
+    both = deal_clips(mixed, EASY)
+    assert sorted(s.id for half in both for s in half) == sorted(s.id for s in samples[1:])
+    with pytest.raises(ValueError):
+        deal_clips([replace(s, family="control") for s in samples], EASY)
 
 
 # ---------------------------------------------------------------- the commands
@@ -187,8 +359,9 @@ LOOSE = "--max-change", 90, "--confidence", 50
 
 
 def test_tune_and_check(questions, ask, tmp_path):
-    done = seats("tune", *ask, *LOOSE, "--budget", 3)
+    done = seats("tune", *ask, *LOOSE, "--budget", 3, "--by", "family")
     assert done.exit_code == 0 and "at most 90 % of the answers change" in done.stdout, done.stderr
+    assert "for this mix of questions only" in done.stdout and "Bonferroni" in done.stdout
     home = tmp_path / "seats_out" / "questions"
     schedule, chain = home / "schedules" / "tuned_m.json", home / "results" / "tune_m.json"
     assert not list(home.glob("*/*.checkpoint"))
@@ -196,6 +369,14 @@ def test_tune_and_check(questions, ask, tmp_path):
     proof = evidence["certificate"]
     assert proof["promise"] == dict(max_change=0.9, confidence=0.5) and proof["clips"] < 10
     assert evidence["kind"] == "tuned" and proof["mix"]["families"].keys() == {"colour"}
+    changed = proof["families"]["colour"]
+    assert changed["changed"] == round(proof["changed"] * proof["clips"])
+    own = Schedule.load(schedule / "colour")
+    assert proof["kinds"]["by"] == "family" and own == Schedule.load(schedule).of(
+        read_samples(questions)[0]
+    )
+    kinds = "eval", *ask, "--methods", "seats", "--schedule", schedule, "--out", tmp_path / "e.json"
+    assert seats(*kinds).exit_code == 0
     assert "exists; --overwrite" in refused("tune", *ask, *LOOSE)
 
     def check(plan, data, *options):
@@ -243,7 +424,7 @@ def test_where_the_blocks_come_from(questions, ask, tmp_path):
     assert done.exit_code == 0, done.stderr
     found = Schedule.load(tmp_path / "seats_out/questions/schedules/tuned_m.json")
     assert 3 <= found.late("visual") and "published" not in done.stderr
-    stored = tune.load_profile(ask[3])
+    stored = space.load_profile(ask[3])
     n = stored.sizes["sample"]
     clips = [s.clip for s in read_samples(questions)]
     names = dict(clip=("sample", [clips[i % 10] for i in range(n)]), split=("sample", [""] * n))

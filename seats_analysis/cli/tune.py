@@ -72,13 +72,31 @@ def _chain_table(found):
     return table(rows)
 
 
+def _family_table(row):
+    "Changes of each family under one schedule."
+    rows = []
+    for name, own in row["families"].items():
+        changed = f"{own['changed']} of {own['questions']}"
+        within = f"{100 * own['low']:.1f} to {100 * own['high']:.1f} %"
+        rows.append({"family": name, "changed": changed, "95 %": within})
+    return table(rows)
+
+
 def _tune_text(result, promise, out):
-    "The chain, and in one line what was promised to whom."
+    "The chain, changes by family, and in one line what was promised to whom."
     tuned = result["chains"]["tuned"]
     whom = promise.to_whom(result)
     lines = [_chain_table(tuned), ""]
     if held := tuned["held"]:
-        cost = tuned["rows"][held - 1]["cost"]
+        row = tuned["rows"][held - 1]
+        cost = row["cost"]
+        if len(row["families"]) > 1:
+            lines += [_family_table(row), ""]
+        lines += result["remarks"]
+        if kinds := result.get("kinds"):
+            won = kinds["rows"][kinds["held"] - 1] if kinds["held"] else row
+            share = f"{100 * won['cost']:.1f} % of the FLOPs (causal)"
+            lines += ["", _chain_table(kinds), "", f"with schedules by {kinds['by']}: {share}"]
         lines.append(f"{promise}, {whom}: {100 * cost:.1f} % of the FLOPs (causal); {out}")
     else:
         changed = tuned["rows"][0]["changed"]
@@ -122,6 +140,9 @@ def tune(
         help="What may change: the `choices` picked, the tokens of whole answers (`text`), or "
         "how many answers are other ones (`whole-text`).",
     ),
+    by: Literal["family", "split"] | None = Option(
+        None, help="Field of a question: each of its kinds gets a schedule of its own."
+    ),
     method: str = Option(
         "seats", help="Another method to tune by its own knobs, also as fastv+late."
     ),
@@ -139,9 +160,9 @@ def tune(
     """Find the cheapest schedule that changes few answers.
 
     Half of the clips are for the search, the other half certify what it finds; no right answers
-    are needed. Without a schedule that holds, none is written and the exit code is 1. After an
-    interruption the same command goes on; `accelerate launch --no_python seats tune ...` shares the
-    work among processes.
+    are needed, and questions of a family `control` are left out. Without a schedule that holds,
+    none is written and the exit code is 1. After an interruption the same command goes on;
+    `accelerate launch --no_python seats tune ...` shares the work among processes.
     """
     asked.depth()  # a model that cannot be had is refused first
     name = name_of(asked.model) + ("" if method == "seats" else f"_{method}")
@@ -150,7 +171,8 @@ def tune(
     evidence = output_file(evidence, asked.data, usual, "tune", overwrite)
     from seats_analysis.baselines.registry import METHODS
     from seats_analysis.tuning.certificate import Promise
-    from seats_analysis.tuning.tune import deal_clips, tune_schedule
+    from seats_analysis.tuning.space import deal_clips
+    from seats_analysis.tuning.tune import tune_schedule
 
     promise = Promise(max_change / 100, confidence / 100, answers)
     if method.removesuffix("+late") not in METHODS:
@@ -176,6 +198,7 @@ def tune(
                 name=asked.model,
                 method=method,
                 budget=budget,
+                by=by or "",
                 path=evidence,
                 schedule_path=out,
                 **_asked_options(asked, batch, processor),

@@ -331,7 +331,7 @@ def compare_methods(
         warnings.warn("downsampling is left out: it takes a Qwen-Omni model", ScheduleWarning)
         names = tuple(n for n in names if "downsample" not in n)
     samples = samples_of(samples)
-    shape = DataShape.of(model, processor, samples, progress, **limits)
+    shape = DataShape.of(model, processor, samples, progress, tuple(plans.values()), **limits)
     runs = method_runs(names, plans, shape, rules=rules, tuned=tuned, progress=progress)
     text = answers == "text"
     if text:  # the published cache rule takes part beside the default

@@ -214,10 +214,11 @@ class DataShape:
     model: object
     media: tuple  # of the inputs of `layout_of`, one question for each layout
     weights: np.ndarray  # (N,) number of questions with each
+    samples: tuple = ()  # one of each, where kinds have schedules of their own
 
     @classmethod
-    def of(cls, model, processor, samples, progress=False, **limits):  # see `prepare_questions`
-        "From the questions on the first 32 clips; no tower runs."
+    def of(cls, model, processor, samples, progress=False, plans=(), **limits):
+        "From the questions on the first 32 clips, apart where `plans` are; no tower runs."
         found = {}
         clips = clips_of(samples)[:32]
         for clip in tqdm(clips, desc="token counts", unit="clip", disable=not progress):
@@ -225,9 +226,11 @@ class DataShape:
             for q in prepare_questions(model, processor, some, methods=None, **limits):
                 parts = q.layout.modality, q.layout.window, q.layout.chunk
                 media = dict(q.shapes, input_ids=q.ids[None])
-                found.setdefault(tuple(x.numpy().tobytes() for x in parts), []).append(media)
+                key = [x.numpy().tobytes() for x in parts] + [p.kind_of(q.sample) for p in plans]
+                found.setdefault(tuple(key), []).append((media, q.sample))
         weights = np.array([len(alike) for alike in found.values()], float)
-        return cls(model, tuple(alike[0] for alike in found.values()), weights)
+        media, asked = zip(*(alike[0] for alike in found.values())) if found else ((), ())
+        return cls(model, media, weights, asked)
 
     @cached_property
     def dims(self):
@@ -241,6 +244,12 @@ class DataShape:
     def _less(self):  # function: `Downsample` -> (N, 2) visual tokens, FLOPs that encoders save
         return Downsample.measuring(self.model, self.media)
 
+    def _each(self, method):  # yields plan, layout
+        "What a method is for each layout, by the kind of its question."
+        for row in range(len(self.media)):
+            own = method.of(self.samples[row]) if method and self.samples else method
+            yield own, self._layouts(*((own.grids, own.seconds) if own else ()))[row]
+
     def plans(
         self,
         method,  # a schedule is SEATS; None = the full model
@@ -252,11 +261,10 @@ class DataShape:
         if isinstance(method, Downsample):
             tokens = self._less(method)[:, :1]
             return self.full | dict(visual=tokens.repeat(size[1], 1))
-        windows = (method.grids, method.seconds) if method else ()
-        for row, layout in enumerate(self._layouts(*windows)):
+        for row, (own, layout) in enumerate(self._each(method)):
             for m, n in layout.counts().items():
                 out["text" if m == "image" else m][row] += n.item()
-            for step in method.plan(layout, method.window_budgets(layout, 0)) if method else ():
+            for step in own.plan(layout, own.window_budgets(layout, 0)) if own else ():
                 for m in Modality.CODES:
                     out[m][row, step.layer :] = step.n_keep[0][m]
         return out
@@ -295,8 +303,7 @@ class DataShape:
             return 0.0
         if isinstance(method, Downsample):
             return float(-self.weights @ self._less(method)[:, 1] / self._whole)
-        layouts = self._layouts(method.grids, method.seconds)
-        spent = [method.selection_flops(x, self.dims, self._towers) for x in layouts]
+        spent = [p.selection_flops(x, self.dims, self._towers) for p, x in self._each(method)]
         return float(self.weights @ spent / self._whole)
 
     def cost(self, method):
@@ -391,14 +398,9 @@ class Answering:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens!r}")
 
     def units(self):  # -> list of lists of indices
-        "A few clips at a time, with all their questions."
-        units = []
-        for clip in clips_of(self.samples):
-            if units and len(units[-1]) + len(clip) <= self.batch_size:
-                units[-1] += clip
-            else:
-                units.append(clip)
-        return units
+        "A few clips at a time, with all their questions; one schedule of each run serves a unit."
+        plans = [p for r in self.runs for p in r.plans if p]
+        return clips_of(self.samples, plans, self.batch_size)
 
     @cached_property
     def _decoded(self):
@@ -425,7 +427,9 @@ class Answering:
         questions = batch.questions
         out = [[] for _ in questions]
         for r in runs:
-            seen, plan = self._seen(batch, r.plan_for(number))
+            plan = r.plan_for(number)
+            plan = plan and plan.of(questions[0].sample)
+            seen, plan = self._seen(batch, plan)
             with seen.prune(plan, r.kv) as (run, given):
                 run.samples = first
                 before = [row[0] for row in out if row]
@@ -464,10 +468,10 @@ class Answering:
         units = self.units()
         warm = []
         first = np.cumsum([0, *map(len, units)]).tolist()
-        methods = [p for r in self.runs for p in r.plans]
 
         def work(k, unit):
             some = [self.samples[i] for i in unit]
+            methods = [p and p.of(some[0]) for r in self.runs for p in r.plans]
             batch = PreparedBatch.of(self.model, self.processor, some, methods, **self.limits)
             if not warm:  # or the first run would pay for it
                 warm.append(self.answer_unit(batch, k, first[k], self.runs[:2]))
@@ -487,7 +491,7 @@ class Answering:
         "What the answers depend on."
         runs = []
         for r in self.runs:
-            plans = [p and [repr(p), p.schedule.plan_sha256] for p in r.plans]
+            plans = [p and [repr(p), p.schedule.plan_sha256, p.schedule.kinds] for p in r.plans]
             runs.append([r.label, r.trr, r.share, r.kv, plans])
         own = dict(
             answers=self.answers,

@@ -279,6 +279,14 @@ class Pruner(ABC):
         own = {k: tuple(v) if isinstance(v, list) else v for k, v in data["settings"].items()}
         return cls(Schedule.from_dict(data["schedule"]), **own)
 
+    def kind_of(self, sample):
+        return self.schedule.kind_of(sample)
+
+    def of(self, sample):
+        "The same for a question of a kind, see `Schedule.of`."
+        own = self.schedule.of(sample)
+        return self if own is self.schedule else replace(self, schedule=own)
+
     @property
     def grids(self):
         return self.schedule.windows["visual_grids"]  # temporal grids of a visual window

@@ -9,7 +9,7 @@ __all__ = ['as_pruner', 'prune']
 import inspect
 import warnings
 import torch
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,6 +18,7 @@ from threading import Lock, current_thread
 from unittest.mock import patch
 from weakref import WeakSet
 from ..inputs.layout import Modality, TokenLayout
+from ..inputs.samples import Sample
 from ..models.decoder import Decoder
 from ..models.encode import layout_of
 from ..models.families import adapter_for
@@ -388,21 +389,31 @@ _ENTERING = Lock()  # one thread at a time enters
 
 
 def as_pruner(
-    plan: Schedule | Pruner | str | Path | None,
+    plan: Schedule | Pruner | str | Path | Mapping | Callable | None,
     model=None,  # whose encoders' attention the method may want
     trr: float | None = None,  # instead of a plan, see `known_schedule`
+    sample: Sample | None = None,  # question that it is for
 ) -> Pruner | None:
     """A schedule, or its file, means SEATS with that schedule; None: prune nothing, only keep the
     timings. Raises ValueError for a method that wants what the model's encoders do not show."""
     if trr is not None and plan is not None:
         raise ValueError("give a plan or `trr`, not both")
     plan = plan if trr is None else known_schedule(model, trr)
+    if sample is not None and isinstance(plan, Mapping):
+        if sample.family not in plan and "" not in plan:
+            raise ValueError(f"no schedule for {sample.family!r}, and none for '' (all others)")
+        plan = plan.get(sample.family, plan.get(""))
+    elif sample is not None and callable(plan):
+        plan = plan(sample)
     if isinstance(plan, str | Path):
         plan = Schedule.load(plan)
     method = Seats(plan) if isinstance(plan, Schedule) else plan
+    if sample is not None and isinstance(method, Pruner):
+        method = method.of(sample)
     if method is not None and not isinstance(method, Pruner):
         raise TypeError(
-            f"prune wants a Schedule, its file, a Pruner or None, not {type(plan).__name__}"
+            f"prune wants a Schedule, its file, a Pruner or None, not {type(plan).__name__} (one "
+            "by kind, a mapping or a function, takes `samples`)"
         )
     if model is None or method is None or not (method.uses_attention or method.uses_keys):
         return method
@@ -421,13 +432,15 @@ def as_pruner(
 def prune(
     model: torch.nn.Module,  # an om-LLM of transformers, the thinker or the full model; only this
     # instance changes
-    plan: Schedule | Pruner | str | Path | None = None,  # a schedule (SEATS), its file or shipped
-    # name, as "testbed/10", or a method; None: see `trr`
+    plan: Schedule | Pruner | str | Path | Mapping | Callable | None = None,  # a schedule (SEATS),
+    # its file or shipped name, as "testbed/10", or a method; family -> one ("": all others), or a
+    # function sample -> one, with `samples`; None: see `trr`
     kv: str = "retain",  # each layer's cache keeps what it processed; 'evict': as published, all
     # caches end as short as the last one, which only answers of one token bear
     images: str = "keep",  # 'keep': images are never pruned; 'prune': they count as visual tokens
     trr: float | None = None,  # percent of the tokens to keep, by the blocks that are published or
     # shipped for this model; without a plan either, nothing is pruned, only measured
+    samples: Sequence[Sample] = (),  # what the block asks, where the kind of a question decides
 ) -> Iterator[Run]:
     """Within the block every forward pass and `generate` of the model is pruned. Yields a `Run`;
     undone on exit (SEATS, arXiv 2605.20035)."""
@@ -435,7 +448,12 @@ def prune(
     for name, value, choices in given:
         if value not in choices:
             raise ValueError(f"`{name}` must be one of {str(choices)[1:-1]}, not {value!r}")
-    session = Session(model, as_pruner(plan, model, trr), kv, images)
+    method, *others = [as_pruner(plan, model, trr, s) for s in samples or (None,)]
+    if any(other != method for other in others):
+        raise ValueError(
+            "these questions have different schedules: one block for each (`evaluate` makes them)"
+        )
+    session = Session(model, method, kv, images)
     with ExitStack() as stack:
         with _ENTERING:
             session.check_model()

@@ -76,10 +76,14 @@ class Certificate:
     changed: float  # fraction of the answers
     p: float
     plan_sha256: str  # of `Schedule.plan_sha256`
+    families: dict | None = None  # family -> changed, questions, low and high of an exact interval
+    remarks: list | None = None  # how it was tested, and for whom, in words
+    kinds: dict | None = None  # by: field of a sample; plans: its values -> schedule; what these
+    # change together: cost, changed, p, questions, families
 
     def to_dict(self):
         "As a schedule's evidence holds it."
-        own = asdict(self)
+        own = {name: value for name, value in asdict(self).items() if value is not None}
         return own | dict(sha256=_digest(own))
 
 

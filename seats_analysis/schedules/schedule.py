@@ -362,6 +362,21 @@ class Schedule:
         return replace(self, evidence=self.evidence | dict(certificate=proof.to_dict()))
 
     @property
+    def kinds(self):  # kind -> fields of a schedule; empty where it has none
+        "Kinds of questions that the certificate has schedules of their own for."
+        return self.evidence.get("certificate", {}).get("kinds", {}).get("plans", {})
+
+    def kind_of(self, sample) -> str:  # a `Sample`; "" for kinds without a schedule of their own
+        "Which of these kinds a question is."
+        kind = getattr(sample, self.certificate.kinds["by"]) if self.kinds else ""
+        return kind if kind in self.kinds else ""
+
+    def of(self, sample) -> "Schedule":  # a `Sample`
+        "The schedule of a question's kind; this one where its kind has none."
+        kind = self.kind_of(sample)
+        return Schedule.from_dict(self.kinds[kind]) if kind else self
+
+    @property
     def answers(self):  # choices, text, or nothing
         "What its boundaries or its search were measured on; nothing where it was not measured."
         if (proof := self.certificate) is not None:
@@ -461,8 +476,15 @@ class Schedule:
     @classmethod
     def load(cls, path: str | Path) -> "Schedule":
         """Read a plan: a file, or a shipped one by its name, as `testbed/10` or `testbed/tuned`.
-        Raises ValueError that names the file and its fault, or the shipped ones."""
+        `FILE/KIND` is the schedule of one of a file's kinds. Raises ValueError that names the file
+        and its fault, the shipped ones, or the kinds."""
         file = Path(path)
+        if file.parent.is_file():
+            kinds = cls.load(file.parent).kinds
+            if file.name not in kinds:
+                has = f"it has {', '.join(kinds) or 'none'}"
+                raise ValueError(f"{file.parent} has no schedule for {file.name!r}; {has}")
+            return cls.from_dict(kinds[file.name])
         if not file.is_file() and file.suffix != ".json":
             files = sorted(shipped_folder("schedules").glob("*_*.json"))
             shipped = {f.stem.replace("_trr", "_").replace("_", "/"): f for f in files}

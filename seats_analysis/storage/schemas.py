@@ -72,8 +72,20 @@ _MEASURED = dict(
     ),
     data=str,
 )
-_LOSS = dict(cost=_AMOUNT, changed=_SHARE, p=_SHARE)
-_CERTIFICATE = record(**_MEASURED, **_LOSS, known_clips=_CLIPS, plan_sha256=_SHA256, sha256=_SHA256)
+_FAMILY = record(changed=Annotated[int, Field(ge=0)], questions=_COUNT, low=_SHARE, high=_SHARE)
+_LOSS = dict(cost=_AMOUNT, changed=_SHARE, p=_SHARE, families=NotRequired[dict[str, _FAMILY]])
+_KINDS = dict(by=Literal["family", "split"], questions=_COUNT)
+_CERTIFICATE = record(
+    **_MEASURED,
+    **_LOSS,
+    known_clips=_CLIPS,
+    plan_sha256=_SHA256,
+    sha256=_SHA256,
+    remarks=NotRequired[list[str]],
+    kinds=NotRequired[
+        record(**_LOSS, **_KINDS, plans=Annotated[dict[str, dict[str, Any]], Field(min_length=1)])
+    ],
+)
 _ROW = record(
     closed=False,
     **_LOSS,

@@ -7,12 +7,13 @@ __all__ = ['Promise']
 
 # %% ../../nbs/tuning/00_certificate.ipynb #eb2f9c7a
 import numpy as np
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from ..storage.provenance import digest
 
 # %% ../../nbs/tuning/00_certificate.ipynb #82652fca
 _MAX_CLIPS = 100_000
+_DRAWS = 200  # of calibrations that are made up
 _CHANGED = {"choices": "the answers", "text": "an answer's tokens", "whole-text": "whole answers"}
 
 
@@ -59,11 +60,12 @@ class Promise:
         exact: bool,  # whether every clip has one question
     ):  # (...) p of the hypothesis that the risk is above `max_change`
         "Exact binomial for one question a clip, else Hoeffding-Bentkus."
+        return self._p(np.sum(losses, -1), np.shape(losses)[-1], exact)
+
+    def _p(self, changed, n, exact):  # losses that were added up, of so many clips
         from scipy.special import rel_entr
         from scipy.stats import binom
 
-        changed = np.sum(losses, -1)
-        n = np.shape(losses)[-1]
         whole = np.ceil(changed - 1e-9)  # of fractions that were added up
         bentkus = binom.cdf(whole, n, self.max_change)
         if exact:
@@ -80,6 +82,68 @@ class Promise:
         "Fixed-sequence testing: down the chain until a test fails."
         passed = self.p_values(losses, exact) <= self.level
         return np.logical_and.accumulate(passed).sum(0)
+
+    def foreseen(
+        self,
+        costs,  # (S,) FLOPs of a chain over those of the full model
+        changed,  # (N, S) losses on questions of the search
+        n: int,  # calibration clips
+    ) -> float:  # FLOPs, 1 where nothing holds
+        "What n clips would certify on average, were they such questions, one a clip."
+        drawn = np.random.default_rng(0).multinomial(n, [1 / len(changed)] * len(changed), _DRAWS)
+        passed = self._p(drawn @ changed, n, exact=True) <= self.level
+        held = np.logical_and.accumulate(passed, -1).sum(-1)
+        return np.append(1.0, costs)[held].mean().item()
+
+    @staticmethod
+    def chain_of(costs, moved, alive):  # (N,) each, and indices
+        "Indices of those that no cheaper one beats, from dear to cheap."
+        chain = []
+        for i in alive[np.lexsort((moved[alive], costs[alive]))]:
+            if not chain or moved[i] < moved[chain[-1]]:
+                chain.append(int(i))
+        return chain[::-1]
+
+    def choose_chain(
+        self,
+        costs,  # (S,) FLOPs of candidates over those of the full model
+        kl,  # (S,) mean on the search's questions
+        changed,  # (N, S) losses on those, clips in random order
+        alive,  # indices of the candidates that answered all
+        n: int,  # calibration clips
+    ) -> tuple:  # indices from dear to cheap, how they were chosen
+        """Fixed-sequence testing along the KL, or Pareto testing (arXiv 2210.07913): links that a
+        cheaper one beats in changed answers are left out, and KL decides among equals.
+
+        The rule: each half of the search's questions makes both chains, the other half says what
+        they would certify (`foreseen`). The cheaper one on average is tested, the KL's in a tie.
+        It knows the search and the number of calibration clips, and no answer on those."""
+
+        def pareto(some):
+            rank = np.lexsort((kl, some.sum(0))).argsort(kind="stable")
+            return self.chain_of(costs, rank, alive)
+
+        by_kl = self.chain_of(costs, kl, alive)
+        halves = np.array_split(changed, 2)
+        cost = np.zeros(2)
+        for made, asked in (halves, halves[::-1]) if len(changed) > 1 else ():
+            for i, chain in enumerate((by_kl, pareto(made))):
+                cost[i] += self.foreseen(costs[chain], asked[:, chain], n) / 2
+        sequence, front = cost.tolist()
+        said = (
+            f"as {n} clips like the search's would certify {sequence:.3f} of the FLOPs along the "
+            f"KL and {front:.3f} along the Pareto front; no calibration clip was answered before"
+        )
+        if front < sequence:
+            return pareto(changed), f"Pareto testing, {said}"
+        return by_kl, f"fixed-sequence testing along the KL, {said}"
+
+    def shared(
+        self,
+        parts: int,  # tests whose promises are to hold at once
+    ) -> "Promise":
+        "The promise that each of so many makes (Bonferroni)."
+        return replace(self, confidence=1 - (1 - self.confidence) / parts)
 
     def clips(
         self,
@@ -113,6 +177,22 @@ class Promise:
                 f"{len(old)} of the clips made this schedule or its promise, the first is "
                 f"{min(old)!r}: give questions on others"
             )
+
+    @staticmethod
+    def by_family(
+        changed,  # (N,) loss of each question
+        families,  # of each
+    ) -> dict:  # family -> changed, questions, low and high
+        "Answers of each family that changed, with exact 95 % intervals (Clopper-Pearson)."
+        from scipy.stats import binomtest
+
+        found = {}
+        for name in sorted({*families}):
+            own = changed[[f == name for f in families]] > 0
+            few, n = int(own.sum()), len(own)
+            low, high = map(float, binomtest(few, n).proportion_ci(method="exact"))
+            found[name] = dict(changed=few, questions=n, low=low, high=high)
+        return found
 
     @staticmethod
     def to_whom(result) -> str:  # of a search or a check

@@ -20,6 +20,7 @@ from ..models.families import adapter_for
 from ..models.provenance import provenance
 from ..schedules.schedule import Schedule
 from ..baselines.registry import METHODS
+from ..evaluation.evaluate import APART
 from .certificate import Promise
 from .tune import Tuning
 
@@ -34,7 +35,7 @@ def load_chains(
     stored = load_json(path, "tune")
     chains = {}
     try:
-        promise = Promise(**stored["promise"])
+        promise = Promise(**stored["promise"]).shared(2 if stored.get("by") else 1)
         for name, chain in stored["chains"].items():
             rows = chain["rows"]
             if unknown := {row["method"] for row in rows} - METHODS.keys():
@@ -73,7 +74,7 @@ def mix_shift(then, now):  # each a `mix` of a result
     "What tells two mixes apart, in words; empty where nothing does."
     from scipy.stats import chi2_contingency
 
-    names = sorted({*then["families"], *now["families"]})
+    names = sorted({*then["families"], *now["families"]} - {*APART})  # older files have them
     counts = [[mix["families"].get(name, 0) for name in names] for mix in (then, now)]
     if chi2_contingency(counts).pvalue < SHIFT_P:
         return "other kinds of questions"
@@ -103,6 +104,11 @@ def verdict_on(result, promise, plan):
     changed = f"{100 * rate:.2f} % of {promise.what} change"
     whom = promise.to_whom(result)
     shift = shift_of(result, plan)
+    proof = plan.certificate
+    if proof and not shift:
+        both = np.array([proof.questions, result["questions"]])
+        pooled = np.average([proof.changed, rate], weights=both)
+        changed += f", {100 * pooled:.2f} % of {both.sum():,} with those of the certificate"
     if found["held"]:
         new = f"; not what it was made for: {shift}" if shift else ""
         return True, f"holds: {promise}, {whom} ({changed}{new})"
@@ -110,7 +116,6 @@ def verdict_on(result, promise, plan):
     more = f"it takes some {needed} clips" if needed else "no number of clips would show it"
     if shift:
         return False, f"refused: {shift}; its promise was for others. Here {changed}, {more}"
-    proof = plan.certificate
     if proof and proof.promise == promise.to_dict() and rate <= promise.max_change:
         enough = promise.clips()
         if result["clips"] < enough:
@@ -137,7 +142,7 @@ def check_schedule(
 
     The same call goes on after an interruption. Raises ValueError for clips that are known, for too
     few of them where nothing was promised, and for a schedule of another depth."""
-    samples = samples_of(samples)
+    samples = [s for s in samples_of(samples) if s.family not in APART]
     chains, promised, known_clips = load_promised(schedule)
     promise = promise or promised or Promise()
     promise.check_clips(samples, known_clips, enough=promised is None)
@@ -163,7 +168,7 @@ def check_schedule(
             progress=progress,
         )
         result = tuning.calibrate(chains)
-        if result is None or processes()[0]:
+        if processes()[0]:
             return None
         result |= origin | dict(schema=SCHEMAS["check"].id, broken=broken)
         if "given" in chains:
