@@ -347,10 +347,7 @@ def beside_reference(
         write_shared(Path(folder), model, plan, prompts)
         layers = model.config.text_config.num_hidden_layers
         del model, inputs
-        with (
-            asked("ours", folder) as ours,
-            asked("reference", folder, path) as theirs,
-        ):
+        with asked("ours", folder) as ours, asked("reference", folder, path) as theirs:
             rows, kept = take_turns(dict(ours=ours, reference=theirs), prompts, rounds)
     their_version = next(Path(overlay).glob("transformers-*.dist-info")).name
     found = dict(
