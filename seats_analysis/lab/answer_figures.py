@@ -153,13 +153,13 @@ def printed_layer(b, at):
 
 def _idle(changes):
     "What the figure of the layers shows."
-    still = changes.groupby("layer")["share"].max()
-    never = ", ".join(str(layer + 1) for layer in still.index[still == 0])
-    said = [f"Without layer {never} no answer that was asked for changes"] if never else []
-    for kind, part in changes.groupby("kind"):
-        low, high = 100 * part["share"].min(), 100 * part["share"].max()
-        said.append(f"{low:.0f} to {high:.0f} % of {kind} answers change without one layer")
-    return "; ".join(said)
+    spans = [
+        f"{100 * part['share'].min():.0f} to {100 * part['share'].max():.0f} % of {kind}"
+        for kind, part in changes.groupby("kind")
+    ]
+    most = changes.groupby("layer")["share"].max()
+    never = ", ".join(str(layer + 1) for layer in most.index[most == 0])
+    return " and ".join(spans) + " answers change" + (f"; none without layer {never}" * bool(never))
 
 
 def answer_jobs(data):

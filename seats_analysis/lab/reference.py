@@ -14,12 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 # %% ../../nbs/lab/14_reference.ipynb #7a100005
-def varlen_attention(q, k, v, starts, _k, _most, _k_most, dropout_p=0.0):
+def varlen_attention(q, k, v, starts, *_, **__):  # the rest says the same, or nothing here
     "(N, heads, size) each and (segments + 1,) int; the same as (N, heads, size)."
     attend = torch.nn.functional.scaled_dot_product_attention
     parts = []
@@ -43,18 +44,20 @@ def memory(kind):  # VmRSS, what the process holds, or VmHWM, its peak; in MB
 
 
 class Side:
-    "A model that is timed; `load` gives a thinker, `logits` runs it, `kept` says what stays."
+    "A model that is timed, as `load` gives it: thinker, its encoders, one run, what it keeps."
 
-    def __init__(self, folder):
+    def __init__(self, folder, load):
         from safetensors.torch import load_file
 
         self.folder = Path(folder)
-        self.about = json.loads((self.folder / "about.json").read_text())
-        self.model = self.load(load_file(self.folder / "weights.safetensors")).eval()
+        about = json.loads((self.folder / "about.json").read_text())
+        weights = load_file(self.folder / "weights.safetensors")
+        self.model, towers, self.logits, self.stages = load(self.folder, about, weights)
         self.encoding = 0.0
         self.began = 0.0
+        self.model.eval()
         self.model.lm_head.register_forward_pre_hook(lambda m, args: (args[0][:, -1:],))
-        for tower in self.towers():
+        for tower in towers:
             tower.register_forward_pre_hook(self.enter)
             tower.register_forward_hook(self.leave)
 
@@ -71,13 +74,17 @@ class Side:
         self.inputs = load_file(self.folder / f"{name}.safetensors")
 
     @torch.no_grad()
+    def kept(self):  # -> stage -> positions
+        return self.stages(self.inputs)
+
+    @torch.no_grad()
     def run(self, pruned):  # -> dict: seconds, of them in encoders; MB; likeliest next token
         "One prefill."
         self.encoding = 0.0
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before = memory("VmRSS")
         start = time.perf_counter()
-        logits = self.logits(pruned)
+        logits = self.logits(self.inputs, pruned)
         seconds = time.perf_counter() - start
         return dict(
             seconds=seconds,
@@ -87,139 +94,129 @@ class Side:
         )
 
 
-class Ours(Side):
+def load_ours(folder, about, weights):
     "This package and the transformers that it runs with."
+    import transformers as t
 
-    def load(self, weights):
-        import transformers as t
+    from seats_analysis.models.families import adapter_for
+    from seats_analysis.pruning.session import prune
+    from seats_analysis.schedules.schedule import Schedule
 
-        from seats_analysis.schedules.schedule import Schedule
+    plan = Schedule.load(folder / "plan.json")
+    config = t.Qwen2_5OmniThinkerConfig.from_dict(about["config"])
+    made = t.Qwen2_5OmniThinkerForConditionalGeneration
+    model = made._from_config(config, attn_implementation="sdpa")
+    model.load_state_dict(weights)
 
-        self.plan = Schedule.load(self.folder / "plan.json")
-        config = t.Qwen2_5OmniThinkerConfig.from_dict(self.about["config"])
-        made = t.Qwen2_5OmniThinkerForConditionalGeneration
-        model = made._from_config(config, attn_implementation="sdpa")
-        model.load_state_dict(weights)
-        return model
+    def logits(inputs, pruned):
+        with prune(model, plan if pruned else None, kv="evict"):
+            return model(**inputs, use_cache=True).logits
 
-    def towers(self):
-        from seats_analysis.models.families import adapter_for
+    def stages(inputs):
+        with prune(model, plan, kv="evict") as report:
+            model(**inputs, use_cache=True)
+        return {name: rows[0].tolist() for name, rows in report.kept.items()}
 
-        adapter = adapter_for(self.model)
-        return adapter.visual(self.model), adapter.audio_tower(self.model)
-
-    def logits(self, pruned):
-        from seats_analysis.pruning.session import prune
-
-        with prune(self.model, self.plan if pruned else None, kv="evict") as self.report:
-            return self.model(**self.inputs, use_cache=True).logits
-
-    @torch.no_grad()
-    def kept(self):  # -> stage -> positions
-        self.logits(True)
-        return {name: rows[0].tolist() for name, rows in self.report.kept.items()}
+    adapter = adapter_for(model)
+    return model, (adapter.visual(model), adapter.audio_tower(model)), logits, stages
 
 # %% ../../nbs/lab/14_reference.ipynb #7a10000a
-class Reference(Side):
+def their_config(ours):
+    "Our configuration, as their release of transformers spells it."
+    from transformers.models.qwen2_5_omni import configuration_qwen2_5_omni as c
+
+    text = dict(ours["text_config"])
+    rope = text.pop("rope_parameters")
+    text["rope_theta"] = rope["rope_theta"]
+    section = rope["mrope_section"]
+    text["rope_scaling"] = dict(mrope_section=section, rope_type="default", type="default")
+    made = c.Qwen2_5OmniThinkerConfig(**ours | dict(text_config=text))
+    for m in ("image", "video", "audio"):
+        setattr(made, f"{m}_token_id", ours[f"{m}_token_index"])
+    return made
+
+
+def their_name(name):
+    "A weight's name in their release."
+    name = name.replace("model.language_model.", "model.", 1)
+    return re.sub(r"^model\.(?=visual\.|audio_tower\.)", "", name)
+
+
+def their_stages(code, run):  # `code`: the module that calls the functions -> stage -> positions
+    "From the masks that their functions give, in the order in which they are called."
+    noted = []
+
+    def noting(name, function):
+        def note(*args, **options):
+            made = function(*args, **options)
+            noted.append((name, options.get("layer_idx"), made[-1]))
+            return made
+
+        return note
+
+    inside = dict(top_down_token_selection="drop", remove_non_textual_tokens="late")
+    names = "video_windivprune", "audio_windivprune", *inside
+    functions = {name: getattr(code, name) for name in names}
+    try:
+        for name, function in functions.items():
+            setattr(code, name, noting(name, function))
+        run()
+    finally:
+        for name, function in functions.items():
+            setattr(code, name, function)
+    (_, _, visual), (_, _, audio), *later = noted
+    at = (visual & audio).nonzero()[:, 0]
+    found = {"stage1": at.tolist()}
+    for name, layer, mask in later:
+        at = at[mask]
+        found[f"{inside[name]}{layer + 1}"] = at.tolist()
+    return found
+
+
+def load_theirs(folder, about, weights):
     "The authors' code, in their transformers; both are found on the path of the process."
+    from importlib import import_module
+    from importlib.util import find_spec
+    from types import ModuleType, SimpleNamespace
 
-    def load(self, weights):
-        from importlib import import_module
-        from importlib.util import find_spec
-        from types import ModuleType, SimpleNamespace
+    if find_spec("loguru") is None:  # it only prints
+        sys.modules["loguru"] = ModuleType("loguru")
+        sys.modules["loguru"].logger = SimpleNamespace(info=print, warning=print)
+    code = import_module("models.qwen2_5_omni.modeling_qwen2_5_omni")
+    encoders = import_module("baselines.visionzip.modeling_qwen2_5_omni_visionzip")
+    for module in (code, encoders):
+        module.flash_attn_varlen_func = varlen_attention
+    code.apply_rotary_emb = rotate
+    made = code.Qwen2_5OmniThinkerForConditionalGeneration
+    model = made._from_config(their_config(about["config"]), attn_implementation="sdpa")
+    model.load_state_dict({their_name(name): x for name, x in weights.items()})
+    for block in model.visual.blocks:
+        block.attn.__class__ = code.Qwen2_5OmniVisionFlashAttention2
+    for layer in model.audio_tower.layers:
+        layer.self_attn.__class__ = code.Qwen2_5OmniAudioFlashAttention2
+    whole = code.Qwen2_5OmniForConditionalGeneration
+    whole = whole.__new__(whole)  # of all its parts only the thinker is used
+    torch.nn.Module.__init__(whole)
+    whole.thinker = model
+    import_module("seats").seats(whole, **about["numbers"])
+    settings = model.seats_config
 
-        if find_spec("loguru") is None:  # it only prints
-            sys.modules["loguru"] = ModuleType("loguru")
-            sys.modules["loguru"].logger = SimpleNamespace(info=print, warning=print)
-        code = import_module("models.qwen2_5_omni.modeling_qwen2_5_omni")
-        encoders = import_module("baselines.visionzip.modeling_qwen2_5_omni_visionzip")
-        self.stages = import_module("seats.modeling_qwen2_5_omni_seats")
-        for module in (code, encoders):
-            module.flash_attn_varlen_func = varlen_attention
-        code.apply_rotary_emb = rotate
-        made = code.Qwen2_5OmniThinkerForConditionalGeneration
-        model = made._from_config(self.config(), attn_implementation="sdpa")
-        model.load_state_dict({self.named(name): x for name, x in weights.items()})
-        for block in model.visual.blocks:
-            block.attn.__class__ = code.Qwen2_5OmniVisionFlashAttention2
-        for layer in model.audio_tower.layers:
-            layer.self_attn.__class__ = code.Qwen2_5OmniAudioFlashAttention2
-        whole = code.Qwen2_5OmniForConditionalGeneration
-        whole = whole.__new__(whole)  # of all its parts only the thinker is used
-        torch.nn.Module.__init__(whole)
-        whole.thinker = model
-        import_module("seats").seats(whole, **self.about["numbers"])
-        self.settings = model.seats_config
-        return model
-
-    def config(self):
-        "Ours, as their release of transformers spells it."
-        from transformers.models.qwen2_5_omni import configuration_qwen2_5_omni as c
-
-        ours = self.about["config"]
-        text = dict(ours["text_config"])
-        rope = text.pop("rope_parameters")
-        text["rope_theta"] = rope["rope_theta"]
-        text["rope_scaling"] = dict(
-            mrope_section=rope["mrope_section"], rope_type="default", type="default"
-        )
-        made = c.Qwen2_5OmniThinkerConfig(**ours | dict(text_config=text))
-        for m in ("image", "video", "audio"):
-            setattr(made, f"{m}_token_id", ours[f"{m}_token_index"])
-        return made
-
-    @staticmethod
-    def named(name):
-        "A weight's name in their release."
-        name = name.replace("model.language_model.", "model.", 1)
-        return re.sub(r"^model\.(?=visual\.|audio_tower\.)", "", name)
-
-    def towers(self):
-        return self.model.visual, self.model.audio_tower
-
-    def logits(self, pruned):
+    def logits(inputs, pruned):
         from transformers.cache_utils import DynamicCache
 
-        model = self.model
-        model.seats_config = self.settings if pruned else None
-        model.visual.grid_in_window = self.settings.grid_in_window if pruned else 0
-        model.audio_tower.sec_in_audio_window = self.settings.sec_in_audio_window if pruned else 0
-        return model(**self.inputs, use_cache=True, past_key_values=DynamicCache()).logits
+        model.seats_config = settings if pruned else None
+        model.visual.grid_in_window = settings.grid_in_window if pruned else 0
+        model.audio_tower.sec_in_audio_window = settings.sec_in_audio_window if pruned else 0
+        return model(**inputs, use_cache=True, past_key_values=DynamicCache()).logits
 
-    @torch.no_grad()
-    def kept(self):  # -> stage -> positions
-        "From the masks that their functions give, in the order in which they are called."
-        noted = []
+    def stages(inputs):
+        stages_code = import_module("seats.modeling_qwen2_5_omni_seats")
+        return their_stages(stages_code, lambda: logits(inputs, True))
 
-        def note(name):
-            function = getattr(self.stages, name)
-
-            def noting(*args, **options):
-                made = function(*args, **options)
-                noted.append((name, options.get("layer_idx"), made[-1]))
-                return made
-
-            setattr(self.stages, name, noting)
-            return name, function
-
-        names = "video_windivprune", "audio_windivprune"
-        inside = dict(top_down_token_selection="drop", remove_non_textual_tokens="late")
-        functions = dict(map(note, (*names, *inside)))
-        try:
-            self.logits(True)
-        finally:
-            for name, function in functions.items():
-                setattr(self.stages, name, function)
-        (_, _, visual), (_, _, audio), *later = noted
-        at = (visual & audio).nonzero()[:, 0]
-        found = {"stage1": at.tolist()}
-        for name, layer, mask in later:
-            at = at[mask]
-            found[f"{inside[name]}{layer + 1}"] = at.tolist()
-        return found
+    return model, (model.visual, model.audio_tower), logits, stages
 
 # %% ../../nbs/lab/14_reference.ipynb #7a10000c
-SIDES = dict(ours=Ours, reference=Reference)
+SIDES = dict(ours=load_ours, reference=load_theirs)
 
 
 def serve(kind, folder):
@@ -227,48 +224,46 @@ def serve(kind, folder):
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    side = SIDES[kind](folder)
+    side = Side(folder, SIDES[kind])
     for line in sys.stdin:
         name, *args = json.loads(line)
         print(json.dumps(getattr(side, name)(*args)), file=answers, flush=True)
 
 
-class Asked:
-    "A side in a process of its own."
+@contextmanager
+def asked(kind, folder, path=()):  # path: where it looks for code first
+    """A side in a process of its own: a function that gives what its method gives, and raises
+    RuntimeError with the end of what it said."""
+    said = f"from seats_analysis.lab.reference import serve; serve({kind!r}, {str(folder)!r})"
+    own = dict(
+        OMP_NUM_THREADS=str(torch.get_num_threads()), PYTHONPATH=os.pathsep.join(map(str, path))
+    )
+    errors = tempfile.TemporaryFile("w+")
+    process = subprocess.Popen(
+        [sys.executable, "-c", said],
+        cwd=folder,
+        env=os.environ | own,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+    )
 
-    def __init__(self, kind, folder, threads=1, path=()):  # path: where it looks for code first
-        said = f"from seats_analysis.lab.reference import serve; serve({kind!r}, {str(folder)!r})"
-        self.kind = kind
-        self.errors = tempfile.TemporaryFile("w+")
-        own = dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=os.pathsep.join(map(str, path)))
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", said],
-            cwd=folder,
-            env=os.environ | own,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-        )
-
-    def __call__(self, name, *args):
-        "What a side's method gives. Raises RuntimeError with the end of what it said."
-        try:
-            print(json.dumps([name, *args]), file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # it says below why it ended
-        if answer := self.process.stdout.readline():
+    def ask(name, *args):
+        with suppress(BrokenPipeError):  # it says below why it ended
+            print(json.dumps([name, *args]), file=process.stdin, flush=True)
+        if answer := process.stdout.readline():
             return json.loads(answer)
-        self.errors.seek(0)
-        raise RuntimeError(f"{self.kind} ended: {self.errors.read()[-2000:]}")
+        errors.seek(0)
+        raise RuntimeError(f"{kind} ended: {errors.read()[-2000:]}")
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.communicate()
-        self.errors.close()
+    try:
+        yield ask
+    finally:
+        process.kill()
+        with suppress(BrokenPipeError):
+            process.communicate()
+        errors.close()
 
 # %% ../../nbs/lab/14_reference.ipynb #7a10000e
 def write_shared(folder, model, plan, prompts):  # prompts: name -> inputs of the model
@@ -289,7 +284,7 @@ def write_shared(folder, model, plan, prompts):  # prompts: name -> inputs of th
         save_file(whole, folder / f"{name}.safetensors")
 
 
-def take_turns(sides, prompts, rounds, seed=0):  # sides: name -> `Asked` -> rows, and what is kept
+def take_turns(sides, prompts, rounds, seed=0):  # sides: name -> `asked` -> rows, and what is kept
     "Every side's full and pruned prefill in each round, in another order each time; one warms up."
     rows = []
     kept = {}
@@ -327,11 +322,8 @@ def beside_reference(
     max_tokens=8192,  # prompts of about 1k, 2k, 4k, ... tokens up to here
     rounds=5,
     width=512,  # of the 7B's shape
-    threads=1,
-    trr=10,  # percent, published
-    seed=0,
 ):  # dict, as written
-    "Both on the same random model. Raises ValueError for folders without that code."
+    "Both on the same random model and as many threads as here. ValueError for other folders."
     from seats_analysis.lab.bench import BenchSetup
     from seats_analysis.lab.workloads import Request, bench_inputs, bench_processor, build_model
     from seats_analysis.schedules.schedule import Schedule
@@ -342,7 +334,8 @@ def beside_reference(
         if not (Path(place) / within).is_file():
             raise ValueError(f"{place}: has no {within}")
     config = "qwen2.5-omni-7b"
-    model = build_model(config, width, seed=seed)
+    trr = 10  # percent, published
+    model = build_model(config, width, seed=0)
     plan = Schedule.published(config, trr=trr)
     processor = bench_processor(config)
     path = [Path(overlay).resolve(), Path(reference).resolve()]
@@ -354,20 +347,17 @@ def beside_reference(
         write_shared(Path(folder), model, plan, prompts)
         layers = model.config.text_config.num_hidden_layers
         del model, inputs
-        with (
-            Asked("ours", folder, threads) as ours,
-            Asked("reference", folder, threads, path) as theirs,
-        ):
-            rows, kept = take_turns(dict(ours=ours, reference=theirs), prompts, rounds, seed)
+        with asked("ours", folder) as ours, asked("reference", folder, path) as theirs:
+            rows, kept = take_turns(dict(ours=ours, reference=theirs), prompts, rounds)
     their_version = next(Path(overlay).glob("transformers-*.dist-info")).name
     found = dict(
         schema="seats_analysis/reference/1",
         model=f"{config} at width {width}, {layers} layers, random weights",
         revision="none",
-        seed=seed,
+        seed=0,
         trr=trr,
         device=BenchSetup().device_name,
-        threads=threads,
+        threads=torch.get_num_threads(),
         versions=json.dumps(versions("torch", "transformers")),
         reference_transformers=their_version.removesuffix(".dist-info").split("-")[1],
         rows=rows,
