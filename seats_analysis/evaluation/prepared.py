@@ -297,8 +297,7 @@ class DataShape:
         return {m: (rows[m], attn.num_heads, attn.head_dim) for m, attn in last.items()}
 
     def selection(self, method):
-        """FLOPs of choosing tokens, over the causal FLOPs of the full model. Of downsampling, which
-        chooses before the encoders: what it saves there, below 0."""
+        "FLOPs of choosing tokens over the full model's causal ones; below 0 what encoders save."
         if (method := as_pruner(method, self.model)) is None:
             return 0.0
         if isinstance(method, Downsample):
@@ -410,8 +409,7 @@ class Answering:
         "Downsampling has done its work when clips are encoded anew."
         if not isinstance(plan, Downsample):
             return batch, plan
-        samples = [self._decoded(q.sample) for q in batch.questions]
-        shown = plan.shown(self.processor, samples)
+        shown = plan.shown(self.processor, [self._decoded(q.sample) for q in batch.questions])
         return PreparedBatch.of(self.model, self.processor, shown, **self.limits), None
 
     def answer_unit(
@@ -433,9 +431,8 @@ class Answering:
             with seen.prune(plan, r.kv) as (run, given):
                 run.samples = first
                 before = [row[0] for row in out if row]
-                chosen = chosen_answers(
-                    self.model, self.processor, given, self.answers, before, self.max_new_tokens
-                )
+                asked = self.answers, before, self.max_new_tokens
+                chosen = chosen_answers(self.model, self.processor, given, *asked)
             if self.written and r is not self.runs[0]:  # apart, or it would be on the clock
                 texts = [row[0]["text"] for row in out]
                 if any(a["pick"] for a in chosen):
