@@ -78,9 +78,9 @@ MUTATIONS = (
         "return self.total",
     ),
     (
-        "probing.branches",  # the bypassed layer is run after all
-        "full.bypass(layer).through(layer + 1, layers[-1])",
-        "full.bypass(layer).through(layer, layers[-1])",
+        "probing.branches",  # a layer is bypassed before it has run for the others
+        "if bypass and layer in layers:",
+        "if bypass and layer + 1 in layers:",
     ),
     (
         "probing.branches",  # a bypassed layer takes its DeepStack term with it

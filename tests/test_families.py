@@ -370,10 +370,8 @@ def test_speech(family, processor, samples):
 
 @pytest.mark.parametrize("layer", [0, 1, 4])
 def test_probe_cuts_deepstack(model, singles, layer):
-    from seats_analysis.probing.branches import removal_scores
-
     for one in singles[:2]:
-        scores = removal_scores(model, one, ("visual", "both"), [layer, L])
+        scores = naive.removal_scores(model, one, ("visual", "both"), [layer, L])
         for name, kinds in dict(visual=(VISUAL,), both=(VISUAL, AUDIO)).items():
             answer = naive.removed(model, one, layer, kinds)[-1:]
             close(scores[name, layer].answer, answer.log_softmax(-1))

@@ -8,6 +8,7 @@ from copy import copy
 from dataclasses import replace
 from functools import partial
 
+import naive
 import numpy as np
 import pytest
 import tiny
@@ -30,7 +31,7 @@ from seats_analysis.probing.selectors import (
     random_fraction,
     time_window,
 )
-from seats_analysis.probing.branches import Tail, Traversal, branch_scores, removal_scores
+from seats_analysis.probing.branches import Tail, Traversal, branch_scores
 from seats_analysis.statistics.intervals import crossings, monotone_fit
 from seats_analysis.testbed.load import load_testbed, testbed_samples as shipped_samples
 from seats_analysis.probing.run import family_curves, next_layers, probe_dependency, within_memory
@@ -70,14 +71,15 @@ def scores_of(model, processor, samples, removed=NAMES, layers=None, most=4096):
                 values = s.answer[i], s.total[i, : len(sample.choices)]
                 into[sample.id, name, layer] = values
 
-    for unit in run.units_of(samples, "branch", 8):
+    for unit in run.units_of(samples):
         part = [samples[i] for i in unit]
         for q in encode_questions(model, processor, part):
             asked = branch_scores(model, q, removed, layers, most, bypass=True)
             note(found[0], q.samples, asked)
         for sample in part:
             one = encode(model, processor, [sample])
-            note(found[1], [sample], removal_scores(model, one, removed, layers, bypass=True))
+            plain = naive.removal_scores(model, one, removed, layers, bypass=True)
+            note(found[1], [sample], plain)
     return found
 
 
@@ -175,7 +177,9 @@ def test_token_0_is_a_token(model, processor, samples, first, second):
     some = [replace(samples[1], id=name) for name in "ab"]
     ids = (first, second), (first,)
     prompts = replace(encode(model, processor, some), choice_ids=ids)
-    found = removal_scores(model, prompts, NAMES, [LAYERS])[None, LAYERS]
+    (questions,) = encode_questions(model, processor, some)
+    questions = replace(questions, choice_ids=ids)
+    found = branch_scores(model, questions, NAMES, [LAYERS])[None, LAYERS]
     expected = score_choices(model, prompts)
     for ours, theirs in (
         (found.total, expected.total),
@@ -267,8 +271,8 @@ def test_selectors_see_the_prompt_and_its_states(model, processor, samples):
     )
     watch = lambda view: views.append(view) or view.media
     marked = branches.marks_of(stream, encoded, {"watch": watch})["watch"]
-    assert torch.equal(marked, layout.visual | layout.audio)
-    (view,), end = views, int(marked[0].nonzero().max()) + 1
+    assert torch.equal(marked, (layout.visual | layout.audio)[0])
+    (view,), end = views, int(marked.nonzero().max()) + 1
     for ours, theirs in ((view.kind, layout.modality), (view.window, layout.window)):
         assert torch.equal(ours, theirs[0, :end])
     stock = stream.decoder.thinker(**encoded.inputs, output_hidden_states=True).hidden_states
@@ -316,14 +320,13 @@ def test_prompts_that_do_not_begin_alike_stand_alone(model, processor, samples):
 # what needs no answers, or long ones
 
 
-@pytest.mark.parametrize("method", run.PROBE_METHODS)
-def test_unlabelled_and_reference_answers(model, processor, samples, scanned, method):
+def test_unlabelled_and_reference_answers(model, processor, samples, scanned):
     "Without choices only the divergence is there; with one, its likelihood too."
     bare = [
         replace(samples[0], id="none", choices=(), answer=-1),
         replace(samples[0], id="one", choices=(WORDS[3],), answer=0),
     ]
-    found = probe_dependency(model, processor, bare, method=method, progress=False)
+    found = probe_dependency(model, processor, bare, progress=False)
     for kl in found.kl:
         np.testing.assert_allclose(kl, scanned.kl[0], atol=1e-5)
     np.testing.assert_allclose(found.nll[1], scanned.nll[0], atol=3e-5)
@@ -416,7 +419,7 @@ def test_cost_has_a_closed_form(model, processor, samples):
     )
     branch = flops(lambda: branch_scores(model, q, NAMES, layers))
     assert form == pytest.approx(branch - encoders, rel=0.005)
-    plain = flops(lambda: removal_scores(model, single, NAMES, layers))
+    plain = flops(lambda: naive.removal_scores(model, single, NAMES, layers))
     assert plain_form(model, one) == pytest.approx(plain - encoders, rel=0.005)
 
 
@@ -510,17 +513,3 @@ def test_auto_gives_the_boundaries_of_the_full_scan(conditions):
         ours, theirs = (find_boundaries(p, removed) for p in (some, full))
         blocks = [(b.shallow_end, b.late_start) for b in (ours, theirs)]
         assert blocks[0] == blocks[1], removed
-
-
-@pytest.mark.nightly
-def test_one_pass_takes_less_time_on_the_testbed():
-    "At most 0.40 of the plain method's time, in seconds of CPU, which neighbours disturb less."
-    (thinker, processor), took = load_testbed(), dict.fromkeys(run.PROBE_METHODS)
-    asked = shipped_samples(split="derive", limit=8)
-    for method in took:
-        ask = partial(probe_dependency, thinker, processor, method=method, progress=False)
-        ask(asked[:2], layers=[0])  # warm up
-        start = time.process_time()
-        ask(asked)
-        took[method] = time.process_time() - start
-    assert took["branch"] <= 0.40 * took["plain"], took

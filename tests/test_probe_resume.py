@@ -164,9 +164,8 @@ def test_only_what_was_in_flight_is_run_again(to_file, samples, tmp_path, ran):
     assert ran == [[s.id for s in samples[i : i + 2]] for i in (6, 8, 10)]
 
 
-@pytest.mark.parametrize("method", ["branch", "plain"])
-def test_resumed_equals_whole_for_both_methods(ask, samples, tmp_path, method):
-    one = partial(ask, samples[:6], method=method, layers=[0, 2], batch_size=3)
+def test_resumed_equals_whole(ask, samples, tmp_path):
+    one = partial(ask, samples[:6], layers=[0, 2])
     expected, checkpoint = one(), tmp_path / "j"
     one(checkpoint=checkpoint)
     for name in ("000001.json", "000004.json"):
@@ -252,10 +251,6 @@ def other_first(**change):
         (dict(layers=[0, 1]), r"other layers .\[1, 3\] there, \[0, 1, 3\] now"),
         (dict(removed="audio"), "other removed"),
         (dict(seed=3), "other seed .0 there, 3 now"),
-        (
-            dict(method="plain"),
-            'other batch_size .*other max_branch_tokens .*other method ."branch" there',
-        ),
         (dict(fps=1.0), "other fps"),
         (dict(max_branch_tokens=77), "other max_branch_tokens .4096 there, 77 now"),
         (dict(layers="auto"), r'other layers .\[1, 3\] there, "auto" now'),

@@ -144,7 +144,7 @@ class Knockouts:
         positions = encoded.position_ids[..., at.clamp(max=alike)] + (at - alike).clamp(min=0)
         self.stream = Stream.enter(model, encoded, questions.shared, tail.ids[None], positions)
         found = marks_of(self.stream, encoded, {s: s for s in selectors})
-        marks = {s: mark[0].to(device) for s, mark in found.items()}
+        marks = {s: mark.to(device) for s, mark in found.items()}
         self.sides = Sides.of(questions, tail, marks, processor.tokenizer)
         self.everyone = torch.arange(self.stream.hidden.shape[1], device=device)
 
@@ -418,7 +418,7 @@ def trace_flow(
         return rows
 
     run = Checkpoint(checkpoint, about | dict(layers=layers), shard)
-    units = units_of(samples, "branch", 1)
+    units = units_of(samples)
     rows = run.run(units, work, unit="sample", desc="flow", disable=not progress)
     return rows and _dataset(rows, samples, axes, about)
 

@@ -23,14 +23,13 @@ from ..models.encode import encode, encode_questions, mean_tokens
 from ..models.provenance import provenance
 from ..statistics.intervals import crossings, monotone_fit
 from .selectors import check_removed, describe
-from .branches import answer_scores, branch_scores, removal_scores
+from .branches import answer_scores, branch_scores
 
 if TYPE_CHECKING:
     import torch
     import xarray as xr
 
 # %% ../../nbs/probing/03_run.ipynb #1a38cfcf
-PROBE_METHODS = ("branch", "plain")
 # tokens of a batch of streams: small enough for the caches of a CPU; elsewhere large enough to be
 # efficient, where the MLP of a 7B then takes some 10 GB
 CPU_TOKENS = 4_096
@@ -39,17 +38,13 @@ MAX_QUESTIONS = 32  # of one clip in one traversal
 BYPASS_CLIPS = 12  # over which each layer is bypassed as well, spread over all
 
 
-def units_of(samples, method, batch_size):
-    "Lists of indices that run at once."
-    size = MAX_QUESTIONS if method == "branch" else batch_size
-    groups = {}
+def units_of(samples):
+    "Lists of indices that run at once: questions on one clip."
+    clips = {}
     for i, s in enumerate(samples):
-        # plain: splits apart; lettered prompts too, as they are longer
-        alike = (s.video, s.audio) if method == "branch" else (s.split, s.lettered)
-        groups.setdefault(alike, []).append(i)
-    if method == "plain":
-        groups = dict(sorted(groups.items(), key=lambda kind: kind[0][1]))
-    return [g[i : i + size] for g in groups.values() for i in range(0, len(g), size)]
+        clips.setdefault((s.video, s.audio), []).append(i)
+    starts = [(clip, i) for clip in clips.values() for i in range(0, len(clip), MAX_QUESTIONS)]
+    return [clip[i : i + MAX_QUESTIONS] for clip, i in starts]
 
 
 def within_memory(
@@ -157,7 +152,7 @@ class ProbeRun:
     samples: Sequence
     removed: dict  # name -> selector
     units: list  # of lists of sample indices
-    max_tokens: int | None  # that run as one batch; None: the plain method
+    max_tokens: int  # that run as one batch
     about: dict  # identity of the run
     checkpoint: Path | None
     shard: tuple  # (number of this process, how many there are)
@@ -195,10 +190,6 @@ class ProbeRun:
         media = dict(fps=self.about["fps"], max_frames=self.about["max_frames"] or None)
         if self.about.get("answers") == "text":
             return self.text_rows(samples, layers, media)
-        if self.max_tokens is None:
-            encoded = encode(self.model, self.processor, samples, **media)
-            scores = removal_scores(self.model, encoded, self.removed, layers, bypass)
-            return self.table(samples, scores, layers)
         rows = []
         for q in encode_questions(self.model, self.processor, samples, **media):
             run = partial(branch_scores, self.model, q, self.removed, layers, bypass=bypass)
@@ -342,17 +333,10 @@ class ProbeRun:
         return None if self.shard[0] else profile.assign_attrs(scan="auto")
 
 # %% ../../nbs/probing/03_run.ipynb #6e834337
-def _check_call(model, samples, layers, method, answers):
+def _check_call(model, samples, layers, answers):
     "Refuse a call before anything is run."
-    for name, value, known in (
-        ("method", method, PROBE_METHODS),
-        ("answers", answers, ("choices", "text")),
-    ):
-        if value not in known:
-            said = " and ".join(map(repr, known))
-            raise ValueError(f"{name}: {value!r} is not known; {said} are")
-    if answers == "text" and method == "plain":
-        raise ValueError("method: whole answers are probed by 'branch' only")
+    if answers not in ("choices", "text"):
+        raise ValueError(f"answers: {answers!r} is not known; 'choices' and 'text' are")
     if isinstance(layers, str) and layers != "auto":
         raise ValueError(f"layers: {layers!r} is not known; give numbers, 'auto' or None")
     if layers == "auto" and answers == "choices" and all(len(s.choices) < 2 for s in samples):
@@ -382,14 +366,12 @@ def probe_dependency(
     # selector; None: what the model takes
     layers: Sequence[int] | str | None = None,  # 0-based, to remove before: all by default, or
     # 'auto'; the full run is added
-    method: str = "branch",  # or 'plain', the slow reference
     answers: str = "choices",  # or 'text': a whole answer, the only choice if there is one, else
     # what the full model writes
     max_new_tokens: int = 64,  # of an answer that it writes
     needs: Mapping | None = None,  # family -> modalities its questions need, kept for readers
-    batch_size: int = 8,  # plain: samples per forward
-    max_branch_tokens: int | None = None,  # branch: that run as one batch; None: 4,096 on a CPU,
-    # 65,536 elsewhere
+    max_branch_tokens: int | None = None,  # that run as one batch; None: 4,096 on a CPU, 65,536
+    # elsewhere
     seed: int = 0,  # recorded; full removal draws nothing at random
     fps: float = 2.0,  # frames a second at which files are decoded
     max_frames: int | None = None,  # of a file
@@ -405,20 +387,15 @@ def probe_dependency(
         removed = (*takes, "both") if len(takes) > 1 else takes
     removed = check_removed(removed)
     num_layers = adapter_for(model).num_layers(model)
-    _check_call(model, samples, layers, method, answers)
+    _check_call(model, samples, layers, answers)
     layers = layers if layers == "auto" else _check_layers(layers, num_layers)
 
-    settings = dict(method=method, answers=answers)
+    if max_branch_tokens is None:
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        max_branch_tokens = CPU_TOKENS if on_cpu else MAX_TOKENS
+    settings = dict(answers=answers, max_branch_tokens=max_branch_tokens)
     if answers == "text":
         settings["max_new_tokens"] = max_new_tokens
-    if method == "plain":
-        settings["batch_size"] = batch_size
-        max_branch_tokens = None
-    else:
-        if max_branch_tokens is None:
-            on_cpu = next(model.parameters()).device.type == "cpu"
-            max_branch_tokens = CPU_TOKENS if on_cpu else MAX_TOKENS
-        settings["max_branch_tokens"] = max_branch_tokens
     settings |= dict(fps=fps, max_frames=max_frames or 0, seed=seed, needs=json.dumps(needs or {}))
     if own := describe(removed, checkpoint is not None):
         settings["selectors"] = json.dumps(own)
@@ -429,7 +406,7 @@ def probe_dependency(
         processor=processor,
         samples=samples,
         removed=removed,
-        units=units_of(samples, method, batch_size),
+        units=units_of(samples),
         max_tokens=max_branch_tokens,
         about=about,
         checkpoint=checkpoint and Path(checkpoint),

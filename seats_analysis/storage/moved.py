@@ -51,7 +51,6 @@ open_profile load_profile
 processes storage.files.processes
 questions_needed lab.simulate.questions_needed
 read_reported lab.method_figures.read_reported
-removal_scores probing.branches.removal_scores
 retained boundaries.retention.retained
 retention_figure plot_retention
 segment_boundaries find_boundaries
