@@ -93,11 +93,6 @@ MUTATIONS = (
         "correct=margin >= 0,",
     ),
     (
-        "probing.run",  # the automatic scan looks at the test split
-        "use = use & derive if (use & derive).any() else use",
-        "use = use if (use & derive).any() else use",
-    ),
-    (
         "probing.selectors",  # every clip loses the same draw of tokens
         'digest(f"{self.seed} {view.clip}".encode())',
         'digest(f"{self.seed}".encode())',

@@ -622,8 +622,6 @@ def test_questions_without_answers_are_probed(questions, rows, tmp_path, stubbed
     np.testing.assert_allclose(found["bare"].kl, found["told"].kl, atol=1e-4)
     assert not found["bare"].n_choices.values.any() and not np.isfinite(found["bare"].nll).any()
     assert "no chosen question has choices" in refused("boundaries {t}/bare.nc", t=tmp_path)
-    line = "probe --max-frames 8 --data {d} --layers auto --out {t}/a.nc"
-    assert "'auto' follows the share of right answers" in refused(line, d=data, t=tmp_path)
 
 
 RUN = "run {c} --question what --model testbed --max-tokens 2 "

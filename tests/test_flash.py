@@ -117,8 +117,5 @@ def test_scores_of_choices(models, batches):
 def test_the_probe_wants_masks_and_says_so(models):
     with pytest.raises(ValueError, match='"sdpa" or "eager"'):
         probe_dependency(
-            models[1],
-            tiny.processor(adapter_for(models[1]).family),
-            SAMPLES[:1],
-            progress=False,
+            models[1], tiny.processor(adapter_for(models[1]).family), SAMPLES[:1], progress=False
         )

@@ -1,8 +1,6 @@
 """The branch method gives what the plain one gives for less: every layer, condition, family, kind
 of question and limit of tokens."""
 
-import json
-import time
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import replace
@@ -13,10 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-import xarray as xr
 
-from seats_analysis.boundaries.find import find_boundaries
-from seats_analysis.storage.schemas import load_profile
 from seats_analysis.probing import branches, run
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode, encode_questions
@@ -32,9 +27,8 @@ from seats_analysis.probing.selectors import (
     time_window,
 )
 from seats_analysis.probing.branches import Tail, Traversal, branch_scores
-from seats_analysis.statistics.intervals import crossings, monotone_fit
 from seats_analysis.testbed.load import load_testbed, testbed_samples as shipped_samples
-from seats_analysis.probing.run import family_curves, next_layers, probe_dependency, within_memory
+from seats_analysis.probing.run import family_curves, probe_dependency, within_memory
 
 VISUAL, AUDIO, TEXT, *_ = Modality
 LAYERS, NAMES, WORDS = 4, ("visual", "audio", "both"), tiny.WORDS
@@ -433,83 +427,3 @@ def test_cost_against_plain():
     both, first = (flops(lambda: branch_scores(model, x, NAMES, layers)) for x in (q, one))
     plain = plain_form(model, one) + flops(lambda: walk_of(model, one))
     assert both <= 0.35 * 2 * plain and 0.55 * both < first <= 0.35 * plain
-
-
-# coarse to fine
-
-
-def planted(rises, layers):
-    at = np.array(layers)
-    # 0 up to a, 1 from b on
-    correct = np.stack([np.clip((at - a + 1) / (b - a + 1), 0, 1) for a, b in rises])
-    answers = np.arange(200)[:, None, None] / 200 < 0.25 + 0.75 * correct
-    coords = dict(removed=list(NAMES[: len(rises)]), layer=at)
-    coords |= {name: ("sample", [value] * 200) for name, value in (("family", "a"), ("split", ""))}
-    return xr.Dataset({"correct": (("sample", "removed", "layer"), answers)}, coords)
-
-
-def scan(profile_of, num_layers, needs=None):
-    "The layers that `auto` would scan of a profile."
-    layers = sorted({*range(0, num_layers, round(num_layers**0.5)), num_layers})
-    while more := next_layers(profile_of(layers), needs):
-        layers = sorted({*layers, *more})
-    return layers
-
-
-@pytest.mark.parametrize(
-    "num_layers, rises",
-    [
-        (16, [(3, 9)]),
-        (28, [(16, 23)]),
-        (28, [(2, 4), (20, 27)]),
-        (48, [(27, 39), (0, 1)]),
-        (36, [(35, 36)]),
-    ],
-)
-def test_auto_finds_planted_crossings(num_layers, rises):
-    "The scanned layers have every crossing of the full curve, and are fewer than all."
-    layers = scan(partial(planted, rises), num_layers)
-    full = planted(rises, range(num_layers + 1))
-    found = lambda part, name: crossings(
-        monotone_fit(part.correct.sel(removed=name).values.mean(0)), part.layer.values, 0.01, 0.1
-    )
-    for name in full.removed.values:
-        assert found(planted(rises, layers), name) == found(full, name)
-    assert len(layers) < num_layers + 1
-
-
-def test_auto_looks_at_the_derive_split_where_there_is_one():
-    "Curves of the test split say nothing about the layers that are scanned."
-    layers = [0, 7, 14, 21, 28]
-    derive, test = (
-        planted([rise], layers).assign_coords(split=("sample", [name] * 200))
-        for name, rise in dict(derive=(3, 6), test=(22, 26)).items()
-    )
-    both = xr.concat([derive, test], "sample")
-    assert next_layers(both) == next_layers(derive) != next_layers(test)
-    whole = both.assign_coords(split=("sample", [""] * 400))
-    assert next_layers(whole) != next_layers(both)
-
-
-def test_auto_is_part_of_the_full_scan(model, processor, samples, scanned, tmp_path):
-    "Whatever it scans has the numbers of the full scan; a checkpoint holds its passes apart."
-    options = dict(layers="auto", checkpoint=tmp_path / "j", progress=False)
-    auto = probe_dependency(model, processor, samples, **options)
-    for name in ("nll", "margin", "kl"):
-        np.testing.assert_allclose(auto[name], scanned[name].sel(layer=auto.layer), atol=3e-5)
-    layers = auto.layer.values.tolist()
-    assert auto.attrs["scan"] == "auto" and layers[-1] == LAYERS and layers == sorted(layers)
-    assert (tmp_path / "j" / "scan0" / "run.json").is_file()
-    assert auto.identical(probe_dependency(model, processor, samples, **options))
-
-
-@pytest.mark.parametrize("conditions", [NAMES, *[(name,) for name in NAMES]], ids="+".join)
-def test_auto_gives_the_boundaries_of_the_full_scan(conditions):
-    "On the stored profile, the layers that `auto` would have scanned give the same boundaries."
-    full = load_profile("testbed").sel(removed=list(conditions))
-    needs = json.loads(full.attrs["needs"])
-    some = full.sel(layer=scan(lambda layers: full.sel(layer=layers), int(full.layer[-1]), needs))
-    for removed in conditions:
-        ours, theirs = (find_boundaries(p, removed) for p in (some, full))
-        blocks = [(b.shallow_end, b.late_start) for b in (ours, theirs)]
-        assert blocks[0] == blocks[1], removed

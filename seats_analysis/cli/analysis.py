@@ -37,16 +37,16 @@ MAX_LAYERS = 1000  # of a model whose configuration does not say
 
 
 def _layer_list(text, num_layers=None):
-    "`0,4,8` or `0:12:2` as a list of 0-based layers; '' is all, `auto` stays itself."
-    if not text or text == "auto":
-        return text or None
+    "`0,4,8` or `0:12:2` as a list of 0-based layers; '' is all."
+    if not text:
+        return None
     try:
         numbers = map(int, text.split(":" if ":" in text else ","))
         layers = range(*numbers) if ":" in text else list(numbers)
     except (ValueError, TypeError):
         layers = []
     if not layers:
-        raise ValueError(f"--layers {text!r}: give layers as 0,4,8, as start:stop:step, or auto")
+        raise ValueError(f"--layers {text!r}: give layers as 0,4,8 or as start:stop:step")
     last = num_layers or MAX_LAYERS
     ends = (layers[0], layers[-1]) if ":" in text else layers  # a range is not written out here
     if bad := [i for i in ends if not 0 <= i <= last]:
@@ -82,8 +82,7 @@ def probe(
     removed: str = Option("", help="Conditions, separated by commas (all that the model takes)."),
     layers: str = Option(
         "",
-        help="0-based layers to remove before, as 0,4,8 or start:stop:step, or `auto`: coarse "
-        "to fine around the boundaries; default: all.",
+        help="0-based layers to remove before, as 0,4,8 or start:stop:step; default: all.",
     ),
     max_branch_tokens: int | None = Option(
         None,

@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from ..storage.files import Checkpoint, processes
 from ..storage.schemas import save_profile
-from ..inputs.layout import Modality
 from ..inputs.questions import samples_of
 from ..inputs.samples import Sample, check_ids
 from ..models.families import adapter_for
 from ..models.encode import encode, encode_questions, mean_tokens
 from ..models.provenance import provenance
-from ..statistics.intervals import crossings, monotone_fit
 from .selectors import check_removed, describe
 from .branches import answer_scores, branch_scores
 
@@ -69,32 +67,6 @@ def within_memory(
             )
         tokens = max(tokens // 2, 1)
         clear_device_cache()
-
-# %% ../../nbs/probing/03_run.ipynb #df13ee87
-def next_layers(
-    profile,  # xr.Dataset of the layers scanned so far, the number of layers among them
-    needs=None,  # family -> modalities
-):  # layers to scan next, empty when the boundaries are pinned down
-    "Where to look next: unscanned layers around each crossing of each condition."
-    layers = profile["layer"].values.tolist()
-    families = profile["family"].values.astype(str)
-    derive = profile["split"].values.astype(str) == "derive"
-    wanted = set()
-    for name in map(str, profile["removed"].values):
-        removed = {name} & set(Modality.CODES) or set(Modality.CODES)
-        unsaid = dict.fromkeys(families, removed) | dict(control=())
-        needed = unsaid | dict(needs or {})
-        use = np.array([bool(removed & set(needed[f])) for f in families])
-        use = use if use.any() else np.ones(len(families), bool)
-        use = use & derive if (use & derive).any() else use
-        curve = profile["correct"].sel(removed=name).values[use].mean(0)
-        fit = monotone_fit(curve / (curve[-1] or 1))
-        for at in map(int, crossings(fit, layers, tolerance=0.01, rise=0.1)):
-            below = max((l for l in layers if l < at), default=0)
-            wanted |= {at - 1, at, at + 1}
-            if at - below > 1:
-                wanted.add((below + at) // 2)
-    return sorted({l for l in wanted if 0 <= l < layers[-1]} - set(layers))
 
 # %% ../../nbs/probing/03_run.ipynb #7236378c
 METRICS = {  # name -> unit, description
@@ -154,15 +126,14 @@ class ProbeRun:
     units: list  # of lists of sample indices
     max_tokens: int  # that run as one batch
     about: dict  # identity of the run
-    checkpoint: Path | None
+    checkpoint: object  # its folder, or None
     shard: tuple  # (number of this process, how many there are)
     progress: bool
 
-    def scan(self, layers, part="", wait=False):  # part: subfolder of the checkpoint
+    def scan(self, layers):
         "One pass over all samples; None for a process that need not know the result."
         identity = self.about | dict(removed=list(self.removed), layers=layers)
-        folder = self.checkpoint and self.checkpoint / part
-        checkpoint = Checkpoint(folder, identity, self.shard)
+        checkpoint = Checkpoint(self.checkpoint, identity, self.shard)
         spread = np.linspace(0, len(self.units) - 1, min(BYPASS_CLIPS, len(self.units)))
         bypassed = set(spread.round().astype(int))
 
@@ -177,7 +148,6 @@ class ProbeRun:
         rows = checkpoint.run(
             self.units,
             work,
-            everyone=wait,
             unit="sample",
             desc="probe",
             disable=not self.progress,
@@ -305,44 +275,13 @@ class ProbeRun:
             attrs |= dict(chance=0.0, answer_ids=json.dumps([r["answer"] for r in rows]))
         return xr.Dataset(variables, coords, attrs)
 
-    def scan_auto(self, num_layers, needs):
-        "Coarse to fine: scan a grid, then what the curves ask for, until they ask for nothing."
-        import xarray as xr
-
-        if self.checkpoint is not None and self.units[self.shard[0] :: self.shard[1]]:
-            identity = self.about | dict(removed=list(self.removed), layers="auto")
-            Checkpoint(self.checkpoint, identity).open()  # where a run with layers would look
-        layers = list(range(0, num_layers, max(2, round(num_layers**0.5))))
-        parts = []
-        while layers:
-            # all processes need the curves to go on
-            part = self.scan([*layers, num_layers], f"scan{len(parts)}", wait=True)
-            if part is None:
-                return None
-            parts.append(part.sel(layer=layers) if parts else part)
-            profile = xr.concat(
-                parts,
-                "layer",
-                data_vars="minimal",
-                coords="minimal",
-                compat="override",
-                join="override",
-                combine_attrs="override",
-            ).sortby("layer")
-            layers = next_layers(profile, needs)
-        return None if self.shard[0] else profile.assign_attrs(scan="auto")
-
 # %% ../../nbs/probing/03_run.ipynb #6e834337
 def _check_call(model, samples, layers, answers):
     "Refuse a call before anything is run."
     if answers not in ("choices", "text"):
         raise ValueError(f"answers: {answers!r} is not known; 'choices' and 'text' are")
-    if isinstance(layers, str) and layers != "auto":
-        raise ValueError(f"layers: {layers!r} is not known; give numbers, 'auto' or None")
-    if layers == "auto" and answers == "choices" and all(len(s.choices) < 2 for s in samples):
-        raise ValueError(
-            "layers: 'auto' follows the share of right answers, and no sample has choices"
-        )
+    if isinstance(layers, str):
+        raise ValueError(f"layers: {layers!r} is not known; give numbers or None")
     if not samples:
         raise ValueError("probe_dependency needs at least one sample")
     check_ids(samples)
@@ -364,8 +303,8 @@ def probe_dependency(
     samples: Sequence[Sample],  # questions, see `samples_of`; without choices only `kl` is measured
     removed: Sequence[str] | Mapping | None = None,  # conditions: names, or a mapping name ->
     # selector; None: what the model takes
-    layers: Sequence[int] | str | None = None,  # 0-based, to remove before: all by default, or
-    # 'auto'; the full run is added
+    layers: Sequence[int] | None = None,  # 0-based, to remove before: all by default; the full
+    # run is added
     answers: str = "choices",  # or 'text': a whole answer, the only choice if there is one, else
     # what the full model writes
     max_new_tokens: int = 64,  # of an answer that it writes
@@ -388,7 +327,7 @@ def probe_dependency(
     removed = check_removed(removed)
     num_layers = adapter_for(model).num_layers(model)
     _check_call(model, samples, layers, answers)
-    layers = layers if layers == "auto" else _check_layers(layers, num_layers)
+    layers = _check_layers(layers, num_layers)
 
     if max_branch_tokens is None:
         on_cpu = next(model.parameters()).device.type == "cpu"
@@ -409,11 +348,11 @@ def probe_dependency(
         units=units_of(samples),
         max_tokens=max_branch_tokens,
         about=about,
-        checkpoint=checkpoint and Path(checkpoint),
+        checkpoint=checkpoint,
         shard=shard,
         progress=progress,
     )
-    profile = run.scan_auto(num_layers, needs) if layers == "auto" else run.scan(layers)
+    profile = run.scan(layers)
     if profile is not None:
         media = dict(fps=fps, max_frames=max_frames)
         counts = mean_tokens(model, processor, samples, progress, **media)
