@@ -376,3 +376,29 @@ def removal_scores(model, encoded, removed, layers, bypass=False):
             without = replace(before, hidden=before.inject(before.hidden, layer))
             out[None, layer] = scores(without.through(layer + 1, last))
     return out
+
+
+@torch.no_grad()
+def knockouts(walk, branches):
+    "`Knockouts.branch` by a pass of its own for every knockout, with a mask over all positions."
+    decoder = walk.stream.decoder
+    sees = walk.sides.sees(walk.everyone)
+
+    def run(less, blocked):  # who sees whom in the layers and heads that are blocked
+        stream, read = walk.stream, []
+        for layer in range(len(decoder.layers)):
+            allowed = torch.stack([less if at else sees for at in blocked[layer]])
+            mask = decoder.mask(allowed[None], stream.hidden.dtype)
+            stream = replace(stream, mask=mask).through(layer, layer + 1)
+            read += walk.score(stream.hidden[:, walk.questions.shared :])
+        return read
+
+    found = {}
+    for name, b in branches.items():
+        less = sees.clone()
+        order = torch.cat([b.cut.fixed, b.cut.rows]).argsort()
+        less[b.cut.rows] = b.cut.sees[1][:, order]
+        jobs = b.blocked.flatten(1).any(1).nonzero()[:, 0].tolist()
+        found[name] = {j: run(less, b.blocked[j])[-1] for j in jobs}
+    read = run(sees, torch.zeros(len(decoder.layers), 1))
+    return read[-1], found, read

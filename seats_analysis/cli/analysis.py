@@ -81,8 +81,7 @@ def probe(
     overwrite: Overwrite = False,
     removed: str = Option("", help="Conditions, separated by commas (all that the model takes)."),
     layers: str = Option(
-        "",
-        help="0-based layers to remove before, as 0,4,8 or start:stop:step; default: all.",
+        "", help="0-based layers to remove before, as 0,4,8 or start:stop:step; default: all."
     ),
     max_branch_tokens: int | None = Option(
         None,

@@ -190,29 +190,6 @@ class Knockouts:
                 found[name] = dict(zip(b.hidden, self.score(hidden)))
         return read[-1], found, read
 
-    @torch.no_grad()
-    def plain(self, branches):
-        "The same by a pass of its own for every knockout, each with a mask over all positions."
-        decoder = self.stream.decoder
-        sees = self.sides.sees(self.everyone)
-
-        def run(less=sees, blocked=torch.zeros(len(decoder.layers), 1)):  # who sees whom there
-            stream = self.stream
-            for layer in range(len(decoder.layers)):
-                allowed = torch.stack([less if at else sees for at in blocked[layer]])
-                mask = decoder.mask(allowed[None], stream.hidden.dtype)
-                stream = replace(stream, mask=mask).through(layer, layer + 1)
-            return self.score(stream.hidden[:, self.questions.shared :])[0]
-
-        found = {}
-        for name, b in branches.items():
-            less = sees.clone()
-            order = torch.cat([b.cut.fixed, b.cut.rows]).argsort()
-            less[b.cut.rows] = b.cut.sees[1][:, order]
-            jobs = b.blocked.flatten(1).any(1).nonzero()[:, 0].tolist()
-            found[name] = {j: run(less, b.blocked[j]) for j in jobs}
-        return run(), found, []
-
 # %% ../../nbs/probing/05_flow.ipynb #fb08da0c
 SPANS = {
     "around": lambda at, layer, window: abs(at - layer) <= window // 2,
@@ -284,7 +261,7 @@ def _time_edges(questions):
     return check_edges([f"{m}@{k}->text" for m, found in windows.items() for k in sorted({*found})])
 
 
-def _rows(walk, edges, blocked, coarse, method, tell):
+def _rows(walk, edges, blocked, coarse, tell):
     """Per sample: what every job of every edge does, edge -> metric -> (J,) list, and what the
     lens reads. NaN where a question has no such edge, or the layer was not asked. Tells the cost
     before it begins, in passes of the prompt; edges that share copies cost less."""
@@ -297,9 +274,9 @@ def _rows(walk, edges, blocked, coarse, method, tell):
     for b in branches.values():
         begun = b.blocked.any(-1).cumsum(1) > 0  # (J, L) layers from the first blocked one on
         share = len(b.cut.rows) / walk.stream.hidden.shape[1]
-        passes += (share if method == "branch" else 1) * begun.float().mean(1).sum().item()
+        passes += share * begun.float().mean(1).sum().item()
     tell(f"up to {passes:.3g} passes a clip")
-    full, found, read = getattr(walk, method)(branches)
+    full, found, read = walk.branch(branches)
     samples = walk.questions.samples
     nothing = np.full((len(samples), len(blocked)), np.nan)
     values = {name: {k: nothing.copy() for k in FLOW_METRICS} for name in edges}
@@ -332,12 +309,11 @@ def _dataset(rows, samples, axes, about):
     right = "whether the full model is right; NaN without other choices"
     full = np.array([row["correct"] for row in rows], "float32")
     variables["full_correct"] = "sample", full, dict(units="1", description=right)
-    if rows[0]["lens"]:
-        most = max(len(row["lens"][0]) for row in rows)
-        lens = [[p + [np.nan] * (most - len(p)) for p in row["lens"]] for row in rows]
-        lens = np.array(lens, "float32")
-        said = "a lens, not a cause: probability of each choice by final norm and head"
-        variables["lens"] = ("sample", "depth", "choice"), lens, dict(units="1", description=said)
+    most = max(len(row["lens"][0]) for row in rows)
+    lens = [[p + [np.nan] * (most - len(p)) for p in row["lens"]] for row in rows]
+    said = "a lens, not a cause: probability of each choice by final norm and head"
+    about_lens = dict(units="1", description=said)
+    variables["lens"] = ("sample", "depth", "choice"), np.array(lens, "float32"), about_lens
 
     def labels(name):
         return "sample", np.array([getattr(s, name) for s in samples], dtype=object)
@@ -360,7 +336,6 @@ def trace_flow(
     heads: bool | Mapping = False,  # True: each attention head alone; a mapping name ->
     # [(layer, head)]: together
     media_every: int = 4,  # edges into media run all later positions again: so many layers apart
-    method: str = "branch",  # or 'plain', the definition: one full pass a knockout
     fps: float = 2.0,  # frames a second, of files
     max_frames: int | None = None,  # of a clip, spread over it
     checkpoint: str | Path | None = None,  # folder for finished samples; the same call goes on
@@ -373,8 +348,6 @@ def trace_flow(
     adapter = adapter_for(model)
     num_layers = adapter.num_layers(model)
     layers = list(range(num_layers)) if layers is None else sorted({int(i) for i in layers})
-    if method not in ("branch", "plain"):
-        raise ValueError(f"method: {method!r} is not known; branch and plain are")
     if span not in SPANS:
         raise ValueError(f"span: {span!r} is not known; {', '.join(SPANS)} are")
     if window < 1 or window % 2 == 0:
@@ -401,7 +374,7 @@ def trace_flow(
         coarse = blocked & apart.repeat_interleave(len(blocked) // len(layers))[:, None, None]
     # a selector that is no dataclass says where it lies in memory: no other run goes on with it
     named = edges if edges == "time" else json.dumps(edges, default=repr)
-    settings = dict(edges=named, method=method, span=span, window=window, media_every=media_every)
+    settings = dict(edges=named, span=span, window=window, media_every=media_every)
     settings |= dict(heads=json.dumps(heads), fps=fps, max_frames=max_frames or 0)
     about = provenance(model, processor, samples, each=True, **settings)
     about["schema"] = SCHEMAS["flow"].id
@@ -414,7 +387,7 @@ def trace_flow(
             here = _time_edges(questions) if edges == "time" else edges
             selectors = {side for pair in here.values() for side in pair if callable(side)}
             walk = Knockouts(model, processor, questions, selectors)
-            rows += _rows(walk, here, blocked, coarse, method, run.bar.set_postfix_str)
+            rows += _rows(walk, here, blocked, coarse, run.bar.set_postfix_str)
         return rows
 
     run = Checkpoint(checkpoint, about | dict(layers=layers), shard)

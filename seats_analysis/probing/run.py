@@ -146,12 +146,7 @@ class ProbeRun:
             return rows
 
         rows = checkpoint.run(
-            self.units,
-            work,
-            unit="sample",
-            desc="probe",
-            disable=not self.progress,
-            smoothing=0.1,
+            self.units, work, unit="sample", desc="probe", disable=not self.progress, smoothing=0.1
         )
         return rows and self.dataset(rows, layers)
 
