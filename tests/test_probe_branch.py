@@ -1,6 +1,7 @@
 """The branch method gives what the plain one gives for less: every layer, condition, family, kind
 of question and limit of tokens."""
 
+import time
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import replace

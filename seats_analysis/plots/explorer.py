@@ -24,7 +24,6 @@ from ..inputs.media import decode_clip
 from seats_analysis.plots.dependency import (
     conditions_of,
     curves_of,
-    derive_split,
     draw_dependency,
     draw_retention,
 )
@@ -90,7 +89,7 @@ class Source:
         if family not in (ALL, *needed_families(self.profile, removed)):
             raise ValueError(f"no question of the family {family!r} needs {removed}")
         families = None if family == ALL else (family,)
-        options = dict(split=derive_split(self.profile), families=families, n_boot=self.n_boot)
+        options = dict(families=families, n_boot=self.n_boot)
         curves = curves_of(self.profile, [removed], **options)
         return Resampled.of(self.profile, removed, **options), curves
 

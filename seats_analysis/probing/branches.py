@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from torch.nn.functional import pad
 from ..inputs.layout import Modality
-from ..inputs.samples import Sample
 from ..models.decoder import Decoder
 from .selectors import View, check_removed
 
