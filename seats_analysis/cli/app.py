@@ -381,13 +381,6 @@ class DataOptions(ModelOptions):
     limit: Annotated[
         int | None, Option(min=1, max=10**6, help="Use only the first so many questions.")
     ] = None
-    root: Annotated[
-        Path | None,
-        Option(
-            help="Folder of the benchmark's annotations and videos; default: SEATS_DATA or the hub "
-            "cache."
-        ),
-    ] = None
     allow_outside: Annotated[
         bool,
         Option(
@@ -412,7 +405,6 @@ class DataOptions(ModelOptions):
             self.data,
             split,
             limit=self.limit,
-            root=self.root,
             allow_outside=self.allow_outside,
             broken=self.broken,
         )

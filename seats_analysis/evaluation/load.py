@@ -178,7 +178,6 @@ def load_samples(
     name,  # `testbed`, a benchmark, or the path of a JSONL file
     split: str | None = None,  # only this split; None = all
     limit: int | None = None,  # at most so many
-    root=None,  # folder of a benchmark, if it is not in SEATS_DATA or the hub cache
     allow_outside=False,  # whether media may lie outside of that folder, or of the JSONL file's
     broken=None,  # list that gets broken clips: why, questions; None: they are an error
 ) -> list:  # of `Sample`
@@ -190,7 +189,7 @@ def load_samples(
         from seats_analysis.inputs.questions import load_questions
 
         first = None if split else limit
-        samples = load_questions(name, root, first, broken, allow_outside)
+        samples = load_questions(name, first, broken, allow_outside)
     splits = sorted({s.split for s in samples})
     if split is not None and split not in splits:
         raise ValueError(f"--split {split!r}: the data have {', '.join(map(repr, splits))}")

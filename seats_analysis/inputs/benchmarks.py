@@ -141,20 +141,19 @@ def _cached(repo):
 def _find(name, root):
     "(folder, annotation files). ValueError that says what was looked for, and how to get it."
     bench = BENCHMARKS[name]
-    places = [Path(root)] if root else []
-    if not root:
-        if data := os.environ.get("SEATS_DATA"):
-            places += [Path(data) / n for n in (name, *(r.split("/")[1] for r in bench.repos))]
-        places += [p for r in bench.repos if (p := _cached(r))]
+    places = [Path(root)] if root else [p for r in bench.repos if (p := _cached(r))]
+    if not root and (data := os.environ.get("SEATS_DATA")):
+        named = [Path(data) / n for n in (name, *(r.split("/")[1] for r in bench.repos))]
+        places = named + places
     for folder in places:
         for pattern in bench.annotations:
             if found := sorted(folder.glob(pattern)):
                 return folder, found
-    where = f"in {', '.join(map(str, places))}" if places else "named, and SEATS_DATA is not set"
+    where = f"in {', '.join(map(str, places))}" if places else "here, and SEATS_DATA is not set"
     raise ValueError(
         f"{name}: no folder with {' or '.join(bench.annotations)} {where}; `hf download "
-        f"--repo-type dataset {bench.repos[0]} --local-dir DIR`, unpack its videos there, and name "
-        "DIR (or set SEATS_DATA to the folder above it)"
+        f"--repo-type dataset {bench.repos[0]} --local-dir DIR/{name}`, unpack its videos there, "
+        "and set SEATS_DATA=DIR"
     )
 
 

@@ -377,16 +377,15 @@ def load_benchmark(
 
 def load_questions(
     data,  # name of a benchmark, or the path of a JSONL file of one's own
-    root=None,  # folder of the benchmark, if not in SEATS_DATA or the hub cache
     limit=None,  # only the first so many
     broken=None,  # list that gets clips that cannot be read, see `check_clips`; None: an error
-    allow_outside=False,  # whether media may lie outside of that folder, or of the file's
+    allow_outside=False,  # whether media may lie outside of the benchmark's folder, or the file's
 ):  # list of Sample
     """Questions by name or path, on clips that were opened. Raises ValueError for what is neither,
     and `BrokenClips` that names all broken clips at once."""
     found = [] if broken is None else broken
     if str(data) in BENCHMARKS:
-        samples = load_benchmark(str(data), root, limit, found, allow_outside)
+        samples = load_benchmark(str(data), None, limit, found, allow_outside)
     elif Path(data).suffix in (".jsonl", ".json"):
         samples = read_samples(data, allow_outside, limit, found)
     else:
