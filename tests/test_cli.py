@@ -285,9 +285,8 @@ def test_weights_cut_off(clip, tmp_path, model):
     assert "cannot be read" in refused("run {c} --question ? --model {m}", c=clip, m=tmp_path)
 
 
-def test_dtype_and_attention(clip):
+def test_attention(clip):
     "In one line, also where a package for it is missing."
-    assert "bfloat16" in refused("run {c} --question ? --dtype int3", c=clip)
     assert "sdpa, eager" in refused("run {c} --question ? --attention fast", c=clip)
     if importlib.util.find_spec("flash_attn") is None:
         said = refused("run {c} --question ? --attention flash_attention_2", c=clip)

@@ -343,9 +343,9 @@ def eval_(
             f"--data {data} --limit {len(samples)} --answers {answers} --seed {seed}"
         )
         command += "".join(f" --tuned {p.name}" for p in tuned)
-        for name in ("fps", "max_frames", "attention", "dtype"):
+        for name in ("fps", "max_frames", "attention"):
             value = getattr(asked, name)
-            if value not in (None, "sdpa", "auto"):
+            if value not in (None, "sdpa"):
                 command += f" --{name.replace('_', '-')} {value}"
         with resumable(folder, "questions"):
             result = compare_methods(

@@ -330,9 +330,6 @@ class ModelOptions:
             "files of your own.",
         ),
     ] = None
-    dtype: Annotated[
-        str, Option(help="Weights as stored (`auto`), float32, bfloat16 or float16.")
-    ] = "auto"
     attention: Annotated[str, Option(help="Attention: sdpa, eager or flash_attention_2.")] = "sdpa"
 
     @cached_property
@@ -363,7 +360,7 @@ class ModelOptions:
     def load(self):  # model, processor
         prepare()
         name, revision = name_and_revision(self.model)
-        return load_model(name, dtype=self.dtype, attention=self.attention, revision=revision)
+        return load_model(name, attention=self.attention, revision=revision)
 
 
 @dataclass(frozen=True)
@@ -402,11 +399,7 @@ class DataOptions(ModelOptions):
 
     def samples(self, split=None):
         return load_samples(
-            self.data,
-            split,
-            limit=self.limit,
-            allow_outside=self.allow_outside,
-            broken=self.broken,
+            self.data, split, limit=self.limit, allow_outside=self.allow_outside, broken=self.broken
         )
 
     @property
