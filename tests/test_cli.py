@@ -243,7 +243,6 @@ ENDS = {  # numbers at their ends: command and option -> values
     "probe --layers": f"0:999999999999:1 0:{LONG} 0:0:1 -1 nan {LONG}",
     "probe --fps": "0 -1 1e308 nan inf -inf 1e999",
     "probe --max-frames": f"0 nan {LONG}",
-    "probe --max-branch-tokens": f"0 {LONG}",
     "probe --limit": f"0 999999999999 {LONG}",
     "boundaries testbed --tolerance": "nan inf",
     "schedule testbed --trr": "0 -5 100.1 1e308 nan inf",

@@ -83,12 +83,6 @@ def probe(
     layers: str = Option(
         "", help="0-based layers to remove before, as 0,4,8 or start:stop:step; default: all."
     ),
-    max_branch_tokens: int | None = Option(
-        None,
-        min=1,
-        help="Tokens that run as one batch, halved when memory runs out; default: 4096 on a "
-        "CPU, 65536 on a GPU.",
-    ),
     answers: Literal["choices", "text"] = Option(
         "choices", help="`text`: every token of a whole answer, given or written by the model."
     ),
@@ -122,7 +116,6 @@ def probe(
         broken=asked.broken,
         removed=conditions,
         layers=chosen,
-        max_branch_tokens=max_branch_tokens,
         needs=needs,
         answers=answers,
         max_new_tokens=max_new_tokens,
