@@ -86,7 +86,6 @@ def probe(
     answers: Literal["choices", "text"] = Option(
         "choices", help="`text`: every token of a whole answer, given or written by the model."
     ),
-    max_new_tokens: int = Option(64, min=1, help="Most tokens of an answer that it writes."),
 ):
     """Measure what each layer still needs of video and audio.
 
@@ -118,7 +117,6 @@ def probe(
         layers=chosen,
         needs=needs,
         answers=answers,
-        max_new_tokens=max_new_tokens,
     )
     if profile is not None:
         print(f"{out}: {_probe_text(profile)}{left_out(asked.broken)}")
