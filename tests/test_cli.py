@@ -561,9 +561,7 @@ def test_no_drops_are_announced_where_stage_two_keeps_everything(profile):
     assert Schedule.load("plan.json").drop_layers == ()
 
 
-def test_schedule_apart_and_from_stated_blocks(profile):
-    done("schedule {p} --trr 10 --apart --late estimate --out plan.json", p=profile)
-    assert Schedule.load("plan.json").late_start == {"visual": 7, "audio": 8}
+def test_schedule_from_stated_blocks(profile):
     done("schedule {p} --trr 10 --blocks 3,11 --out stated.json", p=profile)
     stated = Schedule.load("stated.json")
     assert (stated.shallow_end, stated.late_start) == (2, 10)

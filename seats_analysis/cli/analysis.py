@@ -247,7 +247,6 @@ def schedule(
         None, help="JSON file to write; default: seats_out/DATA/schedules/PROFILE_trrN.json."
     ),
     overwrite: Overwrite = False,
-    apart: bool = Option(False, "--apart", help="Boundaries of each modality from its own curve."),
     blocks: str = Option(
         "",
         help="MIDDLE,LATE: where these blocks start, from 1, if that is known otherwise; the "
@@ -272,8 +271,6 @@ def schedule(
     stored = load_profile(profile)
     if blocks:
         bounds = _stated(blocks, stored)
-    elif apart:
-        bounds = {m: find_boundaries(stored, m, tolerance) for m in Modality.CODES}
     else:
         bounds = find_boundaries(stored, tolerance=tolerance)
     plan = Schedule.from_trr(bounds, trr, late=late or DEFAULT_LATE)
