@@ -8,13 +8,13 @@ __all__ = ['mean_counts', 'Boundaries', 'Resampled', 'kl_late_start', 'find_boun
 # %% ../../nbs/boundaries/01_find.ipynb #0eac3bf1
 import json
 import numpy as np
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from scipy.special import ndtri
 from typing import TYPE_CHECKING
-from ..storage.schemas import SCHEMAS, load_json, load_profile, save_json
+from ..storage.schemas import SCHEMAS, load_profile
 from ..storage.shown import as_html
 from ..statistics.intervals import crossings, first_staying, loss_bound, monotone_fit
 from .retention import ClipCounts, family_needs, known_split, profile_hash
@@ -161,35 +161,6 @@ class Boundaries:
         "JSON-able, with its schema."
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {"schema": SCHEMAS["boundaries"].id, **plain}
-
-    @classmethod
-    def from_dict(
-        cls,
-        data: Mapping,  # what `to_dict` gave
-    ) -> "Boundaries":
-        "Raises ValueError for missing or unknown fields."
-        known = {f.name for f in fields(cls)}
-        given = set(data) - {"schema"}
-        if given != known:
-            raise ValueError(
-                f"boundaries file: missing {sorted(known - given)}, unknown {sorted(given - known)}"
-            )
-        return cls(**{k: tuple(v) if isinstance(v := data[k], list) else v for k in given})
-
-    def save(
-        self,
-        path: str | Path,  # JSON file
-    ) -> Path:
-        "Write JSON, whole or not at all."
-        return save_json(path, self.to_dict())
-
-    @classmethod
-    def load(
-        cls,
-        path: str | Path,  # JSON file
-    ) -> "Boundaries":
-        "Raises ValueError that names the file."
-        return cls.from_dict(load_json(path, "boundaries"))
 
 # %% ../../nbs/boundaries/01_find.ipynb #3523a248
 def _same(replicates, estimate):
