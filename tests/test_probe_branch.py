@@ -29,7 +29,7 @@ from seats_analysis.probing.selectors import (
 )
 from seats_analysis.probing.branches import Tail, Traversal, branch_scores
 from seats_analysis.testbed.load import load_testbed, testbed_samples as shipped_samples
-from seats_analysis.probing.run import family_curves, probe_dependency, within_memory
+from seats_analysis.probing.run import probe_dependency, within_memory
 
 VISUAL, AUDIO, TEXT, *_ = Modality
 LAYERS, NAMES, WORDS = 4, ("visual", "audio", "both"), tiny.WORDS
@@ -327,14 +327,6 @@ def test_unlabelled_and_reference_answers(model, processor, samples, scanned):
     np.testing.assert_allclose(found.nll[1], scanned.nll[0], atol=3e-5)
     assert found.nll[0].isnull().all() and found.margin.isnull().all() and not found.correct.any()
     assert found.n_choices.values.tolist() == [0, 1]
-
-
-def test_families_are_kept_apart(scanned):
-    curves, test = (family_curves(scanned, "nll", split) for split in (None, "test"))
-    assert curves.dims == ("family", "removed", "layer") and curves.n.values.tolist() == [2, 3, 1]
-    for found, family, rows in ((curves, "a", slice(0, 2)), (test, "b", slice(3, 5))):
-        expected = scanned.nll.values[rows].mean(0)
-        np.testing.assert_allclose(found.sel(family=family), expected, rtol=1e-6)
 
 
 # memory

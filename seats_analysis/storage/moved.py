@@ -60,6 +60,7 @@ verified lab.method_figures.verified
 vtw_rule evaluation.compare.vtw_rule
 """
 _PLACES = dict(line.split() for line in _TABLE.strip().splitlines())
+_GONE = dict(family_curves="profile.correct.groupby('family').mean('sample')")
 
 
 def look_up(
@@ -69,7 +70,8 @@ def look_up(
     face = import_module("seats_analysis")
     place = _PLACES.get(name, name if name in face.__all__ else None)
     if place is None:
-        raise AttributeError(f"seats_analysis has no {name} (what left is listed in CHANGELOG.md)")
+        instead = _GONE.get(name, "what left is listed in CHANGELOG.md")
+        raise AttributeError(f"seats_analysis has no {name} ({instead})")
     warnings.warn(f"{name} is now seats_analysis.{place}", DeprecationWarning, stacklevel=2)
     # the face has functions called as modules once were: it is not searched for modules
     return resolve_name(f"seats_analysis{'.' if '.' in place else ':'}{place}")
