@@ -25,7 +25,6 @@ from seats_analysis.probing.flow import (
     joined,
     trace_flow,
 )
-from seats_analysis.schedules.cost import flow_flops
 from seats_analysis.storage.files import shipped_folder
 from seats_analysis.storage.schemas import load_flow, load_profile, save_flow
 
@@ -165,36 +164,6 @@ def test_encoders_leave_no_graph_behind(parts, samples):
     model, processor = parts
     questions = encode_questions(model, processor, samples[:1])
     assert not Knockouts(model, processor, *questions).stream.hidden.requires_grad
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("heads", [False, True])
-def test_flops_are_those_that_torch_counts(parts, samples, heads, monkeypatch):
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model, processor = parts
-    config = model.config.get_text_config()
-    monkeypatch.setattr(config, "_experts_implementation", "eager")  # the others are not counted
-    one = [s for s in samples if s.id == "open"]
-    (questions,) = encode_questions(model, processor, one)
-    walk = Knockouts(model, processor, questions)
-    count = model.config.get_text_config().num_attention_heads
-    _, blocked = jobs_of(np.eye(LAYERS, dtype=bool), heads, count)
-    pairs = ("question", "last"), ("first", "question"), ("last", "answer"), ("first", "text")
-    cuts = [cut for pair in pairs if (cut := walk.sides.cut(*pair))]
-    branches = {i: Branches(cut, blocked) for i, cut in enumerate(cuts)}
-    once = joined(branches)
-    assert len(once) == len(cuts) - 1  # the first tokens to the question and to all text
-    with FlopCounterMode(display=False) as counter:
-        walk.branch(branches)
-    c = walk.questions.shared
-    blocked = blocked.any(-1)
-    edges = [(len(b.cut.rows), len(b.cut.fixed), len(own), blocked) for b, own in once]
-    logits = len(walk.tail.wanted)
-    closed = flow_flops(
-        model.config, c, len(walk.tail.ids), edges, logits=logits, convention="counter"
-    )
-    assert closed == counter.get_total_flops()
 
 
 def test_a_flow_is_stored_and_read(parts, samples, tmp_path):
