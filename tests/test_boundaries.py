@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from typer.testing import CliRunner
 
 from seats_analysis.boundaries import find as B
-from seats_analysis.boundaries.find import Boundaries, find_boundaries
+from seats_analysis.boundaries.find import find_boundaries
 from seats_analysis.boundaries.report import boundary_row, boundary_table, explain
 from seats_analysis.boundaries.retention import ClipCounts, needed_families, profile_hash, retained
 from seats_analysis.testbed.task import ramp, synthetic_profile

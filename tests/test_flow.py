@@ -17,14 +17,7 @@ from seats_analysis.inputs.layout import Modality
 from seats_analysis.models.encode import encode, encode_questions
 from seats_analysis.models.families import adapter_for
 from seats_analysis.probing import flow as flow_module
-from seats_analysis.probing.flow import (
-    FLOW_METRICS,
-    Branches,
-    Knockouts,
-    jobs_of,
-    joined,
-    trace_flow,
-)
+from seats_analysis.probing.flow import FLOW_METRICS, Knockouts, trace_flow
 from seats_analysis.storage.files import shipped_folder
 from seats_analysis.storage.schemas import load_flow, load_profile, save_flow
 

@@ -5,10 +5,10 @@ import re
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import xarray as xr
 from test_cli import done, refused
-from test_flow import LAYERS, parts, samples  # noqa: F401  fixtures
 
 from seats_analysis.lab.flow import (
     flow_flops,
@@ -133,17 +133,18 @@ def test_the_study(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("heads", [False, True])
-def test_flops_are_those_that_torch_counts(parts, samples, heads, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("family", ["qwen2.5-omni", "qwen3-omni"])
+def test_flops_are_those_that_torch_counts(family, heads, monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode
 
-    model, processor = parts
+    model, processor = tiny.thinker(family, 4), tiny.processor(family)
     config = model.config.get_text_config()
     monkeypatch.setattr(config, "_experts_implementation", "eager")  # the others are not counted
-    one = [s for s in samples if s.id == "open"]
+    one = [s for s in tiny.probed() if s.id == "open"]
     (questions,) = encode_questions(model, processor, one)
     walk = Knockouts(model, processor, questions)
     count = model.config.get_text_config().num_attention_heads
-    _, blocked = jobs_of(np.eye(LAYERS, dtype=bool), heads, count)
+    _, blocked = jobs_of(np.eye(4, dtype=bool), heads, count)
     pairs = ("question", "last"), ("first", "question"), ("last", "answer"), ("first", "text")
     cuts = [cut for pair in pairs if (cut := walk.sides.cut(*pair))]
     branches = {i: Branches(cut, blocked) for i, cut in enumerate(cuts)}
