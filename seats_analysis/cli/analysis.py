@@ -18,6 +18,7 @@ from seats_analysis.cli.app import (
     Json,
     Overwrite,
     app,
+    check_trr,
     emit,
     left_out,
     name_of,
@@ -30,6 +31,7 @@ from seats_analysis.cli.app import (
     writable,
 )
 from ..inputs.layout import Modality
+from ..storage.files import output_folder
 from ..storage.schemas import load_profile
 
 # %% ../../nbs/cli/01_analysis.ipynb #5d1079fd
@@ -276,3 +278,50 @@ def schedule(
     plan = Schedule.from_trr(bounds, trr, late=late or DEFAULT_LATE)
     plan.save(out)
     print(f"{out}\n{plan}")
+
+# %% ../../nbs/cli/01_analysis.ipynb #c11a0005
+@app.command()
+@takes(DataOptions)
+def analyze(
+    asked,
+    trr: float = Option(10, help="Percent of the tokens that the schedule keeps, in (0, 100]."),
+    out: Path | None = Option(None, help="Folder for all files; default: seats_out/DATA."),
+    overwrite: Overwrite = False,
+):
+    """Probe a model, find its blocks and make a schedule.
+
+    Writes a profile, a schedule, a figure and a page with advice in words. A profile that is there
+    is used as it is; an interrupted probe goes on with the same command.
+    """
+    check_trr(trr)
+    asked.depth()
+    folder = out or output_folder(asked.data)
+    name = name_of(asked.model)
+    profile = folder / f"profiles/{name}.nc"
+    plan = folder / f"schedules/{name}_trr{trr:g}.json"
+    drawn = folder / f"figures/{name}_trr{trr:g}"
+    page = Path(f"{drawn}.html")
+    writable(profile, "profile", overwrite=True)
+    writable(plan, "schedule", overwrite)
+    writable(page, overwrite=overwrite)
+    check_figure(drawn, overwrite)
+    from seats_analysis.plots.analysis import Analysis
+    from seats_analysis.plots.style import save_figure
+    from seats_analysis.probing.run import probe_to_file
+
+    if profile.is_file() and not overwrite:
+        stored = load_profile(profile)
+        n = stored.sizes["sample"]
+        note(f"note: {profile} is there ({n} questions) and is used; --overwrite measures again")
+    else:
+        stored = asked.measured(probe_to_file, profile, broken=asked.broken, needs=asked.needs)
+    if stored is None:
+        return
+    found = Analysis.of(stored, trr)
+    files = [profile, found.save(page)]
+    if found.schedule:
+        found.schedule.save(plan)
+        files.append(plan)
+    if found.boundaries:
+        files += save_figure(found.figure(), drawn)
+    print(f"{found.advice}{left_out(asked.broken)}", *files, sep="\n")

@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
 
-from . import analysis, analyze, answers, tune  # noqa: F401  they add commands
+from . import analysis, answers, tune  # noqa: F401  they add commands
 from .app import app
 
 # %% ../../nbs/cli/05_main.ipynb #b04ba7bb
