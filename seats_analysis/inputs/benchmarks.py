@@ -14,18 +14,16 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 # %% ../../nbs/inputs/02_benchmarks.ipynb #795c0793
-@dataclass(frozen=True)
-class _Preset:
-    "How media are read and shown to the model."
-
-    fps: float = 2.0  # frames per second
-    max_frames: int = 128  # longer clips are sampled more sparsely
-    grid_tokens: tuple = (128, 144)  # min and max merged visual tokens in a temporal grid
+def _preset(most):
+    "How media are read and shown to the model: longer clips are sampled more sparsely."
+    # min and max merged visual tokens in a temporal grid
+    return SimpleNamespace(fps=2.0, max_frames=most, grid_tokens=(128, 144))
 
 
-_PRESETS = {str(n): _Preset(max_frames=n) for n in (128, 256, 768)}
+_PRESETS = {str(most): _preset(most) for most in (128, 256, 768)}
 
 
 @dataclass(frozen=True)
