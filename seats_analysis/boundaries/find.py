@@ -16,7 +16,13 @@ from scipy.special import ndtri
 from typing import TYPE_CHECKING
 from ..storage.schemas import SCHEMAS, load_profile
 from ..storage.shown import as_html
-from ..statistics.intervals import crossings, first_staying, loss_bound, monotone_fit
+from seats_analysis.statistics.intervals import (
+    clip_draws,
+    crossings,
+    first_staying,
+    loss_bound,
+    monotone_fit,
+)
 from .retention import ClipCounts, family_needs, known_split, profile_hash
 from ..inputs.layout import Modality
 
@@ -406,8 +412,6 @@ def cache_range(
     profile,  # of whole answers: `probe_dependency(..., answers="text")`
     removed: str = "both",  # or "visual", "audio"
     tolerance: float = 0.005,  # share of an answer's tokens that may change
-    n_boot: int = 2000,  # resamples of the clips
-    seed: int = 0,
 ) -> dict:  # layers: half-open, (a, a) = none; start_ci, end_ci: 95 % over clips
     "Which layers' caches must keep the media. Raises ValueError for a profile of choices."
     if "token_stays" not in profile:
@@ -417,9 +421,8 @@ def cache_range(
     weights = profile["tokens"] / profile["tokens"].sum("bin")
     shares = (stays.fillna(0) * weights).sum("bin")  # of each answer
     clips, at = np.unique(profile["clip"].values.astype(str), return_inverse=True)
-    even = np.full(len(clips), 1 / len(clips))
-    drawn = np.random.default_rng(seed).multinomial(len(clips), even, n_boot)
-    drawn = np.vstack([np.ones(len(clips), int), drawn])[:, at]  # first: the sample itself
+    itself = np.ones(len(clips), int)
+    drawn = np.vstack([itself, clip_draws(len(clips))])[:, at]
 
     def fine(rule):  # (1 + n_boot, layers)
         curve = drawn @ shares.sel(rule=rule).transpose("sample", "layer").values

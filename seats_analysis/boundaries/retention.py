@@ -13,7 +13,7 @@ import xarray as xr
 from dataclasses import dataclass
 from scipy.special import ndtri
 from ..inputs.layout import Modality
-from ..statistics.intervals import loss_bound, monotone_fit
+from ..statistics.intervals import clip_draws, loss_bound, monotone_fit
 
 # %% ../../nbs/boundaries/00_retention.ipynb #fb4d574c
 def _asked(removed):
@@ -212,9 +212,7 @@ class ClipCounts:
         seed=0,
     ):  # (n_boot or fewer, n) accuracy
         "Accuracy when clips are drawn with replacement, where any answer is right at the end."
-        n = len(self.asked)
-        random = np.random.default_rng(seed)
-        weights = random.multinomial(n, np.full(n, 1 / n), size=n_boot).astype(float)
+        weights = clip_draws(len(self.asked), n_boot, seed).astype(float)
         accuracy = (weights @ self.right) / (weights @ self.asked)[:, None]
         return accuracy[accuracy[:, -1] > 0]
 

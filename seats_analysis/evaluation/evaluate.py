@@ -24,7 +24,7 @@ from ..models.decoder import last_logits_only
 from ..models.encode import encode, frame_resizer, mean_tokens, sampling_rate
 from ..models.families import adapter_for
 from ..models.scoring import score_choices
-from ..statistics.intervals import mcnemar
+from ..statistics.intervals import clip_draws, mcnemar
 from ..pruning.cache import Slots
 from ..schedules.choose import known_schedule
 from ..schedules.schedule import Schedule
@@ -291,9 +291,7 @@ def clip_weights(
 ):  # -> (n_boot, N) float: how often each question is in each resample
     "Weights of a bootstrap that draws clips."
     names, index = np.unique(np.asarray(clips, dtype=str), return_inverse=True)
-    even = np.full(len(names), 1 / len(names))
-    drawn = np.random.default_rng(0).multinomial(len(names), even, n_boot)
-    return drawn[:, index].astype(float)
+    return clip_draws(len(names), n_boot)[:, index].astype(float)
 
 
 def _interval(part, whole, clips, n_boot):  # (N,) each
