@@ -71,15 +71,11 @@ def text_dims(
         ) from None
 
 # %% ../../nbs/schedules/02_cost.ipynb #251753f6
-_CONVENTIONS = ("causal", "counter", "reference")
+_CONVENTIONS = ("causal", "counter")
 
 
 def layer_flops(s, i, d, convention):
     "Decoder layer i of dimensions d on s tokens."
-    if convention == "reference":
-        values = d.kv_heads * (d.hidden / d.heads)
-        weights = 2 * d.hidden**2 + 2 * d.hidden * values + 3 * d.hidden * d.active[i]
-        return s * weights + 2 * s * s * d.hidden
     width = d.heads * d.head_dim
     weights = d.hidden * (2 * width + 2 * d.kv_heads * d.head_dim + 3 * d.active[i] + d.routed[i])
     pairs = s * s if convention == "counter" else s * (s + 1) // 2
@@ -101,8 +97,7 @@ def _check_tokens(tokens, dims):
 def prefill_flops(
     tokens: Sequence[int],  # (L,) tokens that each layer processes, of one sample
     config: object,  # see `text_dims`
-    convention: str = "causal",  # or counter, reference
-    logits: int | None = None,  # positions given to the output head; None: as in the table above
+    convention: str = "causal",  # or counter
 ) -> float:  # FLOPs of the language model
     """Causal FLOPs of one sample's prefill in closed form, or those of another convention.
 
@@ -112,13 +107,7 @@ def prefill_flops(
     d = text_dims(config)
     tokens = _check_tokens(tokens, d)
     layers = sum(layer_flops(s, i, d, convention) for i, s in enumerate(tokens))
-    if convention != "reference":
-        return float(layers + 2 * (1 if logits is None else logits) * d.hidden * d.vocab)
-    if any(d.routed):
-        raise ValueError(
-            "the reference convention is defined for dense models only; use causal or counter"
-        )
-    return float(layers + (tokens[-1] if logits is None else logits) * d.hidden * d.vocab)
+    return float(layers + 2 * d.hidden * d.vocab)
 
 # %% ../../nbs/schedules/02_cost.ipynb #573e8869
 def flops_fraction(
@@ -127,7 +116,7 @@ def flops_fraction(
     n_audio: int,  # likewise
     n_text: int,  # everything that is never dropped
     config,  # see `text_dims`
-    convention: str = "causal",  # or counter, reference
+    convention: str = "causal",  # or counter
 ) -> float:  # in (0, 1]
     "Causal FLOPs of the pruned prefill over those of the full one; selection and encoders apart."
     full = [n_visual + n_audio + n_text] * plan.num_layers
