@@ -29,7 +29,7 @@ from seats_analysis.cli import app as shared
 from seats_analysis.cli.main import app
 from seats_analysis.inputs.media import Clip
 from seats_analysis.inputs.samples import Sample
-from seats_analysis.inputs.questions import write_samples
+from seats_analysis.testbed.load import write_samples
 from seats_analysis.storage.files import (
     Checkpoint,
     CheckpointWarning,

@@ -25,7 +25,8 @@ from seats_analysis.cli import answers, app as shared
 from seats_analysis.cli.main import app
 from seats_analysis.evaluation.compare import made_from
 from seats_analysis.inputs.media import decode_clip
-from seats_analysis.inputs.questions import read_samples, write_samples
+from seats_analysis.inputs.questions import read_samples
+from seats_analysis.testbed.load import write_samples
 from seats_analysis.models.families import adapter_for
 from seats_analysis.plots.kept import plot_kept
 from seats_analysis.schedules.choose import blocks_of, solve_schedules

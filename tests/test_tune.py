@@ -16,7 +16,8 @@ from seats_analysis.cli import app as shared
 from seats_analysis.tuning import tune
 from seats_analysis.evaluation.prepared import Answering, PreparedBatch
 from seats_analysis.tuning.tune import Tuning, better_half, chain_of, deal_clips
-from seats_analysis.inputs.questions import read_samples, write_samples
+from seats_analysis.inputs.questions import read_samples
+from seats_analysis.testbed.load import write_samples
 from seats_analysis.tuning.certificate import Promise
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.tuning.tune import SearchSpace

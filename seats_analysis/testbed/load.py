@@ -7,14 +7,16 @@ __all__ = ['TESTBEDS', 'build_processor', 'load_testbed', 'testbed_samples', 'he
 
 # %% ../../nbs/testbed/01_load.ipynb #c7c0ad96
 import json
+import os
 import random
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from ..inputs.media import Clip
 from ..inputs.samples import Sample
-from ..inputs.questions import read_samples, write_samples
-from ..storage.files import shipped_folder
+from ..inputs.questions import read_samples
+from ..storage.files import atomic_write, shipped_folder
 from .task import POOLS, Scene
 
 # %% ../../nbs/testbed/01_load.ipynb #95c8edd8
@@ -339,6 +341,34 @@ def caption_samples(
             )
         )
     return out
+
+# %% ../../nbs/testbed/01_load.ipynb #1a4952ea
+def write_samples(
+    samples,  # iterable of Sample whose media are files
+    path,  # JSONL file to write; media paths are stored relative to its folder
+):  # Path of the file
+    """Write questions so that `read_samples` gives them back; with `allow_outside` where media lie
+    outside of the file's folder. Raises ValueError for a clip that exists only in memory."""
+    path = Path(path)
+    lines = []
+
+    def name(p):
+        return p and Path(os.path.relpath(p, path.parent)).as_posix()
+
+    for s in samples:
+        if isinstance(s.video, Clip):
+            raise ValueError(
+                f"sample {s.id!r}: its clip is in memory, expected a file (see `Clip.save`)"
+            )
+        row = dict(id=s.id, video=name(s.video), question=s.question)
+        if s.choices:
+            row |= dict(choices=list(s.choices), answer=s.answer)
+        rest = dict(family=s.family, split=s.split, audio=name(s.audio), lettered=s.lettered)
+        row |= {k: v for k, v in rest.items() if v}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    with atomic_write(path) as part:
+        part.write_text("".join(lines), encoding="utf-8")
+    return path
 
 # %% ../../nbs/testbed/01_load.ipynb #f2100eff
 def make_clips(
