@@ -247,14 +247,6 @@ def force_answers(
         done = end
     return torch.cat(logits, 1).float().log_softmax(-1)
 
-# %% ../../nbs/evaluation/00_evaluate.ipynb #baa84163
-def clips_of(samples: Sequence[Sample]):  # of lists of indices
-    "The questions on each clip, in order of appearance."
-    clips = {}
-    for i, s in enumerate(samples):
-        clips.setdefault((s.video, s.audio), []).append(i)
-    return list(clips.values())
-
 # %% ../../nbs/evaluation/00_evaluate.ipynb #81257bec
 def whole_answers(
     model,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from tqdm.auto import tqdm
 from ..storage.files import Checkpoint
-from ..inputs.samples import Sample, check_ids
+from ..inputs.samples import Sample, check_ids, clips_of
 from ..inputs.layout import Modality, TokenLayout, pad_left
 from ..models.attention import TowerAttention
 from ..models.decoder import Decoder
@@ -27,7 +27,6 @@ from ..pruning.timing import Timings
 from ..pruning.encoders import ENCODED, join_calls, watch_encoders
 from ..pruning.session import as_pruner, prune
 from seats_analysis.evaluation.evaluate import (
-    clips_of,
     parse_answer,
     score_rows,
     whole_answers,

@@ -17,13 +17,13 @@ from torch.nn.functional import pad
 from ..storage.files import Checkpoint, processes
 from ..storage.schemas import SCHEMAS, save_flow
 from ..inputs.questions import samples_of
-from ..inputs.samples import Sample, check_ids
+from ..inputs.samples import Sample
 from ..models.encode import encode_questions
 from ..models.families import adapter_for
 from ..models.provenance import provenance
 from .branches import Stream, Tail, marks_of
 from .edges import Sides, behind_media, check_edges, usual_edges
-from .run import units_of
+from .run import check_asked, units_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -357,11 +357,7 @@ def trace_flow(
     if not layers or layers[0] < 0 or layers[-1] >= num_layers:
         raise ValueError(f"layers: {layers}, expected some of 0..{num_layers - 1}")
     samples = samples_of(samples)
-    if not samples:
-        raise ValueError("trace_flow needs at least one sample")
-    check_ids(samples)
-    if model.training:
-        raise ValueError("the model is in training mode; call model.eval() first")
+    check_asked(model, samples)
     if edges != "time":
         edges = check_edges(usual_edges(adapter.modalities(model)) if edges is None else edges)
     spans = np.stack([SPANS[span](np.arange(num_layers), i, window) for i in layers])

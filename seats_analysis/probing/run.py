@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ..storage.files import Checkpoint, processes
 from ..storage.schemas import save_profile
 from ..inputs.questions import samples_of
-from ..inputs.samples import Sample, check_ids
+from ..inputs.samples import Sample, check_ids, clips_of
 from ..models.families import adapter_for
 from ..models.encode import encode, encode_questions, mean_tokens
 from ..models.provenance import provenance
@@ -36,12 +36,18 @@ MAX_QUESTIONS = 32  # of one clip in one traversal
 BYPASS_CLIPS = 12  # over which each layer is bypassed as well, spread over all
 
 
+def check_asked(model, samples):
+    "Raise ValueError for samples that cannot be told apart, or none, and for a model in training."
+    if not samples:
+        raise ValueError("samples: none, expected at least one sample")
+    check_ids(samples)
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() first")
+
+
 def units_of(samples):
     "Lists of indices that run at once: questions on one clip."
-    clips = {}
-    for i, s in enumerate(samples):
-        clips.setdefault((s.video, s.audio), []).append(i)
-    starts = [(clip, i) for clip in clips.values() for i in range(0, len(clip), MAX_QUESTIONS)]
+    starts = [(clip, i) for clip in clips_of(samples) for i in range(0, len(clip), MAX_QUESTIONS)]
     return [clip[i : i + MAX_QUESTIONS] for clip, i in starts]
 
 
@@ -277,11 +283,7 @@ def _check_call(model, samples, layers, answers):
         raise ValueError(f"answers: {answers!r} is not known; 'choices' and 'text' are")
     if isinstance(layers, str):
         raise ValueError(f"layers: {layers!r} is not known; give numbers or None")
-    if not samples:
-        raise ValueError("probe_dependency needs at least one sample")
-    check_ids(samples)
-    if model.training:
-        raise ValueError("the model is in training mode; call model.eval() first")
+    check_asked(model, samples)
 
 
 def _check_layers(layers, num_layers):
