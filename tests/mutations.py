@@ -68,11 +68,6 @@ MUTATIONS = (
         "self.tower.layers[0].self_attn",
     ),
     (
-        "models.decoder",  # a branch sees those before it
-        "(branch[:, None, :] == branch[:, :, None])",
-        "(branch[:, None, :] <= branch[:, :, None])",
-    ),
-    (
         "models.scoring",  # choices are compared without regard to their length
         "return self.total / self.tokens",
         "return self.total",
