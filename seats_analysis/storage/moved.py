@@ -35,7 +35,7 @@ coverage_table lab.simulate.coverage_table
 dependency_figure plot_dependency
 encode_questions models.encode.encode_questions
 expected_curve lab.simulate.expected_curve
-held_out evaluation.load.held_out
+held_out testbed.load.held_out
 journal_of storage.files.Checkpoint.folder_of
 kept_figure plot_kept
 layout_of models.encode.layout_of
