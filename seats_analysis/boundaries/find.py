@@ -95,23 +95,6 @@ class Boundaries:
         lines[self.removed] = zip(self.layers, self.curve)
         return as_html(self, lines, (self.shallow_end, self.late_start, self.num_layers))
 
-    @classmethod
-    def stated(
-        cls,
-        middle: int,  # first layer of the middle block, 0-based
-        late: int,  # first layer of the late block, 0-based
-        profile: "xr.Dataset",  # dependency profile of the model
-    ) -> "Boundaries":
-        "Blocks that somebody states. Raises ValueError for layers that the model does not have."
-        return cls(
-            num_layers=int(profile["layer"].max()),
-            shallow_end=middle,
-            late_start=late,
-            parameters=mean_counts(profile),
-            model=str(profile.attrs.get("model", "")),
-            revision=profile.attrs.get("revision") or None,
-        )
-
     @property
     def excludable_loss(self) -> float:  # share of the performance
         "The least loss that so many clips can exclude, whatever they answer."

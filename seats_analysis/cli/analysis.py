@@ -227,14 +227,21 @@ def boundaries(
 # %% ../../nbs/cli/01_analysis.ipynb #37673f97
 def _stated(text, profile):
     "The blocks that a command line gives, from 1."
-    from seats_analysis.boundaries.find import Boundaries
+    from seats_analysis.boundaries.find import Boundaries, mean_counts
 
     last = int(profile["layer"].max()) + 1
     example = f"the first layers of the middle and the late block, from 1 to {last}, as 4,11"
     starts = numbers_of(text, "--blocks", example, int)
     if len(starts) != 2 or not 1 <= starts[0] <= starts[1] <= last:
         raise ValueError(f"--blocks {text!r}: give {example}")
-    return Boundaries.stated(starts[0] - 1, starts[1] - 1, profile)
+    return Boundaries(
+        num_layers=last - 1,
+        shallow_end=starts[0] - 1,
+        late_start=starts[1] - 1,
+        parameters=mean_counts(profile),
+        model=str(profile.attrs.get("model", "")),
+        revision=profile.attrs.get("revision") or None,
+    )
 
 
 @app.command()
