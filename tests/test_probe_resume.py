@@ -250,7 +250,6 @@ def other_first(**change):
         ),
         (dict(layers=[0, 1]), r"other layers .\[1, 3\] there, \[0, 1, 3\] now"),
         (dict(removed="audio"), "other removed"),
-        (dict(seed=3), "other seed .0 there, 3 now"),
         (dict(fps=1.0), "other fps"),
         (dict(max_branch_tokens=77), "other max_branch_tokens .4096 there, 77 now"),
         (other_limits, "other processor settings .pixel limits"),

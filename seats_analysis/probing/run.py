@@ -308,7 +308,6 @@ def probe_dependency(
     needs: Mapping | None = None,  # family -> modalities its questions need, kept for readers
     max_branch_tokens: int | None = None,  # that run as one batch; None: 4,096 on a CPU, 65,536
     # elsewhere
-    seed: int = 0,  # recorded; full removal draws nothing at random
     fps: float = 2.0,  # frames a second at which files are decoded
     max_frames: int | None = None,  # of a file
     checkpoint: str | Path | None = None,  # folder of finished samples, with which the same call
@@ -332,7 +331,7 @@ def probe_dependency(
     settings = dict(answers=answers, max_branch_tokens=max_branch_tokens)
     if answers == "text":
         settings["max_new_tokens"] = max_new_tokens
-    settings |= dict(fps=fps, max_frames=max_frames or 0, seed=seed, needs=json.dumps(needs or {}))
+    settings |= dict(fps=fps, max_frames=max_frames or 0, seed=0, needs=json.dumps(needs or {}))
     if own := describe(removed, checkpoint is not None):
         settings["selectors"] = json.dumps(own)
     about = provenance(model, processor, samples, each=True, **settings)
