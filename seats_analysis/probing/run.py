@@ -9,7 +9,7 @@ __all__ = ['probe_dependency', 'probe_to_file']
 import json
 import numpy as np
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from ..inputs.samples import Sample, check_ids, clips_of
 from ..models.families import adapter_for
 from ..models.encode import encode, encode_questions, mean_tokens
 from ..models.provenance import provenance
-from .selectors import check_removed, describe
+from .selectors import check_removed, every_token
 from .branches import answer_scores, branch_scores
 
 if TYPE_CHECKING:
@@ -43,6 +43,27 @@ def check_asked(model, samples):
     check_ids(samples)
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first")
+
+
+def describe(
+    removed: Mapping,  # condition -> selector
+    checkpoint: bool,  # whether a run may be continued
+) -> dict:  # condition -> text
+    """What tells selectors of one's own from others. Raises ValueError where a checkpoint needs
+    that and nothing does."""
+    said = {}
+    for name, selector in removed.items():
+        if selector == every_token((name,)):
+            continue
+        frozen = is_dataclass(selector) and selector.__dataclass_params__.frozen
+        if checkpoint and not frozen:
+            raise ValueError(
+                f"removed: a checkpoint cannot tell {selector!r} from another selector; "
+                f"give a frozen dataclass, or probe without a checkpoint"
+            )
+        called = getattr(selector, "__qualname__", type(selector).__qualname__)
+        said[name] = repr(selector) if frozen else called
+    return said
 
 
 def units_of(samples):
