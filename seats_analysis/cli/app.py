@@ -12,7 +12,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated
@@ -86,13 +86,6 @@ class Command(TyperCommand):
         return super().invoke(ctx)
 
 
-class App(typer.Typer):
-    "The application, which makes such commands."
-
-    def command(self, name=None, **options):
-        return super().command(name, cls=Command, **options)
-
-
 class Commands(TyperGroup):
     "The command group with its own end: one line and exit 2 for bad input, 130 for Ctrl-C."
 
@@ -124,7 +117,7 @@ class Commands(TyperGroup):
         return code
 
 # %% ../../nbs/cli/00_app.ipynb #4a05211b
-app = App(
+app = typer.Typer(
     cls=Commands,
     add_completion=False,
     no_args_is_help=True,
@@ -135,6 +128,7 @@ app = App(
     epilog="Bad input ends with one line and exit code 2; "
     "SEATS_DEBUG=1 in the environment shows where it came from.",
 )
+app.command = partial(app.command, cls=Command)
 
 
 def _version(wanted):

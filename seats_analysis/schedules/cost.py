@@ -168,10 +168,9 @@ def kv_bytes(
     config,  # see `text_dims`
     kv: str = "retain",  # or evict
     itemsize: int = 2,  # bytes per number: 2 for bfloat16, 4 for float32
-    decoded: int = 0,  # tokens decoded since; every layer holds them
 ) -> int:  # bytes
     "Size of one sample's key-value cache after the prefill."
     d = text_dims(config)
     tokens = _check_tokens(tokens, d)
     held = (min(tokens),) * d.layers if kv == "evict" else tokens
-    return sum(s + decoded for s in held) * 2 * d.kv_heads * d.head_dim * itemsize
+    return sum(held) * 2 * d.kv_heads * d.head_dim * itemsize
