@@ -16,11 +16,6 @@ from ..inputs.layout import Modality
 from ..statistics.intervals import clip_draws, loss_bound, monotone_fit
 
 # %% ../../nbs/boundaries/00_retention.ipynb #fb4d574c
-def _asked(removed):
-    "The modalities that a condition removes."
-    return set(Modality.CODES) if removed == "both" else {removed}
-
-
 def family_needs(
     profile,  # dependency profile with coordinate `family(sample)`
 ) -> dict:  # family -> set of needed modalities
@@ -41,7 +36,8 @@ def needed_families(
     removed: str = "both",  # "visual", "audio" or "both"
 ) -> tuple:  # sorted names
     "Families whose questions need what was removed: the ones that boundaries are derived from."
-    return tuple(name for name, needs in family_needs(profile).items() if needs & _asked(removed))
+    asked = set(Modality.CODES) if removed == "both" else {removed}
+    return tuple(name for name, needs in family_needs(profile).items() if needs & asked)
 
 
 def known_split(profile, split):
