@@ -298,17 +298,10 @@ class ProbeRun:
         return xr.Dataset(variables, coords, attrs)
 
 # %% ../../nbs/probing/03_run.ipynb #6e834337
-def _check_call(model, samples, layers, answers):
-    "Refuse a call before anything is run."
-    if answers not in ("choices", "text"):
-        raise ValueError(f"answers: {answers!r} is not known; 'choices' and 'text' are")
-    if isinstance(layers, str):
-        raise ValueError(f"layers: {layers!r} is not known; give numbers or None")
-    check_asked(model, samples)
-
-
 def _check_layers(layers, num_layers):
     "The layers to remove before, ascending, with `num_layers` (nothing removed) at the end."
+    if isinstance(layers, str):
+        raise ValueError(f"layers: {layers!r} is not known; give numbers or None")
     layers = range(num_layers + 1) if layers is None else layers
     if bad := [i for i in layers if not 0 <= i <= num_layers]:
         raise ValueError(f"layer {bad[0]} is outside 0..{num_layers}")
@@ -343,7 +336,9 @@ def probe_dependency(
         removed = (*takes, "both") if len(takes) > 1 else takes
     removed = check_removed(removed)
     num_layers = adapter_for(model).num_layers(model)
-    _check_call(model, samples, layers, answers)
+    if answers not in ("choices", "text"):
+        raise ValueError(f"answers: {answers!r} is not known; 'choices' and 'text' are")
+    check_asked(model, samples)
     layers = _check_layers(layers, num_layers)
 
     if max_branch_tokens is None:
