@@ -394,7 +394,6 @@ def find_boundaries(
 def cache_range(
     profile,  # of whole answers: `probe_dependency(..., answers="text")`
     removed: str = "both",  # or "visual", "audio"
-    tolerance: float = 0.005,  # share of an answer's tokens that may change
 ) -> dict:  # layers: half-open, (a, a) = none; start_ci, end_ci: 95 % over clips
     "Which layers' caches must keep the media. Raises ValueError for a profile of choices."
     if "token_stays" not in profile:
@@ -409,7 +408,7 @@ def cache_range(
 
     def fine(rule):  # (1 + n_boot, layers)
         curve = drawn @ shares.sel(rule=rule).transpose("sample", "layer").values
-        return curve / drawn.sum(1, keepdims=True) >= 1 - tolerance
+        return curve / drawn.sum(1, keepdims=True) >= 0.995  # of an answer's tokens
 
     ok = np.logical_and.accumulate(fine("below"), 1)
     starts = layers[ok.sum(1) - 1]

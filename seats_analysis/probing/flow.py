@@ -22,7 +22,7 @@ from ..models.encode import encode_questions
 from ..models.families import adapter_for
 from ..models.provenance import provenance
 from .branches import Stream, Tail, marks_of
-from .edges import Sides, behind_media, check_edges, usual_edges
+from .edges import Sides, behind_media, check_edges
 from .run import check_asked, units_of
 
 if TYPE_CHECKING:
@@ -252,6 +252,13 @@ def effects(samples, full, found):  # Scores of the full pass and of a knockout
         flip=(given(found) != own).astype(float),
         correct=np.where(asked, measured["correct"], np.nan),
     )
+
+# %% ../../nbs/probing/05_flow.ipynb #7fd9d864
+def usual_edges(modalities):  # -> names
+    "What reaches the text, and where: each modality to the question, to the last token, to all."
+    into = [f"{m}->{side}" for side in ("question", "last") for m in modalities]
+    both = ["both"] if len(modalities) > 1 else []
+    return tuple(into + ["question->last"] + [f"{m}->text" for m in (*modalities, *both)])
 
 # %% ../../nbs/probing/05_flow.ipynb #74af7fdb
 def _time_edges(questions):
