@@ -90,7 +90,7 @@ def testbed(name):
     return dict(
         layers=int(profile["layer"].max()),
         tokens={m: round(n) for m, n in tokens.items()},
-        control=curve(curves_of(profile, ["both"], split=split)["control"]),
+        control=curve(curves_of(profile, ["both"])["control"]),
         conditions=conditions,
         plans=plans,
     )
