@@ -16,8 +16,6 @@ from typer import Option
 from ..boundaries.flow import flow_table
 from ..cli.app import Overwrite, app, output_file, prepare, table
 from ..evaluation.load import load_model
-from ..probing.flow import copies_at_once
-from ..schedules.cost import layer_flops, text_dims
 from .studies import StudyOut
 from ..storage.schemas import SCHEMAS, load_flow, save_json
 from ..testbed.conflict import Conflict, conflict_samples
@@ -130,6 +128,9 @@ def flow_flops(
     convention: str = "causal",  # or counter
 ) -> float:  # FLOPs of the language model
     "Causal FLOPs of `trace_flow` on the questions on one clip, or as torch counts them."
+    from seats_analysis.probing.flow import copies_at_once
+    from seats_analysis.schedules.cost import layer_flops, text_dims
+
     d = text_dims(config)
     width = d.heads * d.head_dim
     total = 2 * context * d.hidden * (width + 2 * d.kv_heads * d.head_dim)  # keys, values at last
