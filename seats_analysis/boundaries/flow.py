@@ -9,7 +9,6 @@ __all__ = ['flow_table', 'explain_flow']
 import numpy as np
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
-from ..statistics.intervals import clip_draws
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,6 +54,7 @@ def flow_table(
 ) -> "pd.DataFrame":  # by (edge, layer, ...): effect, 95 % interval, p by Holm, repaired and broken
     "Mean effect of every knockout over clips; shares of the questions that it repairs and breaks."
     import pandas as pd
+    from seats_analysis.statistics.intervals import clip_draws
 
     dims = flow[metric].dims[1:]
     right = flow["correct"]
