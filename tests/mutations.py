@@ -78,6 +78,16 @@ MUTATIONS = (
         "if bypass and layer + 1 in layers:",
     ),
     (
+        "probing.branches",  # a choice sees those before it
+        "(self.choice < 0) | (self.choice[:, None] == self.choice)",
+        "(self.choice < 0) | (self.choice[:, None] >= self.choice)",
+    ),
+    (
+        "probing.branches",  # the last media token stays
+        "end = int(media[-1]) + 1 if len(media) else 0",
+        "end = int(media[-1]) if len(media) else 0",
+    ),
+    (
         "probing.branches",  # a bypassed layer takes its DeepStack term with it
         "context = self.tables.inject(context, layer)",
         "context = +context",
