@@ -9,7 +9,7 @@ import warnings
 
 from seats_analysis.boundaries.find import Resampled
 from seats_analysis.boundaries.retention import needed_families
-from seats_analysis.plots.dependency import curves_of, derive_split
+from seats_analysis.plots.dependency import curves_of
 from seats_analysis.schedules.cost import flops_fraction
 from seats_analysis.schedules.schedule import Schedule, ScheduleWarning
 from seats_analysis.storage.files import shipped_folder
@@ -54,7 +54,6 @@ def schedule(pair, trr, tokens, config):
 def testbed(name):
     "Curves, blocks and schedules of one shipped profile."
     profile = load_profile(name)
-    split = derive_split(profile)
     tokens = json.loads(profile.attrs["tokens"])
     config = shipped_folder("testbed") / TESTBEDS[name] / "config.json"
     config = json.loads(config.read_text(encoding="utf-8"))
@@ -64,7 +63,7 @@ def testbed(name):
     for removed in ("both", *MODALITIES):
         families = conditions[removed] = {}
         for family in (ALL, *needed_families(profile, removed)):
-            options = dict(split=split, families=None if family == ALL else (family,))
+            options = dict(families=None if family == ALL else (family,))
             drawn = Resampled.of(profile, removed, **options)
             found = curves_of(profile, [removed], **options)[removed]
             bounds = [drawn.decide(tolerance / 100) for tolerance in TOLERANCES]
@@ -91,7 +90,7 @@ def testbed(name):
     return dict(
         layers=int(profile["layer"].max()),
         tokens={m: round(n) for m, n in tokens.items()},
-        control=curve(curves_of(profile, ["both"], split=split)["control"]),
+        control=curve(curves_of(profile, ["both"])["control"]),
         conditions=conditions,
         plans=plans,
     )

@@ -15,7 +15,6 @@ from .testbed.load import testbed_samples as testbed_samples
 from .probing.selectors import all_but_sinks as all_but_sinks
 from .probing.selectors import random_fraction as random_fraction
 from .probing.selectors import time_window as time_window
-from .probing.run import family_curves as family_curves
 from .probing.run import probe_dependency as probe_dependency
 from .probing.run import probe_to_file as probe_to_file
 from .probing.flow import media_lens as media_lens

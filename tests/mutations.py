@@ -68,19 +68,24 @@ MUTATIONS = (
         "self.tower.layers[0].self_attn",
     ),
     (
-        "models.decoder",  # a branch sees those before it
-        "(branch[:, None, :] == branch[:, :, None])",
-        "(branch[:, None, :] <= branch[:, :, None])",
-    ),
-    (
         "models.scoring",  # choices are compared without regard to their length
         "return self.total / self.tokens",
         "return self.total",
     ),
     (
-        "probing.branches",  # the bypassed layer is run after all
-        "full.bypass(layer).through(layer + 1, layers[-1])",
-        "full.bypass(layer).through(layer, layers[-1])",
+        "probing.branches",  # a layer is bypassed before it has run for the others
+        "if bypass and layer in layers:",
+        "if bypass and layer + 1 in layers:",
+    ),
+    (
+        "probing.branches",  # a choice sees those before it
+        "(self.choice < 0) | (self.choice[:, None] == self.choice)",
+        "(self.choice < 0) | (self.choice[:, None] >= self.choice)",
+    ),
+    (
+        "probing.branches",  # the last media token stays
+        "end = int(media[-1]) + 1 if len(media) else 0",
+        "end = int(media[-1]) if len(media) else 0",
     ),
     (
         "probing.branches",  # a bypassed layer takes its DeepStack term with it
@@ -91,11 +96,6 @@ MUTATIONS = (
         "probing.branches",  # a tie counts as right
         "correct=margin > 0,",
         "correct=margin >= 0,",
-    ),
-    (
-        "probing.run",  # the automatic scan looks at the test split
-        "use = use & derive if (use & derive).any() else use",
-        "use = use if (use & derive).any() else use",
     ),
     (
         "probing.selectors",  # every clip loses the same draw of tokens

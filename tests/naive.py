@@ -1,12 +1,16 @@
 """A pruned forward pass written down plainly: one sample, a loop over the layers, lists of
 positions. No hooks, no masks but the causal one."""
 
+from dataclasses import replace
+
 import torch
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as qwen25
 
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.decoder import Decoder
 from seats_analysis.inputs.layout import Modality
+from seats_analysis.probing.branches import Stream, Tail, marks_of
+from seats_analysis.probing.selectors import check_removed
 from plain import naive_order, stage2
 
 VISUAL, AUDIO = Modality.CODES.values()
@@ -338,3 +342,63 @@ def removed(model, encoded, layer, kinds):
             h = h[:, here]
         h = deep.add(l, run_layer(block, h, cos[:, here], sin[:, here]), here)
     return ad.lm_head(model)(ad.decoder(model).norm(h))[0]
+
+
+@torch.no_grad()
+def removal_scores(model, encoded, removed, layers, bypass=False):
+    """(condition, layer) -> Scores of one prompt, by a run from layer 0 for every removal; with
+    `bypass` also (None, layer), the full run without that layer."""
+    tail = Tail.pack([()], encoded.choice_ids)
+    S, last = encoded.shape[1], layers[-1]
+    after = encoded.position_ids[..., -1:] + 1 + tail.depth
+    whole = Stream.enter(model, encoded, S, tail.ids[None], after)
+    allowed = torch.ones(S + len(tail.ids), S + len(tail.ids)).tril().bool()
+    allowed[S:, S:] = tail.allowed
+
+    def cut(stays):
+        keep = stays.nonzero()[:, 0]
+        mask = whole.decoder.mask(allowed[keep][:, keep][None, None], whole.hidden.dtype)
+        return keep, replace(whole.map(lambda x: x[:, keep]), mask=mask)
+
+    def scores(stream):
+        return tail.score(whole.decoder, stream.hidden[:, -1 - len(tail.ids) :])[0]
+
+    gone = marks_of(whole, encoded, check_removed(removed))
+    _, full = cut(torch.ones(len(allowed), dtype=torch.bool))
+    out = {(None, last): scores(full.through(0, last))}
+    for layer in layers[:-1]:
+        for name, marks in gone.items():
+            keep, part = cut(~marks)
+            part = replace(part, hidden=full.through(0, layer).hidden[:, keep])
+            out[name, layer] = scores(part.through(layer, last))
+        if bypass:
+            before = full.through(0, layer)
+            without = replace(before, hidden=before.inject(before.hidden, layer))
+            out[None, layer] = scores(without.through(layer + 1, last))
+    return out
+
+
+@torch.no_grad()
+def knockouts(walk, branches):
+    "`Knockouts.branch` by a pass of its own for every knockout, with a mask over all positions."
+    decoder = walk.stream.decoder
+    sees = walk.sides.sees(walk.everyone)
+
+    def run(less, blocked):  # who sees whom in the layers and heads that are blocked
+        stream, read = walk.stream, []
+        for layer in range(len(decoder.layers)):
+            allowed = torch.stack([less if at else sees for at in blocked[layer]])
+            mask = decoder.mask(allowed[None], stream.hidden.dtype)
+            stream = replace(stream, mask=mask).through(layer, layer + 1)
+            read += walk.score(stream.hidden[:, walk.questions.shared :])
+        return read
+
+    found = {}
+    for name, b in branches.items():
+        less = sees.clone()
+        order = torch.cat([b.cut.fixed, b.cut.rows]).argsort()
+        less[b.cut.rows] = b.cut.sees[1][:, order]
+        jobs = b.blocked.flatten(1).any(1).nonzero()[:, 0].tolist()
+        found[name] = {j: run(less, b.blocked[j])[-1] for j in jobs}
+    read = run(sees, torch.zeros(len(decoder.layers), 1))
+    return read[-1], found, read

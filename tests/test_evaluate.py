@@ -44,7 +44,8 @@ def omni():
 
 def by_force(model, processor, s, text):
     e = encode(model, processor, [s], answers=[text])
-    ((a, b),) = e.answer_spans
+    b = e.shape[1]
+    a = b - e.answer_length.item()
     with torch.no_grad():
         logp = model(**e.inputs).logits[0].log_softmax(-1)
     return logp[torch.arange(a, b) - 1, e.inputs["input_ids"][0, a:b]]

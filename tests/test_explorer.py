@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from seats_analysis.boundaries.find import find_boundaries
@@ -12,7 +11,7 @@ from seats_analysis.testbed.task import synthetic_profile
 from seats_analysis.plots import explorer
 from seats_analysis.plots.explorer import ALL, explore
 from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.storage.schemas import load_flow, save_profile
+from seats_analysis.storage.schemas import save_profile
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -113,24 +112,3 @@ def test_a_profile_of_ones_own_is_offered(source, tmp_path):
     assert panel.button.disabled and "how many tokens" in panel.words.value and panel.save() is None
     panel.profile.value = "b"
     assert panel.view.source.name == "b"
-
-
-def test_a_question_shows_which_second_it_reads(panel, tmp_path):
-    flow = load_flow(f"{panel.source.name}_time")
-    peaks = abs(flow["change"]).max(["edge", "layer"]).fillna(0)
-    name = str(flow["sample"].values[int(peaks.argmax())])
-    assert bytes(panel.flow.value) == b""
-    panel.question.value = name
-    drawn = panel.source.asked(name)
-    frames, *_ = [ax for ax in drawn.axes if ax.images]
-    assert frames.images[0].get_array().ndim == 3  # the film strip
-    shown = np.hstack([ax.images[0].get_array() for ax in drawn.axes[1:4:2]])
-    wanted = 100 * flow["change"].sel(sample=name).transpose("layer", "edge")
-    np.testing.assert_allclose(shown, wanted, rtol=1e-5)
-    assert bytes(panel.flow.value).startswith(b"\x89PNG") and panel.asked.value
-    panel.question.value = None
-    assert bytes(panel.flow.value) == b"" and panel.asked.value == ""
-    other = panel.source.profile.assign_attrs(weights_sha256="of another model")
-    (tmp_path / "profiles").mkdir()
-    path = save_profile(other, tmp_path / "profiles" / "testbed.nc")
-    assert explorer.Source(path, n_boot=50).questions == {}

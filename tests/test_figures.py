@@ -11,7 +11,7 @@ from seats_analysis.boundaries.find import Boundaries, find_boundaries
 from seats_analysis.testbed.task import ramp, synthetic_profile
 from seats_analysis.inputs.media import Clip
 from seats_analysis.plots import dependency, style
-from seats_analysis.plots.dependency import plot_dependency, family_figure, plot_retention
+from seats_analysis.plots.dependency import plot_dependency, plot_retention
 from seats_analysis.plots.kept import plot_kept
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.schemas import SCHEMAS, load_json, load_profile
@@ -77,10 +77,8 @@ def every_figure(profile, clip):
     yield "dependency", plot_dependency(profile, bounds)
     yield "corrected", plot_dependency(profile, bounds, corrected=True)
     yield "without boundaries", plot_dependency(profile, split=None)
-    yield "families", family_figure(profile, bounds)
     deep = deep_profile(48)
     yield "dependency, 48 layers", plot_dependency(deep, made_up_bounds(deep))
-    yield "families, 48 layers", family_figure(deep)
     for name in ("qwen2.5-omni-7b", "qwen3-omni-30b-a3b"):
         yield (
             f"retention of {name}",

@@ -113,13 +113,8 @@ def test_scores_of_choices(models, batches):
     close(*(score_choices(m, batches[3]).total for m in models))
 
 
-@pytest.mark.parametrize("method", ["branch", "plain"])
-def test_the_probe_wants_masks_and_says_so(models, method):
+def test_the_probe_wants_masks_and_says_so(models):
     with pytest.raises(ValueError, match='"sdpa" or "eager"'):
         probe_dependency(
-            models[1],
-            tiny.processor(adapter_for(models[1]).family),
-            SAMPLES[:1],
-            method=method,
-            progress=False,
+            models[1], tiny.processor(adapter_for(models[1]).family), SAMPLES[:1], progress=False
         )

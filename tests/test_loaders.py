@@ -194,10 +194,11 @@ def test_hub_cache_is_looked_in(tmp_path, monkeypatch):
 # the documented command, `seats probe --model MODEL --data worldsense --limit N`
 
 
-def test_command_on_the_testbed(tmp_path):
-    worldsense(tmp_path)
+def test_command_on_the_testbed(tmp_path, monkeypatch):
+    worldsense(tmp_path / "worldsense")
+    monkeypatch.setenv("SEATS_DATA", str(tmp_path))
     out = tmp_path / "p.nc"
-    data = f"--data worldsense --root {tmp_path} --limit 1"
+    data = "--data worldsense --limit 1"
     result = seats(f"probe --model testbed {data} --layers 8 --removed both --out {out}")
     assert result.exit_code == 0, result.stderr
     from seats_analysis.storage.schemas import load_profile
@@ -208,8 +209,9 @@ def test_command_on_the_testbed(tmp_path):
     assert visual % 8 == 0 and 128 <= visual / 8 <= 144  # an 8 s clip has 8 grids of two frames
 
 
-def test_command_says_what_is_missing(tmp_path):
-    result = seats(f"probe --data worldsense --root {tmp_path} --out {tmp_path}/p.nc")
+def test_command_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("SEATS_DATA", str(tmp_path))
+    result = seats(f"probe --data worldsense --out {tmp_path}/p.nc")
     assert result.exit_code == 2 and "worldsense_qa.json" in result.stderr
     assert result.stderr.count("\n") == 1 and not (tmp_path / "p.nc").exists()
 

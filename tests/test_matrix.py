@@ -3,7 +3,7 @@ with keys hidden by masks, a prompt without the tokens, a loop over tokens, and 
 
 from dataclasses import replace
 
-import kinds, numpy as np, pytest, tiny, torch, transformers
+import kinds, naive, numpy as np, pytest, tiny, torch, transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from seats_analysis.boundaries.find import find_boundaries
@@ -216,12 +216,18 @@ def test_counts_are_as_planned_and_windows_follow_the_prompt(case):
 
 
 def test_the_branch_probe_equals_the_plain_one(case):
-    common = dict(removed=case.adapter.modalities(case.model), progress=False)
-    asked = [case.model, case.processor, case.samples]
-    branch, plain = (probe_dependency(*asked, **common, method=m) for m in ("branch", "plain"))
-    for name in ("nll", "kl"):
-        np.testing.assert_allclose(branch[name], plain[name], atol=5e-5)
-    assert (branch["kl"].isel(layer=0) > 1e-4).any()
+    names = case.adapter.modalities(case.model)
+    options = dict(removed=names, layers=[0, 1], progress=False)
+    profile = probe_dependency(case.model, case.processor, case.samples, **options)
+    for i, sample in enumerate(case.samples):
+        one = encode(case.model, case.processor, [sample])
+        plain = naive.removal_scores(case.model, one, names, [0, 1, L])
+        for (name, layer), scores in plain.items():
+            found = profile.isel(sample=i).sel(removed=name or names[0], layer=layer)
+            expected = scores.metrics([sample], plain[None, L])
+            for k in ("nll", "kl"):
+                np.testing.assert_allclose(found[k], expected[k][0], atol=5e-5)
+    assert (profile["kl"].isel(layer=0) > 1e-4).any()
 
 
 def test_scores_of_stage_two_are_those_of_the_stock_attention(case):

@@ -16,7 +16,8 @@ from clips import av, blocks, patch, picture, refused, write_clip
 
 from seats_analysis.inputs.media import Clip, decode_clip
 from seats_analysis.inputs.samples import Sample
-from seats_analysis.inputs.questions import read_samples, write_samples
+from seats_analysis.inputs.questions import read_samples
+from seats_analysis.testbed.load import write_samples
 from seats_analysis.storage.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]

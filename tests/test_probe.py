@@ -17,7 +17,7 @@ from seats_analysis.models.scoring import score_choices
 from seats_analysis.inputs.layout import Modality
 from seats_analysis.storage.schemas import load_profile, save_profile
 from seats_analysis.models.provenance import sample_rows
-from seats_analysis.probing.run import PROBE_METHODS, probe_dependency
+from seats_analysis.probing.run import probe_dependency
 from seats_analysis.storage.provenance import digest
 
 LAYERS = 3
@@ -46,9 +46,9 @@ def ask(model, processor):
     return partial(probe_dependency, model, processor, progress=False)
 
 
-@pytest.fixture(scope="module", params=PROBE_METHODS)
-def profile(ask, samples, request):
-    return ask(samples, method=request.param)
+@pytest.fixture(scope="module")
+def profile(ask, samples):
+    return ask(samples)
 
 
 @pytest.fixture(scope="module")
@@ -116,16 +116,16 @@ def test_a_layer_left_out_changes_what_it_changes_in_the_stock_model(
     assert 0 < found.mean() < 1 and not found.sel(layer=LAYERS).any()
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_batching_and_order_change_nothing(ask, samples, profile, size):
-    other = ask(samples[::-1], method="plain", batch_size=size).sel(sample=profile.sample)
+@pytest.mark.parametrize("most", [1, 65_536])
+def test_batching_and_order_change_nothing(ask, samples, profile, most):
+    other = ask(samples[::-1], max_branch_tokens=most).sel(sample=profile.sample)
     for name in ("nll", "margin", "kl"):
         np.testing.assert_allclose(other[name], profile[name], atol=2e-5, rtol=5e-6)
     assert (other.correct == profile.correct).all()
 
 
 def test_deterministic(ask, samples, profile):
-    assert profile.identical(ask(samples, method=profile.attrs["method"]))
+    assert profile.identical(ask(samples))
 
 
 def test_coordinates_and_attributes(model, samples, profile):
@@ -144,10 +144,8 @@ def test_coordinates_and_attributes(model, samples, profile):
     attrs = profile.attrs
     assert attrs["weights_sha256"] == adapter_for(model).hash_weights(model)
     assert attrs["data_sha256"] == digest(sample_rows(samples))
-    own = {"branch": "max_branch_tokens", "plain": "batch_size"}[attrs["method"]]
-    said = "model revision prompt_sha256 seed versions threads method needs".split()
-    assert {own, *said} <= set(attrs)
-    assert not {"max_branch_tokens", "batch_size"} - {own} & set(attrs)
+    said = "model revision prompt_sha256 seed versions threads max_branch_tokens needs"
+    assert set(said.split()) <= set(attrs)
 
 
 def test_hashes_notice_changes(model, samples):
@@ -183,7 +181,6 @@ def test_eager_attention(processor, samples, profile):
         processor,
         samples,
         removed="both",
-        method=profile.attrs["method"],
         progress=False,
     )
     ours, theirs = (p.nll.sel(removed="both") for p in (other, profile))
@@ -217,7 +214,7 @@ def test_twice_the_same_question_is_refused(ask, samples):
         (dict(removed="smell"), "not one of visual"),
         (dict(removed=()), "once"),
         (dict(layers=[LAYERS + 1]), f"outside 0..{LAYERS}"),
-        (dict(method="guess"), "'guess' is not known"),
+        (dict(answers="guess"), "'guess' is not known"),
         (dict(layers="all"), "'all' is not known"),
         (dict(shard=(0, 2)), "need a checkpoint"),
     ],

@@ -1,21 +1,18 @@
 """The branch method gives what the plain one gives for less: every layer, condition, family, kind
 of question and limit of tokens."""
 
-import json
 import time
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import replace
 from functools import partial
 
+import naive
 import numpy as np
 import pytest
 import tiny
 import torch
-import xarray as xr
 
-from seats_analysis.boundaries.find import find_boundaries
-from seats_analysis.storage.schemas import load_profile
 from seats_analysis.probing import branches, run
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode, encode_questions
@@ -30,10 +27,9 @@ from seats_analysis.probing.selectors import (
     random_fraction,
     time_window,
 )
-from seats_analysis.probing.branches import Tail, Traversal, branch_scores, removal_scores
-from seats_analysis.statistics.intervals import crossings, monotone_fit
+from seats_analysis.probing.branches import Tail, Traversal, branch_scores
 from seats_analysis.testbed.load import load_testbed, testbed_samples as shipped_samples
-from seats_analysis.probing.run import family_curves, next_layers, probe_dependency, within_memory
+from seats_analysis.probing.run import probe_dependency, within_memory
 
 VISUAL, AUDIO, TEXT, *_ = Modality
 LAYERS, NAMES, WORDS = 4, ("visual", "audio", "both"), tiny.WORDS
@@ -70,14 +66,15 @@ def scores_of(model, processor, samples, removed=NAMES, layers=None, most=4096):
                 values = s.answer[i], s.total[i, : len(sample.choices)]
                 into[sample.id, name, layer] = values
 
-    for unit in run.units_of(samples, "branch", 8):
+    for unit in run.units_of(samples):
         part = [samples[i] for i in unit]
         for q in encode_questions(model, processor, part):
             asked = branch_scores(model, q, removed, layers, most, bypass=True)
             note(found[0], q.samples, asked)
         for sample in part:
             one = encode(model, processor, [sample])
-            note(found[1], [sample], removal_scores(model, one, removed, layers, bypass=True))
+            plain = naive.removal_scores(model, one, removed, layers, bypass=True)
+            note(found[1], [sample], plain)
     return found
 
 
@@ -175,7 +172,9 @@ def test_token_0_is_a_token(model, processor, samples, first, second):
     some = [replace(samples[1], id=name) for name in "ab"]
     ids = (first, second), (first,)
     prompts = replace(encode(model, processor, some), choice_ids=ids)
-    found = removal_scores(model, prompts, NAMES, [LAYERS])[None, LAYERS]
+    (questions,) = encode_questions(model, processor, some)
+    questions = replace(questions, choice_ids=ids)
+    found = branch_scores(model, questions, NAMES, [LAYERS])[None, LAYERS]
     expected = score_choices(model, prompts)
     for ours, theirs in (
         (found.total, expected.total),
@@ -267,8 +266,8 @@ def test_selectors_see_the_prompt_and_its_states(model, processor, samples):
     )
     watch = lambda view: views.append(view) or view.media
     marked = branches.marks_of(stream, encoded, {"watch": watch})["watch"]
-    assert torch.equal(marked, layout.visual | layout.audio)
-    (view,), end = views, int(marked[0].nonzero().max()) + 1
+    assert torch.equal(marked, (layout.visual | layout.audio)[0])
+    (view,), end = views, int(marked.nonzero().max()) + 1
     for ours, theirs in ((view.kind, layout.modality), (view.window, layout.window)):
         assert torch.equal(ours, theirs[0, :end])
     stock = stream.decoder.thinker(**encoded.inputs, output_hidden_states=True).hidden_states
@@ -316,27 +315,18 @@ def test_prompts_that_do_not_begin_alike_stand_alone(model, processor, samples):
 # what needs no answers, or long ones
 
 
-@pytest.mark.parametrize("method", run.PROBE_METHODS)
-def test_unlabelled_and_reference_answers(model, processor, samples, scanned, method):
+def test_unlabelled_and_reference_answers(model, processor, samples, scanned):
     "Without choices only the divergence is there; with one, its likelihood too."
     bare = [
         replace(samples[0], id="none", choices=(), answer=-1),
         replace(samples[0], id="one", choices=(WORDS[3],), answer=0),
     ]
-    found = probe_dependency(model, processor, bare, method=method, progress=False)
+    found = probe_dependency(model, processor, bare, progress=False)
     for kl in found.kl:
         np.testing.assert_allclose(kl, scanned.kl[0], atol=1e-5)
     np.testing.assert_allclose(found.nll[1], scanned.nll[0], atol=3e-5)
     assert found.nll[0].isnull().all() and found.margin.isnull().all() and not found.correct.any()
     assert found.n_choices.values.tolist() == [0, 1]
-
-
-def test_families_are_kept_apart(scanned):
-    curves, test = (family_curves(scanned, "nll", split) for split in (None, "test"))
-    assert curves.dims == ("family", "removed", "layer") and curves.n.values.tolist() == [2, 3, 1]
-    for found, family, rows in ((curves, "a", slice(0, 2)), (test, "b", slice(3, 5))):
-        expected = scanned.nll.values[rows].mean(0)
-        np.testing.assert_allclose(found.sel(family=family), expected, rtol=1e-6)
 
 
 # memory
@@ -416,7 +406,7 @@ def test_cost_has_a_closed_form(model, processor, samples):
     )
     branch = flops(lambda: branch_scores(model, q, NAMES, layers))
     assert form == pytest.approx(branch - encoders, rel=0.005)
-    plain = flops(lambda: removal_scores(model, single, NAMES, layers))
+    plain = flops(lambda: naive.removal_scores(model, single, NAMES, layers))
     assert plain_form(model, one) == pytest.approx(plain - encoders, rel=0.005)
 
 
@@ -430,97 +420,3 @@ def test_cost_against_plain():
     both, first = (flops(lambda: branch_scores(model, x, NAMES, layers)) for x in (q, one))
     plain = plain_form(model, one) + flops(lambda: walk_of(model, one))
     assert both <= 0.35 * 2 * plain and 0.55 * both < first <= 0.35 * plain
-
-
-# coarse to fine
-
-
-def planted(rises, layers):
-    at = np.array(layers)
-    # 0 up to a, 1 from b on
-    correct = np.stack([np.clip((at - a + 1) / (b - a + 1), 0, 1) for a, b in rises])
-    answers = np.arange(200)[:, None, None] / 200 < 0.25 + 0.75 * correct
-    coords = dict(removed=list(NAMES[: len(rises)]), layer=at)
-    coords |= {name: ("sample", [value] * 200) for name, value in (("family", "a"), ("split", ""))}
-    return xr.Dataset({"correct": (("sample", "removed", "layer"), answers)}, coords)
-
-
-def scan(profile_of, num_layers, needs=None):
-    "The layers that `auto` would scan of a profile."
-    layers = sorted({*range(0, num_layers, round(num_layers**0.5)), num_layers})
-    while more := next_layers(profile_of(layers), needs):
-        layers = sorted({*layers, *more})
-    return layers
-
-
-@pytest.mark.parametrize(
-    "num_layers, rises",
-    [
-        (16, [(3, 9)]),
-        (28, [(16, 23)]),
-        (28, [(2, 4), (20, 27)]),
-        (48, [(27, 39), (0, 1)]),
-        (36, [(35, 36)]),
-    ],
-)
-def test_auto_finds_planted_crossings(num_layers, rises):
-    "The scanned layers have every crossing of the full curve, and are fewer than all."
-    layers = scan(partial(planted, rises), num_layers)
-    full = planted(rises, range(num_layers + 1))
-    found = lambda part, name: crossings(
-        monotone_fit(part.correct.sel(removed=name).values.mean(0)), part.layer.values, 0.01, 0.1
-    )
-    for name in full.removed.values:
-        assert found(planted(rises, layers), name) == found(full, name)
-    assert len(layers) < num_layers + 1
-
-
-def test_auto_looks_at_the_derive_split_where_there_is_one():
-    "Curves of the test split say nothing about the layers that are scanned."
-    layers = [0, 7, 14, 21, 28]
-    derive, test = (
-        planted([rise], layers).assign_coords(split=("sample", [name] * 200))
-        for name, rise in dict(derive=(3, 6), test=(22, 26)).items()
-    )
-    both = xr.concat([derive, test], "sample")
-    assert next_layers(both) == next_layers(derive) != next_layers(test)
-    whole = both.assign_coords(split=("sample", [""] * 400))
-    assert next_layers(whole) != next_layers(both)
-
-
-def test_auto_is_part_of_the_full_scan(model, processor, samples, scanned, tmp_path):
-    "Whatever it scans has the numbers of the full scan; a checkpoint holds its passes apart."
-    options = dict(layers="auto", checkpoint=tmp_path / "j", progress=False)
-    auto = probe_dependency(model, processor, samples, **options)
-    for name in ("nll", "margin", "kl"):
-        np.testing.assert_allclose(auto[name], scanned[name].sel(layer=auto.layer), atol=3e-5)
-    layers = auto.layer.values.tolist()
-    assert auto.attrs["scan"] == "auto" and layers[-1] == LAYERS and layers == sorted(layers)
-    assert (tmp_path / "j" / "scan0" / "run.json").is_file()
-    assert auto.identical(probe_dependency(model, processor, samples, **options))
-
-
-@pytest.mark.parametrize("conditions", [NAMES, *[(name,) for name in NAMES]], ids="+".join)
-def test_auto_gives_the_boundaries_of_the_full_scan(conditions):
-    "On the stored profile, the layers that `auto` would have scanned give the same boundaries."
-    full = load_profile("testbed").sel(removed=list(conditions))
-    needs = json.loads(full.attrs["needs"])
-    some = full.sel(layer=scan(lambda layers: full.sel(layer=layers), int(full.layer[-1]), needs))
-    for removed in conditions:
-        ours, theirs = (find_boundaries(p, removed) for p in (some, full))
-        blocks = [(b.shallow_end, b.late_start) for b in (ours, theirs)]
-        assert blocks[0] == blocks[1], removed
-
-
-@pytest.mark.nightly
-def test_one_pass_takes_less_time_on_the_testbed():
-    "At most 0.40 of the plain method's time, in seconds of CPU, which neighbours disturb less."
-    (thinker, processor), took = load_testbed(), dict.fromkeys(run.PROBE_METHODS)
-    asked = shipped_samples(split="derive", limit=8)
-    for method in took:
-        ask = partial(probe_dependency, thinker, processor, method=method, progress=False)
-        ask(asked[:2], layers=[0])  # warm up
-        start = time.process_time()
-        ask(asked)
-        took[method] = time.process_time() - start
-    assert took["branch"] <= 0.40 * took["plain"], took

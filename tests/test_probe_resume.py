@@ -164,9 +164,8 @@ def test_only_what_was_in_flight_is_run_again(to_file, samples, tmp_path, ran):
     assert ran == [[s.id for s in samples[i : i + 2]] for i in (6, 8, 10)]
 
 
-@pytest.mark.parametrize("method", ["branch", "plain"])
-def test_resumed_equals_whole_for_both_methods(ask, samples, tmp_path, method):
-    one = partial(ask, samples[:6], method=method, layers=[0, 2], batch_size=3)
+def test_resumed_equals_whole(ask, samples, tmp_path):
+    one = partial(ask, samples[:6], layers=[0, 2])
     expected, checkpoint = one(), tmp_path / "j"
     one(checkpoint=checkpoint)
     for name in ("000001.json", "000004.json"):
@@ -251,14 +250,8 @@ def other_first(**change):
         ),
         (dict(layers=[0, 1]), r"other layers .\[1, 3\] there, \[0, 1, 3\] now"),
         (dict(removed="audio"), "other removed"),
-        (dict(seed=3), "other seed .0 there, 3 now"),
-        (
-            dict(method="plain"),
-            'other batch_size .*other max_branch_tokens .*other method ."branch" there',
-        ),
         (dict(fps=1.0), "other fps"),
         (dict(max_branch_tokens=77), "other max_branch_tokens .4096 there, 77 now"),
-        (dict(layers="auto"), r'other layers .\[1, 3\] there, "auto" now'),
         (other_limits, "other processor settings .pixel limits"),
     ],
 )
@@ -311,18 +304,17 @@ def test_no_checkpoint_for_a_selector_without_a_name(ask, samples, tmp_path, sel
         assert one().sizes["sample"] == 2
 
 
-@pytest.mark.parametrize("first, second", [([0, 1], "auto"), ("auto", [0, 1])])
-def test_a_run_with_other_layers_is_not_swept_away(to_file, tmp_path, first, second):
-    "Whether layers are given or found, the finished samples of an unfinished run stay."
+def test_a_run_with_other_layers_is_not_swept_away(to_file, tmp_path):
+    "The finished samples of an unfinished run stay."
     path = tmp_path / "p.nc"
     with stopped_at(2):
-        to_file(path, layers=first)
+        to_file(path, layers=[0, 1])
     before = sorted(Checkpoint.folder_of(path).rglob("*"))
     says = "holds an unfinished run that cannot be continued: other layers"
     with pytest.raises(ValueError, match=says):
-        to_file(path, layers=second)
+        to_file(path)
     assert sorted(Checkpoint.folder_of(path).rglob("*")) == before
-    to_file(path, layers=first)
+    to_file(path, layers=[0, 1])
     assert names_in(tmp_path) == ["p.nc"]
 
 
@@ -347,17 +339,8 @@ def test_processes_share_the_work(to_file, samples, whole, tmp_path, ran):
     assert path.read_bytes() == whole and not Checkpoint.folder_of(path).exists()
 
 
-def test_auto_is_shared_too(to_file, tmp_path):
-    "Every process needs the curves to know where to look next, the first one alone writes."
-    two, one = tmp_path / "two.nc", tmp_path / "one.nc"
-    assert by_two(lambda: to_file(two, layers="auto") is None) == [False, True]
-    to_file(one, layers="auto")
-    assert two.read_bytes() == one.read_bytes()
-
-
-@pytest.mark.parametrize("layers", [[1], "auto"])
-def test_a_process_without_work_leaves_nothing(model, processor, samples, tmp_path, layers):
-    options = dict(layers=layers, progress=False)
+def test_a_process_without_work_leaves_nothing(model, processor, samples, tmp_path):
+    options = dict(layers=[1], progress=False)
     few = partial(probe_to_file, model, processor, samples[:2], tmp_path / "p.nc", **options)
     assert by_two(lambda: few() is None) == [False, True]
     assert names_in(tmp_path) == ["p.nc"]

@@ -19,7 +19,8 @@ from seats_analysis.evaluation.prepared import Answering, DataShape, PreparedBat
 from seats_analysis.tuning import space
 from seats_analysis.tuning.space import SearchSpace, deal_clips
 from seats_analysis.tuning.tune import Tuning, better_half
-from seats_analysis.inputs.questions import read_samples, write_samples
+from seats_analysis.inputs.questions import read_samples
+from seats_analysis.testbed.load import write_samples
 from seats_analysis.tuning.certificate import Promise
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.schemas import save_profile

@@ -143,7 +143,7 @@ def test_outputs_have_one_place_and_are_not_replaced(shell, tmp_path):
 
 MINE = """
 from pathlib import Path
-from seats_analysis.inputs.questions import write_samples
+from seats_analysis.testbed.load import write_samples
 from seats_analysis.testbed.load import fresh_samples
 write_samples(fresh_samples(8, per_clip=2, folder="clips"), "clips/mine.jsonl")
 """

@@ -305,7 +305,7 @@ def peaks_of(
     power=1,  # of a distance to a neighbour
     weight=1.0,  # (..., N) of the density
 ):  # (..., N) float32
-    "Density, by the mean distance to k neighbours, times the distance to the next denser (DPC-KNN)."
+    "Density, by the mean distance of k neighbours, times the distance to the next denser (DPC)."
     near = distance.topk(min(k, max(distance.shape[-1] - 1, 1)), -1, largest=False).values
     found = near.isfinite()
     mean = near.where(found, 0.0).pow(power).sum(-1) / found.sum(-1).clamp(min=1)

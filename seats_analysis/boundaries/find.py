@@ -8,15 +8,21 @@ __all__ = ['mean_counts', 'Boundaries', 'Resampled', 'kl_late_start', 'find_boun
 # %% ../../nbs/boundaries/01_find.ipynb #0eac3bf1
 import json
 import numpy as np
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from scipy.special import ndtri
 from typing import TYPE_CHECKING
-from ..storage.schemas import SCHEMAS, load_json, load_profile, save_json
+from ..storage.schemas import SCHEMAS, load_profile
 from ..storage.shown import as_html
-from ..statistics.intervals import crossings, first_staying, loss_bound, monotone_fit
+from seats_analysis.statistics.intervals import (
+    clip_draws,
+    crossings,
+    first_staying,
+    loss_bound,
+    monotone_fit,
+)
 from seats_analysis.boundaries.retention import (
     ClipCounts,
     family_needs,
@@ -95,23 +101,6 @@ class Boundaries:
         lines[self.removed] = zip(self.layers, self.curve)
         return as_html(self, lines, (self.shallow_end, self.late_start, self.num_layers))
 
-    @classmethod
-    def stated(
-        cls,
-        middle: int,  # first layer of the middle block, 0-based
-        late: int,  # first layer of the late block, 0-based
-        profile: "xr.Dataset",  # dependency profile of the model
-    ) -> "Boundaries":
-        "Blocks that somebody states. Raises ValueError for layers that the model does not have."
-        return cls(
-            num_layers=int(profile["layer"].max()),
-            shallow_end=middle,
-            late_start=late,
-            parameters=mean_counts(profile),
-            model=str(profile.attrs.get("model", "")),
-            revision=profile.attrs.get("revision") or None,
-        )
-
     @property
     def excludable_loss(self) -> float:  # share of the performance
         "The least loss that so many clips can exclude, whatever they answer."
@@ -167,35 +156,6 @@ class Boundaries:
         "JSON-able, with its schema."
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {"schema": SCHEMAS["boundaries"].id, **plain}
-
-    @classmethod
-    def from_dict(
-        cls,
-        data: Mapping,  # what `to_dict` gave
-    ) -> "Boundaries":
-        "Raises ValueError for missing or unknown fields."
-        known = {f.name for f in fields(cls)}
-        given = set(data) - {"schema"}
-        if given != known:
-            raise ValueError(
-                f"boundaries file: missing {sorted(known - given)}, unknown {sorted(given - known)}"
-            )
-        return cls(**{k: tuple(v) if isinstance(v := data[k], list) else v for k in given})
-
-    def save(
-        self,
-        path: str | Path,  # JSON file
-    ) -> Path:
-        "Write JSON, whole or not at all."
-        return save_json(path, self.to_dict())
-
-    @classmethod
-    def load(
-        cls,
-        path: str | Path,  # JSON file
-    ) -> "Boundaries":
-        "Raises ValueError that names the file."
-        return cls.from_dict(load_json(path, "boundaries"))
 
 # %% ../../nbs/boundaries/01_find.ipynb #3523a248
 def _same(replicates, estimate):
@@ -440,9 +400,6 @@ def find_boundaries(
 def cache_range(
     profile,  # of whole answers: `probe_dependency(..., answers="text")`
     removed: str = "both",  # or "visual", "audio"
-    tolerance: float = 0.005,  # share of an answer's tokens that may change
-    n_boot: int = 2000,  # resamples of the clips
-    seed: int = 0,
 ) -> dict:  # layers: half-open, (a, a) = none; start_ci, end_ci: 95 % over clips
     "Which layers' caches must keep the media. Raises ValueError for a profile of choices."
     if "token_stays" not in profile:
@@ -452,13 +409,12 @@ def cache_range(
     weights = profile["tokens"] / profile["tokens"].sum("bin")
     shares = (stays.fillna(0) * weights).sum("bin")  # of each answer
     clips, at = np.unique(profile["clip"].values.astype(str), return_inverse=True)
-    even = np.full(len(clips), 1 / len(clips))
-    drawn = np.random.default_rng(seed).multinomial(len(clips), even, n_boot)
-    drawn = np.vstack([np.ones(len(clips), int), drawn])[:, at]  # first: the sample itself
+    itself = np.ones(len(clips), int)
+    drawn = np.vstack([itself, clip_draws(len(clips))])[:, at]
 
     def fine(rule):  # (1 + n_boot, layers)
         curve = drawn @ shares.sel(rule=rule).transpose("sample", "layer").values
-        return curve / drawn.sum(1, keepdims=True) >= 1 - tolerance
+        return curve / drawn.sum(1, keepdims=True) >= 0.995  # of an answer's tokens
 
     ok = np.logical_and.accumulate(fine("below"), 1)
     starts = layers[ok.sum(1) - 1]

@@ -51,11 +51,10 @@ def _p_holm(means):  # (clips, L) with NaN
 def flow_table(
     flow: "xr.Dataset",  # of `trace_flow`
     metric: str = "change",  # or change_right, kl, flip
-    n_boot: int = 2000,  # resamples of clips
-    seed: int = 0,  # of them
 ) -> "pd.DataFrame":  # by (edge, layer, ...): effect, 95 % interval, p by Holm, repaired and broken
     "Mean effect of every knockout over clips; shares of the questions that it repairs and breaks."
     import pandas as pd
+    from seats_analysis.statistics.intervals import clip_draws
 
     dims = flow[metric].dims[1:]
     right = flow["correct"]
@@ -64,10 +63,7 @@ def flow_table(
     repaired = ((right > 0) & (full == 0)).where(asked)
     broken = ((right == 0) & (full > 0)).where(asked)
     _, clip = np.unique(flow["clip"].values.astype(str), return_inverse=True)
-    n = clip.max() + 1
-    weights = (
-        np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot).astype(float)
-    )
+    weights = clip_draws(clip.max() + 1).astype(float)
     columns = {}
     for name, part in {metric: flow[metric], "repaired": repaired, "broken": broken}.items():
         values = part.transpose("sample", *dims).values.reshape(len(clip), -1).astype(float)

@@ -13,14 +13,9 @@ import xarray as xr
 from dataclasses import dataclass
 from scipy.special import ndtri
 from ..inputs.layout import Modality
-from ..statistics.intervals import loss_bound, monotone_fit
+from ..statistics.intervals import clip_draws, loss_bound, monotone_fit
 
 # %% ../../nbs/boundaries/00_retention.ipynb #fb4d574c
-def _asked(removed):
-    "The modalities that a condition removes."
-    return set(Modality.CODES) if removed == "both" else {removed}
-
-
 def family_needs(
     profile,  # dependency profile with coordinate `family(sample)`
 ) -> dict:  # family -> set of needed modalities
@@ -41,7 +36,8 @@ def needed_families(
     removed: str = "both",  # "visual", "audio" or "both"
 ) -> tuple:  # sorted names
     "Families whose questions need what was removed: the ones that boundaries are derived from."
-    return tuple(name for name, needs in family_needs(profile).items() if needs & _asked(removed))
+    asked = set(Modality.CODES) if removed == "both" else {removed}
+    return tuple(name for name, needs in family_needs(profile).items() if needs & asked)
 
 
 def known_split(profile, split):
@@ -212,9 +208,7 @@ class ClipCounts:
         seed=0,
     ):  # (n_boot or fewer, n) accuracy
         "Accuracy when clips are drawn with replacement, where any answer is right at the end."
-        n = len(self.asked)
-        random = np.random.default_rng(seed)
-        weights = random.multinomial(n, np.full(n, 1 / n), size=n_boot).astype(float)
+        weights = clip_draws(len(self.asked), n_boot, seed).astype(float)
         accuracy = (weights @ self.right) / (weights @ self.asked)[:, None]
         return accuracy[accuracy[:, -1] > 0]
 

@@ -18,6 +18,7 @@ from seats_analysis.cli.app import (
     Json,
     Overwrite,
     app,
+    check_trr,
     emit,
     left_out,
     name_of,
@@ -30,6 +31,7 @@ from seats_analysis.cli.app import (
     writable,
 )
 from ..inputs.layout import Modality
+from ..storage.files import output_folder
 from ..storage.schemas import load_profile
 
 # %% ../../nbs/cli/01_analysis.ipynb #5d1079fd
@@ -37,16 +39,16 @@ MAX_LAYERS = 1000  # of a model whose configuration does not say
 
 
 def _layer_list(text, num_layers=None):
-    "`0,4,8` or `0:12:2` as a list of 0-based layers; '' is all, `auto` stays itself."
-    if not text or text == "auto":
-        return text or None
+    "`0,4,8` or `0:12:2` as a list of 0-based layers; '' is all."
+    if not text:
+        return None
     try:
         numbers = map(int, text.split(":" if ":" in text else ","))
         layers = range(*numbers) if ":" in text else list(numbers)
     except (ValueError, TypeError):
         layers = []
     if not layers:
-        raise ValueError(f"--layers {text!r}: give layers as 0,4,8, as start:stop:step, or auto")
+        raise ValueError(f"--layers {text!r}: give layers as 0,4,8 or as start:stop:step")
     last = num_layers or MAX_LAYERS
     ends = (layers[0], layers[-1]) if ":" in text else layers  # a range is not written out here
     if bad := [i for i in ends if not 0 <= i <= last]:
@@ -81,20 +83,11 @@ def probe(
     overwrite: Overwrite = False,
     removed: str = Option("", help="Conditions, separated by commas (all that the model takes)."),
     layers: str = Option(
-        "",
-        help="0-based layers to remove before, as 0,4,8 or start:stop:step, or `auto`: coarse "
-        "to fine around the boundaries; default: all.",
-    ),
-    max_branch_tokens: int | None = Option(
-        None,
-        min=1,
-        help="Tokens that run as one batch, halved when memory runs out; default: 4096 on a "
-        "CPU, 65536 on a GPU.",
+        "", help="0-based layers to remove before, as 0,4,8 or start:stop:step; default: all."
     ),
     answers: Literal["choices", "text"] = Option(
         "choices", help="`text`: every token of a whole answer, given or written by the model."
     ),
-    max_new_tokens: int = Option(64, min=1, help="Most tokens of an answer that it writes."),
 ):
     """Measure what each layer still needs of video and audio.
 
@@ -124,10 +117,8 @@ def probe(
         broken=asked.broken,
         removed=conditions,
         layers=chosen,
-        max_branch_tokens=max_branch_tokens,
         needs=needs,
         answers=answers,
-        max_new_tokens=max_new_tokens,
     )
     if profile is not None:
         print(f"{out}: {_probe_text(profile)}{left_out(asked.broken)}")
@@ -236,14 +227,21 @@ def boundaries(
 # %% ../../nbs/cli/01_analysis.ipynb #37673f97
 def _stated(text, profile):
     "The blocks that a command line gives, from 1."
-    from seats_analysis.boundaries.find import Boundaries
+    from seats_analysis.boundaries.find import Boundaries, mean_counts
 
     last = int(profile["layer"].max()) + 1
     example = f"the first layers of the middle and the late block, from 1 to {last}, as 4,11"
     starts = numbers_of(text, "--blocks", example, int)
     if len(starts) != 2 or not 1 <= starts[0] <= starts[1] <= last:
         raise ValueError(f"--blocks {text!r}: give {example}")
-    return Boundaries.stated(starts[0] - 1, starts[1] - 1, profile)
+    return Boundaries(
+        num_layers=last - 1,
+        shallow_end=starts[0] - 1,
+        late_start=starts[1] - 1,
+        parameters=mean_counts(profile),
+        model=str(profile.attrs.get("model", "")),
+        revision=profile.attrs.get("revision") or None,
+    )
 
 
 @app.command()
@@ -258,7 +256,6 @@ def schedule(
         None, help="JSON file to write; default: seats_out/DATA/schedules/PROFILE_trrN.json."
     ),
     overwrite: Overwrite = False,
-    apart: bool = Option(False, "--apart", help="Boundaries of each modality from its own curve."),
     blocks: str = Option(
         "",
         help="MIDDLE,LATE: where these blocks start, from 1, if that is known otherwise; the "
@@ -283,10 +280,55 @@ def schedule(
     stored = load_profile(profile)
     if blocks:
         bounds = _stated(blocks, stored)
-    elif apart:
-        bounds = {m: find_boundaries(stored, m, tolerance) for m in Modality.CODES}
     else:
         bounds = find_boundaries(stored, tolerance=tolerance)
     plan = Schedule.from_trr(bounds, trr, late=late or DEFAULT_LATE)
     plan.save(out)
     print(f"{out}\n{plan}")
+
+# %% ../../nbs/cli/01_analysis.ipynb #c11a0005
+@app.command()
+@takes(DataOptions)
+def analyze(
+    asked,
+    trr: float = Option(10, help="Percent of the tokens that the schedule keeps, in (0, 100]."),
+    out: Path | None = Option(None, help="Folder for all files; default: seats_out/DATA."),
+    overwrite: Overwrite = False,
+):
+    """Probe a model, find its blocks and make a schedule.
+
+    Writes a profile, a schedule, a figure and a page with advice in words. A profile that is there
+    is used as it is; an interrupted probe goes on with the same command.
+    """
+    check_trr(trr)
+    asked.depth()
+    folder = out or output_folder(asked.data)
+    name = name_of(asked.model)
+    profile = folder / f"profiles/{name}.nc"
+    plan = folder / f"schedules/{name}_trr{trr:g}.json"
+    drawn = folder / f"figures/{name}_trr{trr:g}"
+    page = Path(f"{drawn}.html")
+    writable(profile, "profile", overwrite=True)
+    writable(plan, "schedule", overwrite)
+    writable(page, overwrite=overwrite)
+    check_figure(drawn, overwrite)
+    from seats_analysis.plots.analysis import Analysis
+    from seats_analysis.plots.style import save_figure
+    from seats_analysis.probing.run import probe_to_file
+
+    if profile.is_file() and not overwrite:
+        stored = load_profile(profile)
+        n = stored.sizes["sample"]
+        note(f"note: {profile} is there ({n} questions) and is used; --overwrite measures again")
+    else:
+        stored = asked.measured(probe_to_file, profile, broken=asked.broken, needs=asked.needs)
+    if stored is None:
+        return
+    found = Analysis.of(stored, trr)
+    files = [profile, found.save(page)]
+    if found.schedule:
+        found.schedule.save(plan)
+        files.append(plan)
+    if found.boundaries:
+        files += save_figure(found.figure(), drawn)
+    print(f"{found.advice}{left_out(asked.broken)}", *files, sep="\n")

@@ -304,12 +304,11 @@ def eval_(
     usual = f"results/eval_{name_of(model_name)}.json"
     out = output_file(out, asked.data, usual, "eval", overwrite)
     from seats_analysis.evaluation.compare import compare_methods, made_from, method_names, vtw_rule
-    from seats_analysis.evaluation.load import held_out
     from seats_analysis.models.encode import mean_tokens
     from seats_analysis.schedules.choose import solve_schedules
     from seats_analysis.boundaries.find import layers_read
     from seats_analysis.storage.schemas import load_profile
-    from seats_analysis.testbed.load import TESTBEDS, caption_samples
+    from seats_analysis.testbed.load import TESTBEDS, caption_samples, held_out
 
     names = method_names(names_of(methods, "--methods"))
     chains, searched = _tuned(tuned, num_layers)
@@ -345,9 +344,9 @@ def eval_(
             f"--data {data} --limit {len(samples)} --answers {answers} --seed {seed}"
         )
         command += "".join(f" --tuned {p.name}" for p in tuned)
-        for name in ("fps", "max_frames", "attention", "dtype"):
+        for name in ("fps", "max_frames", "attention"):
             value = getattr(asked, name)
-            if value not in (None, "sdpa", "auto"):
+            if value not in (None, "sdpa"):
                 command += f" --{name.replace('_', '-')} {value}"
         with resumable(folder, "questions"):
             result = compare_methods(

@@ -12,7 +12,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated
@@ -86,13 +86,6 @@ class Command(TyperCommand):
         return super().invoke(ctx)
 
 
-class App(typer.Typer):
-    "The application, which makes such commands."
-
-    def command(self, name=None, **options):
-        return super().command(name, cls=Command, **options)
-
-
 class Commands(TyperGroup):
     "The command group with its own end: one line and exit 2 for bad input, 130 for Ctrl-C."
 
@@ -124,7 +117,7 @@ class Commands(TyperGroup):
         return code
 
 # %% ../../nbs/cli/00_app.ipynb #4a05211b
-app = App(
+app = typer.Typer(
     cls=Commands,
     add_completion=False,
     no_args_is_help=True,
@@ -135,6 +128,7 @@ app = App(
     epilog="Bad input ends with one line and exit code 2; "
     "SEATS_DEBUG=1 in the environment shows where it came from.",
 )
+app.command = partial(app.command, cls=Command)
 
 
 def _version(wanted):
@@ -330,9 +324,6 @@ class ModelOptions:
             "files of your own.",
         ),
     ] = None
-    dtype: Annotated[
-        str, Option(help="Weights as stored (`auto`), float32, bfloat16 or float16.")
-    ] = "auto"
     attention: Annotated[str, Option(help="Attention: sdpa, eager or flash_attention_2.")] = "sdpa"
 
     @cached_property
@@ -363,7 +354,7 @@ class ModelOptions:
     def load(self):  # model, processor
         prepare()
         name, revision = name_and_revision(self.model)
-        return load_model(name, dtype=self.dtype, attention=self.attention, revision=revision)
+        return load_model(name, attention=self.attention, revision=revision)
 
 
 @dataclass(frozen=True)
@@ -380,13 +371,6 @@ class DataOptions(ModelOptions):
     ] = "testbed"
     limit: Annotated[
         int | None, Option(min=1, max=10**6, help="Use only the first so many questions.")
-    ] = None
-    root: Annotated[
-        Path | None,
-        Option(
-            help="Folder of the benchmark's annotations and videos; default: SEATS_DATA or the hub "
-            "cache."
-        ),
     ] = None
     allow_outside: Annotated[
         bool,
@@ -409,12 +393,7 @@ class DataOptions(ModelOptions):
 
     def samples(self, split=None):
         return load_samples(
-            self.data,
-            split,
-            limit=self.limit,
-            root=self.root,
-            allow_outside=self.allow_outside,
-            broken=self.broken,
+            self.data, split, limit=self.limit, allow_outside=self.allow_outside, broken=self.broken
         )
 
     @property

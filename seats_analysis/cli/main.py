@@ -10,20 +10,15 @@ from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
 
-from . import analysis, analyze, answers, tune  # noqa: F401  they add commands
+import seats_analysis
+from . import analysis, answers, tune  # noqa: F401  they add commands
 from .app import app
 
 # %% ../../nbs/cli/05_main.ipynb #b04ba7bb
-def _add_commands():
-    "Import `commands` of every room that has it: a room that is not there adds none."
-    import seats_analysis
-
-    for room in iter_modules(seats_analysis.__path__, "seats_analysis."):
-        if room.ispkg and find_spec(f"{room.name}.commands"):
-            import_module(f"{room.name}.commands")
-
-
-_add_commands()
+# of every room that has commands of its own: a room that is not there adds none
+for room in iter_modules(seats_analysis.__path__, "seats_analysis."):
+    if room.ispkg and find_spec(f"{room.name}.commands"):
+        import_module(f"{room.name}.commands")
 
 # %% ../../nbs/cli/05_main.ipynb #d451827c
 def main():

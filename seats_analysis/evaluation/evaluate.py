@@ -25,7 +25,7 @@ from ..models.decoder import last_logits_only
 from ..models.encode import encode, frame_resizer, mean_tokens, sampling_rate
 from ..models.families import adapter_for
 from ..models.scoring import score_choices
-from ..statistics.intervals import mcnemar
+from ..statistics.intervals import clip_draws, mcnemar
 from ..pruning.cache import Slots
 from ..schedules.choose import known_schedule
 from ..schedules.schedule import Schedule
@@ -263,23 +263,6 @@ def force_answers(
         done = end
     return torch.cat(logits, 1).float().log_softmax(-1)
 
-# %% ../../nbs/evaluation/00_evaluate.ipynb #baa84163
-def clips_of(samples: Sequence[Sample], plans=(), most=1):  # of lists of indices
-    """The questions on each clip, or on a few clips up to `most`, in order of appearance; apart
-    where one of the `Pruner`s has another schedule for them."""
-    clips = {}
-    for i, s in enumerate(samples):
-        kinds = tuple(p.kind_of(s) for p in plans)
-        clips.setdefault((kinds, s.video, s.audio), []).append(i)
-    found = {}
-    for (kinds, *_), clip in clips.items():
-        units = found.setdefault(kinds, [])
-        if units and len(units[-1]) + len(clip) <= most:
-            units[-1] += clip
-        else:
-            units.append(clip)
-    return sum(found.values(), [])
-
 # %% ../../nbs/evaluation/00_evaluate.ipynb #81257bec
 def whole_answers(
     model,
@@ -345,9 +328,7 @@ def clip_weights(
 ):  # -> (n_boot, N) float: how often each question is in each resample
     "Weights of a bootstrap that draws clips."
     names, index = np.unique(np.asarray(clips, dtype=str), return_inverse=True)
-    even = np.full(len(names), 1 / len(names))
-    drawn = np.random.default_rng(0).multinomial(len(names), even, n_boot)
-    return drawn[:, index].astype(float)
+    return clip_draws(len(names), n_boot)[:, index].astype(float)
 
 
 def _interval(part, whole, clips, n_boot):  # (N,) each

@@ -16,7 +16,7 @@ from functools import cache, cached_property
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from ..storage.files import Checkpoint
-from ..inputs.samples import Sample, check_ids
+from ..inputs.samples import Sample, check_ids, clips_of
 from ..inputs.layout import Modality, TokenLayout, pad_left
 from ..models.attention import TowerAttention
 from ..models.decoder import Decoder
@@ -27,13 +27,7 @@ from ..pruning.timing import Timings
 from ..pruning.encoders import ENCODED, join_calls, watch_encoders
 from ..pruning.session import as_pruner, prune
 from ..baselines.downsample import Downsample
-from seats_analysis.evaluation.evaluate import (
-    WHOLE,
-    chosen_answers,
-    clip_cache,
-    clips_of,
-    write_answers,
-)
+from .evaluate import WHOLE, chosen_answers, clip_cache, write_answers
 
 # %% ../../nbs/evaluation/01_prepared.ipynb #d8cff688
 @dataclass(frozen=True, eq=False)

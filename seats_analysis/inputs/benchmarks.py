@@ -14,18 +14,16 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 # %% ../../nbs/inputs/02_benchmarks.ipynb #795c0793
-@dataclass(frozen=True)
-class _Preset:
-    "How media are read and shown to the model."
-
-    fps: float = 2.0  # frames per second
-    max_frames: int = 128  # longer clips are sampled more sparsely
-    grid_tokens: tuple = (128, 144)  # min and max merged visual tokens in a temporal grid
+def _preset(most):
+    "How media are read and shown to the model: longer clips are sampled more sparsely."
+    # min and max merged visual tokens in a temporal grid
+    return SimpleNamespace(fps=2.0, max_frames=most, grid_tokens=(128, 144))
 
 
-_PRESETS = {str(n): _Preset(max_frames=n) for n in (128, 256, 768)}
+_PRESETS = {str(most): _preset(most) for most in (128, 256, 768)}
 
 
 @dataclass(frozen=True)
@@ -141,20 +139,19 @@ def _cached(repo):
 def _find(name, root):
     "(folder, annotation files). ValueError that says what was looked for, and how to get it."
     bench = BENCHMARKS[name]
-    places = [Path(root)] if root else []
-    if not root:
-        if data := os.environ.get("SEATS_DATA"):
-            places += [Path(data) / n for n in (name, *(r.split("/")[1] for r in bench.repos))]
-        places += [p for r in bench.repos if (p := _cached(r))]
+    places = [Path(root)] if root else [p for r in bench.repos if (p := _cached(r))]
+    if not root and (data := os.environ.get("SEATS_DATA")):
+        named = [Path(data) / n for n in (name, *(r.split("/")[1] for r in bench.repos))]
+        places = named + places
     for folder in places:
         for pattern in bench.annotations:
             if found := sorted(folder.glob(pattern)):
                 return folder, found
-    where = f"in {', '.join(map(str, places))}" if places else "named, and SEATS_DATA is not set"
+    where = f"in {', '.join(map(str, places))}" if places else "here, and SEATS_DATA is not set"
     raise ValueError(
         f"{name}: no folder with {' or '.join(bench.annotations)} {where}; `hf download "
-        f"--repo-type dataset {bench.repos[0]} --local-dir DIR`, unpack its videos there, and name "
-        "DIR (or set SEATS_DATA to the folder above it)"
+        f"--repo-type dataset {bench.repos[0]} --local-dir DIR/{name}`, unpack its videos there, "
+        "and set SEATS_DATA=DIR"
     )
 
 

@@ -8,25 +8,29 @@ __all__ = []
 # %% ../../nbs/lab/08_answer_figures.ipynb #6f8eaa9f
 import numpy as np
 from seats_analysis.boundaries.flow import flow_table
-from seats_analysis.boundaries.retention import layer_changes
+from seats_analysis.boundaries.retention import family_needs, layer_changes
+from seats_analysis.lab.style import say_source
 from seats_analysis.plots.dependency import (
     LOOKS,
-    answer_figure,
+    conditions_of,
+    curve_of,
     curves_of,
-    derive_split,
     draw_boundary,
+    draw_curve,
     draw_dependency,
     layer_axis,
 )
 from seats_analysis.plots.kept import plot_kept
 from seats_analysis.plots.style import (
+    DOTTED,
     PALETTE,
     depth_axis,
     house_style,
     legend_outside,
     new_figure,
     row_axis,
-    say_source,
+    shade_blocks,
+    wrapped,
 )
 from seats_analysis.storage.files import shipped_folder
 from seats_analysis.storage.schemas import load_profile
@@ -40,7 +44,7 @@ def plot_side_by_side(
     fig = new_figure(3.3, columns=2)
     panels = fig.subfigures(1, len(models))
     for panel, (name, (profile, bounds)) in zip(panels, models.items()):
-        draw_dependency(panel, curves_of(profile, split=derive_split(profile)), bounds)
+        draw_dependency(panel, curves_of(profile), bounds)
         panel.legends[-1].set_title(name)  # a title of the panel would lie on the legend
     return fig
 
@@ -69,6 +73,94 @@ def layers_figure(
     depth_axis(ax, int(changes["layer"].max()) + 1)
     ax.set(xlabel="Layer left out", ylabel="Answers that change (%)", ylim=(-4, 104))
     legend_outside(fig, [ax], 2)
+    return fig
+
+# %% ../../nbs/lab/08_answer_figures.ipynb #70e49008
+@house_style()
+def family_figure(
+    profile,  # xr.Dataset of `probe_dependency`
+    boundaries=None,  # {condition: Boundaries}: shades the blocks of `both`
+    split="derive",  # samples to draw; None takes all
+):  # matplotlib Figure, one column wide, one panel per family
+    """The dependency curves of each question family apart; the title of a panel gives its full
+    accuracy and its number of questions."""
+    order = [{"visual"}, {"audio"}, {"visual", "audio"}, set()]
+    needs = family_needs(profile)
+    families = sorted(needs, key=lambda family: (order.index(needs[family]), family))
+    main = (boundaries or {}).get("both")
+    n_layers = int(profile["layer"].values.max())
+    columns = min(3, len(families))
+    rows = -(-len(families) // columns)
+    top = 115
+    names = {f: wrapped(f.replace("_", " ") or "unnamed", 57 // columns) for f in families}
+    longest = max(name.count("\n") for name in names.values())
+    fig = new_figure(max(1.9, (0.98 + 0.1 * longest) * rows + 0.4))  # room for the label
+    axes = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    for k, (ax, family) in enumerate(zip(axes, families)):
+        title = names[family]
+        try:
+            for removed in conditions_of(profile):
+                curve = curve_of(profile, removed, split=split, families=(family,), n_boot=400)
+                draw_curve(ax, curve, removed, linewidth=0.9, markersize=1.8)
+                top = max(top, 103 * curve["value"].max())
+            ax.axhline(100 * curve["chance"], **DOTTED)
+            title += f"\nfull {100 * curve['full']:.0f} %, n = {curve['n']}"
+        except ValueError:
+            title += "\nno right answer"
+        ax.set_title(title, fontsize=6, linespacing=1.05)
+        if main:
+            shade_blocks(ax, (main.shallow_end, main.late_start, n_layers), inches=0)
+        layer_axis(ax, n_layers, "", most_ticks=10.5 / columns)
+        ax.tick_params(labelbottom=k + columns >= len(families), labelsize=6)
+    for ax in axes[len(families) :]:
+        ax.remove()
+    fig.axes[0].set(ylim=(0, min(top, 205)), yticks=[0, 50, 100])
+    fig.supxlabel("Tokens removed before layer")
+    fig.supylabel("Retained performance (% of full)")
+    legend_outside(fig, fig.axes, 3, handlelength=2.6)
+    return fig
+
+# %% ../../nbs/lab/08_answer_figures.ipynb #201405f2
+_RULES = dict(
+    retain="gone from this layer on, for all text",
+    evict="and never seen behind the first token",
+    **{"from": "hidden from the answer, from this layer on"},
+    below="hidden from the answer, below this layer",
+)
+
+
+@house_style()
+def answer_figure(
+    profile,  # of whole answers: `probe_dependency(..., answers="text")`
+    removed: str = "both",
+):  # matplotlib Figure
+    "Share of the tokens that stay, layer by position in the answer. ValueError for choices."
+    if "token_stays" not in profile:
+        raise ValueError("this profile is of choices: probe with answers='text'")
+    stays = profile["token_stays"].sel(removed=removed)
+    means = stays.mean("sample")  # of the samples that have such tokens
+    bins = profile["bin"].values
+    layers = profile["layer"].values
+    names = [str(a + 1) if b == a + 1 else f"{a + 1} to {b}" for a, b in zip(bins, bins[1:])]
+    names.append(f"{bins[-1] + 1} and on")
+    fig = new_figure(3.9, columns=2)
+    axes = fig.subplots(2, 2, sharex=True, sharey=True)
+    for ax, (rule, said) in zip(axes.flat, _RULES.items()):
+        values = 100 * means.sel(rule=rule).transpose("bin", "layer").values
+        image = ax.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto", origin="lower")
+        ax.set_title(f"{rule}: {said}", fontsize=7)
+        ax.set_xticks(range(0, len(layers), 2), [*layers[:-1:2] + 1, "none"])
+        ax.set_yticks(range(len(bins)), names)
+        for y, row in enumerate(values):
+            below = np.flatnonzero(row < 99)
+            edge = below.max() + 0.5 if len(below) else -0.5
+            edge = below.min() - 0.5 if rule == "below" and len(below) else edge
+            ax.plot([edge, edge], [y - 0.5, y + 0.5], color="black", linewidth=1.4)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("token of the answer")
+    for ax in axes[-1]:
+        ax.set_xlabel("layer")
+    fig.colorbar(image, ax=axes, label="tokens that stay (%)", fraction=0.05)
     return fig
 
 # %% ../../nbs/lab/08_answer_figures.ipynb #2893f71f
@@ -194,8 +286,7 @@ def answer_jobs(data):
             }
             starts[path.stem] = {
                 kind: {
-                    r: find_boundaries(part, r, split=derive_split(part))
-                    for r in part["removed"].values.astype(str).tolist()
+                    r: find_boundaries(part, r) for r in part["removed"].values.astype(str).tolist()
                 }
                 for kind, part in parts.items()
             }

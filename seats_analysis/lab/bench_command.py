@@ -10,7 +10,6 @@ import shlex
 import sys
 from pathlib import Path
 
-from typing import Literal
 from typer import Option
 
 from seats_analysis.cli.app import (
@@ -89,9 +88,6 @@ def bench(
         5, min=1, max=MAX_COUNT, help="Timings of each row, in turns; their median is reported."
     ),
     steps: int = Option(8, min=1, max=MAX_COUNT, help="Tokens to decode."),
-    kv: Literal["evict", "retain"] = Option(
-        "evict", help="Whether each layer's cache keeps what it processed, see `prune`."
-    ),
     out: Path | None = Option(
         None, help="JSON file, or a folder for bench_DEVICE.json; default: seats_out/bench/results."
     ),
@@ -124,7 +120,7 @@ def bench(
         raise ValueError(f"--batch {batch!r}: from 1 to {MAX_COUNT}")
     plans = Job.pairs(names_of(methods, "--methods"), trrs)
     prepare()
-    setup = BenchSetup(check_device(""), kv=kv, steps=steps)
+    setup = BenchSetup(check_device(""), steps=steps)
     cuda = setup.cuda
     if names or asked or width or batches or scaling:
         sizes = (1,) if scaling else batches or ((1, 4, 16) if cuda else (1,))

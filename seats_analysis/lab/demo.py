@@ -242,9 +242,6 @@ def demo(
     limit: int | None = Option(
         None, min=1, help="Use so many questions of each split; then only the profile is compared."
     ),
-    data: Path | None = Option(
-        None, help="Folder with the committed results to compare with; default: a checkout's."
-    ),
 ):
     """Do the whole job on an embedded testbed.
 
@@ -255,7 +252,7 @@ def demo(
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
-    data = data or shipped_folder("testbed").parent
+    data = shipped_folder("testbed").parent
     if model not in TESTBEDS:
         raise ValueError(f"--model {model!r}: the demo knows {' and '.join(TESTBEDS)}")
     for name in _files(model):

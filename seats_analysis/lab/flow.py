@@ -117,6 +117,45 @@ def head_sets(best, cells, draws=5, seed=0):  # name -> [(layer, head)] -> the s
         sets[f"random {k + 1}"] = [others[i] for i in drawn]
     return sets | {"all": cells}
 
+# %% ../../nbs/lab/12_flow.ipynb #be41f132
+def flow_flops(
+    config,  # see `text_dims`
+    context: int,  # positions up to the last media token
+    tail: int,  # positions behind them, of all questions together
+    edges,  # per branch: rows that run, positions that stay, edges that it serves, (J, L)
+    # bool layers in which each job is blocked
+    logits: int = 1,  # positions of the tail that are given to the output head
+    convention: str = "causal",  # or counter
+) -> float:  # FLOPs of the language model
+    "Causal FLOPs of `trace_flow` on the questions on one clip, or as torch counts them."
+    from seats_analysis.probing.flow import copies_at_once
+    from seats_analysis.schedules.cost import layer_flops, text_dims
+
+    d = text_dims(config)
+    width = d.heads * d.head_dim
+    total = 2 * context * d.hidden * (width + 2 * d.kv_heads * d.head_dim)  # keys, values at last
+    scored = d.layers
+    for i in range(d.layers):
+        total += layer_flops(tail, i, d, convention) + 4 * width * tail * context
+        if i < d.layers - 1:
+            total += layer_flops(context, i, d, convention)
+    for rows, fixed, serves, blocked in edges:
+        together = copies_at_once(rows, fixed, d.hidden)
+        blocked = [list(job) for job in blocked]
+        starts = [job.index(True) for job in blocked if any(job)]
+        scored += serves * len(starts)
+        for i in range(d.layers):
+            busy = sum(bool(job[i]) for job in blocked)
+            for copies in (busy, sum(start <= i for start in starts) - busy):
+                whole, rest = divmod(copies, together)
+                for k, times in ((together, whole), (rest, 1)):
+                    n = k * rows
+                    layer = layer_flops(n, i, d, "counter") + 4 * width * n * fixed
+                    if convention == "causal":
+                        layer -= 4 * width * k * rows * (n - (rows + 1) / 2)
+                    total += times * layer
+    return float(total + 2 * logits * d.hidden * d.vocab * scored)
+
 # %% ../../nbs/lab/12_flow.ipynb #17ecefda
 def repair_table(profile, **options):  # xr.Dataset of `probe_dependency` -> pandas.DataFrame
     "Shares of the questions that removal repairs and breaks, by condition and layer before which."

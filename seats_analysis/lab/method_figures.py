@@ -9,16 +9,14 @@ __all__ = []
 import numpy as np
 from functools import partial
 from .reported import read_reported, verified
+from .style import DASHED, log_axis, say_source
 from seats_analysis.plots.style import (
-    DASHED,
     PALETTE,
     chance_line,
     house_style,
     legend_outside,
-    log_axis,
     new_figure,
     row_axis,
-    say_source,
     wrapped,
 )
 

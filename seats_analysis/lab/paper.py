@@ -15,19 +15,14 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from ..testbed.load import TESTBEDS
-from ..boundaries.retention import family_needs, layer_changes
-from seats_analysis.plots.dependency import (
-    curves_of,
-    derive_split,
-    family_figure,
-    plot_dependency,
-    plot_retention,
-)
-from ..plots.chain import chain_figure
+from ..boundaries.retention import family_needs, known_split, layer_changes
+from ..plots.dependency import curves_of, plot_dependency, plot_retention
 from ..plots.flow import plot_flow
+from .chain import chain_figure
 from seats_analysis.lab.answer_figures import (
     answer_jobs,
     draw_kept,
+    family_figure,
     plot_flow_diagram,
     plot_side_by_side,
     printed_layer,
@@ -43,9 +38,9 @@ from seats_analysis.plots.style import (
     legend_outside,
     new_figure,
     save_figure,
-    say_source,
     shade_blocks,
 )
+from .style import say_source
 from .simulate import coverage_figure, needed_figure
 from .timing_figures import timing_figures
 from ..schedules.file import PUBLISHED
@@ -224,10 +219,9 @@ def boundary_rows(profile):
     from seats_analysis.boundaries.find import find_boundaries
 
     rows = []
-    split = derive_split(profile)
     for removed in map(str, profile["removed"].values):
         with suppress(ValueError):  # no question is answered
-            b = find_boundaries(profile, removed, split=split)
+            b = find_boundaries(profile, removed)
             kl = b.parameters.get("kl", {})
             same = {k: f"{100 * v:.0f}" for k, v in b.parameters.get("stability", {}).items()}
             known = {
@@ -304,10 +298,9 @@ def _measured(path):
     from seats_analysis.boundaries.find import find_boundaries
 
     profile = load_profile(path)
-    split = derive_split(profile)
     conditions = profile["removed"].values.astype(str)
     try:
-        bounds = {r: find_boundaries(profile, r, split=split) for r in map(str, conditions)}
+        bounds = {r: find_boundaries(profile, r) for r in map(str, conditions)}
     except ValueError as error:
         return warnings.warn(f"{path}: no figure, for {error}", FigureWarning)
     return profile, {r: b for r, b in bounds.items() if not b.unmeasurable}
@@ -316,7 +309,7 @@ def _measured(path):
 def _profile_jobs(stem, profile, bounds):
     "Figures of one profile: both splits, chance-corrected, and the families."
     splits = profile["split"].values.astype(str)
-    derive = derive_split(profile)
+    derive = known_split(profile, "derive")
 
     def job(draw, split, more="", **options):
         part = profile if split is None else profile.isel(sample=np.flatnonzero(splits == split))
@@ -330,7 +323,7 @@ def _profile_jobs(stem, profile, bounds):
 
     yield f"{stem}_dependency", job(plot_dependency, derive)
     with suppress(ValueError):  # not above chance
-        curves_of(profile, split=derive, corrected=True)
+        curves_of(profile, corrected=True)
         yield f"{stem}_dependency_corrected", job(plot_dependency, derive, corrected=True)
     if "test" in splits:
         yield f"{stem}_dependency_test", job(plot_dependency, "test")

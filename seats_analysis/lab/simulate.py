@@ -14,14 +14,8 @@ from ..statistics.intervals import crossings, monotone_fit
 from ..boundaries.retention import ClipCounts, needed_families, profile_hash
 from ..testbed.task import ramp
 from ..boundaries.find import Boundaries, Resampled, find_boundaries
-from seats_analysis.plots.style import (
-    DOTTED,
-    PALETTE,
-    house_style,
-    legend_outside,
-    log_axis,
-    new_figure,
-)
+from .style import log_axis
+from ..plots.style import DOTTED, PALETTE, house_style, legend_outside, new_figure
 
 # %% ../../nbs/lab/01_simulate.ipynb #bd51da5f
 def _saturating(n):

@@ -9,7 +9,8 @@ __all__ = []
 import numpy as np
 from functools import partial
 from .method_figures import method_look
-from ..plots.style import PALETTE, house_style, legend_outside, log_axis, new_figure
+from .style import log_axis
+from ..plots.style import PALETTE, house_style, legend_outside, new_figure
 
 # %% ../../nbs/lab/08_timing_figures.ipynb #45d37d80
 def timed_models(rows):

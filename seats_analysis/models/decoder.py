@@ -143,14 +143,11 @@ class Decoder:
     @staticmethod
     def causal_pattern(
         valid: torch.Tensor,  # (B, S) bool, False at padding
-        branch: torch.Tensor | None = None,  # (B, S) int, -1 in the part that all branches see
     ) -> torch.Tensor:  # (B, 1, S, S) bool, True = may look; padding looks at itself only
         "Which query (row) may look at which key (column)."
         S = valid.shape[1]
         device = valid.device
         mask = torch.ones(S, S, dtype=torch.bool, device=device).tril() & valid[:, None, :]
-        if branch is not None:
-            mask = mask & ((branch[:, None, :] < 0) | (branch[:, None, :] == branch[:, :, None]))
         return (mask | torch.eye(S, dtype=torch.bool, device=device))[:, None]
 
     def mask(

@@ -313,12 +313,6 @@ class Encoded:
     def __repr__(self):
         return f"Encoded({self.layout!r}, inputs: {', '.join(self.inputs)})"
 
-    @property
-    def answer_spans(self):
-        "(start, end) of the appended answer in each row."
-        S = self.shape[1]
-        return [(S - n, S) for n in self.answer_length.tolist()]
-
     def to(self, device):
         "The same batch with its inputs on another device; the layout stays on the CPU."
         return replace(self, inputs={k: v.to(device) for k, v in self.inputs.items()})

@@ -24,7 +24,7 @@ from ..boundaries.report import explain
 from ..boundaries.retention import derived_from, family_needs
 from ..schedules.schedule import Schedule
 from ..evaluation.load import load_samples
-from .dependency import derive_split, plot_dependency
+from .dependency import plot_dependency
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +118,7 @@ class Analysis:
         if not self.by_condition:
             raise ValueError(self.advice)
         shown = self.profile.sel(removed=list(self.by_condition))
-        return plot_dependency(shown, self.by_condition, split=derive_split(shown))
+        return plot_dependency(shown, self.by_condition)
 
     def __repr__(self):
         "At most six lines."

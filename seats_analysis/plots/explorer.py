@@ -10,30 +10,26 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from html import escape
 from pathlib import Path
-from ..testbed.load import TESTBEDS, testbed_samples
+from ..testbed.load import TESTBEDS
 from ..boundaries.find import Resampled
 from ..boundaries.report import explain
 from ..boundaries.retention import needed_families
 from ..inputs.layout import Modality
-from ..inputs.media import decode_clip
 from seats_analysis.plots.dependency import (
     conditions_of,
     curves_of,
-    derive_split,
     draw_dependency,
     draw_retention,
 )
-from .flow import plot_flow
 from .style import PALETTE, house_style, new_figure
 from ..schedules.cost import flops_fraction
 from ..schedules.schedule import DEFAULT_LATE, Schedule, ScheduleWarning
 from ..storage.files import output_folder, shipped_folder
-from ..storage.schemas import load_flow, load_profile
+from ..storage.schemas import load_profile
 
 # %% ../../nbs/plots/06_explorer.ipynb #77c95d82
 def model_config(name):
@@ -56,33 +52,16 @@ ALL = "all"  # every family that needs what was removed
 class Source:
     "One profile, what is looked up in it again and again, and what its schedules cost."
 
-    def __init__(self, path, n_boot=2000, samples=None):  # NetCDF file, resamples, see `explore`
+    def __init__(self, path, n_boot=2000):  # NetCDF file, resamples
         self.name = Path(path).stem
         self.n_boot = n_boot
         self.profile = load_profile(path)
         about = self.profile.attrs
-        near = Path(path).parent.parent / "flows" / f"{self.name}_time.nc"
-        stored = near if near.is_file() else shipped_folder("flows") / near.name
-        self.questions = {}
-        if stored.is_file():
-            self.flow = load_flow(stored)  # of the time windows
-            ids = set(self.flow["sample"].values)
-            if self.flow.attrs.get("weights_sha256") != about.get("weights_sha256"):
-                ids = ()  # another model of this name
-            known = testbed_samples() if samples is None else samples
-            self.questions = {s.id: s for s in known if s.id in ids}
         self.tokens = json.loads(about.get("tokens", "null"))  # means of a prompt
         self.config = model_config(str(about.get("model", "")))
         self.conditions = tuple(conditions_of(self.profile))
         needed = [f for name in self.conditions for f in needed_families(self.profile, name)]
         self.families = (ALL, *dict.fromkeys(needed))
-
-    def asked(self, name):  # id of a question
-        "A matplotlib Figure: which window of its clip this question reads, at which layer."
-        sample = self.questions[name]
-        media = sample.video or sample.audio
-        clip = decode_clip(media) if media else None
-        return plot_flow(self.flow, clip=clip, sample=name)
 
     @cache
     def drawn(self, removed, family=ALL):
@@ -90,7 +69,7 @@ class Source:
         if family not in (ALL, *needed_families(self.profile, removed)):
             raise ValueError(f"no question of the family {family!r} needs {removed}")
         families = None if family == ALL else (family,)
-        options = dict(split=derive_split(self.profile), families=families, n_boot=self.n_boot)
+        options = dict(families=families, n_boot=self.n_boot)
         curves = curves_of(self.profile, [removed], **options)
         return Resampled.of(self.profile, removed, **options), curves
 
@@ -186,11 +165,11 @@ class View:
 class Explorer:
     "Controls and picture; `view` is what they show."
 
-    def __init__(self, paths, out, n_boot, samples=None):  # {name: profile}, folder for schedules
+    def __init__(self, paths, out, n_boot):  # {name: profile}, folder for schedules
         import ipywidgets as w
 
         self.out = Path(out)
-        self._opened = cache(lambda name: Source(paths[name], n_boot, samples))
+        self._opened = cache(lambda name: Source(paths[name], n_boot))
         look = dict(style=dict(description_width="70px"), layout=w.Layout(width="330px"))
 
         def choice(name, options):
@@ -209,22 +188,17 @@ class Explorer:
             late=choice("late start", ("estimate", "certified")),
         )
         self.settings["late"].value = DEFAULT_LATE
-        self.question = choice("question", [])
-        self.asked = w.HTML()
-        self.flow = w.Image()
         self.picture = w.Image()
         self.words = w.HTML()
         self.status = w.HTML()
         self.button = w.Button(description="Save schedule", icon="save")
         controls = [self.profile, *self.settings.values()]
         below = [self.picture, self.words, w.HBox([self.button, self.status])]
-        below += [self.question, self.asked, self.flow]
         self.panel = w.VBox([w.HBox(controls[:3]), w.HBox(controls[3:]), *below])
         self.profile.observe(self._open, "value")
         for control in self.settings.values():
             control.observe(self._draw, "value")
         self.button.on_click(lambda _: self.save())
-        self.question.observe(self._ask, "value")
         self._open(None)
 
     @property
@@ -235,13 +209,7 @@ class Explorer:
     def _open(self, _):
         self.settings["removed"].options = self.source.conditions
         self.settings["family"].options = self.source.families
-        self.question.options = {"": None} | {name: name for name in self.source.questions}
         self._draw()
-
-    def _ask(self, _):
-        name = self.question.value
-        self.flow.value = _png(self.source.asked(name)) if name else b""
-        self.asked.value = escape(self.source.questions[name].question) if name else ""
 
     def _draw(self, _=None):
         self.view = self.source.view(**{k: control.value for k, control in self.settings.items()})
@@ -284,14 +252,12 @@ def explore(
     out: str | Path | None = None,  # folder where the button saves; default: schedules/ of the data
     # in seats_out/
     n_boot: int = 2000,  # resamples of each interval
-    samples: Sequence | None = None,  # questions of a stored flow (`seats flow --edges time`);
-    # None: the testbed's
 ) -> object:  # Explorer, or the figure where ipywidgets is not installed
     "Explore every profile of a folder, or one profile. Raises ValueError if there is none."
     paths = sorted(Path(data).glob("profiles/*.nc")) or [Path(data)]
     try:
         import ipywidgets  # noqa: F401
     except ImportError:
-        return Source(paths[0], n_boot, samples).view().figure()
+        return Source(paths[0], n_boot).view().figure()
     out = out or output_folder(data) / "schedules"
-    return Explorer({path.stem: path for path in paths}, out, n_boot, samples)
+    return Explorer({path.stem: path for path in paths}, out, n_boot)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from ..inputs.media import Clip
 from ..boundaries.flow import flow_table
 from .dependency import LOOKS
-from .kept import draw_sound, draw_strip
 from seats_analysis.plots.style import (
     DOTTED,
     PALETTE,
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/plots/05_flow.ipynb #eec48fee
 _QUESTION = dict(color=PALETTE.green, linestyle=(0, (3, 1, 1, 1)), marker="D")
+_MAX_FRAMES = 8  # shown of a clip
 
 
 def _sides(edge):
@@ -34,20 +34,20 @@ def _sides(edge):
     return source, target
 
 
-def _curves(flow, metric):
+def _curves(flow):
     "One panel per target, one curve per source."
-    table = flow_table(flow, metric)
+    table = flow_table(flow)
     edges = [str(e) for e in flow["edge"].values if e in table.index]  # some question has it
     targets = list(dict.fromkeys(_sides(e)[1] for e in edges))
     fig = new_figure(2.3, columns=2)
     axes = fig.subplots(1, len(targets), sharey=True, squeeze=False)[0]
-    shown = [metric, f"{metric}_low", f"{metric}_high"]
-    table[shown] *= 1 if metric == "kl" else 100
+    shown = ["change", "change_low", "change_high"]
+    table[shown] *= 100
     for ax, target in zip(axes, targets):
         ax.axhline(0, **DOTTED)
         depth_axis(ax, int(flow["layer"].max()) + 1)
         here = [e for e in edges if _sides(e)[1] == target]
-        edge, layer = table.loc[here, metric].abs().idxmax()
+        edge, layer = table.loc[here, "change"].abs().idxmax()
         ax.set_title(f"to {target}: most from {_sides(edge)[0]} at layer {layer + 1}")
         for edge in here:
             rows = table.xs(edge, level="edge")
@@ -58,8 +58,7 @@ def _curves(flow, metric):
             ax.plot(x, value, label=_sides(edge)[0], **look | dict(markerfacecolor="white"))
             sure = rows["p_holm"].values < 0.05
             ax.plot(x[sure], value[sure], **look | dict(linestyle=""))
-    units = dict(kl="KL (nats)", flip="other answers (%)").get(metric, "change of probability (%)")
-    axes[0].set_ylabel(f"Answer: {units}")
+    axes[0].set_ylabel("Answer: change of probability (%)")
     legend_outside(fig, axes, 5)
     return fig
 
@@ -74,10 +73,24 @@ def _map(ax, values, rows, columns, change):  # (rows, columns), counted from 0;
     return image
 
 
+def _draw_strip(ax, clip):
+    "Frames of a clip side by side."
+    shown = np.linspace(0, len(clip.frames) - 1, min(len(clip.frames), _MAX_FRAMES)).round()
+    ax.imshow(np.concatenate(clip.frames[shown.astype(int)], 1), aspect="auto")
+    ax.set(xticks=[], yticks=[])
+
+
+def _draw_sound(ax, clip):
+    "The wave form of a clip."
+    seconds = np.arange(len(clip.waveform)) / clip.sample_rate
+    ax.plot(seconds[::20], clip.waveform[::20], color=PALETTE.ink, linewidth=0.3)
+    ax.set(xlim=(0, seconds[-1]), xticks=[], yticks=[])
+
+
 def _windows(flow, clip):
     "Layers by time windows, below what was seen and heard in them."
     change = 100 * flow["change"].mean("sample").transpose("layer", "edge")
-    tracks = dict(visual=(draw_strip, "frames"), audio=(draw_sound, "waveform"))
+    tracks = dict(visual=(_draw_strip, "frames"), audio=(_draw_sound, "waveform"))
     there = change.dropna("edge", how="all")["edge"].values  # not every clip has all windows
     of = {m: [e for e in there if str(e).startswith(f"{m}@")] for m in tracks}
     of = {m: edges for m, edges in of.items() if edges}
@@ -125,7 +138,6 @@ def _heads(flow):
 @house_style()
 def plot_flow(
     flow: "xr.Dataset",  # of `trace_flow`: by layer, with `edges="time"`, or with `heads=True`
-    metric: str = "change",  # of the curves; or change_right, kl, flip
     clip: Clip | None = None,  # drawn above maps of time windows
     sample: str | None = None,  # id of one question; None: the mean over all
 ) -> "Figure":  # of matplotlib
@@ -140,4 +152,4 @@ def plot_flow(
         return _heads(flow)
     if all("@" in str(edge) for edge in flow["edge"].values):
         return _windows(flow, clip)
-    return _curves(flow, metric)
+    return _curves(flow)

@@ -24,7 +24,6 @@ PALETTE = SimpleNamespace(
     ink="#222222",
 )
 DOTTED = dict(color="#777777", linewidth=0.7, linestyle=(0, (1, 1.5)), zorder=1)  # chance, goals
-DASHED = dict(color=PALETTE.ink, linewidth=0.6, linestyle=(0, (4, 3)), zorder=1)  # the full model
 RC = {
     "font.size": 7,
     "axes.labelsize": 7,
@@ -106,32 +105,6 @@ def save_figure(
             Path(part).write_bytes(data)
     return list(files)
 
-# %% ../../nbs/plots/00_style.ipynb #c743ec88
-def say_source(
-    fig,  # matplotlib Figure; grows by the height of the lines
-    text,  # where the numbers come from; each line is wrapped to the width
-    finding="",  # what the figure shows, in a sentence; wrapped likewise
-):  # the same Figure
-    "Write the finding and the origin of the numbers above everything else in a figure."
-    width, height = fig.get_size_inches()
-    found = textwrap.wrap(finding.replace(" %", "\u00a0%"), int(16 * width))
-    lines = []
-    for line in text.splitlines():
-        lines += textwrap.wrap(line.replace(" %", "\u00a0%"), int(22.5 * width))
-    top = 0.03 + 0.13 * len(found)
-    total = height + top + 0.1 * len(lines) + 0.04
-    fig.set_size_inches(width, total)
-    for legend in fig.legends:
-        if legend._outside_loc == "upper":  # moved down, it reserves no room of its own
-            box = legend.get_window_extent(fig.canvas.get_renderer())
-            legend.set_bbox_to_anchor((0, 0, 1, height / total), fig.transFigure)
-            height -= box.height / fig.dpi + 0.04
-    fig.get_layout_engine().set(rect=(0, 0, 1, height / total))
-    look = dict(ha="center", va="top", linespacing=1.15)
-    fig.text(0.5, 1 - 0.03 / total, "\n".join(found), fontsize=7.5, weight="bold", **look)
-    fig.text(0.5, 1 - top / total, "\n".join(lines), fontsize=5.8, color="#444444", **look)
-    return fig
-
 # %% ../../nbs/plots/00_style.ipynb #657b0598
 BLOCK_SHADES = {"shallow": "#d5e8df", "middle": "#edf5f1", "late": "#ffffff"}  # no band is green
 
@@ -155,13 +128,6 @@ def depth_axis(ax, n_layers):
     "Printed layers 1..L."
     step = 4 if n_layers <= 30 else 12
     ax.set(xlim=(0.5, n_layers + 0.5), xticks=[1, *range(step, n_layers + 1, step)], xlabel="Layer")
-
-
-def log_axis(ax, ticks, axis="x"):
-    "A logarithmic axis with these ticks, thousands printed as k."
-    names = [f"{t / 1000:.2g}k" if t >= 1000 else f"{t:g}" for t in ticks]
-    ax.set(**{f"{axis}scale": "log", f"{axis}ticks": ticks, f"{axis}ticklabels": names})
-    ax.minorticks_off()
 
 
 def wrapped(name, width, lines=2):

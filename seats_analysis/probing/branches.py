@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 from ..inputs.layout import Modality
-from ..inputs.samples import Sample
 from ..models.decoder import Decoder
 from .selectors import View, check_removed
 
@@ -170,10 +168,6 @@ class Tail:
         return out
 
 # %% ../../nbs/probing/01_branches.ipynb #589771b8
-def pick(x, index):  # (B, N, D), (B, n) int64 -> (B, n, D)
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
-
 @dataclass(frozen=True)
 class Stream:
     "A batch inside the decoder; everything but `hidden` stays the same from layer to layer."
@@ -216,93 +210,33 @@ class Stream:
         "What DeepStack adds behind a layer."
         return hidden + self.extra[layer] if layer < len(self.extra) else hidden
 
-    def bypass(self, layer):
-        "Up to behind `layer`, which is left out."
-        return replace(self, hidden=self.inject(self.through(0, layer).hidden, layer))
-
 # %% ../../nbs/probing/01_branches.ipynb #41ef356f
-def marks_of(stream, encoded, selectors):  # name -> (B, N) bool
-    "What each selector removes from prompts that a stream begins with."
-    removed = {name: torch.zeros(stream.hidden.shape[:2], dtype=torch.bool) for name in selectors}
+def marks_of(stream, encoded, selectors):  # name -> (N,) bool
+    "What each selector removes from the one prompt that a stream begins with."
     layout = encoded.layout
     decoder = stream.decoder
-    for i, sample in enumerate(encoded.samples):
-        kind = layout.modality[i]
-        start = int((kind == Modality.PAD).sum())
-        media = ((kind != Modality.TEXT) & (kind != Modality.PAD)).nonzero()
-        span = slice(start, int(media[-1]) + 1 if len(media) else start)
+    media = (layout.modality[0] != Modality.TEXT).nonzero()
+    end = int(media[-1]) + 1 if len(media) else 0
 
-        @cache
-        def before(layer):
-            front = stream.map(lambda x: x[i : i + 1, span])
-            if not len(media):
-                return front.hidden[0]
-            alone = torch.ones_like(front.hidden[..., 0], dtype=torch.bool)
-            mask = decoder.mask(decoder.causal_pattern(alone), stream.hidden.dtype)
-            return replace(front, mask=mask).through(0, layer).hidden[0]
+    @cache
+    def before(layer):
+        front = stream.map(lambda x: x[:, :end])
+        if not end:
+            return front.hidden[0]
+        alone = torch.ones_like(front.hidden[..., 0], dtype=torch.bool)
+        mask = decoder.mask(decoder.causal_pattern(alone), stream.hidden.dtype)
+        return replace(front, mask=mask).through(0, layer).hidden[0]
 
-        view = View(
-            kind=kind[span],
-            window=layout.window[i, span],
-            chunk=layout.chunk[i, span],
-            clip=sample.clip,
-            num_layers=len(decoder.layers),
-            hidden=before,
-        )
-        for name, selector in selectors.items():
-            removed[name][i, span] = view.mark(selector)
-    return removed
-
-# %% ../../nbs/probing/01_branches.ipynb #1044c172
-@torch.no_grad()
-def removal_scores(
-    model,
-    encoded,  # prompts
-    removed,  # conditions: names, or a mapping name -> selector
-    layers,  # to remove before, ascending, the last one is the number of layers
-    bypass=False,  # also leave out each of these layers, with nothing removed
-):  # (condition, layer) -> Scores; (None, layer): full run without that layer;
-    # (None, number of layers): full run
-    "Remove each condition's tokens before each layer and score the answers: the plain method."
-    device = encoded.inputs["input_ids"].device
-    n = len(encoded.samples)
-    tail = Tail.pack([()] * n, encoded.choice_ids, device)
-    counts = torch.bincount(tail.question, minlength=n).tolist()
-
-    def rows(x, filling):
-        return pad_sequence(x.split(counts), True, filling)
-
-    ids = rows(tail.ids, 0)
-    choice = rows(tail.choice, -1)
-    end = ids.shape[1]
-    after = encoded.position_ids[..., -1:] + 1 + rows(tail.depth, 0)
-    whole = Stream.enter(model, encoded, encoded.shape[1], ids, after)
-    valid = torch.cat([encoded.layout.valid.to(device), choice >= 0], 1)
-    branch = torch.cat([torch.full(encoded.shape, -1, device=device), choice], 1)
-
-    def cut(stays):  # (B, N) bool -> (B, n) positions, the stream of them
-        order = stays.clone()
-        order[:, encoded.shape[1] :] = True  # the tail keeps its place at the end, filling or not
-        keep = order.long().argsort(dim=-1, stable=True)[:, -int(order.sum(-1).max()) :]
-        pattern = whole.decoder.causal_pattern(stays.gather(1, keep), branch.gather(1, keep))
-        mask = whole.decoder.mask(pattern, whole.hidden.dtype)
-        return keep, replace(whole.map(lambda x: pick(x, keep)), mask=mask)
-
-    def scores(stream):  # the answer position and the branches of each row
-        wanted = [h[len(h) - 1 - end :][: 1 + k] for h, k in zip(stream.hidden, counts)]
-        return tail.score(whole.decoder, torch.cat(wanted)[None])[0]
-
-    marks = marks_of(whole, encoded, check_removed(removed))
-    cuts = {name: cut(valid & ~gone.to(device)) for name, gone in marks.items()}
-    _, full = cut(valid)
-    out = {}
-    for layer in layers[:-1]:
-        for name, (keep, part) in cuts.items():
-            part = replace(part, hidden=pick(full.through(0, layer).hidden, keep))
-            out[name, layer] = scores(part.through(layer, layers[-1]))
-        if bypass:
-            out[None, layer] = scores(full.bypass(layer).through(layer + 1, layers[-1]))
-    return out | {(None, layers[-1]): scores(full.through(0, layers[-1]))}
+    view = View(
+        kind=layout.modality[0, :end],
+        window=layout.window[0, :end],
+        chunk=layout.chunk[0, :end],
+        clip=encoded.samples[0].clip,
+        num_layers=len(decoder.layers),
+        hidden=before,
+    )
+    behind = stream.hidden.shape[1] - end
+    return {name: pad(view.mark(selector), (0, behind)) for name, selector in selectors.items()}
 
 # %% ../../nbs/probing/01_branches.ipynb #d89f79a6
 SHARE = 0.05  # least part of a shortened context that is worth an explicit mask
@@ -427,7 +361,7 @@ class Traversal:
         stream = Stream.enter(model, encoded, questions.shared, tail.ids[None], positions)
         context = stream.map(lambda x: x[:, : questions.shared])
         marks = marks_of(context, encoded, selectors)
-        return cls(stream, tail, {name: removed[0] for name, removed in marks.items()}, whole)
+        return cls(stream, tail, marks, whole)
 
     def run(self, layers, max_tokens, bypass=False):  # layers to remove before
         "All layers once, with every shortened stream beside the full one."
@@ -463,8 +397,9 @@ def branch_scores(
     removed,  # conditions: names, or a mapping name -> selector
     layers,  # to remove before, ascending, the last one is the number of layers
     max_branch_tokens=65_536,  # that run as one batch; a single stream is never split
-    bypass=False,  # see `removal_scores`
-):  # (condition, layer) -> Scores over the questions, as from `removal_scores`
+    bypass=False,  # also leave out each of these layers, with nothing removed
+):  # (condition, layer) -> Scores over the questions; (None, layer): full run without that layer;
+    # (None, number of layers): full run
     "All layers and conditions in one traversal. Conditions that change nothing are left out."
     walk = Traversal.of(model, questions, check_removed(removed))
     walk.run(set(layers[:-1]), max_branch_tokens, bypass)

@@ -47,13 +47,6 @@ def check_edges(edges) -> dict:  # names, or a mapping name -> (source, target);
         raise ValueError(f"edges: {found}, expected 'source->target', as 'audio->question'")
     return {str(name): tuple(map(side_of, pair)) for name, pair in pairs.items()}
 
-# %% ../../nbs/probing/04_edges.ipynb #7fd9d864
-def usual_edges(modalities):  # -> names
-    "What reaches the text, and where: each modality to the question, to the last token, to all."
-    into = [f"{m}->{side}" for side in ("question", "last") for m in modalities]
-    both = ["both"] if len(modalities) > 1 else []
-    return tuple(into + ["question->last"] + [f"{m}->text" for m in (*modalities, *both)])
-
 # %% ../../nbs/probing/04_edges.ipynb #97c5ab62
 def behind_media(questions):  # Questions -> Questions
     "The same questions with everything behind the last media token in their tails."

@@ -17,13 +17,13 @@ from torch.nn.functional import pad
 from ..storage.files import Checkpoint, processes
 from ..storage.schemas import SCHEMAS, save_flow
 from ..inputs.questions import samples_of
-from ..inputs.samples import Sample, check_ids
+from ..inputs.samples import Sample
 from ..models.encode import encode_questions
 from ..models.families import adapter_for
 from ..models.provenance import provenance
 from .branches import Stream, Tail, marks_of
-from .edges import Sides, behind_media, check_edges, usual_edges
-from .run import units_of
+from .edges import Sides, behind_media, check_edges
+from .run import check_asked, units_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -144,7 +144,7 @@ class Knockouts:
         positions = encoded.position_ids[..., at.clamp(max=alike)] + (at - alike).clamp(min=0)
         self.stream = Stream.enter(model, encoded, questions.shared, tail.ids[None], positions)
         found = marks_of(self.stream, encoded, {s: s for s in selectors})
-        marks = {s: mark[0].to(device) for s, mark in found.items()}
+        marks = {s: mark.to(device) for s, mark in found.items()}
         self.sides = Sides.of(questions, tail, marks, processor.tokenizer)
         self.everyone = torch.arange(self.stream.hidden.shape[1], device=device)
 
@@ -189,29 +189,6 @@ class Knockouts:
                     into[b.cut.rows[at] - c] = rows[at]
                 found[name] = dict(zip(b.hidden, self.score(hidden)))
         return read[-1], found, read
-
-    @torch.no_grad()
-    def plain(self, branches):
-        "The same by a pass of its own for every knockout, each with a mask over all positions."
-        decoder = self.stream.decoder
-        sees = self.sides.sees(self.everyone)
-
-        def run(less=sees, blocked=torch.zeros(len(decoder.layers), 1)):  # who sees whom there
-            stream = self.stream
-            for layer in range(len(decoder.layers)):
-                allowed = torch.stack([less if at else sees for at in blocked[layer]])
-                mask = decoder.mask(allowed[None], stream.hidden.dtype)
-                stream = replace(stream, mask=mask).through(layer, layer + 1)
-            return self.score(stream.hidden[:, self.questions.shared :])[0]
-
-        found = {}
-        for name, b in branches.items():
-            less = sees.clone()
-            order = torch.cat([b.cut.fixed, b.cut.rows]).argsort()
-            less[b.cut.rows] = b.cut.sees[1][:, order]
-            jobs = b.blocked.flatten(1).any(1).nonzero()[:, 0].tolist()
-            found[name] = {j: run(less, b.blocked[j]) for j in jobs}
-        return run(), found, []
 
 # %% ../../nbs/probing/05_flow.ipynb #fb08da0c
 SPANS = {
@@ -276,6 +253,13 @@ def effects(samples, full, found):  # Scores of the full pass and of a knockout
         correct=np.where(asked, measured["correct"], np.nan),
     )
 
+# %% ../../nbs/probing/05_flow.ipynb #7fd9d864
+def usual_edges(modalities):  # -> names
+    "What reaches the text, and where: each modality to the question, to the last token, to all."
+    into = [f"{m}->{side}" for side in ("question", "last") for m in modalities]
+    both = ["both"] if len(modalities) > 1 else []
+    return tuple(into + ["question->last"] + [f"{m}->text" for m in (*modalities, *both)])
+
 # %% ../../nbs/probing/05_flow.ipynb #74af7fdb
 def _time_edges(questions):
     "Each time window of each modality of a clip to the text."
@@ -284,7 +268,7 @@ def _time_edges(questions):
     return check_edges([f"{m}@{k}->text" for m, found in windows.items() for k in sorted({*found})])
 
 
-def _rows(walk, edges, blocked, coarse, method, tell):
+def _rows(walk, edges, blocked, coarse, tell):
     """Per sample: what every job of every edge does, edge -> metric -> (J,) list, and what the
     lens reads. NaN where a question has no such edge, or the layer was not asked. Tells the cost
     before it begins, in passes of the prompt; edges that share copies cost less."""
@@ -297,9 +281,9 @@ def _rows(walk, edges, blocked, coarse, method, tell):
     for b in branches.values():
         begun = b.blocked.any(-1).cumsum(1) > 0  # (J, L) layers from the first blocked one on
         share = len(b.cut.rows) / walk.stream.hidden.shape[1]
-        passes += (share if method == "branch" else 1) * begun.float().mean(1).sum().item()
+        passes += share * begun.float().mean(1).sum().item()
     tell(f"up to {passes:.3g} passes a clip")
-    full, found, read = getattr(walk, method)(branches)
+    full, found, read = walk.branch(branches)
     samples = walk.questions.samples
     nothing = np.full((len(samples), len(blocked)), np.nan)
     values = {name: {k: nothing.copy() for k in FLOW_METRICS} for name in edges}
@@ -332,12 +316,11 @@ def _dataset(rows, samples, axes, about):
     right = "whether the full model is right; NaN without other choices"
     full = np.array([row["correct"] for row in rows], "float32")
     variables["full_correct"] = "sample", full, dict(units="1", description=right)
-    if rows[0]["lens"]:
-        most = max(len(row["lens"][0]) for row in rows)
-        lens = [[p + [np.nan] * (most - len(p)) for p in row["lens"]] for row in rows]
-        lens = np.array(lens, "float32")
-        said = "a lens, not a cause: probability of each choice by final norm and head"
-        variables["lens"] = ("sample", "depth", "choice"), lens, dict(units="1", description=said)
+    most = max(len(row["lens"][0]) for row in rows)
+    lens = [[p + [np.nan] * (most - len(p)) for p in row["lens"]] for row in rows]
+    said = "a lens, not a cause: probability of each choice by final norm and head"
+    about_lens = dict(units="1", description=said)
+    variables["lens"] = ("sample", "depth", "choice"), np.array(lens, "float32"), about_lens
 
     def labels(name):
         return "sample", np.array([getattr(s, name) for s in samples], dtype=object)
@@ -360,7 +343,6 @@ def trace_flow(
     heads: bool | Mapping = False,  # True: each attention head alone; a mapping name ->
     # [(layer, head)]: together
     media_every: int = 4,  # edges into media run all later positions again: so many layers apart
-    method: str = "branch",  # or 'plain', the definition: one full pass a knockout
     fps: float = 2.0,  # frames a second, of files
     max_frames: int | None = None,  # of a clip, spread over it
     checkpoint: str | Path | None = None,  # folder for finished samples; the same call goes on
@@ -373,8 +355,6 @@ def trace_flow(
     adapter = adapter_for(model)
     num_layers = adapter.num_layers(model)
     layers = list(range(num_layers)) if layers is None else sorted({int(i) for i in layers})
-    if method not in ("branch", "plain"):
-        raise ValueError(f"method: {method!r} is not known; branch and plain are")
     if span not in SPANS:
         raise ValueError(f"span: {span!r} is not known; {', '.join(SPANS)} are")
     if window < 1 or window % 2 == 0:
@@ -384,11 +364,7 @@ def trace_flow(
     if not layers or layers[0] < 0 or layers[-1] >= num_layers:
         raise ValueError(f"layers: {layers}, expected some of 0..{num_layers - 1}")
     samples = samples_of(samples)
-    if not samples:
-        raise ValueError("trace_flow needs at least one sample")
-    check_ids(samples)
-    if model.training:
-        raise ValueError("the model is in training mode; call model.eval() first")
+    check_asked(model, samples)
     if edges != "time":
         edges = check_edges(usual_edges(adapter.modalities(model)) if edges is None else edges)
     spans = np.stack([SPANS[span](np.arange(num_layers), i, window) for i in layers])
@@ -401,7 +377,7 @@ def trace_flow(
         coarse = blocked & apart.repeat_interleave(len(blocked) // len(layers))[:, None, None]
     # a selector that is no dataclass says where it lies in memory: no other run goes on with it
     named = edges if edges == "time" else json.dumps(edges, default=repr)
-    settings = dict(edges=named, method=method, span=span, window=window, media_every=media_every)
+    settings = dict(edges=named, span=span, window=window, media_every=media_every)
     settings |= dict(heads=json.dumps(heads), fps=fps, max_frames=max_frames or 0)
     about = provenance(model, processor, samples, each=True, **settings)
     about["schema"] = SCHEMAS["flow"].id
@@ -414,11 +390,11 @@ def trace_flow(
             here = _time_edges(questions) if edges == "time" else edges
             selectors = {side for pair in here.values() for side in pair if callable(side)}
             walk = Knockouts(model, processor, questions, selectors)
-            rows += _rows(walk, here, blocked, coarse, method, run.bar.set_postfix_str)
+            rows += _rows(walk, here, blocked, coarse, run.bar.set_postfix_str)
         return rows
 
     run = Checkpoint(checkpoint, about | dict(layers=layers), shard)
-    units = units_of(samples, "branch", 1)
+    units = units_of(samples)
     rows = run.run(units, work, unit="sample", desc="flow", disable=not progress)
     return rows and _dataset(rows, samples, axes, about)
 

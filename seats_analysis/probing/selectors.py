@@ -8,7 +8,7 @@ __all__ = ['time_window', 'random_fraction', 'all_but_sinks']
 # %% ../../nbs/probing/00_selectors.ipynb #d86eea6c
 import torch
 from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from ..inputs.layout import Modality
 from ..storage.provenance import digest
 
@@ -122,24 +122,3 @@ def check_removed(removed) -> dict:  # name -> selector
     if not named or len(dict(named)) < len(named):
         raise ValueError(f"removed: {tuple(n for n, _ in named)} must name each condition once")
     return {str(name): s if callable(s) else every_token((s,)) for name, s in named}
-
-
-def describe(
-    removed: Mapping,  # condition -> selector
-    checkpoint: bool,  # whether a run may be continued
-) -> dict:  # condition -> text
-    """What tells selectors of one's own from others. Raises ValueError where a checkpoint needs
-    that and nothing does."""
-    said = {}
-    for name, selector in removed.items():
-        if selector == every_token((name,)):
-            continue
-        frozen = is_dataclass(selector) and selector.__dataclass_params__.frozen
-        if checkpoint and not frozen:
-            raise ValueError(
-                f"removed: a checkpoint cannot tell {selector!r} from another selector; "
-                f"give a frozen dataclass, or probe without a checkpoint"
-            )
-        called = getattr(selector, "__qualname__", type(selector).__qualname__)
-        said[name] = repr(selector) if frozen else called
-    return said

@@ -14,21 +14,11 @@ from typing import ClassVar
 from ..inputs.layout import Modality, TokenLayout
 from ..schedules.schedule import Schedule
 
-# %% ../../nbs/pruning/03_base.ipynb #ab15f9a2
-def stage2_counts(
-    n_visual: int,  # visual tokens present
-    n_audio: int,  # audio tokens present
-    visual: float,  # fraction of the visual tokens kept
-    audio: float,  # fraction of the audio tokens kept
-) -> tuple[int, int]:  # visual and audio totals
-    "Totals of one stage II step: at least one of each modality that is there (SEATS)."
-    return _kept(n_visual, visual), _kept(n_audio, audio)
-
-
+# %% ../../nbs/pruning/03_base.ipynb #210ddd2b
 def _kept(n, ratio):
     return min(n, max(1, round(ratio * n)))
 
-# %% ../../nbs/pruning/03_base.ipynb #210ddd2b
+
 def stage1_counts(
     sizes: Sequence[int],  # tokens per window
     ratio: float,  # fraction kept
@@ -71,8 +61,8 @@ def sample_counts(
     exact = True  # whether both together have
     for _, stage, what in todo:
         if stage == 2:
-            ratios = [what[m] for m in Modality.CODES]
-            planned = dict(zip(Modality.CODES, stage2_counts(*n_keep.values(), *ratios)))
+            # at least one of each modality that is there (SEATS)
+            planned = {m: _kept(n_keep[m], what[m]) for m in Modality.CODES}
             if planned != n_keep:
                 total = sum(planned.values())
                 if min(n_keep.values()) > 0:  # scores divide one total between both modalities
@@ -143,14 +133,6 @@ def take(
         return x.index_select(1, index[0])
     index = index.view(*index.shape, *[1] * (x.ndim - 2))
     return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
-
-
-def take_last(
-    x: torch.Tensor,  # (B, S), or (axes, B, S)
-    index: torch.Tensor,  # (B, N) int64
-) -> torch.Tensor:  # (B, N), or (axes, B, N)
-    "The indexed positions along the last axis, as positions have it."
-    return x.gather(-1, index.expand(*x.shape[:-2], -1, -1))
 
 # %% ../../nbs/pruning/03_base.ipynb #ac602e1a
 @dataclass(frozen=True)

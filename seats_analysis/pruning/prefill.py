@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from ..inputs.layout import Modality, TokenLayout
 from ..models.decoder import Decoder
-from .base import Pruner, PruneStep, Stage1Inputs, Tokens, take, take_last
+from .base import Pruner, PruneStep, Stage1Inputs, Tokens, take
 from .select import query_scores, text_scores
 
 # %% ../../nbs/pruning/08_prefill.ipynb #da1d6e34
@@ -168,7 +168,8 @@ class Prefill:
         kwargs = {
             **kwargs,
             "inputs_embeds": embeds,
-            "position_ids": take_last(positions, index),
+            # the last axis: positions may have several
+            "position_ids": positions.gather(-1, index.expand(*positions.shape[:-2], -1, -1)),
             # without a mask, gaps in positions of one axis would be taken for a new sequence
             "attention_mask": None
             if not step.padded and self.decoder.mrope

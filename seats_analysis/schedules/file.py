@@ -37,18 +37,6 @@ def both(value):
     return value if isinstance(value, Mapping) else dict.fromkeys(Modality.CODES, value)
 
 
-def _pair(bounds):
-    "Modality -> Boundaries, whether one or two were given."
-    pair = both(bounds)
-    if set(pair) != set(Modality.CODES):
-        raise ValueError(f"boundaries must be those of visual and audio, not {sorted(pair)}")
-    for b in pair.values():
-        b.check_measured()
-    if len(counts := {b.num_layers for b in pair.values()}) > 1:
-        raise ValueError(f"boundaries of different layer counts: {sorted(counts)}")
-    return pair
-
-
 def joined(values):
     "One number where both modalities agree, a mapping where they do not."
     visual, audio = values.values()

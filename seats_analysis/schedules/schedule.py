@@ -20,7 +20,6 @@ from seats_analysis.schedules.file import (
     PUBLISHED,
     Certificate,
     FrozenDict,
-    _pair,
     both,
     checked,
     checked_evidence,
@@ -39,6 +38,18 @@ class ScheduleWarning(UserWarning):
 
 
 DEFAULT_LATE = "estimate"  # `certified` takes more clips than most profiles have
+
+
+def _pair(bounds):
+    "Modality -> Boundaries, whether one or two were given."
+    pair = both(bounds)
+    if set(pair) != set(Modality.CODES):
+        raise ValueError(f"boundaries must be those of visual and audio, not {sorted(pair)}")
+    for b in pair.values():
+        b.check_measured()
+    if len(counts := {b.num_layers for b in pair.values()}) > 1:
+        raise ValueError(f"boundaries of different layer counts: {sorted(counts)}")
+    return pair
 
 
 _WINDOWS = FrozenDict(visual_grids=2, seconds=2.0)  # Stage I: temporal grids, seconds of audio
@@ -136,7 +147,6 @@ class Schedule:
         audio: float,  # likewise
         scale: float = 1.4,  # entering / TRR that is wanted
         late: str = DEFAULT_LATE,  # or "certified"
-        max_drops: int = 3,  # layers before which tokens are dropped
         **options,  # other fields, as temperature
     ) -> "Schedule":
         """Plan from boundaries and a target per modality; warns of what it does not do. Raises
@@ -146,7 +156,7 @@ class Schedule:
         shallow = max(b.shallow_end for b in pair.values())
         end = min(starts.values()) if shallow < min(starts.values()) else max(starts.values())
         shallow = min(shallow, end)
-        drops = drop_positions(shallow, end, max_drops)
+        drops = drop_positions(shallow, end)
         origin = pair["visual"]
         given = bounds if isinstance(bounds, Mapping) else {"both": bounds}
         evidence = dict(

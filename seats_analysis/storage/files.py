@@ -71,18 +71,6 @@ def new_neighbour(path):
     return path.with_name(f".{stem}.seats-tmp{os.urandom(4).hex()}{path.suffix}")
 
 
-def refuse_links(path):
-    "Raise ValueError for a link, also on the way to a file, that others may have put there."
-    trusted = ()  # what is written is not to be a link there at all
-    for place in (path, *path.parents):
-        if place.is_symlink():
-            shared = place.parent.stat().st_mode & stat.S_IWOTH
-            if shared and place.lstat().st_uid not in trusted:
-                raise ValueError(f"{place}: is a link in a folder that everybody can write to")
-            refuse_links(place.parent / os.readlink(place))
-        trusted = (0, os.geteuid())
-
-
 def _target(path):
     "The file to replace: of a link the one behind it."
     path = Path(path)
@@ -98,7 +86,6 @@ def _target(path):
         raise ValueError(f"{path}: is a folder, expected a file name")
     if not stat.S_ISREG(mode):
         raise ValueError(f"{path}: exists and is not a file, but a pipe, a socket or a device")
-    refuse_links(path.absolute())
     return Path(os.path.realpath(path))
 
 # %% ../../nbs/storage/01_files.ipynb #5d1f0a7c
@@ -268,7 +255,6 @@ class Checkpoint:
         folder = Path(folder)
         if folder.is_symlink():
             raise ValueError(f"{folder} is a link, expected a folder")
-        refuse_links(folder.absolute())
         lock = folder / f"process-{processes()[0] if number is None else number}.lock"
         busy = "is in use: another run writes to this output; wait for it or choose another"
         try:

@@ -35,7 +35,7 @@ coverage_table lab.simulate.coverage_table
 dependency_figure plot_dependency
 encode_questions models.encode.encode_questions
 expected_curve lab.simulate.expected_curve
-held_out evaluation.load.held_out
+held_out testbed.load.held_out
 journal_of storage.files.Checkpoint.folder_of
 kept_figure plot_kept
 layout_of models.encode.layout_of
@@ -51,7 +51,6 @@ open_profile load_profile
 processes storage.files.processes
 questions_needed lab.simulate.questions_needed
 read_reported lab.method_figures.read_reported
-removal_scores probing.branches.removal_scores
 retained boundaries.retention.retained
 retention_figure plot_retention
 segment_boundaries find_boundaries
@@ -61,6 +60,7 @@ verified lab.method_figures.verified
 vtw_rule evaluation.compare.vtw_rule
 """
 _PLACES = dict(line.split() for line in _TABLE.strip().splitlines())
+_GONE = dict(family_curves="profile.correct.groupby('family').mean('sample')")
 
 
 def look_up(
@@ -70,7 +70,8 @@ def look_up(
     face = import_module("seats_analysis")
     place = _PLACES.get(name, name if name in face.__all__ else None)
     if place is None:
-        raise AttributeError(f"seats_analysis has no {name} (what left is listed in CHANGELOG.md)")
+        instead = _GONE.get(name, "what left is listed in CHANGELOG.md")
+        raise AttributeError(f"seats_analysis has no {name} ({instead})")
     warnings.warn(f"{name} is now seats_analysis.{place}", DeprecationWarning, stacklevel=2)
     # the face has functions called as modules once were: it is not searched for modules
     return resolve_name(f"seats_analysis{'.' if '.' in place else ':'}{place}")

@@ -5,16 +5,21 @@ import re
 
 import numpy as np
 import pytest
+import tiny
+import torch
 import xarray as xr
 from test_cli import done, refused
 
 from seats_analysis.lab.flow import (
+    flow_flops,
     joint_heads,
     joint_sets,
     repair_table,
     strongest_heads,
     window_hits,
 )
+from seats_analysis.models.encode import encode_questions
+from seats_analysis.probing.flow import Branches, Knockouts, jobs_of, joined
 from seats_analysis.storage.schemas import load_flow, load_profile
 from seats_analysis.testbed import load
 from seats_analysis.testbed.conflict import CONFLICTS, Conflict, conflict_samples
@@ -124,3 +129,34 @@ def test_the_study(tmp_path):
     assert {r["family"] for r in found["conflicts"]} == set(CONFLICTS)
     assert {r["by"] for r in found["repair"]} == {"blocked", "removed"}
     assert "exists" in refused(f"flow-study --out {out}")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize("family", ["qwen2.5-omni", "qwen3-omni"])
+def test_flops_are_those_that_torch_counts(family, heads, monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, processor = tiny.thinker(family, 4), tiny.processor(family)
+    config = model.config.get_text_config()
+    monkeypatch.setattr(config, "_experts_implementation", "eager")  # the others are not counted
+    one = [s for s in tiny.probed() if s.id == "open"]
+    (questions,) = encode_questions(model, processor, one)
+    walk = Knockouts(model, processor, questions)
+    count = model.config.get_text_config().num_attention_heads
+    _, blocked = jobs_of(np.eye(4, dtype=bool), heads, count)
+    pairs = ("question", "last"), ("first", "question"), ("last", "answer"), ("first", "text")
+    cuts = [cut for pair in pairs if (cut := walk.sides.cut(*pair))]
+    branches = {i: Branches(cut, blocked) for i, cut in enumerate(cuts)}
+    once = joined(branches)
+    assert len(once) == len(cuts) - 1  # the first tokens to the question and to all text
+    with FlopCounterMode(display=False) as counter:
+        walk.branch(branches)
+    c = walk.questions.shared
+    blocked = blocked.any(-1)
+    edges = [(len(b.cut.rows), len(b.cut.fixed), len(own), blocked) for b, own in once]
+    logits = len(walk.tail.wanted)
+    closed = flow_flops(
+        model.config, c, len(walk.tail.ids), edges, logits=logits, convention="counter"
+    )
+    assert closed == counter.get_total_flops()

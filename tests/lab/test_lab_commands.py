@@ -120,7 +120,8 @@ def demo(monkeypatch, tmp_path):
     def run(profile=data, bounds=bounds, plans=plans, rows=rows, folder=tmp_path):
         monkeypatch.setattr(demo_commands, "_demo", lambda *args: (profile, bounds, plans, rows))
         monkeypatch.setattr(demo_commands, "_demo_table", lambda rows: "")
-        return seats("demo", "--out", tmp_path / "out", "--data", folder)
+        monkeypatch.setattr(demo_commands, "shipped_folder", lambda name: folder / name)
+        return seats("demo", "--out", tmp_path / "out")
 
     return SimpleNamespace(run=run, profile=data, bounds=bounds, plans=plans, rows=rows)
 

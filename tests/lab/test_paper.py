@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_figures import kept_of, visible_texts
+from test_figures import deep_profile, kept_of, visible_texts
 
 from seats_analysis.lab import method_figures as M
 from seats_analysis.lab import paper as P
 from seats_analysis.lab import timing_figures as T
+from seats_analysis.lab.answer_figures import family_figure
 from seats_analysis.lab.reported import read_reported
+from seats_analysis.lab.style import say_source
 from seats_analysis.plots import style
 from seats_analysis.lab.simulate import needed_figure
 from seats_analysis.testbed.task import synthetic_profile
@@ -298,11 +300,15 @@ def test_every_stored_figure_says_where_its_numbers_come_from(drawn):
     assert len(figs) > len(drawn)
 
 
+def test_many_families_of_a_deep_model_have_room():
+    check_texts({"48 layers": family_figure(deep_profile(48))})
+
+
 def test_stored_figures_keep_their_source_inside(data):
     "The line of a source is neither cut off nor on top of a legend."
     study = load_json(ROOT / "data" / "results" / "questions_needed.json", "needed")
     long = "Measured here on nothing, " + "95 % of it, " * 24
-    fig = style.say_source(needed_figure(study), long, "Nothing is found")
+    fig = say_source(needed_figure(study), long, "Nothing is found")
     found = visible_texts(fig)
     for words, lines in (("Measured", 2), ("Nothing", 1)):
         text, box = next((t, b) for t, b in found if t.startswith(words))
