@@ -10,6 +10,9 @@ import torch
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
+from inspect import signature
+from torch.nn.functional import pad
 from unittest.mock import patch
 from .families import adapter_for
 
@@ -76,20 +79,39 @@ class Decoder:
         self.layers = self.module.layers
         self.head = self.adapter.lm_head(model)
         self.config = self.adapter.config(model).get_text_config()
+        plain = ("full_attention",) * len(self.layers)
+        self.kinds = tuple(getattr(self.config, "layer_types", None) or plain)
+        sliding = "sliding_attention" in self.kinds
+        self.window = self.config.sliding_window if sliding else None  # positions that such see
+        # from this layer on, keys are those of the last layer of the same kind before it
+        self.sharing = len(self.layers) - (getattr(self.config, "num_kv_shared_layers", 0) or 0)
+        self.stock = {}  # kind -> (B, S, S) bool whom each position of the prompt sees
+        self.inside = 0  # positions of the prompt that streams begin with
 
     @property
     def mrope(self):
         "Whether positions have three axes: time, height and width."
         return bool((getattr(self.config, "rope_parameters", None) or {}).get("mrope_section"))
 
+    @property
+    def both_ways(self):
+        "Whether the tokens of a frame or picture see one another."
+        return bool(getattr(self.config, "use_bidirectional_attention", None))
+
+    def source(self, layer):
+        "The layer whose keys a layer reads."
+        if layer < self.sharing:
+            return layer
+        return max(i for i in range(self.sharing) if self.kinds[i] == self.kinds[layer])
+
     def check_layers(self):
-        "Itself. Raises ValueError where layers differ in what they see, or keep no keys."
-        kinds = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention"}
+        "Itself. Raises ValueError where layers keep no keys."
+        kinds = set(self.kinds) - {"full_attention", "sliding_attention"}
         if kinds:
             found = " and ".join(sorted(kinds)).replace("_", " ")
             raise ValueError(
-                f"{self.adapter.family}: layers with {found} are not supported, as their caches "
-                "forget by position, or cannot forget"
+                f"{self.adapter.family}: layers with {found} are not supported, as they cannot "
+                "forget"
             )
         return self
 
@@ -128,17 +150,60 @@ class Decoder:
         self,
         embeds: torch.Tensor,  # (B, S, D) what the text model is given
     ) -> torch.Tensor:  # (B, S, D)
-        "The hidden states before layer 0."
+        "The hidden states before layer 0, with room for keys and values that late layers share."
         scale = getattr(self.config, "embedding_multiplier", 1)  # Granite
-        return embeds if scale == 1 else embeds * scale
+        embeds = embeds if scale == 1 else embeds * scale
+        return pad(embeds, (0, sum(self._room.values()))) if self._room else embeds
+
+    @cached_property
+    def _room(self):  # layer whose keys are shared -> numbers in keys and values of a position
+        sources = {self.source(i) for i in range(self.sharing, len(self.layers))}
+        return {i: 2 * self.layers[i].self_attn.k_proj.out_features for i in sorted(sources)}
+
+    def skipped(self, before, after):  # (B, S, D) before and after a layer
+        "States before a layer, with the keys that it shares."
+        width = self.config.hidden_size
+        return torch.cat([before[..., :width], after[..., width:]], -1) if self._room else before
+
+    def note(self, prompt, inside):  # keyword arguments of the text model, positions that stay
+        "Whom the stock model lets each position of a prompt see, where it says so."
+        self.inside = inside
+        masks = prompt.get("attention_mask")
+        masks = masks if isinstance(masks, Mapping) else {}
+        known = {kind: mask[:, 0] for kind, mask in masks.items() if mask is not None}
+        self.stock = {k: m if m.dtype == torch.bool else m == 0 for k, m in known.items()}
+
+    def beside(
+        self,
+        prompt: Mapping,  # keyword arguments of the text model
+        embeds: torch.Tensor,  # (B, N, D) of the positions of a stream
+        ids: torch.Tensor,  # (B, n) int64 tokens of the last of them; the others begin the prompt
+        place: torch.Tensor,  # (B, N) int64 their columns in the prompt
+    ) -> tuple:  # of (B, N, ...): columns, embeddings of all layers; () where all layers are alike
+        "What layers get beside rotary tables; notes whom the stock model lets each position see."
+        if self.window is None:
+            return ()
+        self.note(prompt, embeds.shape[1] - ids.shape[1])
+        if (each := prompt.get("per_layer_inputs")) is None:
+            return (place[..., None],)
+        each = [each[:, : self.inside], self.module.get_per_layer_inputs(ids, None)]
+        each = self.module.project_per_layer_inputs(embeds, torch.cat(each, 1))
+        return place[..., None], each.flatten(2)
 
     def rotary_tables(
         self,
         hidden: torch.Tensor,  # (B, S, D), for device and dtype
         position_ids: torch.Tensor,  # (3, B, S), or (B, S) without M-RoPE
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # each (B, S, head size)
+    ) -> tuple:  # of (B, S, head size): cos and sin, where kinds of layers differ of each
         "cos and sin of every position."
-        return self.module.rotary_emb(hidden, position_ids)
+        rope = self.module.rotary_emb
+        if not self._by_kind:
+            return rope(hidden, position_ids)
+        return sum((rope(hidden, position_ids, kind) for kind in sorted(set(self.kinds))), ())
+
+    @cached_property
+    def _by_kind(self):  # whether each kind of layer has rotary tables of its own
+        return "layer_type" in signature(self.module.rotary_emb.forward).parameters
 
     @staticmethod
     def causal_pattern(
@@ -157,6 +222,7 @@ class Decoder:
         self,
         allowed: torch.Tensor,  # (B, 1, S, S) bool
         dtype: torch.dtype,  # of the hidden states
+        spare: bool = True,  # look whether causality alone will do, which waits for the device
     ) -> torch.Tensor | None:  # as the model's attention implementation wants it
         "The mask to give to a decoder layer. Raises ValueError where none can be given."
         kind = self.config._attn_implementation
@@ -166,22 +232,93 @@ class Decoder:
                 'load the model with "sdpa" or "eager"'
             )
         plain = torch.ones(allowed.shape[-2:], dtype=torch.bool, device=allowed.device).tril()
-        if kind == "sdpa" and (allowed == plain).all():
+        if spare and kind == "sdpa" and (allowed == plain).all():
             return None
         mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
         return mask.masked_fill(~allowed, torch.finfo(dtype).min)
 
+    def _arguments(self, layer, rotary):
+        "What one layer gets of what `rotary_tables` and `beside` give."
+        tables = rotary[:2]
+        kinds = sorted(set(self.kinds))
+        own = 2 * len(kinds) if self._by_kind else 2
+        if self._by_kind and len(rotary) >= own:
+            at = 2 * kinds.index(self.kinds[layer])
+            tables = rotary[at : at + 2]
+        given = dict(position_embeddings=tables)
+        if len(rotary) > own + 1:
+            given["per_layer_input"] = rotary[own + 1].unflatten(-1, (len(self.layers), -1))[
+                :, :, layer
+            ]
+        if "shared_kv_states" in signature(self.layers[layer].forward).parameters:
+            given["shared_kv_states"] = {}
+        return given
+
+    def _place(self, rotary):  # (B, n, 1) columns; None where all layers are alike
+        own = 2 * len(set(self.kinds)) if self._by_kind else 2
+        return rotary[own] if len(rotary) > own else None
+
+    def sees(
+        self,
+        layer: int,
+        allowed: torch.Tensor,  # (B, n, m) bool by all but windows, and causal
+        rows: torch.Tensor,  # (B, n) int64 columns of the prompt
+        columns: torch.Tensor,  # (B, m) int64
+    ) -> torch.Tensor:  # (B, n, m) bool
+        "Who sees whom in a layer: its window counts columns, pictures are as the stock model says."
+        kind = self.kinds[layer]
+        r, c = rows[:, :, None], columns[:, None]
+        near = allowed & (r - c < self.window) if kind == "sliding_attention" else allowed
+        if (stock := self.stock.get(kind)) is None:
+            return near
+        last = stock.shape[-1] - 1
+        batch = torch.arange(len(stock), device=r.device)[:, None, None]
+        found = stock[batch, r.clamp(max=last), c.clamp(max=last)] & (allowed | (c > r))
+        return torch.where(r < self.inside, found | allowed & (r == c), near)
+
+    def _masked(self, layer, mask, rotary, before):
+        "The mask of a layer, and columns (B, 1, m + n, 1); () where all layers are alike."
+        if (place := self._place(rotary)) is None:
+            return mask, ()
+        columns = place[:, None]
+        if before is not None:
+            columns = torch.cat([before[2].expand(len(place), -1, -1, -1), columns], 2)
+        n, m = place.shape[1], columns.shape[2]
+        if mask is None:
+            allowed = torch.ones(1, n, m, dtype=torch.bool, device=place.device).tril(m - n)
+        else:
+            allowed = (mask == 0)[:, 0]
+        seen = self.sees(layer, allowed, place[..., 0], columns[:, 0, :, 0])
+        return self.mask(seen[:, None], rotary[0].dtype), (columns,)
+
     def _call(self, layer, hidden, rotary, mask, keys=None, hooked=True):
         module = self.layers[layer]
+        given = self._arguments(layer, rotary)
+        kind = self.kinds[layer]
+        room = self._room
+        source = self.source(layer)
+        if room and hidden.shape[-1] == self.config.hidden_size:
+            hidden = pad(hidden, (0, sum(room.values())))
+        hidden, *kept = hidden.split([self.config.hidden_size, *room.values()], -1)
+        at = list(room).index(source) if source in room else None
+        if layer > source:
+            heads = kept[at].unflatten(-1, (2, -1, module.self_attn.head_dim)).permute(2, 0, 3, 1, 4)
+            given["shared_kv_states"][kind] = tuple(heads)
+            if keys is not None:
+                given["shared_kv_states"][kind] = keys.update(*heads)
         out = (module if hooked else module.forward)(
             hidden,
             attention_mask=mask,
-            position_embeddings=rotary,
             position_ids=None,
             past_key_values=keys,
             use_cache=keys is not None,
+            **given,
         )
-        return out[0] if isinstance(out, tuple) else out
+        out = out[0] if isinstance(out, tuple) else out
+        if layer == source and at is not None:
+            both = torch.stack(given["shared_kv_states"][kind])[..., -hidden.shape[1] :, :]
+            kept[at] = both.permute(1, 3, 0, 2, 4).flatten(2)
+        return torch.cat([out, *kept], -1) if room else out
 
     def run_layers(
         self,
@@ -193,7 +330,7 @@ class Decoder:
     ) -> torch.Tensor:  # (B, S, D) before layer `stop`
         "Run some layers, without a cache."
         for layer in range(len(self.layers))[start:stop]:
-            hidden = self._call(layer, hidden, rotary, mask)
+            hidden = self._call(layer, hidden, rotary, self._masked(layer, mask, rotary, None)[0])
         return hidden
 
     def run_layer(
@@ -207,8 +344,9 @@ class Decoder:
     ) -> tuple:  # hidden states after the layer; keys and values (B, KV heads, m + n, head size)
         "Run one stock layer behind positions whose keys and values are known."
         keys = _LayerKeys(before)
+        mask, columns = self._masked(layer, mask, rotary, before)
         out = self._call(layer, hidden, rotary, mask, keys)
-        return out, keys.kv
+        return out, (*keys.kv, *columns)
 
     def layer_keys(
         self, hidden, rotary, layer, before=None
@@ -217,7 +355,7 @@ class Decoder:
         keys = _LayerKeys(before, only=True)
         with suppress(_Stop):
             self._call(layer, hidden, rotary, None, keys, hooked=False)
-        return keys.kv
+        return (*keys.kv, *self._masked(layer, None, rotary, before)[1])
 
     def _project(self, which, layer, hidden, cos, sin):
         attn = self.layers[layer].self_attn
@@ -231,25 +369,24 @@ class Decoder:
         self,
         layer: int,
         hidden: torch.Tensor,  # (B, n, D) before the layer
-        cos: torch.Tensor,  # (B, n, head size)
-        sin: torch.Tensor,
+        *rotary: torch.Tensor,  # cos and sin, or all that `rotary_tables` gives
     ) -> torch.Tensor:  # (B, heads, n, head size)
         "Rotated queries of a layer, scaled so that over the root of the head size gives logits."
         attn = self.layers[layer].self_attn
         if self.adapter.half_split:
-            q = self._project("q", layer, hidden, cos, sin)
+            q = self._project("q", layer, hidden, *rotary)
         else:
-            q = self._seen(layer, hidden, cos, sin)
+            q = self._seen(layer, hidden, rotary)
         factor = attn.scaling * q.shape[-1] ** 0.5
         return q if abs(factor - 1) < 1e-6 else q * factor
 
-    def key(self, layer, hidden, cos, sin) -> torch.Tensor:  # (B, KV heads, n, head size)
+    def key(self, layer, hidden, *rotary) -> torch.Tensor:  # (B, KV heads, n, head size)
         "Rotated keys of a layer; arguments as for `query`."
         if self.adapter.half_split:
-            return self._project("k", layer, hidden, cos, sin)
-        return self.layer_keys(hidden, (cos, sin), layer)[0]
+            return self._project("k", layer, hidden, *rotary)
+        return self.layer_keys(hidden, rotary, layer)[0]
 
-    def _seen(self, layer, hidden, cos, sin):
+    def _seen(self, layer, hidden, rotary):
         "The queries that reach the attention of a layer, whatever was done to them before."
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -263,7 +400,7 @@ class Decoder:
         ALL_ATTENTION_FUNCTIONS.register(name := f"seats_{id(found)}", attention)
         try:
             with patch.object(config, "_attn_implementation_internal", name), suppress(_Stop):
-                self._call(layer, hidden, (cos, sin), None, hooked=False)
+                self._call(layer, hidden, rotary, None, hooked=False)
         finally:
             del ALL_ATTENTION_FUNCTIONS._global_mapping[name]
         return found[0]
@@ -273,9 +410,11 @@ class Decoder:
         hidden: torch.Tensor,  # (B, n, D) after the last layer
     ) -> torch.Tensor:  # (B, n, vocabulary)
         "Final norm and output head."
-        logits = self.head(self.module.norm(hidden))
+        logits = self.head(self.module.norm(hidden[..., : self.config.hidden_size]))
         scale = getattr(self.config, "logits_scaling", 1)  # Granite
-        return logits if scale == 1 else logits / scale
+        logits = logits if scale == 1 else logits / scale
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return cap * (logits / cap).tanh() if cap else logits
 
 # %% ../../nbs/models/03_decoder.ipynb #84126df6
 def _check_finite(model, encoded, finite):  # finite (rows,) bool, the same number for each sample

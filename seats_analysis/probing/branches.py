@@ -189,12 +189,17 @@ class Stream:
         prompt = decoder.inputs(encoded.inputs)
         start = prompt["inputs_embeds"][:, :shared]
         after = decoder.thinker.get_input_embeddings()(ids)
-        hidden = decoder.states(torch.cat([start, after.to(start.dtype)], 1))
+        embeds = torch.cat([start, after.to(start.dtype)], 1)
+        hidden = decoder.states(embeds)
         positions = torch.cat([encoded.position_ids[..., :shared], positions], -1)
         deep = (
             pad(e[:, :shared], (0, 0, 0, ids.shape[1])) for e in decoder.deepstack_terms(prompt)
         )
         tables = decoder.rotary_tables(hidden, positions)
+        if not decoder.mrope:  # columns of the prompt, and behind it
+            late = positions[:, shared:] - encoded.position_ids[:, -1:] + encoded.shape[1] - 1
+            columns = torch.arange(shared, device=late.device).expand(len(hidden), -1)
+            tables += decoder.beside(prompt, embeds, ids, torch.cat([columns, late], 1))
         return cls(decoder, hidden=hidden, rotary=tables, extra=tuple(deep))
 
     def map(self, f):
@@ -216,8 +221,11 @@ class Stream:
 
     def bypass(self, layer):
         "Up to behind `layer`, which is left out."
-        before = self.through(0, layer).hidden
-        return replace(self, hidden=self.inject(before, layer))
+        before = self.through(0, layer)
+        hidden = before.hidden
+        if self.decoder.sharing < len(self.decoder.layers):
+            hidden = self.decoder.skipped(hidden, before.through(layer, layer + 1).hidden)
+        return replace(self, hidden=self.inject(hidden, layer))
 
 # %% ../../nbs/probing/01_branches.ipynb #41ef356f
 def marks_of(stream, encoded, selectors):  # name -> (B, N) bool
@@ -333,7 +341,9 @@ class Condition:
         self.blind = blind
         self.twice = blind is not None and hidden is None  # tails as they are, and blind ones
         self.batches = []
-        self.front = front if front >= SHARE * len(keep) else 0  # positions of the full stream's
+        alone = walk.decoder.both_ways and hidden is None  # earlier positions may see later ones
+        # positions of the full stream's
+        self.front = 0 if alone or front < SHARE * len(keep) else front
         self.own = keep[self.front :]  # (n,) int64 positions that are run apart
         self.tables = context.map(lambda x: x[:, self.own])
         causal = torch.ones(len(keep), len(keep), dtype=torch.bool, device=device).tril()
@@ -440,6 +450,9 @@ class Traversal:
                 condition.advance(layer, front)
             self.bypassed.advance(layer)
             if bypass and layer in layers:
+                after = self.full.batches[0]
+                before.context = self.decoder.skipped(before.context, after.context)
+                before.tail = self.decoder.skipped(before.tail, after.tail)
                 self.bypassed.branch_off(layer, before, max_tokens, bypass=True)
 
     def scores(self):  # (condition, layer) -> Scores over the questions
