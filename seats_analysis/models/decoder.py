@@ -302,7 +302,9 @@ class Decoder:
         hidden, *kept = hidden.split([self.config.hidden_size, *room.values()], -1)
         at = list(room).index(source) if source in room else None
         if layer > source:
-            heads = kept[at].unflatten(-1, (2, -1, module.self_attn.head_dim)).permute(2, 0, 3, 1, 4)
+            heads = (
+                kept[at].unflatten(-1, (2, -1, module.self_attn.head_dim)).permute(2, 0, 3, 1, 4)
+            )
             given["shared_kv_states"][kind] = tuple(heads)
             if keys is not None:
                 given["shared_kv_states"][kind] = keys.update(*heads)
