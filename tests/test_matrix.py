@@ -96,11 +96,24 @@ def test_what_has_no_placeholders_or_layers_that_forget_is_refused():
     text = transformers.Qwen2Config(**{**kinds.TEXT, "layer_types": None})
     with pytest.raises(ValueError, match="no token that stands for"):
         adapter_for(transformers.Qwen2ForCausalLM(text))
-    sliding = kinds.model("qwen2-audio")
-    sliding.config.text_config.layer_types = ["sliding_attention"] * L
-    with pytest.raises(ValueError, match="sliding attention are not supported"):
-        with prune(sliding, THIRD):
+    linear = kinds.model("qwen2-audio")
+    linear.config.text_config.layer_types = ["linear_attention"] * L
+    with pytest.raises(ValueError, match="linear attention are not supported"):
+        with prune(linear, THIRD):
             pass
+
+
+def test_windows_of_a_family_whose_text_model_makes_its_masks_itself():
+    known = kinds.model("qwen2-audio")
+    text = known.config.text_config
+    text.layer_types = ["sliding_attention", "full_attention"] * (L // 2)
+    text.sliding_window = 16
+    model = type(known)._from_config(known.config)
+    model.load_state_dict(known.state_dict())
+    case = Case("qwen2-audio", model.eval())
+    test_the_branch_probe_equals_the_plain_one(case)
+    test_removal_in_the_middle_equals_keys_hidden_by_a_mask(case, 3)
+    test_answers_behind_removed_media_equal_keys_hidden_by_a_mask(case, 3, "retain")
 
 
 def test_from_one_modality_to_boundaries_and_schedule(case):
@@ -209,6 +222,7 @@ def test_answers_behind_removed_media_equal_keys_hidden_by_a_mask(case, start, k
         out = case.model.generate(
             **inputs,
             max_new_tokens=6,
+            suppress_tokens=list(case.adapter.token_ids(case.model).values()),
             min_new_tokens=6,
             do_sample=False,
             output_logits=True,
@@ -314,8 +328,11 @@ def test_flops_in_closed_form_are_those_that_torch_counts(case):
     given.pop("logits_to_keep", None)
     S = case.single.shape[1]
     sliced = "logits_to_keep" in signature(decoder.module.forward).parameters
+    with FlopCounterMode(display=False) as rotary:  # a product in the oldest versions
+        decoder.rotary_tables(given["inputs_embeds"], case.single.position_ids)
     for n in (S, 1) if case.family in kinds_gemma.ROWS and sliced else (S,):
         with FlopCounterMode(display=False) as counter:  # late layers may run n positions only
             last = decoder.module(**given, **(dict(logits_to_keep=n) if n < S else {}))
             decoder.head(last.last_hidden_state[:, -n:])
-        assert counter.get_total_flops() == prefill_flops([S] * L, decoder.config, "counter", n)
+        total = counter.get_total_flops() - rotary.get_total_flops()
+        assert total == prefill_flops([S] * L, decoder.config, "counter", n)

@@ -55,6 +55,7 @@ class _LayerKeys:
         self.before = before
         self.only = only
         self.kv = None
+        self.columns = ()  # of all, where layers have windows: third, beside keys and values
 
     def update(self, keys, values, *args, **kwargs):
         "What attention asks of a cache."
@@ -63,7 +64,7 @@ class _LayerKeys:
                 torch.cat([old.expand(len(new), -1, -1, -1), new], 2)
                 for old, new in zip(self.before, (keys, values))
             )
-        self.kv = keys, values
+        self.kv = keys, values, *self.columns
         if self.only:
             raise _Stop
         return keys, values
@@ -153,17 +154,17 @@ class Decoder:
         "The hidden states before layer 0, with room for keys and values that late layers share."
         scale = getattr(self.config, "embedding_multiplier", 1)  # Granite
         embeds = embeds if scale == 1 else embeds * scale
-        return pad(embeds, (0, sum(self._room.values()))) if self._room else embeds
+        return pad(embeds, (0, sum(self.room.values()))) if self.room else embeds
 
     @cached_property
-    def _room(self):  # layer whose keys are shared -> numbers in keys and values of a position
+    def room(self):  # layer whose keys are shared -> numbers in keys and values of a position
         sources = {self.source(i) for i in range(self.sharing, len(self.layers))}
         return {i: 2 * self.layers[i].self_attn.k_proj.out_features for i in sorted(sources)}
 
     def skipped(self, before, after):  # (B, S, D) before and after a layer
         "States before a layer, with the keys that it shares."
         width = self.config.hidden_size
-        return torch.cat([before[..., :width], after[..., width:]], -1) if self._room else before
+        return torch.cat([before[..., :width], after[..., width:]], -1) if self.room else before
 
     def note(self, prompt, inside):  # keyword arguments of the text model, positions that stay
         "Whom the stock model lets each position of a prompt see, where it says so."
@@ -178,32 +179,35 @@ class Decoder:
         prompt: Mapping,  # keyword arguments of the text model
         embeds: torch.Tensor,  # (B, N, D) of the positions of a stream
         ids: torch.Tensor,  # (B, n) int64 tokens of the last of them; the others begin the prompt
-        place: torch.Tensor,  # (B, N) int64 their columns in the prompt
+        position_ids: torch.Tensor,  # (B, N) int64
     ) -> tuple:  # of (B, N, ...): columns, embeddings of all layers; () where all layers are alike
         "What layers get beside rotary tables; notes whom the stock model lets each position see."
         if self.window is None:
             return ()
-        self.note(prompt, embeds.shape[1] - ids.shape[1])
+        n = embeds.shape[1] - ids.shape[1]
+        self.note(prompt, n)
+        late = position_ids[:, n:] - position_ids[:, n - 1 : n] + n - 1
+        place = torch.arange(n, device=late.device).expand(len(late), -1)
+        place = torch.cat([place, late], 1)[..., None]
         if (each := prompt.get("per_layer_inputs")) is None:
-            return (place[..., None],)
-        each = [each[:, : self.inside], self.module.get_per_layer_inputs(ids, None)]
+            return (place,)
+        each = [each[:, :n], self.module.get_per_layer_inputs(ids, None)]
         each = self.module.project_per_layer_inputs(embeds, torch.cat(each, 1))
-        return place[..., None], each.flatten(2)
+        return place, each.flatten(2)
+
+    @cached_property
+    def _ropes(self):  # what the rotary module is told, for each kind of layer or for all
+        by_kind = "layer_type" in signature(self.module.rotary_emb.forward).parameters
+        return [(kind,) for kind in sorted(set(self.kinds))] if by_kind else [()]
 
     def rotary_tables(
         self,
         hidden: torch.Tensor,  # (B, S, D), for device and dtype
         position_ids: torch.Tensor,  # (3, B, S), or (B, S) without M-RoPE
-    ) -> tuple:  # of (B, S, head size): cos and sin, where kinds of layers differ of each
+    ) -> tuple:  # of (B, S, head size): cos and sin, of every kind of layer where they differ
         "cos and sin of every position."
         rope = self.module.rotary_emb
-        if not self._by_kind:
-            return rope(hidden, position_ids)
-        return sum((rope(hidden, position_ids, kind) for kind in sorted(set(self.kinds))), ())
-
-    @cached_property
-    def _by_kind(self):  # whether each kind of layer has rotary tables of its own
-        return "layer_type" in signature(self.module.rotary_emb.forward).parameters
+        return sum((tuple(rope(hidden, position_ids, *kind)) for kind in self._ropes), ())
 
     @staticmethod
     def causal_pattern(
@@ -237,26 +241,13 @@ class Decoder:
         mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
         return mask.masked_fill(~allowed, torch.finfo(dtype).min)
 
-    def _arguments(self, layer, rotary):
-        "What one layer gets of what `rotary_tables` and `beside` give."
-        tables = rotary[:2]
-        kinds = sorted(set(self.kinds))
-        own = 2 * len(kinds) if self._by_kind else 2
-        if self._by_kind and len(rotary) >= own:
-            at = 2 * kinds.index(self.kinds[layer])
-            tables = rotary[at : at + 2]
-        given = dict(position_embeddings=tables)
-        if len(rotary) > own + 1:
-            given["per_layer_input"] = rotary[own + 1].unflatten(-1, (len(self.layers), -1))[
-                :, :, layer
-            ]
-        if "shared_kv_states" in signature(self.layers[layer].forward).parameters:
-            given["shared_kv_states"] = {}
-        return given
-
-    def _place(self, rotary):  # (B, n, 1) columns; None where all layers are alike
-        own = 2 * len(set(self.kinds)) if self._by_kind else 2
-        return rotary[own] if len(rotary) > own else None
+    def _parts(self, layer, rotary):  # what `rotary_tables` and `beside` give
+        "cos and sin of one layer; columns and embeddings, where there are any."
+        end = 2 * len(self._ropes)
+        at = 0
+        if len(rotary) >= end > 2:
+            at = 2 * self._ropes.index((self.kinds[layer],))
+        return rotary[at : at + 2], *rotary[end:]
 
     def sees(
         self,
@@ -276,50 +267,66 @@ class Decoder:
         found = stock[batch, r.clamp(max=last), c.clamp(max=last)] & (allowed | (c > r))
         return torch.where(r < self.inside, found | allowed & (r == c), near)
 
-    def _masked(self, layer, mask, rotary, before):
-        "The mask of a layer, and columns (B, 1, m + n, 1); () where all layers are alike."
-        if (place := self._place(rotary)) is None:
-            return mask, ()
+    def window_mask(
+        self,
+        layer: int,
+        valid: torch.Tensor,  # (B, m) bool
+        columns: torch.Tensor,  # (B, m) int64 of the prompt, and behind it
+        hidden: torch.Tensor,  # (B, q, D) of the last of them
+    ) -> torch.Tensor:  # (B, 1, q, m)
+        "The mask of a layer on what is left of a prompt."
+        rows = columns[:, -hidden.shape[1] :]
+        r, c = rows[:, :, None], columns[:, None]
+        seen = self.sees(layer, valid[:, None] & (c <= r) | (c == r), rows, columns)
+        return self.mask(seen[:, None], hidden.dtype, spare=False)
+
+    def _masked(self, layer, mask, place, keys):  # (B, n, 1)
+        "The mask of a layer behind positions whose keys are known; notes the columns of all."
         columns = place[:, None]
-        if before is not None:
-            columns = torch.cat([before[2].expand(len(place), -1, -1, -1), columns], 2)
+        if keys is not None and keys.before is not None:
+            columns = torch.cat([keys.before[2].expand(len(place), -1, -1, -1), columns], 2)
+        if keys is not None:
+            keys.columns = (columns,)
         n, m = place.shape[1], columns.shape[2]
-        if mask is None:
-            allowed = torch.ones(1, n, m, dtype=torch.bool, device=place.device).tril(m - n)
-        else:
+        allowed = torch.ones(1, n, m, dtype=torch.bool, device=place.device).tril(m - n)
+        if mask is not None:
             allowed = (mask == 0)[:, 0]
-        seen = self.sees(layer, allowed, place[..., 0], columns[:, 0, :, 0])
-        return self.mask(seen[:, None], rotary[0].dtype), (columns,)
+        return self.sees(layer, allowed, place[..., 0], columns[:, 0, :, 0])[:, None]
 
     def _call(self, layer, hidden, rotary, mask, keys=None, hooked=True):
         module = self.layers[layer]
-        given = self._arguments(layer, rotary)
-        kind = self.kinds[layer]
-        room = self._room
-        source = self.source(layer)
+        tables, *beside = self._parts(layer, rotary)
+        if beside:
+            mask = self.mask(self._masked(layer, mask, beside[0], keys), tables[0].dtype)
+        given = {}
+        if beside[1:]:
+            each = beside[1].unflatten(-1, (len(self.layers), -1))
+            given["per_layer_input"] = each[:, :, layer]
+        room = self.room
         if room and hidden.shape[-1] == self.config.hidden_size:
             hidden = pad(hidden, (0, sum(room.values())))
         hidden, *kept = hidden.split([self.config.hidden_size, *room.values()], -1)
-        at = list(room).index(source) if source in room else None
+        source = self.source(layer)
+        shared = {}
+        if "shared_kv_states" in signature(module.forward).parameters:
+            given["shared_kv_states"] = shared
         if layer > source:
-            heads = (
-                kept[at].unflatten(-1, (2, -1, module.self_attn.head_dim)).permute(2, 0, 3, 1, 4)
-            )
-            given["shared_kv_states"][kind] = tuple(heads)
-            if keys is not None:
-                given["shared_kv_states"][kind] = keys.update(*heads)
+            sizes = 2, -1, module.self_attn.head_dim
+            kv = kept[list(room).index(source)].unflatten(-1, sizes).permute(2, 0, 3, 1, 4)
+            shared[self.kinds[layer]] = tuple(kv) if keys is None else keys.update(*kv)
         out = (module if hooked else module.forward)(
             hidden,
             attention_mask=mask,
+            position_embeddings=tables,
             position_ids=None,
             past_key_values=keys,
             use_cache=keys is not None,
             **given,
         )
         out = out[0] if isinstance(out, tuple) else out
-        if layer == source and at is not None:
-            both = torch.stack(given["shared_kv_states"][kind])[..., -hidden.shape[1] :, :]
-            kept[at] = both.permute(1, 3, 0, 2, 4).flatten(2)
+        if layer in room:
+            kv = torch.stack(shared[self.kinds[layer]])[..., -hidden.shape[1] :, :]
+            kept[list(room).index(layer)] = kv.permute(1, 3, 0, 2, 4).flatten(2)
         return torch.cat([out, *kept], -1) if room else out
 
     def run_layers(
@@ -332,7 +339,7 @@ class Decoder:
     ) -> torch.Tensor:  # (B, S, D) before layer `stop`
         "Run some layers, without a cache."
         for layer in range(len(self.layers))[start:stop]:
-            hidden = self._call(layer, hidden, rotary, self._masked(layer, mask, rotary, None)[0])
+            hidden = self._call(layer, hidden, rotary, mask)
         return hidden
 
     def run_layer(
@@ -346,9 +353,8 @@ class Decoder:
     ) -> tuple:  # hidden states after the layer; keys and values (B, KV heads, m + n, head size)
         "Run one stock layer behind positions whose keys and values are known."
         keys = _LayerKeys(before)
-        mask, columns = self._masked(layer, mask, rotary, before)
         out = self._call(layer, hidden, rotary, mask, keys)
-        return out, (*keys.kv, *columns)
+        return out, keys.kv
 
     def layer_keys(
         self, hidden, rotary, layer, before=None
@@ -357,7 +363,7 @@ class Decoder:
         keys = _LayerKeys(before, only=True)
         with suppress(_Stop):
             self._call(layer, hidden, rotary, None, keys, hooked=False)
-        return (*keys.kv, *self._masked(layer, None, rotary, before)[1])
+        return keys.kv
 
     def _project(self, which, layer, hidden, cos, sin):
         attn = self.layers[layer].self_attn

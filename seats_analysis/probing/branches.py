@@ -158,13 +158,8 @@ class Tail:
             for each, answer in zip(tokens.masked_fill(target < 0, 0), logp[:, self.first].cpu()):
                 each = each.masked_fill((length == 0)[..., None], torch.nan)
                 total = each.sum(-1)
-                scores = Scores(
-                    total=total.numpy(),
-                    mean=(total / length).numpy(),
-                    first=each[..., 0].numpy(),
-                    answer=answer,
-                )
-                out.append(scores)
+                parts = dict(total=total, mean=total / length, first=each[..., 0])
+                out.append(Scores(**{k: x.numpy() for k, x in parts.items()}, answer=answer))
         return out
 
 # %% ../../nbs/probing/01_branches.ipynb #589771b8
@@ -190,17 +185,12 @@ class Stream:
         start = prompt["inputs_embeds"][:, :shared]
         after = decoder.thinker.get_input_embeddings()(ids)
         embeds = torch.cat([start, after.to(start.dtype)], 1)
-        hidden = decoder.states(embeds)
         positions = torch.cat([encoded.position_ids[..., :shared], positions], -1)
-        deep = (
-            pad(e[:, :shared], (0, 0, 0, ids.shape[1])) for e in decoder.deepstack_terms(prompt)
-        )
-        tables = decoder.rotary_tables(hidden, positions)
-        if not decoder.mrope:  # columns of the prompt, and behind it
-            late = positions[:, shared:] - encoded.position_ids[:, -1:] + encoded.shape[1] - 1
-            columns = torch.arange(shared, device=late.device).expand(len(hidden), -1)
-            tables += decoder.beside(prompt, embeds, ids, torch.cat([columns, late], 1))
-        return cls(decoder, hidden=hidden, rotary=tables, extra=tuple(deep))
+        more = 0, 0, 0, ids.shape[1]
+        deep = tuple(pad(e[:, :shared], more) for e in decoder.deepstack_terms(prompt))
+        tables = decoder.rotary_tables(embeds, positions)
+        tables += decoder.beside(prompt, embeds, ids, positions)
+        return cls(decoder, hidden=decoder.states(embeds), rotary=tables, extra=deep)
 
     def map(self, f):
         "The same done to states and tables of all positions."
@@ -222,9 +212,8 @@ class Stream:
     def bypass(self, layer):
         "Up to behind `layer`, which is left out."
         before = self.through(0, layer)
-        hidden = before.hidden
-        if self.decoder.sharing < len(self.decoder.layers):
-            hidden = self.decoder.skipped(hidden, before.through(layer, layer + 1).hidden)
+        after = before.through(layer, layer + 1) if self.decoder.room else before
+        hidden = self.decoder.skipped(before.hidden, after.hidden)
         return replace(self, hidden=self.inject(hidden, layer))
 
 # %% ../../nbs/probing/01_branches.ipynb #41ef356f
@@ -333,7 +322,8 @@ class Condition:
         context = walk.context
         device = context.hidden.device
         keep = (~removed).nonzero()[:, 0].to(device)
-        front = int(removed.nonzero()[0]) if removed.any() else 0
+        # what lies before may see what is removed where pictures are seen both ways
+        front = 0 if walk.decoder.both_ways or not removed.any() else int(removed.nonzero()[0])
         if hidden is not None:
             front = len(keep)
         self.walk = walk
@@ -341,9 +331,7 @@ class Condition:
         self.blind = blind
         self.twice = blind is not None and hidden is None  # tails as they are, and blind ones
         self.batches = []
-        alone = walk.decoder.both_ways and hidden is None  # earlier positions may see later ones
-        # positions of the full stream's
-        self.front = 0 if alone or front < SHARE * len(keep) else front
+        self.front = front if front >= SHARE * len(keep) else 0  # positions of the full stream's
         self.own = keep[self.front :]  # (n,) int64 positions that are run apart
         self.tables = context.map(lambda x: x[:, self.own])
         causal = torch.ones(len(keep), len(keep), dtype=torch.bool, device=device).tril()
@@ -361,12 +349,14 @@ class Condition:
             self.after = tuple(t.repeat(1, 2, 1) for t in self.after)
         self.tail_mask = walk.mask(torch.cat([sees_context, allowed], 1))
 
-    def branch_off(self, layer, full, max_tokens, bypass=False):  # bypass: it misses the layer
+    def branch_off(self, layer, full, max_tokens, after=None):  # after: it misses the layer
         "Cut one more stream from the full one, into a batch of at most so many tokens."
         context = full.context[:, self.own]
-        if bypass:
-            context = self.tables.inject(context, layer)
         tail = full.tail
+        if after is not None:
+            context = self.walk.decoder.skipped(context, after.context)
+            context = self.tables.inject(context, layer)
+            tail = self.walk.decoder.skipped(tail, after.tail)
         if self.blind is not None:
             tail = self.blind.batches[0].tail[:1]
             tail = torch.cat([full.tail, tail], 1) if self.twice else tail
@@ -450,10 +440,7 @@ class Traversal:
                 condition.advance(layer, front)
             self.bypassed.advance(layer)
             if bypass and layer in layers:
-                after = self.full.batches[0]
-                before.context = self.decoder.skipped(before.context, after.context)
-                before.tail = self.decoder.skipped(before.tail, after.tail)
-                self.bypassed.branch_off(layer, before, max_tokens, bypass=True)
+                self.bypassed.branch_off(layer, before, max_tokens, self.full.batches[0])
 
     def scores(self):  # (condition, layer) -> Scores over the questions
 

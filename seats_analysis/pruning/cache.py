@@ -302,10 +302,7 @@ class Slots:
             return stock_mask(decoder.module.config, hidden, seen, cache, layer)
         later = torch.arange(new.shape[1], device=held.device).expand(len(new), -1)
         columns = torch.cat([self.columns[layer], self.prompt + later], 1)
-        rows = columns[:, -q:, None]
-        allowed = seen[:, None] & (columns[:, None] <= rows) | (columns[:, None] == rows)
-        seen = decoder.sees(layer, allowed, columns[:, -q:], columns)
-        return decoder.mask(seen[:, None], hidden.dtype, spare=False)
+        return decoder.window_mask(layer, seen, columns, hidden)
 
 # %% ../../nbs/pruning/09_cache.ipynb #ad20a128
 def shorten_cache(

@@ -184,7 +184,7 @@ class Prefill:
             **beside,
             "inputs_embeds": embeds,
             "position_ids": take_last(positions, index),
-            "attention_mask": mask if self.decoder.window is None else self.masks_now(embeds),
+            "attention_mask": mask if self.decoder.window is None else self.window_masks(embeds),
         }
         return self.behind_earlier(0, embeds, kwargs)
 
@@ -234,25 +234,16 @@ class Prefill:
             valid = self.tokens.valid if self.tokens.padded else None
             config = self.decoder.module.config
             one = self.decoder.window is None
-            self.mask = stock_mask(config, hidden, valid) if one else self.masks_now(hidden)
+            self.mask = stock_mask(config, hidden, valid) if one else self.window_masks(hidden)
         return hidden
 
-    def masks_now(self, hidden) -> dict:  # kind of layer -> mask, None where causality will do
-        "Masks of what is in the sequence, by its columns in the prompt."
-        decoder = self.decoder
-        column = self.tokens.column
-        rows = slice(column.shape[1] - hidden.shape[1], None)
-        allowed = decoder.causal_pattern(self.tokens.valid)[:, 0, rows]
-        sdpa = decoder.config._attn_implementation == "sdpa"
-        alike = sdpa and not self.tokens.padded and not decoder.both_ways
-        masks = {}
-        for kind in set(decoder.kinds):
-            wide = kind == "full_attention" or self.tokens.prompt <= decoder.window
-            if not (alike and wide):
-                seen = decoder.sees(decoder.kinds.index(kind), allowed, column[:, rows], column)
-                mask = decoder.mask(seen[:, None], hidden.dtype, spare=False)
-            masks[kind] = None if alike and wide else mask
-        return masks
+    def window_masks(self, hidden) -> dict:  # kind of layer -> mask
+        "Masks of what is in the sequence, where layers have windows."
+        kinds, now = self.decoder.kinds, self.tokens
+        return {
+            kind: self.decoder.window_mask(kinds.index(kind), now.valid, now.column, hidden)
+            for kind in set(kinds)
+        }
 
     def given(self, layer, hidden, beside, kwargs):  # -> arguments of a layer, None = as they are
         "What a layer is given, cut along the sequence as its hidden states are."

@@ -72,24 +72,21 @@ def text_dims(
     try:
         heads = c["num_attention_heads"]
         experts = c.get("num_experts") or c.get("num_local_experts")  # Qwen3-VL
+        beside = c.get("enable_moe_block")  # Gemma: experts stand beside an MLP
         sharing = c["num_hidden_layers"] - (c.get("num_kv_shared_layers") or 0)
         for i in range(c["num_hidden_layers"]):
             dense = i in (c.get("mlp_only_layers") or ()) or (i + 1) % c.get(
                 "decoder_sparse_step", 1
             )
-            beside = c.get("enable_moe_block")  # Gemma: an MLP and experts
-            twice = c.get("use_double_wide_mlp") and i >= sharing
-            if not experts or dense:
-                active.append(c["intermediate_size"] * (2 if twice else 1))
-                routed.append(0)
-            elif beside:
-                active.append(
-                    c["intermediate_size"] + c["top_k_experts"] * c["moe_intermediate_size"]
-                )
-                routed.append(experts)
-            else:
-                active.append(c["num_experts_per_tok"] * c["moe_intermediate_size"])
-                routed.append(experts)
+            routed.append(0 if not experts or dense else experts)
+            width = 0
+            if routed[-1]:
+                top = c["num_experts_per_tok"] if beside is None else c["top_k_experts"]
+                width = top * c["moe_intermediate_size"]
+            if beside or not routed[-1]:
+                twice = c.get("use_double_wide_mlp") and i >= sharing
+                width += c["intermediate_size"] * (2 if twice else 1)
+            active.append(width)
         return TextDims(
             hidden=c["hidden_size"],
             heads=heads,
