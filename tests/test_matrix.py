@@ -9,6 +9,7 @@ import kinds, kinds_gemma, numpy as np, pytest, tiny, torch, transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from seats_analysis.boundaries.find import find_boundaries
+from seats_analysis.evaluation.load import load_model
 from seats_analysis.models.decoder import Decoder, last_logits_only
 from seats_analysis.models.encode import encode
 from seats_analysis.models.families import FAMILIES, adapter_for, families
@@ -132,6 +133,32 @@ def test_the_family_is_found_by_its_class(case):
     only = ("audio",) if kinds.heard(case.family) else ("visual",)
     both = case.family in kinds_gemma.ROWS
     assert case.adapter.modalities(case.model) == (("visual", "audio") if both else only)
+
+
+def test_a_checkpoint_whose_parts_do_not_all_have_sdpa_is_loaded(tmp_path):
+    case = Case("gemma4")
+    case.model.save_pretrained(tmp_path)
+    case.processor.save_pretrained(tmp_path)
+    model, processor = load_model(str(tmp_path), "cpu")
+    with prune(model, THIRD), last_logits_only(model):
+        found = model(**encode(model, processor, case.samples[:1]).inputs).logits[:, -1]
+    close(found, case.logits(case.single, THIRD))
+
+
+def test_what_cannot_be_exact_is_refused_in_one_line():
+    case = Case("gemma4")
+    with pytest.raises(ValueError, match='from layer 5 on, layers share keys.*"last"'):
+        with prune(case.model, replace(LATER, query="text")):
+            pass
+    flash = kinds.model("gemma4")
+    flash.config.text_config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="'flash_attention_2' takes no mask"):
+        with prune(flash, THIRD):
+            pass
+    with prune(case.model, THIRD):
+        cache = case.model(**case.single.inputs).past_key_values
+        with pytest.raises(ValueError, match="cannot go behind a pruned prompt where layers have"):
+            case.model(**case.single.inputs, past_key_values=cache)
 
 
 def test_keeping_everything_changes_no_bit_and_leaves_nothing_behind(case):

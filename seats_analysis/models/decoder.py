@@ -86,18 +86,14 @@ class Decoder:
         self.window = self.config.sliding_window if sliding else None  # positions that such see
         # from this layer on, keys are those of the last layer of the same kind before it
         self.sharing = len(self.layers) - (getattr(self.config, "num_kv_shared_layers", 0) or 0)
-        self.stock = {}  # kind -> (B, S, S) bool whom each position of the prompt sees
-        self.inside = 0  # positions of the prompt that streams begin with
+        self.stock = {}  # kind -> (B, n, n) bool whom each of the first positions sees
+        # whether the tokens of a frame or picture see one another
+        self.both_ways = bool(getattr(self.config, "use_bidirectional_attention", None))
 
     @property
     def mrope(self):
         "Whether positions have three axes: time, height and width."
         return bool((getattr(self.config, "rope_parameters", None) or {}).get("mrope_section"))
-
-    @property
-    def both_ways(self):
-        "Whether the tokens of a frame or picture see one another."
-        return bool(getattr(self.config, "use_bidirectional_attention", None))
 
     def source(self, layer):
         "The layer whose keys a layer reads."
@@ -106,7 +102,7 @@ class Decoder:
         return max(i for i in range(self.sharing) if self.kinds[i] == self.kinds[layer])
 
     def check_layers(self):
-        "Itself. Raises ValueError where layers keep no keys."
+        "Itself. Raises ValueError where layers keep no keys, or cannot be given windows."
         kinds = set(self.kinds) - {"full_attention", "sliding_attention"}
         if kinds:
             found = " and ".join(sorted(kinds)).replace("_", " ")
@@ -114,6 +110,8 @@ class Decoder:
                 f"{self.adapter.family}: layers with {found} are not supported, as they cannot "
                 "forget"
             )
+        if self.window:
+            self._takes_masks()
         return self
 
     def inputs(
@@ -166,12 +164,11 @@ class Decoder:
         width = self.config.hidden_size
         return torch.cat([before[..., :width], after[..., width:]], -1) if self.room else before
 
-    def note(self, prompt, inside):  # keyword arguments of the text model, positions that stay
-        "Whom the stock model lets each position of a prompt see, where it says so."
-        self.inside = inside
+    def note(self, prompt, n):  # keyword arguments of the text model
+        "Whom the stock model lets the first n positions of a prompt see, where it says so."
         masks = prompt.get("attention_mask")
         masks = masks if isinstance(masks, Mapping) else {}
-        known = {kind: mask[:, 0] for kind, mask in masks.items() if mask is not None}
+        known = {kind: mask[:, 0, :n, :n] for kind, mask in masks.items() if mask is not None}
         self.stock = {k: m if m.dtype == torch.bool else m == 0 for k, m in known.items()}
 
     def beside(
@@ -222,6 +219,15 @@ class Decoder:
             mask = mask & ((branch[:, None, :] < 0) | (branch[:, None, :] == branch[:, :, None]))
         return (mask | torch.eye(S, dtype=torch.bool, device=device))[:, None]
 
+    def _takes_masks(self):
+        kind = self.config._attn_implementation
+        if kind not in ("sdpa", "eager"):
+            raise ValueError(
+                f"attention implementation {kind!r} takes no mask; "
+                'load the model with "sdpa" or "eager"'
+            )
+        return kind
+
     def mask(
         self,
         allowed: torch.Tensor,  # (B, 1, S, S) bool
@@ -229,12 +235,7 @@ class Decoder:
         spare: bool = True,  # look whether causality alone will do, which waits for the device
     ) -> torch.Tensor | None:  # as the model's attention implementation wants it
         "The mask to give to a decoder layer. Raises ValueError where none can be given."
-        kind = self.config._attn_implementation
-        if kind not in ("sdpa", "eager"):
-            raise ValueError(
-                f"attention implementation {kind!r} takes no mask; "
-                'load the model with "sdpa" or "eager"'
-            )
+        kind = self._takes_masks()
         plain = torch.ones(allowed.shape[-2:], dtype=torch.bool, device=allowed.device).tril()
         if spare and kind == "sdpa" and (allowed == plain).all():
             return None
@@ -265,7 +266,7 @@ class Decoder:
         last = stock.shape[-1] - 1
         batch = torch.arange(len(stock), device=r.device)[:, None, None]
         found = stock[batch, r.clamp(max=last), c.clamp(max=last)] & (allowed | (c > r))
-        return torch.where(r < self.inside, found | allowed & (r == c), near)
+        return torch.where(r <= last, found | allowed & (r == c), near)
 
     def window_mask(
         self,
@@ -283,21 +284,20 @@ class Decoder:
     def _masked(self, layer, mask, place, keys):  # (B, n, 1)
         "The mask of a layer behind positions whose keys are known; notes the columns of all."
         columns = place[:, None]
-        if keys is not None and keys.before is not None:
+        if keys.before is not None:
             columns = torch.cat([keys.before[2].expand(len(place), -1, -1, -1), columns], 2)
-        if keys is not None:
-            keys.columns = (columns,)
+        keys.columns = (columns,)
         n, m = place.shape[1], columns.shape[2]
-        allowed = torch.ones(1, n, m, dtype=torch.bool, device=place.device).tril(m - n)
-        if mask is not None:
-            allowed = (mask == 0)[:, 0]
-        return self.sees(layer, allowed, place[..., 0], columns[:, 0, :, 0])[:, None]
+        allowed = place.new_ones(1, n, m).tril(m - n) > 0 if mask is None else (mask == 0)[:, 0]
+        seen = self.sees(layer, allowed, place[..., 0], columns[:, 0, :, 0])
+        return self.mask(seen[:, None], self.module.dtype)
 
     def _call(self, layer, hidden, rotary, mask, keys=None, hooked=True):
         module = self.layers[layer]
+        keys = keys or _LayerKeys()
         tables, *beside = self._parts(layer, rotary)
         if beside:
-            mask = self.mask(self._masked(layer, mask, beside[0], keys), tables[0].dtype)
+            mask = self._masked(layer, mask, beside[0], keys)
         given = {}
         if beside[1:]:
             each = beside[1].unflatten(-1, (len(self.layers), -1))
@@ -306,28 +306,29 @@ class Decoder:
         if room and hidden.shape[-1] == self.config.hidden_size:
             hidden = pad(hidden, (0, sum(room.values())))
         hidden, *kept = hidden.split([self.config.hidden_size, *room.values()], -1)
+        kept = dict(zip(room, kept))
         source = self.source(layer)
         shared = {}
         if "shared_kv_states" in signature(module.forward).parameters:
             given["shared_kv_states"] = shared
         if layer > source:
             sizes = 2, -1, module.self_attn.head_dim
-            kv = kept[list(room).index(source)].unflatten(-1, sizes).permute(2, 0, 3, 1, 4)
-            shared[self.kinds[layer]] = tuple(kv) if keys is None else keys.update(*kv)
+            kv = kept[source].unflatten(-1, sizes).permute(2, 0, 3, 1, 4)
+            shared[self.kinds[layer]] = keys.update(*kv)
         out = (module if hooked else module.forward)(
             hidden,
             attention_mask=mask,
             position_embeddings=tables,
             position_ids=None,
             past_key_values=keys,
-            use_cache=keys is not None,
+            use_cache=True,
             **given,
         )
         out = out[0] if isinstance(out, tuple) else out
         if layer in room:
             kv = torch.stack(shared[self.kinds[layer]])[..., -hidden.shape[1] :, :]
-            kept[list(room).index(layer)] = kv.permute(1, 3, 0, 2, 4).flatten(2)
-        return torch.cat([out, *kept], -1) if room else out
+            kept[layer] = kv.permute(1, 3, 0, 2, 4).flatten(2)
+        return torch.cat([out, *kept.values()], -1) if room else out
 
     def run_layers(
         self,
@@ -399,6 +400,7 @@ class Decoder:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         found = []
+        tables = self._parts(layer, rotary)[0]
 
         def attention(module, query, *args, **kwargs):
             found.append(query)
@@ -408,7 +410,7 @@ class Decoder:
         ALL_ATTENTION_FUNCTIONS.register(name := f"seats_{id(found)}", attention)
         try:
             with patch.object(config, "_attn_implementation_internal", name), suppress(_Stop):
-                self._call(layer, hidden, rotary, None, hooked=False)
+                self._call(layer, hidden, tables, None, hooked=False)
         finally:
             del ALL_ATTENTION_FUNCTIONS._global_mapping[name]
         return found[0]

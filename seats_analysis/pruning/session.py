@@ -62,6 +62,12 @@ class Session:
         "Raise ValueError where schedule and model do not fit together."
         if self.method:
             self.method.schedule.check_model(len(self.layers))
+            first = self.decoder.sharing
+            if self.method.schedule.query == "text" and max(self.method.drops, default=0) >= first:
+                raise ValueError(
+                    f"from layer {first + 1} on, layers share keys and a prompt may run its last "
+                    'position alone: Stage II asks there with `query="last"` only'
+                )
             towers = adapter_for(self.model).encoders(self.model).values()
             parameters = (p for m in (self.decoder.module, *towers) for p in m.parameters())
             devices = sorted({str(p.device) for p in parameters})
