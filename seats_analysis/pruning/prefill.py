@@ -263,8 +263,13 @@ class Prefill:
         if self.earlier is not None:
             return (hidden, *beside), self.behind_earlier(layer, hidden, kwargs)
         mask = self.mask[self.decoder.kinds[layer]] if isinstance(self.mask, dict) else self.mask
-        mask = mask if mask is None else mask[..., -hidden.shape[1] :, :]
-        return (hidden, *beside), {**kwargs, "attention_mask": mask}
+        return (hidden, *beside), {**kwargs, "attention_mask": self.last_rows(mask, hidden)}
+
+    @staticmethod
+    def last_rows(mask, hidden):
+        "A mask where the stock model has the last positions only; FlashAttention's have no rows."
+        rows = isinstance(mask, torch.Tensor) and mask.ndim == 4
+        return mask[:, :, -hidden.shape[1] :] if rows else mask
 
     def behind_earlier(self, layer, hidden, kwargs) -> dict:  # keyword arguments with their mask
         "Let a layer see what its cache holds of an earlier turn."

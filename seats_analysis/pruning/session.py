@@ -336,8 +336,7 @@ class Session:
         cache, a layer gets its own mask."""
         self.entered += 1
         if self.masks is not None:
-            mask = self.masks[layer]
-            mask = mask if mask is None else mask[..., -args[0].shape[1] :, :]
+            mask = Prefill.last_rows(self.masks[layer], args[0])
             return args, {**kwargs, "attention_mask": mask}
         prefill = self.prefill
         if prefill is None:
