@@ -1,6 +1,7 @@
 """Tiny random models of the families beside the two Omni ones, from the stock classes of
 transformers, each with the real processor of its family."""
 
+import kinds_gemma
 import numpy as np
 import tiny
 import transformers
@@ -18,7 +19,7 @@ TOKENS = (
     "<|begin_of_image|> <|end_of_image|> <|begin_of_video|> <|end_of_video|> <|sound_bos|> "
     "<|sound_eos|>"
 ).split()
-IDS = {word: i for i, word in enumerate([*TOKENS, *WORDS])}
+IDS = {word: i for i, word in enumerate([*TOKENS, *WORDS, *kinds_gemma.TOKENS])}
 
 TEXT = dict(
     hidden_size=64,
@@ -82,6 +83,7 @@ ROWS = {
     "qwen2-audio": ("Qwen2Audio", False, (None, None, "<|AUDIO|>")),
     "audioflamingo3": ("AudioFlamingo3", False, (None, None, "<sound>")),
 }
+ROWS |= kinds_gemma.ROWS
 BEFORE = {"internvl": "<video>", "glm4v": "<|begin_of_video|><|video|><|end_of_video|>"}
 BEFORE["glm46v"] = BEFORE["glm4v"]
 
@@ -91,6 +93,8 @@ def heard(family):
 
 
 def model(family, attention="sdpa", seed=0):
+    if family in kinds_gemma.ROWS:
+        return kinds_gemma.model(family, IDS, attention, seed)
     name, mrope, tokens = ROWS[family]
     cls = getattr(transformers, name + "ForConditionalGeneration")
     stock = cls.config_class()
@@ -133,8 +137,8 @@ def model(family, attention="sdpa", seed=0):
 def tokenizer(family):
     core = Tokenizer(models.WordLevel(IDS, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.add_special_tokens(TOKENS)
-    extra = {}
+    core.add_special_tokens([*TOKENS, *kinds_gemma.TOKENS])
+    extra = kinds_gemma.MARKS if family in kinds_gemma.ROWS else {}
     if family == "internvl":
         extra = dict(
             start_image_token="<img>",
@@ -171,8 +175,10 @@ def template(family):
 
 def processor(family):
     name = ROWS[family][0]
-    cls = getattr(transformers, name.removesuffix("Moe") + "Processor")
     given = dict(tokenizer=tokenizer(family), chat_template=template(family))
+    if family in kinds_gemma.ROWS:
+        return kinds_gemma.processor(family, **given)
+    cls = getattr(transformers, name.removesuffix("Moe") + "Processor")
     if heard(family):
         mel = transformers.WhisperFeatureExtractor(
             feature_size=16, chunk_length=30, return_attention_mask=True

@@ -373,7 +373,9 @@ def removal_scores(model, encoded, removed, layers, bypass=False):
             out[name, layer] = scores(part.through(layer, last))
         if bypass:
             before = full.through(0, layer)
-            without = replace(before, hidden=before.inject(before.hidden, layer))
+            after = before.through(layer, layer + 1)
+            hidden = whole.decoder.skipped(before.hidden, after.hidden)
+            without = replace(before, hidden=before.inject(hidden, layer))
             out[None, layer] = scores(without.through(layer + 1, last))
     return out
 

@@ -448,7 +448,8 @@ def test_scores_from_recorded_hidden_states(model, case, stage):
     layout = SimpleNamespace(chunk=torch.zeros(1, 1))  # not looked at
     seats = Seats(Schedule(len(decoder.layers)))
     prefill = Prefill(decoder, seats, "evict", layout, (), [], tokens, None)
-    scores = prefill.scores(stage.layer - 1, hidden, tables)[0]
+    prefill.tables = tables
+    scores = prefill.scores(stage.layer - 1, hidden, {})[0]
     close(scores, case.out[f"scores.after_layer{stage.layer}"])
 
 

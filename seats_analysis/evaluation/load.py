@@ -159,7 +159,8 @@ def load_model(
         if not Path(name).is_dir():  # the commit that the revision is now; of the cache, offline
             config = hf_hub_download(name, "config.json", revision=revision)
             pinned["revision"] = Path(config).parent.name
-        stock = dict(dtype=dtype, attn_implementation=attention)
+        # None: sdpa in every part that has it, which the audio tower of Gemma 4 has not
+        stock = dict(dtype=dtype, attn_implementation=None if attention == "sdpa" else attention)
         model = architecture_of(name, **pinned).from_pretrained(name, **stock, **pinned)
         # newer versions of transformers do not say
         model.config._commit_hash = pinned.get("revision")

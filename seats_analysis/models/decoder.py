@@ -10,6 +10,9 @@ import torch
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
+from inspect import signature
+from torch.nn.functional import pad
 from unittest.mock import patch
 from .families import adapter_for
 
@@ -52,6 +55,7 @@ class _LayerKeys:
         self.before = before
         self.only = only
         self.kv = None
+        self.columns = ()  # of all, where layers have windows: third, beside keys and values
 
     def update(self, keys, values, *args, **kwargs):
         "What attention asks of a cache."
@@ -60,7 +64,7 @@ class _LayerKeys:
                 torch.cat([old.expand(len(new), -1, -1, -1), new], 2)
                 for old, new in zip(self.before, (keys, values))
             )
-        self.kv = keys, values
+        self.kv = keys, values, *self.columns
         if self.only:
             raise _Stop
         return keys, values
@@ -76,21 +80,38 @@ class Decoder:
         self.layers = self.module.layers
         self.head = self.adapter.lm_head(model)
         self.config = self.adapter.config(model).get_text_config()
+        plain = ("full_attention",) * len(self.layers)
+        self.kinds = tuple(getattr(self.config, "layer_types", None) or plain)
+        sliding = "sliding_attention" in self.kinds
+        self.window = self.config.sliding_window if sliding else None  # positions that such see
+        # from this layer on, keys are those of the last layer of the same kind before it
+        self.sharing = len(self.layers) - (getattr(self.config, "num_kv_shared_layers", 0) or 0)
+        self.stock = {}  # kind -> (B, n, n) bool whom each of the first positions sees
+        # whether the tokens of a frame or picture see one another
+        self.both_ways = bool(getattr(self.config, "use_bidirectional_attention", None))
 
     @property
     def mrope(self):
         "Whether positions have three axes: time, height and width."
         return bool((getattr(self.config, "rope_parameters", None) or {}).get("mrope_section"))
 
+    def source(self, layer):
+        "The layer whose keys a layer reads."
+        if layer < self.sharing:
+            return layer
+        return max(i for i in range(self.sharing) if self.kinds[i] == self.kinds[layer])
+
     def check_layers(self):
-        "Itself. Raises ValueError where layers differ in what they see, or keep no keys."
-        kinds = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention"}
+        "Itself. Raises ValueError where layers keep no keys, or cannot be given windows."
+        kinds = set(self.kinds) - {"full_attention", "sliding_attention"}
         if kinds:
             found = " and ".join(sorted(kinds)).replace("_", " ")
             raise ValueError(
-                f"{self.adapter.family}: layers with {found} are not supported, as their caches "
-                "forget by position, or cannot forget"
+                f"{self.adapter.family}: layers with {found} are not supported, as they cannot "
+                "forget"
             )
+        if self.window:
+            self._takes_masks()
         return self
 
     def inputs(
@@ -128,17 +149,62 @@ class Decoder:
         self,
         embeds: torch.Tensor,  # (B, S, D) what the text model is given
     ) -> torch.Tensor:  # (B, S, D)
-        "The hidden states before layer 0."
+        "The hidden states before layer 0, with room for keys and values that late layers share."
         scale = getattr(self.config, "embedding_multiplier", 1)  # Granite
-        return embeds if scale == 1 else embeds * scale
+        embeds = embeds if scale == 1 else embeds * scale
+        return pad(embeds, (0, sum(self.room.values()))) if self.room else embeds
+
+    @cached_property
+    def room(self):  # layer whose keys are shared -> numbers in keys and values of a position
+        sources = {self.source(i) for i in range(self.sharing, len(self.layers))}
+        return {i: 2 * self.layers[i].self_attn.k_proj.out_features for i in sorted(sources)}
+
+    def skipped(self, before, after):  # (B, S, D) before and after a layer
+        "States before a layer, with the keys that it shares."
+        width = self.config.hidden_size
+        return torch.cat([before[..., :width], after[..., width:]], -1) if self.room else before
+
+    def note(self, prompt, n):  # keyword arguments of the text model
+        "Whom the stock model lets the first n positions of a prompt see, where it says so."
+        masks = prompt.get("attention_mask")
+        masks = masks if isinstance(masks, Mapping) else {}
+        known = {kind: mask[:, 0, :n, :n] for kind, mask in masks.items() if mask is not None}
+        self.stock = {k: m if m.dtype == torch.bool else m == 0 for k, m in known.items()}
+
+    def beside(
+        self,
+        prompt: Mapping,  # keyword arguments of the text model
+        embeds: torch.Tensor,  # (B, N, D) of the positions of a stream
+        ids: torch.Tensor,  # (B, n) int64 tokens of the last of them; the others begin the prompt
+        position_ids: torch.Tensor,  # (B, N) int64
+    ) -> tuple:  # of (B, N, ...): columns, embeddings of all layers; () where all layers are alike
+        "What layers get beside rotary tables; notes whom the stock model lets each position see."
+        if self.window is None:
+            return ()
+        n = embeds.shape[1] - ids.shape[1]
+        self.note(prompt, n)
+        late = position_ids[:, n:] - position_ids[:, n - 1 : n] + n - 1
+        place = torch.arange(n, device=late.device).expand(len(late), -1)
+        place = torch.cat([place, late], 1)[..., None]
+        if (each := prompt.get("per_layer_inputs")) is None:
+            return (place,)
+        each = [each[:, :n], self.module.get_per_layer_inputs(ids, None)]
+        each = self.module.project_per_layer_inputs(embeds, torch.cat(each, 1))
+        return place, each.flatten(2)
+
+    @cached_property
+    def _ropes(self):  # what the rotary module is told, for each kind of layer or for all
+        by_kind = "layer_type" in signature(self.module.rotary_emb.forward).parameters
+        return [(kind,) for kind in sorted(set(self.kinds))] if by_kind else [()]
 
     def rotary_tables(
         self,
         hidden: torch.Tensor,  # (B, S, D), for device and dtype
         position_ids: torch.Tensor,  # (3, B, S), or (B, S) without M-RoPE
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # each (B, S, head size)
+    ) -> tuple:  # of (B, S, head size): cos and sin, of every kind of layer where they differ
         "cos and sin of every position."
-        return self.module.rotary_emb(hidden, position_ids)
+        rope = self.module.rotary_emb
+        return sum((tuple(rope(hidden, position_ids, *kind)) for kind in self._ropes), ())
 
     @staticmethod
     def causal_pattern(
@@ -150,35 +216,116 @@ class Decoder:
         mask = torch.ones(S, S, dtype=torch.bool, device=device).tril() & valid[:, None, :]
         return (mask | torch.eye(S, dtype=torch.bool, device=device))[:, None]
 
-    def mask(
-        self,
-        allowed: torch.Tensor,  # (B, 1, S, S) bool
-        dtype: torch.dtype,  # of the hidden states
-    ) -> torch.Tensor | None:  # as the model's attention implementation wants it
-        "The mask to give to a decoder layer. Raises ValueError where none can be given."
+    def _takes_masks(self):
         kind = self.config._attn_implementation
         if kind not in ("sdpa", "eager"):
             raise ValueError(
                 f"attention implementation {kind!r} takes no mask; "
                 'load the model with "sdpa" or "eager"'
             )
+        return kind
+
+    def mask(
+        self,
+        allowed: torch.Tensor,  # (B, 1, S, S) bool
+        dtype: torch.dtype,  # of the hidden states
+        spare: bool = True,  # look whether causality alone will do, which waits for the device
+    ) -> torch.Tensor | None:  # as the model's attention implementation wants it
+        "The mask to give to a decoder layer. Raises ValueError where none can be given."
+        kind = self._takes_masks()
         plain = torch.ones(allowed.shape[-2:], dtype=torch.bool, device=allowed.device).tril()
-        if kind == "sdpa" and (allowed == plain).all():
+        if spare and kind == "sdpa" and (allowed == plain).all():
             return None
         mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
         return mask.masked_fill(~allowed, torch.finfo(dtype).min)
 
+    def _parts(self, layer, rotary):  # what `rotary_tables` and `beside` give
+        "cos and sin of one layer; columns and embeddings, where there are any."
+        end = 2 * len(self._ropes)
+        at = 0
+        if len(rotary) >= end > 2:
+            at = 2 * self._ropes.index((self.kinds[layer],))
+        return rotary[at : at + 2], *rotary[end:]
+
+    def sees(
+        self,
+        layer: int,
+        allowed: torch.Tensor,  # (B, n, m) bool by all but windows, and causal
+        rows: torch.Tensor,  # (B, n) int64 columns of the prompt
+        columns: torch.Tensor,  # (B, m) int64
+    ) -> torch.Tensor:  # (B, n, m) bool
+        "Who sees whom in a layer: its window counts columns, pictures are as the stock model says."
+        kind = self.kinds[layer]
+        r, c = rows[:, :, None], columns[:, None]
+        near = allowed & (r - c < self.window) if kind == "sliding_attention" else allowed
+        if (stock := self.stock.get(kind)) is None:
+            return near
+        last = stock.shape[-1] - 1
+        batch = torch.arange(len(stock), device=r.device)[:, None, None]
+        found = stock[batch, r.clamp(max=last), c.clamp(max=last)] & (allowed | (c > r))
+        return torch.where(r <= last, found | allowed & (r == c), near)
+
+    def window_mask(
+        self,
+        layer: int,
+        valid: torch.Tensor,  # (B, m) bool
+        columns: torch.Tensor,  # (B, m) int64 of the prompt, and behind it
+        hidden: torch.Tensor,  # (B, q, D) of the last of them
+    ) -> torch.Tensor:  # (B, 1, q, m)
+        "The mask of a layer on what is left of a prompt."
+        rows = columns[:, -hidden.shape[1] :]
+        r, c = rows[:, :, None], columns[:, None]
+        seen = self.sees(layer, valid[:, None] & (c <= r) | (c == r), rows, columns)
+        return self.mask(seen[:, None], hidden.dtype, spare=False)
+
+    def _masked(self, layer, mask, place, keys):  # (B, n, 1)
+        "The mask of a layer behind positions whose keys are known; notes the columns of all."
+        columns = place[:, None]
+        if keys.before is not None:
+            columns = torch.cat([keys.before[2].expand(len(place), -1, -1, -1), columns], 2)
+        keys.columns = (columns,)
+        n, m = place.shape[1], columns.shape[2]
+        allowed = place.new_ones(1, n, m).tril(m - n) > 0 if mask is None else (mask == 0)[:, 0]
+        seen = self.sees(layer, allowed, place[..., 0], columns[:, 0, :, 0])
+        return self.mask(seen[:, None], self.module.dtype)
+
     def _call(self, layer, hidden, rotary, mask, keys=None, hooked=True):
         module = self.layers[layer]
+        keys = keys or _LayerKeys()
+        tables, *beside = self._parts(layer, rotary)
+        if beside:
+            mask = self._masked(layer, mask, beside[0], keys)
+        given = {}
+        if beside[1:]:
+            each = beside[1].unflatten(-1, (len(self.layers), -1))
+            given["per_layer_input"] = each[:, :, layer]
+        room = self.room
+        if room and hidden.shape[-1] == self.config.hidden_size:
+            hidden = pad(hidden, (0, sum(room.values())))
+        hidden, *kept = hidden.split([self.config.hidden_size, *room.values()], -1)
+        kept = dict(zip(room, kept))
+        source = self.source(layer)
+        shared = {}
+        if "shared_kv_states" in signature(module.forward).parameters:
+            given["shared_kv_states"] = shared
+        if layer > source:
+            sizes = 2, -1, module.self_attn.head_dim
+            kv = kept[source].unflatten(-1, sizes).permute(2, 0, 3, 1, 4)
+            shared[self.kinds[layer]] = keys.update(*kv)
         out = (module if hooked else module.forward)(
             hidden,
             attention_mask=mask,
-            position_embeddings=rotary,
+            position_embeddings=tables,
             position_ids=None,
             past_key_values=keys,
-            use_cache=keys is not None,
+            use_cache=True,
+            **given,
         )
-        return out[0] if isinstance(out, tuple) else out
+        out = out[0] if isinstance(out, tuple) else out
+        if layer in room:
+            kv = torch.stack(shared[self.kinds[layer]])[..., -hidden.shape[1] :, :]
+            kept[layer] = kv.permute(1, 3, 0, 2, 4).flatten(2)
+        return torch.cat([out, *kept.values()], -1) if room else out
 
     def run_layers(
         self,
@@ -228,29 +375,29 @@ class Decoder:
         self,
         layer: int,
         hidden: torch.Tensor,  # (B, n, D) before the layer
-        cos: torch.Tensor,  # (B, n, head size)
-        sin: torch.Tensor,
+        *rotary: torch.Tensor,  # cos and sin, or all that `rotary_tables` gives
     ) -> torch.Tensor:  # (B, heads, n, head size)
         "Rotated queries of a layer, scaled so that over the root of the head size gives logits."
         attn = self.layers[layer].self_attn
         if self.adapter.half_split:
-            q = self._project("q", layer, hidden, cos, sin)
+            q = self._project("q", layer, hidden, *rotary)
         else:
-            q = self._seen(layer, hidden, cos, sin)
+            q = self._seen(layer, hidden, rotary)
         factor = attn.scaling * q.shape[-1] ** 0.5
         return q if abs(factor - 1) < 1e-6 else q * factor
 
-    def key(self, layer, hidden, cos, sin) -> torch.Tensor:  # (B, KV heads, n, head size)
+    def key(self, layer, hidden, *rotary) -> torch.Tensor:  # (B, KV heads, n, head size)
         "Rotated keys of a layer; arguments as for `query`."
         if self.adapter.half_split:
-            return self._project("k", layer, hidden, cos, sin)
-        return self.layer_keys(hidden, (cos, sin), layer)[0]
+            return self._project("k", layer, hidden, *rotary)
+        return self.layer_keys(hidden, rotary, layer)[0]
 
-    def _seen(self, layer, hidden, cos, sin):
+    def _seen(self, layer, hidden, rotary):
         "The queries that reach the attention of a layer, whatever was done to them before."
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         found = []
+        tables = self._parts(layer, rotary)[0]
 
         def attention(module, query, *args, **kwargs):
             found.append(query)
@@ -260,7 +407,7 @@ class Decoder:
         ALL_ATTENTION_FUNCTIONS.register(name := f"seats_{id(found)}", attention)
         try:
             with patch.object(config, "_attn_implementation_internal", name), suppress(_Stop):
-                self._call(layer, hidden, (cos, sin), None, hooked=False)
+                self._call(layer, hidden, tables, None, hooked=False)
         finally:
             del ALL_ATTENTION_FUNCTIONS._global_mapping[name]
         return found[0]
@@ -270,9 +417,11 @@ class Decoder:
         hidden: torch.Tensor,  # (B, n, D) after the last layer
     ) -> torch.Tensor:  # (B, n, vocabulary)
         "Final norm and output head."
-        logits = self.head(self.module.norm(hidden))
+        logits = self.head(self.module.norm(hidden[..., : self.config.hidden_size]))
         scale = getattr(self.config, "logits_scaling", 1)  # Granite
-        return logits if scale == 1 else logits / scale
+        logits = logits if scale == 1 else logits / scale
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return cap * (logits / cap).tanh() if cap else logits
 
 # %% ../../nbs/models/03_decoder.ipynb #84126df6
 def _check_finite(model, encoded, finite):  # finite (rows,) bool, the same number for each sample

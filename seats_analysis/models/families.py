@@ -81,6 +81,14 @@ _SIGHT = (
     Adapter("glm46v", ("Glm46VForConditionalGeneration",), frames_as_pictures=True),
 )
 
+# %% ../../nbs/models/00_families.ipynb #6e4a4d02
+def _gemma(family, name):
+    "A row of the table: 40 ms of sound are a token."
+    return Adapter(family, (f"{name}ForConditionalGeneration",), audio_rate=25)
+
+
+_GEMMA = (_gemma("gemma4", "Gemma4"), _gemma("gemma4-unified", "Gemma4Unified"))
+
 # %% ../../nbs/models/00_families.ipynb #7672baed
 def _sound(family, name, per_second):
     "A row of the table: audio alone."
@@ -89,7 +97,7 @@ def _sound(family, name, per_second):
 
 
 _SOUND = (_sound("qwen2-audio", "Qwen2Audio", 25), _sound("audioflamingo3", "AudioFlamingo3", 25))
-FAMILIES = {a.family: a for a in (*_OMNI, *_SIGHT, *_SOUND)}
+FAMILIES = {a.family: a for a in (*_OMNI, *_GEMMA, *_SIGHT, *_SOUND)}
 
 # %% ../../nbs/models/00_families.ipynb #715a91af
 def adapter_for(

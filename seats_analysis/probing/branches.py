@@ -158,13 +158,8 @@ class Tail:
             for each, answer in zip(tokens.masked_fill(target < 0, 0), logp[:, self.first].cpu()):
                 each = each.masked_fill((length == 0)[..., None], torch.nan)
                 total = each.sum(-1)
-                scores = Scores(
-                    total=total.numpy(),
-                    mean=(total / length).numpy(),
-                    first=each[..., 0].numpy(),
-                    answer=answer,
-                )
-                out.append(scores)
+                parts = dict(total=total, mean=total / length, first=each[..., 0])
+                out.append(Scores(**{k: x.numpy() for k, x in parts.items()}, answer=answer))
         return out
 
 # %% ../../nbs/probing/01_branches.ipynb #589771b8
@@ -185,13 +180,13 @@ class Stream:
         prompt = decoder.inputs(encoded.inputs)
         start = prompt["inputs_embeds"][:, :shared]
         after = decoder.thinker.get_input_embeddings()(ids)
-        hidden = decoder.states(torch.cat([start, after.to(start.dtype)], 1))
+        embeds = torch.cat([start, after.to(start.dtype)], 1)
         positions = torch.cat([encoded.position_ids[..., :shared], positions], -1)
-        deep = (
-            pad(e[:, :shared], (0, 0, 0, ids.shape[1])) for e in decoder.deepstack_terms(prompt)
-        )
-        tables = decoder.rotary_tables(hidden, positions)
-        return cls(decoder, hidden=hidden, rotary=tables, extra=tuple(deep))
+        more = 0, 0, 0, ids.shape[1]
+        deep = tuple(pad(e[:, :shared], more) for e in decoder.deepstack_terms(prompt))
+        tables = decoder.rotary_tables(embeds, positions)
+        tables += decoder.beside(prompt, embeds, ids, positions)
+        return cls(decoder, hidden=decoder.states(embeds), rotary=tables, extra=deep)
 
     def map(self, f):
         "The same done to states and tables of all positions."
@@ -260,7 +255,8 @@ class Condition:
         context = walk.context
         device = context.hidden.device
         keep = (~removed).nonzero()[:, 0].to(device)
-        front = int(removed.nonzero()[0]) if removed.any() else 0
+        # what lies before may see what is removed where pictures are seen both ways
+        front = 0 if walk.decoder.both_ways or not removed.any() else int(removed.nonzero()[0])
         if hidden is not None:
             front = len(keep)
         self.walk = walk
@@ -286,12 +282,14 @@ class Condition:
             self.after = tuple(t.repeat(1, 2, 1) for t in self.after)
         self.tail_mask = walk.mask(torch.cat([sees_context, allowed], 1))
 
-    def branch_off(self, layer, full, max_tokens, bypass=False):  # bypass: it misses the layer
+    def branch_off(self, layer, full, max_tokens, after=None):  # after: it misses the layer
         "Cut one more stream from the full one, into a batch of at most so many tokens."
         context = full.context[:, self.own]
-        if bypass:
-            context = self.tables.inject(context, layer)
         tail = full.tail
+        if after is not None:
+            context = self.walk.decoder.skipped(context, after.context)
+            context = self.tables.inject(context, layer)
+            tail = self.walk.decoder.skipped(tail, after.tail)
         if self.blind is not None:
             tail = self.blind.batches[0].tail[:1]
             tail = torch.cat([full.tail, tail], 1) if self.twice else tail
@@ -375,7 +373,7 @@ class Traversal:
                 condition.advance(layer, front)
             self.bypassed.advance(layer)
             if bypass and layer in layers:
-                self.bypassed.branch_off(layer, before, max_tokens, bypass=True)
+                self.bypassed.branch_off(layer, before, max_tokens, self.full.batches[0])
 
     def scores(self):  # (condition, layer) -> Scores over the questions
 

@@ -276,6 +276,11 @@ def _rows(walk, edges, blocked, coarse, tell):
     for name, sides in edges.items():
         if cut := walk.sides.cut(*sides):
             into_media = (cut.rows < walk.questions.shared).any()
+            if into_media and walk.stream.decoder.both_ways:
+                raise ValueError(
+                    f"edge {name}: tokens of a frame see one another in this model, so what leads "
+                    "into media cannot be blocked alone; edges into the question can"
+                )
             branches[name] = Branches(cut, coarse if into_media else blocked)
     passes = 1.0
     for b in branches.values():

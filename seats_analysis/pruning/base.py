@@ -129,8 +129,9 @@ def take(
     index: torch.Tensor,  # (B, N) int64
 ) -> torch.Tensor:  # (B, N, ...)
     "The indexed positions of every row."
-    if len(x) == 1:
+    if len(index) == 1:
         return x.index_select(1, index[0])
+    x = x.expand(len(index), *x.shape[1:])  # tables that all rows share
     index = index.view(*index.shape, *[1] * (x.ndim - 2))
     return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
 

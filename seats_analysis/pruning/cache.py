@@ -32,6 +32,7 @@ class Slots:
     gaps: bool = False  # whether columns after the prompt may be padding
     removed: tuple = ()  # modalities of the prompt of which no layer holds a token
     mrope: bool = True  # whether positions have three axes
+    columns: tuple | None = None  # per layer: (B, n) int64 of the prompt; None = nowhere a window
     open: bool = False  # whether a pass with our masks is reading the cache
 
     @classmethod
@@ -46,9 +47,22 @@ class Slots:
                 nowhere = any(n and not kept[m] for n, kept in zip(had, p.steps[-1].n_keep))
             if nowhere and any(had):
                 removed.append(m)
+        known = {}
+
+        def visible(held, seen):  # of layers that share keys, each sees what it processed itself
+            if held is seen:
+                return held.valid if held.padded else None
+            if (id(held), id(seen)) not in known:
+                here = held.valid.new_zeros(len(held.valid), held.prompt)
+                here = here.scatter(1, seen.column, seen.valid)
+                known[id(held), id(seen)] = here.gather(1, held.column) & held.valid
+            return known[id(held), id(seen)]
+
+        windows = p.decoder.window is not None
         slots = cls(
-            valid=tuple(t.valid if t.padded else None for t in layers),
-            lengths=tuple(t.column.shape[1] for t in layers),
+            valid=tuple(visible(*t) for t in layers),
+            lengths=tuple(t.column.shape[1] for t, _ in layers),
+            columns=tuple(t.column for t, _ in layers) if windows else None,
             prompt=p.layout.shape[1],
             position=p.position,
             removed=tuple(removed),
@@ -81,7 +95,8 @@ class Slots:
 
     @property
     def padded(self):
-        return self.gaps or any(v is not None for v in self.valid)
+        hidden = any(v is not None for v in self.valid)
+        return self.gaps or hidden or self.columns is not None
 
     def after(self, cache):
         "Columns after the prompt."
@@ -91,7 +106,8 @@ class Slots:
         "The slots of other rows; layers that shared a tensor go on sharing it."
         new = {id(v): pick(v) for v in self.valid if v is not None}
         valid = tuple(v if v is None else new[id(v)] for v in self.valid)
-        return replace(self, valid=valid, position=pick(self.position))
+        columns = self.columns and tuple(map(pick, self.columns))
+        return replace(self, valid=valid, position=pick(self.position), columns=columns)
 
     # ---- on a cache of transformers
 
@@ -103,12 +119,15 @@ class Slots:
     @staticmethod
     def check_cache(cache):
         "Raise ValueError for a cache that cannot be shortened: fixed, quantized or offloaded."
-        from transformers.cache_utils import DynamicLayer
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+        for i, layer in enumerate(cache.layers if cache is not None else ()):
+            if type(layer) is DynamicSlidingWindowLayer:  # it would forget by the number of tokens
+                cache.layers[i] = DynamicLayer()
         plain = (
             cache is None
             or not getattr(cache, "offloading", False)
-            and all(type(layer) is DynamicLayer for layer in cache.layers)
+            and {type(layer).__name__ for layer in cache.layers} <= {"DynamicLayer", "DummyLayer"}
         )
         if not plain:
             what = "has a fixed length" if cache.is_compileable else "is quantized or offloaded"
@@ -129,7 +148,8 @@ class Slots:
         for first, end, index in prefill.surplus:
             lengths = [0] * (end - first) if earlier is None else earlier.lengths[first:end]
             for layer, n in zip(cache.layers[first:end], lengths):
-                shorten_cache(layer, index, n)
+                if layer.keys is not None:  # late layers may share those of others
+                    shorten_cache(layer, index, n)
 
     def label(self, cache):
         "Note on a cache what its layers hold, and let it report its logical length."
@@ -161,6 +181,11 @@ class Slots:
         "What a turn with `media` of its own goes behind. Raises ValueError for wrong positions."
         q = given["input_ids"].shape[1]
         self.check_media_left(q)
+        if self.columns is not None:
+            raise ValueError(
+                "a turn with media of its own cannot go behind a pruned prompt where layers have "
+                "windows: pass the whole conversation in one prompt"
+            )
         tail = self.columns_after(given.get("attention_mask"), cache, q)
         done = self.after(cache)
         text = self.next_positions(cache, q, tail)
@@ -249,28 +274,35 @@ class Slots:
         positions = self.position[:, None] + step
         return positions.expand(3, -1, -1) if self.mrope else positions
 
-    def masks(self, config, hidden, mask, cache) -> list:  # one per layer
+    def masks(self, decoder, hidden, mask, cache) -> list:  # one per layer
         "The masks of a decode step; `mask` is the caller's. Layers that hold the same share one."
         tail = self.columns_after(mask, cache, hidden.shape[1])
         seen = {}
         keys = [(id(v), n) for v, n in zip(self.valid, self.lengths)]
+        if self.columns is not None:
+            keys = [(*k, id(c), w) for k, c, w in zip(keys, self.columns, decoder.kinds)]
         for i, key in enumerate(keys):
             if key not in seen:
-                seen[key] = self.mask(config, hidden, tail, cache, i)
+                seen[key] = self.mask(decoder, hidden, tail, cache, i)
         return [seen[key] for key in keys]
 
-    def mask(self, config, hidden, tail, cache, layer):  # hidden (B, q, D); tail as above
+    def mask(self, decoder, hidden, tail, cache, layer):  # hidden (B, q, D); tail as above
         "Mask of one layer in a decode step; None where there is nothing to hide."
         held = self.valid[layer]
         n, q = self.lengths[layer], hidden.shape[1]
-        if held is None and tail is None and q == 1:
+        if held is None and tail is None and q == 1 and self.columns is None:
             return None
         if held is None:
             held = torch.ones(len(hidden), n, dtype=torch.bool, device=hidden.device)
         new = tail
         if tail is None:
-            new = held.new_ones(len(hidden), cache.get_seq_length(layer) + q - n)
-        return stock_mask(config, hidden, torch.cat([held, new], 1), cache, layer)
+            new = held.new_ones(len(hidden), self.after(cache) + q)
+        seen = torch.cat([held, new], 1)
+        if self.columns is None:
+            return stock_mask(decoder.module.config, hidden, seen, cache, layer)
+        later = torch.arange(new.shape[1], device=held.device).expand(len(new), -1)
+        columns = torch.cat([self.columns[layer], self.prompt + later], 1)
+        return decoder.window_mask(layer, seen, columns, hidden)
 
 # %% ../../nbs/pruning/09_cache.ipynb #ad20a128
 def shorten_cache(

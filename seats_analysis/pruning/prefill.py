@@ -119,8 +119,11 @@ class Prefill:
     media: torch.Tensor  # (T,) int64 where visual, then audio tokens lie in the flattened batch
     order: torch.Tensor | None = None  # (T_v,) int64 `visual_order`; None = in sequence
     deep: object = None  # `DeepStack` of what is in the sequence; None if the family has none
-    tables: tuple | None = None  # cos and sin of what is in the sequence; None = as handed over
-    mask: torch.Tensor | None = None
+    index: torch.Tensor | None = None  # (B, n) int64 what is left of what entered layer 0
+    entered: int = 0  # positions that entered it
+    follows: dict = field(default_factory=dict)  # id of a tensor -> what is left of it
+    tables: tuple | None = None  # cos and sin that the layer before had
+    mask: object = None  # of what is in the sequence; where layers differ, kind -> mask
     position: torch.Tensor | None = None  # (B,) of the next token
     stages: list = field(default_factory=list)  # (name, Tokens) after every step
     layers: list = field(default_factory=list)  # Tokens of every layer
@@ -158,22 +161,31 @@ class Prefill:
             positions = positions.expand(3, -1, -1) if positions.ndim == 2 else positions[-3:]
         positions = positions.expand(*positions.shape[:-2], *embeds.shape[:2])
         self.position = positions.reshape(-1, *embeds.shape[:2]).amax((0, 2)) + 1
+        self.entered = embeds.shape[1]
+        self.decoder.note(kwargs, self.entered)
         if not self.steps or self.steps[0].stage != 1:
             return self.behind_earlier(0, embeds, kwargs)
         step = self.steps[0]
         with torch.set_grad_enabled(self.method.merges and torch.is_grad_enabled()):
             keep, embeds = self.select(embeds, positions, encoders)
         index = self.cut(step, keep)
+        beside = {
+            k: take(x, index)
+            for k, x in kwargs.items()
+            if k != "inputs_embeds" and getattr(x, "ndim", 0) > 2 and x.shape[1] == self.entered
+        }
+        self.index = None
+        self.entered = step.width
         embeds = take(embeds, index)
+        # without a mask, gaps in positions of one axis would be taken for a new sequence
+        mask = None if not step.padded and self.decoder.mrope else self.tokens.valid.long()
         kwargs = {
             **kwargs,
+            **beside,
             "inputs_embeds": embeds,
             # the last axis: positions may have several
             "position_ids": positions.gather(-1, index.expand(*positions.shape[:-2], -1, -1)),
-            # without a mask, gaps in positions of one axis would be taken for a new sequence
-            "attention_mask": None
-            if not step.padded and self.decoder.mrope
-            else self.tokens.valid.long(),
+            "attention_mask": mask if self.decoder.window is None else self.window_masks(embeds),
         }
         return self.behind_earlier(0, embeds, kwargs)
 
@@ -209,18 +221,57 @@ class Prefill:
 
     # ---- before a decoder layer: stages II and III
 
-    def shorten(self, steps, hidden, tables):  # those before this layer -> hidden, shorter
-        "Cut hidden states, tables and mask once, for this layer and all that follow."
+    def shorten(self, steps, hidden, shared):  # those before this layer -> hidden, shorter
+        "Cut hidden states, keys that are shared and mask, for this layer and all that follow."
         for step in steps:
-            tables = self.tables or tables
             with torch.set_grad_enabled(self.method.merges and torch.is_grad_enabled()):
-                keep, hidden = self.choose(step, hidden, tables)
-            self.tables = tables  # not before: a choice that fails must leave nothing behind
-            hidden = take(hidden, self.cut(step, keep))
+                keep, hidden = self.choose(step, hidden, shared)
+            n = keep.shape[1]
+            index = self.cut(step, keep)
+            if hidden.shape[1] == n:  # or the last position alone, behind the last keys
+                hidden = take(hidden, index)
+            for kind, kv in list(shared.items()):
+                shared[kind] = tuple(take(x.transpose(1, 2), index).transpose(1, 2) for x in kv)
         if self.earlier is None:
             valid = self.tokens.valid if self.tokens.padded else None
-            self.mask = stock_mask(self.decoder.module.config, hidden, valid)
+            config = self.decoder.module.config
+            one = self.decoder.window is None
+            self.mask = stock_mask(config, hidden, valid) if one else self.window_masks(hidden)
         return hidden
+
+    def window_masks(self, hidden) -> dict:  # kind of layer -> mask
+        "Masks of what is in the sequence, where layers have windows."
+        kinds, now = self.decoder.kinds, self.tokens
+        return {
+            kind: self.decoder.window_mask(kinds.index(kind), now.valid, now.column, hidden)
+            for kind in set(kinds)
+        }
+
+    def given(self, layer, hidden, beside, kwargs):  # -> arguments of a layer, None = as they are
+        "What a layer is given, cut along the sequence as its hidden states are."
+        tables = kwargs["position_embeddings"]
+        if self.index is not None and tables[0].shape[1] == self.entered:
+            key = id(tables)
+            if key not in self.follows:
+                self.follows[key] = tables, tuple(take(t, self.index) for t in tables)
+            tables = self.follows[key][1]
+        self.tables = tables
+        if self.index is None and self.earlier is None:
+            return None
+        if self.index is not None:
+            kwargs = {**kwargs, "position_embeddings": tables, "position_ids": None}
+            whole = (getattr(x, "ndim", 0) > 2 and x.shape[1] == self.entered for x in beside)
+            beside = [take(x, self.index) if cut else x for x, cut in zip(beside, whole)]
+        if self.earlier is not None:
+            return (hidden, *beside), self.behind_earlier(layer, hidden, kwargs)
+        mask = self.mask[self.decoder.kinds[layer]] if isinstance(self.mask, dict) else self.mask
+        return (hidden, *beside), {**kwargs, "attention_mask": self.last_rows(mask, hidden)}
+
+    @staticmethod
+    def last_rows(mask, hidden):
+        "A mask where the stock model has the last positions only; FlashAttention's have no rows."
+        rows = isinstance(mask, torch.Tensor) and mask.ndim == 4
+        return mask[:, :, -hidden.shape[1] :] if rows else mask
 
     def behind_earlier(self, layer, hidden, kwargs) -> dict:  # keyword arguments with their mask
         "Let a layer see what its cache holds of an earlier turn."
@@ -229,12 +280,11 @@ class Prefill:
             return kwargs
         key = id(earlier.valid[layer]), earlier.lengths[layer], id(self.tokens)
         if key not in self.masks:
-            config = self.decoder.module.config
             valid = self.tokens.valid
-            self.masks[key] = earlier.mask(config, hidden, valid, self.cache, layer)
+            self.masks[key] = earlier.mask(self.decoder, hidden, valid, self.cache, layer)
         return {**kwargs, "attention_mask": self.masks[key]}
 
-    def choose(self, step, hidden, tables):  # -> (B, S) bool; hidden, changed where it merges
+    def choose(self, step, hidden, shared):  # -> (B, S) bool; hidden, changed where it merges
         "What a step inside the decoder keeps."
         tokens = self.tokens
         scores = None
@@ -244,7 +294,7 @@ class Prefill:
         if self.method.uses_hidden:
             scores = hidden.masked_fill(~tokens.valid[..., None], 0)
         elif self.method.uses_scores:
-            scores = self.scores(step.layer - 1, hidden, tables)
+            scores = self.scores(step.layer - 1, hidden, shared)
         if scores is not None:
             self.checks.append(Check.of_scores(scores, step.layer))
         keep = self.method.drop(tokens, scores, step, self.n_chunks)
@@ -252,21 +302,26 @@ class Prefill:
             keep, hidden = keep
         return keep & tokens.valid, hidden
 
-    def scores(self, layer, hidden, tables):  # layer: of the Decoder; (B, S, D)
+    def scores(self, layer, hidden, shared):  # layer: of the Decoder; (B, S, D)
         """(B, S) float32 attention to all positions of each sample's last text token (SEATS), or of
         all text behind its media, as the schedule's `query` says."""
         tokens = self.tokens
-        cos, sin = tables
-        place = torch.arange(hidden.shape[1], device=hidden.device)
-        k = self.decoder.key(layer, hidden, cos, sin)
+        tables = self.tables
+        n = tokens.column.shape[1]
+        place = torch.arange(n, device=hidden.device)
+        if layer + 1 < self.decoder.sharing:
+            k = self.decoder.key(layer, hidden, *tables)
+        else:  # the stock model may have only the last position left
+            k = shared[self.decoder.kinds[layer]][0]
         mask = tokens.valid if tokens.padded else None
         if self.method.schedule.query == "text":
             end = ((tokens.valid & ~tokens.text) * place).amax(1, keepdim=True)
             queries = (tokens.text & (place > end))[:, -self.behind :]
-            q = self.decoder.query(layer, *(x[:, -self.behind :] for x in (hidden, cos, sin)))
+            q = self.decoder.query(layer, *(x[:, -self.behind :] for x in (hidden, *tables)))
             return text_scores(q, k, queries, mask)
         last = (tokens.text * place).argmax(1, keepdim=True)
-        q = self.decoder.query(layer, *(take(x, last) for x in (hidden, cos, sin)))[:, :, 0]
+        q = (take(x, last + x.shape[1] - n) for x in (hidden, *tables))
+        q = self.decoder.query(layer, *q)[:, :, 0]
         return query_scores(q, k, mask)
 
     # ---- every step
@@ -276,7 +331,8 @@ class Prefill:
         self.checks.append(Check.of_counts(keep, step, self.method.name))
         index, self.tokens = self.tokens.cut(keep, step)
         self.deep = self.deep and self.deep.cut(index)
-        self.tables = self.tables and tuple(take(t, index) for t in self.tables)
+        self.index = index if self.index is None else take(self.index, index)
+        self.follows = {}
         self.stages.append((step.name, self.tokens))
         if self.kv == "evict":  # each cache is cut once, at the end, by the product of all cuts
             self.surplus = [(*layers, take(old, index)) for *layers, old in self.surplus]
@@ -285,20 +341,23 @@ class Prefill:
                 self.surplus.append((first, step.layer, index))
         return index
 
-    def held(self) -> list:  # Tokens of every layer's cache
+    def held(self) -> list:  # (Tokens of every layer's cache, those of them that it sees)
         "What the caches keep when the last layer is done; `surplus` then says how to cut them."
         if self.kv == "evict":
-            return [self.tokens] * len(self.layers)
+            return [(self.tokens, self.tokens)] * len(self.layers)
         ranges = self.method.schedule.cache or {}
         held = []
         cuts = {}
+        decoder = self.decoder
+        shared = {decoder.source(i) for i in range(decoder.sharing, len(self.layers))}
         for layer, tokens in enumerate(self.layers):
             gone = tuple(m for m, (start, end) in ranges.items() if not start <= layer < end)
             if (id(tokens), gone) not in cuts:
                 cuts[id(tokens), gone] = self.without(layer, gone)
             index, left = cuts[id(tokens), gone]
-            held.append(left)
-            if index is not None:
+            source = decoder.source(layer)
+            held.append((self.layers[source] if source in shared else left, left))
+            if index is not None and source not in shared:
                 self.surplus.append((layer, layer + 1, index))
         return held
 

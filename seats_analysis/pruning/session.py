@@ -63,6 +63,12 @@ class Session:
         "Raise ValueError where schedule and model do not fit together."
         if self.method:
             self.method.schedule.check_model(len(self.layers))
+            first = self.decoder.sharing
+            if self.method.schedule.query == "text" and max(self.method.drops, default=0) >= first:
+                raise ValueError(
+                    f"from layer {first + 1} on, layers share keys and a prompt may run its last "
+                    'position alone: Stage II asks there with `query="last"` only'
+                )
             towers = adapter_for(self.model).encoders(self.model).values()
             parameters = (p for m in (self.decoder.module, *towers) for p in m.parameters())
             devices = sorted({str(p.device) for p in parameters})
@@ -109,6 +115,7 @@ class Session:
         self.masks = None  # per layer, in a decode step on a pruned cache
         self.slots = None  # of that cache
         self.entered = 0  # layers
+        self.decoder.stock = {}
         self.timings.stop()
 
     # ---- in `generate`, before anything else
@@ -145,6 +152,7 @@ class Session:
         noted = kwargs.pop(ENCODED, None)
         given = self.signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.pop("kwargs", {})}
+        self.attention = given.get("attention_mask")
         cache = given.get("past_key_values")
         if known := Slots.known(cache, given.get("position_ids")):
             new = {k: given[k][..., known:] for k in ("input_ids", "position_ids")}
@@ -302,7 +310,12 @@ class Session:
                 self.slots = Slots.of(cache)
                 self.slots.open = True
             with self.timings.time("selection"):
-                return args, self.prefill.stage1(kwargs, self.encoders)
+                kwargs = self.prefill.stage1(kwargs, self.encoders)
+            if cache is None and self.decoder.window and kwargs.get("use_cache") is not False:
+                from transformers import DynamicCache
+
+                kwargs["past_key_values"] = DynamicCache()  # whose layers forget nothing
+            return args, kwargs
         slots = Slots.of(cache)
         if slots is not None:
             return args, self.decode_step(kwargs, slots, cache)
@@ -310,8 +323,8 @@ class Session:
     def decode_step(self, kwargs, slots, cache) -> dict:  # the decoder's keyword arguments
         "Make the masks of all layers, and let them read the cache."
         embeds = kwargs["inputs_embeds"]
-        mask = kwargs.get("attention_mask")
-        self.masks = slots.masks(self.decoder.module.config, embeds, mask, cache)
+        mask = self.attention if self.decoder.window else kwargs.get("attention_mask")
+        self.masks = slots.masks(self.decoder, embeds, mask, cache)
         self.slots = slots
         slots.open = True
         return {**kwargs, "attention_mask": self.masks[0]}
@@ -324,23 +337,18 @@ class Session:
         cache, a layer gets its own mask."""
         self.entered += 1
         if self.masks is not None:
-            return args, {**kwargs, "attention_mask": self.masks[layer]}
+            mask = Prefill.last_rows(self.masks[layer], args[0])
+            return args, {**kwargs, "attention_mask": mask}
         prefill = self.prefill
         if prefill is None:
             return None
-        hidden = args[0]
+        hidden, *beside = args
         steps = [s for s in prefill.steps if s.stage > 1 and s.layer == layer]
         if steps:
             with self.timings.time("selection"):
-                hidden = prefill.shorten(steps, hidden, kwargs["position_embeddings"])
+                hidden = prefill.shorten(steps, hidden, kwargs.get("shared_kv_states", {}))
         prefill.layers.append(prefill.tokens)
-        if prefill.tables is not None:
-            kwargs = {**kwargs, "position_embeddings": prefill.tables, "position_ids": None}
-        if prefill.earlier is not None:
-            return (hidden,), prefill.behind_earlier(layer, hidden, kwargs)
-        if prefill.tables is None:
-            return None
-        return (hidden,), {**kwargs, "attention_mask": prefill.mask}
+        return prefill.given(layer, hidden, beside, kwargs)
 
     def after_layer(self, layer, module, args, output):
         """Fires after each of the layers that DeepStack reaches: adds to its output what the text

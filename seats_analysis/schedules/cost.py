@@ -23,10 +23,36 @@ class TextDims:
     vocab: int  # V, rows of the output head
     active: tuple  # (L,) MLP width I that a token passes: where sparse, that of its experts
     routed: tuple  # (L,) experts E that the router scores, 0 where dense
+    sizes: tuple = ()  # (L,) where layers differ, what `attention` gives
+    sharing: int | None = None  # first layer that reads the keys of an earlier one
 
     @property
     def layers(self):
         return len(self.active)  # L
+
+    def attention(self, i) -> tuple:
+        "Of a layer: width of all heads, weights beside MLP and router, numbers cached of a token."
+        width = self.heads * self.head_dim
+        kept = 2 * self.kv_heads * self.head_dim
+        return self.sizes[i] if self.sizes else (width, self.hidden * (2 * width + kept), kept)
+
+
+def _sizes(c, sharing):
+    "Layers that differ, as those of Gemma 4; () where none does."
+    L, D = c["num_hidden_layers"], c["hidden_size"]
+    each = {int(i): own for i, own in (c.get("per_layer_config") or {}).items()}
+    beside = c.get("hidden_size_per_layer_input") or 0
+    if not each and not beside and sharing == L:
+        return ()
+    sizes = []
+    for i in range(L):
+        own = {**c, **each.get(i, {})}
+        width = own["num_attention_heads"] * own["head_dim"]
+        keys = own["num_key_value_heads"] * own["head_dim"] if i < sharing else 0
+        same = c.get("attention_k_eq_v") and c["layer_types"][i] == "full_attention"
+        per_token = 2 * width + (1 if same else 2) * keys + beside * (2 if i else 2 + L)
+        sizes.append((width, D * per_token, 2 * keys))
+    return tuple(sizes)
 
 
 def text_dims(
@@ -46,16 +72,21 @@ def text_dims(
     try:
         heads = c["num_attention_heads"]
         experts = c.get("num_experts") or c.get("num_local_experts")  # Qwen3-VL
+        beside = c.get("enable_moe_block")  # Gemma: experts stand beside an MLP
+        sharing = c["num_hidden_layers"] - (c.get("num_kv_shared_layers") or 0)
         for i in range(c["num_hidden_layers"]):
             dense = i in (c.get("mlp_only_layers") or ()) or (i + 1) % c.get(
                 "decoder_sparse_step", 1
             )
-            if not experts or dense:
-                active.append(c["intermediate_size"])
-                routed.append(0)
-            else:
-                active.append(c["num_experts_per_tok"] * c["moe_intermediate_size"])
-                routed.append(experts)
+            routed.append(0 if not experts or dense else experts)
+            width = 0
+            if routed[-1]:
+                top = c["num_experts_per_tok"] if beside is None else c["top_k_experts"]
+                width = top * c["moe_intermediate_size"]
+            if beside or not routed[-1]:
+                twice = c.get("use_double_wide_mlp") and i >= sharing
+                width += c["intermediate_size"] * (2 if twice else 1)
+            active.append(width)
         return TextDims(
             hidden=c["hidden_size"],
             heads=heads,
@@ -64,6 +95,8 @@ def text_dims(
             vocab=c["vocab_size"],
             active=tuple(active),
             routed=tuple(routed),
+            sizes=_sizes(c, sharing),
+            sharing=sharing,
         )
     except KeyError as e:
         raise ValueError(
@@ -74,12 +107,13 @@ def text_dims(
 _CONVENTIONS = ("causal", "counter")
 
 
-def layer_flops(s, i, d, convention):
-    "Decoder layer i of dimensions d on s tokens."
-    width = d.heads * d.head_dim
-    weights = d.hidden * (2 * width + 2 * d.kv_heads * d.head_dim + 3 * d.active[i] + d.routed[i])
-    pairs = s * s if convention == "counter" else s * (s + 1) // 2
-    return 2 * s * weights + 4 * width * pairs
+def layer_flops(s, i, d, convention, rows=None):
+    "Decoder layer i of dimensions d on s tokens, of which the last `rows` run, None: all."
+    width, weights, _ = d.attention(i)
+    weights += d.hidden * (3 * d.active[i] + d.routed[i])
+    rows = s if rows is None else min(rows, s)
+    pairs = rows * s if convention == "counter" else rows * s - rows * (rows - 1) // 2
+    return 2 * rows * weights + 4 * width * pairs
 
 
 def _check_tokens(tokens, dims):
@@ -106,7 +140,9 @@ def prefill_flops(
         raise ValueError(f"convention must be one of {', '.join(_CONVENTIONS)}; not {convention!r}")
     d = text_dims(config)
     tokens = _check_tokens(tokens, d)
-    layers = sum(layer_flops(s, i, d, convention) for i, s in enumerate(tokens))
+    own = d.layers if d.sharing is None else d.sharing  # behind it only what is read need run
+    rows = [None if i < own else 1 for i in range(d.layers)]
+    layers = sum(layer_flops(s, i, d, convention, rows[i]) for i, s in enumerate(tokens))
     return float(layers + 2 * d.hidden * d.vocab)
 
 # %% ../../nbs/schedules/02_cost.ipynb #573e8869
@@ -145,9 +181,10 @@ def probe_flops(
         "From layer `start` on: `own` positions after `front` ones, then the tail."
         total = 2 * own * d.hidden * (width + 2 * d.kv_heads * d.head_dim)  # keys, values at last
         for i in range(start, d.layers):
-            total += layer_flops(tail, i, d, convention) + 4 * width * tail * (front + own)
+            wide = 4 * d.attention(i)[0]
+            total += layer_flops(tail, i, d, convention) + wide * tail * (front + own)
             if i < last:
-                total += layer_flops(own, i, d, convention) + 4 * width * own * front
+                total += layer_flops(own, i, d, convention) + wide * own * front
         return total
 
     removals = list(removals)
@@ -173,4 +210,4 @@ def kv_bytes(
     d = text_dims(config)
     tokens = _check_tokens(tokens, d)
     held = (min(tokens),) * d.layers if kv == "evict" else tokens
-    return sum(held) * 2 * d.kv_heads * d.head_dim * itemsize
+    return sum(s * d.attention(i)[2] for i, s in enumerate(held)) * itemsize
