@@ -64,7 +64,6 @@ PROVENANCE = {  # what a stored result must carry to be traced back; alternative
     "flows": "schema model revision weights data prompt versions|transformers threads",
     "schedules": "schema model revision seed evidence",
     "results": "schema model revision seed",
-    "testbed_next": "schema model revision seed",
 }
 
 

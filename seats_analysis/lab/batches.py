@@ -44,12 +44,13 @@ class TrainConfig:
     eval_every: int = 250
     eval_clips: int = 96
     threads: int = 1
-    go_on: bool = False  # begin with the shipped weights, see `begin`
+    go_on: str = ""  # folder of the weights that the run begins with
     read_first: int = 0  # steps in which only the read-outs learn
     every: int = 1  # then, every so manyth step is a whole one; the others train towers on hints
     crowded: float = 0.0  # share of the scenes with decoys, and wrong choices from the clip
     crowd: tuple = ("rim", "noise", "thing", "sound")  # of `Batch.CROWD`: what hints ask in those
     frozen: int = 0  # last layers whose MLPs stay as they are
+    beside: bool = False  # whether hints say of the tokens beside a sound that nothing is there
 
     def is_told(self, step):
         "Whether a step is made of captions instead of clips: at first all are, later some."
@@ -183,6 +184,7 @@ def features(scenes, family):
 def hints(
     scenes,  # of one length
     read,  # `Batch.READ`, or also `Batch.CROWD`
+    beside=False,  # see the config
 ):  # name -> (B, tokens of its tower) int64 classes, -100 where nothing is asked
     "What is to be read from each token of the towers."
     import torch
@@ -208,14 +210,14 @@ def hints(
         for s in scene.sounds:
             start = int(Scene.AUDIO_RATE * (s.window * Scene.WINDOW_SECONDS + s.onset))
             for name in ("pitch", "kind"):
-                out[name][b, start : start + 3] = -100
+                out[name][b, start : start + 3] = 0 if beside else -100
                 out[name][b, start + 1] = number[name][getattr(s, name)]
         if "rim" in read:
-            _crowd_hints({name: out[name][b] for name in out}, scene, number)
+            _crowd_hints({name: out[name][b] for name in out}, scene, number, beside)
     return out
 
 
-def _crowd_hints(out, scene, number):
+def _crowd_hints(out, scene, number, beside):
     """Which decoy is here; elsewhere, whether the frame has an object and the window a sound, but
     not which one: so much, and no answer, is to be seen from other tokens."""
     cells = Scene.ROWS * Scene.COLS
@@ -234,9 +236,10 @@ def _crowd_hints(out, scene, number):
             if name in out:
                 out[name][t.token] = number[name][look]
     for s in (*scene.sounds, *scene.noises):
-        out["sound"][s.token - 1 : s.token + 2] = -100
+        out["sound"][s.token - (not beside) : s.token + 1 + (not beside)] = -100
     for s in scene.noises:
-        out["noise"][s.token - 1 : s.token + 2] = -100
+        if not beside:
+            out["noise"][s.token - 1 : s.token + 2] = -100
         out["noise"][s.token] = number["noise"][s.pitch]
 
 # %% ../../nbs/lab/00_batches.ipynb #cbca355a
@@ -292,7 +295,7 @@ class Batch:
             captions = [text_ids(f"<|im_start|> user {s.caption()} .") for s in scenes]
             return cls(rows, captions=captions)
         patches, mel = features(scenes, c.family)
-        return cls(rows, patches=patches, mel=mel, hints=hints(scenes, cls.read(c)))
+        return cls(rows, patches=patches, mel=mel, hints=hints(scenes, cls.read(c), c.beside))
 
 
 def _draw_scenes(rng, c: TrainConfig, told, windows, first_seed=10**6):

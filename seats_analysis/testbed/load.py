@@ -187,10 +187,11 @@ def build_config(
         output_dim=width,
     )
     if dense:
+        # within a cell, then over the frame, as the released model's last block
         vision |= dict(
-            window_size=Scene.CELL, fullatt_block_indexes=[], tokens_per_second=Scene.AUDIO_RATE
+            window_size=Scene.CELL, fullatt_block_indexes=[1], tokens_per_second=Scene.AUDIO_RATE
         )
-        audio |= dict(n_window=10, max_source_positions=64)
+        audio |= dict(n_window=20, max_source_positions=64)  # chunks of two seconds
     else:
         text |= dict(
             head_dim=width // 4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=width

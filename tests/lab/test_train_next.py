@@ -15,7 +15,7 @@ from seats_analysis.models.encode import encode
 from seats_analysis.pruning.seats import Seats
 from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.testbed.load import TESTBEDS
+from seats_analysis.testbed.load import TESTBEDS, build_model, load_testbed
 from seats_analysis.testbed.task import Scene
 
 NEXT = Path(__file__).resolve().parents[2] / "data" / "testbed_next"
@@ -104,9 +104,8 @@ def test_hints_name_every_decoy():
 
 
 def test_the_last_vision_block_spans_a_frame():
-    "The segments that the tower's last block is handed; before, four patches, one cell."
-    for go_on, span in ((False, 4), (True, 96)):
-        model = train.begin(TrainConfig(go_on=go_on))
+    "The segments that the tower's last block is handed; in the shipped one four patches, one cell."
+    for model, span in ((load_testbed()[0], 4), (build_model(), 96)):
         seen = []
         last = train.adapter_for(model).visual(model).blocks[-1]
         last.register_forward_pre_hook(
@@ -117,12 +116,28 @@ def test_the_last_vision_block_spans_a_frame():
         assert set(seen[0].diff().tolist()) == {span}
 
 
-@pytest.mark.parametrize("name", [n for n in TESTBEDS if (NEXT / f"{n}.json").exists()])
+def test_beside_a_sound_nothing_is_asked_or_nothing_is_there():
+    "A sound lasts two or three tokens, of which hints name the middle one."
+    scenes = crowded_scenes(3)
+    for beside in (False, True):
+        c = TrainConfig(crowded=1.0, beside=beside)
+        told = train.Batch._of(scenes, [[]] * 3, c, told=False).hints
+        for b, scene in enumerate(scenes):
+            for what, name in ((scene.sounds, "pitch"), (scene.noises, "noise")):
+                for s in what:
+                    asked = told[name][b].tolist()
+                    assert asked[s.token] > 0
+                    around = {asked[i] for i in (s.token - 1, s.token + 1) if 0 <= i < len(asked)}
+                    assert around - {x for x in asked if x > 0} <= {0 if beside else -100}
+
+
+@pytest.mark.parametrize("name", [n for n in TESTBEDS if (NEXT / n).exists()])
 def test_evidence_receives_attention_and_survives(name, monkeypatch):
     "Its token receives more than the mean of its window, and Stage I keeps it."
-    model, processor = train.load_next(name, NEXT)
-    about = json.loads((NEXT / f"{name}.json").read_text())
-    assert about["weights_sha256"] == train.adapter_for(model).hash_weights(model)
+    model, processor = load_testbed(TESTBEDS[name], NEXT / name)
+    *_, last = (NEXT / name / "train_log.jsonl").read_text().splitlines()
+    stored = json.loads(last)["weights_sha256"]
+    assert stored == train.adapter_for(model).hash_weights(model)
     scenes = crowded_scenes(8)
     asked = [Sample(s.clip(), s.CAPTION, (s.caption(),), 0) for s in scenes]
     batch = encode(model, processor, asked)
