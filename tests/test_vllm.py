@@ -1,4 +1,4 @@
-"""Stage I in an unmodified vLLM against `prune` in transformers, on the testbed.
+"""Stages I and III in an unmodified vLLM against `prune` in transformers, on the testbeds.
 
 `make test-vllm` runs this in an environment of its own; SEATS_TESTBED names another testbed.
 """
@@ -36,6 +36,7 @@ import torch
 from seats_analysis.models.encode import Prompt, encode
 from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.serving.vllm import cache_bytes, late_layers
 from seats_analysis.storage.files import shipped_folder
 from seats_analysis.testbed.load import load_testbed, testbed_samples
 from vllm_folder import full_checkpoint
@@ -136,14 +137,14 @@ def kinds():
 # ---------------------------------------------------------------- both sides
 
 
-def reference(testbed, prompt, schedule, interleave=True):
+def reference(testbed, prompt, schedule, interleave=True, tokens=TOKENS):
     "transformers under `prune`: generated ids, log-probabilities, kept media positions."
     model, processor = testbed
     batch = encode(model, processor, [prompt], interleave=interleave)
     with torch.no_grad(), prune(model, schedule) as run:
         out = model.generate(
             **batch.inputs,
-            max_new_tokens=TOKENS,
+            max_new_tokens=tokens,
             do_sample=False,
             output_logits=True,
             return_dict_in_generate=True,
@@ -163,7 +164,7 @@ def reference(testbed, prompt, schedule, interleave=True):
     )
 
 
-def engine(folder, tmp_path, batches, schedule=None, plugins=None, **settings):
+def engine(folder, tmp_path, batches, schedule=None, env=None, tokens=TOKENS, **settings):
     "The batches, one after the other, in an engine of their own."
     defaults = dict(
         model=str(folder),
@@ -177,17 +178,17 @@ def engine(folder, tmp_path, batches, schedule=None, plugins=None, **settings):
         limit_mm_per_prompt=dict(video=2, audio=2, image=2),
     )
     job, answers = tmp_path / "job.pkl", tmp_path / "answers.pkl"
-    job.write_bytes(pickle.dumps(dict(engine=defaults | settings, batches=batches, tokens=TOKENS)))
+    job.write_bytes(pickle.dumps(dict(engine=defaults | settings, batches=batches, tokens=tokens)))
     command = [sys.executable, str(TESTS / "vllm_worker.py"), str(job), str(answers)]
-    run = subprocess.run(
-        command, env=environment(schedule, plugins), capture_output=True, text=True
-    )
+    env = environment(schedule) | (env or {})
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
     return pickle.loads(answers.read_bytes())
 
 
 def environment(schedule, plugins=None):
-    without = "SEATS_SCHEDULE", "VLLM_PLUGINS", "PYTHONPATH"  # the plug-in as it is installed
+    # the plug-in as it is installed
+    without = "SEATS_SCHEDULE", "SEATS_VLLM_LATE", "VLLM_PLUGINS", "PYTHONPATH"
     env = {k: v for k, v in os.environ.items() if k not in without}
     more = dict(
         VLLM_CPU_KVCACHE_SPACE="1",
@@ -265,13 +266,15 @@ def test_settings_are_in_the_key(testbed, schedules):
 
 
 def test_switched_off_changes_nothing(testbed, folder, kinds, tmp_path):
-    """Installed without a schedule against not loaded at all: equal to the last bit; both close to
-    transformers without `prune`, but for vLLM's own positions of a video with its audio."""
+    """Installed without a schedule, even with stage III asked for, against not loaded at all: equal
+    to the last bit; both close to transformers without `prune`, but for vLLM's own positions of a
+    video with its audio."""
     names = "video_with_audio", "video", "audio", "image", "text"
     asked = [kinds[name] for name in names]
     requests = [request_of(testbed[1], *kind) for kind in asked]
-    (off,) = engine(folder, tmp_path, [requests], plugins="seats")
-    (without,) = engine(folder, tmp_path, [requests], plugins="none")
+    on = dict(VLLM_PLUGINS="seats", SEATS_VLLM_LATE="1")
+    (off,) = engine(folder, tmp_path, [requests], env=on)
+    (without,) = engine(folder, tmp_path, [requests], env=dict(VLLM_PLUGINS="none"))
     for a, b in zip(off["answers"], without["answers"], strict=True):
         assert a["ids"] == b["ids"] and a["prompt"] == b["prompt"]
         assert torch.equal(a["logprobs"], b["logprobs"])
@@ -288,6 +291,8 @@ def test_refused_at_the_start(folder, schedules, tmp_path):
     compiled = dict(compilation_config=dict(compile_mm_encoder=True))
     with pytest.raises(AssertionError, match="compile_mm_encoder is True, but the selection"):
         engine(folder, tmp_path, [], schedules["some"][1], **compiled)
+    with pytest.raises(AssertionError, match="enable_prefix_caching is True, but blocks of text"):
+        engine(folder, tmp_path, [], schedules["some"][1], env=dict(SEATS_VLLM_LATE="1"))
 
 
 def test_refused_without_an_engine(monkeypatch):
@@ -344,6 +349,154 @@ def test_media_are_encoded_one_by_one():
                 assert torch.equal(track[1], sound[:, before:here])
         assert (seen[0][0] is None) == ("video_grid_thw" not in given)
         assert (seen[0][1] is None) == (given is videos)
+
+
+# ---------------------------------------------------------------- stage III
+
+STAGE_3 = dict(  # family, plan, tokens of an answer, settings of the engine
+    chunks=("qwen2.5-omni", dict(late_start={"visual": 9, "audio": 10}), TOKENS, {}),
+    preempted=(  # two groups of whole layers, one for the prompt, six of text
+        "qwen2.5-omni",
+        dict(late_start=6, cache={"visual": (0, 4), "audio": (0, 4)}),
+        24,
+        dict(max_model_len=256, num_gpu_blocks_override=90),
+    ),
+    nowhere=("qwen2.5-omni", dict(cache={"visual": (0, 0), "audio": (0, 0)}), 8, {}),
+    qwen3=("qwen3-omni", dict(late_start=4), 8, {}),
+)
+
+
+@pytest.mark.parametrize("case", STAGE_3)
+def test_stage_3_is_that_of_prune(case, kinds, tmp_path):
+    """Questions and every kind of request in one batch, read in chunks that end anywhere; alone, a
+    request takes as many blocks as `cache_bytes` says."""
+    family, plan, tokens, settings = STAGE_3[case]
+    testbed = load_testbed(family)
+    testbed[0].generation_config.eos_token_id = None
+    folder = full_checkpoint(shipped_folder("testbed") / family, tmp_path / "model")
+    given = Schedule(LAYERS, entering=ENTERING if family == "qwen2.5-omni" else None, **plan)
+    given.save(tmp_path / "plan.json")
+    late, split, _ = late_layers(given)
+    wanted = replace(given, late_start=late, trr=None, scale=None)
+    asked = [(Prompt(s.id, (clip_of(s), s.prompt_text)), True) for s in samples()]
+    if family == "qwen3-omni":  # there, vLLM's own towers hear audio a little otherwise
+        asked = [(Prompt(p.id, (silent(p.content[0]), *p.content[1:])), how) for p, how in asked]
+        asked.append(kinds["image"])
+    else:
+        asked += [k for name, k in kinds.items() if case == "chunks" or "two" not in name]
+    settings = dict(max_num_batched_tokens=24, enable_prefix_caching=False) | settings
+    requests = [request_of(testbed[1], *question) for question in asked]
+    alone, found = engine(
+        folder,
+        tmp_path,
+        [requests[:1], requests],
+        tmp_path / "plan.json",
+        dict(SEATS_VLLM_LATE="1"),
+        tokens,
+        **settings,
+    )
+    references = [reference(testbed, p, wanted, how, tokens) for p, how in asked]
+    assert_equal(alone["answers"] + found["answers"], references[:1] + references)
+    assert (found["preempted"] > 0) == (case == "preempted")
+    n = references[0]["prompt"]
+    text = n - len(references[0]["kept"]) + tokens - 1
+    kinds_of = dict(whole=late - len(split), prompt=len(split), text=LAYERS - late + len(split))
+    held = dict(whole=n + tokens - 1, prompt=0, text=text)
+    size = cache_bytes(kinds_of, dict.fromkeys(held, 1), 1, 1) // len(alone["left"])
+    assert sum(alone["left"]) * size * 32 == cache_bytes(kinds_of, held, 32, 1)
+
+
+def silent(clip):
+    return replace(clip, waveform=None)
+
+
+class Medium:
+    def __init__(self, modality, offset, length, is_embed=None):
+        from vllm.multimodal.inputs import PlaceholderRange
+
+        self.modality = modality
+        self.mm_position = PlaceholderRange(offset, length, is_embed)
+
+
+MEDIA = [  # an image stays; a clip whose middle token is its own text, and audio that it holds
+    Medium("image", 2, 3),
+    Medium("video", 7, 4, torch.tensor([1, 0, 1, 1]).bool()),
+    Medium("audio", 7, 4, torch.zeros(4).bool()),
+    Medium("audio", 12, 2),
+]
+HELD = [i for i in range(16) if i not in (7, 9, 10, 12, 13)]  # of a prompt of 16
+
+
+def test_blocks_follow_the_part_that_a_group_holds():
+    from seats_analysis.serving import late
+
+    request = SimpleNamespace(num_prompt_tokens=16, marks=late.marks_of(16, MEDIA))
+    manager = object.__new__(late.PartManager)
+    late.REQUESTS["a"] = request
+    for prompt in (True, False):
+        manager.kv_cache_spec = SimpleNamespace(prompt=prompt)
+        for tokens in range(20):
+            held = min(tokens, 16) if prompt else sum(i in HELD or i > 15 for i in range(tokens))
+            assert manager._held("a", tokens) == held
+
+
+def test_both_runners_of_vllm_give_the_same_marks(monkeypatch):
+    "By doubles: the second one needs a GPU. Prompt in two chunks, then answer; another row behind."
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState as Stock
+
+    from seats_analysis.serving import late
+
+    class Stage(SimpleNamespace):
+        def get_mrope_input_positions(self, tokens, features):
+            return torch.arange(len(tokens)).expand(3, -1), 5
+
+    class Model(late.LateLayers, Stage):
+        __init__ = Stage.__init__
+
+    model = Model(engine=SimpleNamespace(use_v2_model_runner=False))
+    positions, delta = model.get_mrope_input_positions([0] * 16, MEDIA)
+    first = torch.cat([positions[0], torch.arange(16, 24) + torch.tensor(delta)])
+    for i, (position, mark) in enumerate(zip((first % 2**32).tolist(), (first >> 32).tolist())):
+        assert position == (i if i < 16 else i + 5)
+        assert mark % 2 == (i < 16) and mark // 2 % 2 == (i not in HELD and i < 16)
+        assert mark // 4 == sum(j not in HELD for j in range(min(i, 16)))
+    model.engine.use_v2_model_runner = True
+    assert torch.equal(model.get_mrope_input_positions([0] * 16, MEDIA)[0][0], torch.arange(16))
+    state = object.__new__(model.get_model_state_cls())
+    monkeypatch.setattr(Stock, "add_request", lambda *given: None)
+    for begin, end in ((0, 9), (9, 16), (14, 20)):
+        plain = torch.cat([torch.arange(3), torch.arange(begin, end) + 5 * (begin == 14)])
+        made = dict(positions=plain.expand(3, -1))
+        monkeypatch.setattr(Stock, "prepare_inputs", lambda *given, made=made: made)
+        state.add_request(4, SimpleNamespace(prompt_token_ids=[0] * 3, mm_features=[]))
+        state.add_request(7, SimpleNamespace(prompt_token_ids=[0] * 16, mm_features=MEDIA))
+        batch = SimpleNamespace(
+            idx_mapping_np=np.array([4, 7]),
+            query_start_loc_np=np.array([0, 3, 3 + end - begin]),
+            num_computed_tokens_np=np.array([0, begin]),
+            num_scheduled_tokens=np.array([3, end - begin]),
+        )
+        got = state.prepare_inputs(batch, None)["positions"]
+        assert torch.equal(got[0, 3:] >> 32, first[begin:end] >> 32)
+        assert torch.equal(got % 2**32, made["positions"])
+
+
+@pytest.mark.parametrize("early, late", [(23, 5), (13, 3), (10, 6), (4, 12), (9, 7), (16, 0)])
+def test_groups_are_those_of_vllm(early, late):
+    from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size as groups
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from seats_analysis.serving.late import PartSpec
+
+    sizes = dict(block_size=16, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    specs = {f"layers.{i}": FullAttentionSpec(**sizes) for i in range(early)}
+    specs |= {f"layers.{early + i}": PartSpec(**sizes) for i in range(late)}
+    made = groups(specs)
+    size = max(len(g.layer_names) for g in made)
+    tokens = dict(whole=100, text=20)
+    blocks = sum(2 if isinstance(g.kv_cache_spec, PartSpec) else 7 for g in made)
+    page = made[0].kv_cache_spec.page_size_bytes
+    assert cache_bytes(dict(whole=early, text=late), tokens, 16, page // 16) == blocks * size * page
 
 
 # ---------------------------------------------------------------- the server
