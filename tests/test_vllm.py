@@ -353,6 +353,7 @@ def test_media_are_encoded_one_by_one():
 
 # ---------------------------------------------------------------- stage III
 
+LAYERS = 16  # of both testbeds
 STAGE_3 = dict(  # family, plan, tokens of an answer, settings of the engine
     chunks=("qwen2.5-omni", dict(late_start={"visual": 9, "audio": 10}), TOKENS, {}),
     preempted=(  # two groups of whole layers, one for the prompt, six of text

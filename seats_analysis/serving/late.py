@@ -36,6 +36,9 @@ class PartSpec(AttentionSpec):
 
     prompt: bool = False  # the prompt until it is computed; else the tokens of no video and audio
 
+    def is_uniform_with_collection(self, kv_cache_specs):
+        return False  # equal ones are one group before this is asked
+
     def max_memory_usage_bytes(self, vllm_config):
         return -(-vllm_config.model_config.max_model_len // self.block_size) * self.page_size_bytes
 
