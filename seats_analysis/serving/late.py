@@ -79,16 +79,13 @@ class PartManager(FullAttentionManager):
             self._remove_blocks_in_range(request_id, 0, len(self.req_to_blocks[request_id]))
 
 
-def _noting(stock):
-    def add_request(self, request):
-        request.marks = marks_of(request.num_prompt_tokens, request.mm_features)
-        REQUESTS[request.request_id] = request
-        stock(self, request)
-
-    return add_request
+def _add_request(self, request, stock=Scheduler.add_request):
+    request.marks = marks_of(request.num_prompt_tokens, request.mm_features)
+    REQUESTS[request.request_id] = request
+    stock(self, request)
 
 
-Scheduler.add_request = _noting(Scheduler.add_request)
+Scheduler.add_request = _add_request
 KVCacheSpecRegistry._ensure_registered()
 KVCacheSpecRegistry.register(PartSpec, PartManager)
 
@@ -170,29 +167,25 @@ class LateLayers:
                 rows = b.idx_mapping_np, b.query_start_loc_np, b.num_computed_tokens_np
                 for index, at, first, n in zip(*map(list, rows), b.num_scheduled_tokens):
                     own = self.marks[index]
-                    where = torch.arange(first, first + n).clamp(max=len(own) - 1)
-                    marks[at : at + n] = own[where]
+                    place = torch.arange(first, first + n)
+                    marks[at : at + n] = own[place.clamp(max=len(own) - 1)]
                 return made | dict(positions=positions + (marks << BITS).to(positions.device))
 
         return LateState
 
     # ---- a step
 
-    def _rows(
-        self, marks
-    ):  # (S,) -> for the prompt or not: rows, their request, place in the cache
-        "Also binds what the attention of these rows needs; nothing without a step's metadata."
+    def _rows(self, marks):  # (S,) -> whether for the prompt: their rows; nothing outside a step
+        "Binds what the attention of these rows needs, too."
         context = get_forward_context()
         if not context.attn_metadata:
             return None
         stock = next(iter(context.attn_metadata.values()))
-        lengths = stock.query_start_loc.long().diff()
-        request = torch.arange(len(lengths), device=marks.device).repeat_interleave(lengths)
-        marks = marks[: len(request)]
-        first = (
-            stock.seq_lens - stock.query_start_loc[1:]
-        )  # place of a row in the sequence, less it
-        place = torch.arange(len(request), device=marks.device) + first[request]
+        ends = stock.query_start_loc[1:].long()
+        row = torch.arange(int(ends[-1]), device=marks.device)
+        request = torch.searchsorted(ends, row, right=True)
+        marks = marks[: len(row)]
+        place = row + (stock.seq_lens - ends)[request]  # in the request
         found = {}
         for prompt, attends in self.attends.items():
             belongs = marks % 2 == 1 if prompt else marks // 2 % 2 == 0
@@ -204,14 +197,12 @@ class LateLayers:
         return found
 
     def _bind(self, attends, request, at, context):  # (n,) rows: request, place in these caches
-        made = {}  # by the metadata of a group
-        for a in attends:
-            stock = context.attn_metadata[a.layer_name]
-            if id(stock) not in made:
-                made[id(stock)] = stock, *self._metadata(a, stock.block_table, request, at)
-            _, context.attn_metadata[a.layer_name], context.slot_mapping[a.layer_name] = made[
-                id(stock)
-            ]
+        made = {}  # by the block table of a group: it, metadata, slots
+        for name, a in ((a.layer_name, a) for a in attends):
+            table = context.attn_metadata[name].block_table
+            if id(table) not in made:
+                made[id(table)] = table, *self._metadata(a, table, request, at)
+            _, context.attn_metadata[name], context.slot_mapping[name] = made[id(table)]
 
     def _metadata(self, a, table, request, at):  # -> the backend's metadata, (n,) slots
         size = a.kv_cache.shape[-2]

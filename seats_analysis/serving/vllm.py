@@ -295,7 +295,7 @@ def late_layers(schedule):  # -> first layer without media, layers with them for
     if media < 1:
         memory = (
             f"of memory {1 - media:.0%} less for a media token, {text - 1:.0%} more for one of "
-            f"text: less from {(text - 1) / (1 - media):.2g} media tokens per text token on"
+            f"text: it pays from {(text - 1) / (1 - media):.2g} media tokens per text token on"
         )
     return late, split, "; ".join([*said, memory])
 
