@@ -381,8 +381,8 @@ def test_stage_3_is_that_of_prune(case, kinds, tmp_path):
     wanted = replace(given, late_start=late, trr=None, scale=None)
     asked = [(Prompt(s.id, (clip_of(s), s.prompt_text)), True) for s in samples()]
     if family == "qwen3-omni":  # there, vLLM's own towers hear audio a little otherwise
-        asked = [(Prompt(p.id, (silent(p.content[0]), *p.content[1:])), how) for p, how in asked]
-        asked.append(kinds["image"])
+        silent = [(replace(p.content[0], waveform=None), p.content[1]) for p, _ in asked]
+        asked = [(Prompt("silent", parts), True) for parts in silent] + [kinds["image"]]
     else:
         asked += [k for name, k in kinds.items() if case == "chunks" or "two" not in name]
     settings = dict(max_num_batched_tokens=24, enable_prefix_caching=False) | settings
@@ -407,79 +407,65 @@ def test_stage_3_is_that_of_prune(case, kinds, tmp_path):
     assert sum(alone["left"]) * size * 32 == cache_bytes(kinds_of, held, 32, 1)
 
 
-def silent(clip):
-    return replace(clip, waveform=None)
+def medium(modality, offset, length, is_embed=None):
+    from vllm.multimodal.inputs import PlaceholderRange
+
+    where = PlaceholderRange(offset, length, is_embed)
+    return SimpleNamespace(modality=modality, mm_position=where)
 
 
-class Medium:
-    def __init__(self, modality, offset, length, is_embed=None):
-        from vllm.multimodal.inputs import PlaceholderRange
-
-        self.modality = modality
-        self.mm_position = PlaceholderRange(offset, length, is_embed)
-
-
-MEDIA = [  # an image stays; a clip whose middle token is its own text, and audio that it holds
-    Medium("image", 2, 3),
-    Medium("video", 7, 4, torch.tensor([1, 0, 1, 1]).bool()),
-    Medium("audio", 7, 4, torch.zeros(4).bool()),
-    Medium("audio", 12, 2),
-]
-HELD = [i for i in range(16) if i not in (7, 9, 10, 12, 13)]  # of a prompt of 16
-
-
-def test_blocks_follow_the_part_that_a_group_holds():
-    from seats_analysis.serving import late
-
-    request = SimpleNamespace(num_prompt_tokens=16, marks=late.marks_of(16, MEDIA))
-    manager = object.__new__(late.PartManager)
-    late.REQUESTS["a"] = request
-    for prompt in (True, False):
-        manager.kv_cache_spec = SimpleNamespace(prompt=prompt)
-        for tokens in range(20):
-            held = min(tokens, 16) if prompt else sum(i in HELD or i > 15 for i in range(tokens))
-            assert manager._held("a", tokens) == held
-
-
-def test_both_runners_of_vllm_give_the_same_marks(monkeypatch):
-    "By doubles: the second one needs a GPU. Prompt in two chunks, then answer; another row behind."
+def test_marks_of_tokens(monkeypatch):
+    """Of a prompt of 16 and its answer: in the scheduler, in the first runner, and in a double of
+    the second, which needs a GPU. An image stays; a clip has text of its own, and holds audio."""
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState as Stock
 
     from seats_analysis.serving import late
 
+    media = [
+        medium("image", 2, 3),
+        medium("video", 7, 4, torch.tensor([1, 0, 1, 1]).bool()),
+        medium("audio", 7, 4, torch.zeros(4).bool()),
+        medium("audio", 12, 2),
+    ]
+    gone = 7, 9, 10, 12, 13
+    wanted = [4 * sum(j < i for j in gone) + 2 * (i in gone) + (i < 16) for i in range(22)]
+    marks = late.marks_of(16, media)
+    manager = object.__new__(late.PartManager)
+    late.REQUESTS["a"] = request = SimpleNamespace(num_prompt_tokens=16, marks=marks)
+    for prompt in (True, False):
+        manager.kv_cache_spec = SimpleNamespace(prompt=prompt)
+        for n in range(20):
+            text = sum(i not in gone for i in range(n))
+            assert manager._held("a", n) == (min(n, 16) if prompt else text)
+    del request
+
     class Stage(SimpleNamespace):
         def get_mrope_input_positions(self, tokens, features):
-            return torch.arange(len(tokens)).expand(3, -1), 5
+            return torch.arange(len(tokens)).repeat(3, 1), 5
 
-    class Model(late.LateLayers, Stage):
-        __init__ = Stage.__init__
-
+    Model = type("Model", (late.LateLayers, Stage), dict(__init__=Stage.__init__))
     model = Model(engine=SimpleNamespace(use_v2_model_runner=False))
-    positions, delta = model.get_mrope_input_positions([0] * 16, MEDIA)
-    first = torch.cat([positions[0], torch.arange(16, 24) + torch.tensor(delta)])
-    for i, (position, mark) in enumerate(zip((first % 2**32).tolist(), (first >> 32).tolist())):
-        assert position == (i if i < 16 else i + 5)
-        assert mark % 2 == (i < 16) and mark // 2 % 2 == (i not in HELD and i < 16)
-        assert mark // 4 == sum(j not in HELD for j in range(min(i, 16)))
+    positions, delta = model.get_mrope_input_positions([0] * 16, media)
+    plain = torch.tensor([*range(16), *range(21, 27)])
+    answer = torch.arange(16, 22) + torch.tensor(delta)
+    assert (
+        torch.cat([positions[0], answer]).tolist()
+        == (plain + (torch.tensor(wanted) << 32)).tolist()
+    )
     model.engine.use_v2_model_runner = True
-    assert torch.equal(model.get_mrope_input_positions([0] * 16, MEDIA)[0][0], torch.arange(16))
+    assert int(model.get_mrope_input_positions([0] * 16, media)[0].max()) == 15
     state = object.__new__(model.get_model_state_cls())
     monkeypatch.setattr(Stock, "add_request", lambda *given: None)
+    state.add_request(7, SimpleNamespace(prompt_token_ids=[0] * 16, mm_features=media))
     for begin, end in ((0, 9), (9, 16), (14, 20)):
-        plain = torch.cat([torch.arange(3), torch.arange(begin, end) + 5 * (begin == 14)])
-        made = dict(positions=plain.expand(3, -1))
+        made = dict(positions=plain[begin:end].repeat(3, 1))
         monkeypatch.setattr(Stock, "prepare_inputs", lambda *given, made=made: made)
-        state.add_request(4, SimpleNamespace(prompt_token_ids=[0] * 3, mm_features=[]))
-        state.add_request(7, SimpleNamespace(prompt_token_ids=[0] * 16, mm_features=MEDIA))
         batch = SimpleNamespace(
-            idx_mapping_np=np.array([4, 7]),
-            query_start_loc_np=np.array([0, 3, 3 + end - begin]),
-            num_computed_tokens_np=np.array([0, begin]),
-            num_scheduled_tokens=np.array([3, end - begin]),
+            idx_mapping_np=[7], num_computed_tokens_np=[begin], num_scheduled_tokens=[end - begin]
         )
-        got = state.prepare_inputs(batch, None)["positions"]
-        assert torch.equal(got[0, 3:] >> 32, first[begin:end] >> 32)
-        assert torch.equal(got % 2**32, made["positions"])
+        got = state.prepare_inputs(batch, None)["positions"][0]
+        assert torch.equal(got % 2**32, plain[begin:end])
+        assert (got >> 32).tolist() == wanted[begin:end]
 
 
 @pytest.mark.parametrize("early, late", [(23, 5), (13, 3), (10, 6), (4, 12), (9, 7), (16, 0)])

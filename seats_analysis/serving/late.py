@@ -32,7 +32,7 @@ from .vllm import check_engine, late_layers, method_of_environment
 #| eval: false
 @dataclass(frozen=True, kw_only=True)
 class PartSpec(AttentionSpec):
-    "Full attention over a part of the tokens. No FullAttentionSpec, or vLLM would merge the groups."
+    "Full attention to a part of the tokens. No FullAttentionSpec: vLLM would merge the groups."
 
     prompt: bool = False  # the prompt until it is computed; else the tokens of no video and audio
 
@@ -143,9 +143,8 @@ class LateLayers:
         found, positions, delta = super().recompute_mrope_positions(
             mrope_positions=mrope_positions - (marks << BITS), **given
         )
-        last = int(marks[0, -1])
-        media = last // 4 + last // 2 % 2
-        return found, positions + (marks << BITS), np.int64(delta + (4 * media << BITS))
+        media = (int(marks[0, -1]) + 2) // 4
+        return found, positions + (marks << BITS), np.int64(delta + (media << BITS + 2))
 
     @staticmethod
     def get_model_state_cls():
@@ -161,15 +160,15 @@ class LateLayers:
 
             def prepare_inputs(self, input_batch, req_states):
                 made = super().prepare_inputs(input_batch, req_states)
-                positions = made["positions"]
-                marks = torch.zeros(positions.shape[1], dtype=torch.long)
                 b = input_batch
-                rows = b.idx_mapping_np, b.query_start_loc_np, b.num_computed_tokens_np
-                for index, at, first, n in zip(*map(list, rows), b.num_scheduled_tokens):
+                rows = zip(b.idx_mapping_np, b.num_computed_tokens_np, b.num_scheduled_tokens)
+                parts = []
+                for index, first, n in rows:
                     own = self.marks[index]
-                    place = torch.arange(first, first + n)
-                    marks[at : at + n] = own[place.clamp(max=len(own) - 1)]
-                return made | dict(positions=positions + (marks << BITS).to(positions.device))
+                    parts.append(own[torch.arange(first, first + n).clamp(max=len(own) - 1)])
+                marks = torch.cat(parts).to(made["positions"].device)
+                made["positions"][:, : len(marks)] += marks << BITS
+                return made
 
         return LateState
 
