@@ -98,7 +98,7 @@ class LateLayers:
     "What a thinker of vLLM does otherwise in its late layers."
 
     def __init__(self, *, vllm_config, prefix=""):
-        check_engine(vllm_config, late=True)
+        check_engine(vllm_config, stage_3=True)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         schedule = method_of_environment().schedule
         layers = self.language_model.model.layers

@@ -32,7 +32,7 @@ def method_of_environment() -> Seats:
 
 def check_engine(
     config,  # vLLM's, of the whole engine
-    late=False,  # whether stage III runs there
+    stage_3=False,  # whether it runs there
 ):
     "Raises ValueError for an option under which the engine would die or choose wrongly."
     found = vars(config.parallel_config) | vars(config.compilation_config)
@@ -43,7 +43,7 @@ def check_engine(
         ("compile_mm_encoder", False, hooks),
         ("cudagraph_mm_encoder", False, hooks),
     ]
-    if late:
+    if stage_3:
         found |= vars(config) | vars(config.cache_config) | vars(config.scheduler_config)
         found["enforce_eager"] = config.model_config.enforce_eager
         rows += [
@@ -55,7 +55,7 @@ def check_engine(
             ("disable_hybrid_kv_cache_manager", False, "late layers need blocks of their own"),
             ("enforce_eager", True, "a graph has as many rows in all layers"),
         ]
-    without = LATE if late else "a schedule"
+    without = LATE if stage_3 else "a schedule"
     for name, best, why in rows:
         if found[name] != best:
             raise ValueError(
