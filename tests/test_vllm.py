@@ -461,30 +461,12 @@ def test_marks_of_tokens(monkeypatch):
     for begin, end in ((0, 9), (9, 16), (14, 20)):
         made = dict(positions=plain[begin:end].repeat(3, 1))
         monkeypatch.setattr(Stock, "prepare_inputs", lambda *given, made=made: made)
-        batch = SimpleNamespace(
-            idx_mapping_np=[7], num_computed_tokens_np=[begin], num_scheduled_tokens=[end - begin]
-        )
+        names = "idx_mapping_np", "num_computed_tokens_np", "num_scheduled_tokens"
+        counts = np.array([[7], [begin], [end - begin]], np.int32)
+        batch = SimpleNamespace(**dict(zip(names, counts)))
         got = state.prepare_inputs(batch, None)["positions"][0]
         assert torch.equal(got % 2**32, plain[begin:end])
         assert (got >> 32).tolist() == wanted[begin:end]
-
-
-@pytest.mark.parametrize("early, late", [(23, 5), (13, 3), (10, 6), (4, 12), (9, 7), (16, 0)])
-def test_groups_are_those_of_vllm(early, late):
-    from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size as groups
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
-
-    from seats_analysis.serving.late import PartSpec
-
-    sizes = dict(block_size=16, num_kv_heads=2, head_size=32, dtype=torch.float32)
-    specs = {f"layers.{i}": FullAttentionSpec(**sizes) for i in range(early)}
-    specs |= {f"layers.{early + i}": PartSpec(**sizes) for i in range(late)}
-    made = groups(specs)
-    size = max(len(g.layer_names) for g in made)
-    tokens = dict(whole=100, text=20)
-    blocks = sum(2 if isinstance(g.kv_cache_spec, PartSpec) else 7 for g in made)
-    page = made[0].kv_cache_spec.page_size_bytes
-    assert cache_bytes(dict(whole=early, text=late), tokens, 16, page // 16) == blocks * size * page
 
 
 # ---------------------------------------------------------------- the server
