@@ -117,7 +117,8 @@ class LateLayers:
                 layer.self_attn.text = a
             if i in self.split or i >= self.late:
                 self._hold(a, False)
-        logging.getLogger("vllm.seats").info(said)
+        alone = "" if hasattr(self, "planner") else "; stages I and II are left out for this model"
+        logging.getLogger("vllm.seats").info(said + alone)
 
     def _hold(self, attention, prompt):
         stock = attention.get_kv_cache_spec
