@@ -109,7 +109,6 @@ REFUSED = dict(  # option: what serves, what does not; the second half where sta
     pipeline_parallel_size=(1, 2),
     compile_mm_encoder=(False, True),
     cudagraph_mm_encoder=(False, True),
-    distributed_executor_backend=("uni", "mp"),
     kv_transfer_config=(None, "a connector"),
     speculative_config=(None, "a draft"),
     cache_dtype=("auto", "fp8"),

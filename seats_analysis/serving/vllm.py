@@ -47,7 +47,6 @@ def check_engine(
         found |= vars(config) | vars(config.cache_config) | vars(config.scheduler_config)
         found["enforce_eager"] = config.model_config.enforce_eager
         rows += [
-            ("distributed_executor_backend", "uni", "model and scheduler share a process"),
             ("kv_transfer_config", None, "a connector does not know of layers without media"),
             ("speculative_config", None, "a draft does not know of layers without media"),
             ("cache_dtype", "auto", "a quantised cache was not tested"),
