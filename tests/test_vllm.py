@@ -475,6 +475,8 @@ def test_marks_of_tokens(monkeypatch):
 class Server:
     "`vllm serve` in a process group of its own."
 
+    env = {}  # besides
+
     def __init__(self, folder, schedule, log, *options):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -489,7 +491,7 @@ class Server:
         command += options
         self.process = subprocess.Popen(
             command,
-            env=environment(schedule, "seats"),
+            env=environment(schedule, "seats") | self.env,
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -681,5 +683,22 @@ def test_server(testbed, folder, schedules, tmp_path):
         pruned, unpruned = wanted[2]["prompt"], whole.shape[1]
         many = bool(shutil.which("curl"))
         assert found == [pruned] * (1 + 2 * many) + [unpruned] * (1 + many)
+    finally:
+        server.stop()
+
+
+def test_stage_3_in_a_server(testbed, folder, tmp_path):
+    "There the scheduler has a process of its own."
+    schedule = Schedule(LAYERS, late_start=4, entering=ENTERING)
+    schedule.save(tmp_path / "plan.json")
+    late = type("Late", (Server,), dict(env=dict(SEATS_VLLM_LATE="1")))
+    server = late(folder, tmp_path / "plan.json", tmp_path / "log", "--no-enable-prefix-caching")
+    try:
+        for s in samples()[:4]:
+            want = reference(testbed, Prompt(s.id, (clip_of(s), s.prompt_text)), schedule)
+            got = server.ask(chat(s, max_tokens=TOKENS, ignore_eos=True))
+            assert got["usage"]["prompt_tokens"] == want["prompt"]
+            words = testbed[1].tokenizer.decode(want["ids"], skip_special_tokens=True)
+            assert got["choices"][0]["message"]["content"].split() == words.split()
     finally:
         server.stop()
