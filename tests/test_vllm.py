@@ -1,4 +1,4 @@
-"""Stage I in an unmodified vLLM against `prune` in transformers, on the testbed.
+"""Stages I and III in an unmodified vLLM against `prune` in transformers, on the testbeds.
 
 `make test-vllm` runs this in an environment of its own; SEATS_TESTBED names another testbed.
 """
@@ -36,6 +36,7 @@ import torch
 from seats_analysis.models.encode import Prompt, encode
 from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.serving.vllm import cache_bytes, late_layers
 from seats_analysis.storage.files import shipped_folder
 from seats_analysis.testbed.load import load_testbed, testbed_samples
 from vllm_folder import full_checkpoint
@@ -136,14 +137,14 @@ def kinds():
 # ---------------------------------------------------------------- both sides
 
 
-def reference(testbed, prompt, schedule, interleave=True):
+def reference(testbed, prompt, schedule, interleave=True, tokens=TOKENS):
     "transformers under `prune`: generated ids, log-probabilities, kept media positions."
     model, processor = testbed
     batch = encode(model, processor, [prompt], interleave=interleave)
     with torch.no_grad(), prune(model, schedule) as run:
         out = model.generate(
             **batch.inputs,
-            max_new_tokens=TOKENS,
+            max_new_tokens=tokens,
             do_sample=False,
             output_logits=True,
             return_dict_in_generate=True,
@@ -163,7 +164,7 @@ def reference(testbed, prompt, schedule, interleave=True):
     )
 
 
-def engine(folder, tmp_path, batches, schedule=None, plugins=None, **settings):
+def engine(folder, tmp_path, batches, schedule=None, env=None, tokens=TOKENS, **settings):
     "The batches, one after the other, in an engine of their own."
     defaults = dict(
         model=str(folder),
@@ -177,17 +178,17 @@ def engine(folder, tmp_path, batches, schedule=None, plugins=None, **settings):
         limit_mm_per_prompt=dict(video=2, audio=2, image=2),
     )
     job, answers = tmp_path / "job.pkl", tmp_path / "answers.pkl"
-    job.write_bytes(pickle.dumps(dict(engine=defaults | settings, batches=batches, tokens=TOKENS)))
+    job.write_bytes(pickle.dumps(dict(engine=defaults | settings, batches=batches, tokens=tokens)))
     command = [sys.executable, str(TESTS / "vllm_worker.py"), str(job), str(answers)]
-    run = subprocess.run(
-        command, env=environment(schedule, plugins), capture_output=True, text=True
-    )
+    env = environment(schedule) | (env or {})
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
     return pickle.loads(answers.read_bytes())
 
 
 def environment(schedule, plugins=None):
-    without = "SEATS_SCHEDULE", "VLLM_PLUGINS", "PYTHONPATH"  # the plug-in as it is installed
+    # the plug-in as it is installed
+    without = "SEATS_SCHEDULE", "SEATS_VLLM_LATE", "VLLM_PLUGINS", "PYTHONPATH"
     env = {k: v for k, v in os.environ.items() if k not in without}
     more = dict(
         VLLM_CPU_KVCACHE_SPACE="1",
@@ -265,13 +266,15 @@ def test_settings_are_in_the_key(testbed, schedules):
 
 
 def test_switched_off_changes_nothing(testbed, folder, kinds, tmp_path):
-    """Installed without a schedule against not loaded at all: equal to the last bit; both close to
-    transformers without `prune`, but for vLLM's own positions of a video with its audio."""
+    """Installed without a schedule, even with stage III asked for, against not loaded at all: equal
+    to the last bit; both close to transformers without `prune`, but for vLLM's own positions of a
+    video with its audio."""
     names = "video_with_audio", "video", "audio", "image", "text"
     asked = [kinds[name] for name in names]
     requests = [request_of(testbed[1], *kind) for kind in asked]
-    (off,) = engine(folder, tmp_path, [requests], plugins="seats")
-    (without,) = engine(folder, tmp_path, [requests], plugins="none")
+    on = dict(VLLM_PLUGINS="seats", SEATS_VLLM_LATE="1")
+    (off,) = engine(folder, tmp_path, [requests], env=on)
+    (without,) = engine(folder, tmp_path, [requests], env=dict(VLLM_PLUGINS="none"))
     for a, b in zip(off["answers"], without["answers"], strict=True):
         assert a["ids"] == b["ids"] and a["prompt"] == b["prompt"]
         assert torch.equal(a["logprobs"], b["logprobs"])
@@ -288,6 +291,8 @@ def test_refused_at_the_start(folder, schedules, tmp_path):
     compiled = dict(compilation_config=dict(compile_mm_encoder=True))
     with pytest.raises(AssertionError, match="compile_mm_encoder is True, but the selection"):
         engine(folder, tmp_path, [], schedules["some"][1], **compiled)
+    with pytest.raises(AssertionError, match="enable_prefix_caching is True, but blocks of text"):
+        engine(folder, tmp_path, [], schedules["some"][1], env=dict(SEATS_VLLM_LATE="1"))
 
 
 def test_refused_without_an_engine(monkeypatch):
@@ -346,11 +351,131 @@ def test_media_are_encoded_one_by_one():
         assert (seen[0][1] is None) == (given is videos)
 
 
+# ---------------------------------------------------------------- stage III
+
+LAYERS = 16  # of both testbeds
+STAGE_3 = dict(  # family, plan, tokens of an answer, settings of the engine
+    chunks=("qwen2.5-omni", dict(late_start={"visual": 9, "audio": 10}), TOKENS, {}),
+    preempted=(  # two groups of whole layers, one for the prompt, six of text
+        "qwen2.5-omni",
+        dict(late_start=6, cache={"visual": (0, 4), "audio": (0, 4)}),
+        24,
+        dict(max_model_len=256, num_gpu_blocks_override=90),
+    ),
+    nowhere=("qwen2.5-omni", dict(cache={"visual": (0, 0), "audio": (0, 0)}), 8, {}),
+    qwen3=("qwen3-omni", dict(late_start=4), 8, {}),
+)
+
+
+@pytest.mark.parametrize("case", STAGE_3)
+def test_stage_3_is_that_of_prune(case, kinds, tmp_path):
+    """Questions and every kind of request in one batch, read in chunks that end anywhere; alone, a
+    request takes as many blocks as `cache_bytes` says."""
+    family, plan, tokens, settings = STAGE_3[case]
+    testbed = load_testbed(family)
+    testbed[0].generation_config.eos_token_id = None
+    folder = full_checkpoint(shipped_folder("testbed") / family, tmp_path / "model")
+    given = Schedule(LAYERS, entering=ENTERING if family == "qwen2.5-omni" else None, **plan)
+    given.save(tmp_path / "plan.json")
+    late, split, _ = late_layers(given)
+    wanted = replace(given, late_start=late, trr=None, scale=None)
+    few = samples()[: None if case == "chunks" else 20]
+    asked = [(Prompt(s.id, (clip_of(s), s.prompt_text)), True) for s in few]
+    if family == "qwen3-omni":  # there, vLLM's own towers hear audio a little otherwise
+        silent = [(replace(p.content[0], waveform=None), p.content[1]) for p, _ in asked]
+        asked = [(Prompt("silent", parts), True) for parts in silent] + [kinds["image"]]
+    else:
+        asked += [k for name, k in kinds.items() if case == "chunks" or "two" not in name]
+    settings = dict(max_num_batched_tokens=24, enable_prefix_caching=False) | settings
+    requests = [request_of(testbed[1], *question) for question in asked]
+    alone, found = engine(
+        folder,
+        tmp_path,
+        [requests[:1], requests],
+        tmp_path / "plan.json",
+        dict(SEATS_VLLM_LATE="1"),
+        tokens,
+        **settings,
+    )
+    references = [reference(testbed, p, wanted, how, tokens) for p, how in asked]
+    assert_equal(alone["answers"] + found["answers"], references[:1] + references)
+    assert (found["preempted"] > 0) == (case == "preempted")
+    n = references[0]["prompt"]
+    text = n - len(references[0]["kept"]) + tokens - 1
+    kinds_of = dict(whole=late - len(split), prompt=len(split), text=LAYERS - late + len(split))
+    held = dict(whole=n + tokens - 1, prompt=0, text=text)
+    size = cache_bytes(kinds_of, dict.fromkeys(held, 1), 1, 1) // len(alone["left"])
+    assert sum(alone["left"]) * size * 32 == cache_bytes(kinds_of, held, 32, 1)
+
+
+def medium(modality, offset, length, is_embed=None):
+    from vllm.multimodal.inputs import PlaceholderRange
+
+    where = PlaceholderRange(offset, length, is_embed)
+    return SimpleNamespace(modality=modality, mm_position=where)
+
+
+def test_marks_of_tokens(monkeypatch):
+    """Of a prompt of 16 and its answer: in the scheduler, in the first runner, and in a double of
+    the second, which needs a GPU. An image stays; a clip has text of its own, and holds audio."""
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState as Stock
+
+    from seats_analysis.serving import late
+
+    media = [
+        medium("image", 2, 3),
+        medium("video", 7, 4, torch.tensor([1, 0, 1, 1]).bool()),
+        medium("audio", 7, 4, torch.zeros(4).bool()),
+        medium("audio", 12, 2),
+    ]
+    gone = 7, 9, 10, 12, 13
+    wanted = [4 * sum(j < i for j in gone) + 2 * (i in gone) + (i < 16) for i in range(22)]
+    marks = late.marks_of(16, media)
+    manager = object.__new__(late.PartManager)
+    request = type("Request", (), dict(num_prompt_tokens=16, marks=marks))()
+    late.REQUESTS["a"] = request
+    for prompt in (True, False):
+        manager.kv_cache_spec = SimpleNamespace(prompt=prompt)
+        for n in range(20):
+            text = sum(i not in gone for i in range(n))
+            assert manager._held("a", n) == (min(n, 16) if prompt else text)
+
+    class Stage(SimpleNamespace):
+        def get_mrope_input_positions(self, tokens, features):
+            return torch.arange(len(tokens)).repeat(3, 1), 5
+
+    Model = type("Model", (late.LateLayers, Stage), dict(__init__=Stage.__init__))
+    model = Model(engine=SimpleNamespace(use_v2_model_runner=False))
+    positions, delta = model.get_mrope_input_positions([0] * 16, media)
+    plain = torch.tensor([*range(16), *range(21, 27)])
+    answer = torch.arange(16, 22) + torch.tensor(delta)
+    assert (
+        torch.cat([positions[0], answer]).tolist()
+        == (plain + (torch.tensor(wanted) << 32)).tolist()
+    )
+    model.engine.use_v2_model_runner = True
+    assert int(model.get_mrope_input_positions([0] * 16, media)[0].max()) == 15
+    state = object.__new__(model.get_model_state_cls())
+    monkeypatch.setattr(Stock, "add_request", lambda *given: None)
+    state.add_request(7, SimpleNamespace(prompt_token_ids=[0] * 16, mm_features=media))
+    for begin, end in ((0, 9), (9, 16), (14, 20)):
+        made = dict(positions=plain[begin:end].repeat(3, 1))
+        monkeypatch.setattr(Stock, "prepare_inputs", lambda *given, made=made: made)
+        names = "idx_mapping_np", "num_computed_tokens_np", "num_scheduled_tokens"
+        counts = np.array([[7], [begin], [end - begin]], np.int32)
+        batch = SimpleNamespace(**dict(zip(names, counts)))
+        got = state.prepare_inputs(batch, None)["positions"][0]
+        assert torch.equal(got % 2**32, plain[begin:end])
+        assert (got >> 32).tolist() == wanted[begin:end]
+
+
 # ---------------------------------------------------------------- the server
 
 
 class Server:
     "`vllm serve` in a process group of its own."
+
+    env = {}  # besides
 
     def __init__(self, folder, schedule, log, *options):
         with socket.socket() as s:
@@ -366,7 +491,7 @@ class Server:
         command += options
         self.process = subprocess.Popen(
             command,
-            env=environment(schedule, "seats"),
+            env=environment(schedule, "seats") | self.env,
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -558,5 +683,22 @@ def test_server(testbed, folder, schedules, tmp_path):
         pruned, unpruned = wanted[2]["prompt"], whole.shape[1]
         many = bool(shutil.which("curl"))
         assert found == [pruned] * (1 + 2 * many) + [unpruned] * (1 + many)
+    finally:
+        server.stop()
+
+
+def test_stage_3_in_a_server(testbed, folder, tmp_path):
+    "There the scheduler has a process of its own."
+    schedule = Schedule(LAYERS, late_start=4, entering=ENTERING)
+    schedule.save(tmp_path / "plan.json")
+    late = type("Late", (Server,), dict(env=dict(SEATS_VLLM_LATE="1")))
+    server = late(folder, tmp_path / "plan.json", tmp_path / "log", "--no-enable-prefix-caching")
+    try:
+        for s in samples()[:4]:
+            want = reference(testbed, Prompt(s.id, (clip_of(s), s.prompt_text)), schedule)
+            got = server.ask(chat(s, max_tokens=TOKENS, ignore_eos=True))
+            assert got["usage"]["prompt_tokens"] == want["prompt"]
+            words = testbed[1].tokenizer.decode(want["ids"], skip_special_tokens=True)
+            assert got["choices"][0]["message"]["content"].split() == words.split()
     finally:
         server.stop()

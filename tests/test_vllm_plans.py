@@ -1,5 +1,7 @@
 """What the plug-in for vLLM does without vLLM: plans of media, positions, refused options."""
 
+import itertools
+import re
 import time
 from types import SimpleNamespace
 
@@ -102,22 +104,69 @@ def test_long_clips_are_planned_at_once(planner, monkeypatch, shape, tokens, mos
     assert min(took) < most, took
 
 
-def test_options_that_are_refused():
-    def engine(**given):
-        parallel = dict(tensor_parallel_size=1, pipeline_parallel_size=1)
-        encoder = dict(compile_mm_encoder=False, cudagraph_mm_encoder=False)
-        return SimpleNamespace(
-            parallel_config=SimpleNamespace(**{k: given.get(k, v) for k, v in parallel.items()}),
-            compilation_config=SimpleNamespace(**{k: given.get(k, v) for k, v in encoder.items()}),
-        )
+REFUSED = dict(  # option: what serves, what does not; the second half where stage III runs
+    tensor_parallel_size=(1, 2),
+    pipeline_parallel_size=(1, 2),
+    compile_mm_encoder=(False, True),
+    cudagraph_mm_encoder=(False, True),
+    kv_transfer_config=(None, "a connector"),
+    speculative_config=(None, "a draft"),
+    cache_dtype=("auto", "fp8"),
+    enable_prefix_caching=(False, True),
+    disable_hybrid_kv_cache_manager=(False, True),
+    enforce_eager=(True, False),
+)
 
-    check_engine(engine())
-    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-        with pytest.raises(ValueError, match=f"{name} is 2.*serve with 1, or"):
-            check_engine(engine(**{name: 2}))
-    for name in ("compile_mm_encoder", "cudagraph_mm_encoder"):
-        with pytest.raises(ValueError, match=f"{name} is True.*serve with False, or"):
-            check_engine(engine(**{name: True}))
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_options_that_are_refused(option):
+    always = [*REFUSED].index(option) < 4
+    good = {name: best for name, (best, _) in REFUSED.items()}
+    for late, wrong in itertools.product((True, False), REFUSED[option]):
+        own = SimpleNamespace(**good | {option: wrong})  # in whichever part vLLM has it
+        parts = "parallel", "compilation", "cache", "scheduler", "model"
+        config = SimpleNamespace(**vars(own), **{f"{part}_config": own for part in parts})
+        if wrong == good[option] or not (late or always):
+            check_engine(config, late)
+            continue
+        without = "SEATS_VLLM_LATE" if late else "a schedule"
+        end = f"serve with {good[option]}, or without {without}"
+        with pytest.raises(ValueError, match=f"^{option} is {wrong}, but [^\n]*: {end}$"):
+            check_engine(config, late)
+
+
+LATE = dict(  # plan -> first layer without media, layers with them for the prompt only, said
+    as_one=(dict(late_start=23), 23, [], "of memory 11% less for a media token, 7% more"),
+    never=({}, 28, [], "0 of 28 layers hold no media; memory is not saved"),
+    half=(dict(late_start=14), 14, [], "50% less for a media token, 0% more .*from 0 media"),
+    apart=(dict(late_start={"visual": 20, "audio": 23}), 23, [], "stays up to layer 23 as well"),
+    prefix=(
+        dict(late_start=23, cache={"visual": (0, 20), "audio": (0, 20)}),
+        23,
+        [20, 21, 22],
+        "3 layers keep them for the prompt only",
+    ),
+    suffix=(
+        dict(late_start=20, cache={"visual": (2, 28), "audio": (2, 20)}),
+        20,
+        [0, 1],
+        "2 layers keep",
+    ),
+    nowhere=(dict(cache={"visual": (0, 0), "audio": (5, 5)}), 28, [*range(28)], "28 layers keep"),
+)
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_what_stage_3_does_with_a_plan(name):
+    plan, first, split, said = LATE[name]
+    late, prompt, line = vllm.late_layers(Schedule(28, **plan))
+    assert (late, prompt) == (first, split) and re.search(said, line) and "\n" not in line
+
+
+def test_caches_of_two_modalities_are_refused():
+    plan = Schedule(28, cache={"visual": (0, 20), "audio": (0, 21)})
+    with pytest.raises(ValueError, match="vLLM takes one range for both"):
+        vllm.late_layers(plan)
 
 
 def test_positions_are_placed_chunk_by_chunk():

@@ -4,6 +4,7 @@ python tests/vllm_folder.py FOLDER [LAYERS WIDTH]
 """
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -19,19 +20,26 @@ FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
+ARCHITECTURES = dict(
+    qwen2_5_omni="Qwen2_5OmniModel", qwen3_omni_moe="Qwen3OmniMoeForConditionalGeneration"
+)
 
 
 def full_checkpoint(
-    thinker,  # folder of a Qwen2.5-Omni thinker
+    thinker,  # folder of a Qwen2.5-Omni or Qwen3-Omni thinker
     out,
 ) -> Path:
     "Write the thinker as a part of the full model, which vLLM expects."
     thinker, out = Path(thinker), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     config = json.loads((thinker / "config.json").read_text())
+    model_type = config["model_type"].removesuffix("_thinker")
+    if "num_position_embeddings" in (vision := config["vision_config"]):  # in vLLM's words
+        side = math.isqrt(vision["num_position_embeddings"])
+        vision |= dict(image_size=side * vision["patch_size"], apply_vit_abs_pos_embed=True)
     full = dict(
-        architectures=["Qwen2_5OmniModel"],
-        model_type="qwen2_5_omni",
+        architectures=[ARCHITECTURES[model_type]],
+        model_type=model_type,
         thinker_config=config,
         enable_audio_output=False,
         dtype=config["dtype"],

@@ -3,7 +3,8 @@
 The job: `engine` (arguments of `vllm.LLM`), `batches` of requests, `tokens` to generate. The
 answers hold, per batch and request, prompt tokens, cached tokens, generated ids, their
 log-probabilities over the vocabulary, and which media tokens stage I kept, in the order in which it
-was asked.
+was asked; per batch how often a request was preempted, and the blocks that each group held at the
+last step.
 """
 
 import os
@@ -26,6 +27,25 @@ def kept_by_stage_1():
     return found
 
 
+def counted():
+    "What the scheduler did last: its `left` blocks, and how often requests were `preempted`."
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    found, stock = dict(preempted=0), Scheduler.schedule
+
+    def schedule(self, *args, **kwargs):
+        made = stock(self, *args, **kwargs)
+        found["preempted"] += len(made.preempted_req_ids or ())
+        if made.total_num_scheduled_tokens:
+            managers = self.kv_cache_manager.coordinator.single_type_managers
+            blocks = [[b for own in m.req_to_blocks.values() for b in own] for m in managers]
+            found["left"] = [sum(not b.is_null for b in held) for held in blocks]
+        return made
+
+    Scheduler.schedule = schedule
+    return found
+
+
 def answer(output):
     import torch
 
@@ -44,14 +64,15 @@ def main(job, answers):
 
     with open(job, "rb") as f:
         job = pickle.load(f)
-    llm, kept, found = LLM(**job["engine"]), kept_by_stage_1(), []
+    llm, kept, found, counts = LLM(**job["engine"]), kept_by_stage_1(), [], counted()
     greedy = SamplingParams(
         temperature=0, max_tokens=job["tokens"], logprobs=-1, ignore_eos=True, detokenize=False
     )
     for batch in job["batches"]:
         kept.clear()
+        counts["preempted"] = 0
         outputs = llm.generate(batch, greedy, use_tqdm=False)
-        found.append(dict(answers=[answer(o) for o in outputs], kept=list(kept)))
+        found.append(dict(answers=[answer(o) for o in outputs], kept=list(kept)) | counts)
     with open(answers, "wb") as f:
         pickle.dump(found, f)
 

@@ -27,7 +27,7 @@ from vllm.multimodal.processing.processor import PromptReplacement, PromptUpdate
 
 from ..pruning.encoders import watch_encoders
 from ..pruning.timing import Timings
-from .vllm import Planner, check_engine, method_of_environment, pack, place
+from .vllm import Planner, check_engine, method_of_environment, place
 
 # %% ../../nbs/serving/01_omni.ipynb #dcfe0cc8
 #| eval: false
@@ -165,8 +165,8 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
         attention.num_heads = attention.num_attention_heads_per_partition  # as in transformers
         entering = method.schedule.entering
         logging.getLogger("vllm.seats").info(
-            "stage I: %.3g of the visual and %.3g of the audio tokens enter the decoder; later "
-            "stages of the schedule need a slot mapping per layer and are left out",
+            "stage I: %.3g of the visual and %.3g of the audio tokens enter the decoder; stage II "
+            "of the schedule is left out, and stage III without SEATS_VLLM_LATE=1",
             entering["visual"],
             entering["audio"],
         )
@@ -208,8 +208,7 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
             received = watch.noted("received", counts, None)
         plan = self.planner.of_shape(clip and clip[0][0], track and track[0], seconds)
         attention = torch.cat([received[m] for m in rows])
-        kept, stay = self.planner.select(plan, torch.cat([*rows.values()]), attention)
-        return pack(kept, plan.positions_of(stay))
+        return self.planner.rows(plan, torch.cat([*rows.values()]), attention)
 
     def get_mrope_input_positions(self, input_tokens, mm_features):
         "Those of the full prompt; the rows of a medium bring their own once it is encoded."

@@ -22,6 +22,7 @@ from ..storage.provenance import digest
 
 # %% ../../nbs/serving/00_vllm.ipynb #48fb4017
 SCHEDULE = "SEATS_SCHEDULE"  # environment variable: a schedule's file or name
+LATE = "SEATS_VLLM_LATE"  # likewise: 1 for stage III as well, an experiment
 
 
 def method_of_environment() -> Seats:
@@ -29,18 +30,35 @@ def method_of_environment() -> Seats:
     return Seats(Schedule.load(os.environ[SCHEDULE]))
 
 
-def check_engine(config):  # vLLM's, of the whole engine
+def check_engine(
+    config,  # vLLM's, of the whole engine
+    stage_3=False,  # whether it runs there
+):
     "Raises ValueError for an option under which the engine would die or choose wrongly."
     found = vars(config.parallel_config) | vars(config.compilation_config)
-    for name, best, why in (
+    hooks = "the selection watches the encoders by hooks"
+    rows = [
         ("tensor_parallel_size", 1, "the selection sees the attention of all heads"),
         ("pipeline_parallel_size", 1, "only the first stage gets embeddings and their positions"),
-        ("compile_mm_encoder", False, "the selection watches the encoders by hooks"),
-        ("cudagraph_mm_encoder", False, "the selection watches the encoders by hooks"),
-    ):
-        if found[name] > best:
+        ("compile_mm_encoder", False, hooks),
+        ("cudagraph_mm_encoder", False, hooks),
+    ]
+    if stage_3:
+        found |= vars(config) | vars(config.cache_config) | vars(config.scheduler_config)
+        found["enforce_eager"] = config.model_config.enforce_eager
+        rows += [
+            ("kv_transfer_config", None, "a connector does not know of layers without media"),
+            ("speculative_config", None, "a draft does not know of layers without media"),
+            ("cache_dtype", "auto", "a quantised cache was not tested"),
+            ("enable_prefix_caching", False, "blocks of text do not follow a prompt's hashes"),
+            ("disable_hybrid_kv_cache_manager", False, "late layers need blocks of their own"),
+            ("enforce_eager", True, "a graph has as many rows in all layers"),
+        ]
+    without = LATE if stage_3 else "a schedule"
+    for name, best, why in rows:
+        if found[name] != best:
             raise ValueError(
-                f"{name} is {found[name]}, but {why}: serve with {best}, or without a schedule"
+                f"{name} is {found[name]}, but {why}: serve with {best}, or without {without}"
             )
 
 # %% ../../nbs/serving/00_vllm.ipynb #af0a8bcc
@@ -199,6 +217,10 @@ class Planner:
         stay = dropped.argsort(stable=True)[: sum(inputs.keep)]
         return features[order[stay]], stay
 
+    def rows(self, plan, features, attention):  # -> (n, D + k): what stays, with its positions
+        kept, stay = self.select(plan, features, attention)
+        return pack(kept, plan.positions_of(stay))
+
 # %% ../../nbs/serving/00_vllm.ipynb #590fc2b8
 def pack(rows, positions):  # (n, D) float, (3, n) int64 -> (n, D + k)
     "Rows with their positions as further columns."
@@ -234,6 +256,48 @@ def place(
         found.append(rows)
     return found, positions
 
+# %% ../../nbs/serving/00_vllm.ipynb #1a7e1001
+def cache_bytes(
+    layers: dict,  # kind -> number of layers
+    tokens: dict,  # kind -> tokens that one request has in each of them
+    block: int,  # tokens of a block
+    each: int,  # bytes of a token in a layer: keys and values
+) -> int:
+    "What vLLM allocates for a request: groups of equally many layers, whole blocks."
+    counts = [n for n in layers.values() if n]
+    size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
+    blocks = sum(-(-n // size) * -(-tokens[kind] // block) for kind, n in layers.items())
+    return blocks * size * block * each
+
+
+def late_layers(schedule):  # -> first layer without media, layers with them for the prompt, a line
+    "How stage III and `cache` become groups. Raises ValueError where they cannot."
+    starts = {schedule.late(m) for m in schedule.entering}
+    layers = schedule.num_layers
+    late = max(starts)
+    given = schedule.cache or dict(both=(0, layers))
+    ranges = {range(*(min(n, late) for n in kept)) for kept in given.values()}
+    if len(ranges) > 1:
+        raise ValueError(f"`cache` keeps media in {dict(given)}: vLLM takes one range for both")
+    (kept,) = ranges
+    split = [i for i in range(late) if i not in kept]
+    kinds = dict(whole=late - len(split), prompt=len(split), text=layers - late + len(split))
+    media, text = (
+        cache_bytes(kinds, dict(whole=1, prompt=1, text=t), 1, 1) / layers for t in (0, 1)
+    )
+    said = [f"stage III: {layers - late} of {layers} layers hold no media"]
+    if len(starts) > 1:
+        said.append(f"the modality that leaves earlier stays up to layer {late} as well")
+    if split:
+        said.append(f"{len(split)} layers keep them for the prompt only")
+    memory = "memory is not saved"
+    if media < 1:
+        memory = (
+            f"of memory {1 - media:.0%} less for a media token, {text - 1:.0%} more for one of "
+            f"text: it pays from {(text - 1) / (1 - media):.2g} media tokens per text token on"
+        )
+    return late, split, "; ".join([*said, memory])
+
 # %% ../../nbs/serving/00_vllm.ipynb #7b864b9b
 ARCHITECTURES = "Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration"
 
@@ -246,8 +310,13 @@ def register():
     from vllm.platforms import current_platform
 
     method_of_environment()  # what is wrong with the schedule is said at once
+    late = os.environ.get(LATE) == "1"
+    model = "late:LateOmni" if late else "omni:PrunedOmni"
     for name in ARCHITECTURES:
-        ModelRegistry.register_model(name, "seats_analysis.serving.omni:PrunedOmni")
+        ModelRegistry.register_model(name, f"seats_analysis.serving.{model}")
+    if late:
+        name = "Qwen3OmniMoeForConditionalGeneration"
+        ModelRegistry.register_model(name, "seats_analysis.serving.late:LateQwen3Omni")
     if current_platform.is_cpu():
         _ask_for_positions()
 
