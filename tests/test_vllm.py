@@ -346,6 +346,17 @@ def test_media_are_encoded_one_by_one():
         assert (seen[0][1] is None) == (given is videos)
 
 
+@pytest.mark.skipif(shutil.which("patch") is None, reason="no patch")
+@pytest.mark.parametrize("name", ["pruning_registry", "encoder_budget", "positions_on_cpu"])
+def test_what_is_sent_upstream_applies(name):
+    text = (TESTS.parent / "docs" / "upstream" / f"{name}.md").read_text()
+    site = Path(importlib.util.find_spec("vllm").origin).parents[1]
+    command = ["patch", "-p1", "--fuzz=0", "--dry-run", "-d", site]
+    diff = text.split("```diff\n")[1].split("```")[0]
+    run = subprocess.run(command, input=diff, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
 # ---------------------------------------------------------------- the server
 
 
