@@ -135,6 +135,20 @@ class PrunedProcessor(Qwen2_5OmniThinkerMultiModalProcessor):
             ]
         return found
 
+# %% ../../nbs/serving/01_omni.ipynb #38b10001
+#| eval: false
+class PrunedInfo(Qwen2_5OmniThinkerProcessingInfo):
+    "Start-up measures memory with the longest clip that fits once it is pruned."
+
+    def get_num_frames_with_most_features(self, seq_len, mm_counts):
+        kept = method_of_environment().schedule.entering["visual"]
+        before = int(seq_len / kept)
+        return super().get_num_frames_with_most_features(before, mm_counts, before)
+
+    def get_mm_max_tokens_per_item(self, seq_len, mm_counts=None):
+        found = super().get_mm_max_tokens_per_item(seq_len, mm_counts)
+        return {m: min(n, seq_len) if m == "video" else n for m, n in found.items()}
+
 # %% ../../nbs/serving/01_omni.ipynb #5f120007
 #| eval: false
 def _one_by_one(shapes, values, sizes, axis):  # -> per medium: its shape (1, ...), its values
@@ -143,7 +157,7 @@ def _one_by_one(shapes, values, sizes, axis):  # -> per medium: its shape (1, ..
 
 @MULTIMODAL_REGISTRY.register_processor(
     PrunedProcessor,
-    info=Qwen2_5OmniThinkerProcessingInfo,
+    info=PrunedInfo,
     dummy_inputs=Qwen2_5OmniThinkerDummyInputsBuilder,
 )
 class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalPruning):
@@ -245,8 +259,25 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
         found, positions = place(
             multimodal_embeddings, mrope_positions, media, num_computed_tokens, self.width
         )
-        # a number on the host, as the engine wants it: the only wait, and none in its first runner
+        if isinstance(input_ids, torch.Tensor):  # the second runner, where `PrunedState` knows it
+            return found, positions, 0
         return found, positions, int(positions.max()) + 1 - len(ids)
+
+    @classmethod
+    def get_model_state_cls(cls):
+        "For the second runner, whose positions lie on the device."
+        from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+        class PrunedState(DefaultModelState):
+            def prepare_inputs_embeds(self, *args):
+                "What follows the prompt is where `get_mrope_input_positions` said: no need to look."
+                planned = self.rope_state.prefill_delta.np.copy()
+                made = super().prepare_inputs_embeds(*args)
+                self.rope_state.prefill_delta.np[:] = planned
+                self.rope_state.apply_staged_writes()
+                return made
+
+        return PrunedState
 
     def embed_input_ids(self, input_ids, multimodal_embeddings=None, *, is_multimodal=None):
         "All rows are in the order of the prompt: there is nothing to interleave."
