@@ -18,7 +18,9 @@ import threading
 from itertools import chain
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
+import test_vllm
 import torch
 from vllm.benchmarks import serve
 
@@ -27,7 +29,7 @@ from seats_analysis.serving import vllm as plug
 from seats_analysis.storage.provenance import versions
 from seats_analysis.storage.schemas import SCHEMAS, save_json
 from seats_analysis.testbed.load import testbed_samples
-from test_vllm import ENTERING, TESTS, WITHIN, Server, chat
+from test_vllm import ENTERING, TESTS, WITHIN, Server, chat, environment
 from vllm_folder import full_checkpoint, random_thinker
 
 SERVER = """--max-num-batched-tokens 1024 --max-num-seqs 48 --block-size 32
@@ -95,13 +97,11 @@ def start(name, model, args, folder):
     Schedule(args.layers, entering=ENTERING, late_start=late).save(plan)
     blocks = str(GROUPS[name] * args.pool)
     switch = LATE if name == "late" else {}
-    os.environ |= switch
-    try:
+    options = *SERVER, "--num-gpu-blocks-override", blocks
+    env = lambda *given: environment(*given) | switch
+    with patch.object(test_vllm, "environment", env):
         schedule = None if name == "full" else plan
-        options = *SERVER, "--num-gpu-blocks-override", blocks
         return Server(model, schedule, folder / f"{name}.log", *options)
-    finally:
-        [os.environ.pop(key) for key in switch]
 
 
 def measure(args, folder, save):
