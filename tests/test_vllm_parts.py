@@ -30,7 +30,7 @@ from vllm.v1.request import Request
 from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.serving.omni import PrunedOmni
 from seats_analysis.serving.prefix import SharedPart
-from seats_analysis.serving.vllm import register
+from seats_analysis.serving.vllm import Planner, method_of_environment, register
 from test_vllm import ENTERING, FOLDER, TESTS
 from vllm_folder import full_checkpoint
 
@@ -122,15 +122,13 @@ def test_start_up_measures_the_longest_clip(tmp_path, monkeypatch):
     monkeypatch.setenv("SEATS_SCHEDULE", str(tmp_path / "plan.json"))
     register()
     folder = full_checkpoint(FOLDER, tmp_path / "model")
-    processor = MULTIMODAL_REGISTRY.create_processor(ModelConfig(str(folder), max_model_len=256))
-    made = processor.get_dummy_mm_inputs({"video": 1})
-    (place,) = made["mm_placeholders"]["video"]
-    grid = made["mm_kwargs"]["video"][0]["video_grid_thw"].data
-    unpruned = int(grid.prod()) // 4
-    one = unpruned // int(grid[0])
-    assert 256 / ENTERING["visual"] - one <= unpruned <= 256 / ENTERING["visual"]
-    most = processor.info.get_mm_max_tokens_per_item(256, {"video": 1})["video"]
-    assert place.get_num_embeds() <= most == 256
+    info = MULTIMODAL_REGISTRY.create_processor(ModelConfig(str(folder), max_model_len=256)).info
+    width, height = (side // 14 for side in info.get_image_size_with_most_features())
+    planner = Planner(info.get_hf_config(), method_of_environment())
+    kept = lambda frames: planner.plan((-(-frames // 2), height, width), None, 1.0).budgets[0].keep
+    longest = info.get_num_frames_with_most_features(32_768, {"video": 1})
+    assert sum(kept(longest)) <= 32_768 < sum(kept(longest + 2))
+    assert info.get_mm_max_tokens_per_item(32_768, {"video": 1})["video"] == 32_768
 
 
 def test_second_runner_does_not_wait(monkeypatch):
