@@ -141,9 +141,12 @@ class PrunedInfo(Qwen2_5OmniThinkerProcessingInfo):
     "Start-up measures memory with the longest clip that fits once it is pruned."
 
     def get_num_frames_with_most_features(self, seq_len, mm_counts):
+        c = self.get_hf_config()
+        fps = self.ctx.get_merged_mm_kwargs({}).get("fps", 2.0)
+        positions = c.text_config.max_position_embeddings
+        most = int(positions * fps / c.position_id_per_seconds)
         kept = method_of_environment().schedule.entering["visual"]
-        before = int(seq_len / kept)
-        return super().get_num_frames_with_most_features(before, mm_counts, before)
+        return super().get_num_frames_with_most_features(int(seq_len / kept), mm_counts, most)
 
     def get_mm_max_tokens_per_item(self, seq_len, mm_counts=None):
         found = super().get_mm_max_tokens_per_item(seq_len, mm_counts)
@@ -156,9 +159,7 @@ def _one_by_one(shapes, values, sizes, axis):  # -> per medium: its shape (1, ..
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    PrunedProcessor,
-    info=PrunedInfo,
-    dummy_inputs=Qwen2_5OmniThinkerDummyInputsBuilder,
+    PrunedProcessor, info=PrunedInfo, dummy_inputs=Qwen2_5OmniThinkerDummyInputsBuilder
 )
 class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalPruning):
     "Qwen2.5-Omni whose videos and audio tracks pass through stage I."
