@@ -271,7 +271,7 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
 
         class PrunedState(DefaultModelState):
             def prepare_inputs_embeds(self, *args):
-                "What follows the prompt is where `get_mrope_input_positions` said: no need to look."
+                "What follows the prompt begins where `get_mrope_input_positions` said."
                 planned = self.rope_state.prefill_delta.np.copy()
                 made = super().prepare_inputs_embeds(*args)
                 self.rope_state.prefill_delta.np[:] = planned
