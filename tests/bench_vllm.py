@@ -75,9 +75,9 @@ def ask(server, clips, concurrency, args, folder):
     --max-concurrency {concurrency} --seed 0 --disable-tqdm --save-detailed"""
     parser = argparse.ArgumentParser()
     serve.add_cli_args(parser)
-    args = parser.parse_args([*command.split(), "--extra-body", json.dumps(body)])
+    given = parser.parse_args([*command.split(), "--extra-body", json.dumps(body)])
     with Peak(server) as peak, contextlib.redirect_stdout(io.StringIO()):
-        told = serve.main(args)
+        told = serve.main(given)
     if told["completed"] != len(clips):
         raise RuntimeError(f"only {told['completed']} of {len(clips)} requests were answered")
     return dict(
