@@ -21,7 +21,8 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "docs"
 PAGES = BUILD / "pages"
-TEXTS = "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "data/results/bench_notes.md"
+UPSTREAM = [p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob("docs/upstream/*.md"))]
+TEXTS = "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "data/results/bench_notes.md", *UPSTREAM
 TABS = {"tutorials": "Tutorials", "explanations": "Explanations", "results": "Results"}
 HIDDEN = re.compile(r"\s*#\s*\|\s*(hide\s*$|default_exp)", re.M)
 
@@ -97,7 +98,8 @@ def navigation():
     ]
     tabs = [{title: shown(folder)} for folder, title in TABS.items() if shown(folder)]
     modules = ["nbs/index.md", *({room: shown(room)} for room in room_order())]
-    more = ["CONTRIBUTING.md", "CHANGELOG.md", {"Experiments": shown("experiments")}]
+    experiments = {"Experiments": shown("experiments")}
+    more = ["CONTRIBUTING.md", "CHANGELOG.md", {"For vLLM": UPSTREAM}, experiments]
     return [
         {"Home": "index.md"},
         {"Explorer": "explorer.md"},

@@ -1,8 +1,9 @@
-"""What stage I brings in vLLM, by vLLM's own benchmark: make bench-vllm
+"""What stage I, and III with it, bring in vLLM, by vLLM's own benchmark: make bench-vllm
 
-Two servers of one model with random weights, with a schedule and without, are asked in turns in
-every round, so that whatever else the machine does hits both. No two runs in a row share a clip:
-vLLM would not encode it again. Writes data/results/vllm_DEVICE.json.
+Servers of one model with random weights, without a schedule and with one, are asked in turns in
+every round, so that whatever else the machine does hits all. Their KV caches are small and of equal
+bytes: with many requests at once, they wait for blocks. No two runs in a row share a clip: vLLM
+would not encode it again. Writes data/results/vllm_DEVICE.json, after every round.
 """
 
 import argparse
@@ -17,19 +18,24 @@ import threading
 from itertools import chain
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
+import test_vllm
 import torch
 from vllm.benchmarks import serve
 
 from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.serving import vllm as plug
 from seats_analysis.storage.provenance import versions
 from seats_analysis.storage.schemas import SCHEMAS, save_json
 from seats_analysis.testbed.load import testbed_samples
-from test_vllm import ENTERING, TESTS, WITHIN, Server, chat
+from test_vllm import ENTERING, TESTS, WITHIN, Server, chat, environment
 from vllm_folder import full_checkpoint, random_thinker
 
-SERVER = """--max-num-batched-tokens 1024 --max-num-seqs 8 --block-size 32
+SERVER = """--max-num-batched-tokens 1024 --max-num-seqs 48 --block-size 32
 --no-enable-prefix-caching --mm-processor-cache-gb 0 --trust-request-mm-kwargs""".split()
+LATE = dict(SEATS_VLLM_LATE="1") if hasattr(plug, "LATE") else {}
+GROUPS = dict(full=1, seats=1, late=2)  # of equally many layers: a block holds the layers of one
 
 
 class Peak(threading.Thread):
@@ -48,34 +54,30 @@ class Peak(threading.Thread):
 
     def __enter__(self):
         self.start()
+        self.preempted = -float(self.find(r"num_preemptions_total\S* (\S+)"))
         return self
 
     def __exit__(self, *error):
         self.over.set()
         self.join()
-
-    @property
-    def tokens(self):
-        "The largest number of tokens in it, in whole blocks."
-        size = lambda name: int(self.find(rf'cache_config_info\{{.*?{name}="(\d+)"'))
-        return round(self.usage * size("num_gpu_blocks")) * size("block_size")
+        self.preempted += float(self.find(r"num_preemptions_total\S* (\S+)"))
 
 
-def ask(server, clips, concurrency, generated, folder):
+def ask(server, clips, concurrency, args, folder):
     "One run of `vllm bench serve`: a row."
     path = folder / "prompts.jsonl"
     prompts = [dict(prompt=chat(s, audio=False)["messages"]) for s in clips]
     path.write_text("\n".join(map(json.dumps, prompts)))
-    body = dict(max_completion_tokens=generated, ignore_eos=True, temperature=0) | WITHIN
+    body = dict(max_completion_tokens=args.generated, ignore_eos=True, temperature=0) | WITHIN
     command = f"""--backend openai-chat --endpoint /v1/chat/completions --model omni
     --base-url http://127.0.0.1:{server.port} --dataset-name custom --dataset-path {path}
     --skip-tokenizer-init --skip-chat-template --disable-shuffle --num-prompts {len(clips)}
     --max-concurrency {concurrency} --seed 0 --disable-tqdm --save-detailed"""
     parser = argparse.ArgumentParser()
     serve.add_cli_args(parser)
-    args = parser.parse_args([*command.split(), "--extra-body", json.dumps(body)])
+    given = parser.parse_args([*command.split(), "--extra-body", json.dumps(body)])
     with Peak(server) as peak, contextlib.redirect_stdout(io.StringIO()):
-        told = serve.main(args)
+        told = serve.main(given)
     if told["completed"] != len(clips):
         raise RuntimeError(f"only {told['completed']} of {len(clips)} requests were answered")
     return dict(
@@ -84,32 +86,54 @@ def ask(server, clips, concurrency, generated, folder):
         ttft_ms=1000 * median(told["ttfts"]),
         itl_ms=1000 * median(chain.from_iterable(told["itls"])),
         requests_per_s=told["request_throughput"],
-        kv_tokens=peak.tokens,
+        kv_tokens=round(peak.usage * args.pool) * 32,  # in whole blocks of all layers
+        preempted=peak.preempted,
     )
 
 
-def measure(args, folder):
+def start(name, model, args, folder):
+    "A server: without a schedule, with stage I, or with stages I and III."
+    late, plan = args.layers // 2 if name == "late" else None, folder / f"{name}.json"
+    Schedule(args.layers, entering=ENTERING, late_start=late).save(plan)
+    blocks = str(GROUPS[name] * args.pool)
+    switch = LATE if name == "late" else {}
+    options = *SERVER, "--num-gpu-blocks-override", blocks
+    env = lambda *given: environment(*given) | switch
+    with patch.object(test_vllm, "environment", env):
+        schedule = None if name == "full" else plan
+        return Server(model, schedule, folder / f"{name}.log", *options)
+
+
+def measure(args, folder, save):
     torch.manual_seed(0)
     thinker = random_thinker(folder / "thinker", args.layers, args.width)
-    model, plan = full_checkpoint(thinker, folder / "model"), folder / "plan.json"
-    Schedule(args.layers, entering=ENTERING).save(plan)
+    model = full_checkpoint(thinker, folder / "model")
     asked = [*testbed_samples("derive"), *testbed_samples("test")]
     clips, rows, servers = list({s.video: s for s in asked}.values()), [], {}
     try:
-        for name, schedule in dict(full=None, seats=plan).items():
-            servers[name] = Server(model, schedule, folder / f"{name}.log", *SERVER)
+        for name in GROUPS:
+            if name == "late" and not LATE:
+                continue
+            try:
+                servers[name] = start(name, model, args, folder)
+            except AssertionError as error:  # it holds the end of the server's log
+                if name != "late":
+                    raise
+                print("without stage III:", *re.findall("ValueError: .*", str(error))[-1:])
+                continue
             servers[name].ask(chat(clips[-1], audio=False, **WITHIN))
-        print("both serve", flush=True)
+        print("serving:", *servers, flush=True)
         for i in range(args.rounds):
-            for concurrency in (1, 4, 8):
-                here, clips = clips[: args.clips], clips[args.clips :] + clips[: args.clips]
+            for concurrency in args.concurrency:
+                n = max(args.clips, concurrency)
+                here, clips = clips[:n], clips[n:] + clips[:n]
                 for name in [*servers][:: -1 if i % 2 else 1]:
-                    row = ask(servers[name], here, concurrency, args.generated, folder)
+                    row = ask(servers[name], here, concurrency, args, folder)
                     rows.append(dict(method=name, round=i) | row)
                     print(*rows[-1].values(), flush=True)
+            save(rows)
     finally:
         [s.stop() for s in servers.values()]
-    return rows
 
 
 def main():
@@ -117,14 +141,16 @@ def main():
     parser.add_argument("--layers", type=int, default=12, help="of the decoder")
     parser.add_argument("--width", type=int, default=768, help="of the decoder")
     parser.add_argument("--generated", type=int, default=16, help="tokens of an answer")
-    parser.add_argument("--clips", type=int, default=8, help="requests of one run")
+    parser.add_argument("--clips", type=int, default=8, help="requests of one run, at least")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 8, 16, 48])
+    parser.add_argument("--pool", type=int, default=100, help="blocks of 32 tokens, all layers")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind")
+    parser.add_argument("--out", type=Path, default=TESTS.parent / "data" / "results")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # of the servers
-    with tempfile.TemporaryDirectory() as folder:
-        rows = measure(args, Path(folder))
     found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     device = found[1].strip() if found else "CPU"
+    settings = {k: v for k, v in vars(args).items() if k != "out"}
     data = dict(
         schema=SCHEMAS["vllm"].id,
         model="qwen2.5-omni",
@@ -135,11 +161,12 @@ def main():
         versions=versions("vllm", "torch", "transformers"),
         seed=0,
         command=" ".join(["python tests/run_vllm.py --bench", *sys.argv[1:]]),
-        settings=vars(args) | dict(entering=ENTERING, server=" ".join(SERVER)),
-        rows=rows,
+        settings=settings | dict(entering=ENTERING, server=" ".join(SERVER)),
     )
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    print(save_json(TESTS.parent / "data" / "results" / f"vllm_{slug}.json", data))
+    path = args.out / f"vllm_{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+    with tempfile.TemporaryDirectory() as folder:
+        measure(args, Path(folder), lambda rows: save_json(path, data | dict(rows=rows)))
+    print(path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`make test-vllm`: an environment of its own with vLLM for CPUs, and test_vllm.py in it.
+"""`make test-vllm`: an environment of its own with vLLM for CPUs, and the tests in it.
 
     python tests/run_vllm.py [pytest options]      the environment is build/vllm, or SEATS_VLLM_ENV
     python tests/run_vllm.py --bench [options]     bench_vllm.py there
@@ -85,7 +85,8 @@ def main():
         if wrong := pip("install", "-e", ".", "pytest"):
             sys.exit(f"this project could not be installed beside vLLM: {wrong}")
         STAMP.touch()
-    command, env = "-m pytest tests/test_vllm.py -q -p no:cacheprovider --durations=5", {}
+    command, env = "-m pytest tests/test_vllm.py tests/test_vllm_parts.py", {}
+    command += " -q -p no:cacheprovider --durations=5"
     options = sys.argv[1:]
     if "--bench" in options:
         command = "tests/bench_vllm.py"

@@ -51,7 +51,7 @@ def pages(request):
     made = SITE / "index.html"
     if not made.exists():
         pytest.skip("no site: make docs")
-    sources = [*ROOT.glob("docs/*"), *ROOT.glob("nbs/**/*.ipynb"), ROOT / "README.md"]
+    sources = [*ROOT.glob("docs/**/*"), *ROOT.glob("nbs/**/*.ipynb"), ROOT / "README.md"]
     if max(p.stat().st_mtime for p in sources) > made.stat().st_mtime:
         pytest.skip("the site is older than what it is made from: make docs")
     return sorted(SITE.rglob("*.html"))

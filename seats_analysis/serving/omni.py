@@ -135,6 +135,23 @@ class PrunedProcessor(Qwen2_5OmniThinkerMultiModalProcessor):
             ]
         return found
 
+# %% ../../nbs/serving/01_omni.ipynb #38b10001
+#| eval: false
+class PrunedInfo(Qwen2_5OmniThinkerProcessingInfo):
+    "Start-up measures memory with the longest clip that fits once it is pruned."
+
+    def get_num_frames_with_most_features(self, seq_len, mm_counts):
+        c = self.get_hf_config()
+        fps = self.ctx.get_merged_mm_kwargs({}).get("fps", 2.0)
+        positions = c.text_config.max_position_embeddings
+        most = int(positions * fps / c.position_id_per_seconds)
+        kept = method_of_environment().schedule.entering["visual"]
+        return super().get_num_frames_with_most_features(int(seq_len / kept), mm_counts, most)
+
+    def get_mm_max_tokens_per_item(self, seq_len, mm_counts=None):
+        found = super().get_mm_max_tokens_per_item(seq_len, mm_counts)
+        return {m: min(n, seq_len) if m == "video" else n for m, n in found.items()}
+
 # %% ../../nbs/serving/01_omni.ipynb #5f120007
 #| eval: false
 def _one_by_one(shapes, values, sizes, axis):  # -> per medium: its shape (1, ...), its values
@@ -142,9 +159,7 @@ def _one_by_one(shapes, values, sizes, axis):  # -> per medium: its shape (1, ..
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    PrunedProcessor,
-    info=Qwen2_5OmniThinkerProcessingInfo,
-    dummy_inputs=Qwen2_5OmniThinkerDummyInputsBuilder,
+    PrunedProcessor, info=PrunedInfo, dummy_inputs=Qwen2_5OmniThinkerDummyInputsBuilder
 )
 class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalPruning):
     "Qwen2.5-Omni whose videos and audio tracks pass through stage I."
@@ -244,8 +259,25 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
         found, positions = place(
             multimodal_embeddings, mrope_positions, media, num_computed_tokens, self.width
         )
-        # a number on the host, as the engine wants it: the only wait, and none in its first runner
+        if isinstance(input_ids, torch.Tensor):  # the second runner, where `PrunedState` knows it
+            return found, positions, 0
         return found, positions, int(positions.max()) + 1 - len(ids)
+
+    @classmethod
+    def get_model_state_cls(cls):
+        "For the second runner, whose positions lie on the device."
+        from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+        class PrunedState(DefaultModelState):
+            def prepare_inputs_embeds(self, *args):
+                "What follows the prompt begins where `get_mrope_input_positions` said."
+                planned = self.rope_state.prefill_delta.np.copy()
+                made = super().prepare_inputs_embeds(*args)
+                self.rope_state.prefill_delta.np[:] = planned
+                self.rope_state.apply_staged_writes()
+                return made
+
+        return PrunedState
 
     def embed_input_ids(self, input_ids, multimodal_embeddings=None, *, is_multimodal=None):
         "All rows are in the order of the prompt: there is nothing to interleave."
