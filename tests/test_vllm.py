@@ -291,8 +291,9 @@ def test_refused_at_the_start(folder, schedules, tmp_path):
     compiled = dict(compilation_config=dict(compile_mm_encoder=True))
     with pytest.raises(AssertionError, match="compile_mm_encoder is True, but the selection"):
         engine(folder, tmp_path, [], schedules["some"][1], **compiled)
-    with pytest.raises(AssertionError, match="enable_prefix_caching is True, but blocks of text"):
-        engine(folder, tmp_path, [], schedules["some"][1], env=dict(SEATS_VLLM_LATE="1"))
+    Schedule(LAYERS, entering=ENTERING, cache=dict.fromkeys(ENTERING, (0, 4))).save(path)
+    with pytest.raises(AssertionError, match="enable_prefix_caching is True, but the schedule's"):
+        engine(folder, tmp_path, [], path, env=dict(SEATS_VLLM_LATE="1"))
 
 
 def test_refused_without_an_engine(monkeypatch):
@@ -386,7 +387,8 @@ def test_stage_3_is_that_of_prune(case, kinds, tmp_path):
         asked = [(Prompt("silent", parts), True) for parts in silent] + [kinds["image"]]
     else:
         asked += [k for name, k in kinds.items() if case == "chunks" or "two" not in name]
-    settings = dict(max_num_batched_tokens=24, enable_prefix_caching=False) | settings
+    caching = "cache" not in plan  # then the first request is found again in the batch
+    settings = dict(max_num_batched_tokens=24, enable_prefix_caching=caching) | settings
     requests = [request_of(testbed[1], *question) for question in asked]
     alone, found = engine(
         folder,

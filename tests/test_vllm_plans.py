@@ -112,7 +112,7 @@ REFUSED = dict(  # option: what serves, what does not; the second half where sta
     kv_transfer_config=(None, "a connector"),
     speculative_config=(None, "a draft"),
     cache_dtype=("auto", "fp8"),
-    enable_prefix_caching=(False, True),
+    kv_events_config=(None, "events"),
     disable_hybrid_kv_cache_manager=(False, True),
     enforce_eager=(True, False),
 )

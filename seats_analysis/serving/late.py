@@ -21,11 +21,11 @@ from vllm.model_executor.models.qwen3_omni_moe_thinker import (
 )
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import AttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from .omni import PrunedOmni
+from .prefix import SharedPart
 from .vllm import check_engine, late_layers, method_of_environment
 
 # %% ../../nbs/serving/04_late.ipynb #1a7e0004
@@ -58,21 +58,13 @@ def marks_of(length, features):  # tokens of a prompt, vLLM's media of it -> (le
     return marks
 
 
-class PartManager(FullAttentionManager):
+class PartManager(SharedPart):
     "Blocks of the groups that hold a part of the tokens."
 
     def _held(self, request_id, tokens):
         request = REQUESTS[request_id]
         within = min(tokens, request.num_prompt_tokens)
         return within if self.kv_cache_spec.prompt else tokens - int(request.marks[within]) // 4
-
-    def get_num_blocks_to_allocate(self, request_id, num_tokens, *args, **kwargs):
-        held = self._held(request_id, num_tokens)
-        return super().get_num_blocks_to_allocate(request_id, held, *args, **kwargs)
-
-    def allocate_new_blocks(self, request_id, num_tokens, num_tokens_main_model):
-        held = self._held(request_id, num_tokens)
-        return super().allocate_new_blocks(request_id, held, num_tokens_main_model)
 
     def remove_skipped_blocks(self, request_id, processed, num_prompt_tokens=None):
         if self.kv_cache_spec.prompt and processed >= REQUESTS[request_id].num_prompt_tokens:
@@ -104,6 +96,11 @@ class LateLayers:
         layers = self.language_model.model.layers
         schedule.check_model(len(layers))
         self.late, self.split, said = late_layers(schedule)
+        if self.split and vllm_config.cache_config.enable_prefix_caching:
+            raise ValueError(
+                "enable_prefix_caching is True, but the schedule's `cache` lets layers drop media "
+                "behind the prompt: serve with False, or without `cache`"
+            )
         self.engine = vllm_config
         self.builder = None
         self.attends = {False: [], True: []}  # whether for the prompt -> attention of layers
@@ -140,6 +137,8 @@ class LateLayers:
         return positions + marks[:-1], np.int64(delta + marks[-1])  # vLLM adds numbers of 32 bits
 
     def recompute_mrope_positions(self, *, mrope_positions, **given):
+        if self.engine.use_v2_model_runner:  # `LateState` adds the marks
+            return super().recompute_mrope_positions(mrope_positions=mrope_positions, **given)
         marks = mrope_positions >> BITS
         found, positions, delta = super().recompute_mrope_positions(
             mrope_positions=mrope_positions - (marks << BITS), **given
@@ -147,12 +146,14 @@ class LateLayers:
         media = (int(marks[0, -1]) + 2) // 4
         return found, positions + (marks << BITS), np.int64(delta + (media << BITS + 2))
 
-    @staticmethod
-    def get_model_state_cls():
+    @classmethod
+    def get_model_state_cls(cls):
         "For the second runner, in its words."
         from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-        class LateState(DefaultModelState):
+        own = getattr(super(), "get_model_state_cls", lambda: DefaultModelState)
+
+        class LateState(own()):
             def add_request(self, req_index, new_req_data):
                 super().add_request(req_index, new_req_data)
                 self.marks = getattr(self, "marks", {})

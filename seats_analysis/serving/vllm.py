@@ -50,7 +50,7 @@ def check_engine(
             ("kv_transfer_config", None, "a connector does not know of layers without media"),
             ("speculative_config", None, "a draft does not know of layers without media"),
             ("cache_dtype", "auto", "a quantised cache was not tested"),
-            ("enable_prefix_caching", False, "blocks of text do not follow a prompt's hashes"),
+            ("kv_events_config", None, "blocks of text have keys of their own"),
             ("disable_hybrid_kv_cache_manager", False, "late layers need blocks of their own"),
             ("enforce_eager", True, "a graph has as many rows in all layers"),
         ]
