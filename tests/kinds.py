@@ -1,6 +1,7 @@
 """Tiny random models of the families beside the two Omni ones, from the stock classes of
 transformers, each with the real processor of its family."""
 
+import kinds_more
 import numpy as np
 import tiny
 import transformers
@@ -82,6 +83,7 @@ ROWS = {
     "qwen2-audio": ("Qwen2Audio", False, (None, None, "<|AUDIO|>")),
     "audioflamingo3": ("AudioFlamingo3", False, (None, None, "<sound>")),
 }
+ROWS |= kinds_more.ROWS
 BEFORE = {"internvl": "<video>", "glm4v": "<|begin_of_video|><|video|><|end_of_video|>"}
 BEFORE["glm46v"] = BEFORE["glm4v"]
 
@@ -102,7 +104,9 @@ def model(family, attention="sdpa", seed=0):
     rope = dict(rope_type="default", rope_theta=1e4)
     if mrope:
         rope["mrope_section"] = [4, 2, 2]
-    parts = dict(text_config=part(stock.get_text_config(), TEXT, rope_parameters=rope))
+    rope |= kinds_more.ROPE.get(family, {})
+    text = TEXT | kinds_more.TEXT.get(family, {})
+    parts = dict(text_config=part(stock.get_text_config(), text, rope_parameters=rope))
     if hasattr(stock, "vision_config"):
         vision = part(stock.vision_config, VISION)
         if name == "Qwen2VL":
@@ -127,7 +131,11 @@ def model(family, attention="sdpa", seed=0):
         parts |= dict(image_seq_length=4)
     settings = cls.config_class(**parts)
     settings.get_text_config()._experts_implementation = "eager"  # what torch's counter counts
-    return tiny.randomise(cls._from_config(settings, attn_implementation=attention), seed)
+    made = tiny.randomise(cls._from_config(settings, attn_implementation=attention), seed)
+    for name, p in made.named_parameters():
+        if name.endswith("A_log"):
+            p.data -= 4  # so that a state holds what was read long ago
+    return made
 
 
 def tokenizer(family):
@@ -171,8 +179,10 @@ def template(family):
 
 def processor(family):
     name = ROWS[family][0]
-    cls = getattr(transformers, name.removesuffix("Moe") + "Processor")
     given = dict(tokenizer=tokenizer(family), chat_template=template(family))
+    if (made := kinds_more.processor(name, given)) is not None:
+        return made
+    cls = getattr(transformers, name.removesuffix("Moe") + "Processor")
     if heard(family):
         mel = transformers.WhisperFeatureExtractor(
             feature_size=16, chunk_length=30, return_attention_mask=True

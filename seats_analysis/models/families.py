@@ -81,6 +81,13 @@ _SIGHT = (
     Adapter("glm46v", ("Glm46VForConditionalGeneration",), frames_as_pictures=True),
 )
 
+# %% ../../nbs/models/00_families.ipynb #0112858b
+_HYBRID = (
+    Adapter("qwen3.5", ("Qwen3_5ForConditionalGeneration",), received=("visual",)),
+    Adapter("qwen3.5-moe", ("Qwen3_5MoeForConditionalGeneration",), received=("visual",)),
+    Adapter("minicpm-v-4.6", ("MiniCPMV4_6ForConditionalGeneration",)),
+)
+
 # %% ../../nbs/models/00_families.ipynb #7672baed
 def _sound(family, name, per_second):
     "A row of the table: audio alone."
@@ -89,7 +96,7 @@ def _sound(family, name, per_second):
 
 
 _SOUND = (_sound("qwen2-audio", "Qwen2Audio", 25), _sound("audioflamingo3", "AudioFlamingo3", 25))
-FAMILIES = {a.family: a for a in (*_OMNI, *_SIGHT, *_SOUND)}
+FAMILIES = {a.family: a for a in (*_OMNI, *_SIGHT, *_SOUND, *_HYBRID)}
 
 # %% ../../nbs/models/00_families.ipynb #715a91af
 def adapter_for(

@@ -284,7 +284,7 @@ def removal_scores(
         order[:, encoded.shape[1] :] = True  # the tail keeps its place at the end, filling or not
         keep = order.long().argsort(dim=-1, stable=True)[:, -int(order.sum(-1).max()) :]
         pattern = whole.decoder.causal_pattern(stays.gather(1, keep), branch.gather(1, keep))
-        mask = whole.decoder.mask(pattern, whole.hidden.dtype)
+        mask = whole.decoder.mask(pattern, whole.hidden.dtype, keep.shape[1] - end)
         return keep, replace(whole.map(lambda x: pick(x, keep)), mask=mask)
 
     def scores(stream):  # the answer position and the branches of each row
@@ -333,7 +333,8 @@ class Condition:
         self.blind = blind
         self.twice = blind is not None and hidden is None  # tails as they are, and blind ones
         self.batches = []
-        self.front = front if front >= SHARE * len(keep) else 0  # positions of the full stream's
+        enough = front >= SHARE * len(keep) and not walk.decoder.recurrent
+        self.front = front if enough else 0  # positions of the full stream's
         self.own = keep[self.front :]  # (n,) int64 positions that are run apart
         self.tables = context.map(lambda x: x[:, self.own])
         causal = torch.ones(len(keep), len(keep), dtype=torch.bool, device=device).tril()
@@ -349,7 +350,7 @@ class Condition:
             sees_context = sees_context.repeat(2, 1)
             allowed = torch.block_diag(allowed, allowed)
             self.after = tuple(t.repeat(1, 2, 1) for t in self.after)
-        self.tail_mask = walk.mask(torch.cat([sees_context, allowed], 1))
+        self.tail_mask = walk.mask(torch.cat([sees_context, allowed], 1), 0)
 
     def branch_off(self, layer, full, max_tokens, bypass=False):  # bypass: it misses the layer
         "Cut one more stream from the full one, into a batch of at most so many tokens."
@@ -413,8 +414,8 @@ class Traversal:
         self.full.batches = [Batch([], self.context.hidden, self.after.hidden)]
         self.bypassed = Condition(self, nothing, [None])
 
-    def mask(self, allowed):  # (n, m) bool, True = may look
-        return self.decoder.mask(allowed[None, None], self.context.hidden.dtype)
+    def mask(self, allowed, line=None):  # (n, m) bool, True = may look; see `Decoder.mask`
+        return self.decoder.mask(allowed[None, None], self.context.hidden.dtype, line)
 
     @classmethod
     def of(cls, model, questions, selectors, whole=False):

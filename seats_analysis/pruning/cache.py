@@ -6,13 +6,13 @@
 __all__ = ['Slots', 'follow_up']
 
 # %% ../../nbs/pruning/09_cache.ipynb #56ca435d
-import copy
 import warnings
 import torch
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from ..inputs.layout import Modality
+from ..models.decoder import Decoder
 from .prefill import stock_mask
 from ..schedules.schedule import ScheduleWarning
 
@@ -46,6 +46,8 @@ class Slots:
                 nowhere = any(n and not kept[m] for n, kept in zip(had, p.steps[-1].n_keep))
             if nowhere and any(had):
                 removed.append(m)
+        first = layers[p.decoder.attentive(0)]  # a recurrent layer holds no slots: it counts as this
+        layers = [first if i in p.decoder.recurrent else t for i, t in enumerate(layers)]
         slots = cls(
             valid=tuple(t.valid if t.padded else None for t in layers),
             lengths=tuple(t.column.shape[1] for t in layers),
@@ -103,12 +105,12 @@ class Slots:
     @staticmethod
     def check_cache(cache):
         "Raise ValueError for a cache that cannot be shortened: fixed, quantized or offloaded."
-        from transformers.cache_utils import DynamicLayer
+        from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
         plain = (
             cache is None
             or not getattr(cache, "offloading", False)
-            and all(type(layer) is DynamicLayer for layer in cache.layers)
+            and all(type(layer) in (DynamicLayer, LinearAttentionLayer) for layer in cache.layers)
         )
         if not plain:
             what = "has a fixed length" if cache.is_compileable else "is quantized or offloaded"
@@ -142,9 +144,8 @@ class Slots:
         "A pruned cache for `times` copies of each of its rows, apart from the caller's."
         if cls.of(cache) is None or len(cls.of(cache).position) != rows:
             return cache
-        new = copy.copy(cache)
-        new.layers = [copy.copy(layer) for layer in cache.layers]
-        new.batch_repeat_interleave(times)
+        new = Decoder.copy_cache(cache)
+        new.reorder_cache(torch.arange(rows).repeat_interleave(times))
         return new
 
     @classmethod
@@ -252,8 +253,10 @@ class Slots:
     def masks(self, config, hidden, mask, cache) -> list:  # one per layer
         "The masks of a decode step; `mask` is the caller's. Layers that hold the same share one."
         tail = self.columns_after(mask, cache, hidden.shape[1])
-        seen = {}
+        q = hidden.shape[1]
+        seen = dict(recurrent=None if tail is None or q == 1 else tail[:, -q:])
         keys = [(id(v), n) for v, n in zip(self.valid, self.lengths)]
+        keys = ["recurrent" if gone else key for gone, key in zip(cache.is_linear, keys)]
         for i, key in enumerate(keys):
             if key not in seen:
                 seen[key] = self.mask(config, hidden, tail, cache, i)

@@ -159,7 +159,7 @@ class Prefill:
         positions = positions.expand(*positions.shape[:-2], *embeds.shape[:2])
         self.position = positions.reshape(-1, *embeds.shape[:2]).amax((0, 2)) + 1
         if not self.steps or self.steps[0].stage != 1:
-            return self.behind_earlier(0, embeds, kwargs)
+            return self.behind_earlier(self.decoder.attentive(0), embeds, kwargs)
         step = self.steps[0]
         with torch.set_grad_enabled(self.method.merges and torch.is_grad_enabled()):
             keep, embeds = self.select(embeds, encoders)
@@ -174,7 +174,7 @@ class Prefill:
             if not step.padded and self.decoder.mrope
             else self.tokens.valid.long(),
         }
-        return self.behind_earlier(0, embeds, kwargs)
+        return self.behind_earlier(self.decoder.attentive(0), embeds, kwargs)
 
     def select(self, embeds, encoders):  # -> (B, S) bool; embeds, changed where the method merges
         "Ask the method, put its answer into the sequence."
@@ -220,8 +220,17 @@ class Prefill:
             self.mask = stock_mask(self.decoder.module.config, hidden, valid)
         return hidden
 
-    def behind_earlier(self, layer, hidden, kwargs) -> dict:  # keyword arguments with their mask
-        "Let a layer see what its cache holds of an earlier turn."
+    def masked(self, layer, hidden, kwargs) -> dict:  # keyword arguments of a layer, its mask too
+        "A layer sees what is left, and what its cache holds of an earlier turn."
+        if layer in self.decoder.recurrent:
+            valid = self.tokens.valid if self.tokens.padded else None
+            return {**kwargs, "attention_mask": valid}
+        if self.earlier is None:
+            return {**kwargs, "attention_mask": self.mask}
+        return self.behind_earlier(layer, hidden, kwargs)
+
+    def behind_earlier(self, layer, hidden, kwargs) -> dict:
+        "Let a layer with attention see what its cache holds of an earlier turn."
         earlier = self.earlier
         if earlier is None:
             return kwargs
@@ -239,7 +248,8 @@ class Prefill:
         if step.stage == 3:
             return tokens.valid & ~torch.stack([tokens.is_(m) for m in step.removed]).any(0)
         if self.method.uses_scores:
-            scores = self.scores(step.layer - 1, hidden, tables)
+            layer = self.decoder.attentive(step.layer - 1)
+            scores = self.scores(layer, hidden, tables)
             self.checks.append(Check.of_scores(scores, step.layer))
         return self.method.drop(tokens, scores, step, self.n_chunks) & tokens.valid
 

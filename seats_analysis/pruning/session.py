@@ -72,6 +72,12 @@ class Session:
                     "`device_map` over several devices"
                 )
         self.decoder.check_layers()
+        forgets = self.run.kv == "evict" or self.method and self.method.schedule.cache
+        if self.decoder.recurrent and forgets:
+            raise ValueError(
+                f"{self.decoder.adapter.family}: a recurrent layer cannot forget what its state has "
+                'read: prune with kv="retain", and without `cache` in the schedule'
+            )
 
     def install(self, stack):
         "Register all hooks; leaving the stack undoes everything."
@@ -335,11 +341,9 @@ class Session:
         prefill.layers.append(prefill.tokens)
         if prefill.tables is not None:
             kwargs = {**kwargs, "position_embeddings": prefill.tables, "position_ids": None}
-        if prefill.earlier is not None:
-            return (hidden,), prefill.behind_earlier(layer, hidden, kwargs)
-        if prefill.tables is None:
+        if prefill.earlier is None and prefill.tables is None:
             return None
-        return (hidden,), {**kwargs, "attention_mask": prefill.mask}
+        return (hidden,), prefill.masked(layer, hidden, kwargs)
 
     def after_layer(self, layer, module, args, output):
         """Fires after each of the layers that DeepStack reaches: adds to its output what the text
