@@ -129,6 +129,8 @@ def model(family, attention="sdpa", seed=0):
     parts.update({k: IDS[v] for k, v in marks.items() if k in known})
     if name == "InternVL":
         parts |= dict(image_seq_length=4)
+    if name == "MiniCPMV4_6":
+        parts |= dict(insert_layer_id=0)
     settings = cls.config_class(**parts)
     settings.get_text_config()._experts_implementation = "eager"  # what torch's counter counts
     made = tiny.randomise(cls._from_config(settings, attn_implementation=attention), seed)
@@ -142,7 +144,7 @@ def tokenizer(family):
     core = Tokenizer(models.WordLevel(IDS, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.add_special_tokens(TOKENS)
-    extra = {}
+    extra = kinds_more.MARKS.get(family, {})
     if family == "internvl":
         extra = dict(
             start_image_token="<img>",
@@ -239,8 +241,9 @@ def samples(family):
         frames = rng.integers(0, 255, (8, 56, 84, 3), dtype="uint8")
         return Clip(f"c{seed}", frames, 2.0, wave, 16000)
 
+    choices = "red circle", "blue circle ?", "green"
     asked = "what colour is the circle ?", "where ?", "what is it heard first ?"
     return [
-        Sample(id=f"q{i}", video=medium(i), question=q, choices=("red", "blue", "green"), answer=i)
+        Sample(id=f"q{i}", video=medium(i), question=q, choices=choices, answer=i)
         for i, q in enumerate(asked)
     ]

@@ -19,6 +19,18 @@ RECURRENT = dict(
 )
 TEXT = dict.fromkeys(ROWS, RECURRENT)
 ROPE = dict.fromkeys(ROWS, dict(partial_rotary_factor=0.5, mrope_section=[4, 2, 2]))
+MARKS = {  # of the tokenizer
+    "minicpm-v-4.6": dict(
+        image_token="<|image_pad|>",
+        video_token="<|video_pad|>",
+        image_start_token="<|begin_of_image|>",
+        image_end_token="<|end_of_image|>",
+        slice_start_token="<img>",
+        slice_end_token="</img>",
+        image_id_start_token="<|vision_start|>",
+        image_id_end_token="<|vision_end|>",
+    )
+}
 
 
 def processor(name, given):
@@ -28,6 +40,14 @@ def processor(name, given):
         return transformers.Qwen3VLProcessor(
             image_processor=transformers.Qwen2VLImageProcessor(patch_size=14, size=size),
             video_processor=transformers.Qwen3VLVideoProcessor(patch_size=14, size=size),
+            **given,
+        )
+    if name == "MiniCPMV4_6":
+        return transformers.MiniCPMV4_6Processor(
+            image_processor=transformers.MiniCPMV4_6ImageProcessor(scale_resolution=56),
+            video_processor=transformers.MiniCPMV4_6VideoProcessor(
+                scale_resolution=84, slice_mode=False, use_image_id=False
+            ),
             **given,
         )
     return None

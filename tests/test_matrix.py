@@ -250,6 +250,9 @@ def test_the_branch_probe_equals_the_plain_one(case):
     for name in ("nll", "kl"):
         np.testing.assert_allclose(branch[name], plain[name], atol=5e-5)
     assert (branch["kl"].isel(layer=0) > 1e-4).any()
+    with prune(case.model, THIRD):
+        right = score_choices(case.model, case.batch).total.diagonal()
+    np.testing.assert_allclose(branch["nll"].sel(layer=3).values[:, 0], -right, atol=1e-4)
 
 
 def test_scores_of_stage_two_are_those_of_the_stock_attention(case):

@@ -73,9 +73,7 @@ class Mask:
 
     attention: torch.Tensor | None  # as a layer with attention wants it
     valid: torch.Tensor | None = None  # (B, c) bool of the positions in a line; None = all are real
-    ways: torch.Tensor | None = None  # (B, P, T) int64 through the tree behind them, one for each
-    # leaf, filled up at the end; None = there is no tree
-    place: torch.Tensor | None = None  # (B, n) int64 where a position of the tree is among P * T
+    tree: torch.Tensor | None = None  # (B, n, n) bool who of those behind may look at whom
 
     @classmethod
     def of(cls, attention, allowed, line=None):  # (B, n, m) bool; see `Decoder.mask`
@@ -83,21 +81,16 @@ class Mask:
         n = allowed.shape[1]
         own = allowed[..., -n:]
         line = n if line is None else line
-        valid = own[:, line - 1, :line] if line and not own[:, line - 1, :line].all() else None
-        if line == n:
-            return cls(attention, valid)
-        trees = []
-        for tree in own[:, line:, line:].cpu():
-            leaves = tree.sum(0) == 1  # which nobody else looks at
-            trees.append([row.nonzero()[:, 0] for row in tree[leaves]])
-        longest = max(len(way) for tree in trees for way in tree)
-        ways = torch.zeros(len(trees), max(map(len, trees)), longest, dtype=torch.long)
-        place = torch.zeros(len(trees), n - line, dtype=torch.long)
-        for b, tree in enumerate(trees):
-            for i, way in enumerate(tree):
-                ways[b, i, : len(way)] = way
-                place[b, way] = torch.arange(len(way)) + i * longest
-        return cls(attention, valid, ways.to(own.device), place.to(own.device))
+        return cls(attention, own[:, line - 1, :line], own[:, line:, line:])
+
+    def ways(self):  # (B, P, T) int64, filled up at the end; (B, n) int64 where one is among P * T
+        "The ways through the tree, one to each position that is a leaf in some row."
+        leaves = (self.tree.sum(1) == 1).any(0)  # nobody else looks at it
+        to_leaves = self.tree[:, leaves].int()
+        length = self.tree.sum(-1)
+        longest = int(length.max())
+        ways = to_leaves.argsort(dim=-1, descending=True, stable=True)[..., :longest]
+        return ways, to_leaves.argmax(1) * longest + length - 1
 
 
 class Decoder:
@@ -139,10 +132,8 @@ class Decoder:
         "The same cache, which grows apart from the first."
         new = copy.copy(cache)
         new.layers = [copy.copy(layer) for layer in cache.layers]
-        for layer in new.layers:
-            for name in ("conv_states", "recurrent_states"):  # which are written in place
-                if states := getattr(layer, name, None):
-                    setattr(layer, name, {i: x if x is None else x.clone() for i, x in states.items()})
+        for layer in map(vars, new.layers):  # states are written in place
+            layer.update({k: copy.deepcopy(v) for k, v in layer.items() if isinstance(v, dict)})
         return new
 
     def inputs(
@@ -257,31 +248,24 @@ class Decoder:
 
     def _recur(self, layer, hidden, mask, state=None):  # -> (B, n, D), states behind the line
         "A recurrent layer: the positions in a line, then every way through the tree behind them."
-        mask = mask or Mask(None)
-        B = len(hidden)
-        behind = 0 if mask.place is None else mask.place.shape[1]
-        line = hidden.shape[1] - behind
-        parts = []
-        if line:
-            part, state = self._line(layer, hidden[:, :line], mask.valid, state)
-            parts.append(part)
-        if behind:
-            ways = mask.ways.expand(B, -1, -1)
-            P = ways.shape[1]
-            rows = torch.arange(B, device=hidden.device)[:, None]
-            each = hidden[:, line:][rows[..., None], ways].flatten(0, 1)
-            start = state and [x.expand(B, *x.shape[1:]).repeat_interleave(P, 0) for x in state]
-            part = self._line(layer, each, None, start)[0].unflatten(0, (B, P)).flatten(1, 2)
-            parts.append(part[rows, mask.place])
-        return torch.cat(parts, 1), state
+        valid = mask and mask.valid
+        line = hidden.shape[1] if mask is None else valid.shape[1]
+        out, state = self._line(layer, hidden[:, :line], valid, state) if line else (hidden, state)
+        if line == hidden.shape[1]:
+            return out, state
+        ways, place = mask.ways()
+        rows = torch.arange(len(hidden), device=hidden.device)[:, None]
+        each = hidden[:, line:][rows[..., None], ways]
+        after, _ = self._line(layer, each.flatten(0, 1), None, state)
+        after = after.view(len(hidden), -1, hidden.shape[-1])[rows, place]
+        return torch.cat([out[:, :line], after], 1), state
 
     def _line(self, layer, hidden, valid, state):
         from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
         kept = LinearAttentionLayer()
-        if state is not None:
-            kept.update_conv_state(state[0])
-            kept.update_recurrent_state(state[1])
+        for put, x in zip((kept.update_conv_state, kept.update_recurrent_state), state or ()):
+            put(x.repeat_interleave(len(hidden) // len(x), 0))
         cache = DynamicCache()
         cache.layers = [kept] * len(self.layers)
         out = self._call(layer, hidden, None, valid, cache)

@@ -353,8 +353,11 @@ def _collate(prompts, pad_id):
     for key in media.keys() & set(_AUDIO_INPUTS):  # padded at the end
         n = max(x.shape[-1] for x in media[key])
         media[key] = [torch.nn.functional.pad(x, (0, n - x.shape[-1])) for x in media[key]]
+    # where a table says how large each picture is, their patches lie in one row
+    axes = dict.fromkeys(("pixel_values", "pixel_values_videos"), -1)
+    axes = axes if any(key.startswith("target_sizes") for key in media) else {}
     try:
-        tensors = {key: torch.cat(found) for key, found in media.items()}
+        tensors = {key: torch.cat(found, axes.get(key, 0)) for key, found in media.items()}
     except RuntimeError as e:
         raise ValueError(
             "these clips have different sizes, which this model cannot take in one batch: "

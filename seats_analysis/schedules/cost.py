@@ -23,10 +23,15 @@ class TextDims:
     vocab: int  # V, rows of the output head
     active: tuple  # (L,) MLP width I that a token passes: where sparse, that of its experts
     routed: tuple  # (L,) experts E that the router scores, 0 where dense
+    recurrent: tuple = ()  # layers that keep a state instead of keys
+    state: tuple = ()  # of these: key heads, value heads, widths of a key and a value, kernel
 
     @property
     def layers(self):
         return len(self.active)  # L
+
+
+_STATE = "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim"
 
 
 def text_dims(
@@ -43,6 +48,7 @@ def text_dims(
             return text_dims(c[name])
     active = []
     routed = []
+    kinds = c.get("layer_types") or ()
     try:
         heads = c["num_attention_heads"]
         experts = c.get("num_experts") or c.get("num_local_experts")  # Qwen3-VL
@@ -54,8 +60,9 @@ def text_dims(
                 active.append(c["intermediate_size"])
                 routed.append(0)
             else:
-                active.append(c["num_experts_per_tok"] * c["moe_intermediate_size"])
-                routed.append(experts)
+                shared = c.get("shared_expert_intermediate_size") or 0  # behind a gate
+                active.append(c["num_experts_per_tok"] * c["moe_intermediate_size"] + shared)
+                routed.append(experts + bool(shared))
         return TextDims(
             hidden=c["hidden_size"],
             heads=heads,
@@ -64,6 +71,8 @@ def text_dims(
             vocab=c["vocab_size"],
             active=tuple(active),
             routed=tuple(routed),
+            recurrent=tuple(i for i, k in enumerate(kinds) if k == "linear_attention"),
+            state=tuple(c[f"linear_{n}"] for n in _STATE if f"linear_{n}" in c),
         )
     except KeyError as e:
         raise ValueError(
@@ -80,9 +89,21 @@ def _layer_flops(s, i, d, convention):
         values = d.kv_heads * (d.hidden / d.heads)
         weights = 2 * d.hidden**2 + 2 * d.hidden * values + 3 * d.hidden * d.active[i]
         return s * weights + 2 * s * s * d.hidden
+    counter = convention == "counter"
+    mlp = 3 * d.active[i] + d.routed[i]
+    if i in d.recurrent:
+        keys, values, key, value, kernel = d.state
+        read = 2 * keys * key + values * value
+        weights = d.hidden * (read + 2 * values * (value + 1) + mlp)
+        rule = 3 * s * key * value  # one token after the other
+        if counter:  # in chunks of 64
+            rule = -(-s // 64) * 64 * (64 * (2 * key + value) + 3 * key * value)
+        convolution = kernel * read * (s + (kernel - 1 if counter else 0))
+        return 2 * (s * weights + convolution + values * rule)
     width = d.heads * d.head_dim
-    weights = d.hidden * (2 * width + 2 * d.kv_heads * d.head_dim + 3 * d.active[i] + d.routed[i])
-    pairs = s * s if convention == "counter" else s * (s + 1) // 2
+    gate = width if d.state else 0
+    weights = d.hidden * (2 * width + gate + 2 * d.kv_heads * d.head_dim + mlp)
+    pairs = s * s if counter else s * (s + 1) // 2
     return 2 * s * weights + 4 * width * pairs
 
 
@@ -114,9 +135,10 @@ def prefill_flops(
     layers = sum(_layer_flops(s, i, d, convention) for i, s in enumerate(tokens))
     if convention != "reference":
         return float(layers + 2 * (1 if logits is None else logits) * d.hidden * d.vocab)
-    if any(d.routed):
+    if any(d.routed) or d.recurrent:
         raise ValueError(
-            "the reference convention is defined for dense models only; use causal or counter"
+            "the reference convention is defined for dense models with attention only; use causal "
+            "or counter"
         )
     return float(layers + (tokens[-1] if logits is None else logits) * d.hidden * d.vocab)
 
@@ -146,6 +168,8 @@ def probe_flops(
 ) -> float:  # FLOPs of the language model
     "Causal FLOPs of probing all layers with the questions on one clip, or as torch counts them."
     d = text_dims(config)
+    if d.recurrent:
+        raise ValueError("what a probe of recurrent layers costs has no closed form here")
     width = d.heads * d.head_dim
     last = d.layers - 1
 
@@ -223,4 +247,10 @@ def kv_bytes(
     d = text_dims(config)
     tokens = _check_tokens(tokens, d)
     held = (min(tokens),) * d.layers if kv == "evict" else tokens
-    return sum(s + decoded for s in held) * 2 * d.kv_heads * d.head_dim * itemsize
+    held = [s for i, s in enumerate(held) if i not in d.recurrent]
+    total = sum(s + decoded for s in held) * 2 * d.kv_heads * d.head_dim * itemsize
+    if d.recurrent:  # a state in float32, and what the convolution still needs
+        keys, values, key, value, kernel = d.state
+        inputs = (2 * keys * key + values * value) * kernel * itemsize
+        total += len(d.recurrent) * (4 * values * key * value + inputs)
+    return total
