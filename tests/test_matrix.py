@@ -11,6 +11,7 @@ from seats_analysis.models.decoder import Decoder, last_logits_only
 from seats_analysis.models.encode import encode
 from seats_analysis.models.families import FAMILIES, adapter_for, families
 from seats_analysis.models.scoring import score_choices
+from seats_analysis.probing.flow import trace_flow
 from seats_analysis.probing.run import probe_dependency
 from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.cost import prefill_flops
@@ -55,10 +56,17 @@ def kv(case, request):
     "What the model bears: a recurrent layer cannot forget."
     if not Decoder(case.model).recurrent or request.param == "retain":
         return request.param
-    forgetting = dict(kv="evict"), dict(plan=replace(THIRD, cache=tiny.ratios((0, 3), (0, 3))))
-    for asked in forgetting:
-        with pytest.raises(ValueError, match="cannot forget") as refusal:
-            case.logits(case.single, **dict(plan=THIRD) | asked)
+    cached = replace(THIRD, cache=tiny.ratios((0, 3), (0, 3)))
+    asked = case.model, case.processor, case.samples[:1]
+    forgetting = [
+        lambda: case.logits(case.single, THIRD, "evict"),
+        lambda: case.logits(case.single, cached),
+        lambda: probe_dependency(*asked, answers="text"),
+        lambda: trace_flow(*asked, progress=False),
+    ]
+    for call in forgetting:
+        with pytest.raises(ValueError, match="recurrent layers do not forget") as refusal:
+            call()
         assert "\n" not in str(refusal.value)
     pytest.skip("refused: a recurrent layer cannot forget")
 

@@ -76,6 +76,22 @@ class Adapter:
         found = {m: self.encoder(model, m) for m in Modality.CODES}
         return {m: tower for m, tower in found.items() if tower is not None}
 
+    def device(self, model) -> torch.device:
+        "Where a prompt goes."
+        embed = self.thinker(model).get_input_embeddings()
+        hook = _offloaded(embed)
+        return torch.device(hook.execution_device) if hook else embed.weight.device
+
+    def devices(self, model) -> list:
+        "Names of all devices on which text model and encoders run, whatever is offloaded."
+        found = set()
+        for part in (self.decoder(model), *self.encoders(model).values()):
+            for module in part.modules():
+                hook = _offloaded(module)
+                own = {p.device for p in module.parameters(recurse=False)}
+                found |= {torch.device(hook.execution_device)} if own and hook else own
+        return sorted(map(str, found))
+
     def lm_head(self, model):
         return self.thinker(model).get_output_embeddings()
 
@@ -165,7 +181,7 @@ class Adapter:
 
     def hash_weights(self, model) -> str:
         "sha256 of all weights, by the names that transformers gives them."
-        return _digest(((k,), t) for k, t in self.thinker(model).state_dict().items())
+        return _digest({(): self.thinker(model)})
 
 
 def _runs(here):  # (B, S) bool -> list of int
@@ -178,10 +194,20 @@ def _runs(here):  # (B, S) bool -> list of int
     ]
 
 
-def _digest(tensors):  # of (parts of its name, tensor)
-    "sha256 of tensors with their names, in the order of these."
+def _offloaded(module):
+    "The hook of accelerate that fetches the weights of a module, if they are elsewhere."
+    hook = getattr(module, "_hf_hook", None)
+    return next((h for h in getattr(hook, "hooks", [hook]) if getattr(h, "offload", False)), None)
+
+
+def _digest(parts):  # beginning of names, as a tuple -> module
+    "sha256 of all tensors of modules with their names, in the order of these."
     digest = hashlib.sha256()
-    for place, tensor in sorted(tensors, key=lambda item: item[0]):
+    found = [((*p, k), x, part) for p, part in parts.items() for k, x in part.state_dict().items()]
+    for place, tensor, part in sorted(found, key=lambda item: item[0]):
+        if tensor.is_meta:  # one at a time, as there may be no room for all
+            owner, _, name = place[-1].rpartition(".")
+            tensor = _offloaded(part.get_submodule(owner)).weights_map[name]
         digest.update(f"{'.'.join(place)} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
@@ -240,10 +266,4 @@ class OmniAdapter(Adapter):
         "sha256 of all weights, independent of the names that a version of transformers gives them."
         parts = dict(decoder=self.decoder(model), lm_head=self.lm_head(model))
         parts |= dict(visual=self.visual(model), audio_tower=self.audio_tower(model))
-        return _digest(
-            [
-                ((part, name), tensor)
-                for part, module in parts.items()
-                for name, tensor in module.state_dict().items()
-            ]
-        )
+        return _digest({(name,): part for name, part in parts.items()})

@@ -112,7 +112,7 @@ class Decoder:
         return bool((getattr(self.config, "rope_parameters", None) or {}).get("mrope_section"))
 
     def check_layers(self):
-        "Itself. Raises ValueError where layers differ in what they see."
+        "Itself. Raises ValueError where layers differ in what they see, or run on several devices."
         known = {"full_attention", "linear_attention"}
         if kinds := set(getattr(self.config, "layer_types", None) or ()) - known:
             found = " and ".join(sorted(kinds)).replace("_", " ")
@@ -120,7 +120,22 @@ class Decoder:
                 f"{self.adapter.family}: layers with {found} are not supported, as their caches "
                 "forget by position"
             )
+        devices = self.adapter.devices(self.thinker)
+        if len(devices) > 1 or devices == ["meta"]:
+            raise ValueError(
+                "all layers of decoder and towers must run on one device to be pruned or probed, "
+                f"not on {' and '.join(devices)}: load the model without a `device_map` over "
+                "several devices; what does not fit may be offloaded to the CPU or to the disk"
+            )
         return self
+
+    def refuse_recurrent(self, what):
+        "Raise ValueError where some layers keep a state, of what asks it to forget."
+        if self.recurrent:
+            raise ValueError(
+                f"{self.adapter.family}: {what} cannot be, as recurrent layers do not forget what "
+                "their states have read"
+            )
 
     def attentive(self, layer):
         "The last layer with attention up to this one, or else the first that has it."

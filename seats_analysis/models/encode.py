@@ -421,7 +421,7 @@ def encode(
         tuple(samples),
         _choice_ids(processor, samples),
         torch.tensor([len(ids) for ids in extra]),
-    ).to(adapter_for(model).lm_head(model).weight.device)
+    ).to(adapter_for(model).device(model))
 
 # %% ../../nbs/models/01_encode.ipynb #95cdbd94
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class Tail:
         target = self.target.cpu()
         length = (target >= 0).sum(-1)
         out = []
-        at_once = max(1, LOGITS // (len(self.wanted) * len(decoder.head.weight)))
+        at_once = max(1, LOGITS // (len(self.wanted) * decoder.config.vocab_size))
         for part in hidden.split(at_once):
             logp = decoder.logits(part).float().log_softmax(-1)
             if not logp.isfinite().all():

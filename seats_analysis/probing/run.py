@@ -18,6 +18,7 @@ from ..storage.schemas import save_profile
 from ..inputs.layout import Modality
 from ..inputs.questions import samples_of
 from ..inputs.samples import Sample, check_ids
+from ..models.decoder import Decoder
 from ..models.families import adapter_for
 from ..models.encode import encode, encode_questions, mean_tokens
 from ..models.provenance import provenance
@@ -351,6 +352,8 @@ def _check_call(model, samples, layers, method, answers):
         if value not in known:
             said = " and ".join(map(repr, known))
             raise ValueError(f"{name}: {value!r} is not known; {said} are")
+    if answers == "text":
+        Decoder(model).refuse_recurrent('answers="text"')
     if answers == "text" and method == "plain":
         raise ValueError("method: whole answers are probed by 'branch' only")
     if isinstance(layers, str) and layers != "auto":
@@ -416,7 +419,7 @@ def probe_dependency(
         max_branch_tokens = None
     else:
         if max_branch_tokens is None:
-            on_cpu = next(model.parameters()).device.type == "cpu"
+            on_cpu = adapter_for(model).device(model).type == "cpu"
             max_branch_tokens = CPU_TOKENS if on_cpu else MAX_TOKENS
         settings["max_branch_tokens"] = max_branch_tokens
     settings |= dict(fps=fps, max_frames=max_frames or 0, seed=seed, needs=json.dumps(needs or {}))
