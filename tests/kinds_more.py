@@ -7,6 +7,7 @@ ROWS = {
     "qwen3.5": ("Qwen3_5", True, QWEN),
     "qwen3.5-moe": ("Qwen3_5Moe", True, QWEN),
     "minicpm-v-4.6": ("MiniCPMV4_6", False, QWEN),
+    "hyperclovax-vision-v2": ("HyperCLOVAXVisionV2", False, QWEN),
 }
 RECURRENT = dict(
     layer_types=["linear_attention", "full_attention", "linear_attention"] * 2,
@@ -17,8 +18,11 @@ RECURRENT = dict(
     linear_value_head_dim=8,
     shared_expert_intermediate_size=24,
 )
-TEXT = dict.fromkeys(ROWS, RECURRENT)
-ROPE = dict.fromkeys(ROWS, dict(partial_rotary_factor=0.5, mrope_section=[4, 2, 2]))
+TEXT = dict.fromkeys(list(ROWS)[:3], RECURRENT)
+ROPE = dict.fromkeys(TEXT, dict(partial_rotary_factor=0.5, mrope_section=[4, 2, 2]))
+TEXT["hyperclovax-vision-v2"] = dict(
+    logits_scaling=0.5, embedding_multiplier=2.0, attention_multiplier=0.3, residual_multiplier=0.8
+)
 MARKS = {  # of the tokenizer
     "minicpm-v-4.6": dict(
         image_token="<|image_pad|>",
@@ -40,6 +44,13 @@ def processor(name, given):
         return transformers.Qwen3VLProcessor(
             image_processor=transformers.Qwen2VLImageProcessor(patch_size=14, size=size),
             video_processor=transformers.Qwen3VLVideoProcessor(patch_size=14, size=size),
+            **given,
+        )
+    if name == "HyperCLOVAXVisionV2":
+        size = dict(shortest_edge=28 * 28, longest_edge=16 * 28 * 28)
+        return transformers.HyperCLOVAXVisionV2Processor(
+            image_processor=transformers.Qwen2VLImageProcessor(size=size),
+            video_processor=transformers.Qwen2VLVideoProcessor(size=size),
             **given,
         )
     if name == "MiniCPMV4_6":

@@ -48,6 +48,9 @@ class Case:
 
 @pytest.fixture(scope="module", params=kinds.ROWS)
 def case(request):
+    name = kinds.ROWS[request.param][0]
+    if not hasattr(transformers, name + "ForConditionalGeneration"):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     return Case(request.param)
 
 
@@ -158,7 +161,8 @@ def test_removal_before_layer_0_equals_the_prompt_without_these_tokens(case):
     )
     alone = decoder.head(out.last_hidden_state[:, -1:])[:, -1]
     scale = getattr(decoder.config, "logits_scaling", 1)
-    close(alone / scale, case.logits(case.single, Schedule(L, late_start=0)))
+    alone = alone * scale if "hyperclovax" in case.family else alone / scale
+    close(alone, case.logits(case.single, Schedule(L, late_start=0)))
 
 
 def token_by_token(case, decoder):

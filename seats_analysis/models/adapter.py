@@ -42,6 +42,7 @@ class Adapter:
     # rotary tables hold halves: queries and keys are projected alone, without their layer
     half_split: bool = False
     frames_as_pictures: bool = False  # the frames of a video have the placeholders of pictures
+    logits_times: bool = False  # `logits_scaling` of the config is a factor, not a divisor
     rows_per_token: int = 1  # rows of the audio tower's last layer whose mean is an audio token
 
     def thinker(self, model):
@@ -78,19 +79,12 @@ class Adapter:
 
     def device(self, model) -> torch.device:
         "Where a prompt goes."
-        embed = self.thinker(model).get_input_embeddings()
-        hook = _offloaded(embed)
-        return torch.device(hook.execution_device) if hook else embed.weight.device
+        return _place(self.thinker(model).get_input_embeddings())
 
     def devices(self, model) -> list:
         "Names of all devices on which text model and encoders run, whatever is offloaded."
-        found = set()
-        for part in (self.decoder(model), *self.encoders(model).values()):
-            for module in part.modules():
-                hook = _offloaded(module)
-                own = {p.device for p in module.parameters(recurse=False)}
-                found |= {torch.device(hook.execution_device)} if own and hook else own
-        return sorted(map(str, found))
+        parts = self.decoder(model), *self.encoders(model).values()
+        return sorted({str(_place(m)) for part in parts for m in part.modules()} - {"None"})
 
     def lm_head(self, model):
         return self.thinker(model).get_output_embeddings()
@@ -198,6 +192,14 @@ def _offloaded(module):
     "The hook of accelerate that fetches the weights of a module, if they are elsewhere."
     hook = getattr(module, "_hf_hook", None)
     return next((h for h in getattr(hook, "hooks", [hook]) if getattr(h, "offload", False)), None)
+
+
+def _place(module):
+    "The device on which a module runs; None where it has no weights of its own."
+    own = next(module.parameters(recurse=False), None)
+    hook = _offloaded(module)
+    found = hook and torch.device(hook.execution_device)
+    return found or own.device if own is not None else None
 
 
 def _digest(parts):  # beginning of names, as a tuple -> module

@@ -87,6 +87,11 @@ _HYBRID = (
     Adapter("qwen3.5-moe", ("Qwen3_5MoeForConditionalGeneration",), received=("visual",)),
     Adapter("minicpm-v-4.6", ("MiniCPMV4_6ForConditionalGeneration",)),
 )
+_SCALED = (
+    _vision(
+        "hyperclovax-vision-v2", "HyperCLOVAXVisionV2", received=("visual",), logits_times=True
+    ),
+)
 
 # %% ../../nbs/models/00_families.ipynb #7672baed
 def _sound(family, name, per_second):
@@ -96,7 +101,7 @@ def _sound(family, name, per_second):
 
 
 _SOUND = (_sound("qwen2-audio", "Qwen2Audio", 25), _sound("audioflamingo3", "AudioFlamingo3", 25))
-FAMILIES = {a.family: a for a in (*_OMNI, *_SIGHT, *_SOUND, *_HYBRID)}
+FAMILIES = {a.family: a for a in (*_OMNI, *_SIGHT, *_SOUND, *_HYBRID, *_SCALED)}
 
 # %% ../../nbs/models/00_families.ipynb #715a91af
 def adapter_for(

@@ -46,7 +46,9 @@ class Slots:
                 nowhere = any(n and not kept[m] for n, kept in zip(had, p.steps[-1].n_keep))
             if nowhere and any(had):
                 removed.append(m)
-        first = layers[p.decoder.attentive(0)]  # a recurrent layer holds no slots: it counts as this
+        first = layers[
+            p.decoder.attentive(0)
+        ]  # a recurrent layer holds no slots: it counts as this
         layers = [first if i in p.decoder.recurrent else t for i, t in enumerate(layers)]
         slots = cls(
             valid=tuple(t.valid if t.padded else None for t in layers),
