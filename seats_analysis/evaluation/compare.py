@@ -20,6 +20,7 @@ from ..storage.provenance import digest, hash_code
 from ..storage.files import Checkpoint, processes
 from ..inputs.questions import samples_of
 from ..inputs.samples import Sample
+from ..models.decoder import Decoder
 from ..models.encode import encode
 from ..models.provenance import provenance
 from ..boundaries.retention import derived_from
@@ -314,7 +315,8 @@ def compare_methods(
     shape = DataShape.of(model, processor, samples, progress, **limits)
     runs = method_runs(names, plans, shape, rules=rules, tuned=tuned, progress=progress)
     text = answers == "text"
-    if text:  # the published cache rule takes part beside the default
+    # the published cache rule takes part beside the default, where layers can forget
+    if text and not Decoder(model).recurrent:
         seats = [r for r in runs if r.label == "seats"]
         runs += [replace(r, label="seats (evict)", kv="evict") for r in seats]
         for r in seats if cache else ():  # and caches of the layers that answers read
