@@ -13,6 +13,7 @@ from seats_analysis.models.families import FAMILIES, adapter_for, families
 from seats_analysis.models.scoring import score_choices
 from seats_analysis.probing.flow import trace_flow
 from seats_analysis.probing.run import probe_dependency
+from seats_analysis.pruning.cache import follow_up
 from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.cost import prefill_flops
 from seats_analysis.schedules.schedule import Schedule
@@ -235,6 +236,28 @@ def test_generate_equals_a_loop_over_tokens(case, kv):
                 use_cache=True,
             )
     assert stock[:, S:].tolist() == torch.cat(ids, 1).tolist()
+
+
+def test_a_further_turn_at_once_equals_token_by_token(case):
+    inputs = case.batch.inputs
+    ids = torch.cat([inputs["input_ids"], inputs["input_ids"][:, -4:]], 1)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)
+    with prune(case.model, PLAN):
+        cache = case.model(**inputs, use_cache=True).past_key_values
+        slow = Decoder.copy_cache(cache)
+        at_once = case.model(**follow_up(cache, ids, mask)).logits[:, -1]
+        for n in range(ids.shape[1] - 3, ids.shape[1] + 1):
+            one = case.model(**follow_up(slow, ids[:, :n], mask[:, :n])).logits[:, -1]
+    close(at_once, one)
+
+
+def test_choices_behind_a_cache_equal_answers_in_the_prompt(case):
+    said = case.samples[0].answer_texts[1]
+    whole = encode(case.model, case.processor, case.samples[:1], answers=[said])
+    ((start, end),) = whole.answer_spans
+    logp = case.model(**whole.inputs).logits[0, start - 1 : end - 1].log_softmax(-1)
+    total = logp.gather(1, whole.inputs["input_ids"][0, start:end, None]).sum()
+    close(score_choices(case.model, case.single).total[0, 1], total)
 
 
 def test_counts_are_as_planned_and_windows_follow_the_prompt(case):

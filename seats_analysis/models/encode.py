@@ -406,12 +406,13 @@ def encode(
                     f"clip {part.id!r}: its audio has {part.sample_rate} samples a second, "
                     f"the model wants {rate}"
                 )
-        answer = dict(
+        pieces = _turn(model, processor, content, interleave)
+        answer = {key: torch.zeros(1, n, dtype=torch.long) for key in _TOKEN_TYPES}
+        answer |= dict(
             input_ids=torch.tensor([ids], dtype=torch.long),
             attention_mask=torch.ones(1, n, dtype=torch.long),
-            position_ids=torch.arange(n).expand(3, 1, n),
+            position_ids=torch.arange(n).expand(*pieces[0]["position_ids"].shape[:-1], n),
         )
-        pieces = _turn(model, processor, content, interleave)
         prompts.append([*pieces, answer] if ids else pieces)
     inputs, rope_deltas = _collate(prompts, processor.tokenizer.pad_token_id)
     return Encoded(
