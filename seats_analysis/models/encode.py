@@ -407,8 +407,8 @@ def encode(
                     f"the model wants {rate}"
                 )
         pieces = _turn(model, processor, content, interleave)
-        answer = {key: torch.zeros(1, n, dtype=torch.long) for key in _TOKEN_TYPES}
-        answer |= dict(
+        types = (key for key in _TOKEN_TYPES if key in pieces[0])
+        answer = dict.fromkeys(types, torch.zeros(1, n, dtype=torch.long)) | dict(
             input_ids=torch.tensor([ids], dtype=torch.long),
             attention_mask=torch.ones(1, n, dtype=torch.long),
             position_ids=torch.arange(n).expand(*pieces[0]["position_ids"].shape[:-1], n),
