@@ -2,6 +2,7 @@
 transformers, each with the real processor of its family."""
 
 import kinds_gemma
+import kinds_more
 import numpy as np
 import tiny
 import transformers
@@ -83,7 +84,7 @@ ROWS = {
     "qwen2-audio": ("Qwen2Audio", False, (None, None, "<|AUDIO|>")),
     "audioflamingo3": ("AudioFlamingo3", False, (None, None, "<sound>")),
 }
-ROWS |= kinds_gemma.ROWS
+ROWS |= kinds_gemma.ROWS | kinds_more.ROWS
 BEFORE = {"internvl": "<video>", "glm4v": "<|begin_of_video|><|video|><|end_of_video|>"}
 BEFORE["glm46v"] = BEFORE["glm4v"]
 
@@ -106,7 +107,9 @@ def model(family, attention="sdpa", seed=0):
     rope = dict(rope_type="default", rope_theta=1e4)
     if mrope:
         rope["mrope_section"] = [4, 2, 2]
-    parts = dict(text_config=part(stock.get_text_config(), TEXT, rope_parameters=rope))
+    rope |= kinds_more.ROPE.get(family, {})
+    text = TEXT | kinds_more.TEXT.get(family, {})
+    parts = dict(text_config=part(stock.get_text_config(), text, rope_parameters=rope))
     if hasattr(stock, "vision_config"):
         vision = part(stock.vision_config, VISION)
         if name == "Qwen2VL":
@@ -129,16 +132,22 @@ def model(family, attention="sdpa", seed=0):
     parts.update({k: IDS[v] for k, v in marks.items() if k in known})
     if name == "InternVL":
         parts |= dict(image_seq_length=4)
+    if name == "MiniCPMV4_6":
+        parts |= dict(insert_layer_id=0)
     settings = cls.config_class(**parts)
     settings.get_text_config()._experts_implementation = "eager"  # what torch's counter counts
-    return tiny.randomise(cls._from_config(settings, attn_implementation=attention), seed)
+    made = tiny.randomise(cls._from_config(settings, attn_implementation=attention), seed)
+    for name, p in made.named_parameters():
+        if name.endswith("A_log"):
+            p.data -= 4  # so that a state holds what was read long ago
+    return made
 
 
 def tokenizer(family):
     core = Tokenizer(models.WordLevel(IDS, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.add_special_tokens([*TOKENS, *kinds_gemma.TOKENS])
-    extra = kinds_gemma.MARKS if family in kinds_gemma.ROWS else {}
+    extra = kinds_gemma.MARKS if family in kinds_gemma.ROWS else kinds_more.MARKS.get(family, {})
     if family == "internvl":
         extra = dict(
             start_image_token="<img>",
@@ -178,6 +187,8 @@ def processor(family):
     given = dict(tokenizer=tokenizer(family), chat_template=template(family))
     if family in kinds_gemma.ROWS:
         return kinds_gemma.processor(family, **given)
+    if (made := kinds_more.processor(name, given)) is not None:
+        return made
     cls = getattr(transformers, name.removesuffix("Moe") + "Processor")
     if heard(family):
         mel = transformers.WhisperFeatureExtractor(
@@ -235,8 +246,9 @@ def samples(family):
         frames = rng.integers(0, 255, (8, 56, 84, 3), dtype="uint8")
         return Clip(f"c{seed}", frames, 2.0, wave, 16000)
 
+    choices = "red circle", "blue circle ?", "green"
     asked = "what colour is the circle ?", "where ?", "what is it heard first ?"
     return [
-        Sample(id=f"q{i}", video=medium(i), question=q, choices=("red", "blue", "green"), answer=i)
+        Sample(id=f"q{i}", video=medium(i), question=q, choices=choices, answer=i)
         for i, q in enumerate(asked)
     ]

@@ -164,8 +164,8 @@ MUTATIONS = (
     ),
     (
         "pruning.prefill",  # scores from the projections of the wrong layer
-        "self.scores(step.layer - 1, hidden, shared)",
-        "self.scores(step.layer, hidden, shared)",
+        "self.decoder.attentive(step.layer - 1)",
+        "self.decoder.attentive(step.layer)",
     ),
     (
         "pruning.cache",  # a padded further turn is one position late

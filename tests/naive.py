@@ -357,7 +357,8 @@ def removal_scores(model, encoded, removed, layers, bypass=False):
 
     def cut(stays):
         keep = stays.nonzero()[:, 0]
-        mask = whole.decoder.mask(allowed[keep][:, keep][None, None], whole.hidden.dtype)
+        line = len(keep) - len(tail.ids)
+        mask = whole.decoder.mask(allowed[keep][:, keep][None, None], whole.hidden.dtype, line=line)
         return keep, replace(whole.map(lambda x: x[:, keep]), mask=mask)
 
     def scores(stream):

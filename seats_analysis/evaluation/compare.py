@@ -21,6 +21,7 @@ from ..storage.provenance import digest, hash_code
 from ..storage.files import Checkpoint, processes
 from ..inputs.questions import samples_of
 from ..inputs.samples import Sample
+from ..models.decoder import Decoder
 from ..models.encode import encode
 from ..models.families import adapter_for
 from ..models.provenance import provenance
@@ -334,7 +335,8 @@ def compare_methods(
     shape = DataShape.of(model, processor, samples, progress, tuple(plans.values()), **limits)
     runs = method_runs(names, plans, shape, rules=rules, tuned=tuned, progress=progress)
     text = answers == "text"
-    if text:  # the published cache rule takes part beside the default
+    # the published cache rule takes part beside the default, where layers can forget
+    if text and not Decoder(model).recurrent:
         seats = [r for r in runs if r.label == "seats"]
         runs += [replace(r, label="seats (evict)", kv="evict") for r in seats]
         for r in seats if cache else ():  # and caches of the layers that answers read

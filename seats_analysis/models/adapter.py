@@ -42,6 +42,7 @@ class Adapter:
     # rotary tables hold halves: queries and keys are projected alone, without their layer
     half_split: bool = False
     frames_as_pictures: bool = False  # the frames of a video have the placeholders of pictures
+    logits_times: bool = False  # `logits_scaling` of the config is a factor, not a divisor
     rows_per_token: int = 1  # rows of the audio tower's last layer whose mean is an audio token
 
     def thinker(self, model):
@@ -75,6 +76,15 @@ class Adapter:
         "The encoders that a model has."
         found = {m: self.encoder(model, m) for m in Modality.CODES}
         return {m: tower for m, tower in found.items() if tower is not None}
+
+    def device(self, model) -> torch.device:
+        "Where a prompt goes."
+        return _place(self.thinker(model).get_input_embeddings())
+
+    def devices(self, model) -> list:
+        "Names of all devices on which text model and encoders run, whatever is offloaded."
+        parts = self.decoder(model), *self.encoders(model).values()
+        return sorted({str(_place(m)) for part in parts for m in part.modules()} - {"None"})
 
     def lm_head(self, model):
         return self.thinker(model).get_output_embeddings()
@@ -165,7 +175,7 @@ class Adapter:
 
     def hash_weights(self, model) -> str:
         "sha256 of all weights, by the names that transformers gives them."
-        return _digest(((k,), t) for k, t in self.thinker(model).state_dict().items())
+        return _digest({(): self.thinker(model)})
 
 
 def _runs(here):  # (B, S) bool -> list of int
@@ -178,10 +188,28 @@ def _runs(here):  # (B, S) bool -> list of int
     ]
 
 
-def _digest(tensors):  # of (parts of its name, tensor)
-    "sha256 of tensors with their names, in the order of these."
+def _offloaded(module):
+    "The hook of accelerate that fetches the weights of a module, if they are elsewhere."
+    hook = getattr(module, "_hf_hook", None)
+    return next((h for h in getattr(hook, "hooks", [hook]) if getattr(h, "offload", False)), None)
+
+
+def _place(module):
+    "The device on which a module runs; None where it has no weights of its own."
+    own = next(module.parameters(recurse=False), None)
+    hook = _offloaded(module)
+    found = hook and torch.device(hook.execution_device)
+    return found or own.device if own is not None else None
+
+
+def _digest(parts):  # beginning of names, as a tuple -> module
+    "sha256 of all tensors of modules with their names, in the order of these."
     digest = hashlib.sha256()
-    for place, tensor in sorted(tensors, key=lambda item: item[0]):
+    found = [((*p, k), x, part) for p, part in parts.items() for k, x in part.state_dict().items()]
+    for place, tensor, part in sorted(found, key=lambda item: item[0]):
+        if tensor.is_meta:  # one at a time, as there may be no room for all
+            owner, _, name = place[-1].rpartition(".")
+            tensor = _offloaded(part.get_submodule(owner)).weights_map[name]
         digest.update(f"{'.'.join(place)} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
@@ -240,10 +268,4 @@ class OmniAdapter(Adapter):
         "sha256 of all weights, independent of the names that a version of transformers gives them."
         parts = dict(decoder=self.decoder(model), lm_head=self.lm_head(model))
         parts |= dict(visual=self.visual(model), audio_tower=self.audio_tower(model))
-        return _digest(
-            [
-                ((part, name), tensor)
-                for part, module in parts.items()
-                for name, tensor in module.state_dict().items()
-            ]
-        )
+        return _digest({(name,): part for name, part in parts.items()})

@@ -6,6 +6,7 @@
 __all__ = ['Decoder', 'last_logits_only']
 
 # %% ../../nbs/models/03_decoder.ipynb #3b5ed9db
+import copy
 import torch
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -70,6 +71,33 @@ class _LayerKeys:
         return keys, values
 
 
+@dataclass(frozen=True)
+class _Mask:
+    "What every layer of a model may look at of which some are recurrent."
+
+    attention: torch.Tensor | None  # as a layer with attention wants it
+    valid: torch.Tensor | None = None  # (B, c) bool of the positions in a line; None = all are real
+    tree: torch.Tensor | None = None  # (B, n, n) bool who of those behind may look at whom
+
+    @classmethod
+    def of(cls, attention, allowed, line=None):  # (B, n, m) bool; see `Decoder.mask`
+        "From who may look at whom."
+        n = allowed.shape[1]
+        own = allowed[..., -n:]
+        line = n if line is None else line
+        return cls(attention, own[:, line - 1, :line], own[:, line:, line:])
+
+    @cached_property
+    def ways(self):  # (B, P, T) int64, filled up at the end; (B, n) int64 where one is among P * T
+        "The ways through the tree, one to each position that is a leaf in some row."
+        leaves = (self.tree.sum(1) == 1).any(0)  # nobody else looks at it
+        to_leaves = self.tree[:, leaves].int()
+        length = self.tree.sum(-1)
+        longest = int(length.max())
+        ways = to_leaves.argsort(dim=-1, descending=True, stable=True)[..., :longest]
+        return ways, to_leaves.argmax(1) * longest + length - 1
+
+
 class Decoder:
     "The text model of an om-LLM and its head. Layers are counted from 0."
 
@@ -86,6 +114,7 @@ class Decoder:
         self.window = self.config.sliding_window if sliding else None  # positions that such see
         # from this layer on, keys are those of the last layer of the same kind before it
         self.sharing = len(self.layers) - (getattr(self.config, "num_kv_shared_layers", 0) or 0)
+        self.recurrent = frozenset(i for i, k in enumerate(self.kinds) if k == "linear_attention")
         self.stock = {}  # kind -> (B, n, n) bool whom each of the first positions sees
         # whether the tokens of a frame or picture see one another
         self.both_ways = bool(getattr(self.config, "use_bidirectional_attention", None))
@@ -102,17 +131,43 @@ class Decoder:
         return max(i for i in range(self.sharing) if self.kinds[i] == self.kinds[layer])
 
     def check_layers(self):
-        "Itself. Raises ValueError where layers keep no keys, or cannot be given windows."
-        kinds = set(self.kinds) - {"full_attention", "sliding_attention"}
-        if kinds:
+        "Itself. Raises ValueError for kinds of layers, masks or devices with which nothing goes."
+        known = {"full_attention", "linear_attention" if self.recurrent else "sliding_attention"}
+        if kinds := set(self.kinds) - known:
             found = " and ".join(sorted(kinds)).replace("_", " ")
+            raise ValueError(f"{self.adapter.family}: layers with {found} are not supported")
+        devices = self.adapter.devices(self.thinker)
+        if len(devices) > 1 or devices == ["meta"]:
             raise ValueError(
-                f"{self.adapter.family}: layers with {found} are not supported, as they cannot "
-                "forget"
+                "all layers of decoder and towers must run on one device to be pruned or probed, "
+                f"not on {' and '.join(devices)}: load the model without a `device_map` over "
+                "several devices; what does not fit may be offloaded to the CPU or to the disk"
             )
         if self.window:
             self._takes_masks()
         return self
+
+    def refuse_recurrent(self, what):
+        "Raise ValueError where some layers keep a state, of what asks it to forget."
+        if self.recurrent:
+            raise ValueError(
+                f"{self.adapter.family}: {what} cannot be, as recurrent layers do not forget what "
+                "their states have read"
+            )
+
+    def attentive(self, layer):
+        "The last layer with attention up to this one, or else the first that has it."
+        having = [i for i in range(len(self.layers)) if i not in self.recurrent]
+        return max((i for i in having if i <= layer), default=having[0])
+
+    @staticmethod
+    def copy_cache(cache):
+        "The same cache, which grows apart from the first."
+        new = copy.copy(cache)
+        new.layers = [copy.copy(layer) for layer in cache.layers]
+        for layer in map(vars, new.layers):  # states are written in place
+            layer.update({k: copy.deepcopy(v) for k, v in layer.items() if isinstance(v, dict)})
+        return new
 
     def inputs(
         self,
@@ -230,14 +285,18 @@ class Decoder:
         allowed: torch.Tensor,  # (B, 1, S, S) bool
         dtype: torch.dtype,  # of the hidden states
         spare: bool = True,  # look whether causality alone will do, which waits for the device
-    ) -> torch.Tensor | None:  # as the model's attention implementation wants it
+        line: int | None = None,  # positions that follow one another, where layers are recurrent;
+        # the others are branches behind them; None: all
+    ) -> torch.Tensor | None:  # as the model's attention implementation wants it; where layers are
+        # recurrent, with what these read
         "The mask to give to a decoder layer. Raises ValueError where none can be given."
         kind = self._takes_masks()
         plain = torch.ones(allowed.shape[-2:], dtype=torch.bool, device=allowed.device).tril()
-        if spare and kind == "sdpa" and (allowed == plain).all():
-            return None
-        mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-        return mask.masked_fill(~allowed, torch.finfo(dtype).min)
+        mask = None
+        if not spare or kind != "sdpa" or not (allowed == plain).all():
+            mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+            mask.masked_fill_(~allowed, torch.finfo(dtype).min)
+        return _Mask.of(mask, allowed[:, 0], line) if self.recurrent else mask
 
     def _parts(self, layer, rotary):  # what `rotary_tables` and `beside` give
         "cos and sin of one layer; columns and embeddings, where there are any."
@@ -262,7 +321,7 @@ class Decoder:
             return near
         last = stock.shape[-1] - 1
         batch = torch.arange(len(stock), device=r.device)[:, None, None]
-        found = stock[batch, r.clamp(max=last), c.clamp(max=last)] & (allowed | (c > r))
+        found = stock[batch, r.clamp(max=last), c.clamp(max=last)] & (allowed | (r < c) & (c <= last))
         return torch.where(r <= last, found | allowed & (r == c), near)
 
     def window_mask(
@@ -291,7 +350,7 @@ class Decoder:
 
     def _call(self, layer, hidden, rotary, mask, keys=None, hooked=True):
         module = self.layers[layer]
-        keys = keys or _LayerKeys()
+        keys = _LayerKeys() if keys is None else keys
         tables, *beside = self._parts(layer, rotary)
         if beside:
             mask = self._masked(layer, mask, beside[0], keys)
@@ -314,7 +373,7 @@ class Decoder:
             shared[self.kinds[layer]] = keys.update(*kv)
         out = (module if hooked else module.forward)(
             hidden,
-            attention_mask=mask,
+            attention_mask=getattr(mask, "attention", mask),
             position_embeddings=tables,
             position_ids=None,
             past_key_values=keys,
@@ -337,8 +396,36 @@ class Decoder:
     ) -> torch.Tensor:  # (B, S, D) before layer `stop`
         "Run some layers, without a cache."
         for layer in range(len(self.layers))[start:stop]:
-            hidden = self._call(layer, hidden, rotary, mask)
+            if layer in self.recurrent:
+                hidden, _ = self._recur(layer, hidden, mask)
+            else:
+                hidden = self._call(layer, hidden, rotary, mask)
         return hidden
+
+    def _recur(self, layer, hidden, mask, state=None):  # -> (B, n, D), states behind the line
+        "A recurrent layer: the positions in a line, then every way through the tree behind them."
+        valid = mask and mask.valid
+        line = hidden.shape[1] if mask is None else valid.shape[1]
+        out, state = self._line(layer, hidden[:, :line], valid, state) if line else (hidden, state)
+        if line == hidden.shape[1]:
+            return out, state
+        ways, place = mask.ways
+        rows = torch.arange(len(hidden), device=hidden.device)[:, None]
+        each = hidden[:, line:][rows[..., None], ways]
+        after, _ = self._line(layer, each.flatten(0, 1), None, state)
+        after = after.view(len(hidden), -1, hidden.shape[-1])[rows, place]
+        return torch.cat([out[:, :line], after], 1), state
+
+    def _line(self, layer, hidden, valid, state):
+        from transformers.cache_utils import DynamicCache, LinearAttentionLayer
+
+        kept = LinearAttentionLayer()
+        for put, x in zip((kept.update_conv_state, kept.update_recurrent_state), state or ()):
+            put(x.repeat_interleave(len(hidden) // len(x), 0))
+        cache = DynamicCache()
+        cache.layers = [kept] * len(self.layers)
+        out = self._call(layer, hidden, (), valid, cache)
+        return out, (kept.conv_states[0], kept.recurrent_states[0])
 
     def run_layer(
         self,
@@ -347,9 +434,12 @@ class Decoder:
         mask: torch.Tensor | None,  # (1 or B, 1, n, m + n) from `mask`
         layer: int,
         before: tuple | None = None,  # keys and values of m earlier positions, each
-        # (1 or B, KV heads, m, head size)
-    ) -> tuple:  # hidden states after the layer; keys and values (B, KV heads, m + n, head size)
+        # (1 or B, KV heads, m, head size); of a recurrent layer its states behind them
+    ) -> tuple:  # hidden states after the layer; keys and values (B, KV heads, m + n, head size),
+        # or the states behind the positions that follow one another
         "Run one stock layer behind positions whose keys and values are known."
+        if layer in self.recurrent:
+            return self._recur(layer, hidden, mask, before)
         keys = _LayerKeys(before)
         out = self._call(layer, hidden, rotary, mask, keys)
         return out, keys.kv
@@ -358,6 +448,8 @@ class Decoder:
         self, hidden, rotary, layer, before=None
     ) -> tuple:  # keys and values (B, KV heads, m + n, head size)
         "Keys and values only, without the rest of the layer; arguments as for `run_layer`."
+        if layer in self.recurrent:
+            return self._recur(layer, hidden, None, before)[1]
         keys = _LayerKeys(before, only=True)
         with suppress(_Stop):
             self._call(layer, hidden, rotary, None, keys, hooked=False)
@@ -419,6 +511,7 @@ class Decoder:
         "Final norm and output head."
         logits = self.head(self.module.norm(hidden[..., : self.config.hidden_size]))
         scale = getattr(self.config, "logits_scaling", 1)  # Granite
+        scale = 1 / scale if self.adapter.logits_times else scale
         logits = logits if scale == 1 else logits / scale
         cap = getattr(self.config, "final_logit_softcapping", None)
         return cap * (logits / cap).tanh() if cap else logits

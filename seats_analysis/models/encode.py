@@ -347,8 +347,11 @@ def _collate(prompts, pad_id):
     for key in media.keys() & set(_AUDIO_INPUTS):  # padded at the end
         n = max(x.shape[-1] for x in media[key])
         media[key] = [torch.nn.functional.pad(x, (0, n - x.shape[-1])) for x in media[key]]
+    # where a table says how large each picture is, their patches lie in one row
+    axes = dict.fromkeys(("pixel_values", "pixel_values_videos"), -1)
+    axes = axes if any(key.startswith("target_sizes") for key in media) else {}
     try:
-        tensors = {key: torch.cat(found) for key, found in media.items()}
+        tensors = {key: torch.cat(found, axes.get(key, 0)) for key, found in media.items()}
     except RuntimeError as e:
         raise ValueError(
             "these clips have different sizes, which this model cannot take in one batch: "
@@ -397,12 +400,13 @@ def encode(
                     f"clip {part.id!r}: its audio has {part.sample_rate} samples a second, "
                     f"the model wants {rate}"
                 )
-        answer = dict(
+        pieces = _turn(model, processor, content, interleave)
+        types = (key for key in _TOKEN_TYPES if key in pieces[0])
+        answer = dict.fromkeys(types, torch.zeros(1, n, dtype=torch.long)) | dict(
             input_ids=torch.tensor([ids], dtype=torch.long),
             attention_mask=torch.ones(1, n, dtype=torch.long),
-            position_ids=torch.arange(n).expand(3, 1, n),
+            position_ids=torch.arange(n).expand(*pieces[0]["position_ids"].shape[:-1], n),
         )
-        pieces = _turn(model, processor, content, interleave)
         prompts.append([*pieces, answer] if ids else pieces)
     inputs, rope_deltas = _collate(prompts, processor.tokenizer.pad_token_id)
     return Encoded(
@@ -412,7 +416,7 @@ def encode(
         tuple(samples),
         _choice_ids(processor, samples),
         torch.tensor([len(ids) for ids in extra]),
-    ).to(adapter_for(model).lm_head(model).weight.device)
+    ).to(adapter_for(model).device(model))
 
 # %% ../../nbs/models/01_encode.ipynb #95cdbd94
 @dataclass(frozen=True)

@@ -89,6 +89,18 @@ def _gemma(family, name):
 
 _GEMMA = (_gemma("gemma4", "Gemma4"), _gemma("gemma4-unified", "Gemma4Unified"))
 
+# %% ../../nbs/models/00_families.ipynb #0112858b
+_HYBRID = (
+    Adapter("qwen3.5", ("Qwen3_5ForConditionalGeneration",), received=("visual",)),
+    Adapter("qwen3.5-moe", ("Qwen3_5MoeForConditionalGeneration",), received=("visual",)),
+    Adapter("minicpm-v-4.6", ("MiniCPMV4_6ForConditionalGeneration",)),
+)
+_SCALED = (
+    _vision(
+        "hyperclovax-vision-v2", "HyperCLOVAXVisionV2", received=("visual",), logits_times=True
+    ),
+)
+
 # %% ../../nbs/models/00_families.ipynb #7672baed
 def _sound(family, name, per_second):
     "A row of the table: audio alone."
@@ -97,7 +109,7 @@ def _sound(family, name, per_second):
 
 
 _SOUND = (_sound("qwen2-audio", "Qwen2Audio", 25), _sound("audioflamingo3", "AudioFlamingo3", 25))
-FAMILIES = {a.family: a for a in (*_OMNI, *_GEMMA, *_SIGHT, *_SOUND)}
+FAMILIES = {a.family: a for a in (*_OMNI, *_GEMMA, *_SIGHT, *_SOUND, *_HYBRID, *_SCALED)}
 
 # %% ../../nbs/models/00_families.ipynb #715a91af
 def adapter_for(

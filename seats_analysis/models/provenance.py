@@ -50,7 +50,6 @@ def provenance(
     "Attributes of a profile or a result: everything that its numbers depend on."
     check_words(model, processor, samples)
     adapter = adapter_for(model)
-    weight = adapter.lm_head(model).weight
     config = adapter.config(model).get_text_config()
     # a lettered example through the chat template; pixel limits are among the processor's settings
     example = Sample(None, "question", ("first", "second"), 0, id="example", lettered=True)
@@ -71,8 +70,8 @@ def provenance(
         processor_sha256=digest([part.to_json_string() for part in parts]),
         versions=json.dumps(versions("torch", "numpy", "xarray", "transformers")),
         threads=torch.get_num_threads(),
-        device=weight.device.type,
-        dtype=str(weight.dtype).removeprefix("torch."),
+        device=adapter.device(model).type,
+        dtype=str(adapter.decoder(model).dtype).removeprefix("torch."),
         attention=config._attn_implementation,
         **settings,
     )

@@ -6,12 +6,11 @@
 __all__ = ['score_choices']
 
 # %% ../../nbs/models/04_scoring.ipynb #867a6936
-import copy
 import torch
 from dataclasses import dataclass
 from .families import adapter_for
 from .encode import Encoded
-from .decoder import last_logits_only
+from .decoder import Decoder, last_logits_only
 
 # %% ../../nbs/models/04_scoring.ipynb #f8fc805e
 @dataclass(frozen=True)
@@ -43,8 +42,7 @@ def _continue(thinker, encoded, out, texts):
     "Log-probability of one choice per sample behind the prompt's pass. texts (B, T), -1 = none"
     mask = encoded.inputs["attention_mask"]
     at = encoded.position_ids[..., -1:]
-    cache = copy.copy(out.past_key_values)
-    cache.layers = [copy.copy(layer) for layer in cache.layers]
+    cache = Decoder.copy_cache(out.past_key_values)
     total = _log_prob(out.logits[:, -1], texts[:, 0])
     for fed, token in zip(texts.T, texts.T[1:]):
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)

@@ -149,7 +149,7 @@ class Tail:
         target = self.target.cpu()
         length = (target >= 0).sum(-1)
         out = []
-        at_once = max(1, LOGITS // (len(self.wanted) * len(decoder.head.weight)))
+        at_once = max(1, LOGITS // (len(self.wanted) * decoder.config.vocab_size))
         for part in hidden.split(at_once):
             logp = decoder.logits(part).float().log_softmax(-1)
             if not logp.isfinite().all():
@@ -255,8 +255,10 @@ class Condition:
         context = walk.context
         device = context.hidden.device
         keep = (~removed).nonzero()[:, 0].to(device)
-        # what lies before may see what is removed where pictures are seen both ways
-        front = 0 if walk.decoder.both_ways or not removed.any() else int(removed.nonzero()[0])
+        # what lies before may see what is removed where pictures are seen both ways; a state is
+        # that of its last position only
+        whole = walk.decoder.both_ways or walk.decoder.recurrent or not removed.any()
+        front = 0 if whole else int(removed.nonzero()[0])
         if hidden is not None:
             front = len(keep)
         self.walk = walk
@@ -280,7 +282,7 @@ class Condition:
             sees_context = sees_context.repeat(2, 1)
             allowed = torch.block_diag(allowed, allowed)
             self.after = tuple(t.repeat(1, 2, 1) for t in self.after)
-        self.tail_mask = walk.mask(torch.cat([sees_context, allowed], 1))
+        self.tail_mask = walk.mask(torch.cat([sees_context, allowed], 1), 0)
 
     def branch_off(self, layer, full, max_tokens, after=None):  # after: it misses the layer
         "Cut one more stream from the full one, into a batch of at most so many tokens."
@@ -346,8 +348,8 @@ class Traversal:
         self.full.batches = [Batch([], self.context.hidden, self.after.hidden)]
         self.bypassed = Condition(self, nothing, [None])
 
-    def mask(self, allowed):  # (n, m) bool, True = may look
-        return self.decoder.mask(allowed[None, None], self.context.hidden.dtype)
+    def mask(self, allowed, line=None):  # (n, m) bool, True = may look; see `Decoder.mask`
+        return self.decoder.mask(allowed[None, None], self.context.hidden.dtype, line=line)
 
     @classmethod
     def of(cls, model, questions, selectors, whole=False):

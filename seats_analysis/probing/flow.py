@@ -143,6 +143,7 @@ class Knockouts:
         at = questions.shared + tail.depth
         positions = encoded.position_ids[..., at.clamp(max=alike)] + (at - alike).clamp(min=0)
         self.stream = Stream.enter(model, encoded, questions.shared, tail.ids[None], positions)
+        self.stream.decoder.refuse_recurrent("edges of attention")
         found = marks_of(self.stream, encoded, {s: s for s in selectors})
         marks = {s: mark.to(device) for s, mark in found.items()}
         self.sides = Sides.of(questions, tail, marks, processor.tokenizer)

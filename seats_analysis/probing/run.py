@@ -17,6 +17,7 @@ from ..storage.files import Checkpoint, processes
 from ..storage.schemas import save_profile
 from ..inputs.questions import samples_of
 from ..inputs.samples import Sample, check_ids, clips_of
+from ..models.decoder import Decoder
 from ..models.families import adapter_for
 from ..models.encode import encode, encode_questions, mean_tokens
 from ..models.provenance import provenance
@@ -342,10 +343,12 @@ def probe_dependency(
     if answers not in ("choices", "text"):
         raise ValueError(f"answers: {answers!r} is not known; 'choices' and 'text' are")
     check_asked(model, samples)
+    if answers == "text":
+        Decoder(model).refuse_recurrent('answers="text"')
     layers = _check_layers(layers, num_layers)
 
     if max_branch_tokens is None:
-        on_cpu = next(model.parameters()).device.type == "cpu"
+        on_cpu = adapter_for(model).device(model).type == "cpu"
         max_branch_tokens = CPU_TOKENS if on_cpu else MAX_TOKENS
     settings = dict(answers=answers, max_branch_tokens=max_branch_tokens)
     if answers == "text":

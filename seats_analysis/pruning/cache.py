@@ -6,13 +6,13 @@
 __all__ = ['Slots', 'follow_up']
 
 # %% ../../nbs/pruning/09_cache.ipynb #56ca435d
-import copy
 import warnings
 import torch
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from ..inputs.layout import Modality
+from ..models.decoder import Decoder
 from .prefill import stock_mask
 from ..schedules.schedule import ScheduleWarning
 
@@ -58,6 +58,8 @@ class Slots:
                 known[id(held), id(seen)] = here.gather(1, held.column) & held.valid
             return known[id(held), id(seen)]
 
+        first = layers[p.decoder.attentive(0)]  # as which a recurrent layer counts, without slots
+        layers = [first if i in p.decoder.recurrent else t for i, t in enumerate(layers)]
         windows = p.decoder.window is not None
         slots = cls(
             valid=tuple(visible(*t) for t in layers),
@@ -127,7 +129,8 @@ class Slots:
         plain = (
             cache is None
             or not getattr(cache, "offloading", False)
-            and {type(layer).__name__ for layer in cache.layers} <= {"DynamicLayer", "DummyLayer"}
+            and {type(layer).__name__ for layer in cache.layers}
+            <= {"DynamicLayer", "DummyLayer", "LinearAttentionLayer"}
         )
         if not plain:
             what = "has a fixed length" if cache.is_compileable else "is quantized or offloaded"
@@ -162,9 +165,8 @@ class Slots:
         "A pruned cache for `times` copies of each of its rows, apart from the caller's."
         if cls.of(cache) is None or len(cls.of(cache).position) != rows:
             return cache
-        new = copy.copy(cache)
-        new.layers = [copy.copy(layer) for layer in cache.layers]
-        new.batch_repeat_interleave(times)
+        new = Decoder.copy_cache(cache)
+        new.reorder_cache(torch.arange(rows).repeat_interleave(times))
         return new
 
     @classmethod
@@ -278,9 +280,8 @@ class Slots:
         "The masks of a decode step; `mask` is the caller's. Layers that hold the same share one."
         tail = self.columns_after(mask, cache, hidden.shape[1])
         seen = {}
-        keys = [(id(v), n) for v, n in zip(self.valid, self.lengths)]
-        if self.columns is not None:
-            keys = [(*k, id(c), w) for k, c, w in zip(keys, self.columns, decoder.kinds)]
+        columns = self.columns or [None] * len(self.lengths)
+        keys = list(zip(decoder.kinds, map(id, self.valid), self.lengths, map(id, columns)))
         for i, key in enumerate(keys):
             if key not in seen:
                 seen[key] = self.mask(decoder, hidden, tail, cache, i)
@@ -290,6 +291,8 @@ class Slots:
         "Mask of one layer in a decode step; None where there is nothing to hide."
         held = self.valid[layer]
         n, q = self.lengths[layer], hidden.shape[1]
+        if layer in decoder.recurrent:
+            return None if tail is None or q == 1 else tail[:, -q:]
         if held is None and tail is None and q == 1 and self.columns is None:
             return None
         if held is None:

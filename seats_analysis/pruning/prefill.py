@@ -123,7 +123,7 @@ class Prefill:
     entered: int = 0  # positions that entered it
     follows: dict = field(default_factory=dict)  # id of a tensor -> what is left of it
     tables: tuple | None = None  # cos and sin that the layer before had
-    mask: object = None  # of what is in the sequence; where layers differ, kind -> mask
+    mask: dict | None = None  # kind of layer -> mask of what is in the sequence
     position: torch.Tensor | None = None  # (B,) of the next token
     stages: list = field(default_factory=list)  # (name, Tokens) after every step
     layers: list = field(default_factory=list)  # Tokens of every layer
@@ -164,7 +164,7 @@ class Prefill:
         self.entered = embeds.shape[1]
         self.decoder.note(kwargs, self.entered)
         if not self.steps or self.steps[0].stage != 1:
-            return self.behind_earlier(0, embeds, kwargs)
+            return self.behind_earlier(self.decoder.attentive(0), embeds, kwargs)
         step = self.steps[0]
         with torch.set_grad_enabled(self.method.merges and torch.is_grad_enabled()):
             keep, embeds = self.select(embeds, positions, encoders)
@@ -185,9 +185,9 @@ class Prefill:
             "inputs_embeds": embeds,
             # the last axis: positions may have several
             "position_ids": positions.gather(-1, index.expand(*positions.shape[:-2], -1, -1)),
-            "attention_mask": mask if self.decoder.window is None else self.window_masks(embeds),
+            "attention_mask": mask if self.decoder.window is None else self.by_kind(embeds),
         }
-        return self.behind_earlier(0, embeds, kwargs)
+        return self.behind_earlier(self.decoder.attentive(0), embeds, kwargs)
 
     def select(self, embeds, positions, encoders):
         "Ask the method: (B, S) bool; embeds, changed where it merges."
@@ -233,15 +233,17 @@ class Prefill:
             for kind, kv in list(shared.items()):
                 shared[kind] = tuple(take(x.transpose(1, 2), index).transpose(1, 2) for x in kv)
         if self.earlier is None:
-            valid = self.tokens.valid if self.tokens.padded else None
-            config = self.decoder.module.config
-            one = self.decoder.window is None
-            self.mask = stock_mask(config, hidden, valid) if one else self.window_masks(hidden)
+            self.mask = self.by_kind(hidden)
         return hidden
 
-    def window_masks(self, hidden) -> dict:  # kind of layer -> mask
-        "Masks of what is in the sequence, where layers have windows."
+    def by_kind(self, hidden) -> dict:  # kind of layer -> mask
+        "Masks of what is in the sequence."
         kinds, now = self.decoder.kinds, self.tokens
+        if self.decoder.window is None:
+            config = self.decoder.module.config
+            valid = now.valid if now.padded else None
+            stock = stock_mask(config, hidden, valid)
+            return dict(full_attention=stock, linear_attention=valid)
         return {
             kind: self.decoder.window_mask(kinds.index(kind), now.valid, now.column, hidden)
             for kind in set(kinds)
@@ -264,8 +266,8 @@ class Prefill:
             beside = [take(x, self.index) if cut else x for x, cut in zip(beside, whole)]
         if self.earlier is not None:
             return (hidden, *beside), self.behind_earlier(layer, hidden, kwargs)
-        mask = self.mask[self.decoder.kinds[layer]] if isinstance(self.mask, dict) else self.mask
-        return (hidden, *beside), {**kwargs, "attention_mask": self.last_rows(mask, hidden)}
+        mask = self.last_rows(self.mask[self.decoder.kinds[layer]], hidden)
+        return (hidden, *beside), {**kwargs, "attention_mask": mask}
 
     @staticmethod
     def last_rows(mask, hidden):
@@ -278,6 +280,9 @@ class Prefill:
         earlier = self.earlier
         if earlier is None:
             return kwargs
+        if layer in self.decoder.recurrent:
+            valid = self.tokens.valid if self.tokens.padded else None
+            return {**kwargs, "attention_mask": valid}
         key = id(earlier.valid[layer]), earlier.lengths[layer], id(self.tokens)
         if key not in self.masks:
             valid = self.tokens.valid
@@ -294,7 +299,7 @@ class Prefill:
         if self.method.uses_hidden:
             scores = hidden.masked_fill(~tokens.valid[..., None], 0)
         elif self.method.uses_scores:
-            scores = self.scores(step.layer - 1, hidden, shared)
+            scores = self.scores(self.decoder.attentive(step.layer - 1), hidden, shared)
         if scores is not None:
             self.checks.append(Check.of_scores(scores, step.layer))
         keep = self.method.drop(tokens, scores, step, self.n_chunks)
@@ -309,10 +314,10 @@ class Prefill:
         tables = self.tables
         n = tokens.column.shape[1]
         place = torch.arange(n, device=hidden.device)
-        if layer + 1 < self.decoder.sharing:
+        if (kind := self.decoder.kinds[layer]) in shared:
+            k = shared[kind][0]  # the stock model may have only the last position left
+        else:
             k = self.decoder.key(layer, hidden, *tables)
-        else:  # the stock model may have only the last position left
-            k = shared[self.decoder.kinds[layer]][0]
         mask = tokens.valid if tokens.padded else None
         if self.method.schedule.query == "text":
             end = ((tokens.valid & ~tokens.text) * place).amax(1, keepdim=True)

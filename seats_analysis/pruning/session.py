@@ -50,7 +50,8 @@ class Session:
         self.layers = self.decoder.layers
         self.token_ids = adapter_for(model).token_ids(model)
         self.signature = inspect.signature(self.thinker.forward)
-        self.timings = Timings(str(next(model.parameters()).device))
+        self.device = self.decoder.adapter.device(model)
+        self.timings = Timings(str(self.device))
         self.run = Run(method, kv, self.timings)
         # towers are only timed where stage I keeps everything, or does not look at attention
         chooses = method is not None and min(method.schedule.entering.values()) < 1
@@ -69,16 +70,9 @@ class Session:
                     f"from layer {first + 1} on, layers share keys and a prompt may run its last "
                     'position alone: Stage II asks there with `query="last"` only'
                 )
-            towers = adapter_for(self.model).encoders(self.model).values()
-            parameters = (p for m in (self.decoder.module, *towers) for p in m.parameters())
-            devices = sorted({str(p.device) for p in parameters})
-            if len(devices) > 1 or devices == ["meta"]:
-                raise ValueError(
-                    "all layers of decoder and towers must lie on one device to be pruned, not on "
-                    f"{' and '.join(devices)}: load the model without offloading and without a "
-                    "`device_map` over several devices"
-                )
-        self.decoder.check_layers()
+            self.decoder.check_layers()
+        if self.run.kv == "evict" or self.method and self.method.schedule.cache:
+            self.decoder.refuse_recurrent('kv="evict" or `cache` in a schedule')
 
     def install(self, stack):
         "Register all hooks; leaving the stack undoes everything."
@@ -203,13 +197,12 @@ class Session:
         Slots.check_cache(cache)
         self.refuse(given)
         # the last that goes to the device before the first layer
-        device = next(self.decoder.module.parameters()).device
         media = [
             (layout.modality == code).flatten().nonzero()[:, 0] for code in Modality.CODES.values()
         ]
         order = visual_order(given["input_ids"], layout, self.token_ids.get(Modality.IMAGE, -1))
         if order is not None:
-            order = order.to(device, non_blocking=True)
+            order = order.to(self.device, non_blocking=True)
         numbers = [b.number for b in budgets if b.modality == "visual"]
         self.prefill = Prefill(
             decoder=self.decoder,
@@ -218,8 +211,8 @@ class Session:
             layout=layout,
             budgets=budgets,
             steps=steps,
-            tokens=Tokens.of(layout, numbers, device),
-            media=torch.cat(media).to(device, non_blocking=True),
+            tokens=Tokens.of(layout, numbers, self.device),
+            media=torch.cat(media).to(self.device, non_blocking=True),
             order=order,
             cache=cache,
             earlier=earlier,
@@ -327,7 +320,7 @@ class Session:
         self.masks = slots.masks(self.decoder, embeds, mask, cache)
         self.slots = slots
         slots.open = True
-        return {**kwargs, "attention_mask": self.masks[0]}
+        return {**kwargs, "attention_mask": self.masks[self.decoder.attentive(0)]}
 
     # ---- around every decoder layer: stages II and III, DeepStack
 

@@ -24,6 +24,8 @@ class TextDims:
     active: tuple  # (L,) MLP width I that a token passes: where sparse, that of its experts
     routed: tuple  # (L,) experts E that the router scores, 0 where dense
     sizes: tuple = ()  # (L,) where layers differ, what `attention` gives
+    state: tuple = ()  # of recurrent layers: key heads, value heads, widths of a key and a value,
+    # kernel of the convolution
     sharing: int | None = None  # first layer that reads the keys of an earlier one
 
     @property
@@ -31,26 +33,36 @@ class TextDims:
         return len(self.active)  # L
 
     def attention(self, i) -> tuple:
-        "Of a layer: width of all heads, weights beside MLP and router, numbers cached of a token."
+        """Of a layer: width of all heads, 0 where it is recurrent; weights beside MLP and router;
+        numbers cached of a token."""
         width = self.heads * self.head_dim
         kept = 2 * self.kv_heads * self.head_dim
         return self.sizes[i] if self.sizes else (width, self.hidden * (2 * width + kept), kept)
 
 
-def _sizes(c, sharing):
-    "Layers that differ, as those of Gemma 4; () where none does."
+_STATE = "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim"
+
+
+def _sizes(c, sharing, state):
+    "Layers that differ, as those of Gemma 4 and Qwen3.5; () where none does."
     L, D = c["num_hidden_layers"], c["hidden_size"]
     each = {int(i): own for i, own in (c.get("per_layer_config") or {}).items()}
     beside = c.get("hidden_size_per_layer_input") or 0
-    if not each and not beside and sharing == L:
+    if not each and not beside and not state and sharing == L:
         return ()
     sizes = []
     for i in range(L):
+        if state and c["layer_types"][i] == "linear_attention":
+            keys, values, key, value, _ = state
+            per_token = 2 * keys * key + values * value + 2 * values * (value + 1)
+            sizes.append((0, D * per_token, 0))
+            continue
         own = {**c, **each.get(i, {})}
         width = own["num_attention_heads"] * own["head_dim"]
         keys = own["num_key_value_heads"] * own["head_dim"] if i < sharing else 0
         same = c.get("attention_k_eq_v") and c["layer_types"][i] == "full_attention"
-        per_token = 2 * width + (1 if same else 2) * keys + beside * (2 if i else 2 + L)
+        queries = 2 if state else 1  # with a gate
+        per_token = (1 + queries) * width + (1 if same else 2) * keys + beside * (2 if i else 2 + L)
         sizes.append((width, D * per_token, 2 * keys))
     return tuple(sizes)
 
@@ -74,6 +86,8 @@ def text_dims(
         experts = c.get("num_experts") or c.get("num_local_experts")  # Qwen3-VL
         beside = c.get("enable_moe_block")  # Gemma: experts stand beside an MLP
         sharing = c["num_hidden_layers"] - (c.get("num_kv_shared_layers") or 0)
+        linear = "linear_attention" in (c.get("layer_types") or ())
+        state = tuple(c[f"linear_{name}"] for name in _STATE) if linear else ()
         for i in range(c["num_hidden_layers"]):
             dense = i in (c.get("mlp_only_layers") or ()) or (i + 1) % c.get(
                 "decoder_sparse_step", 1
@@ -82,7 +96,9 @@ def text_dims(
             width = 0
             if routed[-1]:
                 top = c["num_experts_per_tok"] if beside is None else c["top_k_experts"]
-                width = top * c["moe_intermediate_size"]
+                shared = c.get("shared_expert_intermediate_size") or 0  # behind a gate
+                width = top * c["moe_intermediate_size"] + shared
+                routed[-1] += bool(shared)
             if beside or not routed[-1]:
                 twice = c.get("use_double_wide_mlp") and i >= sharing
                 width += c["intermediate_size"] * (2 if twice else 1)
@@ -95,7 +111,8 @@ def text_dims(
             vocab=c["vocab_size"],
             active=tuple(active),
             routed=tuple(routed),
-            sizes=_sizes(c, sharing),
+            sizes=_sizes(c, sharing, state),
+            state=state,
             sharing=sharing,
         )
     except KeyError as e:
@@ -107,13 +124,24 @@ def text_dims(
 _CONVENTIONS = ("causal", "counter")
 
 
+def _recurrence(s, d, counter):
+    "Products of a gated delta rule and the convolution before it."
+    keys, values, key, value, kernel = d.state
+    rule = 3 * s * key * value  # one token after the other
+    if counter:  # in chunks of 64
+        rule = -(-s // 64) * 64 * (64 * (2 * key + value) + 3 * key * value)
+    convolution = kernel * (2 * keys * key + values * value)
+    return convolution * (s + (kernel - 1 if counter else 0)) + values * rule
+
+
 def layer_flops(s, i, d, convention, rows=None):
     "Decoder layer i of dimensions d on s tokens, of which the last `rows` run, None: all."
     width, weights, _ = d.attention(i)
     weights += d.hidden * (3 * d.active[i] + d.routed[i])
     rows = s if rows is None else min(rows, s)
-    pairs = rows * s if convention == "counter" else rows * s - rows * (rows - 1) // 2
-    return 2 * rows * weights + 4 * width * pairs
+    counter = convention == "counter"
+    pairs = rows * s if counter else rows * s - rows * (rows - 1) // 2
+    return 2 * (rows * weights + 2 * width * pairs + (0 if width else _recurrence(s, d, counter)))
 
 
 def _check_tokens(tokens, dims):
@@ -171,6 +199,8 @@ def probe_flops(
 ) -> float:  # FLOPs of the language model
     "Causal FLOPs of probing all layers with the questions on one clip, or as torch counts them."
     d = text_dims(config)
+    if d.state:
+        raise ValueError("what a probe of recurrent layers costs has no closed form here")
     width = d.heads * d.head_dim
     last = d.layers - 1
 
@@ -210,4 +240,9 @@ def kv_bytes(
     d = text_dims(config)
     tokens = _check_tokens(tokens, d)
     held = (min(tokens),) * d.layers if kv == "evict" else tokens
-    return sum(s * d.attention(i)[2] for i, s in enumerate(held)) * itemsize
+    total = sum(s * d.attention(i)[2] for i, s in enumerate(held)) * itemsize
+    if d.state:  # a state in float32, and what the convolution still needs
+        keys, values, key, value, kernel = d.state
+        inputs = (2 * keys * key + values * value) * kernel * itemsize
+        total += sum(not width for width, *_ in d.sizes) * (4 * values * key * value + inputs)
+    return total
