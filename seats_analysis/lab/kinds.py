@@ -61,7 +61,8 @@ def kinds_table(
         found = []
         for _ in range(draws):
             order = random.permutation(len(losses))
-            own, rest = order[:n], order[n:]
+            own = order[:n]
+            rest = order[n:]
             whole = cheapest(costs, losses[own], max_change)
             by = {f: own[families[own] == f] for f in set(families[own])}
             kinds = {f: cheapest(costs, losses[some], max_change) for f, some in by.items()}

@@ -309,7 +309,8 @@ def agreement(kept):  # (prompt, side) -> stage -> positions -> rows
     for prompt in dict.fromkeys(prompt for prompt, _ in kept):
         ours, theirs = (kept[prompt, side] for side in ("ours", "reference"))
         for stage in ours:
-            a, b = set(ours[stage]), set(theirs.get(stage, ()))
+            a = set(ours[stage])
+            b = set(theirs.get(stage, ()))
             row = dict(prompt=prompt, stage=stage, ours=len(a), reference=len(b), both=len(a & b))
             rows.append(row)
     return rows

@@ -238,7 +238,8 @@ class Prefill:
 
     def by_kind(self, hidden) -> dict:  # kind of layer -> mask
         "Masks of what is in the sequence."
-        kinds, now = self.decoder.kinds, self.tokens
+        kinds = self.decoder.kinds
+        now = self.tokens
         if self.decoder.window is None:
             config = self.decoder.module.config
             valid = now.valid if now.padded else None

@@ -45,7 +45,8 @@ _STATE = "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "
 
 def _sizes(c, sharing, state):
     "Layers that differ, as those of Gemma 4 and Qwen3.5; () where none does."
-    L, D = c["num_hidden_layers"], c["hidden_size"]
+    L = c["num_hidden_layers"]
+    D = c["hidden_size"]
     each = {int(i): own for i, own in (c.get("per_layer_config") or {}).items()}
     beside = c.get("hidden_size_per_layer_input") or 0
     if not each and not beside and not state and sharing == L:
