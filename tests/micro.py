@@ -127,7 +127,7 @@ def request(seconds=240):
     import numpy as np
     from seats_analysis.pruning import timing
     from seats_analysis.models.encode import encode
-    from seats_analysis.models.decoder import last_logits_only
+    from seats_analysis.models.scoring import last_logits_only
     from seats_analysis.inputs.media import Clip
     from seats_analysis.inputs.samples import Sample
     from seats_analysis.pruning.session import prune

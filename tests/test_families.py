@@ -9,7 +9,8 @@ from seats_analysis.inputs.layout import Modality
 from seats_analysis.models.attention import TowerAttention
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode
-from seats_analysis.models.decoder import Decoder, last_logits_only
+from seats_analysis.models.decoder import Decoder
+from seats_analysis.models.scoring import last_logits_only
 from seats_analysis.models.scoring import score_choices
 from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.schedule import Schedule

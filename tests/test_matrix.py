@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seats_analysis.boundaries.find import find_boundaries
 from seats_analysis.evaluation.load import load_model
-from seats_analysis.models.decoder import Decoder, last_logits_only
+from seats_analysis.models.decoder import Decoder
+from seats_analysis.models.scoring import last_logits_only
 from seats_analysis.models.encode import encode
 from seats_analysis.models.families import FAMILIES, adapter_for, families
 from seats_analysis.models.scoring import score_choices
@@ -265,7 +266,7 @@ def token_by_token(case, inputs, start):
 
 
 def masked(case, inputs, start, evict=False):
-    "Logits where media are hidden by masks from layer `start` on, with `evict` from answers in all."
+    "Logits where media are hidden by masks from layer `start` on, `evict`: from answers in all."
     if Decoder(case.model).recurrent:
         return token_by_token(case, inputs, start)
     S = inputs["input_ids"].shape[1]

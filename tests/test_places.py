@@ -1,4 +1,4 @@
-"""Models whose weights lie elsewhere, or whose linear layers are others: pruned and probed alike."""
+"""Models whose weights lie elsewhere, or whose linear layers are others: pruned, probed alike."""
 
 import copy
 

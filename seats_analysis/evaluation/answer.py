@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import median
 
-from ..models.decoder import last_logits_only
-from ..models.scoring import score_choices
+from ..models.scoring import last_logits_only, score_choices
 from ..pruning.session import prune
 from .prepared import DataShape
 

@@ -21,10 +21,9 @@ from torch.nn.utils.rnn import pad_sequence
 from ..inputs.media import Clip, decode_clip
 from ..inputs.questions import samples_of
 from ..inputs.samples import Sample, check_ids
-from ..models.decoder import last_logits_only
 from ..models.encode import encode, frame_resizer, mean_tokens, sampling_rate
 from ..models.families import adapter_for
-from ..models.scoring import score_choices
+from ..models.scoring import last_logits_only, score_choices
 from ..statistics.intervals import clip_draws, mcnemar
 from ..pruning.cache import Slots
 from ..schedules.choose import known_schedule

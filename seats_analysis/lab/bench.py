@@ -19,7 +19,6 @@ from ..storage.files import output_folder
 from ..storage.schemas import SCHEMAS, load_json, save_json
 from ..storage.provenance import digest, hash_code, versions
 from ..models.families import adapter_for
-from ..models.decoder import last_logits_only
 from ..schedules.cost import prefill_flops
 from ..pruning.timing import Timings
 from ..pruning.received import triton_kernels
@@ -35,6 +34,7 @@ from seats_analysis.lab.workloads import (
     bench_schedule,
     build_model,
 )
+from ..models.scoring import last_logits_only
 
 # %% ../../nbs/lab/06_bench.ipynb #492d4764
 def peak_bytes(model, inputs, body):  # body: function without arguments

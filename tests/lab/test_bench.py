@@ -16,7 +16,7 @@ from seats_analysis.lab import bench_command
 from seats_analysis.lab import paper, timing_figures as timing
 from seats_analysis.storage.schemas import load_json
 from seats_analysis.models.families import adapter_for
-from seats_analysis.models.decoder import last_logits_only
+from seats_analysis.models.scoring import last_logits_only
 from seats_analysis.models.encode import encode
 from seats_analysis.baselines.registry import METHODS
 from seats_analysis.lab import bench_rows
