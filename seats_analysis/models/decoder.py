@@ -321,7 +321,9 @@ class Decoder:
             return near
         last = stock.shape[-1] - 1
         batch = torch.arange(len(stock), device=r.device)[:, None, None]
-        found = stock[batch, r.clamp(max=last), c.clamp(max=last)] & (allowed | (r < c) & (c <= last))
+        found = stock[batch, r.clamp(max=last), c.clamp(max=last)] & (
+            allowed | (r < c) & (c <= last)
+        )
         return torch.where(r <= last, found | allowed & (r == c), near)
 
     def window_mask(
