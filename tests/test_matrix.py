@@ -316,7 +316,9 @@ def test_answers_behind_removed_media_equal_keys_hidden_by_a_mask(case, start, k
             return_dict_in_generate=True,
         )
     inputs = longer(case, out.sequences)
-    close(masked(case, inputs, start, kv == "evict")[0, S - 1 : -1], torch.cat(out.logits))
+    expected = masked(case, inputs, start, kv == "evict")[0, S - 1 : -1]
+    # token by token a state is summed up in another order
+    close(expected, torch.cat(out.logits), 1e-4 if Decoder(case.model).recurrent else 2e-5)
 
 
 @pytest.mark.parametrize("plan", [PLAN, THIRD], ids=["all stages", "stage III"])
