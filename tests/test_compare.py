@@ -191,7 +191,7 @@ def test_downsampling_spends_what_was_planned(model, processor, part):
 
 def test_downsampling_is_a_clip_with_fewer_frames(model, processor, samples):
     "Every second frame at half the rate, made by hand; `prune` alone would do nothing and refuses."
-    method = METHODS["downsample-frames"](Schedule(L, entering=tiny.ratios(0.5, 1.0)))
+    method = METHODS["downsample"](Schedule(L, entering=tiny.ratios(0.5, 1.0)), pixels=0.0)
     some = [s for s in samples if s.clip in ("c0", "c2")] + samples[-1:]
     by_hand = [
         replace(s, video=replace(s.video, frames=s.video.frames[::2], fps=s.video.fps / 2))
