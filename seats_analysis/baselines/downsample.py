@@ -99,4 +99,3 @@ class Downsample(Baseline):
             f"{self.name!r} changes what is encoded, before `prune` sees anything: `evaluate`, "
             "`compare_methods`, `seats eval` and `seats tune` do it"
         )
-

@@ -89,15 +89,11 @@ def _tune_text(result, promise, out):
     lines = [_chain_table(tuned), ""]
     if held := tuned["held"]:
         row = tuned["rows"][held - 1]
-        cost = row["cost"]
         if len(row["families"]) > 1:
             lines += [_family_table(row), ""]
         lines += result["remarks"]
-        if kinds := result.get("kinds"):
-            won = kinds["rows"][kinds["held"] - 1] if kinds["held"] else row
-            share = f"{100 * won['cost']:.1f} % of the FLOPs (causal)"
-            lines += ["", _chain_table(kinds), "", f"with schedules by {kinds['by']}: {share}"]
-        lines.append(f"{promise}, {whom}: {100 * cost:.1f} % of the FLOPs (causal); {out}")
+        share = f"{100 * row['cost']:.1f} % of the FLOPs (causal)"
+        lines.append(f"{promise}, {whom}: {share}; {out}")
     else:
         changed = tuned["rows"][0]["changed"]
         needed = promise.clips(changed)

@@ -482,7 +482,7 @@ class Answering:
         "What the answers depend on."
         runs = []
         for r in self.runs:
-            plans = [p and [repr(p), p.schedule.plan_sha256, p.schedule.kinds] for p in r.plans]
+            plans = [p and [repr(p), p.schedule.plan_sha256] for p in r.plans]
             runs.append([r.label, r.trr, r.share, r.kv, plans])
         own = dict(
             answers=self.answers,
