@@ -383,7 +383,7 @@ def test_every_sample_has_a_number_of_its_own(name):
 
 def test_every_entry_says_what_it_is():
     names = (
-        "seats random uniform fastv fastv-om visionzip visionzip-om visionzip-om-wide divprune "
+        "seats random uniform fastv fastv-om visionzip visionzip-om divprune "
         "divprune-om dycoke omnizip omnipack vtw pyramiddrop downsample"
     )
     assert list(METHODS) == names.split()

@@ -100,10 +100,6 @@ def _tune_text(result, promise, out):
         more = f"it takes some {needed} clips" if needed else "no number of clips will do"
         said = f"the dearest changes {100 * changed:.2f} %: {more}"
         lines.append(f"no schedule holds ({promise}, {whom}); {said}")
-    fixed = result["chains"].get("fixed")
-    if fixed and fixed["held"]:
-        cost = fixed["rows"][fixed["held"] - 1]["cost"]
-        lines.append(f"with the same promise the fixed published shape takes {100 * cost:.1f} %")
     return "\n".join(lines) + left_out(result["broken"])
 
 # %% ../../nbs/cli/04_tune.ipynb #29212bc6

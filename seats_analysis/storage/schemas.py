@@ -74,14 +74,7 @@ _MEASURED = dict(
 )
 _FAMILY = record(changed=Annotated[int, Field(ge=0)], questions=_COUNT, low=_SHARE, high=_SHARE)
 _LOSS = dict(cost=_AMOUNT, changed=_SHARE, p=_SHARE, families=NotRequired[dict[str, _FAMILY]])
-_CERTIFICATE = record(
-    **_MEASURED,
-    **_LOSS,
-    known_clips=_CLIPS,
-    plan_sha256=_SHA256,
-    sha256=_SHA256,
-    remarks=NotRequired[list[str]],
-)
+_CERTIFICATE = record(**_MEASURED, **_LOSS, known_clips=_CLIPS, plan_sha256=_SHA256, sha256=_SHA256)
 _ROW = record(
     closed=False,
     **_LOSS,

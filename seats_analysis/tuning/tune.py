@@ -79,10 +79,6 @@ class Tuning:
     progress: bool = False  # show bars
     by: str = ""  # attribute of a sample: its kinds get schedules of their own
 
-    def __post_init__(self):
-        if both := {s.clip for s in self.proposal} & {s.clip for s in self.calibration}:
-            raise ValueError(f"clip {min(both)!r} is both for the search and for calibration")
-
     def _asked(self, samples, plans=(), answers="token", title=""):
         "The full model and plans on some questions."
         runs = [MethodRun("full", "full", 100, (None,))]
@@ -192,7 +188,7 @@ class Tuning:
         draw,  # function: numpy Generator -> `Schedule` or `Pruner`
         fixed=(),  # plans that take part in any case
         budget=10.0,  # FLOPs, over those of the full model on all proposal questions
-    ):  # rows of all candidates; name -> chain; how the first was chosen
+    ):  # rows of all candidates; the chain; how it was chosen
         "Successive halving on the proposal questions. Raises ValueError for a wrong budget."
         plans, costs, known = self._candidates(draw, fixed, budget)
         alive = np.arange(len(plans))
@@ -217,10 +213,6 @@ class Tuning:
             clips = len({s.clip for s in self.calibration})
             chosen, how = self.promise.choose_chain(costs, mean, changed, alive, clips)
             steps = [{"": i} for i in chosen]
-        chains = dict(tuned=[self._link(plans, step) for step in steps])
-        if known:  # as a chain of their own
-            own = self.promise.chain_of(costs, mean, np.arange(known))
-            chains["fixed"] = [plans[i] for i in own]
         rows = [
             dict(
                 cost=costs[i].item(),
@@ -231,7 +223,7 @@ class Tuning:
             )
             for i in range(len(plans))
         ]
-        return rows, chains, how
+        return rows, [self._link(plans, step) for step in steps], how
 
     def calibrate(
         self,
@@ -285,9 +277,9 @@ class Tuning:
 
     def tune(self, draw, fixed=(), budget=10.0):  # see `search`
         "Search and certify: what `seats tune` stores; None in all processes but the first."
-        rows, chains, how = self.search(draw, fixed, budget)
-        # their checkpoint holds the chain before the first calibration clip is answered
-        found = self.calibrate(chains)
+        rows, chain, how = self.search(draw, fixed, budget)
+        # its checkpoint holds the chain before the first calibration clip is answered
+        found = self.calibrate(dict(tuned=chain))
         if processes()[0]:
             return None
         used = {digest(s.clip)[:12] for s in [*self.proposal, *self.calibration]}
@@ -295,7 +287,7 @@ class Tuning:
         return found | known
 
 # %% ../../nbs/tuning/02_tune.ipynb #5e8288fe
-LADDER = (80, 60, 45, 35, 25, 15, 10, 5)  # TRR of the fixed shape that is certified beside, percent
+LADDER = (80, 60, 45, 35, 25, 15, 10, 5)  # TRR of the published shape, percent
 
 
 def fixed_shapes(where, counts):  # arguments of `blocks_of`; mean visual and audio tokens
@@ -411,7 +403,7 @@ def certified(
     evidence = dict(kind="tuned", weights_sha256=result["weights_sha256"])
     if plan.kinds:
         evidence["kinds"] = plan.evidence["kinds"]
-    kept = "promise answers one_question_a_clip clips questions mix data known_clips remarks"
-    facts = {name: result.get(name) for name in kept.split()}  # older files have no remarks
+    kept = "promise answers one_question_a_clip clips questions mix data known_clips"
+    facts = {name: result[name] for name in kept.split()}
     facts |= {name: row.get(name) for name in ("cost", "changed", "p", "families")}
     return replace(plan, evidence=evidence).certified(**facts)
