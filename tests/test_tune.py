@@ -447,4 +447,7 @@ def test_a_baseline_gets_the_same_search(ask, tmp_path):
     tuned = rows["fastv+late+tuned"]
     costs = [r["flops_fraction_causal_with_selection"] for r in (tuned, rows["seats"])]
     assert tuned["equal_cost"] == (costs[0] / costs[1] - 1 <= 0.02)
+    apart = "tune", *ask, *LOOSE, "--method", "fastv", "--by", "family", "--overwrite"
+    done = seats(*apart)
+    assert done.exit_code == 2 and "not for settings of fastv" in done.stderr
     assert "another chain of fastv+late" in refused(*compare, "--tuned", chain, "--overwrite")

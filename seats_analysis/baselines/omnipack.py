@@ -103,9 +103,14 @@ class OmniPack(Baseline):
 
     def pick(self, inputs):
         ends = [sum(b.sizes) for b in inputs.budgets]
-        parts = (x.split(ends, at) for x, at in ((inputs.features, 0), (inputs.attention, 0)))
-        parts = zip(inputs.budgets, *parts, inputs.places.split(ends, -1))
-        return tuple(map(torch.cat, zip(*(self.pack(*part) for part in parts))))
+        packed = map(
+            self.pack,
+            inputs.budgets,
+            inputs.features.split(ends),
+            inputs.attention.split(ends),
+            inputs.places.split(ends, -1),
+        )
+        return tuple(map(torch.cat, zip(*packed)))
 
     def pack(self, budget, x, attention, place):  # of one sample: (n, D), (n,), (3, n)
         "Stage I: (n,) bool; (n, D) float32."

@@ -59,26 +59,28 @@ def _asked_options(asked, batch, processor):
 # %% ../../nbs/cli/04_tune.ipynb #59ee090f
 def _chain_table(found):
     "What became of each schedule of a chain."
-    rows = []
-    for i, r in enumerate(found["rows"]):
-        rows.append(
-            {
-                "FLOPs of full (causal)": f"{100 * r['cost']:.1f} %",
-                "changed": f"{100 * r['changed']:.2f} %",
-                "p": f"{r['p']:.3g}",
-                "": "holds" if i < found["held"] else "",
-            }
-        )
+    rows = [
+        {
+            "FLOPs of full (causal)": f"{100 * r['cost']:.1f} %",
+            "changed": f"{100 * r['changed']:.2f} %",
+            "p": f"{r['p']:.3g}",
+            "": "holds" if i < found["held"] else "",
+        }
+        for i, r in enumerate(found["rows"])
+    ]
     return table(rows)
 
 
 def _family_table(row):
     "Changes of each family under one schedule."
-    rows = []
-    for name, own in row["families"].items():
-        changed = f"{own['changed']} of {own['questions']}"
-        within = f"{100 * own['low']:.1f} to {100 * own['high']:.1f} %"
-        rows.append({"family": name, "changed": changed, "95 %": within})
+    rows = [
+        {
+            "family": name,
+            "changed": f"{own['changed']} of {own['questions']}",
+            "95 %": f"{100 * own['low']:.1f} to {100 * own['high']:.1f} %",
+        }
+        for name, own in row["families"].items()
+    ]
     return table(rows)
 
 

@@ -140,10 +140,10 @@ class Tuning:
         folder = self.folder and self.folder / place
         rows = asked.answer_all(folder, self.about, processes(), self.progress, everyone=True)
         if self.promise.of == "text":
-            return rows, np.array([[1 - c["correct"] for c in row[1:]] for row in rows])
-        return rows, np.array(
-            [[c["pick"] != row[0]["pick"] for c in row[1:]] for row in rows], float
-        )
+            losses = [[1 - c["correct"] for c in row[1:]] for row in rows]
+        else:
+            losses = [[c["pick"] != row[0]["pick"] for c in row[1:]] for row in rows]
+        return rows, np.array(losses, float)
 
     def _candidates(self, draw, fixed, budget):
         "Plans and their FLOPs fractions, as many as the budget pays for; how many are fixed."
@@ -354,7 +354,7 @@ def tune_schedule(
     proposal, calibration = deal_clips(samples, promise, name, profile)
     origin = provenance(model, processor, proposal + calibration, seed=0)
     origin |= dict(code_sha256=hash_code(), data=data)
-    counts = mean_tokens(model, processor, proposal, **limits)
+    counts = mean_tokens(model, processor, proposal, progress, **limits)
     counts = (counts["visual"], counts["audio"])
     fixed = fixed_shapes(where, counts)
     seats = method == "seats"
