@@ -167,8 +167,7 @@ class Schedule:
             tolerance={m: b.parameters.get("tolerance") for m, b in given.items()},
             boundaries={m: b.to_dict() for m, b in given.items()},
         )
-        weights = {b.parameters.get("weights_sha256") for b in given.values()} - {None}
-        if weights:
+        if weights := {b.parameters.get("weights_sha256") for b in given.values()} - {None}:
             evidence["weights_sha256"] = ",".join(sorted(weights))
         if {b.parameters.get("answers") for b in given.values()} == {"text"}:
             evidence["answers"] = "text"
@@ -238,12 +237,10 @@ class Schedule:
             raise ValueError(
                 f"published TRRs are {', '.join(map(str, setting['pairs']))} percent, not {trr}"
             )
-        visual, audio = setting["pairs"][trr]
         source = "arXiv 2605.20035 and its repository"
         return cls.from_boundaries(
             Boundaries(*setting["boundaries"]),
-            visual,
-            audio,
+            *setting["pairs"][trr],
             temperature=setting["temperature"],
             model=setting["model"],
             evidence=dict(kind="published", source=source, label_trr_percent=trr),
@@ -329,10 +326,8 @@ class Schedule:
         n_visual: int,  # of the full prompt
         n_audio: int,  # likewise
         n_text: int,  # never dropped
-    ) -> (
-        tuple
-    ):  # (L,) tokens that each layer processes; where a modality is left, at least one of it
-        "A prompt's tokens per layer."
+    ) -> tuple:  # (L,) tokens that each layer processes
+        "A prompt's tokens per layer; where a modality is left, at least one of it."
 
         def present(level, n):
             return min(n, max(1, round(level * n))) if level > 0 else 0
@@ -361,10 +356,9 @@ class Schedule:
     @property
     def certificate(self):  # Certificate; None without one
         "What `seats tune` has promised of this plan."
-        stored = self.evidence.get("certificate")
-        if stored is None:
-            return None
-        return Certificate(**{name: value for name, value in stored.items() if name != "sha256"})
+        stored = dict(self.evidence.get("certificate") or {})
+        stored.pop("sha256", None)
+        return Certificate(**stored) if stored else None
 
     def certified(
         self,
