@@ -213,9 +213,9 @@ MUTATIONS = (
         "_alike(0.0, clips)[0]",
     ),
     (
-        "tuning.tune",  # a clip may be both for the search and for calibration
-        "{s.clip for s in self.proposal} & {s.clip for s in self.calibration}",
-        "{s.id for s in self.proposal} & {s.id for s in self.calibration}",
+        "tuning.space",  # a clip may be both for the search and for calibration
+        "calibration = [s for s in samples if s.clip not in first]",
+        "calibration = list(samples)",
     ),
     (
         "serving.lmms",  # families are not averaged

@@ -170,8 +170,7 @@ def test_omnipack_before_the_decoder(r):
         method = OmniPack(Schedule(L, entering=dict.fromkeys(CODE, ratio)))
         (part,) = budgets(method, **{kind: (P,) * frames})
         keep, merged = method.pick(Stage1Inputs(x, attention, (part,), places=places))
-        sizes = P if kind == "visual" else None
-        want, out = plain.omnipack_enter(x, attention, places.T, sum(part.keep), sizes, ratio)
+        want, out = plain.omnipack_enter(x, attention, places.T, sum(part.keep), kind)
         assert positions(keep) == want
         close(merged[keep], out[keep])
 
@@ -384,9 +383,8 @@ def test_every_sample_has_a_number_of_its_own(name):
 
 def test_every_entry_says_what_it_is():
     names = (
-        "seats random uniform fastv fastv-om visionzip visionzip-om visionzip-om-wide divprune "
-        "divprune-om dycoke omnizip omnipack vtw pyramiddrop downsample downsample-frames "
-        "downsample-pixels"
+        "seats random uniform fastv fastv-om visionzip visionzip-om divprune "
+        "divprune-om dycoke omnizip omnipack vtw pyramiddrop downsample"
     )
     assert list(METHODS) == names.split()
     for name, cls in EVERY.items():

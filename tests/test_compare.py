@@ -191,7 +191,7 @@ def test_downsampling_spends_what_was_planned(model, processor, part):
 
 def test_downsampling_is_a_clip_with_fewer_frames(model, processor, samples):
     "Every second frame at half the rate, made by hand; `prune` alone would do nothing and refuses."
-    method = METHODS["downsample-frames"](Schedule(L, entering=tiny.ratios(0.5, 1.0)))
+    method = METHODS["downsample"](Schedule(L, entering=tiny.ratios(0.5, 1.0)), pixels=0.0)
     some = [s for s in samples if s.clip in ("c0", "c2")] + samples[-1:]
     by_hand = [
         replace(s, video=replace(s.video, frames=s.video.frames[::2], fps=s.video.fps / 2))
@@ -260,7 +260,7 @@ def test_floors_are_marked_in_every_column(runs):
     for trr in PLANS:
         for name in ("visionzip", "dycoke"):  # they pay with audio that they have no rule for
             assert at[name, trr].floor == (("visual",) if trr == 10 else ())
-        for name in ("seats", "random", "uniform", "divprune-om", "visionzip-om-wide"):
+        for name in ("seats", "random", "uniform", "divprune-om"):
             assert at[name, trr].floor == ()
     for e in runs:
         if e.setting == "lowest setting" and hasattr(e.plans[0], "prunes"):
@@ -598,7 +598,7 @@ def test_stored_comparison(name):
     assert any(r["label"] == "seats+tuned" for r in found["rows"])
     assert not significantly_better(found["rows"], "tuned")
     known = {r["method"] for r in found["rows"]}
-    later = {"visionzip-om-wide", "omnipack"}  # than these files, as is downsampling
+    later = {"omnipack"}  # than these files, as is downsampling
     assert found["questions"] >= 1000 and known >= {"full", *tiny.PRUNERS} - later
     for r in found["rows"]:
         if r["ranked"] and r["method"] in ("random", "uniform"):

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 import torch
-from dataclasses import dataclass, make_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -99,13 +99,3 @@ class Downsample(Baseline):
             f"{self.name!r} changes what is encoded, before `prune` sees anything: `evaluate`, "
             "`compare_methods`, `seats eval` and `seats tune` do it"
         )
-
-
-for _name, _part in dict(frames=0.0, pixels=1.0).items():
-    make_dataclass(
-        f"Downsample{_name.title()}",
-        [("pixels", float, _part)],
-        bases=(Downsample,),
-        namespace=dict(name=f"downsample-{_name}", knobs={}, __module__=__name__),
-        frozen=True,
-    )

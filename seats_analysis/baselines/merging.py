@@ -164,16 +164,6 @@ class VisionZipOm(Baseline):
         )
 
 
-@dataclass(frozen=True)
-class VisionZipWide(VisionZipOm):
-    "VisionZip for both modalities without merging, in windows four times as long."
-
-    contextual: float = 0.0
-    grids: int = 4
-    seconds: float = 8.0
-    name = "visionzip-om-wide"
-
-
 VisionZip = VisionZipOm.visual_only("visionzip")
 
 # %% ../../nbs/baselines/04_merging.ipynb #98d8e63a

@@ -59,26 +59,28 @@ def _asked_options(asked, batch, processor):
 # %% ../../nbs/cli/04_tune.ipynb #59ee090f
 def _chain_table(found):
     "What became of each schedule of a chain."
-    rows = []
-    for i, r in enumerate(found["rows"]):
-        rows.append(
-            {
-                "FLOPs of full (causal)": f"{100 * r['cost']:.1f} %",
-                "changed": f"{100 * r['changed']:.2f} %",
-                "p": f"{r['p']:.3g}",
-                "": "holds" if i < found["held"] else "",
-            }
-        )
+    rows = [
+        {
+            "FLOPs of full (causal)": f"{100 * r['cost']:.1f} %",
+            "changed": f"{100 * r['changed']:.2f} %",
+            "p": f"{r['p']:.3g}",
+            "": "holds" if i < found["held"] else "",
+        }
+        for i, r in enumerate(found["rows"])
+    ]
     return table(rows)
 
 
 def _family_table(row):
     "Changes of each family under one schedule."
-    rows = []
-    for name, own in row["families"].items():
-        changed = f"{own['changed']} of {own['questions']}"
-        within = f"{100 * own['low']:.1f} to {100 * own['high']:.1f} %"
-        rows.append({"family": name, "changed": changed, "95 %": within})
+    rows = [
+        {
+            "family": name,
+            "changed": f"{own['changed']} of {own['questions']}",
+            "95 %": f"{100 * own['low']:.1f} to {100 * own['high']:.1f} %",
+        }
+        for name, own in row["families"].items()
+    ]
     return table(rows)
 
 
@@ -89,25 +91,17 @@ def _tune_text(result, promise, out):
     lines = [_chain_table(tuned), ""]
     if held := tuned["held"]:
         row = tuned["rows"][held - 1]
-        cost = row["cost"]
         if len(row["families"]) > 1:
             lines += [_family_table(row), ""]
         lines += result["remarks"]
-        if kinds := result.get("kinds"):
-            won = kinds["rows"][kinds["held"] - 1] if kinds["held"] else row
-            share = f"{100 * won['cost']:.1f} % of the FLOPs (causal)"
-            lines += ["", _chain_table(kinds), "", f"with schedules by {kinds['by']}: {share}"]
-        lines.append(f"{promise}, {whom}: {100 * cost:.1f} % of the FLOPs (causal); {out}")
+        share = f"{100 * row['cost']:.1f} % of the FLOPs (causal)"
+        lines.append(f"{promise}, {whom}: {share}; {out}")
     else:
         changed = tuned["rows"][0]["changed"]
         needed = promise.clips(changed)
         more = f"it takes some {needed} clips" if needed else "no number of clips will do"
         said = f"the dearest changes {100 * changed:.2f} %: {more}"
         lines.append(f"no schedule holds ({promise}, {whom}); {said}")
-    fixed = result["chains"].get("fixed")
-    if fixed and fixed["held"]:
-        cost = fixed["rows"][fixed["held"] - 1]["cost"]
-        lines.append(f"with the same promise the fixed published shape takes {100 * cost:.1f} %")
     return "\n".join(lines) + left_out(result["broken"])
 
 # %% ../../nbs/cli/04_tune.ipynb #29212bc6

@@ -85,7 +85,7 @@ def _report_of(model, encoded, run, plan):
     "What a run cost, for machines."
     counts = {m: n.item() for m, n in encoded.layout.counts().items() if m != "image"}
     tokens = run.tokens_per_layer
-    shape = DataShape(model, (encoded.inputs,), np.ones(1))
+    shape = DataShape(model, (encoded.inputs,), np.ones(1), encoded.samples)
     decoder = shape.decoder(tokens)
     report = dict(
         tokens=counts,

@@ -76,7 +76,7 @@ def match_cost(
     return dict(plans=(build(low), build(high)), share=share, knob=(low, high))
 
 # %% ../../nbs/evaluation/02_compare.ipynb #cc9be733
-_PRUNE = [n for n, m in METHODS.items() if n != "seats" and not issubclass(m, Downsample)]
+_PRUNE = [n for n in METHODS if n not in ("seats", "downsample")]
 _LATE = tuple(f"{n}+late" for n in _PRUNE if {1, 2} & set(METHODS[n].stages))
 _GROUPS = dict(all=tuple(METHODS), late=_LATE, ablations=tuple(ABLATIONS))
 
@@ -328,9 +328,9 @@ def compare_methods(
             "answers 'token' are neither right nor wrong: likelihood, generate or text"
         )
     names = method_names(names)
-    if not adapter_for(model).interleaved and {*names} - {*_PRUNE, *_LATE, *ABLATIONS, "seats"}:
+    if not adapter_for(model).interleaved and "downsample" in names:
         warnings.warn("downsampling is left out: it takes a Qwen-Omni model", ScheduleWarning)
-        names = tuple(n for n in names if "downsample" not in n)
+        names = tuple(n for n in names if n != "downsample")
     samples = samples_of(samples)
     shape = DataShape.of(model, processor, samples, progress, tuple(plans.values()), **limits)
     runs = method_runs(names, plans, shape, rules=rules, tuned=tuned, progress=progress)

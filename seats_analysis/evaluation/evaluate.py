@@ -88,9 +88,9 @@ def evaluate(
     model: torch.nn.Module,  # an om-LLM
     processor: Callable,  # its processor
     samples: Sequence[Sample],  # see `samples_of`; ids must differ
-    plan: Schedule | Pruner | str | Path | Mapping | Callable | None = None,  # as for `prune`,
-    # each question gets the schedule of its kind; or a name of `METHODS`
-    # (or of `ABLATIONS`), which is asked for the tokens that SEATS keeps; None: see `trr`
+    plan: Schedule | Pruner | str | Path | Callable | None = None,  # as for `prune`, each question
+    # gets the schedule of its kind; or a name of `METHODS` (or of `ABLATIONS`), which is asked for
+    # the tokens that SEATS keeps; None: see `trr`
     batch_size: int = 16,  # questions per forward pass
     kv: str = "retain",  # see `prune`
     progress: bool = False,  # show a bar
@@ -109,26 +109,27 @@ def evaluate(
         counts = mean_tokens(model, processor, samples, progress)
         plan = method_at(plan, seats, (counts["visual"], counts["audio"]))
         trr = None
-    if not isinstance(plan, Mapping) and not callable(plan):
+    if not callable(plan):
         plan = as_pruner(plan, model, trr)
     groups = {}
     for s in samples:
-        method = as_pruner(plan, model, sample=s)
-        groups.setdefault(repr(method and method.to_dict()), (method, []))[1].append(s)
+        groups.setdefault(as_pruner(plan, model, sample=s), []).append(s)
     cached = clip_cache(processor)
     rows = {}
     tokens = []
     ms = Counter()
     title = dict(desc="questions", unit="question", disable=not progress)
     with tqdm(total=len(samples), **title) as bar:
-        for method, own in groups.values():
+        for method, own in groups.items():
             less = isinstance(method, Downsample)
             with prune(model, None if less else method, kv=kv) as run:
                 for i in range(0, len(own), batch_size):
-                    some = [cached(s) for s in own[i : i + batch_size]]
-                    shown = method.shown(processor, some) if less else some
-                    batch = encode(model, processor, shown)
-                    found = score_rows(score_choices(model, batch), some)
+                    some = own[i : i + batch_size]
+                    shown = [cached(s) for s in some]
+                    if less:
+                        shown = method.shown(processor, shown)
+                    scores = score_choices(model, encode(model, processor, shown))
+                    found = score_rows(scores, some)  # files keep their names
                     rows |= zip([s.id for s in some], found)
                     tokens.append(run.tokens_per_layer)
                     bar.update(len(some))

@@ -208,7 +208,7 @@ class DataShape:
     model: object
     media: tuple  # of the inputs of `layout_of`, one question for each layout
     weights: np.ndarray  # (N,) number of questions with each
-    samples: tuple = ()  # one of each, where kinds have schedules of their own
+    samples: tuple  # one of each: kinds may have schedules of their own
 
     @classmethod
     def of(cls, model, processor, samples, progress=False, plans=(), **limits):
@@ -241,7 +241,7 @@ class DataShape:
     def _each(self, method):  # yields plan, layout
         "What a method is for each layout, by the kind of its question."
         for row in range(len(self.media)):
-            own = method.of(self.samples[row]) if method and self.samples else method
+            own = method and method.of(self.samples[row])
             yield own, self._layouts(*((own.grids, own.seconds) if own else ()))[row]
 
     def plans(
@@ -482,7 +482,7 @@ class Answering:
         "What the answers depend on."
         runs = []
         for r in self.runs:
-            plans = [p and [repr(p), p.schedule.plan_sha256, p.schedule.kinds] for p in r.plans]
+            plans = [p and [repr(p), p.schedule.plan_sha256] for p in r.plans]
             runs.append([r.label, r.trr, r.share, r.kv, plans])
         own = dict(
             answers=self.answers,

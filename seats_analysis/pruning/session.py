@@ -9,7 +9,7 @@ __all__ = ['as_pruner', 'prune']
 import inspect
 import warnings
 import torch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -390,7 +390,7 @@ _ENTERING = Lock()  # one thread at a time enters
 
 
 def as_pruner(
-    plan: Schedule | Pruner | str | Path | Mapping | Callable | None,
+    plan: Schedule | Pruner | str | Path | Callable | None,
     model=None,  # whose encoders' attention the method may want
     trr: float | None = None,  # instead of a plan, see `known_schedule`
     sample: Sample | None = None,  # question that it is for
@@ -400,11 +400,7 @@ def as_pruner(
     if trr is not None and plan is not None:
         raise ValueError("give a plan or `trr`, not both")
     plan = plan if trr is None else known_schedule(model, trr)
-    if sample is not None and isinstance(plan, Mapping):
-        if sample.family not in plan and "" not in plan:
-            raise ValueError(f"no schedule for {sample.family!r}, and none for '' (all others)")
-        plan = plan.get(sample.family, plan.get(""))
-    elif sample is not None and callable(plan):
+    if sample is not None and callable(plan):
         plan = plan(sample)
     if isinstance(plan, str | Path):
         plan = Schedule.load(plan)
@@ -413,8 +409,8 @@ def as_pruner(
         method = method.of(sample)
     if method is not None and not isinstance(method, Pruner):
         raise TypeError(
-            f"prune wants a Schedule, its file, a Pruner or None, not {type(plan).__name__} (one "
-            "by kind, a mapping or a function, takes `samples`)"
+            f"prune wants a Schedule, its file, a Pruner or None, not {type(plan).__name__} (a "
+            "function of a question takes `samples`)"
         )
     if model is None or method is None or not (method.uses_attention or method.uses_keys):
         return method
@@ -433,9 +429,9 @@ def as_pruner(
 def prune(
     model: torch.nn.Module,  # an om-LLM of transformers, the thinker or the full model; only this
     # instance changes
-    plan: Schedule | Pruner | str | Path | Mapping | Callable | None = None,  # a schedule (SEATS),
-    # its file or shipped name, as "testbed/10", or a method; family -> one ("": all others), or a
-    # function sample -> one, with `samples`; None: see `trr`
+    plan: Schedule | Pruner | str | Path | Callable | None = None,  # a schedule (SEATS), its file
+    # or shipped name, as "testbed/10", or a method; a function sample -> one, with `samples`; None:
+    # see `trr`
     kv: str = "retain",  # each layer's cache keeps what it processed; 'evict': as published, all
     # caches end as short as the last one, which only answers of one token bear
     images: str = "keep",  # 'keep': images are never pruned; 'prune': they count as visual tokens

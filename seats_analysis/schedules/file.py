@@ -65,9 +65,6 @@ class Certificate:
     p: float
     plan_sha256: str  # of `Schedule.plan_sha256`
     families: dict | None = None  # family -> changed, questions, low and high of an exact interval
-    remarks: list | None = None  # how it was tested, and for whom, in words
-    kinds: dict | None = None  # by: field of a sample; plans: its values -> schedule; what these
-    # change together: cost, changed, p, questions, families
 
     def to_dict(self):
         "As a schedule's evidence holds it."

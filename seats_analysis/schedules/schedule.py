@@ -167,8 +167,7 @@ class Schedule:
             tolerance={m: b.parameters.get("tolerance") for m, b in given.items()},
             boundaries={m: b.to_dict() for m, b in given.items()},
         )
-        weights = {b.parameters.get("weights_sha256") for b in given.values()} - {None}
-        if weights:
+        if weights := {b.parameters.get("weights_sha256") for b in given.values()} - {None}:
             evidence["weights_sha256"] = ",".join(sorted(weights))
         if {b.parameters.get("answers") for b in given.values()} == {"text"}:
             evidence["answers"] = "text"
@@ -238,12 +237,10 @@ class Schedule:
             raise ValueError(
                 f"published TRRs are {', '.join(map(str, setting['pairs']))} percent, not {trr}"
             )
-        visual, audio = setting["pairs"][trr]
         source = "arXiv 2605.20035 and its repository"
         return cls.from_boundaries(
             Boundaries(*setting["boundaries"]),
-            visual,
-            audio,
+            *setting["pairs"][trr],
             temperature=setting["temperature"],
             model=setting["model"],
             evidence=dict(kind="published", source=source, label_trr_percent=trr),
@@ -306,7 +303,9 @@ class Schedule:
             levels = np.where(levels < 1 - Segments.ROUND_OFF, np.minimum(factor * levels, 1), 1)
             enters[m] = float(levels[0])
             keep[m] = (levels[1:] / levels[:-1]).tolist()
-        return replace(self, entering=enters, keep_ratios=keep, trr=None, scale=None)
+        evidence = {name: value for name, value in self.evidence.items() if name != "kinds"}
+        own = dict(entering=enters, keep_ratios=keep, trr=None, scale=None, evidence=evidence)
+        return replace(self, **own)
 
     def late(self, modality: str) -> int:
         "First layer without tokens of a modality; the number of layers if they stay."
@@ -327,10 +326,8 @@ class Schedule:
         n_visual: int,  # of the full prompt
         n_audio: int,  # likewise
         n_text: int,  # never dropped
-    ) -> (
-        tuple
-    ):  # (L,) tokens that each layer processes; where a modality is left, at least one of it
-        "A prompt's tokens per layer."
+    ) -> tuple:  # (L,) tokens that each layer processes
+        "A prompt's tokens per layer; where a modality is left, at least one of it."
 
         def present(level, n):
             return min(n, max(1, round(level * n))) if level > 0 else 0
@@ -353,15 +350,15 @@ class Schedule:
         names = "num_layers drop_layers late_start keep_ratios entering temperature query weighted"
         deciding = {name: getattr(self, name) for name in f"{names} windows".split()}
         deciding["weights_sha256"] = self.evidence.get("weights_sha256")
-        return digest(deciding | (dict(cache=self.cache) if self.cache else {}))
+        later = dict(cache=self.cache, kinds=self.evidence.get("kinds"))  # than the first files
+        return digest(deciding | {name: value for name, value in later.items() if value})
 
     @property
     def certificate(self):  # Certificate; None without one
         "What `seats tune` has promised of this plan."
-        stored = self.evidence.get("certificate")
-        if stored is None:
-            return None
-        return Certificate(**{name: value for name, value in stored.items() if name != "sha256"})
+        stored = dict(self.evidence.get("certificate") or {})
+        stored.pop("sha256", None)
+        return Certificate(**stored) if stored else None
 
     def certified(
         self,
@@ -373,12 +370,12 @@ class Schedule:
 
     @property
     def kinds(self):  # kind -> fields of a schedule; empty where it has none
-        "Kinds of questions that the certificate has schedules of their own for."
-        return self.evidence.get("certificate", {}).get("kinds", {}).get("plans", {})
+        "Kinds of questions that have schedules of their own; what is made of the plan has none."
+        return self.evidence.get("kinds", {}).get("plans", {})
 
     def kind_of(self, sample) -> str:  # a `Sample`; "" for kinds without a schedule of their own
         "Which of these kinds a question is."
-        kind = getattr(sample, self.certificate.kinds["by"]) if self.kinds else ""
+        kind = getattr(sample, self.evidence["kinds"]["by"]) if self.kinds else ""
         return kind if kind in self.kinds else ""
 
     def of(self, sample) -> "Schedule":  # a `Sample`
@@ -486,15 +483,8 @@ class Schedule:
     @classmethod
     def load(cls, path: str | Path) -> "Schedule":
         """Read a plan: a file, or a shipped one by its name, as `testbed/10` or `testbed/tuned`.
-        `FILE/KIND` is the schedule of one of a file's kinds. Raises ValueError that names the file
-        and its fault, the shipped ones, or the kinds."""
+        Raises ValueError that names the file and its fault, or the shipped ones."""
         file = Path(path)
-        if file.parent.is_file():
-            kinds = cls.load(file.parent).kinds
-            if file.name not in kinds:
-                has = f"it has {', '.join(kinds) or 'none'}"
-                raise ValueError(f"{file.parent} has no schedule for {file.name!r}; {has}")
-            return cls.from_dict(kinds[file.name])
         if not file.is_file() and file.suffix != ".json":
             files = sorted(shipped_folder("schedules").glob("*_*.json"))
             shipped = {f.stem.replace("_trr", "_").replace("_", "/"): f for f in files}

@@ -7,7 +7,7 @@ __all__ = ['Promise']
 
 # %% ../../nbs/tuning/00_certificate.ipynb #eb2f9c7a
 import numpy as np
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from ..storage.provenance import digest
 
@@ -137,13 +137,6 @@ class Promise:
         if front < sequence:
             return pareto(changed), f"Pareto testing, {said}"
         return by_kl, f"fixed-sequence testing along the KL, {said}"
-
-    def shared(
-        self,
-        parts: int,  # tests whose promises are to hold at once
-    ) -> "Promise":
-        "The promise that each of so many makes (Bonferroni)."
-        return replace(self, confidence=1 - (1 - self.confidence) / parts)
 
     def clips(
         self,

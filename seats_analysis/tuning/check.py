@@ -35,7 +35,7 @@ def load_chains(
     stored = load_json(path, "tune")
     chains = {}
     try:
-        promise = Promise(**stored["promise"]).shared(2 if stored.get("by") else 1)
+        promise = Promise(**stored["promise"])
         for name, chain in stored["chains"].items():
             rows = chain["rows"]
             if unknown := {row["method"] for row in rows} - METHODS.keys():

@@ -79,10 +79,6 @@ class Tuning:
     progress: bool = False  # show bars
     by: str = ""  # attribute of a sample: its kinds get schedules of their own
 
-    def __post_init__(self):
-        if both := {s.clip for s in self.proposal} & {s.clip for s in self.calibration}:
-            raise ValueError(f"clip {min(both)!r} is both for the search and for calibration")
-
     def _asked(self, samples, plans=(), answers="token", title=""):
         "The full model and plans on some questions."
         runs = [MethodRun("full", "full", 100, (None,))]
@@ -101,38 +97,35 @@ class Tuning:
             title=title,
         )
 
-    @property
-    def shared(self):
-        "What each chain promises, so that all hold at once: that of the mix, and that of kinds."
-        return self.promise.shared(2 if self.by else 1)
-
-    def _of_kind(self, samples):
-        "Kind -> indices of its questions."
-        found = {}
-        for i, s in enumerate(samples if self.by else ()):
-            found.setdefault(getattr(s, self.by), []).append(i)
-        found.pop("", None)
-        return found
-
     def _by_kind(self, costs, kl, alive):
-        """Kind -> candidate, from dear to cheap: at each step the cheapest below a KL that is the
-        same for all kinds. A kind's KL counts as if FIRST_ROUND questions of the mix were of it."""
-        own = {}
-        asked = self._of_kind(self.calibration)
-        for kind, some in self._of_kind(self._searched).items():
-            if kind in asked:
-                total = kl[some].sum(0) + FIRST_ROUND * kl.mean(0)
-                own[kind] = total / (len(some) + FIRST_ROUND)
+        """Kind ("": all others) -> candidate, from dear to cheap: at each step the cheapest below a
+        KL that is the same for all. A kind's counts as if FIRST_ROUND questions of the mix were of
+        it."""
+        asked = [getattr(s, self.by) for s in self._searched]
+        own = {"": kl.mean(0)}
+        for kind in {*asked} & {getattr(s, self.by) for s in self.calibration} - {""}:
+            some = kl[[k == kind for k in asked]]
+            total = some.sum(0) + FIRST_ROUND * own[""]
+            own[kind] = total / (len(some) + FIRST_ROUND)
         chains = {kind: self.promise.chain_of(costs, own[kind], alive) for kind in own}
         levels = sorted(own[kind][i] for kind, chain in chains.items() for i in chain)
         found = []
-        for level in levels[:: -(-len(levels) // MAX_STEPS)] if levels else ():
+        for level in levels[:: -(-len(levels) // MAX_STEPS)]:
             step = {}
             for kind, chain in chains.items():
                 step[kind] = [chain[0], *(i for i in chain if own[kind][i] <= level)][-1]
             if step not in found[-1:]:
                 found.append(step)
         return found
+
+    def _link(self, plans, step):
+        "One plan of a step, see `_by_kind`."
+        whole = plans[step[""]]
+        own = {kind: plans[i].schedule.to_dict() for kind, i in step.items() if kind}
+        if not own:
+            return whole
+        evidence = whole.schedule.evidence | dict(kinds=dict(by=self.by, plans=own))
+        return replace(whole, schedule=replace(whole.schedule, evidence=evidence))
 
     @cached_property
     def _searched(self):
@@ -147,10 +140,10 @@ class Tuning:
         folder = self.folder and self.folder / place
         rows = asked.answer_all(folder, self.about, processes(), self.progress, everyone=True)
         if self.promise.of == "text":
-            return rows, np.array([[1 - c["correct"] for c in row[1:]] for row in rows])
-        return rows, np.array(
-            [[c["pick"] != row[0]["pick"] for c in row[1:]] for row in rows], float
-        )
+            losses = [[1 - c["correct"] for c in row[1:]] for row in rows]
+        else:
+            losses = [[c["pick"] != row[0]["pick"] for c in row[1:]] for row in rows]
+        return rows, np.array(losses, float)
 
     def _candidates(self, draw, fixed, budget):
         "Plans and their FLOPs fractions, as many as the budget pays for; how many are fixed."
@@ -195,7 +188,7 @@ class Tuning:
         draw,  # function: numpy Generator -> `Schedule` or `Pruner`
         fixed=(),  # plans that take part in any case
         budget=10.0,  # FLOPs, over those of the full model on all proposal questions
-    ):  # rows of all candidates; name -> chain; steps of kind -> plan; how the first was chosen
+    ):  # rows of all candidates; the chain; how it was chosen
         "Successive halving on the proposal questions. Raises ValueError for a wrong budget."
         plans, costs, known = self._candidates(draw, fixed, budget)
         alive = np.arange(len(plans))
@@ -213,80 +206,24 @@ class Tuning:
             if end < edges[-1]:
                 alive = better_half(costs, kl.sum(0) / np.maximum(seen, 1), alive)
         mean = kl.sum(0) / seen
-        clips = len({s.clip for s in self.calibration})
-        chosen, how = self.shared.choose_chain(costs, mean, changed, alive, clips)
-        chains = dict(tuned=chosen)
-        if known:  # as a chain of their own
-            chains["fixed"] = self.shared.chain_of(costs, mean, np.arange(known))
+        if self.by:
+            steps = self._by_kind(costs, kl, alive)
+            how = "fixed-sequence testing along the KL, which is the same for all kinds"
+        else:
+            clips = len({s.clip for s in self.calibration})
+            chosen, how = self.promise.choose_chain(costs, mean, changed, alive, clips)
+            steps = [{"": i} for i in chosen]
         rows = [
             dict(
                 cost=costs[i].item(),
                 kl=mean[i].item(),
                 questions=seen[i].item(),
                 fixed=i < known,
-                chain=i in chosen,
+                chain=any(i in step.values() for step in steps),
             )
             for i in range(len(plans))
         ]
-        chains = {name: [plans[i] for i in chain] for name, chain in chains.items()}
-        steps = self._by_kind(costs, kl, alive)
-        steps = [{kind: plans[i] for kind, i in step.items()} for step in steps]
-        return rows, chains, steps, how
-
-    def _certifying(self, samples, plans, place):
-        "How calibration questions are answered; (N, S) losses; FLOPs of each plan."
-        asked = "likelihood" if all(len(s.choices) > 1 for s in self.calibration) else "token"
-        asked = self._asked(samples, plans, asked, "calibration")
-        shape = DataShape.of(self.model, self.processor, samples, plans=plans, **self.limits)
-        return asked.answers, self._answer(asked, place)[1], [shape.cost(p) for p in plans]
-
-    def _tested(self, samples, changed, costs):
-        "A chain from (N, S) losses: how many of it hold, and a row for each link."
-        _, at = np.unique([s.clip for s in samples], return_inverse=True)
-        per_clip = np.bincount(at)
-        losses = np.stack([np.bincount(at, c) for c in changed.T]) / per_clip
-        exact = bool(per_clip.max() == 1) and self.promise.of != "text"
-        rows = [
-            dict(
-                cost=cost,
-                changed=loss.mean().item(),
-                p=p.item(),
-                families=self.promise.by_family(each, [s.family for s in samples]),
-                losses=loss.tolist(),
-            )
-            for cost, loss, each, p in zip(
-                costs, losses, changed.T, self.promise.p_values(losses, exact)
-            )
-        ]
-        return dict(held=int(self.shared.certify(losses, exact)), rows=rows)
-
-    def calibrate_kinds(
-        self,
-        steps,  # of kind -> plan, from dear to cheap
-    ):  # a chain whose links are mappings; its plans, and in each row the index of each kind's
-        "The same for schedules by kind, on the questions of these kinds: one test for all of them."
-        samples = []
-        changed = []
-        costs = np.zeros(len(steps))
-        plans = []
-        picks = [{} for _ in steps]
-        for n, (kind, some) in enumerate(self._of_kind(self.calibration).items()):
-            if kind in steps[0]:
-                own = [self.calibration[i] for i in some]
-                tried = [*{id(step[kind]): step[kind] for step in steps}.values()]
-                at = [tried.index(step[kind]) for step in steps]
-                _, losses, each = self._certifying(own, tried, f"kind-{n}")
-                changed.append(losses[:, at])
-                costs += np.array(each)[at] * len(own)
-                for pick, i in zip(picks, at):
-                    pick[kind] = len(plans) + i
-                plans += tried
-                samples += own
-        found = self._tested(samples, np.concatenate(changed), (costs / len(samples)).tolist())
-        for row, pick in zip(found["rows"], picks):
-            row["picks"] = pick
-        own = [p.schedule.to_dict() for p in plans]
-        return found | dict(by=self.by, questions=len(samples), plans=own)
+        return rows, [self._link(plans, step) for step in steps], how
 
     def calibrate(
         self,
@@ -295,22 +232,38 @@ class Tuning:
         "Answers on the calibration clips, and fixed-sequence tests down each chain."
         samples = self.calibration
         plans = [as_pruner(p) for chain in chains.values() for p in chain]
-        asked, changed, costs = self._certifying(samples, plans, "calibration")
-        shape = DataShape.of(self.model, self.processor, samples, **self.limits)
+        answers = "likelihood" if all(len(s.choices) > 1 for s in samples) else "token"
+        asked = self._asked(samples, plans, answers, "calibration")
+        _, changed = self._answer(asked, "calibration")
+        shape = DataShape.of(self.model, self.processor, samples, plans=plans, **self.limits)
         families = [s.family for s in samples]
-        clips, first = np.unique([s.clip for s in samples], return_index=True)
+        names = [s.clip for s in samples]
+        clips, first, at = np.unique(names, return_index=True, return_inverse=True)
+        losses = np.stack([np.bincount(at, c) for c in changed.T]) / np.bincount(at)
         exact = len(clips) == len(samples) and self.promise.of != "text"
+        rows = [
+            dict(
+                cost=shape.cost(plan),
+                changed=loss.mean().item(),
+                p=p.item(),
+                families=self.promise.by_family(each, families),
+                losses=loss.tolist(),
+            )
+            | plan.to_dict()
+            for plan, loss, each, p in zip(
+                plans, losses, changed.T, self.promise.p_values(losses, exact)
+            )
+        ]
         found = {}
         start = 0
         for name, chain in chains.items():
             own = slice(start, start + len(chain))
-            found[name] = self._tested(samples, changed[:, own], costs[own])
-            for row, plan in zip(found[name]["rows"], chain):
-                row |= as_pruner(plan).to_dict()
+            held = int(self.promise.certify(losses[own], exact))
+            found[name] = dict(held=held, rows=rows[own])
             start += len(chain)
         result = dict(
             promise=self.promise.to_dict(),
-            answers=asked,
+            answers=asked.answers,
             one_question_a_clip=exact,
             clips=len(clips),
             questions=len(samples),
@@ -324,18 +277,17 @@ class Tuning:
 
     def tune(self, draw, fixed=(), budget=10.0):  # see `search`
         "Search and certify: what `seats tune` stores; None in all processes but the first."
-        rows, chains, steps, how = self.search(draw, fixed, budget)
-        # their checkpoint holds the chain before the first calibration clip is answered
-        found = self.calibrate(chains)
-        own = dict(kinds=self.calibrate_kinds(steps)) if steps else {}
+        rows, chain, how = self.search(draw, fixed, budget)
+        # its checkpoint holds the chain before the first calibration clip is answered
+        found = self.calibrate(dict(tuned=chain))
         if processes()[0]:
             return None
         used = {digest(s.clip)[:12] for s in [*self.proposal, *self.calibration]}
-        found |= dict(budget=budget, search=rows, known_clips=sorted(used), tested=how, by=self.by)
-        return found | own
+        known = dict(budget=budget, search=rows, known_clips=sorted(used), tested=how)
+        return found | known
 
 # %% ../../nbs/tuning/02_tune.ipynb #5e8288fe
-LADDER = (80, 60, 45, 35, 25, 15, 10, 5)  # TRR of the fixed shape that is certified beside, percent
+LADDER = (80, 60, 45, 35, 25, 15, 10, 5)  # TRR of the published shape, percent
 
 
 def fixed_shapes(where, counts):  # arguments of `blocks_of`; mean visual and audio tokens
@@ -361,22 +313,6 @@ def drawn_settings(method, plan, counts):
         raise ValueError(f"--method {method}: no setting of it fits this model")
 
     return draw
-
-# %% ../../nbs/tuning/02_tune.ipynb #7c1e44b2
-def remarks_on(result) -> list:  # of `Tuning.tune`
-    "What a certificate says beside its numbers, line by line."
-    said = ["the promise is for this mix of questions only, not for each family of it"]
-    if "tested" in result:
-        said.append(result["tested"])
-    if n := result.get("left_out"):
-        said.append(f"{n} questions of `{APART[0]}` need no clip and were left out")
-    if "kinds" in result:
-        said.append(
-            f"schedules by {result['kinds']['by']} have one promise for all kinds together; it and "
-            "that of the mix, whose schedule other kinds get, are tested at half of the level each "
-            "(Bonferroni), so that both hold at once"
-        )
-    return said
 
 # %% ../../nbs/tuning/02_tune.ipynb #c6096353
 def tune_schedule(
@@ -409,6 +345,8 @@ def tune_schedule(
         raise ValueError(
             f"`by` must be family or split, which a line of questions says, not {by!r}"
         )
+    if by and method != "seats":
+        raise ValueError(f"`by` is for schedules of seats, not for settings of {method}")
     adapter = adapter_for(model)
     name = name or adapter.name(model)
     where = name, profile, adapter.config(model).get_text_config().to_dict()
@@ -416,7 +354,7 @@ def tune_schedule(
     proposal, calibration = deal_clips(samples, promise, name, profile)
     origin = provenance(model, processor, proposal + calibration, seed=0)
     origin |= dict(code_sha256=hash_code(), data=data)
-    counts = mean_tokens(model, processor, proposal, **limits)
+    counts = mean_tokens(model, processor, proposal, progress, **limits)
     counts = (counts["visual"], counts["audio"])
     fixed = fixed_shapes(where, counts)
     seats = method == "seats"
@@ -439,10 +377,13 @@ def tune_schedule(
         result = tuning.tune(draw, fixed if seats else (), budget)
         if result is None:
             return None
-        left_out = len(samples) - len(proposal) - len(calibration)
+        remarks = ["the promise is for this mix of questions only, not for each family of it"]
+        remarks.append(result["tested"])
+        if left_out := len(samples) - len(proposal) - len(calibration):
+            said = f"{left_out} questions of `{APART[0]}` need no clip and were left out"
+            remarks.append(said)
         result |= origin | dict(schema=SCHEMAS["tune"].id, method=method, broken=broken)
-        result |= dict(left_out=left_out)
-        result["remarks"] = remarks_on(result)
+        result["remarks"] = remarks
         if path is not None:
             save_json(path, result)
         if seats and schedule_path is not None and result["chains"]["tuned"]["held"]:
@@ -456,21 +397,13 @@ def certified(
     result,  # of `tune_schedule`
 ) -> Schedule:
     "The cheapest schedule that holds, with its evidence."
+    chain = result["chains"]["tuned"]
+    row = chain["rows"][chain["held"] - 1]
+    plan = Schedule.from_dict(row["schedule"])
     evidence = dict(kind="tuned", weights_sha256=result["weights_sha256"])
-
-    def tuned(fields):
-        return replace(Schedule.from_dict(fields), evidence=evidence)
-
-    def cheapest(chain):
-        row = chain["rows"][chain["held"] - 1]
-        said = "cost changed p families".split()
-        return row, {name: row[name] for name in said if name in row}  # older files say less
-
-    row, proof = cheapest(result["chains"]["tuned"])
-    kept = "promise answers one_question_a_clip clips questions mix data known_clips".split()
-    facts = {k: result[k] for k in kept} | proof | dict(remarks=result.get("remarks"))
-    if (kinds := result.get("kinds")) and kinds["held"]:
-        step, its = cheapest(kinds)
-        plans = {k: tuned(kinds["plans"][i]).to_dict() for k, i in step["picks"].items()}
-        facts["kinds"] = its | dict(by=kinds["by"], questions=kinds["questions"], plans=plans)
-    return tuned(row["schedule"]).certified(**facts)
+    if plan.kinds:
+        evidence["kinds"] = plan.evidence["kinds"]
+    kept = "promise answers one_question_a_clip clips questions mix data known_clips"
+    facts = {name: result[name] for name in kept.split()}
+    facts |= {name: row.get(name) for name in ("cost", "changed", "p", "families")}
+    return replace(plan, evidence=evidence).certified(**facts)
