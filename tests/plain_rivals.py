@@ -136,17 +136,36 @@ def scaled(values, among):
     return {i: float(values[i] - low) / float(high - low + 1e-6) for i in among}
 
 
-def omnipack_enter(x, attention, places, keep, kind):
+def omnipack_salience(x, attention, P, ratio):
+    "P: tokens of a frame; None: sound."
+    n, step = len(x), P or 1
+    seen = scaled(attention, range(n))
+    beside = [[j for j in (i - step, i + step) if 0 <= j < n] for i in range(n)]
+    differs = [max(1 - cos(x[i], x[j]) for j in near) for i, near in enumerate(beside)]
+    if P is None:
+        new = scaled(differs, range(n))
+        return [seen[i] + 0.25 * new[i] for i in range(n)]
+    frame = [x[i // P * P : i // P * P + P].double().mean(0) for i in range(n)]
+    stands = scaled([max(differs[i], 1 - cos(x[i], frame[i])) for i in range(n)], range(n))
+    inner = [P <= i < n - P for i in range(n)]
+    turns = [1 - cos(x[i] - x[i - P], x[i + P] - x[i]) if inner[i] else 0.0 for i in range(n)]
+    turns = scaled(turns, range(n))
+    event = scaled([stands[i] + 0.35 * turns[i] for i in range(n)], range(n))
+    weight = 0.35 * (0.35 + 0.65 * min(max((ratio - 0.14) / (0.42 - 0.14), 0), 1))
+    return [seen[i] * (1 + weight * event[i]) for i in range(n)]
+
+
+def omnipack_enter(x, attention, places, keep, P, ratio):
     "Salient tokens, peaks among all others, and what is left goes into the nearest kept one."
     n = len(x)
-    share, pull, own = (0.25, 0.10, 0.62) if kind == "visual" else (0.35, 0.05, 0.65)
+    share, pull, own = (0.25, 0.10, 0.62) if P else (0.35, 0.05, 0.65)
     if keep == n:
         return list(range(n)), x
     axes = [scaled(axis.double(), range(n)) for axis in places.T]
     far = [
         [math.dist([a[i] for a in axes], [a[j] for a in axes]) for j in range(n)] for i in range(n)
     ]
-    salience = [*scaled(attention, range(n)).values()]
+    salience = omnipack_salience(x, attention, P, ratio)
     first = max(1, round(keep * share))
     kept = best(salience, first, range(n))
     rest = [i for i in range(n) if i not in kept]

@@ -170,7 +170,8 @@ def test_omnipack_before_the_decoder(r):
         method = OmniPack(Schedule(L, entering=dict.fromkeys(CODE, ratio)))
         (part,) = budgets(method, **{kind: (P,) * frames})
         keep, merged = method.pick(Stage1Inputs(x, attention, (part,), places=places))
-        want, out = plain.omnipack_enter(x, attention, places.T, sum(part.keep), kind)
+        sizes = P if kind == "visual" else None
+        want, out = plain.omnipack_enter(x, attention, places.T, sum(part.keep), sizes, ratio)
         assert positions(keep) == want
         close(merged[keep], out[keep])
 
