@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from seats_analysis import Schedule
 from seats_analysis.inputs.layout import Modality
 from seats_analysis.schedules.solve import drop_shares
-from seats_analysis.schedules.schedule import Schedule
 
 MODALITIES = tuple(Modality.CODES)
 

@@ -12,17 +12,15 @@ import numpy as np
 import pytest
 import torch
 from golden import FILE_NAME, GOLDEN, Flag, close, e2e_cases, near, part, read_json
-from seats_analysis.models.families import adapter_for
-from seats_analysis.models.encode import layout_of
-from seats_analysis.baselines.registry import METHODS, method_at
-from seats_analysis.baselines.base import at_least_one, keep_audio, random_count
+from seats_analysis import METHODS, Schedule, adapter_for, prune
 from seats_analysis.baselines.attention import equal_ratio
-from seats_analysis.schedules.cost import text_dims
+from seats_analysis.baselines.base import at_least_one, keep_audio, random_count
 from seats_analysis.baselines.merging import VisionZipOm, select_visionzip, visionzip_counts
+from seats_analysis.baselines.registry import method_at
+from seats_analysis.models.encode import layout_of
 from seats_analysis.pruning.base import Tokens, plan_steps
-from seats_analysis.pruning.session import prune
-from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.pruning.received import window_sizes
+from seats_analysis.schedules.cost import text_dims
 
 FOLDER, MODALITY = "baselines", {1: "visual", 2: "audio"}
 BF16_EMBEDDING, BF16_TIE = 2e-2, 2**-9  # a similarity gap below this vanishes in bfloat16

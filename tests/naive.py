@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as qwen25
 
-from seats_analysis.models.families import adapter_for
-from seats_analysis.models.decoder import Decoder
+from seats_analysis import adapter_for
 from seats_analysis.inputs.layout import Modality
+from seats_analysis.models.decoder import Decoder
 from seats_analysis.probing.branches import Stream, Tail, marks_of
 from seats_analysis.probing.selectors import check_removed
 from plain import naive_order, stage2

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import seats_analysis as sa
-from seats_analysis.testbed.task import ramp, synthetic_profile
 from seats_analysis.plots.analysis import Analysis
 from seats_analysis.schedules import choose
 from seats_analysis.storage.schemas import save_profile
+from seats_analysis.testbed.task import ramp, synthetic_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = json.dumps(dict(visual=192, audio=40))

@@ -10,11 +10,9 @@ import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from seats_analysis import Schedule, adapter_for, encode, prune
 from seats_analysis.inputs.layout import Modality
-from seats_analysis.models.encode import Prompt, encode, layout_of, rope_index
-from seats_analysis.models.families import adapter_for
-from seats_analysis.pruning.session import prune
-from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.models.encode import Prompt, layout_of, rope_index
 
 VISUAL, AUDIO, TEXT, IMAGE, PAD = Modality
 L = tiny.LAYERS

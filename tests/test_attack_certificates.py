@@ -11,10 +11,10 @@ import pytest
 import tiny
 from test_cli import refused
 
+from seats_analysis import Promise, Schedule
 from seats_analysis.cli import answers
+from seats_analysis.schedules.schedule import ScheduleWarning
 from seats_analysis.tuning.check import verdict_on
-from seats_analysis.tuning.certificate import Promise
-from seats_analysis.schedules.schedule import Schedule, ScheduleWarning
 
 ROOT = Path(__file__).resolve().parents[1]
 TUNED, OTHER = (

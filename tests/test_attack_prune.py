@@ -15,19 +15,15 @@ import tiny
 import torch
 from test_undo import Broken, last, state
 
+from seats_analysis import Schedule, adapter_for, compare_methods, encode, evaluate, prune
 from seats_analysis.baselines.merging import OmniZip
 from seats_analysis.baselines.registry import method_at
-from seats_analysis.evaluation.compare import compare_methods
-from seats_analysis.evaluation.evaluate import evaluate
-from seats_analysis.serving.lmms import Answerer, generation_options
 from seats_analysis.models.decoder import Decoder
-from seats_analysis.models.encode import Prompt, encode
-from seats_analysis.models.families import adapter_for
+from seats_analysis.models.encode import Prompt
 from seats_analysis.models.scoring import score_choices
 from seats_analysis.pruning.encoders import Hooks
 from seats_analysis.pruning.seats import Seats
-from seats_analysis.pruning.session import prune
-from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.serving.lmms import Answerer, generation_options
 
 FAMILY = "qwen2.5-omni"
 LATE = 5  # no choice is made from what comes out of this layer

@@ -24,12 +24,9 @@ from clips import more_at_night
 from launch import FORK, ended, launch
 from typer.testing import CliRunner
 
-from seats_analysis.testbed.task import synthetic_profile
+from seats_analysis import Clip, Sample, load_profile
 from seats_analysis.cli import app as shared
 from seats_analysis.cli.main import app
-from seats_analysis.inputs.media import Clip
-from seats_analysis.inputs.samples import Sample
-from seats_analysis.testbed.load import write_samples
 from seats_analysis.storage.files import (
     Checkpoint,
     CheckpointWarning,
@@ -37,13 +34,9 @@ from seats_analysis.storage.files import (
     new_neighbour,
     processes,
 )
-from seats_analysis.storage.schemas import (
-    SCHEMAS,
-    ProfileWarning,
-    load_profile,
-    save_json,
-    save_profile,
-)
+from seats_analysis.storage.schemas import SCHEMAS, ProfileWarning, save_json, save_profile
+from seats_analysis.testbed.load import write_samples
+from seats_analysis.testbed.task import synthetic_profile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 UNITS = [[0, 1], [2], [3]]

@@ -13,7 +13,9 @@ import torch
 import xarray as xr
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from seats_analysis import METHODS, Schedule, adapter_for, encode, prune
 from seats_analysis.baselines.attention import VTW, PyramidDrop
+from seats_analysis.baselines.base import Uniform
 from seats_analysis.baselines.merging import (
     DivPruneOm,
     DyCoke,
@@ -25,15 +27,11 @@ from seats_analysis.baselines.merging import (
     visual_shares,
 )
 from seats_analysis.baselines.omnipack import OmniPack
-from seats_analysis.baselines.registry import ABLATIONS, METHODS, method_at
-from seats_analysis.baselines.base import Uniform
+from seats_analysis.baselines.registry import ABLATIONS, method_at
 from seats_analysis.inputs.layout import TokenLayout, chunk_ids
-from seats_analysis.models.encode import Prompt, encode, layout_of
-from seats_analysis.models.families import adapter_for
+from seats_analysis.models.encode import Prompt, layout_of
 from seats_analysis.pruning.base import PruneStep, Stage1Inputs, Tokens, WindowBudget
 from seats_analysis.pruning.seats import Seats
-from seats_analysis.pruning.session import prune
-from seats_analysis.schedules.schedule import Schedule
 
 EVERY = tiny.PRUNERS | ABLATIONS
 L = tiny.LAYERS

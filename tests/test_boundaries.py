@@ -11,9 +11,9 @@ from hypothesis import given, strategies as st
 from scipy.stats import binomtest
 from typer.testing import CliRunner
 
+from seats_analysis import Schedule, boundary_table, explain, find_boundaries
 from seats_analysis.boundaries import find as B
-from seats_analysis.boundaries.find import find_boundaries
-from seats_analysis.boundaries.report import boundary_row, boundary_table, explain
+from seats_analysis.boundaries.report import boundary_row
 from seats_analysis.boundaries.retention import (
     ClipCounts,
     layer_changes,
@@ -21,10 +21,9 @@ from seats_analysis.boundaries.retention import (
     profile_hash,
     retained,
 )
-from seats_analysis.testbed.task import ramp, synthetic_profile
 from seats_analysis.inputs.layout import Modality
-from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.schemas import save_profile
+from seats_analysis.testbed.task import ramp, synthetic_profile
 
 MODALITIES = tuple(Modality.CODES)
 

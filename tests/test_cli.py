@@ -18,22 +18,24 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from seats_analysis import __version__
-from seats_analysis.boundaries.find import Boundaries
-from seats_analysis.testbed.task import synthetic_profile
+from seats_analysis import (
+    Boundaries,
+    Schedule,
+    __version__,
+    adapter_for,
+    decode_clip,
+    load_profile,
+    plot_kept,
+    read_samples,
+)
 from seats_analysis.cli import answers, app as shared
 from seats_analysis.cli.main import app
 from seats_analysis.evaluation.compare import made_from
-from seats_analysis.inputs.media import decode_clip
-from seats_analysis.inputs.questions import read_samples
-from seats_analysis.testbed.load import write_samples
-from seats_analysis.models.families import adapter_for
-from seats_analysis.plots.kept import plot_kept
 from seats_analysis.schedules.choose import blocks_of, solve_schedules
 from seats_analysis.schedules.file import PUBLISHED
-from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.storage.schemas import load_json, load_profile, save_profile
-from seats_analysis.testbed.load import build_model, build_processor, fresh_samples
+from seats_analysis.storage.schemas import load_json, save_profile
+from seats_analysis.testbed.load import write_samples, build_model, build_processor, fresh_samples
+from seats_analysis.testbed.task import synthetic_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = "torch transformers xarray matplotlib pandas scipy av seaborn h5netcdf".split()

@@ -12,41 +12,39 @@ import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from seats_analysis.baselines.registry import ABLATIONS, METHODS
-from seats_analysis.evaluation import evaluate as module
+from seats_analysis import (
+    METHODS,
+    Schedule,
+    adapter_for,
+    compare_methods,
+    comparison_table,
+    encode,
+    evaluate,
+    load_profile,
+    load_testbed,
+    prefill_flops,
+    prune,
+    testbed_samples,
+)
+from seats_analysis.baselines.registry import ABLATIONS
+from seats_analysis.evaluation import evaluate as module, prepared
 from seats_analysis.evaluation.compare import (
     _LATE as LATE,
     TOLERANCE,
     clips_needed,
-    compare_methods,
-    comparison_table,
     match_cost,
     method_names,
     method_runs,
     outcome_rows,
     significantly_better,
 )
-from seats_analysis.evaluation import prepared
-from seats_analysis.evaluation.evaluate import evaluate
 from seats_analysis.evaluation.prepared import Answering, DataShape, MethodRun, PreparedBatch
-from seats_analysis.models.encode import encode
-from seats_analysis.models.families import adapter_for
 from seats_analysis.models.scoring import score_choices
 from seats_analysis.pruning.seats import Seats
-from seats_analysis.pruning.session import prune
 from seats_analysis.pruning.timing import Timings
-from seats_analysis.schedules.cost import prefill_flops, text_dims
-from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.schedules.cost import text_dims
 from seats_analysis.statistics.intervals import mcnemar
-from seats_analysis.storage.schemas import load_profile
-from seats_analysis.testbed.load import (
-    TESTBEDS,
-    build_model,
-    build_processor,
-    fresh_samples,
-    load_testbed,
-    testbed_samples,
-)
+from seats_analysis.testbed.load import TESTBEDS, build_model, build_processor, fresh_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 L = tiny.LAYERS

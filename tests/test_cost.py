@@ -4,13 +4,17 @@ pruned."""
 from pathlib import Path
 import pytest, torch
 from torch.utils.flop_counter import FlopCounterMode
+from seats_analysis import (
+    METHODS,
+    Schedule,
+    encode,
+    load_testbed,
+    prefill_flops,
+    prune,
+    testbed_samples as shipped_samples,
+)
 from seats_analysis.pruning import timing
-from seats_analysis.models.encode import encode
-from seats_analysis.baselines.registry import METHODS
-from seats_analysis.schedules.cost import TextDims, prefill_flops
-from seats_analysis.pruning.session import prune
-from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.testbed.load import load_testbed, testbed_samples as shipped_samples
+from seats_analysis.schedules.cost import TextDims
 
 # ---------------------------------------------------------------- the timings
 

@@ -7,14 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seats_analysis.boundaries.find import Boundaries, find_boundaries
-from seats_analysis.testbed.task import ramp, synthetic_profile
-from seats_analysis.inputs.media import Clip
+from seats_analysis import (
+    Boundaries,
+    Clip,
+    Schedule,
+    find_boundaries,
+    load_profile,
+    plot_dependency,
+    plot_kept,
+    plot_retention,
+)
 from seats_analysis.plots import dependency, style
-from seats_analysis.plots.dependency import plot_dependency, plot_retention
-from seats_analysis.plots.kept import plot_kept
-from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.storage.schemas import SCHEMAS, load_json, load_profile
+from seats_analysis.storage.schemas import SCHEMAS, load_json
+from seats_analysis.testbed.task import ramp, synthetic_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 

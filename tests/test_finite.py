@@ -7,11 +7,8 @@ import pytest
 import tiny
 import torch
 
-from seats_analysis.baselines.registry import METHODS
-from seats_analysis.models.encode import encode
-from seats_analysis.models.families import adapter_for
+from seats_analysis import METHODS, adapter_for, encode, prune
 from seats_analysis.pruning.encoders import EncoderWatch
-from seats_analysis.pruning.session import prune
 
 PLAN = tiny.schedule()
 NAN, INF = float("nan"), float("inf")

@@ -9,17 +9,25 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-from seats_analysis.boundaries.find import find_boundaries
-from seats_analysis.boundaries.flow import explain_flow, flow_end, flow_table
-from seats_analysis.boundaries.report import boundary_table
+from seats_analysis import (
+    adapter_for,
+    boundary_table,
+    encode,
+    explain_flow,
+    find_boundaries,
+    flow_table,
+    load_flow,
+    load_profile,
+    trace_flow,
+)
+from seats_analysis.boundaries.flow import flow_end
 from seats_analysis.cli.main import app
 from seats_analysis.inputs.layout import Modality
-from seats_analysis.models.encode import encode, encode_questions
-from seats_analysis.models.families import adapter_for
+from seats_analysis.models.encode import encode_questions
 from seats_analysis.probing import flow as flow_module
-from seats_analysis.probing.flow import FLOW_METRICS, Knockouts, trace_flow
+from seats_analysis.probing.flow import FLOW_METRICS, Knockouts
 from seats_analysis.storage.files import shipped_folder
-from seats_analysis.storage.schemas import load_flow, load_profile, save_flow
+from seats_analysis.storage.schemas import save_flow
 
 LAYERS = 4
 FAMILIES = "qwen2.5-omni", "qwen3-omni"

@@ -14,11 +14,9 @@ from test_undo import state
 from tiny import PLANS, close
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from seats_analysis.baselines.registry import METHODS
-from seats_analysis.models.encode import Prompt, encode
-from seats_analysis.models.families import adapter_for
-from seats_analysis.pruning.cache import Slots, follow_up
-from seats_analysis.pruning.session import prune
+from seats_analysis import METHODS, adapter_for, encode, follow_up, prune
+from seats_analysis.models.encode import Prompt
+from seats_analysis.pruning.cache import Slots
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 PLAN, NEW = PLANS["together"], 5

@@ -13,16 +13,14 @@ import torch
 from plain import stage2
 from tiny import PLANS
 
+from seats_analysis import adapter_for, encode, prune
 from seats_analysis.models.attention import TowerAttention
-from seats_analysis.models.encode import encode
-from seats_analysis.models.families import adapter_for
-from seats_analysis.pruning import cache as cache_module
-from seats_analysis.pruning import encoders
+from seats_analysis.pruning import cache as cache_module, encoders
 from seats_analysis.pruning.base import stage1_counts
 from seats_analysis.pruning.prefill import Prefill
 from seats_analysis.pruning.received import attention_received
 from seats_analysis.pruning.select import select_in_clip
-from seats_analysis.pruning.session import Session, prune
+from seats_analysis.pruning.session import Session
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

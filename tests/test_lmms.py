@@ -15,11 +15,17 @@ import numpy as np
 import pytest
 import torch
 
-from seats_analysis.serving import lmms
+from seats_analysis import (
+    Schedule,
+    encode,
+    evaluate,
+    load_model,
+    testbed_samples as shipped_samples,
+)
 from seats_analysis.evaluation import evaluate as module
-from seats_analysis.evaluation.evaluate import evaluate, parse_answer
-from seats_analysis.evaluation.load import load_model
-from seats_analysis.models.encode import encode
+from seats_analysis.evaluation.evaluate import parse_answer
+from seats_analysis.schedules.file import PUBLISHED
+from seats_analysis.serving import lmms
 from seats_analysis.serving.lmms import (
     Answerer,
     doc_to_messages,
@@ -28,10 +34,7 @@ from seats_analysis.serving.lmms import (
     task_docs,
     tasks_folder,
 )
-from seats_analysis.schedules.file import PUBLISHED
-from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.testbed.load import TESTBEDS
-from seats_analysis.testbed.load import testbed_samples as shipped_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 has_lmms = importlib.util.find_spec("lmms_eval") is not None

@@ -7,14 +7,12 @@ import pytest, torch
 import tiny
 from pretend import Wait, no_waits, pretend_gpu
 from tiny import PLANS
-from seats_analysis.pruning import base, cache, encoders, prefill, seats
-from seats_analysis.models.families import adapter_for
-from seats_analysis.models.encode import encode
+from seats_analysis import adapter_for, encode, probe_dependency, prune
 from seats_analysis.models.scoring import score_choices
+from seats_analysis.pruning import base, cache, encoders, prefill, seats
 from seats_analysis.pruning.cache import Slots
 from seats_analysis.pruning.prefill import Check, Prefill
-from seats_analysis.pruning.session import Session, prune
-from seats_analysis.probing.run import probe_dependency
+from seats_analysis.pruning.session import Session
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a real one: `pytest -m cuda`"

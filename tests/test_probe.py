@@ -11,14 +11,12 @@ import pytest
 import tiny
 import torch
 
-from seats_analysis.models.families import adapter_for
-from seats_analysis.models.encode import encode
-from seats_analysis.models.scoring import score_choices
+from seats_analysis import adapter_for, encode, load_profile, probe_dependency
 from seats_analysis.inputs.layout import Modality
-from seats_analysis.storage.schemas import load_profile, save_profile
 from seats_analysis.models.provenance import sample_rows
-from seats_analysis.probing.run import probe_dependency
+from seats_analysis.models.scoring import score_choices
 from seats_analysis.storage.provenance import digest
+from seats_analysis.storage.schemas import save_profile
 
 LAYERS = 3
 KINDS = {name: (code,) for name, code in Modality.CODES.items()}

@@ -20,12 +20,12 @@ import tiny
 import torch
 
 from launch import ended, launch
+from seats_analysis import probe_dependency, probe_to_file, random_fraction
 from seats_analysis.cli.main import main
-from seats_analysis.probing import run as probe
 from seats_analysis.models.families import limit_pixels
+from seats_analysis.probing import run as probe
+from seats_analysis.probing.run import ProbeRun
 from seats_analysis.storage.files import Checkpoint
-from seats_analysis.probing.run import ProbeRun, probe_dependency, probe_to_file
-from seats_analysis.probing.selectors import random_fraction
 
 ROOT = Path(__file__).resolve().parents[1]
 FORK = multiprocessing.get_context("fork")

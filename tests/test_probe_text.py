@@ -8,13 +8,13 @@ import torch
 
 import naive
 import seats_analysis as sa
+from seats_analysis import adapter_for, load_testbed
 from seats_analysis.inputs.layout import Modality
 from seats_analysis.models.decoder import Decoder
 from seats_analysis.models.encode import encode_questions
-from seats_analysis.models.families import adapter_for
 from seats_analysis.probing.branches import answer_scores
 from seats_analysis.storage.files import shipped_folder
-from seats_analysis.testbed.load import TESTBEDS, load_testbed
+from seats_analysis.testbed.load import TESTBEDS
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 CONDITIONS = dict(visual=["visual"], audio=["audio"], both=["visual", "audio"])

@@ -11,15 +11,14 @@ import torch
 from tiny import PLANS, close
 from transformers import DynamicCache, StaticCache
 
+from seats_analysis import Schedule, encode, prune
 from seats_analysis.inputs.layout import Modality
-from seats_analysis.models.encode import encode, layout_of
+from seats_analysis.models.encode import layout_of
 from seats_analysis.models.scoring import score_choices
 from seats_analysis.pruning import encoders
 from seats_analysis.pruning.cache import Slots
 from seats_analysis.pruning.seats import Seats
-from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.cost import kv_bytes
-from seats_analysis.schedules.schedule import Schedule
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 PLAN, KEEP_ALL = PLANS["together"], Schedule(tiny.LAYERS)

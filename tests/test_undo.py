@@ -13,14 +13,10 @@ import pytest
 import tiny
 import torch
 
-from seats_analysis.pruning import cache as cache_module
-from seats_analysis.pruning import encoders, prefill, seats, session
-from seats_analysis.models.families import adapter_for
-from seats_analysis.models.encode import encode
+from seats_analysis import Schedule, adapter_for, encode, prune
+from seats_analysis.pruning import cache as cache_module, encoders, prefill, seats, session
 from seats_analysis.pruning.cache import Slots
 from seats_analysis.pruning.prefill import Prefill
-from seats_analysis.pruning.session import prune
-from seats_analysis.schedules.schedule import Schedule
 
 LAYERS, PLAN = tiny.LAYERS, tiny.PLANS["together"]
 BEAMS = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, num_beams=2)

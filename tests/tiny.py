@@ -6,12 +6,7 @@ import pytest
 import torch
 import transformers
 
-from seats_analysis.baselines.registry import METHODS
-from seats_analysis.inputs.media import Clip
-from seats_analysis.inputs.samples import Sample
-from seats_analysis.pruning.cache import follow_up
-from seats_analysis.pruning.session import prune
-from seats_analysis.schedules.schedule import Schedule
+from seats_analysis import Clip, METHODS, Sample, Schedule, follow_up, prune
 from seats_analysis.testbed import load
 
 CLASSES = {"qwen2.5-omni": "Qwen2_5Omni", "qwen3-omni": "Qwen3OmniMoe"}

@@ -10,16 +10,9 @@ from pretend import pretend_gpu
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from seats_analysis.lab import bench
+from seats_analysis import METHODS, adapter_for, encode, prefill_flops, prune
 from seats_analysis.cli import main as cli
-from seats_analysis.lab import bench_command
-from seats_analysis.lab import paper, timing_figures as timing
-from seats_analysis.storage.schemas import load_json
-from seats_analysis.models.families import adapter_for
-from seats_analysis.models.decoder import last_logits_only
-from seats_analysis.models.encode import encode
-from seats_analysis.baselines.registry import METHODS
-from seats_analysis.lab import bench_rows
+from seats_analysis.lab import bench, bench_command, paper, timing_figures as timing, bench_rows
 from seats_analysis.lab.bench import BenchSetup, Job, Workload
 from seats_analysis.lab.bench_rows import TIMES, compared
 from seats_analysis.lab.workloads import (
@@ -30,8 +23,9 @@ from seats_analysis.lab.workloads import (
     build_model,
     config_of,
 )
-from seats_analysis.schedules.cost import kv_bytes, prefill_flops, text_dims
-from seats_analysis.pruning.session import prune
+from seats_analysis.models.decoder import last_logits_only
+from seats_analysis.schedules.cost import kv_bytes, text_dims
+from seats_analysis.storage.schemas import load_json
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = Request(4, 2, 30)

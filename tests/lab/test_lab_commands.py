@@ -12,11 +12,10 @@ import pytest
 from test_cli import LONG, ROOT, done, refused, seats
 from test_wheel import TINY
 
-from seats_analysis.boundaries.find import Boundaries, find_boundaries
-from seats_analysis.testbed.task import synthetic_profile
+from seats_analysis import Boundaries, Schedule, find_boundaries
 from seats_analysis.lab import demo as demo_commands, paper
-from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.schemas import SCHEMAS, save_profile
+from seats_analysis.testbed.task import synthetic_profile
 
 ENDS = {  # numbers at their ends: command and option -> values
     "simulate --sizes": f"0 99999999999 {LONG} nan",

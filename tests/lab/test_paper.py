@@ -12,19 +12,15 @@ import numpy as np
 import pytest
 from test_figures import deep_profile, kept_of, visible_texts
 
-from seats_analysis.lab import method_figures as M
-from seats_analysis.lab import paper as P
-from seats_analysis.lab import timing_figures as T
+from seats_analysis import Clip, Schedule, plot_dependency
+from seats_analysis.lab import method_figures as M, paper as P, timing_figures as T
 from seats_analysis.lab.answer_figures import family_figure
 from seats_analysis.lab.reported import read_reported
+from seats_analysis.lab.simulate import needed_figure
 from seats_analysis.lab.style import say_source
 from seats_analysis.plots import style
-from seats_analysis.lab.simulate import needed_figure
-from seats_analysis.testbed.task import synthetic_profile
-from seats_analysis.inputs.media import Clip
-from seats_analysis.plots.dependency import plot_dependency
-from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.schemas import SCHEMAS, load_json, save_json, save_profile
+from seats_analysis.testbed.task import synthetic_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = [m for m in M.NAMES if m not in ("full", "vtw")]

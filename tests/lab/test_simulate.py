@@ -8,13 +8,13 @@ import pytest
 import xarray as xr
 from typer.testing import CliRunner
 
+from seats_analysis import Promise
 from seats_analysis.boundaries import find as B
 from seats_analysis.boundaries.retention import needed_families, profile_hash
-from seats_analysis.testbed.task import synthetic_profile
 from seats_analysis.cli.main import app
 from seats_analysis.lab import simulate as S
 from seats_analysis.storage.schemas import load_json
-from seats_analysis.tuning.certificate import Promise
+from seats_analysis.testbed.task import synthetic_profile
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 STUDY = DATA / "results" / "boundary_coverage.json"
