@@ -5,14 +5,11 @@ As there, what is set apart is decided by the fields of an entry, never by its n
 else is tested instead.
 """
 
-from contextlib import ExitStack
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
-from golden import FILE_NAME, GOLDEN, Flag, close, e2e_cases, near, part, read_json
-from seats_analysis import METHODS, Schedule, adapter_for, prune
+from golden import FILE_NAME, GOLDEN, Flag, close, e2e_cases, near, part, read_json, run_method
+from seats_analysis import METHODS, Schedule, adapter_for
 from seats_analysis.baselines.attention import equal_ratio
 from seats_analysis.baselines.base import at_least_one, keep_audio, random_count
 from seats_analysis.baselines.merging import VisionZipOm, select_visionzip, visionzip_counts
@@ -411,46 +408,9 @@ def settings_of(c, n_visual, n_audio, layers):
     return kind(Schedule(layers, entering=keep), **own), pair
 
 
-def run_method(model, method, inputs, next_token=None):
-    "What ours chose, from what, and what came out."
-    seen = {}
-
-    class Watched(type(method)):
-        def select(self, inputs):
-            seen["inputs"] = inputs
-            return super().select(inputs)
-
-        def drop(self, tokens, scores, step, windows):
-            seen["scores"] = scores[0]
-            return super().drop(tokens, scores, step, windows)
-
-    def note(i):
-        return lambda layer, args: (seen.setdefault(i, args[0][0]), None)[1]
-
-    layers = adapter_for(model).layers(model)
-    with torch.no_grad(), ExitStack() as stack:
-        # registered before prune: they see what a layer would get if nothing were cut before it;
-        # layer 0 after stage I
-        for i, layer in enumerate(layers):
-            stack.enter_context(layer.register_forward_pre_hook(note(i)))
-        run = stack.enter_context(prune(model, Watched(**vars(method)), kv="evict"))
-        out = model(**inputs, use_cache=True)
-        cache = out.past_key_values
-        lengths = [cache.get_seq_length(i) for i in range(len(layers))]
-        kept = next((v[0] for v in run.kept.values()), torch.arange(inputs["input_ids"].shape[1]))
-        per_layer = run.tokens_per_layer[0].tolist()
-        decode = None
-        if next_token is not None:
-            step = model(input_ids=next_token.view(1, 1), past_key_values=cache)
-            decode = step.logits[0, -1]
-    return SimpleNamespace(
-        kept=kept,
-        seen=seen,
-        logits=out.logits[0, -1],
-        decode=decode,
-        lengths=lengths,
-        per_layer=per_layer,
-    )
+def kept_of(run, inputs):
+    "Positions after its only stage."
+    return next(iter(run.kept.values()), torch.arange(inputs["input_ids"].shape[1]))
 
 
 def e2e(name):
@@ -470,16 +430,17 @@ def test_whole_runs(model, case):
         assert pair[0] == case["video_ratio_used"]
     check_for_trr(case, method, n)
     run = run_method(model, method, whole.inputs, whole.out["full.next_token"])
+    kept = kept_of(run, whole.inputs)
     names = enumerate(("text", "video", "audio"))
-    counts = {f: int((whole.types[run.kept] == k).sum()) for k, f in names}
+    counts = {f: int((whole.types[kept] == k).sum()) for k, f in names}
     assert counts == case["kept_counts"]
-    assert run.lengths == case["cache_lengths"] == t["cache_lengths"].tolist()
+    assert run.cache_lengths == case["cache_lengths"] == t["cache_lengths"].tolist()
     gaps = [v for k, v in case.items() if k.startswith("margin") and v is not None]
     if any(map(near, gaps)):
         return
-    assert torch.equal(run.kept, t["kept"])
+    assert torch.equal(kept, t["kept"])
     if "scores.after_layer2" in t:
-        close(run.seen["scores"], t["scores.after_layer2"], 1e-6)
+        close(run.seen["drop2"][0], t["scores.after_layer2"], 1e-6)
         # this hook runs before those of prune
         close(run.seen[2], t["hidden.after_layer2.before_drop"])
     else:
@@ -488,7 +449,7 @@ def test_whole_runs(model, case):
     close(run.logits, t["last_logits"].flatten(), 1e-5 * scale)
     close(run.decode, t["decode_logits"].flatten(), 1e-5 * scale)
     flops = reference_flops(
-        run.per_layer, read_json("e2e_config.json")["text_config"], run.per_layer[-1]
+        run.tokens_per_layer, read_json("e2e_config.json")["text_config"], run.tokens_per_layer[-1]
     )
     assert flops == pytest.approx(case["prefill_flops"], rel=1e-12)
 
@@ -509,7 +470,7 @@ def check_for_trr(case, method, n):
 
 def check_entry_of(run, t, case):
     "What VisionZip looked at, and what enters the first layer."
-    inputs, n = run.seen["inputs"], len(t["video_attn_mean"])
+    inputs, n = run.seen["stage1"], len(t["video_attn_mean"])
     close(inputs.attention[:n], t["video_attn_mean"])
     close(inputs.keys["visual"], t["video_attn_key"].reshape(n, -1))
     if "audio_attn_mean" in t:
@@ -559,14 +520,15 @@ def test_odd_baseline_setting(model, case):
         run = run_method(model, method, inputs)
     finally:
         model.set_attn_implementation(before)
-    kinds = layout_of(model, inputs).modality[0][run.kept]
+    kept = kept_of(run, inputs)
+    kinds = layout_of(model, inputs).modality[0][kept]
     found = dict(video=int((kinds == 1).sum()), audio=int((kinds == 2).sum()))
     if kind == "same" and "kept_counts" in case:
         assert found == {k: case["kept_counts"][k] for k in found}
     if kind == "same" and case["max_abs_diff_to_full_last_logits"] is not None:
-        assert len(run.kept) == case["logits_rows"]
+        assert len(kept) == case["logits_rows"]
     if kind == "same" and case["equal_to_full"]:
-        assert len(run.kept) == inputs["input_ids"].shape[1]
+        assert len(kept) == inputs["input_ids"].shape[1]
     if kind == "works":
         layout = layout_of(model, inputs, "keep", method.grids, method.seconds)
         planned = method.plan(layout, method.window_budgets(layout, 0))

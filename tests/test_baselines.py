@@ -11,7 +11,6 @@ import pytest
 import tiny
 import torch
 import xarray as xr
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from seats_analysis import METHODS, Schedule, adapter_for, encode, prune
 from seats_analysis.baselines.attention import VTW, PyramidDrop
@@ -562,22 +561,6 @@ def planned(name, model, batch):
     layout = layout_of(model, batch.inputs, "keep", method.grids, method.seconds)
     parts = method.window_budgets(layout, 0)
     return method, parts, method.plan(layout, parts), layout.shape
-
-
-@in_one_family
-def test_no_choice_waits_for_the_device(name, model, batch):
-    "Fake tensors have shapes but no values: whatever asks for one fails."
-    method, parts, steps, (B, S) = planned(name, model, batch)
-    with FakeTensorMode():
-        for step in steps:
-            if step.stage == 1:
-                assert mask_of(method.select(stage1_inputs(method, parts))).dtype == torch.bool
-            elif step.stage == 2:
-                kind = torch.zeros(B, S, dtype=torch.int8)
-                column = torch.arange(S).expand(B, S)
-                tokens = Tokens(column, kind, kind.int(), kind.int(), S, tuple(range(B)), True)
-                seen = torch.rand(B, S, *[8] * method.uses_hidden)
-                assert mask_of(method.drop(tokens, seen, step, 4)).shape == (B, S)
 
 
 @pytest.mark.cuda

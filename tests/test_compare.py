@@ -92,19 +92,6 @@ def answered(models, samples, runs=None, **options):
 # ---------------------------------------------------------------- encoded once
 
 
-def test_inputs_are_those_of_encode(model, processor, samples):
-    ours = PreparedBatch.of(model, processor, samples).encoded
-    theirs = encode(model, processor, samples)
-    names = "input_ids", "attention_mask", "position_ids"
-    for key in (*names, "video_grid_thw", "feature_attention_mask"):
-        assert torch.equal(ours.inputs[key], theirs.inputs[key].to(ours.inputs[key].dtype)), key
-    for key in ("modality", "window", "chunk"):
-        assert torch.equal(getattr(ours.layout, key), getattr(theirs.layout, key)), key
-    assert ours.choice_ids == theirs.choice_ids
-    assert torch.equal(ours.rope_deltas.float(), theirs.rope_deltas.float())
-    assert not {"pixel_values_videos", "input_features"} & set(ours.inputs)
-
-
 @pytest.fixture(scope="module")
 def batches(model, processor, samples):
     "Four questions for which every method has noted what it asks, and the same from `encode`."
@@ -476,13 +463,6 @@ def test_units_keep_clips_together(samples):
     assert max(map(len, units)) <= 3
     clips = [{order[i].clip for i in unit} for unit in units]
     assert sum(map(len, clips)) == len(set().union(*clips))
-
-
-def test_progress_counts_every_run_of_a_unit(small, samples, capsys):
-    "The bar moves before the first clip is done with all runs."
-    asked = Answering(*small, samples, run_of("full", "seats"), batch_size=1)
-    asked.answer_all(progress=True)
-    assert f"{2 * len(samples)}/{2 * len(samples)}" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- what became of it

@@ -1,5 +1,5 @@
 """Everything that would run on a GPU, on one that is pretended (`pretend.py`): devices are not
-mixed, our hooks do not wait, streams are waited for."""
+mixed, our hooks do not wait."""
 
 import copy
 from dataclasses import replace
@@ -8,6 +8,7 @@ import tiny
 from pretend import Wait, no_waits, pretend_gpu
 from tiny import PLANS
 from seats_analysis import adapter_for, encode, probe_dependency, prune
+from seats_analysis.baselines.registry import ABLATIONS
 from seats_analysis.models.scoring import score_choices
 from seats_analysis.pruning import base, cache, encoders, prefill, seats
 from seats_analysis.pruning.cache import Slots
@@ -27,13 +28,6 @@ HOT = (
     (encoders.EncoderWatch, "aggregate"),
 )
 SAMPLES = tiny.three()
-
-
-@pytest.fixture(scope="module")
-def batches(model):
-    return {
-        n: encode(model, tiny.processor(adapter_for(model).family), SAMPLES[:n]) for n in (1, 3)
-    }
 
 
 @pytest.fixture
@@ -87,9 +81,9 @@ def test_layers_that_keep_no_media(model, there, batches, strict):
     same(model, there, batches[3], plan, "retain")
 
 
-@tiny.by_turns(tiny.PRUNERS)
+@tiny.by_turns(tiny.PRUNERS | ABLATIONS)
 def test_methods(model, there, batches, strict, name):
-    method = tiny.PRUNERS[name].for_trr(tiny.LAYERS, 0.5, 0.6, 18, 30)
+    method = (tiny.PRUNERS | ABLATIONS)[name].for_trr(tiny.LAYERS, 0.5, 0.6, 18, 30)
     same(model, there, batches[3], method, max_new_tokens=1, min_new_tokens=1)
 
 

@@ -1,6 +1,8 @@
 """Small random models of every family, built from the real configuration classes, with a processor
 for each and clips to feed them."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -261,6 +263,22 @@ def full(family, speech=False, layers=LAYERS):
 
 def close(a, b, tol=1e-5):
     torch.testing.assert_close(a, b, atol=tol, rtol=0)
+
+
+@contextmanager
+def spoilt(module, value, at=(..., 0)):
+    "Inside, some places of what a module returns hold a bad value."
+
+    def spoil(module, args, output):
+        output = output.clone()
+        output[at] = value
+        return output
+
+    handle = module.register_forward_hook(spoil)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def answered(model, batch, plan, kv="evict", **options):
