@@ -5,10 +5,11 @@ As there, what is set apart is decided by the fields of an entry, never by its n
 else is tested instead.
 """
 
+import golden
 import numpy as np
 import pytest
 import torch
-from golden import FILE_NAME, GOLDEN, Flag, close, e2e_cases, near, part, read_json, run_method
+from golden import FILE_NAME, GOLDEN, Flag, close, e2e_cases, near, part, read_json
 from seats_analysis import METHODS, Schedule, adapter_for
 from seats_analysis.baselines.attention import equal_ratio
 from seats_analysis.baselines.base import at_least_one, keep_audio, random_count
@@ -408,9 +409,13 @@ def settings_of(c, n_visual, n_audio, layers):
     return kind(Schedule(layers, entering=keep), **own), pair
 
 
-def kept_of(run, inputs):
-    "Positions after its only stage."
-    return next(iter(run.kept.values()), torch.arange(inputs["input_ids"].shape[1]))
+def run_method(model, method, inputs, next_token=None):
+    "What ours chose in its only stage, from what, and what came out."
+    run = golden.run_method(model, method, inputs, next_token)
+    everything = torch.arange(inputs["input_ids"].shape[1])
+    run.kept = next(iter(run.kept.values()), everything)
+    run.seen["scores"] = run.seen.get("drop2", [None])[0]
+    return run
 
 
 def e2e(name):
@@ -430,17 +435,16 @@ def test_whole_runs(model, case):
         assert pair[0] == case["video_ratio_used"]
     check_for_trr(case, method, n)
     run = run_method(model, method, whole.inputs, whole.out["full.next_token"])
-    kept = kept_of(run, whole.inputs)
     names = enumerate(("text", "video", "audio"))
-    counts = {f: int((whole.types[kept] == k).sum()) for k, f in names}
+    counts = {f: int((whole.types[run.kept] == k).sum()) for k, f in names}
     assert counts == case["kept_counts"]
     assert run.cache_lengths == case["cache_lengths"] == t["cache_lengths"].tolist()
     gaps = [v for k, v in case.items() if k.startswith("margin") and v is not None]
     if any(map(near, gaps)):
         return
-    assert torch.equal(kept, t["kept"])
+    assert torch.equal(run.kept, t["kept"])
     if "scores.after_layer2" in t:
-        close(run.seen["drop2"][0], t["scores.after_layer2"], 1e-6)
+        close(run.seen["scores"], t["scores.after_layer2"], 1e-6)
         # this hook runs before those of prune
         close(run.seen[2], t["hidden.after_layer2.before_drop"])
     else:
@@ -520,15 +524,14 @@ def test_odd_baseline_setting(model, case):
         run = run_method(model, method, inputs)
     finally:
         model.set_attn_implementation(before)
-    kept = kept_of(run, inputs)
-    kinds = layout_of(model, inputs).modality[0][kept]
+    kinds = layout_of(model, inputs).modality[0][run.kept]
     found = dict(video=int((kinds == 1).sum()), audio=int((kinds == 2).sum()))
     if kind == "same" and "kept_counts" in case:
         assert found == {k: case["kept_counts"][k] for k in found}
     if kind == "same" and case["max_abs_diff_to_full_last_logits"] is not None:
-        assert len(kept) == case["logits_rows"]
+        assert len(run.kept) == case["logits_rows"]
     if kind == "same" and case["equal_to_full"]:
-        assert len(kept) == inputs["input_ids"].shape[1]
+        assert len(run.kept) == inputs["input_ids"].shape[1]
     if kind == "works":
         layout = layout_of(model, inputs, "keep", method.grids, method.seconds)
         planned = method.plan(layout, method.window_budgets(layout, 0))
