@@ -1,6 +1,7 @@
 """Video and audio files for tests, in any container, and how a refusal must read."""
 
 import struct
+import wave
 from fractions import Fraction
 
 import numpy as np
@@ -69,6 +70,13 @@ def write_clip(
     except (av.error.FFmpegError, ValueError) as error:
         pytest.skip(f"this FFmpeg cannot write {path.name}: {error}")
     return path
+
+
+def write_wav(path, sound):
+    "Mono at 16 kHz, 16 bit."
+    with wave.open(str(path), "wb") as out:
+        out.setparams((1, 2, 16000, 0, "NONE", ""))
+        out.writeframes((sound * 32767).astype("<i2").tobytes())
 
 
 def patch(path, box, offset, *values, last=False):

@@ -98,6 +98,15 @@ def model(family):
     return tiny.thinker(family)
 
 
+@pytest.fixture(scope="session")
+def batches(model, processor):
+    "One sample, and three of unequal length."
+    import tiny
+    from seats_analysis import encode
+
+    return {n: encode(model, processor, tiny.three()[:n]) for n in (1, 3)}
+
+
 @pytest.fixture
 def no_model(monkeypatch):
     "Commands must end before they load one."

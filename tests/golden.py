@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
@@ -21,9 +22,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from seats_analysis import Schedule
 from seats_analysis.inputs.layout import Modality
 from seats_analysis.schedules.solve import drop_shares
-from seats_analysis.schedules.schedule import Schedule
 
 MODALITIES = tuple(Modality.CODES)
 
@@ -268,53 +269,59 @@ def e2e_cases():
     return tuple(Case(entry) for entry in index("e2e_index.json"))
 
 
-def run_pruned(model, case, kv="evict"):
-    "Ours on one case: what was chosen, from what, and what came out."
-    from seats_analysis.models.families import adapter_for
-    from seats_analysis.pruning.seats import Seats
-    from seats_analysis.pruning.session import prune
+def run_method(model, method, inputs, next_token=None, kv="evict"):
+    "What ours chose, from what, and what came out."
+    from seats_analysis import adapter_for, prune
 
-    seen, hidden = {}, {}
+    seen = {}
 
-    class Watched(Seats):
-        def select(self, entry):
-            seen["stage1"] = entry
-            return super().select(entry)
+    class Watched(type(method)):
+        def select(self, inputs):
+            seen["stage1"] = inputs
+            return super().select(inputs)
 
         def drop(self, tokens, scores, step, windows):
             seen[step.name] = scores
             return super().drop(tokens, scores, step, windows)
 
+    def note(i):
+        return lambda layer, args: (seen.setdefault(i, args[0][0]), None)[1]
+
     layers = adapter_for(model).layers(model)
-    note = lambda name: (
-        lambda m, args, out: hidden.update(
-            {name: (out if isinstance(out, torch.Tensor) else out[0])[0]}
-        )
-    )
-    handles = [
-        layers[s.layer - 1].register_forward_hook(note(s.name)) for s in case.stages if s.layer
-    ]
-    try:
-        with torch.no_grad(), prune(model, Watched(case.plan(len(layers))), kv=kv) as run:
-            out = model(**case.inputs, use_cache=True)
-            lengths = [out.past_key_values.get_seq_length(i) for i in range(len(layers))]
-            before_drops = dict(hidden)  # the decode step runs the same hooks
-            decode = model(
-                input_ids=case.out["full.next_token"].view(1, 1),
-                past_key_values=out.past_key_values,
-            ).logits[0, -1]
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), ExitStack() as stack:
+        # registered before prune: they see what a layer would get if nothing were cut before it;
+        # layer 0 after stage I
+        for i, layer in enumerate(layers):
+            stack.enter_context(layer.register_forward_pre_hook(note(i)))
+        run = stack.enter_context(prune(model, Watched(**vars(method)), kv=kv))
+        out = model(**inputs, use_cache=True)
+        cache = out.past_key_values
+        lengths = [cache.get_seq_length(i) for i in range(len(layers))]
+        kept = {k: v[0] for k, v in run.kept.items()}
+        per_layer = run.tokens_per_layer[0].tolist()
+        decode = None
+        if next_token is not None:
+            step = model(input_ids=next_token.view(1, 1), past_key_values=cache)
+            decode = step.logits[0, -1]
     return SimpleNamespace(
-        kept={k: v[0] for k, v in run.kept.items()},
+        kept=kept,
         seen=seen,
-        hidden=before_drops,
         logits=out.logits[0, -1],
         decode=decode,
         cache_lengths=lengths,
-        tokens_per_layer=run.tokens_per_layer[0].tolist(),
+        tokens_per_layer=per_layer,
     )
+
+
+def run_pruned(model, case, kv="evict"):
+    "`run_method` of SEATS on one case, with the hidden states that each stage shortens."
+    from seats_analysis import adapter_for
+    from seats_analysis.pruning.seats import Seats
+
+    plan = Seats(case.plan(adapter_for(model).num_layers(model)))
+    run = run_method(model, plan, case.inputs, case.out["full.next_token"], kv)
+    run.hidden = {s.name: run.seen[s.layer] for s in case.stages if s.layer}
+    return run
 
 
 # ---------------------------------------------------------------- odd settings
@@ -385,7 +392,7 @@ def _flagged_schedules():
                 "exception",
                 case["exception"],
                 case["message"],
-                "the copy of the solver in the tests raises the same; ours has no such argument",
+                "ours has no such argument",
             )
             continue
         for m in MODALITIES:
@@ -398,8 +405,7 @@ def _flagged_schedules():
                     round(target, 6),
                     f"cannot be reached with encoder ratio {entering:.4g}, drops {drops} "
                     f"and late start {last}: clipped silently",
-                    "refused with the feasible range; the solver copied into the tests "
-                    "matches the record",
+                    "refused with the feasible range",
                 )
 
 

@@ -5,24 +5,20 @@ As there, what is set apart is decided by the fields of an entry, never by its n
 else is tested instead.
 """
 
-from contextlib import ExitStack
-from types import SimpleNamespace
-
+import golden
 import numpy as np
 import pytest
 import torch
 from golden import FILE_NAME, GOLDEN, Flag, close, e2e_cases, near, part, read_json
-from seats_analysis.models.families import adapter_for
-from seats_analysis.models.encode import layout_of
-from seats_analysis.baselines.registry import METHODS, method_at
-from seats_analysis.baselines.base import at_least_one, keep_audio, random_count
+from seats_analysis import METHODS, Schedule, adapter_for
 from seats_analysis.baselines.attention import equal_ratio
-from seats_analysis.schedules.cost import text_dims
+from seats_analysis.baselines.base import at_least_one, keep_audio, random_count
 from seats_analysis.baselines.merging import VisionZipOm, select_visionzip, visionzip_counts
+from seats_analysis.baselines.registry import method_at
+from seats_analysis.models.encode import layout_of
 from seats_analysis.pruning.base import Tokens, plan_steps
-from seats_analysis.pruning.session import prune
-from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.pruning.received import window_sizes
+from seats_analysis.schedules.cost import text_dims
 
 FOLDER, MODALITY = "baselines", {1: "visual", 2: "audio"}
 BF16_EMBEDDING, BF16_TIE = 2e-2, 2**-9  # a similarity gap below this vanishes in bfloat16
@@ -414,45 +410,12 @@ def settings_of(c, n_visual, n_audio, layers):
 
 
 def run_method(model, method, inputs, next_token=None):
-    "What ours chose, from what, and what came out."
-    seen = {}
-
-    class Watched(type(method)):
-        def select(self, inputs):
-            seen["inputs"] = inputs
-            return super().select(inputs)
-
-        def drop(self, tokens, scores, step, windows):
-            seen["scores"] = scores[0]
-            return super().drop(tokens, scores, step, windows)
-
-    def note(i):
-        return lambda layer, args: (seen.setdefault(i, args[0][0]), None)[1]
-
-    layers = adapter_for(model).layers(model)
-    with torch.no_grad(), ExitStack() as stack:
-        # registered before prune: they see what a layer would get if nothing were cut before it;
-        # layer 0 after stage I
-        for i, layer in enumerate(layers):
-            stack.enter_context(layer.register_forward_pre_hook(note(i)))
-        run = stack.enter_context(prune(model, Watched(**vars(method)), kv="evict"))
-        out = model(**inputs, use_cache=True)
-        cache = out.past_key_values
-        lengths = [cache.get_seq_length(i) for i in range(len(layers))]
-        kept = next((v[0] for v in run.kept.values()), torch.arange(inputs["input_ids"].shape[1]))
-        per_layer = run.tokens_per_layer[0].tolist()
-        decode = None
-        if next_token is not None:
-            step = model(input_ids=next_token.view(1, 1), past_key_values=cache)
-            decode = step.logits[0, -1]
-    return SimpleNamespace(
-        kept=kept,
-        seen=seen,
-        logits=out.logits[0, -1],
-        decode=decode,
-        lengths=lengths,
-        per_layer=per_layer,
-    )
+    "What ours chose in its only stage, from what, and what came out."
+    run = golden.run_method(model, method, inputs, next_token)
+    everything = torch.arange(inputs["input_ids"].shape[1])
+    run.kept = next(iter(run.kept.values()), everything)
+    run.seen["scores"] = run.seen.get("drop2", [None])[0]
+    return run
 
 
 def e2e(name):
@@ -475,7 +438,7 @@ def test_whole_runs(model, case):
     names = enumerate(("text", "video", "audio"))
     counts = {f: int((whole.types[run.kept] == k).sum()) for k, f in names}
     assert counts == case["kept_counts"]
-    assert run.lengths == case["cache_lengths"] == t["cache_lengths"].tolist()
+    assert run.cache_lengths == case["cache_lengths"] == t["cache_lengths"].tolist()
     gaps = [v for k, v in case.items() if k.startswith("margin") and v is not None]
     if any(map(near, gaps)):
         return
@@ -490,7 +453,7 @@ def test_whole_runs(model, case):
     close(run.logits, t["last_logits"].flatten(), 1e-5 * scale)
     close(run.decode, t["decode_logits"].flatten(), 1e-5 * scale)
     flops = reference_flops(
-        run.per_layer, read_json("e2e_config.json")["text_config"], run.per_layer[-1]
+        run.tokens_per_layer, read_json("e2e_config.json")["text_config"], run.tokens_per_layer[-1]
     )
     assert flops == pytest.approx(case["prefill_flops"], rel=1e-12)
 
@@ -511,7 +474,7 @@ def check_for_trr(case, method, n):
 
 def check_entry_of(run, t, case):
     "What VisionZip looked at, and what enters the first layer."
-    inputs, n = run.seen["inputs"], len(t["video_attn_mean"])
+    inputs, n = run.seen["stage1"], len(t["video_attn_mean"])
     close(inputs.attention[:n], t["video_attn_mean"])
     close(inputs.keys["visual"], t["video_attn_key"].reshape(n, -1))
     if "audio_attn_mean" in t:

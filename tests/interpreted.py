@@ -14,8 +14,7 @@ import sys
 
 import torch
 
-from seats_analysis.pruning import kernels
-from seats_analysis.pruning import received, select
+from seats_analysis.pruning import kernels, received, select
 
 LAUNCH = kernels.greedy_launch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,8 +8,7 @@ import tiny
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from seats_analysis.inputs.media import Clip
-from seats_analysis.inputs.samples import Sample
+from seats_analysis import Clip, Sample
 
 WORDS = (
     "what colour is the circle ? where heard first it user assistant red blue green white".split()

@@ -124,38 +124,14 @@ def request(seconds=240):
     """The embedded model on a clip of 4,575 tokens: processor ms by section of the timings, for
     the full prompt and for 10 %."""
     from pathlib import Path
-    import numpy as np
-    from seats_analysis.pruning import timing
-    from seats_analysis.models.encode import encode
+
+    import tiny
+    from seats_analysis import Schedule, encode, load_testbed, prune
     from seats_analysis.models.scoring import last_logits_only
-    from seats_analysis.inputs.media import Clip
-    from seats_analysis.inputs.samples import Sample
-    from seats_analysis.pruning.session import prune
-    from seats_analysis.schedules.schedule import Schedule
-    from seats_analysis.testbed.load import load_testbed
+    from seats_analysis.pruning import timing
 
     model, processor = load_testbed()
-    rng = np.random.default_rng(0)
-    clip = Clip(
-        "noise",
-        rng.integers(0, 255, (2 * seconds, 84, 84, 3), dtype="uint8"),
-        2.0,
-        (rng.standard_normal(16000 * seconds) * 0.1).astype("float32"),
-        16000,
-    )
-    inputs = encode(
-        model,
-        processor,
-        [
-            Sample(
-                clip,
-                id="x",
-                question="what colour is the circle ?",
-                choices=("red", "blue"),
-                answer=0,
-            )
-        ],
-    ).inputs
+    inputs = encode(model, processor, [tiny.ask("x", tiny.clip(0, seconds, size=(84, 84)))]).inputs
     plan = Schedule.load(Path(__file__).parents[1] / "data" / "schedules" / "testbed_trr10.json")
     timing.perf_counter = time.process_time  # the timings counts the processor's time here
     rows = {}

@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as qwen25
 
-from seats_analysis.models.families import adapter_for
-from seats_analysis.models.decoder import Decoder
+from seats_analysis import adapter_for
 from seats_analysis.inputs.layout import Modality
+from seats_analysis.models.decoder import Decoder
 from seats_analysis.probing.branches import Stream, Tail, marks_of
 from seats_analysis.probing.selectors import check_removed
 from plain import naive_order, stage2
@@ -250,29 +250,38 @@ def prefill(model, encoded, plan, layout=None, earlier=None):
     return kept, sets, ad.lm_head(model)(ad.decoder(model).norm(h))[:, -1]
 
 
-def continued(model, encoded, sets, tokens, kv, cache=None):  # cache: of a schedule
+def masked(model, encoded, tokens, allowed):  # layer -> (N, N) bool, who sees whom
     """Logits at the prompt's end and after each of some tokens, (tokens + 1, V): one pass over
-    everything, masks in place of slices and caches."""
+    everything."""
     ad = adapter_for(model)
     S = encoded.shape[1]
-    total = S + len(tokens)
     inputs = Decoder(model).inputs(encoded.inputs)
-    new = model.get_input_embeddings()(torch.tensor([tokens], dtype=torch.long))
+    new = ad.thinker(model).get_input_embeddings()(torch.tensor([tokens], dtype=torch.long))
     h = torch.cat([inputs["inputs_embeds"], new], 1)
     after = encoded.position_ids.max() + torch.arange(1, len(tokens) + 1).expand(3, 1, -1)
     cos, sin = ad.decoder(model).rotary_emb(h, torch.cat([encoded.position_ids, after], -1))
     deep = DeepStack(inputs)
-    for l, (layer, kept) in enumerate(zip(ad.layers(model), sets)):
+    for l, layer in enumerate(ad.layers(model)):
+        h = deep.add(l, run_layer(layer, h, cos, sin, allowed(l)), range(S))
+    return ad.lm_head(model)(ad.decoder(model).norm(h))[0, S - 1 :]
+
+
+def continued(model, encoded, sets, tokens, kv, cache=None):  # cache: of a schedule
+    "`masked`, where masks take the place of slices and caches."
+    S = encoded.shape[1]
+    total = S + len(tokens)
+
+    def allowed(l):
         seen = torch.zeros(total, total, dtype=torch.bool)
         seen[:, S:] = True
-        seen[:S, kept] = True
-        seen[S:, kept if kv == "retain" else sets[-1]] = True
+        seen[:S, sets[l]] = True
+        seen[S:, sets[l if kv == "retain" else -1]] = True
         for m, (start, end) in (cache or {}).items():
             if not start <= l < end:
                 seen[S:, :S][:, encoded.layout.modality[0] == Modality.CODES[m]] = False
-        allowed = seen.tril() | torch.eye(total, dtype=torch.bool)
-        h = deep.add(l, run_layer(layer, h, cos, sin, allowed), range(S))
-    return ad.lm_head(model)(ad.decoder(model).norm(h))[0, S - 1 :]
+        return seen.tril() | torch.eye(total, dtype=torch.bool)
+
+    return masked(model, encoded, tokens, allowed)
 
 
 class Conversation:

@@ -2,6 +2,8 @@
 
 import math
 
+from plain import naive_order
+
 
 def cos(a, b):
     return float(a.double() @ b.double() / max(float(a.double().norm() * b.double().norm()), 1e-12))
@@ -13,17 +15,7 @@ def best(values, n, among):
 
 def divprune(x, n):
     "Greedy max-min distance; also the closest decision between best and second best."
-    d = [[1 - cos(a, b) for b in x] for a in x]
-    free, chosen, slack = list(range(len(x))), [], math.inf
-    while len(chosen) < n:
-        gain = [
-            sorted(d[i])[1 if len(x) > 1 else 0] if not chosen else min(d[i][j] for j in chosen)
-            for i in free
-        ]
-        order = sorted(range(len(free)), key=lambda k: (-gain[k], k))
-        if len(order) > 1:
-            slack = min(slack, gain[order[0]] - gain[order[1]])
-        chosen.append(free.pop(order[0]))
+    chosen, slack = naive_order(x, None, n)
     return sorted(chosen), slack
 
 

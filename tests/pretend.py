@@ -1,9 +1,8 @@
 """A GPU that is not there: tensors that say they lie on `cuda:0` and are computed on the CPU, under
 the rules of a GPU.
 
-Within `pretend_gpu()` tensors of both devices cannot be mixed, every wait of the host for the
-device is noted (and raises inside `no_waits()`), and work
-in a second stream that is used without waiting for it raises. What a GPU computes, how fast, and
+Within `pretend_gpu()` tensors of both devices cannot be mixed, and every wait of the host for the
+device is noted (and raises inside `no_waits()`). What a GPU computes, how fast, and
 whether kernels run there, it cannot say."""
 
 import sys
@@ -40,32 +39,6 @@ class Wait(RuntimeError):
     "The host waits for the device."
 
 
-class Race(RuntimeError):
-    "A stream uses what another one may not have finished."
-
-
-class Stream:
-    """A queue of work. `seen`: how much of every other stream's is surely done before what comes
-    next here."""
-
-    def __init__(self, device=CUDA):
-        self.device, self.done, self.seen = CUDA, 0, {}
-
-    def wait_stream(self, other):
-        self.seen = {
-            **self.seen,
-            **{s: max(n, self.seen.get(s, 0)) for s, n in other.seen.items()},
-            other: other.done,
-        }
-
-    def wait_event(self, event):
-        self.wait_stream(event.stream)
-
-    def check(self, x):
-        if x.stream is not self and self.seen.get(x.stream, 0) < x.turn:
-            raise Race("made in another stream, which was not waited for")
-
-
 @dataclass(frozen=True)
 class Asked:
     "A wait: the operation, file and line, and whether that is ours."
@@ -79,7 +52,7 @@ class Gpu:
     "What the device and the host did."
 
     def __init__(self):
-        self.stream, self.waits, self.strict, self.kept_for = Stream(), [], False, []
+        self.waits, self.strict = [], False
 
     def wait(self, why):
         self.waits.append(Asked(why, *_caller()))
@@ -88,14 +61,6 @@ class Gpu:
 
     def event(self, enable_timing=False):
         return Event(self)
-
-    @contextmanager
-    def run_in(self, stream):
-        before, self.stream = self.stream, stream
-        try:
-            yield
-        finally:
-            self.stream = before
 
 
 def _caller():
@@ -112,7 +77,7 @@ class Event:
         self.gpu = gpu
 
     def record(self, stream=None):
-        self.stream, self.at = stream or self.gpu.stream, time.perf_counter()
+        self.at = time.perf_counter()
 
     def query(self):
         return True
@@ -138,15 +103,7 @@ class OnGpu(torch.Tensor):
             device=CUDA,
         )
         new.held, new.gpu = held, gpu
-        return new.written()
-
-    def written(self):
-        self.gpu.stream.done += 1
-        self.stream, self.turn = self.gpu.stream, self.gpu.stream.done
-        return self
-
-    def record_stream(self, stream):
-        self.gpu.kept_for.append((self, stream))
+        return new
 
     def __repr__(self, **kwargs):
         return f"OnGpu({self.held!r})"
@@ -206,19 +163,17 @@ def _run(gpu, func, args, kwargs):
         and spec.alias_info is not None
         and spec.alias_info.is_write
     ]
-    same = {id(w.written().held): w for w in written}
+    same = {id(w.held): w for w in written}
     return _mapped(out, torch.Tensor, lambda x: same[id(x)] if id(x) in same else OnGpu(x, gpu))
 
 
 def _check(gpu, func, args, kwargs):
-    "Raise for tensors of two devices, and for what another stream has not finished; note a wait."
+    "Raise for tensors of two devices; note a wait."
     index = (
         [x for x in args[1] if x is not None] if func in INDEXING else []
     )  # an index may lie on the host; it is copied then
     for x in (x for x in _each((args, kwargs)) if isinstance(x, torch.Tensor)):
-        if isinstance(x, OnGpu):
-            gpu.stream.check(x)
-        elif x.dim() and not any(x is i for i in index):
+        if not isinstance(x, OnGpu) and x.dim() and not any(x is i for i in index):
             raise RuntimeError(
                 f"{func}: Expected all tensors to be on the same device, but found "
                 f"{tuple(x.shape)} on {x.device}"
@@ -235,8 +190,6 @@ def _move(gpu, x, device=None, non_blocking=False, pin_memory=None, **how):
     "To another device, or to another type on the same."
     here = isinstance(x, OnGpu)
     there = here if device is None else _cuda(device)
-    if here:
-        gpu.stream.check(x)
     if here and not there:
         gpu.wait("copy to the host")
     if there and not here and x.dim() and x.numel() and not non_blocking:
@@ -247,14 +200,12 @@ def _move(gpu, x, device=None, non_blocking=False, pin_memory=None, **how):
 
 def _copy(gpu, to, source, non_blocking=False):
     here, there = isinstance(source, OnGpu), isinstance(to, OnGpu)
-    if here:
-        gpu.stream.check(source)
     if here and not there:
         gpu.wait("copy to the host")
     if there and not here and source.dim() and not non_blocking:
         gpu.wait("copy from the host, waited for")
     (to.held if there else to).copy_(source.held if here else source)
-    return to.written() if there else to
+    return to
 
 
 class _Mode:
@@ -321,9 +272,7 @@ def pretend_gpu():
     gpu = Gpu()
     patches = dict(
         Event=gpu.event,
-        Stream=Stream,
-        current_stream=lambda device=None: gpu.stream,
-        stream=gpu.run_in,
+        current_stream=lambda device=None: None,
         synchronize=lambda device=None: gpu.wait("synchronize"),
         get_device_name=lambda device=None: "pretended",
         get_device_capability=lambda device=None: (8, 0),

@@ -5,19 +5,18 @@ import ast
 import inspect
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_cli import done, refused
 
 import seats_analysis as sa
-from seats_analysis.testbed.task import ramp, synthetic_profile
 from seats_analysis.plots.analysis import Analysis
 from seats_analysis.schedules import choose
 from seats_analysis.storage.schemas import save_profile
+from seats_analysis.testbed.task import ramp, synthetic_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = json.dumps(dict(visual=192, audio=40))
@@ -105,26 +104,21 @@ def test_analyze_is_its_parts(loaded, questions, tmp_path):
     assert np.array_equal(again.profile["nll"], profile["nll"])
 
 
-def test_command(tmp_path):
+def test_command(tmp_path, monkeypatch):
     "A profile that is there serves any TRR; its files are said, and none is replaced unasked."
     folder = tmp_path / "seats_out" / "testbed"
     (folder / "profiles").mkdir(parents=True)
     save_profile(known(), folder / "profiles" / "testbed.nc")
 
-    def seats(*words):
-        command = [sys.executable, "-c", "from seats_analysis.cli.main import main; main()"]
-        return subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True)
-
-    done = seats("analyze", "--trr", "20")
-    assert done.returncode == 0, done.stderr
-    assert "is there" in done.stderr and "late block begins at layer 9" in done.stdout
-    files = [tmp_path / line for line in done.stdout.splitlines() if line.startswith("seats_out")]
+    monkeypatch.chdir(tmp_path)
+    said = done("analyze --trr 20")
+    assert "is there" in said.stderr and "late block begins at layer 9" in said.stdout
+    files = [tmp_path / line for line in said.stdout.splitlines() if line.startswith("seats_out")]
     suffixes = [".nc", ".html", ".json", ".png", ".pdf"]
     assert [f.suffix for f in files] == suffixes and all(f.stat().st_size for f in files)
     assert abs(sa.Schedule.load(files[2]).token_trr(192, 40) - 0.2) < 1e-9
-    for words, said in ((("--trr", "20"), "--overwrite"), (("--trr", "0"), "percent in (0, 100]")):
-        done = seats("analyze", *words)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and said in done.stderr
+    assert "--overwrite" in refused("analyze --trr 20")
+    assert "percent in (0, 100]" in refused("analyze --trr 0")
 
 
 # ---------------------------------------------------------------- shorter forms

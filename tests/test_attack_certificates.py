@@ -11,10 +11,10 @@ import pytest
 import tiny
 from test_cli import refused
 
+from seats_analysis import Promise, Schedule
 from seats_analysis.cli import answers
+from seats_analysis.schedules.schedule import ScheduleWarning
 from seats_analysis.tuning.check import verdict_on
-from seats_analysis.tuning.certificate import Promise
-from seats_analysis.schedules.schedule import Schedule, ScheduleWarning
 
 ROOT = Path(__file__).resolve().parents[1]
 TUNED, OTHER = (
@@ -213,22 +213,3 @@ def test_a_search_without_its_fields_is_refused_in_one_line(tmp_path, place, val
 
 
 # ---------------------------------------------------------------- numbers
-
-
-@pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize(
-    "command, option, value",
-    [
-        *(("tune", "--budget", v) for v in ("inf", "nan", "1e308", "1001", "1.4", "-1")),
-        *((c, o, "nan") for c in ("tune", "check") for o in ("--max-change", "--confidence")),
-    ],
-)
-def test_a_number_that_is_none_is_refused_before_anything_is_made(
-    tmp_path, monkeypatch, command, option, value
-):
-    monkeypatch.chdir(tmp_path)
-    given = ["testbed/tuned"] if command == "check" else []
-    said = refused(command, *given, option, value)
-    reasons = "1.5 to 1000", "give a finite number", f"Invalid value for '{option}': "
-    assert any(reason in said for reason in reasons)
-    assert not list(tmp_path.iterdir())

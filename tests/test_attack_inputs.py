@@ -17,13 +17,11 @@ import numpy as np
 import pytest
 from clips import audio_frame, av, blocks, more_at_night, patch, refused, write_clip
 
+from seats_analysis import Sample, Schedule, decode_clip, load_benchmark, load_profile, read_samples
 from seats_analysis.inputs import media
-from seats_analysis.inputs.questions import load_benchmark
-from seats_analysis.inputs.media import check_media, decode_clip
-from seats_analysis.inputs.samples import Sample
-from seats_analysis.inputs.questions import check_clips, read_samples
-from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.storage.schemas import load_profile, save_profile
+from seats_analysis.inputs.media import check_media
+from seats_analysis.inputs.questions import check_clips
+from seats_analysis.storage.schemas import save_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 

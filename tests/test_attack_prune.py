@@ -7,27 +7,24 @@ import random
 import threading
 import time
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from unittest.mock import patch
 
 import pytest
 import tiny
 import torch
 from test_undo import Broken, last, state
+from tiny import spoilt
 
+from seats_analysis import Schedule, adapter_for, compare_methods, encode, evaluate, prune
 from seats_analysis.baselines.merging import OmniZip
 from seats_analysis.baselines.registry import method_at
-from seats_analysis.evaluation.compare import compare_methods
-from seats_analysis.evaluation.evaluate import evaluate
-from seats_analysis.serving.lmms import Answerer, generation_options
 from seats_analysis.models.decoder import Decoder
-from seats_analysis.models.encode import Prompt, encode
-from seats_analysis.models.families import adapter_for
+from seats_analysis.models.encode import Prompt
 from seats_analysis.models.scoring import score_choices
 from seats_analysis.pruning.encoders import Hooks
 from seats_analysis.pruning.seats import Seats
-from seats_analysis.pruning.session import prune
-from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.serving.lmms import Answerer, generation_options
 
 FAMILY = "qwen2.5-omni"
 LATE = 5  # no choice is made from what comes out of this layer
@@ -56,22 +53,6 @@ def unchanged(model):
     assert state(model) == before
 
 
-@contextmanager
-def spoilt(module, value, rows=slice(None)):
-    "Inside, some rows of what a module returns hold a bad value."
-
-    def spoil(module, args, output):
-        output = output.clone()
-        output[rows, ..., 0] = value
-        return output
-
-    handle = module.register_forward_hook(spoil)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 # ---------------------------------------------------------------- logits that are not finite
 
 
@@ -98,7 +79,7 @@ def test_logits_that_are_not_finite(model, processor, how, unchanged):
 def test_only_the_broken_clip_is_named(model, processor, batch, unchanged):
     ad = adapter_for(model)
     for module in (ad.layers(model)[3].mlp, ad.lm_head(model)):
-        with spoilt(module, torch.nan, rows=1):
+        with spoilt(module, torch.nan, (1, ..., 0)):
             with pytest.raises(ValueError, match="^clip c1: .* not finite"):
                 score_choices(model, batch)
     with spoilt(ad.audio_tower(model).proj, torch.nan):

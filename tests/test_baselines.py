@@ -11,9 +11,10 @@ import pytest
 import tiny
 import torch
 import xarray as xr
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from seats_analysis import METHODS, Schedule, adapter_for, encode, prune
 from seats_analysis.baselines.attention import VTW, PyramidDrop
+from seats_analysis.baselines.base import Uniform
 from seats_analysis.baselines.merging import (
     DivPruneOm,
     DyCoke,
@@ -25,15 +26,11 @@ from seats_analysis.baselines.merging import (
     visual_shares,
 )
 from seats_analysis.baselines.omnipack import OmniPack
-from seats_analysis.baselines.registry import ABLATIONS, METHODS, method_at
-from seats_analysis.baselines.base import Uniform
+from seats_analysis.baselines.registry import ABLATIONS, method_at
 from seats_analysis.inputs.layout import TokenLayout, chunk_ids
-from seats_analysis.models.encode import Prompt, encode, layout_of
-from seats_analysis.models.families import adapter_for
+from seats_analysis.models.encode import Prompt, layout_of
 from seats_analysis.pruning.base import PruneStep, Stage1Inputs, Tokens, WindowBudget
 from seats_analysis.pruning.seats import Seats
-from seats_analysis.pruning.session import prune
-from seats_analysis.schedules.schedule import Schedule
 
 EVERY = tiny.PRUNERS | ABLATIONS
 L = tiny.LAYERS
@@ -563,22 +560,6 @@ def planned(name, model, batch):
     layout = layout_of(model, batch.inputs, "keep", method.grids, method.seconds)
     parts = method.window_budgets(layout, 0)
     return method, parts, method.plan(layout, parts), layout.shape
-
-
-@in_one_family
-def test_no_choice_waits_for_the_device(name, model, batch):
-    "Fake tensors have shapes but no values: whatever asks for one fails."
-    method, parts, steps, (B, S) = planned(name, model, batch)
-    with FakeTensorMode():
-        for step in steps:
-            if step.stage == 1:
-                assert mask_of(method.select(stage1_inputs(method, parts))).dtype == torch.bool
-            elif step.stage == 2:
-                kind = torch.zeros(B, S, dtype=torch.int8)
-                column = torch.arange(S).expand(B, S)
-                tokens = Tokens(column, kind, kind.int(), kind.int(), S, tuple(range(B)), True)
-                seen = torch.rand(B, S, *[8] * method.uses_hidden)
-                assert mask_of(method.drop(tokens, seen, step, 4)).shape == (B, S)
 
 
 @pytest.mark.cuda

@@ -12,41 +12,39 @@ import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from seats_analysis.baselines.registry import ABLATIONS, METHODS
-from seats_analysis.evaluation import evaluate as module
+from seats_analysis import (
+    METHODS,
+    Schedule,
+    adapter_for,
+    compare_methods,
+    comparison_table,
+    encode,
+    evaluate,
+    load_profile,
+    load_testbed,
+    prefill_flops,
+    prune,
+    testbed_samples,
+)
+from seats_analysis.baselines.registry import ABLATIONS
+from seats_analysis.evaluation import evaluate as module, prepared
 from seats_analysis.evaluation.compare import (
     _LATE as LATE,
     TOLERANCE,
     clips_needed,
-    compare_methods,
-    comparison_table,
     match_cost,
     method_names,
     method_runs,
     outcome_rows,
     significantly_better,
 )
-from seats_analysis.evaluation import prepared
-from seats_analysis.evaluation.evaluate import evaluate
 from seats_analysis.evaluation.prepared import Answering, DataShape, MethodRun, PreparedBatch
-from seats_analysis.models.encode import encode
-from seats_analysis.models.families import adapter_for
 from seats_analysis.models.scoring import score_choices
 from seats_analysis.pruning.seats import Seats
-from seats_analysis.pruning.session import prune
 from seats_analysis.pruning.timing import Timings
-from seats_analysis.schedules.cost import prefill_flops, text_dims
-from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.schedules.cost import text_dims
 from seats_analysis.statistics.intervals import mcnemar
-from seats_analysis.storage.schemas import load_profile
-from seats_analysis.testbed.load import (
-    TESTBEDS,
-    build_model,
-    build_processor,
-    fresh_samples,
-    load_testbed,
-    testbed_samples,
-)
+from seats_analysis.testbed.load import TESTBEDS, build_model, build_processor, fresh_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 L = tiny.LAYERS
@@ -92,19 +90,6 @@ def answered(models, samples, runs=None, **options):
 
 
 # ---------------------------------------------------------------- encoded once
-
-
-def test_inputs_are_those_of_encode(model, processor, samples):
-    ours = PreparedBatch.of(model, processor, samples).encoded
-    theirs = encode(model, processor, samples)
-    names = "input_ids", "attention_mask", "position_ids"
-    for key in (*names, "video_grid_thw", "feature_attention_mask"):
-        assert torch.equal(ours.inputs[key], theirs.inputs[key].to(ours.inputs[key].dtype)), key
-    for key in ("modality", "window", "chunk"):
-        assert torch.equal(getattr(ours.layout, key), getattr(theirs.layout, key)), key
-    assert ours.choice_ids == theirs.choice_ids
-    assert torch.equal(ours.rope_deltas.float(), theirs.rope_deltas.float())
-    assert not {"pixel_values_videos", "input_features"} & set(ours.inputs)
 
 
 @pytest.fixture(scope="module")
@@ -478,13 +463,6 @@ def test_units_keep_clips_together(samples):
     assert max(map(len, units)) <= 3
     clips = [{order[i].clip for i in unit} for unit in units]
     assert sum(map(len, clips)) == len(set().union(*clips))
-
-
-def test_progress_counts_every_run_of_a_unit(small, samples, capsys):
-    "The bar moves before the first clip is done with all runs."
-    asked = Answering(*small, samples, run_of("full", "seats"), batch_size=1)
-    asked.answer_all(progress=True)
-    assert f"{2 * len(samples)}/{2 * len(samples)}" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- what became of it

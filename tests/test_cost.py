@@ -4,13 +4,17 @@ pruned."""
 from pathlib import Path
 import pytest, torch
 from torch.utils.flop_counter import FlopCounterMode
+from seats_analysis import (
+    METHODS,
+    Schedule,
+    encode,
+    load_testbed,
+    prefill_flops,
+    prune,
+    testbed_samples as shipped_samples,
+)
 from seats_analysis.pruning import timing
-from seats_analysis.models.encode import encode
-from seats_analysis.baselines.registry import METHODS
-from seats_analysis.schedules.cost import TextDims, prefill_flops
-from seats_analysis.pruning.session import prune
-from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.testbed.load import load_testbed, testbed_samples as shipped_samples
+from seats_analysis.schedules.cost import TextDims
 
 # ---------------------------------------------------------------- the timings
 
@@ -33,10 +37,12 @@ class Mark:
         return float(end.at - self.at)
 
 
-@pytest.mark.parametrize("device, lag", [("cpu", 0), ("cuda:1", 0), ("cuda:1", 50)])
+@pytest.mark.parametrize(
+    "device, lag", [("cpu", 0), ("cuda:1", 0), ("cuda:1", 50), ("cuda:0", 10**9)]
+)
 def test_a_long_answer_does_not_grow_the_timings(monkeypatch, device, lag):
-    """Spans that are over are added up without waiting; what is not over stays, and all are
-    there in the end."""
+    """Spans that are over are added up without waiting; what is not over stays, also where the
+    device is far behind, and all are there in the end."""
     if device != "cpu":
         monkeypatch.setattr(timing, "_mark", lambda device: Mark())
     monkeypatch.setattr(Mark, "lag", lag), monkeypatch.setattr(Mark, "waits", 0)
@@ -49,17 +55,7 @@ def test_a_long_answer_does_not_grow_the_timings(monkeypatch, device, lag):
     total = timings.ms["decode"]
     assert total == 3000 if device != "cpu" else total > 0
     assert timings.calls["decode"] == 3000 and not timings._spans
-
-
-def test_a_device_that_is_behind_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(timing, "_mark", lambda device: Mark())
-    monkeypatch.setattr(Mark, "lag", 10**9), monkeypatch.setattr(Mark, "waits", 0)
-    timings = timing.Timings("cuda:0")
-    for _ in range(1500):
-        with timings.time("decode"):
-            pass
-    assert len(timings._spans) == 1500 and Mark.waits == 0
-    assert timings.ms["decode"] == 1500 and Mark.waits == 1500
+    assert lag < 3000 or Mark.waits == 3000
 
 
 def test_marks_lie_in_the_stream_of_the_timings_device(monkeypatch):

@@ -1,25 +1,25 @@
 """Ties, empty sets, rounding and other ends, where a small wrong change shows first."""
 
-import stat
-
 import numpy as np
 import pytest
 import torch
 from scipy.special import ndtri
 
-from seats_analysis.boundaries.find import Boundaries, Resampled
+from seats_analysis import (
+    Boundaries,
+    Promise,
+    Sample,
+    Schedule,
+    decode_clip,
+    testbed_samples as shipped_samples,
+)
+from seats_analysis.boundaries.find import Resampled
 from seats_analysis.boundaries.retention import ClipCounts
-from seats_analysis.testbed.task import synthetic_profile
 from seats_analysis.evaluation.evaluate import paired_difference
-from seats_analysis.inputs.media import decode_clip
-from seats_analysis.inputs.samples import Sample
 from seats_analysis.probing.branches import Scores
-from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.schedules.solve import Segments
 from seats_analysis.serving.lmms import by_family
-from seats_analysis.storage.files import atomic_write
-from seats_analysis.testbed.load import testbed_samples as shipped_samples
-from seats_analysis.tuning.certificate import Promise
+from seats_analysis.testbed.task import synthetic_profile
 from seats_analysis.tuning.tune import Tuning
 
 
@@ -82,12 +82,3 @@ def test_a_clip_is_for_the_search_or_for_calibration():
         Tuning(
             model=None, processor=None, promise=Promise(), proposal=[first], calibration=[second]
         )
-
-
-def test_a_file_that_is_replaced_keeps_its_mode(tmp_path):
-    path = tmp_path / "x.json"
-    path.write_text("old")
-    path.chmod(0o640)
-    with atomic_write(path) as part:
-        part.write_text("new")
-    assert stat.S_IMODE(path.stat().st_mode) == 0o640

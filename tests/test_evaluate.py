@@ -11,19 +11,16 @@ import pytest
 import tiny
 import torch
 
+from seats_analysis import Schedule, accuracy_table, encode, evaluate
 from seats_analysis.baselines.base import Random
 from seats_analysis.evaluation import evaluate as module
 from seats_analysis.evaluation.evaluate import (
-    accuracy_table,
     clip_weights,
-    evaluate,
     over_clips,
     paired_difference,
     parse_answer,
 )
 from seats_analysis.evaluation.load import load_samples
-from seats_analysis.models.encode import encode
-from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.statistics.intervals import mcnemar
 
 PLAN = tiny.schedule()

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from seats_analysis.boundaries.find import find_boundaries
+from seats_analysis import Schedule, explore, find_boundaries
 from seats_analysis.boundaries.retention import needed_families
-from seats_analysis.testbed.task import synthetic_profile
 from seats_analysis.plots import explorer
-from seats_analysis.plots.explorer import ALL, explore
-from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.plots.explorer import ALL
 from seats_analysis.storage.schemas import save_profile
+from seats_analysis.testbed.task import synthetic_profile
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 

@@ -7,14 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seats_analysis.boundaries.find import Boundaries, find_boundaries
-from seats_analysis.testbed.task import ramp, synthetic_profile
-from seats_analysis.inputs.media import Clip
+from seats_analysis import (
+    Boundaries,
+    Clip,
+    Schedule,
+    find_boundaries,
+    load_profile,
+    plot_dependency,
+    plot_kept,
+    plot_retention,
+)
 from seats_analysis.plots import dependency, style
-from seats_analysis.plots.dependency import plot_dependency, plot_retention
-from seats_analysis.plots.kept import plot_kept
-from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.storage.schemas import SCHEMAS, load_json, load_profile
+from seats_analysis.storage.schemas import SCHEMAS, load_json
+from seats_analysis.testbed.task import ramp, synthetic_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -133,8 +138,9 @@ def _drawn(text):
     return True
 
 
-def test_no_text_overlaps_or_is_cut(drawn):
-    for name, fig in drawn.items():
+def check_texts(figs):
+    "No text of any figure overlaps another one or is cut off."
+    for name, fig in figs.items():
         texts, canvas = visible_texts(fig), fig.bbox
         for (a, box), (b, other) in itertools.combinations(texts, 2):
             shared = (
@@ -151,13 +157,19 @@ def test_no_text_overlaps_or_is_cut(drawn):
             ), f"{name}: {text!r} is cut off"
 
 
-def test_type_is_legible_at_one_column(drawn):
-    for name, fig in drawn.items():
-        assert fig.get_size_inches()[0] == style.WIDTHS[1]
-        from matplotlib.text import Text
+def check_type(figs, widths):
+    "Letters are large enough to read, and a figure is as wide as a journal's column."
+    from matplotlib.text import Text
 
+    for name, fig in figs.items():
+        assert fig.get_size_inches()[0] in widths
         sizes = [t.get_fontsize() for t in fig.findobj(Text) if t.get_text().strip()]
         assert min(sizes) >= 5.5, name
+
+
+def test_texts_are_legible_at_one_column(drawn):
+    check_texts(drawn)
+    check_type(drawn, [style.WIDTHS[1]])
 
 
 def test_conditions_differ_without_colour():
@@ -291,8 +303,9 @@ def test_broken_data_is_refused_by_name(tmp_path):
         Schedule.load: "s_trr10.json",
     }
     for read, name in cases.items():
-        (tmp_path / name).write_text('{"broken": \n{}\n')
-        with pytest.raises(ValueError, match=name):
-            read(tmp_path / name)
+        for text in '{"broken": \n{}\n', "[]", "\0":
+            (tmp_path / name).write_text(text)
+            with pytest.raises(ValueError, match=name):
+                read(tmp_path / name)
         with pytest.raises((ValueError, FileNotFoundError), match=f"missing-{name}"):
             read(tmp_path / f"missing-{name}")

@@ -1,17 +1,12 @@
 """NaN and infinity: whatever a choice would be made from is refused with the stage and the layer,
 never chosen from silently."""
 
-from contextlib import contextmanager
-
 import pytest
 import tiny
 import torch
 
-from seats_analysis.baselines.registry import METHODS
-from seats_analysis.models.encode import encode
-from seats_analysis.models.families import adapter_for
+from seats_analysis import METHODS, adapter_for, encode, prune
 from seats_analysis.pruning.encoders import EncoderWatch
-from seats_analysis.pruning.session import prune
 
 PLAN = tiny.schedule()
 NAN, INF = float("nan"), float("inf")
@@ -26,23 +21,11 @@ def batch(model, processor):
     return encode(model, processor, [tiny.ask("0", tiny.clip(0)), tiny.ask("1", tiny.clip(1, 3))])
 
 
-@contextmanager
 def spoilt(model, place, value, at=(..., 0)):
     "Inside, what comes out of a tower, or of a layer's MLP, has a bad value in some places."
     adapter = adapter_for(model)
     towers = dict(visual=adapter.visual(model).merger, audio=adapter.audio_tower(model).proj)
-    module = towers.get(place) or adapter.layers(model)[place].mlp
-
-    def spoil(module, args, output):
-        output = output.clone()
-        output[at] = value
-        return output
-
-    handle = module.register_forward_hook(spoil)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return tiny.spoilt(towers.get(place) or adapter.layers(model)[place].mlp, value, at)
 
 
 def first_choice(place, *rows):
@@ -93,16 +76,6 @@ def test_broken_attention_is_noticed(model, batch, monkeypatch):
     monkeypatch.setattr(EncoderWatch, "aggregate", spoil)
     with prune(model, PLAN), pytest.raises(ValueError, match=first_choice("audio", 0)):
         model(**batch.inputs)
-
-
-def test_the_next_pass_is_fine(model, batch):
-    with prune(model, PLAN):
-        good = model(**batch.inputs).logits
-    with prune(model, PLAN) as run:
-        with spoilt(model, 1, NAN), pytest.raises(ValueError):
-            model(**batch.inputs)
-        assert torch.equal(model(**batch.inputs).logits, good) and run.kept
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_a_choice_that_looks_at_nothing_is_not_stopped(model, batch):

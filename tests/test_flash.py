@@ -8,11 +8,8 @@ import tiny
 import torch
 from tiny import PLANS, close
 
-from seats_analysis.models.families import adapter_for
-from seats_analysis.models.encode import encode
+from seats_analysis import adapter_for, encode, probe_dependency, prune
 from seats_analysis.models.scoring import score_choices
-from seats_analysis.probing.run import probe_dependency
-from seats_analysis.pruning.session import prune
 
 flash = pytest.importorskip("transformers.modeling_flash_attention_utils")
 SAMPLES = tiny.three()

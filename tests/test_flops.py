@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from seats_analysis import Schedule, load_testbed, testbed_samples
 from seats_analysis.evaluation.compare import FLOPS
 from seats_analysis.evaluation.prepared import DataShape
-from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.schemas import SCHEMAS, load_json
-from seats_analysis.testbed.load import TESTBEDS, load_testbed, testbed_samples
+from seats_analysis.testbed.load import TESTBEDS
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 TABLES = DATA.parent / "figures" / "tables"

@@ -4,7 +4,6 @@ with the oldest supported transformers too."""
 import copy
 import inspect
 import pickle
-from threading import Thread
 
 import naive
 import pytest
@@ -12,13 +11,11 @@ import tiny
 import torch
 from test_undo import state
 from tiny import PLANS, close
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from seats_analysis.baselines.registry import METHODS
-from seats_analysis.models.encode import Prompt, encode
-from seats_analysis.models.families import adapter_for
-from seats_analysis.pruning.cache import Slots, follow_up
-from seats_analysis.pruning.session import prune
+from seats_analysis import METHODS, adapter_for, encode, follow_up, prune
+from seats_analysis.models.encode import Prompt
+from seats_analysis.pruning.cache import Slots
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 PLAN, NEW = PLANS["together"], 5
@@ -105,6 +102,14 @@ def prefilled(model, encoded):
     return model(**encoded.inputs, use_cache=True).past_key_values
 
 
+def continued(model, encoded, answer):
+    "The cache behind a prompt and all of its answer (1, n) but the last token."
+    cache = prefilled(model, encoded)
+    for token in answer[0, :-1]:
+        model(input_ids=token.view(1, 1), past_key_values=cache)
+    return cache
+
+
 def lists(kept):
     return {stage: [row.tolist() for row in rows] for stage, rows in kept.items()}
 
@@ -182,20 +187,6 @@ def test_random_draws_once_for_all_copies(model, batch):
     assert kept[1] == {s: [r for r in rows for _ in range(3)] for s, rows in kept[0].items()}
 
 
-def test_streaming(model, singles):
-    "Also in a thread, as chat front ends do."
-    tokenizer = tiny.processor("qwen2.5-omni").tokenizer
-    with prune(model, PLAN):
-        want = new_tokens(model, singles[0], **GREEDY)[0]
-        stream = TextIteratorStreamer(tokenizer, skip_prompt=True)
-        options = dict(singles[0].inputs, **GREEDY, streamer=stream)
-        thread = Thread(target=model.generate, kwargs=options)
-        thread.start()
-        text = "".join(stream)
-        thread.join()
-    assert text.split() == tokenizer.decode(want).split()
-
-
 def test_stopping(model, batch, singles):
     "Rows end on a token at their own time, as they do alone; or all by a rule."
 
@@ -261,17 +252,11 @@ def test_speculative_equals_greedy(each, name, stock):
 
 
 def test_speculation_that_no_plan_can_serve(model, singles):
-    "One line each: `evict` has no media left, and an assistant gets none by `generate`."
-    options = dict(GREEDY, prompt_lookup_num_tokens=3)
+    "`evict` has no media left; test_own_code.py has what an assistant is refused."
     again = torch.full((1, 4), 20)
-    one = {**singles[2].inputs}
     with prune(model, PLAN, kv="evict"), pytest.raises(ValueError, match="guessed several at once"):
         cache = prefilled(model, singles[2])
         model(input_ids=again, past_key_values=cache)
-    with prune(model, PLAN), pytest.raises(ValueError, match="gives an assistant model no media"):
-        model.generate(**one, **GREEDY, assistant_model=model)
-    with prune(model, PLAN):
-        model.generate(**one, **options)
 
 
 def test_steps_with_positions_compute_none(model, batch, monkeypatch):
@@ -295,32 +280,14 @@ def first_answer(model, encoded):
 
 
 @pytest.mark.parametrize("name, i", [("together", 0), ("apart", 4), ("together", 3)])
-def test_follow_up_equals_recomputing(each, turn, name, i):
-    "The next turn sees what the layers kept for the first question, the answer, and itself."
+def test_a_chat_of_several_turns(each, turn, name, i):
+    """`generate` returns the conversation so far, on which the next turn stands: what the layers
+    kept for the first question, the answers, and itself. The logits of every answer are those of a
+    plain loop over all of it."""
     model, _, singles = each
     one = singles[i]
-    with prune(model, PLANS[name], kv="retain") as run:
-        sequences, cache = first_answer(model, one)
-        whole = torch.cat([sequences, turn], 1)
-        out = model.generate(**follow_up(cache, whole), **GREEDY, **MORE)
-        assert run.samples == 1  # nothing was prefilled again
-    after = [*whole[0, one.shape[1] :].tolist(), *out.sequences[0, -NEW:].tolist()][:-1]
-    sets = naive.prefill(model, one, PLANS[name])[1]
-    close(torch.cat(out.logits), naive.continued(model, one, sets, after, "retain")[-NEW:], 2e-5)
-    assert cache.get_seq_length() == one.shape[1] + len(after)
-    slots = Slots.of(cache)
-    free = [0 if v is None else int((~v).sum()) for v in slots.valid]
-    held = [cache.get_seq_length(l) - n for l, n in enumerate(free)]
-    assert held == [len(s) + len(after) for s in sets]
-
-
-def test_a_chat_of_several_turns(each, turn):
-    """`generate` returns the conversation so far, on which the next turn stands; the logits of
-    every answer are those of a plain loop over all of it."""
-    model, _, singles = each
-    one = singles[2]
     found = []
-    with prune(model, PLAN) as run:
+    with prune(model, PLANS[name], kv="retain") as run:
         talk, cache = first_answer(model, one)
         for _ in range(3):
             asked = torch.cat([talk, turn], 1)
@@ -328,12 +295,17 @@ def test_a_chat_of_several_turns(each, turn):
             talk = out.sequences
             assert torch.equal(talk[:, : asked.shape[1]], asked)
             found.append((asked.shape[1] - one.shape[1], torch.cat(out.logits)))
-        assert run.samples == 1
+        assert run.samples == 1  # nothing was prefilled again
     after = talk[0, one.shape[1] : -1].tolist()
-    sets = naive.prefill(model, one, PLAN)[1]
+    sets = naive.prefill(model, one, PLANS[name])[1]
     want = naive.continued(model, one, sets, after, "retain")
     for start, logits in found:
         close(logits, want[start : start + NEW], 2e-5)
+    assert cache.get_seq_length() == one.shape[1] + len(after)
+    slots = Slots.of(cache)
+    free = [0 if v is None else int((~v).sum()) for v in slots.valid]
+    held = [cache.get_seq_length(l) - n for l, n in enumerate(free)]
+    assert held == [len(s) + len(after) for s in sets]
 
 
 def test_follow_up_in_a_batch(model, batch, singles, turn):
@@ -350,10 +322,8 @@ def test_follow_up_in_a_batch(model, batch, singles, turn):
         for i, one in enumerate(singles):
             if i == TEXT:
                 continue  # nothing is pruned when it is alone
-            cache = prefilled(model, one)
             answer = sequences[i : i + 1, S : S + lengths[i]]
-            for token in answer[0, :-1]:
-                model(input_ids=token.view(1, 1), past_key_values=cache)
+            cache = continued(model, one, answer)
             alone = follow_up(cache, torch.cat([one.inputs["input_ids"], answer, turn], 1))
             out = model.generate(**alone, **GREEDY, **MORE)
             close(torch.stack([l[i] for l in together.logits]), torch.cat(out.logits))
@@ -514,10 +484,8 @@ def test_clips_in_later_turns_of_a_batch(each, kv):
         for i, one in enumerate(singles):
             if i == TEXT:
                 continue  # nothing is pruned when it is alone
-            cache = prefilled(model, one)
             answer = sequences[i : i + 1, batch.shape[1] :]
-            for token in answer[0, :-1]:
-                model(input_ids=token.view(1, 1), past_key_values=cache)
+            cache = continued(model, one, answer)
             given = with_media(one, cache, torch.cat([one.inputs["input_ids"], answer], 1))
             out = model.generate(**given, **GREEDY, **MORE)
             close(torch.stack([l[i] for l in together.logits]), torch.cat(out.logits))

@@ -34,20 +34,18 @@ from golden import (
     runs_of,
     tensors,
 )
-from seats_analysis.models.families import adapter_for
-from seats_analysis.models.encode import layout_of
+from seats_analysis import Schedule, adapter_for, prune
+from seats_analysis.inputs.layout import Modality
 from seats_analysis.models.decoder import Decoder
+from seats_analysis.models.encode import layout_of
 from seats_analysis.pruning.base import Tokens, stage1_counts, window_tokens
-from seats_analysis.pruning.prefill import Prefill
 from seats_analysis.pruning.encoders import pool_groups
+from seats_analysis.pruning.prefill import Prefill
 from seats_analysis.pruning.received import attention_received, window_sizes
 from seats_analysis.pruning.seats import Seats
-from seats_analysis.pruning.session import prune
-from plain import stage2
-from seats_analysis.inputs.layout import Modality
-from seats_analysis.schedules.solve import Segments, drop_shares
-from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.pruning.select import query_scores, select_in_clip
+from seats_analysis.schedules.solve import Segments
+from plain import stage2
 
 MODALITIES = tuple(Modality.CODES)
 
@@ -73,76 +71,6 @@ def close_at_scale(a, b):
 
 
 # ---------------------------------------------------------------- schedule
-
-
-# The recorded behaviour, kept here and only here: clipping, filtering, four decimals, 1-based
-# layers.
-def parse_layers(text):
-    'Sorted layers of "16-18-20" or "20, 16,18"; none for None or a blank.'
-    return sorted(int(part) for part in (text or "").replace("-", ",").split(",") if part.strip())
-
-
-def count_layers(name):
-    "Layer count by the first known name inside the model path."
-    for known, layers in index("schedule.json", "num_layers").items():
-        if known in name:
-            return layers
-    raise ValueError(f"Unknown model {name!r}, cannot compute progressive_remove lm_ratio")
-
-
-def clipped_strength(target, entering, drops, last, layers):
-    "Closed form of the strength, clipped to [0, 1] as the bisection of the reference ends up."
-    room = float(np.diff([*drops, last]) @ drop_shares(len(drops)))
-    return min(max((entering * last - target * layers) / (entering * room), 0.0), 1.0)
-
-
-def rounded_ratios(target, entering, drops, last, layers):
-    "Keep ratios with four decimals; levels floored at 1e-12."
-    active = [d for d in drops if d < last]
-    if not active:
-        return []
-    strength = clipped_strength(target, entering, active, last, layers)
-    levels = np.maximum(entering * (1 - strength * np.r_[0, drop_shares(len(active))]), 1e-12)
-    return [round(ratio, 4) for ratio in (levels[1:] / levels[:-1]).tolist()]
-
-
-def reference_solver(
-    pretrained,
-    video_ratio,
-    audio_ratio,
-    video_encoder_ratio,
-    audio_encoder_ratio,
-    progressive_drop_layers,
-    late_block_layer,
-    progressive_schedule,
-):
-    "All outputs of the recorded solver, by the names in the file."
-    layers = count_layers(pretrained)
-    drops = parse_layers(progressive_drop_layers)
-    if progressive_schedule != "exp":
-        raise ValueError(f"Unknown progressive_schedule: {progressive_schedule!r}")
-    last = layers if late_block_layer is None else min(late_block_layer - 1, layers)
-    solve = lambda target, entering: rounded_ratios(target, entering, drops, last, layers)
-    return dict(
-        video_inner_progressive_ratio_list=solve(video_ratio, video_encoder_ratio),
-        audio_inner_progressive_ratio_list=solve(audio_ratio, audio_encoder_ratio),
-        num_layers=layers,
-        drop_layers=drops,
-        remove_layer=last,
-        progressive_schedule=progressive_schedule,
-        video_encoder_ratio=video_encoder_ratio,
-        audio_encoder_ratio=audio_encoder_ratio,
-    )
-
-
-@pytest.mark.parametrize("case", [pytest.param(c, id=c["name"]) for c in index("schedule.json")])
-def test_reference_solver_matches_every_case(case):
-    if "exception" in case:
-        with pytest.raises(ValueError) as caught:
-            reference_solver(**case["inputs"])
-        assert (caught.typename, str(caught.value)) == (case["exception"], case["message"])
-    else:
-        assert reference_solver(**case["inputs"]) == case["outputs"]
 
 
 def refused():
@@ -521,19 +449,6 @@ def test_same_logits_and_decode_step(case, run):
     assert run.cache_lengths == case.out["seats.cache_lengths"].tolist()
     close_at_scale(run.logits, case.out["seats.last_logits"].flatten())
     close_at_scale(run.decode, case.out["seats.decode_logits"].flatten())
-
-
-def test_eager_attention_is_the_same(model, case):
-    "The record was made with sdpa; another implementation differs by rounding only."
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        run = run_pruned(model, case)
-    finally:
-        model.set_attn_implementation(before)
-    check_kept(run, case)
-    if len(case.comparable) == len(case.stages):
-        close_at_scale(run.logits, case.out["seats.last_logits"].flatten())
 
 
 # ---------------------------------------------------------------- odd settings

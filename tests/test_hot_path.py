@@ -11,44 +11,20 @@ import pytest
 import tiny
 import torch
 from plain import stage2
+from test_pretend_gpu import HOT
 from tiny import PLANS
 
+from seats_analysis import adapter_for, encode, prune
 from seats_analysis.models.attention import TowerAttention
-from seats_analysis.models.encode import encode
-from seats_analysis.models.families import adapter_for
 from seats_analysis.pruning import cache as cache_module
-from seats_analysis.pruning import encoders
 from seats_analysis.pruning.base import stage1_counts
-from seats_analysis.pruning.prefill import Prefill
 from seats_analysis.pruning.received import attention_received
 from seats_analysis.pruning.select import select_in_clip
-from seats_analysis.pruning.session import Session, prune
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-@pytest.fixture(scope="module")
-def batches(model):
-    "One sample, and three of unequal length; the same for every test."
-    family = adapter_for(model).family
-    return {n: encode(model, tiny.processor(family), tiny.three()[:n]) for n in (1, 3)}
-
-
 # ---------------------------------------------------------------- seen by the profiler
-
-WAITS = {
-    "aten::" + name
-    for name in (
-        "item",
-        "_local_scalar_dense",
-        "nonzero",
-        "is_nonzero",
-        "masked_select",
-        "_unique2",
-        "unique_dim",
-        "equal",
-    )
-}
 
 
 def operations(model, batch, plan, *ranges):
@@ -65,13 +41,6 @@ def operations(model, batch, plan, *ranges):
     ):
         model.generate(**batch.inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
     return Counter(e.name for e in seen.events() if e.name.startswith("aten::") and inside(e))
-
-
-def test_the_profiler_sees_no_wait(model, batches):
-    found = operations(model, batches[3], PLANS["together"], "seats::selection")
-    assert found.total() > 100 and not WAITS & set(found), found
-    # on the host, before the first layer, it does ask
-    assert WAITS & set(operations(model, batches[3], PLANS["together"], "seats::plan"))
 
 
 def test_kernels_do_not_grow_with_the_clip(model):
@@ -211,14 +180,7 @@ def test_no_hook_waits_on_a_gpu(model, batches, monkeypatch):
 
         return run
 
-    for place, name in (
-        (Prefill, "stage1"),
-        (Session, "before_layer"),
-        (Session, "after_layer"),
-        (Session, "decode_step"),
-        (cache_module.Slots, "evict"),
-        (encoders.EncoderWatch, "aggregate"),
-    ):
+    for place, name in HOT:
         monkeypatch.setattr(place, name, strict(getattr(place, name)))
     there = copy.deepcopy(model).cuda()
     for batch in batches.values():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from clips import refused
-from typer.testing import CliRunner
+from test_cli import done, refused as one_line
 
 from seats_analysis.inputs import questions as K
 from seats_analysis.inputs.benchmarks import preset_for
@@ -20,12 +20,6 @@ CHOICES = ["low", "high", "middle", "shrill"]
 LETTERED = [f"{a}. {c}" for a, c in zip("ABCD", CHOICES)]
 FIELDS = dict(question=ASKED, options=LETTERED, correct_option="B", question_type="counting")
 TASK = dict(question=ASKED, candidates=LETTERED, answer="B", task_type="Audio Change")
-
-
-def seats(line):
-    from seats_analysis.cli.main import app
-
-    return CliRunner().invoke(app, line.split())
 
 
 def put(folder, annotations, data, *videos):
@@ -199,8 +193,7 @@ def test_command_on_the_testbed(tmp_path, monkeypatch):
     monkeypatch.setenv("SEATS_DATA", str(tmp_path))
     out = tmp_path / "p.nc"
     data = "--data worldsense --limit 1"
-    result = seats(f"probe --model testbed {data} --layers 8 --removed both --out {out}")
-    assert result.exit_code == 0, result.stderr
+    done(f"probe --model testbed {data} --layers 8 --removed both --out {out}")
     from seats_analysis.storage.schemas import load_profile
 
     stored = load_profile(out)
@@ -211,9 +204,8 @@ def test_command_on_the_testbed(tmp_path, monkeypatch):
 
 def test_command_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("SEATS_DATA", str(tmp_path))
-    result = seats(f"probe --data worldsense --out {tmp_path}/p.nc")
-    assert result.exit_code == 2 and "worldsense_qa.json" in result.stderr
-    assert result.stderr.count("\n") == 1 and not (tmp_path / "p.nc").exists()
+    said = one_line(f"probe --data worldsense --out {tmp_path}/p.nc")
+    assert "worldsense_qa.json" in said and not (tmp_path / "p.nc").exists()
 
 
 @pytest.fixture(scope="module")
@@ -352,5 +344,4 @@ def test_a_revision_of_a_hub_id(hub, asked):
     ],
 )
 def test_a_revision_that_cannot_be_had(hub, model, says):
-    done = seats(f"probe --model {model}@new")
-    assert done.exit_code == 2 and says in done.stderr and done.stderr.count("\n") == 1
+    assert says in one_line(f"probe --model {model}@new")

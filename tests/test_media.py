@@ -14,11 +14,9 @@ import numpy as np
 import pytest
 from clips import av, blocks, patch, picture, refused, write_clip
 
-from seats_analysis.inputs.media import Clip, decode_clip
-from seats_analysis.inputs.samples import Sample
-from seats_analysis.inputs.questions import read_samples
-from seats_analysis.testbed.load import write_samples
+from seats_analysis import Clip, Sample, decode_clip, read_samples
 from seats_analysis.storage.files import atomic_write
+from seats_analysis.testbed.load import write_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -25,15 +25,18 @@ from tiny import close
 from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache, TextIteratorStreamer, pipeline
 
-from seats_analysis.evaluation.load import load_model
-from seats_analysis.models.encode import encode
-from seats_analysis.models.families import adapter_for
-from seats_analysis.pruning.cache import follow_up
-from seats_analysis.pruning.session import as_pruner, prune
-from seats_analysis.schedules.schedule import Schedule
+from seats_analysis import (
+    Schedule,
+    adapter_for,
+    encode,
+    follow_up,
+    load_model,
+    prune,
+    testbed_samples,
+)
+from seats_analysis.pruning.session import as_pruner
 from seats_analysis.serving import lmms as serving
 from seats_analysis.serving.pipeline import TASK
-from seats_analysis.testbed.load import testbed_samples
 
 PLAN, NEW = tiny.PLANS["together"], 5
 GREEDY = dict(

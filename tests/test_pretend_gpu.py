@@ -1,5 +1,5 @@
 """Everything that would run on a GPU, on one that is pretended (`pretend.py`): devices are not
-mixed, our hooks do not wait, streams are waited for."""
+mixed, our hooks do not wait."""
 
 import copy
 from dataclasses import replace
@@ -7,14 +7,13 @@ import pytest, torch
 import tiny
 from pretend import Wait, no_waits, pretend_gpu
 from tiny import PLANS
-from seats_analysis.pruning import base, cache, encoders, prefill, seats
-from seats_analysis.models.families import adapter_for
-from seats_analysis.models.encode import encode
+from seats_analysis import adapter_for, encode, probe_dependency, prune
+from seats_analysis.baselines.registry import ABLATIONS
 from seats_analysis.models.scoring import score_choices
+from seats_analysis.pruning import base, cache, encoders, prefill, seats
 from seats_analysis.pruning.cache import Slots
 from seats_analysis.pruning.prefill import Check, Prefill
-from seats_analysis.pruning.session import Session, prune
-from seats_analysis.probing.run import probe_dependency
+from seats_analysis.pruning.session import Session
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a real one: `pytest -m cuda`"
@@ -29,13 +28,6 @@ HOT = (
     (encoders.EncoderWatch, "aggregate"),
 )
 SAMPLES = tiny.three()
-
-
-@pytest.fixture(scope="module")
-def batches(model):
-    return {
-        n: encode(model, tiny.processor(adapter_for(model).family), SAMPLES[:n]) for n in (1, 3)
-    }
 
 
 @pytest.fixture
@@ -89,9 +81,9 @@ def test_layers_that_keep_no_media(model, there, batches, strict):
     same(model, there, batches[3], plan, "retain")
 
 
-@tiny.by_turns(tiny.PRUNERS)
+@tiny.by_turns(tiny.PRUNERS | ABLATIONS)
 def test_methods(model, there, batches, strict, name):
-    method = tiny.PRUNERS[name].for_trr(tiny.LAYERS, 0.5, 0.6, 18, 30)
+    method = (tiny.PRUNERS | ABLATIONS)[name].for_trr(tiny.LAYERS, 0.5, 0.6, 18, 30)
     same(model, there, batches[3], method, max_new_tokens=1, min_new_tokens=1)
 
 

@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from test_undo import state
 
-from seats_analysis.models.families import adapter_for
-from seats_analysis.models.encode import encode
-from seats_analysis.models.scoring import score_choices
+from seats_analysis import adapter_for, encode, load_profile, probe_dependency
 from seats_analysis.inputs.layout import Modality
-from seats_analysis.storage.schemas import load_profile, save_profile
 from seats_analysis.models.provenance import sample_rows
-from seats_analysis.probing.run import probe_dependency
+from seats_analysis.models.scoring import score_choices
 from seats_analysis.storage.provenance import digest
+from seats_analysis.storage.schemas import save_profile
 
 LAYERS = 3
 KINDS = {name: (code,) for name, code in Modality.CODES.items()}
@@ -116,16 +115,16 @@ def test_a_layer_left_out_changes_what_it_changes_in_the_stock_model(
     assert 0 < found.mean() < 1 and not found.sel(layer=LAYERS).any()
 
 
-@pytest.mark.parametrize("most", [1, 65_536])
-def test_batching_and_order_change_nothing(ask, samples, profile, most):
-    other = ask(samples[::-1], max_branch_tokens=most).sel(sample=profile.sample)
+def test_batching_and_order_change_nothing(ask, samples, profile):
+    other = ask(samples[::-1], max_branch_tokens=1).sel(sample=profile.sample)
     for name in ("nll", "margin", "kl"):
         np.testing.assert_allclose(other[name], profile[name], atol=2e-5, rtol=5e-6)
     assert (other.correct == profile.correct).all()
 
 
-def test_deterministic(ask, samples, profile):
-    assert profile.identical(ask(samples))
+def test_deterministic_and_the_model_is_left_alone(model, ask, samples, profile):
+    before = state(model)
+    assert profile.identical(ask(samples)) and state(model) == before
 
 
 def test_coordinates_and_attributes(model, samples, profile):
@@ -158,35 +157,6 @@ def test_hashes_notice_changes(model, samples):
     assert rows(answer=0) != rows() != rows(video=clip(9)) and rows() == rows(video=clip(0))
 
 
-def test_model_is_left_alone(model, ask, samples):
-    def state():
-        return {
-            n: (sorted(vars(m)), len(m._forward_pre_hooks), len(m._forward_hooks), m.training)
-            for n, m in model.named_modules()
-        }
-
-    deltas = [m for m in model.modules() if "rope_deltas" in vars(m)]
-    for m in deltas:
-        m.rope_deltas = "untouched"
-    before = state()
-    ask(samples[:2], layers=[1])
-    assert state() == before and {m.rope_deltas for m in deltas} == {"untouched"}
-    for m in deltas:
-        m.rope_deltas = None
-
-
-def test_eager_attention(processor, samples, profile):
-    other = probe_dependency(
-        tiny.thinker("qwen2.5-omni", LAYERS, "eager"),
-        processor,
-        samples,
-        removed="both",
-        progress=False,
-    )
-    ours, theirs = (p.nll.sel(removed="both") for p in (other, profile))
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
-
-
 def test_files(profile, tmp_path):
     path = save_profile(profile, tmp_path / "sub" / "p.nc")
     assert profile.identical(load_profile(path))
@@ -194,11 +164,6 @@ def test_files(profile, tmp_path):
     with pytest.raises(ValueError, match="not a dependency profile"):
         save_profile(profile.assign_attrs(schema="x"), path)
     assert path.read_bytes() == old and [p.name for p in path.parent.iterdir()] == ["p.nc"]
-    path.write_bytes(old[: len(old) // 2])
-    with pytest.raises(ValueError, match="p.nc: not a readable NetCDF"):
-        load_profile(path)
-    with pytest.raises(ValueError, match="no such file"):
-        load_profile(tmp_path / "none.nc")
 
 
 def test_twice_the_same_question_is_refused(ask, samples):

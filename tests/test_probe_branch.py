@@ -13,23 +13,24 @@ import pytest
 import tiny
 import torch
 
-from seats_analysis.probing import branches, run
-from seats_analysis.models.families import adapter_for
-from seats_analysis.models.encode import encode, encode_questions
-from seats_analysis.models.scoring import score_choices
-from seats_analysis.schedules.cost import probe_flops
-from seats_analysis.inputs.layout import Modality, chunk_ids
-from seats_analysis.probing.selectors import (
-    View,
+from seats_analysis import (
+    adapter_for,
     all_but_sinks,
-    check_removed,
-    every_token,
+    encode,
+    load_testbed,
+    probe_dependency,
+    probe_flops,
     random_fraction,
+    testbed_samples as shipped_samples,
     time_window,
 )
+from seats_analysis.inputs.layout import Modality, chunk_ids
+from seats_analysis.models.encode import encode_questions
+from seats_analysis.models.scoring import score_choices
+from seats_analysis.probing import branches, run
 from seats_analysis.probing.branches import Tail, Traversal, branch_scores
-from seats_analysis.testbed.load import load_testbed, testbed_samples as shipped_samples
-from seats_analysis.probing.run import probe_dependency, within_memory
+from seats_analysis.probing.run import within_memory
+from seats_analysis.probing.selectors import View, check_removed, every_token
 
 VISUAL, AUDIO, TEXT, *_ = Modality
 LAYERS, NAMES, WORDS = 4, ("visual", "audio", "both"), tiny.WORDS

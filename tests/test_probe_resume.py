@@ -20,12 +20,12 @@ import tiny
 import torch
 
 from launch import ended, launch
+from seats_analysis import probe_dependency, probe_to_file, random_fraction
 from seats_analysis.cli.main import main
-from seats_analysis.probing import run as probe
 from seats_analysis.models.families import limit_pixels
+from seats_analysis.probing import run as probe
+from seats_analysis.probing.run import ProbeRun
 from seats_analysis.storage.files import Checkpoint
-from seats_analysis.probing.run import ProbeRun, probe_dependency, probe_to_file
-from seats_analysis.probing.selectors import random_fraction
 
 ROOT = Path(__file__).resolve().parents[1]
 FORK = multiprocessing.get_context("fork")
@@ -164,35 +164,6 @@ def test_only_what_was_in_flight_is_run_again(to_file, samples, tmp_path, ran):
     assert ran == [[s.id for s in samples[i : i + 2]] for i in (6, 8, 10)]
 
 
-def test_resumed_equals_whole(ask, samples, tmp_path):
-    one = partial(ask, samples[:6], layers=[0, 2])
-    expected, checkpoint = one(), tmp_path / "j"
-    one(checkpoint=checkpoint)
-    for name in ("000001.json", "000004.json"):
-        (checkpoint / name).unlink()
-    (checkpoint / "000003.json").write_text('{"id": "half a fi')
-    assert one(checkpoint=checkpoint).identical(expected)
-
-
-def test_killed_in_the_middle_of_the_file(to_file, samples, whole, tmp_path, monkeypatch):
-    "What was written of it stays hidden beside the result, and does no harm."
-    path, write = tmp_path / "p.nc", Path.write_bytes
-
-    def half(self, data):
-        write(self, data[: len(data) // 2])
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_bytes", half)
-        assert not killed(partial(to_file, path), path, len(samples), 600)
-    # the checkpoint and the half file
-    assert len(rows_of(path)) == len(samples) and len(names_in(tmp_path)) == 2
-    (tmp_path / ".p.q.nc").touch()  # somebody else's
-    to_file(path)
-    left = [name for name in names_in(tmp_path) if ".seats-tmp" not in name]
-    assert path.read_bytes() == whole and left == [".p.q.nc", "p.nc"]
-
-
 def test_killed_while_the_file_is_written(to_file, samples, whole, tmp_path, monkeypatch, ran):
     "Stopped before, in between or after, the same call ends in the same file."
     path, save = tmp_path / "p.nc", probe.save_profile
@@ -319,31 +290,6 @@ def test_a_run_with_other_layers_is_not_swept_away(to_file, tmp_path):
 
 
 # several processes
-
-
-def by_two(work):
-    "What `work` gives in each of two forked processes."
-    done = FORK.Queue()
-    children = launch(lambda rank: done.put((rank, work())))
-    found = sorted(done.get(timeout=300) for _ in children)
-    assert ended(children) == [0, 0]
-    return [value for _, value in found]
-
-
-def test_processes_share_the_work(to_file, samples, whole, tmp_path, ran):
-    "Two forked processes write one checkpoint; the first one merges what both have measured."
-    path = tmp_path / "p.nc"
-    (first, ours), (second, theirs) = by_two(lambda: (to_file(path) is None, sum(ran, [])))
-    assert (first, second) == (False, True) and len(ours) == len(theirs) == 6
-    assert sorted(ours + theirs) == sorted(s.id for s in samples)
-    assert path.read_bytes() == whole and not Checkpoint.folder_of(path).exists()
-
-
-def test_a_process_without_work_leaves_nothing(model, processor, samples, tmp_path):
-    options = dict(layers=[1], progress=False)
-    few = partial(probe_to_file, model, processor, samples[:2], tmp_path / "p.nc", **options)
-    assert by_two(lambda: few() is None) == [False, True]
-    assert names_in(tmp_path) == ["p.nc"]
 
 
 # the command

@@ -8,13 +8,12 @@ import torch
 
 import naive
 import seats_analysis as sa
+from seats_analysis import adapter_for, load_testbed
 from seats_analysis.inputs.layout import Modality
-from seats_analysis.models.decoder import Decoder
 from seats_analysis.models.encode import encode_questions
-from seats_analysis.models.families import adapter_for
 from seats_analysis.probing.branches import answer_scores
 from seats_analysis.storage.files import shipped_folder
-from seats_analysis.testbed.load import TESTBEDS, load_testbed
+from seats_analysis.testbed.load import TESTBEDS
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 CONDITIONS = dict(visual=["visual"], audio=["audio"], both=["visual", "audio"])
@@ -34,30 +33,24 @@ def caption():
 
 def plain(model, encoded, ids, gone, rule, layer):
     "Log-probabilities (T, V) of an answer: everything in one sequence, masks in every layer."
-    ad = adapter_for(model)
     S = encoded.shape[1]
     N = S + len(ids) - 1
-    inputs = Decoder(model).inputs(encoded.inputs)
-    new = ad.thinker(model).get_input_embeddings()(torch.tensor([ids[:-1]]))
-    h = torch.cat([inputs["inputs_embeds"], new], 1)
-    after = encoded.position_ids.max() + torch.arange(1, len(ids)).expand(3, 1, -1)
-    cos, sin = ad.decoder(model).rotary_emb(h, torch.cat([encoded.position_ids, after], -1))
-    deep = naive.DeepStack(inputs)
     answer = torch.arange(N) >= S
     media = torch.zeros(N, dtype=torch.bool)
     media[:S] = torch.isin(
         encoded.layout.modality[0], torch.tensor([Modality.CODES[m] for m in gone])
     )
-    for l, block in enumerate(ad.layers(model)):
+
+    def allowed(l):
         blind = dict(
             retain=~media & (l >= layer),
             evict=answer | (~media & (l >= layer)),
             below=answer & (l < layer),
         )
         blind["from"] = answer & (l >= layer)
-        allowed = torch.ones(N, N, dtype=torch.bool).tril() & ~(blind[rule][:, None] & media)
-        h = deep.add(l, naive.run_layer(block, h, cos, sin, allowed), range(S))
-    return ad.lm_head(model)(ad.decoder(model).norm(h))[0, S - 1 :].float().log_softmax(-1)
+        return torch.ones(N, N, dtype=torch.bool).tril() & ~(blind[rule][:, None] & media)
+
+    return naive.masked(model, encoded, ids[:-1], allowed).float().log_softmax(-1)
 
 
 def test_equals_a_plain_loop(testbed, caption):

@@ -8,12 +8,12 @@ import math
 import torch
 from hypothesis import assume, given, settings, strategies as st
 from plain import naive_repair, softmax, stage2
+from seats_analysis import Schedule
 from seats_analysis.inputs.layout import Modality, TokenLayout, chunk_ids
 from seats_analysis.pruning.base import Stage1Inputs, Tokens, take
-from seats_analysis.pruning.seats import Seats
-from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.pruning.prefill import finite_rows
 from seats_analysis.pruning.received import window_sizes
+from seats_analysis.pruning.seats import Seats
 from seats_analysis.pruning.select import plan_chunks, select_in_clip
 
 VISUAL, AUDIO, TEXT, IMAGE, PAD = Modality

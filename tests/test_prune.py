@@ -9,17 +9,16 @@ import pytest
 import tiny
 import torch
 from tiny import PLANS, close
-from transformers import DynamicCache, StaticCache
+from transformers import StaticCache
 
+from seats_analysis import Schedule, encode, prune
 from seats_analysis.inputs.layout import Modality
-from seats_analysis.models.encode import encode, layout_of
+from seats_analysis.models.encode import layout_of
 from seats_analysis.models.scoring import score_choices
 from seats_analysis.pruning import encoders
 from seats_analysis.pruning.cache import Slots
 from seats_analysis.pruning.seats import Seats
-from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.cost import kv_bytes
-from seats_analysis.schedules.schedule import Schedule
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 PLAN, KEEP_ALL = PLANS["together"], Schedule(tiny.LAYERS)
@@ -330,12 +329,6 @@ def twice(model, one):
     model.generate(**one.inputs | given, **THREE, num_beams=2)
 
 
-def offloaded(model, one):
-    cache = DynamicCache()
-    cache.offloading = True
-    model(**one.inputs, past_key_values=cache)
-
-
 def short_mask(model, one):
     token = torch.ones(1, 1, dtype=torch.long)
     cache = prefilled(model, one)
@@ -344,24 +337,14 @@ def short_mask(model, one):
 
 REFUSED = {  # a part of the message -> the call
     "fewer logits than `labels`": lambda m, one: m(**one.inputs, labels=one.inputs["input_ids"]),
-    "different lengths.*`output_hidden_states`": lambda m, one: m(
-        **one.inputs, output_hidden_states=True
-    ),
-    "StaticCache.*dynamic cache": lambda m, one: m(**one.inputs, past_key_values=static(m)),
-    "fixed length.*dynamic cache": lambda m, one: m.generate(
-        **one.inputs, cache_implementation="static", max_new_tokens=2
-    ),
-    "offloaded.*dynamic cache": offloaded,
-    "prune reads from `input_ids`": lambda m, one: m(inputs_embeds=torch.zeros(1, 4, 128)),
     "`attention_mask` covers the prompt": short_mask,
     "row 1 has placeholders": twice,
-    "": lambda m, one: m.generate(**one.inputs, **THREE, prefill_chunk_size=64),
 }
 
 
 @pytest.mark.parametrize("line", REFUSED)
 def test_refused_calls(model, singles, line):
-    "With one line; the block goes on."
+    "With one line; the block goes on. More of them are in test_own_code.py."
     one = singles[SILENT]
     with prune(model, PLAN):
         want = last(model, one)
@@ -460,18 +443,6 @@ def test_generate_without_a_cache(model, singles):
         assert torch.equal(
             *(model.generate(**singles[BOTH].inputs, **options, use_cache=c) for c in (False, True))
         )
-
-
-def test_stock_positions(model, singles):
-    "Inputs as the processor makes them, without positions of ours."
-    for one in (singles[BOTH], singles[5]):
-        stock = dict(one.inputs, use_audio_in_video=True)
-        del stock["position_ids"]
-        with prune(model, PLAN):
-            close(model(**stock).logits[:, -1], last(model, one))
-            assert torch.equal(
-                model.generate(**stock, **THREE), model.generate(**one.inputs, **THREE)
-            )
 
 
 def test_several_prompts_in_one_block(model, singles):

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seats_analysis.boundaries.find import Boundaries
+from seats_analysis import Boundaries, Schedule
 from seats_analysis.schedules.file import PUBLISHED
-from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.schedules.solve import MAX_STRENGTH, Segments
 
 ROOT = Path(__file__).resolve().parents[1]

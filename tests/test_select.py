@@ -9,14 +9,9 @@ import pytest
 import torch
 from plain import naive_budgets, naive_order, naive_repair, stage2
 from torch.utils._python_dispatch import TorchDispatchMode
+from seats_analysis import topk_in_groups
 from seats_analysis.pruning.received import _full_precision, true_float32
-from seats_analysis.pruning.select import (
-    plan_chunks,
-    query_scores,
-    select_in_clip,
-    topk_in_groups,
-    water_fill,
-)
+from seats_analysis.pruning.select import plan_chunks, query_scores, select_in_clip, water_fill
 
 
 @pytest.fixture

@@ -17,11 +17,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from seats_analysis.boundaries.find import find_boundaries
+from seats_analysis import Schedule, find_boundaries, load_profile
 from seats_analysis.schedules.cost import flops_fraction
-from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.files import shipped_folder
-from seats_analysis.storage.schemas import load_profile
 from seats_analysis.testbed.load import TESTBEDS
 
 ROOT = Path(__file__).resolve().parents[1]

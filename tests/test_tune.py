@@ -11,19 +11,15 @@ from scipy.stats import beta, binom
 from test_cli import refused, seats
 
 import seats_analysis as sa
-from seats_analysis.boundaries.find import Boundaries
-from seats_analysis.testbed.task import ramp, synthetic_profile
+from seats_analysis import Boundaries, Promise, Schedule, ScheduleWarning, SearchSpace, read_samples
 from seats_analysis.cli import app as shared
-from seats_analysis.tuning import tune
 from seats_analysis.evaluation.prepared import Answering, DataShape, PreparedBatch
-from seats_analysis.tuning import space
-from seats_analysis.tuning.space import SearchSpace, deal_clips
-from seats_analysis.tuning.tune import Tuning, better_half
-from seats_analysis.inputs.questions import read_samples
-from seats_analysis.testbed.load import write_samples
-from seats_analysis.tuning.certificate import Promise
-from seats_analysis.schedules.schedule import Schedule, ScheduleWarning
 from seats_analysis.storage.schemas import save_profile
+from seats_analysis.testbed.load import write_samples
+from seats_analysis.testbed.task import ramp, synthetic_profile
+from seats_analysis.tuning import tune, space
+from seats_analysis.tuning.space import deal_clips
+from seats_analysis.tuning.tune import Tuning, better_half
 
 EASY = Promise(0.6, 0.5)  # one clip is enough
 SMALL = dict(seconds=1.0, size=(56, 56))

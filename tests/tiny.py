@@ -1,17 +1,14 @@
 """Small random models of every family, built from the real configuration classes, with a processor
 for each and clips to feed them."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from seats_analysis.baselines.registry import METHODS
-from seats_analysis.inputs.media import Clip
-from seats_analysis.inputs.samples import Sample
-from seats_analysis.pruning.cache import follow_up
-from seats_analysis.pruning.session import prune
-from seats_analysis.schedules.schedule import Schedule
+from seats_analysis import Clip, METHODS, Sample, Schedule, follow_up, prune
 from seats_analysis.testbed import load
 
 CLASSES = {"qwen2.5-omni": "Qwen2_5Omni", "qwen3-omni": "Qwen3OmniMoe"}
@@ -266,6 +263,22 @@ def full(family, speech=False, layers=LAYERS):
 
 def close(a, b, tol=1e-5):
     torch.testing.assert_close(a, b, atol=tol, rtol=0)
+
+
+@contextmanager
+def spoilt(module, value, at=(..., 0)):
+    "Inside, some places of what a module returns hold a bad value."
+
+    def spoil(module, args, output):
+        output = output.clone()
+        output[at] = value
+        return output
+
+    handle = module.register_forward_hook(spoil)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def answered(model, batch, plan, kv="evict", **options):

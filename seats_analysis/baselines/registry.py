@@ -60,8 +60,8 @@ ABLATIONS = {
 
 # %% ../../nbs/baselines/05_registry.ipynb #8f03f4ac
 _ORDER = """
-random uniform fastv fastv-om visionzip visionzip-om divprune divprune-om dycoke omnizip omnipack vtw
-pyramiddrop downsample
+random uniform fastv fastv-om visionzip visionzip-om divprune divprune-om dycoke omnizip omnipack
+vtw pyramiddrop downsample
 """
 METHODS = {"seats": Seats} | {name: Baseline.by_name[name] for name in _ORDER.split()}
 

@@ -2,24 +2,16 @@
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from pretend import pretend_gpu
-from torch.utils.flop_counter import FlopCounterMode
-from typer.testing import CliRunner
+from test_cli import seats
 
-from seats_analysis.lab import bench
-from seats_analysis.cli import main as cli
-from seats_analysis.lab import bench_command
-from seats_analysis.lab import paper, timing_figures as timing
-from seats_analysis.storage.schemas import load_json
-from seats_analysis.models.families import adapter_for
-from seats_analysis.models.scoring import last_logits_only
-from seats_analysis.models.encode import encode
-from seats_analysis.baselines.registry import METHODS
-from seats_analysis.lab import bench_rows
+from seats_analysis import METHODS, adapter_for, encode, prefill_flops, prune
+from seats_analysis.lab import bench, bench_command, paper, timing_figures as timing, bench_rows
 from seats_analysis.lab.bench import BenchSetup, Job, Workload
 from seats_analysis.lab.bench_rows import TIMES, compared
 from seats_analysis.lab.workloads import (
@@ -30,41 +22,19 @@ from seats_analysis.lab.workloads import (
     build_model,
     config_of,
 )
-from seats_analysis.schedules.cost import kv_bytes, prefill_flops, text_dims
-from seats_analysis.pruning.session import prune
+from seats_analysis.schedules.cost import kv_bytes, text_dims
+from seats_analysis.storage.schemas import load_json
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = Request(4, 2, 30)
-NAMED = (
-    "method",
-    "trr",
-    "config",
-    "batch",
-    "tokens",
-    "flops_fraction_causal_without_selection",
-    "encoder_ms",
-    "selection_ms",
-    "prefill_ms",
-    "ttft_ms",
-    "decode_ms_per_token",
-    "peak_bytes",
-    "kv_bytes",
-    "speedup",
-    "realised_fraction",
-    "realised_counter",
-    "encoders",
-    "width",
-    "frames",
-    "seconds",
+NAMED = tuple(
+    "method trr config batch tokens flops_fraction_causal_without_selection encoder_ms "
+    "selection_ms prefill_ms ttft_ms decode_ms_per_token peak_bytes kv_bytes speedup "
+    "realised_fraction realised_counter encoders width frames seconds".split()
 )
 
 
-def seats(*args):
-    "Run a command in this process. Bugs surface as exceptions."
-    result = CliRunner().invoke(cli.app, ["bench", *map(str, args)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+seats = partial(seats, "bench")
 
 
 @pytest.fixture(scope="module")
@@ -319,20 +289,9 @@ def clock(monkeypatch):
     return clock
 
 
-ASKED = (
-    "--config",
-    "testbed",
-    "--frames",
-    4,
-    "--seconds",
-    2,
-    "--methods",
-    "seats,random",
-    "--trr",
-    "35,10",
-    "--repeats",
-    3,
-)
+SHAPE = "--config testbed --frames 4 --seconds 2".split()
+ASKED = *SHAPE, *"--methods seats,random --trr 35,10 --repeats 3".split()
+ONE = "--methods seats --trr 10 --repeats 1".split()
 
 
 def test_json_and_file(clock, tmp_path):
@@ -351,16 +310,8 @@ def test_json_and_file(clock, tmp_path):
         for r in said["rows"]
     )
     stored = json.loads((tmp_path / "b.json").read_text())
-    assert {
-        "schema",
-        "model",
-        "revision",
-        "seed",
-        "device",
-        "versions",
-        "threads",
-        "command",
-    } <= set(stored) and stored["device"] == said["device"]
+    known = "schema model revision seed device versions threads command"
+    assert set(known.split()) <= set(stored) and stored["device"] == said["device"]
     assert [len(r["samples"]) for r in stored["rows"]] == [3] * 5
 
 
@@ -386,23 +337,8 @@ def test_more_repeats_and_more_rows_add_to_what_is_there(clock, tmp_path):
     seats(*ASKED, "--out", tmp_path / "b.json")
     seats(*ASKED[:-1], 4, "--out", tmp_path / "b.json")
     assert clock.calls == 15 + 5 + 5
-    more = seats(
-        "--config",
-        "testbed",
-        "--frames",
-        4,
-        "--seconds",
-        2,
-        "--methods",
-        "seats",
-        "--trr",
-        25,
-        "--repeats",
-        3,
-        "--json",
-        "--out",
-        tmp_path / "b.json",
-    )
+    other = "--methods seats --trr 25 --repeats 3 --json".split()
+    more = seats(*SHAPE, *other, "--out", tmp_path / "b.json")
     assert clock.calls == 25 + 3 and [
         (r["method"], r["trr"]) for r in json.loads(more.stdout)["rows"]
     ] == [("full", 100), ("seats", 25)]
@@ -468,33 +404,15 @@ def test_what_does_not_fit_is_said(clock, tmp_path):
 )
 def test_no_step_out_of_memory_ends_the_run(clock, tmp_path, monkeypatch, where, error):
     "Rows that do not fit are named, all others are there, and the next call tries again."
-    real, asked = (
-        getattr(Workload if where == "time" else BenchSetup, where),
-        (
-            "--config",
-            "testbed",
-            "--frames",
-            4,
-            "--seconds",
-            2,
-            "--batch",
-            "1,4",
-            "--methods",
-            "seats",
-            "--trr",
-            10,
-            "--repeats",
-            1,
-            "--out",
-            tmp_path / "b.json",
-        ),
-    )
+    place = Workload if where == "time" else BenchSetup
+    real = getattr(place, where)
+    asked = *SHAPE, *ONE, "--batch", "1,4", "--out", tmp_path / "b.json"
 
     def fails_once(*args, **kw):
-        monkeypatch.setattr(Workload if where == "time" else BenchSetup, where, real)
+        monkeypatch.setattr(place, where, real)
         raise error
 
-    monkeypatch.setattr(Workload if where == "time" else BenchSetup, where, fails_once)
+    monkeypatch.setattr(place, where, fails_once)
     assert seats(*asked).exit_code == 0
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     lost = {"build": 2, "workload": 2, "time": 1}[where]
@@ -521,20 +439,7 @@ def test_batches_cost_in_proportion():
 
 def test_what_takes_too_long_is_left_out(clock, tmp_path, monkeypatch):
     "The full model takes 10 ms, pruned 4; of twice the tokens four times as much is expected."
-    asked = (
-        "--config",
-        "testbed",
-        "--scaling",
-        8192,
-        "--methods",
-        "seats",
-        "--trr",
-        10,
-        "--repeats",
-        1,
-        "--out",
-        tmp_path / "b.json",
-    )
+    asked = *"--config testbed --scaling 8192".split(), *ONE, "--out", tmp_path / "b.json"
     left = lambda: [
         r["method"] for r in load_json(tmp_path / "b.json", "bench")["rows"] if r.get("error")
     ]
@@ -553,20 +458,8 @@ def test_what_takes_too_long_is_left_out(clock, tmp_path, monkeypatch):
 def test_figures_of_a_stored_benchmark(clock, tmp_path):
     (tmp_path / "results").mkdir()
     path = tmp_path / "results" / "bench_x.json"
-    seats(
-        "--config",
-        "testbed",
-        "--scaling",
-        4096,
-        "--methods",
-        "seats",
-        "--trr",
-        "35,10",
-        "--repeats",
-        1,
-        "--out",
-        path,
-    )
+    asked = "--config testbed --scaling 4096 --methods seats --trr 35,10 --repeats 1"
+    seats(*asked.split(), "--out", path)
     jobs = paper.figure_jobs(tmp_path)
     assert list(jobs) == ["bench_x_timings", "bench_x_speedup", "bench_x_scaling"]
     for draw in jobs.values():
@@ -636,29 +529,9 @@ def test_realised_fraction_at_the_testbeds_depth():
 @pytest.mark.parametrize("name", SIZES)
 def test_on_a_gpu(name, tmp_path):
     "bfloat16, weights drawn on the device, times from events, memory from the allocator."
-    said = json.loads(
-        seats(
-            "--config",
-            name,
-            "--width",
-            128,
-            "--frames",
-            16,
-            "--seconds",
-            8,
-            "--methods",
-            "seats",
-            "--trr",
-            10,
-            "--batch",
-            2,
-            "--repeats",
-            2,
-            "--json",
-            "--out",
-            tmp_path / "b.json",
-        ).stdout
-    )
+    asked = "--width 128 --frames 16 --seconds 8 --methods seats --trr 10 --batch 2 --repeats 2"
+    done = seats("--config", name, *asked.split(), "--json", "--out", tmp_path / "b.json")
+    said = json.loads(done.stdout)
     full, pruned = said["rows"]
     assert (
         said["device"] == torch.cuda.get_device_name()
@@ -704,38 +577,6 @@ def test_the_setup_decides_weights_and_cache_and_is_told_apart():
         BenchSetup(kv="keep", steps=1).workload(job, model).facts(method)
     told = [s.about() for s in (*setups.values(), BenchSetup(kv="retain", steps=1))]
     assert told[0] != told[1] and told[0] != told[2]
-
-
-@pytest.mark.parametrize("trr", [None, 10, pytest.param(35, marks=pytest.mark.nightly)])
-def test_flops_are_those_that_torch_counts(trr):
-    """The FLOPs that `seats bench` divides by, on a narrow model of the 7B's depth; stage II
-    itself may add up to 2 %."""
-    name, request = "qwen2.5-omni-7b", Request(8, 4, 30)
-    model = build_model(name, 64)
-    inputs = bench_inputs(model, bench_processor(name), request)
-    method = None if trr is None else Job(name, request).method("seats", trr)
-    facts = Workload(model, inputs).facts(method)
-    counter = FlopCounterMode(display=False)
-    with prune(model, method), last_logits_only(model), torch.no_grad(), counter:
-        model(**inputs, use_cache=True)
-    counts = {name: sum(by.values()) for name, by in counter.get_flop_counts().items()}
-    of = lambda suffix: next(n for name, n in counts.items() if name.endswith(suffix))
-    decoder = (
-        ".language_model.layers." if hasattr(model.model, "language_model") else ".model.layers."
-    )
-    found, form = (
-        sum(of(f"{decoder}{i}") for i in range(28)) + of(".lm_head"),
-        facts["flops"]["counter"],
-    )
-    if trr is None:
-        assert found == pytest.approx(form, rel=5e-3)
-    else:
-        assert form * 0.995 <= found <= form * 1.02
-    assert (
-        facts["flops"]["causal"]
-        == prefill_flops(facts["layer_tokens"], model.config, "causal")
-        < form
-    )
 
 
 @pytest.fixture

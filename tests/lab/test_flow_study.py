@@ -10,6 +10,7 @@ import torch
 import xarray as xr
 from test_cli import done, refused
 
+from seats_analysis import load_flow, load_profile
 from seats_analysis.lab.flow import (
     flow_flops,
     joint_heads,
@@ -20,7 +21,6 @@ from seats_analysis.lab.flow import (
 )
 from seats_analysis.models.encode import encode_questions
 from seats_analysis.probing.flow import Branches, Knockouts, jobs_of, joined
-from seats_analysis.storage.schemas import load_flow, load_profile
 from seats_analysis.testbed import load
 from seats_analysis.testbed.conflict import CONFLICTS, Conflict, conflict_samples
 from seats_analysis.testbed.task import POOLS

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from seats_analysis import load_profile
 from seats_analysis.lab.agreement import TOLERANCE, compare_profiles
-from seats_analysis.storage.schemas import load_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = 4

@@ -10,43 +10,34 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_figures import deep_profile, kept_of, visible_texts
+from test_figures import check_texts, check_type, deep_profile, kept_of, visible_texts
 
-from seats_analysis.lab import method_figures as M
-from seats_analysis.lab import paper as P
-from seats_analysis.lab import timing_figures as T
+from seats_analysis import Clip, Schedule, plot_dependency
+from seats_analysis.lab import method_figures as M, paper as P, timing_figures as T
 from seats_analysis.lab.answer_figures import family_figure
 from seats_analysis.lab.reported import read_reported
+from seats_analysis.lab.simulate import needed_figure
 from seats_analysis.lab.style import say_source
 from seats_analysis.plots import style
-from seats_analysis.lab.simulate import needed_figure
-from seats_analysis.testbed.task import synthetic_profile
-from seats_analysis.inputs.media import Clip
-from seats_analysis.plots.dependency import plot_dependency
-from seats_analysis.schedules.schedule import Schedule
 from seats_analysis.storage.schemas import SCHEMAS, load_json, save_json, save_profile
+from seats_analysis.testbed.task import synthetic_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = [m for m in M.NAMES if m not in ("full", "vtw")]
 LATE = tuple(f"{m}+late" for m in METHODS if m != "seats")
 TUNED = "seats+tuned", "fastv-om+late+tuned"
 FAMILIES = (
-    "colour",
-    "shape",
-    "position",
-    "tone",
-    "pattern",
-    "order",
-    "see_while_hear",
-    "hear_while_see",
-    "count",
-    "sequence",
-    "control",
-)
+    "colour shape position tone pattern order see_while_hear hear_while_see count sequence control"
+).split()
 
 
 WITH = "flops_fraction_causal_with_selection"
 FLOPS = "FLOPs, causal, with selection (% of full)"
+
+
+ABLATIONS = (
+    "no-stage1 no-stage2 no-stage3 uniform-trr flat-budgets attention-only diversity-only"
+).split()
 
 
 def row(method, trr, accuracy, label=None, setting="matched", cost=None, diff=None):
@@ -98,21 +89,7 @@ def row(method, trr, accuracy, label=None, setting="matched", cost=None, diff=No
     )
 
 
-def made_up(
-    methods=METHODS,
-    ablations=(
-        "no-stage1",
-        "no-stage2",
-        "no-stage3",
-        "uniform-trr",
-        "flat-budgets",
-        "attention-only",
-        "diversity-only",
-    ),
-    budgets=(35, 25, 15, 10),
-    late=LATE,
-    tuned=TUNED,
-):
+def made_up(methods=METHODS, ablations=ABLATIONS, budgets=(35, 25, 15, 10), late=LATE, tuned=TUNED):
     "A comparison of the full size, with everything that can crowd a figure."
     rows = [
         row("full", 100, 0.99, setting="full"),
@@ -164,14 +141,9 @@ def data(tmp_path_factory):
 
 
 PAPER = (
-    "accuracy_against_time",
-    "eval_testbed_comparison",
-    "eval_testbed_late",
-    "eval_testbed_ablations",
-    "qwen2.5-omni-7b_overview",
-    "qwen3-omni-30b-a3b_overview",
-    "testbed_overview",
-)
+    "accuracy_against_time eval_testbed_comparison eval_testbed_late eval_testbed_ablations "
+    "qwen2.5-omni-7b_overview qwen3-omni-30b-a3b_overview testbed_overview"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -187,24 +159,7 @@ def texts(fig):
 def test_no_text_overlaps_or_is_cut(drawn):
     learning = P.learning_curves_figure(made_up_log())
     check_texts(drawn | dict(learning=learning))
-
-
-def check_texts(figs):
-    for name, fig in figs.items():
-        found, canvas = visible_texts(fig), fig.bbox
-        for i, (a, box) in enumerate(found):
-            assert (
-                box.x0 >= -3
-                and box.y0 >= -3
-                and box.x1 <= canvas.x1 + 3
-                and box.y1 <= canvas.y1 + 3
-            ), f"{name}: {a!r} is cut off"
-            for b, other in found[i + 1 :]:
-                shared = (
-                    min(box.x1, other.x1) - max(box.x0, other.x0),
-                    min(box.y1, other.y1) - max(box.y0, other.y0),
-                )
-                assert min(shared) < 1.5, f"{name}: {a!r} and {b!r} overlap by {shared}"
+    check_type(drawn, style.WIDTHS.values())
 
 
 LONG = (
@@ -278,14 +233,6 @@ def test_no_legend_lies_on_data(drawn):
                 )
                 for ax in fig.axes:
                     assert not box.overlaps(ax.get_window_extent(renderer).shrunk(0.98, 0.98)), name
-
-
-def test_type_is_legible_and_the_width_is_a_journals(drawn):
-    from matplotlib.text import Text
-
-    for name, fig in drawn.items():
-        assert fig.get_size_inches()[0] in style.WIDTHS.values()
-        assert min(t.get_fontsize() for t in fig.findobj(Text) if t.get_text().strip()) >= 5.5, name
 
 
 def test_every_stored_figure_says_where_its_numbers_come_from(drawn):
@@ -486,15 +433,6 @@ def test_overview_of_odd_schedules():
         assert [line.get_xdata()[0] for line in ax.lines] == marks
 
 
-def test_same_data_same_bytes(data, tmp_path):
-    jobs = P.figure_jobs(data)
-    draw = jobs["eval_testbed_ablations"]
-    first, second = (style.save_figure(draw(), tmp_path / f"{i}") for i in range(2))
-    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
-    first, second = (P.write_tables(P.tables(data), tmp_path / i) for i in "ab")
-    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
-
-
 def test_tables_hold_the_same_numbers_in_all_formats(data, tmp_path):
     written = {p.name: p for p in P.write_tables(P.tables(data), tmp_path)}
     found = made_up()
@@ -596,48 +534,6 @@ def test_a_comparison_of_two_methods_at_one_budget():
     assert len(M.eval_rows(found)) == 4
 
 
-def test_the_command_writes_figures_and_tables_without_a_model(data, tmp_path):
-    small = tmp_path / "data"
-    for part in ("reported", "results"):
-        shutil.copytree(data / part, small / part, ignore=shutil.ignore_patterns("kept*"))
-    code = (
-        "import sys; from typer.testing import CliRunner; "
-        "from seats_analysis.cli import main as cli; "
-        "r = CliRunner().invoke(cli.app, sys.argv[1:]); print(r.output); "
-        "assert not {'torch', 'transformers'} & set(sys.modules), 'a model library was imported'; "
-        "sys.exit(r.exit_code)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "figures", "--data", small, "--out", tmp_path / "out"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {
-        "accuracy_against_time.png",
-        "eval_testbed_comparison.png",
-        "eval_testbed_ablations.png",
-        "eval_testbed_late.png",
-        "eval_testbed_tuned.png",
-    }
-    names = {p.name for p in (tmp_path / "out" / "tables").iterdir()}
-    assert names == {
-        f"{n}.{s}"
-        for n in (
-            "eval_testbed",
-            "eval_testbed_accuracy",
-            "eval_testbed_families",
-            "eval_testbed_ablations",
-            "eval_testbed_late",
-            "eval_testbed_tuned",
-            "reported",
-            "reported_unverified",
-        )
-        for s in ("csv", "md", "tex")
-    }
-
-
 def test_committed_tables_are_those_of_the_data(tmp_path):
     fresh = {p.name: p.read_bytes() for p in P.write_tables(P.tables(ROOT / "data"), tmp_path)}
     assert {p.name: p.read_bytes() for p in (ROOT / "figures" / "tables").iterdir()} == fresh
@@ -662,45 +558,43 @@ def test_learning_curves_of_unknown_families_and_a_short_log():
     assert [len(ax.lines) for ax in fig.axes] == [3, *[2] * 6, 1]  # with chance
 
 
-def test_figures_from_a_data_folder(tmp_path):
-    data = tmp_path / "data"
-    for part in ("profiles", "schedules", "results", "testbed/qwen2.5-omni"):
-        (data / part).mkdir(parents=True)
-    save_profile(synthetic_profile(clips=40), data / "profiles" / "m.nc")
+def test_the_command_draws_a_folder_of_data_without_a_model(data, tmp_path):
+    folder, out = tmp_path / "data", tmp_path / "figures"
+    for part in ("reported", "results"):
+        shutil.copytree(data / part, folder / part, ignore=shutil.ignore_patterns("kept*"))
+    for part in ("schedules", "testbed/qwen2.5-omni"):
+        (folder / part).mkdir(parents=True)
+    save_profile(synthetic_profile(clips=40), folder / "profiles" / "m.nc")
     for trr in (35, 10):
-        Schedule.published("qwen2.5-omni-7b", trr).save(data / "schedules" / f"m_trr{trr}.json")
+        Schedule.published("qwen2.5-omni-7b", trr).save(folder / "schedules" / f"m_trr{trr}.json")
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 255, (16, 112, 112, 3)).astype("uint8")
     wave = (0.1 * rng.standard_normal(128000)).astype("float32")
-    noise = Clip("noise", frames, 2.0, wave, 16000)
-    noise.save(data / "results" / "noise.mp4")
-    (data / "results" / "kept_testbed.json").write_text(json.dumps(kept_of()))
-    log = data / "testbed" / "qwen2.5-omni" / "train_log.jsonl"
+    Clip("noise", frames, 2.0, wave, 16000).save(folder / "results" / "noise.mp4")
+    (folder / "results" / "kept_testbed.json").write_text(json.dumps(kept_of()))
+    log = folder / "testbed" / "qwen2.5-omni" / "train_log.jsonl"
     log.write_text("\n".join(map(json.dumps, made_up_log())))
     code = (
-        "import sys; from seats_analysis.lab.paper import make_figures; "
-        "print(len(make_figures(*sys.argv[1:]))); "
-        "assert not {'torch', 'transformers'} & set(sys.modules), 'a model library was imported'"
+        "import sys; from typer.testing import CliRunner; "
+        "from seats_analysis.cli import main as cli; "
+        "r = CliRunner().invoke(cli.app, sys.argv[1:]); print(r.output); "
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'a model library was imported'; "
+        "sys.exit(r.exit_code)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, data, tmp_path / "figures"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    names = [
-        "kept_testbed",
-        "m_dependency",
-        "m_dependency_corrected",
-        "m_dependency_test",
-        "m_families",
-        "m_retention",
-        "testbed_learning",
-    ]
-    assert done.stdout.strip() == str(2 * len(names) + 3)  # and the table of boundaries
-    files = {p.name for p in (tmp_path / "figures").iterdir()}
+    words = "figures", "--data", folder, "--out", out
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    compared = "comparison ablations late tuned".split()
+    names = [f"eval_testbed_{n}" for n in compared] + (
+        "accuracy_against_time kept_testbed m_dependency m_dependency_corrected m_dependency_test "
+        "m_families m_retention testbed_learning"
+    ).split()
+    files = {p.name for p in out.iterdir()}
     assert files == {f"{n}{s}" for n in names for s in (".png", ".pdf")} | {"tables"}
+    tables = [f"eval_testbed_{n}" for n in ("accuracy", "families", *compared[1:])]
+    tables += "eval_testbed reported reported_unverified m_boundaries".split()
+    written = {p.name for p in (out / "tables").iterdir()}
+    assert written == {f"{n}.{s}" for n in tables for s in ("csv", "md", "tex")}
 
 
 def test_committed_figures_are_those_of_the_data():

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 
+from seats_analysis import (
+    Boundaries,
+    Schedule,
+    evaluate,
+    load_testbed,
+    testbed_samples as shipped_samples,
+)
 from seats_analysis.baselines.base import Random
-from seats_analysis.boundaries.find import Boundaries
-from seats_analysis.evaluation.evaluate import evaluate
 from seats_analysis.lab.results import answer_rows
-from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.testbed.load import load_testbed, testbed_samples as shipped_samples
 
 
 def test_tokens_per_block_of_the_demo():
