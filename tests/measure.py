@@ -44,15 +44,15 @@ BEFORE = {  # commit 85d5dfe, by this script
     "README, words": 897,
 }
 MAX = {  # what tests/test_repo.py holds the house to, and in a comment where it is meant to go
-    "of the core rooms": 86_000,  # 68,000 before whole answers, other families and flow
-    "of the instrument": 129_600,  # 98,000 before whole answers, other families, flow and one call
-    "of the tests": 195_700,  # as many as the package's
-    "names that cross a file's border": 336,  # 260
-    "classes": 128,  # 100
+    "of the core rooms": 90_600,  # 68,000 before whole answers, flow, and families whose layers differ
+    "of the instrument": 137_800,  # 98,000; all features since were to add 14,000 and added 31,000
+    "of the tests": 201_000,  # as many as the package's
+    "names that cross a file's border": 335,  # 260
+    "classes": 134,  # 100
     "assignments of several things": 30,
     "lambdas with a name": 0,
     "files above 500 lines": 0,
-    "options of all commands": 184,  # 140
+    "options of all commands": 166,  # 140
 }
 _LAYOUT = {getattr(tokenize, kind) for kind in "COMMENT NL NEWLINE INDENT DEDENT ENDMARKER".split()}
 

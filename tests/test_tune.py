@@ -11,9 +11,10 @@ from scipy.stats import beta, binom
 from test_cli import refused, seats
 
 import seats_analysis as sa
-from seats_analysis import Boundaries, Promise, Schedule, ScheduleWarning, SearchSpace, read_samples
+from seats_analysis import Boundaries, Promise, Schedule, SearchSpace, read_samples
 from seats_analysis.cli import app as shared
 from seats_analysis.evaluation.prepared import Answering, DataShape, PreparedBatch
+from seats_analysis.schedules.schedule import ScheduleWarning
 from seats_analysis.storage.schemas import save_profile
 from seats_analysis.testbed.load import write_samples
 from seats_analysis.testbed.task import ramp, synthetic_profile
