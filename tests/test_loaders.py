@@ -258,11 +258,10 @@ def test_same_path_at_the_size_of_the_7b(tmp_path, seven_billion):
     from seats_analysis.models.encode import encode
     from seats_analysis.models.decoder import Decoder
     from seats_analysis.cli.app import limits_of
-    from seats_analysis.evaluation.load import load_samples
 
     model, processor = seven_billion
     worldsense(tmp_path)
-    samples = load_samples("worldsense", None, 1, tmp_path)
+    samples = load_benchmark("worldsense", tmp_path)[:1]
     encoded = encode(model, processor, samples, **limits_of("worldsense", processor))
     counts = {k: int(v[0]) for k, v in encoded.layout.counts().items()}
     assert counts["audio"] == 8 * 25

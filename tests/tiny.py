@@ -110,8 +110,10 @@ QWEN3 = dict(  # where its configuration is not that of the testbed
 def config(family, layers=LAYERS):
     if family == "qwen2.5-omni":
         made = load.build_config(layers=layers, tower=32)
-        # windows of 2 x 2 cells, so that the tower does reorder its tokens
+        # windows of 2 x 2 cells in every block, so that the tower does reorder its tokens
         made.vision_config.window_size = 2 * 28
+        made.vision_config.fullatt_block_indexes = []
+        made.audio_config.n_window = 10
         return made
     made = load.build_config(family, layers, width=64, tower=32)
     made.position_id_per_seconds = 13

@@ -79,6 +79,10 @@ class Tuning:
     progress: bool = False  # show bars
     by: str = ""  # attribute of a sample: its kinds get schedules of their own
 
+    def __post_init__(self):
+        if both := {s.clip for s in self.proposal} & {s.clip for s in self.calibration}:
+            raise ValueError(f"clip {min(both)!r} is both for the search and for calibration")
+
     def _asked(self, samples, plans=(), answers="token", title=""):
         "The full model and plans on some questions."
         runs = [MethodRun("full", "full", 100, (None,))]
