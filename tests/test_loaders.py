@@ -261,7 +261,7 @@ def test_same_path_at_the_size_of_the_7b(tmp_path, seven_billion):
 
     model, processor = seven_billion
     worldsense(tmp_path)
-    samples = load_benchmark("worldsense", tmp_path)[:1]
+    samples = K.load_benchmark("worldsense", tmp_path)[:1]
     encoded = encode(model, processor, samples, **limits_of("worldsense", processor))
     counts = {k: int(v[0]) for k, v in encoded.layout.counts().items()}
     assert counts["audio"] == 8 * 25

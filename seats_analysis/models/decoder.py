@@ -235,7 +235,7 @@ class Decoder:
         rope = self.module.rotary_emb
         if position_ids.ndim == 2 and hasattr(
             rope, "mrope_section"
-        ):  # the oldest versions want three
+        ):  # in old versions
             position_ids = position_ids.expand(3, *position_ids.shape)
         return sum((tuple(rope(hidden, position_ids, *kind)) for kind in self._ropes), ())
 
