@@ -233,9 +233,7 @@ class Decoder:
     ) -> tuple:  # of (B, S, head size): cos and sin, of every kind of layer where they differ
         "cos and sin of every position."
         rope = self.module.rotary_emb
-        if position_ids.ndim == 2 and hasattr(
-            rope, "mrope_section"
-        ):  # in old versions
+        if position_ids.ndim == 2 and hasattr(rope, "mrope_section"):  # in old versions
             position_ids = position_ids.expand(3, *position_ids.shape)
         return sum((tuple(rope(hidden, position_ids, *kind)) for kind in self._ropes), ())
 
