@@ -1,5 +1,5 @@
 # Two commands on a fresh machine: `make demo` (the main job) and `make test` (what CI runs). Both build .venv first.
-.PHONY: help install constraints demo results test test-vllm bench-vllm nightly lab docs figures bench testbed wheel
+.PHONY: help install constraints demo results evidence test test-vllm bench-vllm nightly lab docs figures bench testbed wheel
 
 PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 VENV    := .venv
@@ -14,6 +14,7 @@ help:
 	@echo "make constraints  the newest versions of everything, and constraints.txt with them"
 	@echo "make demo      probe -> boundaries -> schedule -> pruned answers -> figures, into build/demo"
 	@echo "make results   the demo of both testbeds again, into data/ (profiles, schedules, results; then: make figures)"
+	@echo "make evidence  all that rests on the testbeds' weights again, into build/evidence (some hours; goes on where it was)"
 	@echo "make test      what CI runs; the last line counts passed and failed"
 	@echo "make test-vllm the plug-in for vLLM, in an environment of its own (build/vllm); CI runs it as well"
 	@echo "make nightly   the long version of the tests"
@@ -58,6 +59,9 @@ results: install
 		$(VENV)/bin/seats demo --model $$name --out build/results/$$name; \
 		(cd build/results/$$name && ls $(RESULTS) && tar cf - $(RESULTS) | tar xf - -C ../../../data) || exit 1; \
 	done
+
+evidence: install
+	for name in testbed testbed-qwen3; do sh tests/evidence.sh $$name || exit 1; done
 
 test: $(OVERLAY)/.installed
 	$(PY) tests/run_all.py --overlay $(OVERLAY)

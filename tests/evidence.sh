@@ -10,6 +10,7 @@ mkdir -p "$out"
 
 make() {  # FILE, then a command without --out
     file=$out/$1
+    mkdir -p "${file%/*}"
     shift
     test -s "$file" || "$@" --model "$name" --out "$file"
 }
