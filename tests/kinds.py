@@ -21,21 +21,8 @@ TOKENS = (
 ).split()
 IDS = {word: i for i, word in enumerate([*TOKENS, *WORDS, *kinds_gemma.TOKENS])}
 
-TEXT = dict(
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=tiny.LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    vocab_size=64,
-    moe_intermediate_size=32,
-    num_experts=4,
-    num_local_experts=4,
-    num_experts_per_tok=2,
-    pad_token_id=0,
-    bos_token_id=None,
-    eos_token_id=1,
+TEXT = tiny.TEXT | dict(
+    moe_intermediate_size=32, num_experts=4, num_local_experts=4, num_experts_per_tok=2
 )
 VISION = dict(
     hidden_size=32,

@@ -100,6 +100,18 @@ def processor(family):
     return made
 
 
+TEXT = dict(  # of decoders of other families
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=64,
+    pad_token_id=0,
+    bos_token_id=None,
+    eos_token_id=1,
+)
 QWEN3 = dict(  # where its configuration is not that of the testbed
     text_config=dict(intermediate_size=64, moe_intermediate_size=48),
     vision_config=dict(depth=4, deepstack_visual_indexes=[0, 1, 2]),
