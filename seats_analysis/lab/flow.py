@@ -25,7 +25,7 @@ from ..testbed.task import Scene
 # %% ../../nbs/lab/12_flow.ipynb #37a5cf9c
 def evidence(sample):  # -> {modality: window}, {} where there is no single one
     "Where the evidence of a testbed's question lies."
-    scene = Scene.draw(int(re.search(r"scene(\d+)", sample.id)[1]))
+    scene = Scene.draw(int(re.search(r"scene(\d+)", sample.id)[1]), crowded=True)
     words = sample.question.split(" . ")[-1].split()
     family = sample.family
     things = [t for t in scene.things if {t.colour, t.shape} & set(words)]

@@ -267,10 +267,10 @@ def testbed_samples(
 
 # %% ../../nbs/testbed/01_load.ipynb #73fd511c
 def held_out_scene(seed, k):
-    "Scene number k of a seed, under 10**6, where training never draws."
+    "Crowded scene number k of a seed, under 10**6, where training never draws."
     if not 0 <= seed < 90:
         raise ValueError(f"seed must be from 0 to 89, not {seed}")
-    return Scene.draw(10_000 * (seed + 1) + k)
+    return Scene.draw(10_000 * (seed + 1) + k, crowded=True)
 
 # %% ../../nbs/testbed/01_load.ipynb #53546790
 def _write_clip(scene, folder, again=True):
