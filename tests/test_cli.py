@@ -1,6 +1,5 @@
 """The command line: one line and exit 2 for bad input, nothing lost, results where they belong."""
 
-import importlib.util
 import json
 import os
 import re
@@ -292,14 +291,6 @@ def test_weights_cut_off(clip, tmp_path, model):
     assert "cannot be read" in refused("run {c} --question ? --model {m}", c=clip, m=tmp_path)
 
 
-def test_attention(clip):
-    "In one line, also where a package for it is missing."
-    assert "sdpa, eager" in refused("run {c} --question ? --attention fast", c=clip)
-    if importlib.util.find_spec("flash_attn") is None:
-        said = refused("run {c} --question ? --attention flash_attention_2", c=clip)
-        assert "cannot be used" in said
-
-
 def test_a_revision_goes_to_the_loader(monkeypatch, clip):
     "`owner/name@revision`, and nothing else is cut at an @."
     found = []
@@ -408,7 +399,7 @@ def broken(questions, rows, tmp_path_factory):
 def test_broken_clips_are_named_all_at_once(command, broken, no_model, tmp_path):
     result = seats(command + " --data {d} --out {t}/x.json", d=broken, t=tmp_path)
     first, *lines = result.stderr.splitlines()
-    assert result.exit_code == 2 and "5 broken clips" in first and "--skip-broken" in first
+    assert result.exit_code == 2 and "5 broken clips" in first and "--allow broken" in first
     for number, name in enumerate("nowhere cut empty text sound".split(), 4):
         line = lines[number - 4]
         assert f"broken.jsonl, line {number}: " in line and name in line, line
@@ -423,7 +414,7 @@ def test_many_broken_clips_are_counted(broken, rows, no_model):
 
 
 def test_skip_broken_goes_on_and_counts_them(broken, stubbed, tmp_path):
-    line = "probe --data {d} --skip-broken --out {t}/p.nc --layers 0,6 --removed both"
+    line = "probe --data {d} --allow broken --out {t}/p.nc --layers 0,6 --removed both"
     assert "5 questions on 5 broken clips are left out" in done(line, d=broken, t=tmp_path).stdout
     profile = load_profile(tmp_path / "p.nc")
     assert profile.sizes["sample"] == 6 and len(json.loads(profile.attrs["broken"])) == 5

@@ -19,7 +19,6 @@ from seats_analysis.cli.app import (
     Overwrite,
     app,
     check_trr,
-    emit,
     left_out,
     name_of,
     names_of,
@@ -222,7 +221,7 @@ def boundaries(
     if figure:
         drawn = save_figure(boundaries_figure(rows, layers), figure)
         note(", ".join(map(str, drawn)))
-    emit(as_json, data, text)
+    print(json.dumps(data, indent=1) if as_json else text)
 
 # %% ../../nbs/cli/01_analysis.ipynb #37673f97
 def _stated(text, profile):

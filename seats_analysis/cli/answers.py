@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/cli/02_answers.ipynb #e670a3d1
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,7 +23,6 @@ from seats_analysis.cli.app import (
     Overwrite,
     app,
     check_trr,
-    emit,
     left_out,
     name_of,
     names_of,
@@ -39,45 +39,29 @@ from ..storage.files import Checkpoint
 from ..storage.schemas import save_json
 
 # %% ../../nbs/cli/02_answers.ipynb #d1de3283
-def _run_text(answer):
-    "An answer for people."
+def _told(answer, blocks):
+    "What is said of one answer: label -> text; tokens per layer, or their mean in each block."
     report = answer.report
-    lines = [f"answer    {answer.text}"]
+    lines = {"answer": answer.text}
     for choice, p in (answer.choices or {}).items():
-        lines.append(f"          {p:6.1%}  {choice}")
-    lines.append("tokens    " + ", ".join(f"{n} {m}" for m, n in report["tokens"].items() if n))
+        lines[f"  {choice}"] = f"{p:.1%}"
+    lines["tokens"] = ", ".join(f"{n} {m}" for m, n in report["tokens"].items() if n)
+    layers = report["tokens_per_layer"]
     if "trr" in report:
         shares = [(m, kept, report["target"][m]) for m, kept in report["trr"].items()]
         if len(shares) > 1:
             shares.append(("together", report["token_trr"], report["token_target"]))
         kept = [f"{m} {100 * k:.3g} % (target {100 * t:.3g} %)" for m, k, t in shares]
-        lines.append("kept      " + (", ".join(kept) or "nothing to prune"))
-        lines.append("per layer " + " ".join(map(str, report["tokens_per_layer"])))
-    share = f"{report['flops_fraction_causal_with_selection']:.1%}"
-    lines.append(f"FLOPs     {share} of the full prefill (causal, with selection)")
-    lines.append("time      " + ", ".join(f"{k} {ms:.0f} ms" for k, ms in report["ms"].items()))
-    return "\n".join(lines)
-
-
-def _column(answer, blocks):
-    "What the comparison says of one answer: label -> text."
-    report = answer.report
-    lines = {"answer": answer.text}
-    for choice, p in (answer.choices or {}).items():
-        lines[f"  {choice}"] = f"{p:.1%}"
+        lines["kept"] = ", ".join(kept) or "nothing to prune"
+        if not blocks:
+            lines["per layer"] = " ".join(map(str, layers))
     for block, (start, end) in blocks.items():
         if start < end:
-            tokens = report["tokens_per_layer"][start:end]
             span = f"tokens a layer, {block} ({start + 1} to {end})"
-            lines[span] = f"{sum(tokens) / len(tokens):.0f}"
-    ms = report["ms"]
-    lines["FLOPs (causal, with selection)"] = (
-        f"{report['flops_fraction_causal_with_selection']:.1%}"
-    )
-    lines["prefill with selection"] = f"{ms['selection'] + ms['prefill']:.0f} ms"
-    lines["encoders"] = f"{ms['encoders']:.0f} ms"
-    lines["decoding"] = f"{ms['decode']:.0f} ms"
-    return lines
+            lines[span] = f"{sum(layers[start:end]) / (end - start):.0f}"
+    share = report["flops_fraction_causal_with_selection"]
+    lines["FLOPs (causal, with selection)"] = f"{share:.1%} of the full prefill"
+    return lines | {f"{part}, ms": f"{ms:.0f}" for part, ms in report["ms"].items()}
 
 
 def _compare_text(found, plan):
@@ -86,9 +70,11 @@ def _compare_text(found, plan):
     blocks = dict(
         shallow=(0, plan.shallow_end), middle=(plan.shallow_end, late), late=(late, plan.num_layers)
     )
-    full = _column(found["full"], blocks)
-    pruned = _column(found["pruned"], blocks)
-    rows = [{"": label, "full": full[label], "pruned": text} for label, text in pruned.items()]
+    full = _told(found["full"], blocks)
+    pruned = _told(found["pruned"], blocks)
+    rows = [
+        {"": label, "full": full.get(label, ""), "pruned": told} for label, told in pruned.items()
+    ]
     fewer = 1 / found["pruned"].report["flops_fraction_causal_with_selection"]
     before, after = (
         answer.report["ms"]["selection"] + answer.report["ms"]["prefill"]
@@ -169,7 +155,7 @@ def run(
     else:
         answer = Answer.of(model, processor, encoded, plan, max_new_tokens=max_tokens)
         data = answer.to_dict()
-        text = _run_text(answer)
+        text = "\n".join(f"{label:<9} {told}" for label, told in _told(answer, {}).items())
     if kept:
         from seats_analysis.plots.kept import kept_data
 
@@ -184,7 +170,7 @@ def run(
             answered=answer.text,
         )
         save_json(kept, positions)
-    emit(as_json, data, text)
+    print(json.dumps(data, indent=1) if as_json else text)
 
 # %% ../../nbs/cli/02_answers.ipynb #658b7f66
 SEED = 2  # of the testbed's fresh clips by default: no other result has used them
@@ -277,7 +263,6 @@ def eval_(
         help="`likelihood` ranks the choices; `generate` lets the model write and reads its "
         "answer; `text` compares whole answers with the full model's.",
     ),
-    max_tokens: int = Option(64, min=1, help="Most tokens of a whole answer."),
     profile: Path | None = Option(
         None, help="Profile of the model, for --trr; default: what `seats probe` has written."
     ),
@@ -344,9 +329,9 @@ def eval_(
             f"--data {data} --limit {len(samples)} --answers {answers} --seed {seed}"
         )
         command += "".join(f" --tuned {p.name}" for p in tuned)
-        for name in ("fps", "max_frames", "attention"):
+        for name in ("fps", "max_frames"):
             value = getattr(asked, name)
-            if value not in (None, "sdpa"):
+            if value is not None:
                 command += f" --{name.replace('_', '-')} {value}"
         with resumable(folder, "questions"):
             result = compare_methods(
@@ -367,7 +352,7 @@ def eval_(
                     questions_of_schedule=made_from(samples, measured, searched),
                 ),
                 answers=answers,
-                max_new_tokens=max_tokens if answers == "text" else 16,
+                max_new_tokens=64 if answers == "text" else 16,
                 batch_size=16 if data == "testbed" else 1,
                 progress=True,
                 **limits,

@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/cli/00_app.ipynb #5872ac12
-import json
 import os
 import sys
 import warnings
@@ -268,20 +267,11 @@ def numbers_of(text, option, example, kind=float) -> tuple:
 
 
 def left_out(broken) -> str:
-    "What a summary says about broken clips; nothing without --skip-broken."
+    "What a summary says about broken clips; nothing without --allow broken."
     if broken is None:
         return ""
     questions = sum(len(b["questions"]) for b in broken)
     return f"; {questions} questions on {len(broken)} broken clips are left out"
-
-
-def emit(
-    as_json: bool,  # one JSON document instead of text
-    data: dict,  # what a machine reads
-    text: str,  # what a person reads
-):
-    "Print a result to stdout."
-    print(json.dumps(data, indent=1) if as_json else text)
 
 
 def table(
@@ -324,7 +314,6 @@ class ModelOptions:
             "files of your own.",
         ),
     ] = None
-    attention: Annotated[str, Option(help="Attention: sdpa, eager or flash_attention_2.")] = "sdpa"
 
     @cached_property
     def config(self):  # of its text model, as its config.json has it
@@ -354,7 +343,7 @@ class ModelOptions:
     def load(self):  # model, processor
         prepare()
         name, revision = name_and_revision(self.model)
-        return load_model(name, attention=self.attention, revision=revision)
+        return load_model(name, revision=revision)
 
 
 @dataclass(frozen=True)
@@ -372,29 +361,26 @@ class DataOptions(ModelOptions):
     limit: Annotated[
         int | None, Option(min=1, max=10**6, help="Use only the first so many questions.")
     ] = None
-    allow_outside: Annotated[
-        bool,
+    allow: Annotated[
+        str,
         Option(
-            "--allow-outside",
-            help="Let the data name media outside of their folder, or of the JSONL file's.",
+            help="`outside`: the data may name media outside of their folder, or of the JSONL "
+            "file's; `broken`: go on without clips that are missing or cannot be read, which the "
+            "result counts; `outside,broken`: both."
         ),
-    ] = False
-    skip_broken: Annotated[
-        bool,
-        Option(
-            "--skip-broken",
-            help="Go on without clips that are missing or cannot be read; the result counts them.",
-        ),
-    ] = False
+    ] = ""
+
+    @cached_property
+    def _allowed(self):
+        return names_of(self.allow, "--allow", ("outside", "broken")) if self.allow else ()
 
     @cached_property
     def broken(self):  # list of what was left out; None where broken clips are an error
-        return [] if self.skip_broken else None
+        return [] if "broken" in self._allowed else None
 
     def samples(self, split=None):
-        return load_samples(
-            self.data, split, limit=self.limit, allow_outside=self.allow_outside, broken=self.broken
-        )
+        outside = "outside" in self._allowed
+        return load_samples(self.data, split, self.limit, outside, self.broken)
 
     @property
     def needs(self):  # family -> modalities; None: the data do not say

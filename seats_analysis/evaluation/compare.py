@@ -10,6 +10,7 @@ import re
 import warnings
 
 import numpy as np
+import torch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -35,7 +36,6 @@ from ..testbed.task import Scene
 
 if TYPE_CHECKING:
     import pandas as pd
-    import torch
 
 # %% ../../nbs/evaluation/02_compare.ipynb #cceb46f0
 TOLERANCE = (
@@ -191,14 +191,9 @@ def _text_scores(run, cells, samples):
 def _planned(run, shape):
     "What a run was to keep, and how its knob was set for that."
     kept = [shape.retention(p) for p in run.plans]
-    mixed = None
-    if len(run.plans) > 1:
-        costs = [shape.cost(p) for p in run.plans]
-        mixed = dict(share=run.share, knobs=list(run.knob), flops_causal_with_selection=costs)
     return dict(
         **{f"retention_{m}": run.mean([x[m] for x in kept]) for m in kept[0]},
         knob=run.mean(run.knob) if run.knob else None,
-        mixed=mixed,
         floor=list(run.floor),
         own_minimum=run.setting == "lowest setting" or bool(run.floor),
     )
@@ -303,7 +298,7 @@ def outcome_rows(
 
 # %% ../../nbs/evaluation/02_compare.ipynb #8d9fffe5
 def compare_methods(
-    model: "torch.nn.Module",  # an om-LLM
+    model: torch.nn.Module,  # an om-LLM
     processor: Callable,  # its processor
     samples: Sequence[Sample],  # see `samples_of`
     plans: Mapping,  # headline TRR in percent -> `Schedule` of SEATS

@@ -127,7 +127,6 @@ def check_device(
 
 # %% ../../nbs/evaluation/00_load.ipynb #cf0410c3
 _DTYPES = "auto", "float32", "bfloat16", "float16"
-_ATTENTION = "sdpa", "eager", "flash_attention_2"
 
 
 def load_model(
@@ -141,9 +140,8 @@ def load_model(
     "A model and its processor by name. Raises ValueError for an unknown one."
     check_model_name(str(name), revision)
     device = check_device(device)
-    for option, value, known in (("dtype", dtype, _DTYPES), ("attention", attention, _ATTENTION)):
-        if value not in known:
-            raise ValueError(f"{option} {value!r}: {', '.join(known)}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r}: {', '.join(_DTYPES)}")
     import torch
     from huggingface_hub import hf_hub_download
     from safetensors import SafetensorError

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
+from reprlib import repr as short
 from threading import get_ident
 
 from .provenance import digest
@@ -182,11 +183,6 @@ _WORDS = dict(
 
 def _differences(theirs, ours):
     "What keeps a run from going on with the checkpoint of another one, in words."
-
-    def short(x):
-        text = json.dumps(x)
-        return text if len(text) <= 40 else f"{text[:37]}.."
-
     keys = sorted((theirs.keys() | ours.keys()) - {"samples", "data_sha256", "sha256"})
     pairs = [(_WORDS.get(key, key), theirs.get(key), ours.get(key)) for key in keys]
     out = [f"other {w} ({short(a)} there, {short(b)} now)" for w, a, b in pairs if a != b]

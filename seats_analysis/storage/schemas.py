@@ -144,29 +144,35 @@ class Schema:
 
     id: str  # what its `schema` says
     what: str  # what messages call it, with its article
-    keys: tuple = ()  # that it must have
-    row_keys: tuple = ()  # that each of its `rows` must have; none: it needs no rows
-    form: object = None  # of all that it holds, see `wrong_with`
+    form: object  # of all that it holds, see `wrong_with`; of a dataset what variables it has
 
     def wrong_with(self, data, where=""):
         "What is not of its form, in words; nothing where all is."
-        return wrong_with(data, self.form, where) if self.form else ""
+        return wrong_with(data, self.form, where)
+
+
+def _having(names):
+    "The form of a mapping that has these names, whatever else."
+    return record(closed=False, **dict.fromkeys(names.split(), Any))
 
 
 def _json(name, what, keys="", row_keys=""):
-    return Schema(f"seats_analysis/{name}/1", what, tuple(keys.split()), tuple(row_keys.split()))
+    form = _having(keys)
+    if row_keys:
+        form = record(closed=False, rows=Annotated[list[_having(row_keys)], Field(min_length=1)])
+    return Schema(f"seats_analysis/{name}/1", what, form)
 
 # %% ../../nbs/storage/03_schemas.ipynb #779d85fc
 SCHEMAS = dict(
     profile=Schema(
         "seats_analysis.profile/1",
         "a dependency profile",
-        ("correct", "removed", "layer", "family", "clip"),
+        _having("correct removed layer family clip"),
     ),
     flow=Schema(
         "seats_analysis.flow/1",
         "a flow",
-        ("change", "kl", "flip", "correct", "full_correct", "edge", "family", "clip"),
+        _having("change kl flip correct full_correct edge family clip"),
     ),
     schedule=_json("schedule", "a usable schedule"),
     plan=Schema("seats_analysis/plan/1", "the fields of a schedule", form=_PLAN),
@@ -177,22 +183,24 @@ SCHEMAS = dict(
     results=_json(
         "results",
         "a results file",
-        "rows",
-        "method accuracy flops_fraction_causal_without_selection",
+        row_keys="method accuracy flops_fraction_causal_without_selection",
     ),
-    sensitivity=_json("sensitivity", "a task-sensitivity table", "rows", "made_for used_on kept"),
+    sensitivity=_json(
+        "sensitivity", "a task-sensitivity table", row_keys="made_for used_on kept"
+    ),
     flow_study=_json("flow_study", "a study of flows", "windows heads conflicts repair"),
-    turns=_json("turns", "a study of second turns", "rows", "plan turn alone second"),
-    bench=_json("bench", "a benchmark", "rows", "config method trr batch tokens"),
+    turns=_json("turns", "a study of second turns", row_keys="plan turn alone second"),
+    bench=_json("bench", "a benchmark", row_keys="config method trr batch tokens"),
     kept=_json("kept", "a file of kept positions", "clip grid audio_tokens audio_rate stages"),
     tune=Schema("seats_analysis/tune/1", "a tuned chain", form=_TUNED),
     check=Schema("seats_analysis/check/1", "a check of a schedule", form=_CHECKED),
-    vllm=_json("vllm", "a benchmark in vLLM", "rows", "method round concurrency prompt_tokens"),
+    vllm=_json(
+        "vllm", "a benchmark in vLLM", row_keys="method round concurrency prompt_tokens"
+    ),
     eval=_json(
         "eval",
         "a comparison of methods",
-        "rows",
-        "method label trr setting flops_fraction_causal_with_selection "
+        row_keys="method label trr setting flops_fraction_causal_with_selection "
         "flops_fraction_causal_without_selection floor ms ms_full n accuracy low high "
         "full_accuracy "
         "diff_full diff_seats diff_seats_low diff_seats_high mcnemar_p_seats equal_cost ranked "
@@ -251,13 +259,6 @@ def load_json(
         data = _read(path)
         if data.get("schema") != schema.id:
             raise ValueError(f"its `schema` is {data.get('schema')!r}, expected {schema.id!r}")
-        if missing := [k for k in schema.keys if k not in data]:
-            raise ValueError(f"it has no {', '.join(missing)}")
-        if schema.row_keys:
-            if not data["rows"]:
-                raise ValueError("it has no rows in `rows`")
-            if missing := {k for k in schema.row_keys for row in data["rows"] if k not in row}:
-                raise ValueError(f"rows without {', '.join(sorted(missing))}")
         if wrong := schema.wrong_with(data):
             raise ValueError(wrong)
     except (ValueError, TypeError, OSError) as error:
@@ -329,9 +330,7 @@ def _check_dataset(data, name, where):
     wrong = ""
     if str(said := data.attrs.get("schema", schema.id)) != schema.id:
         wrong = f"its `schema` is {said!r}, expected {schema.id!r}"
-    elif missing := [k for k in schema.keys if k not in data.variables]:
-        wrong = f"it has no {', '.join(missing)}"
-    elif name == "profile":
+    elif not (wrong := schema.wrong_with(dict(data.variables))) and name == "profile":
         wrong = _wrong_with(data)
     if wrong:
         raise ValueError(f"{where} is not {schema.what}: {wrong}")

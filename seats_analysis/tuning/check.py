@@ -7,9 +7,9 @@ __all__ = ['load_chains', 'load_promised', 'check_schedule']
 
 # %% ../../nbs/tuning/03_check.ipynb #8d94faee
 import numpy as np
+import torch
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..storage.files import Checkpoint, processes
 from ..storage.provenance import hash_code
@@ -23,9 +23,6 @@ from ..baselines.registry import METHODS
 from ..evaluation.evaluate import APART
 from .certificate import Promise
 from .tune import Tuning
-
-if TYPE_CHECKING:
-    import torch
 
 # %% ../../nbs/tuning/03_check.ipynb #7de0bab8
 def load_chains(
@@ -125,7 +122,7 @@ def verdict_on(result, promise, plan):
 
 # %% ../../nbs/tuning/03_check.ipynb #fa909bc1
 def check_schedule(
-    model: "torch.nn.Module",  # an om-LLM
+    model: torch.nn.Module,  # an om-LLM
     processor: Callable,  # its processor
     samples: Sequence[Sample],  # on clips that made neither schedule nor promise
     schedule: str | Path,  # file or name of a `Schedule`, or JSON file of `seats tune`: all of its

@@ -7,6 +7,7 @@ __all__ = ['tune_schedule']
 
 # %% ../../nbs/tuning/02_tune.ipynb #746a5417
 import numpy as np
+import torch
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..storage.files import Checkpoint, processes
 from ..storage.provenance import digest, hash_code
@@ -33,9 +33,6 @@ from ..evaluation.evaluate import APART
 from ..evaluation.prepared import Answering, DataShape, MethodRun
 from .certificate import Promise
 from .space import deal_clips, measured_space
-
-if TYPE_CHECKING:
-    import torch
 
 # %% ../../nbs/tuning/02_tune.ipynb #ea09df93
 FIRST_ROUND = 48  # questions, at least: of 12 a schedule that changes 2 % changes mostly none
@@ -320,7 +317,7 @@ def drawn_settings(method, plan, counts):
 
 # %% ../../nbs/tuning/02_tune.ipynb #c6096353
 def tune_schedule(
-    model: "torch.nn.Module",  # an om-LLM
+    model: torch.nn.Module,  # an om-LLM
     processor: Callable,  # its processor
     samples: Sequence[Sample],  # right answers are not needed; half of the clips are for the search
     promise: Promise = Promise(),  # how few answers may change, and how sure that must be
