@@ -513,7 +513,8 @@ def test_columns_say_what_happened(shape):
     for name, values in wanted.items():
         assert [r[name] for r in rows] == pytest.approx(list(values)), name
     families = rows[2]["families"]
-    assert [families[f]["diff_seats"] for f in ("where", "what")] == [-1, 1]
+    assert [families[f]["accuracy"] for f in ("where", "what")] == [0, 1]
+    assert [rows[1]["families"][f]["accuracy"] for f in ("where", "what")] == [1, 0]
     assert families["control"]["full_accuracy"] == 0
     assert rows[2]["ranked"]
 

@@ -7,20 +7,19 @@ __all__ = []
 
 # %% ../../nbs/cli/02_answers.ipynb #e670a3d1
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from typer import Option
 
+import seats_analysis as sa
 from seats_analysis.cli.app import (
     CLIPS,
     DataOptions,
     Json,
     MAX_FRAMES,
     ModelOptions,
-    Overwrite,
     app,
     check_trr,
     left_out,
@@ -28,15 +27,12 @@ from seats_analysis.cli.app import (
     names_of,
     note,
     numbers_of,
-    output_file,
     resumable,
     table,
     takes,
-    writable,
 )
 from ..inputs.layout import Modality
 from ..storage.files import Checkpoint
-from ..storage.schemas import save_json
 
 # %% ../../nbs/cli/02_answers.ipynb #d1de3283
 def _told(answer, blocks):
@@ -104,8 +100,6 @@ def run(
     compare: bool = Option(
         False, "--compare", help="Full and pruned beside each other: answers, tokens, FLOPs, time."
     ),
-    kept: Path | None = Option(None, help="JSON file to write the kept positions to."),
-    overwrite: Overwrite = False,
     as_json: Json = False,
 ):
     "Ask a question about a clip, with or without pruning."
@@ -115,17 +109,10 @@ def run(
         raise ValueError("--compare shows what pruning does: add --trr or --schedule")
     check_trr(trr)
     num_layers = asked.depth()
-    if kept:
-        writable(kept, "kept", overwrite)
     from seats_analysis.evaluation.answer import Answer
-    from seats_analysis.inputs.media import decode_clip
-    from seats_analysis.inputs.samples import Sample
-    from seats_analysis.models.encode import encode
-    from seats_analysis.models.families import adapter_for
     from seats_analysis.schedules.choose import solve_schedules
-    from seats_analysis.schedules.schedule import Schedule
 
-    plan = schedule and Schedule.load(schedule)
+    plan = schedule and sa.Schedule.load(schedule)
     if plan and num_layers:
         plan.check_model(num_layers)
     if trr is not None:
@@ -133,43 +120,29 @@ def run(
     if choice and len(choice) < 2:
         raise ValueError("--choice: give at least two choices, or none for a free answer")
     limits = dict(fps=asked.fps or 2.0, max_frames=asked.max_frames or MAX_FRAMES)
-    first = decode_clip(clip, max_frames=1)  # a broken file costs no model
+    first = sa.decode_clip(clip, max_frames=1)  # a broken file costs no model
     seconds = 0.0 if first.frames is None else 1 / first.fps
     if asked.max_frames is None and seconds * limits["fps"] > MAX_FRAMES:
         note(f"note: {MAX_FRAMES} frames spread over {seconds:.0f} s; --max-frames takes more")
-    sample = Sample(clip, question, choice or (), answer=0 if choice else -1)
+    sample = sa.Sample(clip, question, choice or (), answer=0 if choice else -1)
     model, processor = asked.load()
-    encoded = encode(model, processor, [sample], **limits)
+    encoded = sa.encode(model, processor, [sample], **limits)
     if trr is not None:
         counts = [encoded.layout.counts()[m].item() for m in Modality.CODES]
         plan = solve_schedules(known, (trr,), counts)[trr]
-    adapter = adapter_for(model)
-    name = adapter.name(model)
+    adapter = sa.adapter_for(model)
     if plan:
-        plan.check_model(adapter.num_layers(model), name, lambda: adapter.hash_weights(model))
+        plan.check_model(
+            adapter.num_layers(model), adapter.name(model), lambda: adapter.hash_weights(model)
+        )
     if compare:
         found = Answer.compared(model, processor, encoded, plan, max_new_tokens=max_tokens)
-        answer = found["pruned"]
         data = {name: a.to_dict() for name, a in found.items()}
         text = _compare_text(found, plan)
     else:
         answer = Answer.of(model, processor, encoded, plan, max_new_tokens=max_tokens)
         data = answer.to_dict()
         text = "\n".join(f"{label:<9} {told}" for label, told in _told(answer, {}).items())
-    if kept:
-        from seats_analysis.plots.kept import kept_data
-
-        positions = kept_data(
-            answer.run,
-            encoded,
-            adapter.rates(model),
-            clip=os.path.relpath(clip, kept.absolute().parent),
-            model=name,
-            revision=adapter.revision(model),
-            question=question,
-            answered=answer.text,
-        )
-        save_json(kept, positions)
     print(json.dumps(data, indent=1) if as_json else text)
 
 # %% ../../nbs/cli/02_answers.ipynb #658b7f66
@@ -208,9 +181,7 @@ def _tuned(paths, num_layers):  # -> method -> its chain, clips that made them
 
 def _eval_text(result, out):
     "The table, and what it says about SEATS."
-    from seats_analysis.evaluation.compare import comparison_table
-
-    frame = comparison_table(result["rows"])
+    frame = sa.comparison_table(result["rows"])
     for name in frame.select_dtypes("float"):
         form = "{:.3g}" if name == "p" else "{:.1f}"
         frame[name] = [form.format(v) if v == v or name != "p" else "" for v in frame[name]]
@@ -253,10 +224,6 @@ def eval_(
     schedule: Path | None = Option(
         None, help="Schedule of SEATS, as it is: a file, or a shipped one, as testbed/10."
     ),
-    out: Path | None = Option(
-        None, help="JSON file to write; default: seats_out/DATA/results/eval_MODEL.json."
-    ),
-    overwrite: Overwrite = False,
     split: str | None = Option(None, help="Only this split of the data."),
     answers: Literal["likelihood", "generate", "text"] = Option(
         "likelihood",
@@ -286,13 +253,11 @@ def eval_(
     if schedule is not None and trr is not None:
         raise ValueError("give --schedule or --trr, not both")
     trrs = _trr_list(trr or "35,25,15,10")
-    usual = f"results/eval_{name_of(model_name)}.json"
-    out = output_file(out, asked.data, usual, "eval", overwrite)
-    from seats_analysis.evaluation.compare import compare_methods, made_from, method_names, vtw_rule
+    out = asked.output(f"results/eval_{name_of(model_name)}.json", "eval")
+    from seats_analysis.evaluation.compare import made_from, method_names, vtw_rule
     from seats_analysis.models.encode import mean_tokens
     from seats_analysis.schedules.choose import solve_schedules
     from seats_analysis.boundaries.find import layers_read
-    from seats_analysis.storage.schemas import load_profile
     from seats_analysis.testbed.load import TESTBEDS, caption_samples, held_out
 
     names = method_names(names_of(methods, "--methods"))
@@ -300,7 +265,7 @@ def eval_(
     source, known = asked.blocks(profile, schedule)
     read = None
     if answers == "text" and model_name in TESTBEDS:
-        read = layers_read(load_profile(f"captions/{model_name}"))
+        read = layers_read(sa.load_profile(f"captions/{model_name}"))
     measured = model_name if model_name in TESTBEDS else None
     if schedule is None:
         measured = source or measured
@@ -319,22 +284,18 @@ def eval_(
         limits = asked.limits(processor)
         counts = mean_tokens(model, processor, samples, **limits)
         counts = (counts["visual"], counts["audio"])
-        kept = f"--trr {','.join(map(str, trrs))}"
         plans = solve_schedules(known, trrs, counts)
+        given = dict(methods=methods, trr=",".join(map(str, trrs)))
         if schedule is not None:
-            kept = f"--schedule {schedule.name if schedule.is_file() else schedule}"
             plans = {round(100 * source.token_trr(*counts), 1): source}
-        command = (
-            f"seats eval --methods {methods} {kept} --model {Path(model_name).name} "
-            f"--data {data} --limit {len(samples)} --answers {answers} --seed {seed}"
-        )
-        command += "".join(f" --tuned {p.name}" for p in tuned)
-        for name in ("fps", "max_frames"):
-            value = getattr(asked, name)
-            if value is not None:
-                command += f" --{name.replace('_', '-')} {value}"
+            given["trr"] = None
+            given["schedule"] = schedule.name if schedule.is_file() else schedule
+        given |= dict(model=Path(model_name).name, data=data, limit=len(samples), answers=answers)
+        given |= {"seed": seed, "fps": asked.fps, "max-frames": asked.max_frames}
+        words = [f" --{name} {value}" for name, value in given.items() if value is not None]
+        words += [f" --tuned {p.name}" for p in tuned]
         with resumable(folder, "questions"):
-            result = compare_methods(
+            result = sa.compare_methods(
                 model,
                 processor,
                 samples,
@@ -345,7 +306,7 @@ def eval_(
                 tuned=chains,
                 cache=read,
                 about=dict(
-                    command=command,
+                    command=f"seats eval{''.join(words)}",
                     data=data,
                     split=",".join(sorted({s.split for s in samples})),
                     broken=asked.broken,

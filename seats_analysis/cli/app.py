@@ -348,7 +348,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class DataOptions(ModelOptions):
-    "Options of every command that asks a model many questions."
+    "Options of every command that asks a model many questions and writes what it finds."
 
     data: Annotated[
         str,
@@ -358,6 +358,11 @@ class DataOptions(ModelOptions):
             "divergence is probed)."
         ),
     ] = "testbed"
+    out: Annotated[
+        Path | None,
+        Option(help="Where to write: a file, of `analyze` a folder; default: in seats_out/DATA."),
+    ] = None
+    overwrite: Overwrite = False
     limit: Annotated[
         int | None, Option(min=1, max=10**6, help="Use only the first so many questions.")
     ] = None
@@ -369,6 +374,9 @@ class DataOptions(ModelOptions):
             "result counts; `outside,broken`: both."
         ),
     ] = ""
+
+    def output(self, usual, name):  # see `output_file`
+        return output_file(self.out, self.data, usual, name, self.overwrite)
 
     @cached_property
     def _allowed(self):

@@ -6,16 +6,17 @@
 __all__ = []
 
 # %% ../../nbs/cli/04_tune.ipynb #ebae319f
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from typer import Option
 
+import seats_analysis as sa
 from seats_analysis.cli.app import (
     CLIPS,
     DataOptions,
-    Overwrite,
     app,
     left_out,
     name_of,
@@ -140,15 +141,11 @@ def tune(
     method: str = Option(
         "seats", help="Another method to tune by its own knobs, also as fastv+late."
     ),
-    out: Path | None = Option(
-        None, help="Schedule file to write; default: seats_out/DATA/schedules/tuned_MODEL.json."
-    ),
     evidence: Path | None = Option(
         None,
         help="JSON file for search, chain and certificate; default: "
         "seats_out/DATA/results/tune_MODEL.json.",
     ),
-    overwrite: Overwrite = False,
     batch: BatchOfClip = None,
 ):
     """Find the cheapest schedule that changes few answers.
@@ -160,17 +157,14 @@ def tune(
     """
     asked.depth()  # a model that cannot be had is refused first
     name = name_of(asked.model) + ("" if method == "seats" else f"_{method}")
-    out = output_file(out, asked.data, f"schedules/tuned_{name}.json", "schedule", overwrite)
+    out = asked.output(f"schedules/tuned_{name}.json", "schedule")
     usual = f"results/tune_{name}.json"
-    evidence = output_file(evidence, asked.data, usual, "tune", overwrite)
-    from seats_analysis.baselines.registry import METHODS
-    from seats_analysis.tuning.certificate import Promise
+    evidence = output_file(evidence, asked.data, usual, "tune", asked.overwrite)
     from seats_analysis.tuning.space import deal_clips
-    from seats_analysis.tuning.tune import tune_schedule
 
-    promise = Promise(max_change / 100, confidence / 100, answers)
-    if method.removesuffix("+late") not in METHODS:
-        raise ValueError(f"--method {method!r}: one of {', '.join(METHODS)}, or with +late behind")
+    promise = sa.Promise(max_change / 100, confidence / 100, answers)
+    if method.removesuffix("+late") not in sa.METHODS:
+        raise ValueError(f"--method {method!r}: one of {', '.join(sa.METHODS)}, or with +late behind")
     source, _ = asked.blocks(profile, schedule)
     with Checkpoint.hold(Checkpoint.folder_of(evidence)) as folder:
         if asked.data == "testbed":
@@ -183,7 +177,7 @@ def tune(
         note(f"{len(proposal)} questions to search on, {len(calibration)} to certify on")
         model, processor = asked.load()
         with resumable(folder, "answers"):
-            result = tune_schedule(
+            result = sa.tune_schedule(
                 model,
                 processor,
                 samples,
@@ -225,10 +219,6 @@ def check(
         max=99.99,
         help="Percent of calibrations in which it holds; default: as promised, else 95.",
     ),
-    out: Path | None = Option(
-        None, help="JSON file to write; default: seats_out/DATA/results/check_SCHEDULE.json."
-    ),
-    overwrite: Overwrite = False,
     batch: BatchOfClip = None,
 ):
     """Test the promise of a schedule on other questions.
@@ -238,12 +228,8 @@ def check(
     few to tell, the exit code is 1.
     """
     num_layers = asked.depth()
-    usual = f"results/check_{schedule.stem}.json"
-    out = output_file(out, asked.data, usual, "check", overwrite)
-    from dataclasses import replace
-
-    from seats_analysis.tuning.certificate import Promise
-    from seats_analysis.tuning.check import check_schedule, load_promised
+    out = asked.output(f"results/check_{schedule.stem}.json", "check")
+    from seats_analysis.tuning.check import load_promised
 
     chains, promised, known_clips = load_promised(schedule)
     if num_layers:
@@ -251,7 +237,7 @@ def check(
             plan.check_model(num_layers)
     given = dict(max_change=max_change, confidence=confidence)
     given = {name: percent / 100 for name, percent in given.items() if percent is not None}
-    promise = replace(promised or Promise(), **given)
+    promise = replace(promised or sa.Promise(), **given)
     with Checkpoint.hold(Checkpoint.folder_of(out)) as folder:
         if asked.data == "testbed":
             samples = _fresh(asked, promise, 2, CHECK_SEED, folder)
@@ -261,7 +247,7 @@ def check(
         note(f"{len(samples)} questions; loading {asked.model}")
         model, processor = asked.load()
         with resumable(folder, "answers"):
-            found = check_schedule(
+            found = sa.check_schedule(
                 model,
                 processor,
                 samples,
