@@ -398,12 +398,12 @@ def test_interrupted_runs_go_on(small, samples, tmp_path, monkeypatch):
     stop_after = [2]  # units
     real = Answering.answer_unit
 
-    def noted(self, batch, number, first, runs, *tick):
+    def noted(self, batch, number, first, runs):
         if len(runs) > 2:  # no warm-up
             if len(asked) == stop_after[0]:
                 raise KeyboardInterrupt
             asked.append([q.sample.id for q in batch.questions])
-        return real(self, batch, number, first, runs, *tick)
+        return real(self, batch, number, first, runs)
 
     def compared(name):
         given = {30: PLAN}, ("seats", "random"), tmp_path / name

@@ -20,6 +20,8 @@ from seats_analysis.cli.app import (
     Json,
     MAX_FRAMES,
     ModelOptions,
+    OwnProfile,
+    OwnSchedule,
     app,
     check_trr,
     left_out,
@@ -86,15 +88,11 @@ def run(
     asked,
     clip: Annotated[Path, typer.Argument(help="Video or audio file.", show_default=False)],
     question: str = Option(..., help="What to ask."),
-    schedule: Path | None = Option(
-        None, help="Schedule to prune with: a file, or a shipped one, as testbed/10."
-    ),
+    schedule: OwnSchedule = None,
     trr: float | None = Option(
         None, help="Token retention ratio: percent of all visual and audio tokens to keep."
     ),
-    profile: Path | None = Option(
-        None, help="Profile of the model, for --trr; default: what `seats probe` has written."
-    ),
+    profile: OwnProfile = None,
     choice: list[str] | None = Option(None, help="An answer to score; repeat it for each."),
     max_tokens: int = Option(32, min=1, help="Most tokens of the answer."),
     compare: bool = Option(
@@ -161,7 +159,7 @@ def _trr_list(text):
     return tuple(int(t) if t == int(t) else t for t in found)
 
 
-def _tuned(paths, num_layers):  # -> method -> its chain, clips that made them
+def _tuned(paths):  # -> method -> its chain, clips that made them
     "What `seats tune` found for methods. ValueError for two files of one method."
     from seats_analysis.tuning.check import load_chains
 
@@ -174,8 +172,6 @@ def _tuned(paths, num_layers):  # -> method -> its chain, clips that made them
             raise ValueError(f"--tuned {path}: there is another chain of {name}")
         found[name] = chains["tuned"]
         known.update(stored["known_clips"])
-        if num_layers:
-            found[name][0].schedule.check_model(num_layers)
     return found, known
 
 
@@ -201,8 +197,8 @@ def _eval_text(result, out):
     lines.append(f"FLOPs are causal and hold the selection; the encoders, {towers}, come on top")
     if made := result["questions_of_schedule"]:
         lines.append(
-            f"{made} of the questions made the schedules (in the profile, or in a search): "
-            "for a fair comparison ask others, as --split test"
+            f"{made} of the questions are on clips that made the schedules (in the profile, or in "
+            "a search): for a fair comparison ask others, as --split test"
         )
     return "\n".join([*lines, str(out)])
 
@@ -221,18 +217,14 @@ def eval_(
         help="Token retention ratios: percent of all visual and audio tokens that SEATS keeps; "
         "default: 35,25,15,10.",
     ),
-    schedule: Path | None = Option(
-        None, help="Schedule of SEATS, as it is: a file, or a shipped one, as testbed/10."
-    ),
+    schedule: OwnSchedule = None,
     split: str | None = Option(None, help="Only this split of the data."),
     answers: Literal["likelihood", "generate", "text"] = Option(
         "likelihood",
         help="`likelihood` ranks the choices; `generate` lets the model write and reads its "
         "answer; `text` compares whole answers with the full model's.",
     ),
-    profile: Path | None = Option(
-        None, help="Profile of the model, for --trr; default: what `seats probe` has written."
-    ),
+    profile: OwnProfile = None,
     tuned: list[Path] = Option(
         [],
         help="Evidence of `seats tune`: its best schedule at each of these costs takes part. "
@@ -247,7 +239,7 @@ def eval_(
     interruption the same command goes on. `accelerate launch --no_python seats eval ...` shares
     the work among processes.
     """
-    num_layers = asked.depth()
+    asked.depth()  # a model that cannot be had is refused first
     model_name = asked.model
     data = Path(asked.data).name
     if schedule is not None and trr is not None:
@@ -261,7 +253,7 @@ def eval_(
     from seats_analysis.testbed.load import TESTBEDS, caption_samples, held_out
 
     names = method_names(names_of(methods, "--methods"))
-    chains, searched = _tuned(tuned, num_layers)
+    chains, searched = _tuned(tuned)
     source, known = asked.blocks(profile, schedule)
     read = None
     if answers == "text" and model_name in TESTBEDS:

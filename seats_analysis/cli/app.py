@@ -287,6 +287,14 @@ def table(
 Overwrite = Annotated[
     bool, Option("--overwrite", help="Replace what an earlier run has written there.")
 ]
+OwnProfile = Annotated[
+    Path | None,
+    Option(help="Profile of the model; default: what `seats probe` has written."),
+]
+OwnSchedule = Annotated[
+    Path | None,
+    Option(help="Schedule: a file, or a shipped one, as testbed/10; `tune` takes its blocks."),
+]
 Json = Annotated[bool, Option("--json", help="Print one JSON document instead of text.")]
 
 

@@ -17,6 +17,8 @@ import seats_analysis as sa
 from seats_analysis.cli.app import (
     CLIPS,
     DataOptions,
+    OwnProfile,
+    OwnSchedule,
     app,
     left_out,
     name_of,
@@ -110,14 +112,8 @@ def _tune_text(result, promise, out):
 @takes(DataOptions)
 def tune(
     asked,
-    profile: Path | None = Option(
-        None,
-        help="Profile of the model, which bounds the search; default: what `seats probe` has "
-        "written.",
-    ),
-    schedule: Path | None = Option(
-        None, help="Schedule whose blocks bound the search, instead of a profile."
-    ),
+    profile: OwnProfile = None,
+    schedule: OwnSchedule = None,
     max_change: float = Option(
         2, min=0.01, max=99, help="Percent of the answers that may differ from the full model's."
     ),
@@ -227,14 +223,11 @@ def check(
     not hold, or was for other kinds of questions and these cannot show it, or where they are too
     few to tell, the exit code is 1.
     """
-    num_layers = asked.depth()
+    asked.depth()  # a model that cannot be had is refused first
     out = asked.output(f"results/check_{schedule.stem}.json", "check")
     from seats_analysis.tuning.check import load_promised
 
     chains, promised, known_clips = load_promised(schedule)
-    if num_layers:
-        for plan in (p for chain in chains.values() for p in chain):
-            plan.check_model(num_layers)
     given = dict(max_change=max_change, confidence=confidence)
     given = {name: percent / 100 for name, percent in given.items() if percent is not None}
     promise = replace(promised or sa.Promise(), **given)

@@ -149,14 +149,12 @@ def made_from(
     profile=None,  # NetCDF file or name of the profile that made the boundaries
     known_clips=(),  # digests of clips that made a chain
 ) -> int:
-    "How many of the questions made the boundaries (same id, clip and split), or a chain (clip)."
-    made = set()
+    "How many of the questions are on clips that made the boundaries, or a chain."
+    made = set(known_clips)
     if profile is not None:
-        stored = derived_from(load_profile(profile))
-        if "sample" in stored.coords:
-            ids, clips = (stored[k].values.astype(str).tolist() for k in ("sample", "clip"))
-            made.update(zip(ids, clips))
-    return sum((s.id, s.clip) in made or digest(s.clip)[:12] in known_clips for s in samples)
+        clips = derived_from(load_profile(profile))["clip"].values
+        made |= {digest(str(clip))[:12] for clip in clips}
+    return sum(digest(s.clip)[:12] in made for s in samples)
 
 # %% ../../nbs/evaluation/02_compare.ipynb #f1676529
 _WORDS = re.compile(r"\w+")
@@ -243,14 +241,6 @@ def outcome_rows(
             full_accuracy=right[0, at].mean().item(),
         )
 
-    def family(k, seats, at):  # plain differences: there are too few questions for more
-        found = accuracy(k, at)
-        found["diff_full"] = found["accuracy"] - found["full_accuracy"]
-        found["diff_seats"] = None
-        if seats is not None:
-            found["diff_seats"] = found["accuracy"] - right[seats, at].mean().item()
-        return found
-
     def difference(k, other):  # of a run to itself it is 0, to none None
         if other is None:
             return (None,) * 4
@@ -291,8 +281,8 @@ def outcome_rows(
             row |= _text_scores(run, [cells[k] for cells in answers], samples)
             row["cache_bytes"] = run.mean([shape.cache_bytes(p, run.kv) for p in run.plans])
         row["unparsable"] = sum(cells[k]["pick"] is None for cells in answers)
-        row["families"] = {f: family(k, seats, families == f) for f in sorted({*families.tolist()})}
-        row |= {name: family(k, seats, at) for name, at in parts.items() if at.any()}
+        row["families"] = {f: accuracy(k, families == f) for f in sorted({*families.tolist()})}
+        row |= {name: accuracy(k, at) for name, at in parts.items() if at.any()}
         rows.append(row)
     return rows
 

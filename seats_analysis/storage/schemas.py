@@ -285,28 +285,25 @@ def _without_checksum(data):
     return body
 
 
-_DIMS = ("sample", "removed", "layer")
-_TEXT = "OUT"
-_WHOLE = "iu"  # kinds of numpy types
-_LABELS = dict(
-    removed=("removed", _TEXT),
-    layer=("layer", _WHOLE),
-    family=("sample", _TEXT),
-    clip=("sample", _TEXT + _WHOLE),
-    split=("sample", _TEXT),
-    n_choices=("sample", _WHOLE),
-)
-_METRICS = dict.fromkeys(("correct_letter", "nll", "margin", "kl"), "bf") | dict(correct="biuf")
+_DIMS = "sample", "removed", "layer"
+_FORMS = dict(  # variable -> its dimensions, kinds of its numpy type
+    correct=(_DIMS, "biuf"),
+    removed=(("removed",), "OUT"),
+    layer=(("layer",), "iu"),
+    family=(("sample",), "OUT"),
+    clip=(("sample",), "OUTiu"),
+    split=(("sample",), "OUT"),
+    n_choices=(("sample",), "iu"),
+) | dict.fromkeys(("correct_letter", "nll", "margin", "kl"), (_DIMS, "bf"))
+_SAID = record(tokens=record(closed=False, visual=_AMOUNT, audio=_AMOUNT), needs=dict[str, list])
 
 
 def _wrong_with(profile):
     "What keeps a dataset from being a profile, in words; nothing for a profile."
     variables = profile.variables
-    kinds = {k: (set(_DIMS), kind) for k, kind in _METRICS.items()}
-    kinds |= {k: ({dim}, kind) for k, (dim, kind) in _LABELS.items()}
-    for name in kinds.keys() & variables.keys():
-        dims, kind = kinds[name]
-        if set(variables[name].dims) != dims or variables[name].dtype.kind not in kind:
+    for name in _FORMS.keys() & variables.keys():
+        dims, kind = _FORMS[name]
+        if {*variables[name].dims} != {*dims} or variables[name].dtype.kind not in kind:
             return f"its `{name}` has the wrong shape or type"
     if empty := [dim for dim in _DIMS if not profile.sizes[dim]]:
         return f"it has no {empty[0]}"
@@ -316,12 +313,10 @@ def _wrong_with(profile):
     try:
         tokens = json.loads(profile.attrs.get("tokens", '{"visual": 0, "audio": 0}'))
         needs = json.loads(profile.attrs.get("needs") or "{}")
-        counted = all(tokens[m] >= 0 for m in ("visual", "audio"))
-        if counted and all(isinstance(m, list) for m in needs.values()):
-            return ""
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        pass
-    return "its attributes `tokens` and `needs` must be JSON: counts, and modalities by family"
+    except (ValueError, TypeError, RecursionError):
+        return "its attributes `tokens` and `needs` must be JSON"
+    wrong = wrong_with(dict(tokens=tokens, needs=needs), _SAID)
+    return f"its attributes: {wrong}" if wrong else ""
 
 
 def _check_dataset(data, name, where):

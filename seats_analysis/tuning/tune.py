@@ -378,11 +378,10 @@ def tune_schedule(
         result = tuning.tune(draw, fixed if seats else (), budget)
         if result is None:
             return None
-        remarks = ["the promise is for this mix of questions only, not for each family of it"]
-        remarks.append(result["tested"])
+        mix = "the promise is for this mix of questions only, not for each family of it"
+        remarks = [mix, result["tested"]]
         if left_out := len(samples) - len(proposal) - len(calibration):
-            said = f"{left_out} questions of `{APART[0]}` need no clip and were left out"
-            remarks.append(said)
+            remarks.append(f"{left_out} questions of `{APART[0]}` need no clip and were left out")
         result |= origin | dict(schema=SCHEMAS["tune"].id, method=method, broken=broken)
         result["remarks"] = remarks
         if path is not None:
