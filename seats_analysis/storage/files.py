@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import stat
-import time
 import warnings
 from contextlib import contextmanager, suppress
 from datetime import timedelta
