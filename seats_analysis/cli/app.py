@@ -197,10 +197,7 @@ def writable(
     Raises ValueError, also where it would replace the output of another run, or, whatever
     `overwrite` says, a file of another kind, such as an input."""
     path = Path(path)
-    try:
-        check_target(path)
-    except ValueError as error:
-        raise ValueError(f"--out {error}") from None
+    check_target(path)
     if name and path.exists() and path.stat().st_size:
         try:
             stored = dict(profile=load_profile, flow=load_flow).get(name)
@@ -209,7 +206,7 @@ def writable(
             same = False
         if same is False:
             what = SCHEMAS[name].what
-            raise ValueError(f"--out {path} exists and is not {what}; choose another name")
+            raise ValueError(f"{path} exists and is not {what}; choose another name")
     check_new(path, overwrite)
     return path
 

@@ -101,9 +101,7 @@ def _tune_text(result, promise, out):
         lines.append(f"{promise}, {whom}: {share}; {out}")
     else:
         changed = tuned["rows"][0]["changed"]
-        needed = promise.clips(changed)
-        more = f"it takes some {needed} clips" if needed else "no number of clips will do"
-        said = f"the dearest changes {100 * changed:.2f} %: {more}"
+        said = f"the dearest changes {100 * changed:.2f} %: {promise.needed(changed)}"
         lines.append(f"no schedule holds ({promise}, {whom}); {said}")
     return "\n".join(lines) + left_out(result["broken"])
 

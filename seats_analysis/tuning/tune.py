@@ -80,7 +80,7 @@ class Tuning:
         if both := {s.clip for s in self.proposal} & {s.clip for s in self.calibration}:
             raise ValueError(f"clip {min(both)!r} is both for the search and for calibration")
 
-    def _asked(self, samples, plans=(), answers="token", title=""):
+    def _asked(self, samples, plans, answers="token", title=""):
         "The full model and plans on some questions."
         runs = [MethodRun("full", "full", 100, (None,))]
         for i, plan in enumerate(plans, 1):
