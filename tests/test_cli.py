@@ -458,9 +458,9 @@ def test_the_other_processes_of_a_launch_may_come_late(tmp_path, monkeypatch):
     "The first has then written the result, which is theirs too."
     (tmp_path / "p.nc").write_text("done")
     with pytest.raises(ValueError, match="--overwrite"):
-        shared.check_new(tmp_path / "p.nc", False)
+        shared.writable(tmp_path / "p.nc")
     monkeypatch.setattr(shared, "processes", lambda: (1, 2))
-    shared.check_new(tmp_path / "p.nc", False)
+    shared.writable(tmp_path / "p.nc")
 
 
 # ---------------------------------------------------------------- boundaries and schedules

@@ -198,7 +198,8 @@ def writable(
     `overwrite` says, a file of another kind, such as an input."""
     path = Path(path)
     check_target(path)
-    if name and path.exists() and path.stat().st_size:
+    there = path.is_file() and path.stat().st_size
+    if name and there:
         try:
             stored = dict(profile=load_profile, flow=load_flow).get(name)
             same = stored(path) if stored else schema_of(path) == name
@@ -207,7 +208,8 @@ def writable(
         if same is False:
             what = SCHEMAS[name].what
             raise ValueError(f"{path} exists and is not {what}; choose another name")
-    check_new(path, overwrite)
+    if there and not overwrite and not processes()[0]:  # the others of a launch may be late
+        raise ValueError(f"{path} exists; --overwrite replaces it, or choose another --out")
     return path
 
 
@@ -220,13 +222,6 @@ def output_file(
 ) -> Path:
     "Where a command writes, once it is clear that it can."
     return writable(out or output_folder(data) / usual, name, overwrite)
-
-
-def check_new(path, overwrite):
-    "Raise ValueError where a file would be replaced that no --overwrite gives away."
-    there = path.is_file() and path.stat().st_size
-    if there and not overwrite and not processes()[0]:  # the others of a launch may be late
-        raise ValueError(f"{path} exists; --overwrite replaces it, or choose another --out")
 
 
 def name_of(model) -> str:

@@ -13,7 +13,7 @@ import typer
 from typer import Option
 
 from ..testbed.load import TESTBEDS
-from ..cli.app import Overwrite, app, check_new, note, prepare, table
+from ..cli.app import Overwrite, app, note, prepare, table, writable
 from ..evaluation.load import load_model
 from .studies import origin
 from ..storage.files import output_folder, shipped_folder
@@ -82,7 +82,7 @@ def train_testbed(
 
     chosen = _train_config(config)
     if not (out / "checkpoint.pt").exists():
-        check_new(out / "train.json", overwrite)
+        writable(out / "train.json", overwrite=overwrite)
     prepare()
     train.train_testbed(chosen, out)
     save_figure(learning_curves_figure(out / "train_log.jsonl"), out / "learning")
@@ -256,7 +256,7 @@ def demo(
     if model not in TESTBEDS:
         raise ValueError(f"--model {model!r}: the demo knows {' and '.join(TESTBEDS)}")
     for name in _files(model):
-        check_new(out / name, overwrite)
+        writable(out / name, overwrite=overwrite)
     start = perf_counter()
     prepare()
     from seats_analysis.lab.agreement import agreement

@@ -85,11 +85,6 @@ _ROW = record(
 )
 _CHAIN = record(held=Annotated[int, Field(ge=0)], rows=Annotated[list[_ROW], Field(min_length=1)])
 _TRIED = record(closed=False, cost=_AMOUNT, kl=float, questions=_COUNT, fixed=bool, chain=bool)
-_CHECKED = record(
-    closed=False, **_MEASURED, chains=Annotated[dict[str, _CHAIN], Field(min_length=1)]
-)
-
-
 _TUNED = record(
     closed=False,
     **_MEASURED,
@@ -193,7 +188,7 @@ SCHEMAS = dict(
     bench=_json("bench", "a benchmark", row_keys="config method trr batch tokens"),
     kept=_json("kept", "a file of kept positions", "clip grid audio_tokens audio_rate stages"),
     tune=Schema("seats_analysis/tune/1", "a tuned chain", form=_TUNED),
-    check=Schema("seats_analysis/check/1", "a check of a schedule", form=_CHECKED),
+    check=_json("check", "a check of a schedule", "promise mix chains verdict"),
     vllm=_json(
         "vllm", "a benchmark in vLLM", row_keys="method round concurrency prompt_tokens"
     ),
