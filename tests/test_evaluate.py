@@ -14,11 +14,7 @@ import torch
 from seats_analysis import Schedule, accuracy_table, encode, evaluate
 from seats_analysis.baselines.base import Random
 from seats_analysis.evaluation import evaluate as module
-from seats_analysis.evaluation.evaluate import (
-    over_clips,
-    paired_difference,
-    parse_answer,
-)
+from seats_analysis.evaluation.evaluate import over_clips, paired_difference, parse_answer
 from seats_analysis.evaluation.load import load_samples
 from seats_analysis.statistics.intervals import mcnemar
 

@@ -255,12 +255,9 @@ def eval_(
     names = method_names(names_of(methods, "--methods"))
     chains, searched = _tuned(tuned)
     source, known = asked.blocks(profile, schedule)
-    read = None
-    if answers == "text" and model_name in TESTBEDS:
-        read = layers_read(sa.load_profile(f"captions/{model_name}"))
-    measured = model_name if model_name in TESTBEDS else None
-    if schedule is None:
-        measured = source or measured
+    own = model_name if model_name in TESTBEDS else None
+    read = layers_read(sa.load_profile(f"captions/{own}")) if own and answers == "text" else None
+    measured = source or own if schedule is None else own
     with Checkpoint.hold(Checkpoint.folder_of(out)) as folder:
         if data == "testbed" and answers == "text":
             samples = caption_samples(

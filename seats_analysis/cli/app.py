@@ -280,8 +280,7 @@ Overwrite = Annotated[
     bool, Option("--overwrite", help="Replace what an earlier run has written there.")
 ]
 OwnProfile = Annotated[
-    Path | None,
-    Option(help="Profile of the model; default: what `seats probe` has written."),
+    Path | None, Option(help="Profile of the model; default: what `seats probe` has written.")
 ]
 OwnSchedule = Annotated[
     Path | None,

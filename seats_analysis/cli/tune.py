@@ -158,7 +158,9 @@ def tune(
 
     promise = sa.Promise(max_change / 100, confidence / 100, answers)
     if method.removesuffix("+late") not in sa.METHODS:
-        raise ValueError(f"--method {method!r}: one of {', '.join(sa.METHODS)}, or with +late behind")
+        raise ValueError(
+            f"--method {method!r}: one of {', '.join(sa.METHODS)}, or with +late behind"
+        )
     source, _ = asked.blocks(profile, schedule)
     with Checkpoint.hold(Checkpoint.folder_of(evidence)) as folder:
         if asked.data == "testbed":

@@ -65,7 +65,10 @@ class Answer:
 
         plans = dict(full=None, pruned=plan)
         rounds = [
-            {name: cls.of(model, processor, encoded, p, max_new_tokens) for name, p in plans.items()}
+            {
+                name: cls.of(model, processor, encoded, p, max_new_tokens)
+                for name, p in plans.items()
+            }
             for _ in range(4)
         ]
         found = {}

@@ -28,6 +28,8 @@ _COMPARED = (
     "realised_counter",
     "ttft_speedup",
 )
+
+
 def _medians(row):
     "The row with the medians of its times, and 'spread': time -> [lower, upper quartile]."
     if not row.get("samples"):

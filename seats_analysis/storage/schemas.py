@@ -180,18 +180,14 @@ SCHEMAS = dict(
         "a results file",
         row_keys="method accuracy flops_fraction_causal_without_selection",
     ),
-    sensitivity=_json(
-        "sensitivity", "a task-sensitivity table", row_keys="made_for used_on kept"
-    ),
+    sensitivity=_json("sensitivity", "a task-sensitivity table", row_keys="made_for used_on kept"),
     flow_study=_json("flow_study", "a study of flows", "windows heads conflicts repair"),
     turns=_json("turns", "a study of second turns", row_keys="plan turn alone second"),
     bench=_json("bench", "a benchmark", row_keys="config method trr batch tokens"),
     kept=_json("kept", "a file of kept positions", "clip grid audio_tokens audio_rate stages"),
     tune=Schema("seats_analysis/tune/1", "a tuned chain", form=_TUNED),
     check=_json("check", "a check of a schedule", "promise mix chains verdict"),
-    vllm=_json(
-        "vllm", "a benchmark in vLLM", row_keys="method round concurrency prompt_tokens"
-    ),
+    vllm=_json("vllm", "a benchmark in vLLM", row_keys="method round concurrency prompt_tokens"),
     eval=_json(
         "eval",
         "a comparison of methods",
