@@ -208,7 +208,7 @@ def test_a_search_without_its_fields_is_refused_in_one_line(tmp_path, place, val
     said = refused("check", file, "--out", tmp_path / "c.json")
     assert f"{file} is not a tuned chain: " in said
     with pytest.raises(ValueError) as error:
-        answers._tuned([file], None)
+        answers._tuned([file])
     assert f"seats: {error.value}\n" == said
 
 

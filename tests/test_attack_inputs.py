@@ -436,7 +436,7 @@ def test_questions_nested_too_deeply(questions):
 @pytest.mark.parametrize("name", ["../away.mp4", "x/../../away.mp4", "{tmp}/away.mp4"])
 def test_media_stay_below_the_folder(questions, tmp_path, field, name):
     row = GOOD | {field: name.format(tmp=tmp_path)}
-    refused(questions(row), "q.jsonl, line 1", "lies outside of", "--allow-outside")
+    refused(questions(row), "q.jsonl, line 1", "lies outside of", "--allow outside")
     if "x/" not in name:
         assert len(questions(row, allow_outside=True)()) == 1
     inside = GOOD | dict(video=f"{tmp_path}/data/v.mp4", audio="x/../v.mp4")

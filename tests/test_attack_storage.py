@@ -452,8 +452,6 @@ def test_outputs_do_not_replace_inputs(stored, tmp_path, monkeypatch):
         "schedule p.nc --trr 10 --out p.nc",
         "eval --profile p.nc --out p.nc",
         "eval --data q.jsonl --out q.jsonl",
-        "run q.jsonl --question ? --kept q.jsonl",
-        "run q.jsonl --question ? --schedule plan.json --kept plan.json",
     ):
         assert "exists and is not a" in refused(line), line
     assert contents(tmp_path) == before

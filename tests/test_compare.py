@@ -398,12 +398,12 @@ def test_interrupted_runs_go_on(small, samples, tmp_path, monkeypatch):
     stop_after = [2]  # units
     real = Answering.answer_unit
 
-    def noted(self, batch, number, first, runs, *tick):
+    def noted(self, batch, number, first, runs):
         if len(runs) > 2:  # no warm-up
             if len(asked) == stop_after[0]:
                 raise KeyboardInterrupt
             asked.append([q.sample.id for q in batch.questions])
-        return real(self, batch, number, first, runs, *tick)
+        return real(self, batch, number, first, runs)
 
     def compared(name):
         given = {30: PLAN}, ("seats", "random"), tmp_path / name
@@ -513,7 +513,8 @@ def test_columns_say_what_happened(shape):
     for name, values in wanted.items():
         assert [r[name] for r in rows] == pytest.approx(list(values)), name
     families = rows[2]["families"]
-    assert [families[f]["diff_seats"] for f in ("where", "what")] == [-1, 1]
+    assert [families[f]["accuracy"] for f in ("where", "what")] == [0, 1]
+    assert [rows[1]["families"][f]["accuracy"] for f in ("where", "what")] == [1, 0]
     assert families["control"]["full_accuracy"] == 0
     assert rows[2]["ranked"]
 

@@ -159,7 +159,7 @@ seats schedule seats_out/testbed/profiles/testbed.nc --trr 10
 seats analyze --trr 20
 seats flow --limit 2
 seats flow-study --limit 8
-seats run "$CLIP" {ASKED} --trr 10 --kept kept.json
+seats run "$CLIP" {ASKED} --trr 10
 seats run "$CLIP" {ASKED} --schedule testbed/10
 seats run "$CLIP" {ASKED} --schedule seats_out/testbed/schedules/testbed_trr10.json
 seats simulate --trials 1 --replicates 10 --sizes 25
@@ -197,7 +197,7 @@ def test_every_command_from_an_empty_folder(shell, tmp_path):
         out = shell(f"CLIP={shlex.quote(clip)}; {line}")
         if line.startswith("seats demo"):
             assert "nothing to compare with" in out
-    named = {"tiny.json", "clips", "kept.json", "blocks.png", "blocks.pdf", "drawn"}
+    named = {"tiny.json", "clips", "blocks.png", "blocks.pdf", "drawn"}
     assert {p.name for p in tmp_path.iterdir()} == named | {"seats_out"}
     of = lambda name: {p.name for p in (tmp_path / "seats_out" / name).rglob("*") if p.is_file()}
     homes = {p.name for p in (tmp_path / "seats_out").iterdir()}

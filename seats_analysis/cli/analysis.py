@@ -13,13 +13,13 @@ from typing import Annotated, Literal
 import typer
 from typer import Option
 
+import seats_analysis as sa
 from seats_analysis.cli.app import (
     DataOptions,
     Json,
     Overwrite,
     app,
     check_trr,
-    emit,
     left_out,
     name_of,
     names_of,
@@ -32,7 +32,6 @@ from seats_analysis.cli.app import (
 )
 from ..inputs.layout import Modality
 from ..storage.files import output_folder
-from ..storage.schemas import load_profile
 
 # %% ../../nbs/cli/01_analysis.ipynb #5d1079fd
 MAX_LAYERS = 1000  # of a model whose configuration does not say
@@ -77,10 +76,6 @@ PROBE_SEED = 6  # of the testbed's captions; eval has 2, check 4, tune 5
 @takes(DataOptions)
 def probe(
     asked,
-    out: Path | None = Option(
-        None, help="NetCDF file to write; default: seats_out/DATA/profiles/MODEL.nc."
-    ),
-    overwrite: Overwrite = False,
     removed: str = Option("", help="Conditions, separated by commas (all that the model takes)."),
     layers: str = Option(
         "", help="0-based layers to remove before, as 0,4,8 or start:stop:step; default: all."
@@ -96,22 +91,20 @@ def probe(
     `accelerate launch --no_python seats probe ...` shares the work among processes.
     """
     num_layers = asked.depth()
-    usual = f"profiles/{name_of(asked.model)}.nc"
-    out = output_file(out, asked.data, usual, "profile", overwrite)
+    out = asked.output(f"profiles/{name_of(asked.model)}.nc", "profile")
     conditions = None
     if removed:
         conditions = names_of(removed, "--removed", (*Modality.CODES, "both"))
     chosen = _layer_list(layers, num_layers)
     needs = asked.needs
     samples = None
-    from seats_analysis.probing.run import probe_to_file
     from seats_analysis.testbed.load import caption_samples
 
     if asked.data == "testbed" and answers == "text":
         samples = caption_samples(asked.limit or 96, PROBE_SEED, progress=True)
         needs = dict(caption=list(Modality.CODES))
     profile = asked.measured(
-        probe_to_file,
+        sa.probe_to_file,
         out,
         samples,
         broken=asked.broken,
@@ -128,10 +121,6 @@ def probe(
 @takes(DataOptions)
 def flow(
     asked,
-    out: Path | None = Option(
-        None, help="NetCDF file to write; default: seats_out/DATA/flows/MODEL.nc."
-    ),
-    overwrite: Overwrite = False,
     edges: str = Option(
         "",
         help="Edges as audio->question, separated by commas; `time`: each time window to the "
@@ -149,9 +138,7 @@ def flow(
     if window % 2 == 0:
         raise ValueError(f"--window {window}: give an odd number of layers")
     kind = "_time" if edges == "time" else "_heads" if heads else ""
-    usual = f"flows/{name_of(asked.model)}{kind}.nc"
-    out = output_file(out, asked.data, usual, "flow", overwrite)
-    from seats_analysis.boundaries.flow import explain_flow
+    out = asked.output(f"flows/{name_of(asked.model)}{kind}.nc", "flow")
     from seats_analysis.probing.edges import check_edges
     from seats_analysis.probing.flow import flow_to_file
 
@@ -159,7 +146,7 @@ def flow(
     found = asked.measured(flow_to_file, out, edges=named or None, window=window, heads=heads)
     if found is not None:
         said = f"{out}: {found.sizes['sample']} questions{left_out(asked.broken)}"
-        print(said if heads else f"{said}\n{explain_flow(found)}")
+        print(said if heads else f"{said}\n{sa.explain_flow(found)}")
 
 # %% ../../nbs/cli/01_analysis.ipynb #8c2f7aa9
 Profile = Annotated[
@@ -196,20 +183,19 @@ def boundaries(
     """
     if figure:
         check_figure(figure, overwrite)
-    from seats_analysis.boundaries.find import find_boundaries
-    from seats_analysis.boundaries.report import boundary_row, boundary_table, family_row
+    from seats_analysis.boundaries.report import boundary_row, family_row
     from seats_analysis.plots.dependency import boundaries_figure
     from seats_analysis.plots.style import save_figure
 
-    stored = load_profile(profile)
-    found = [find_boundaries(stored, str(r), tolerance) for r in stored["removed"].values]
+    stored = sa.load_profile(profile)
+    found = [sa.find_boundaries(stored, str(r), tolerance) for r in stored["removed"].values]
     data = {b.removed: b.to_dict() for b in found}
     text = table([boundary_row(b) for b in found])
     if unknown := [b.unmeasurable for b in found if b.unmeasurable]:
         text += "\n\n" + "\n".join(unknown)
     layers = found[0].num_layers
     if families or figure:
-        rows = boundary_table(stored, tolerance=tolerance)
+        rows = sa.boundary_table(stored, tolerance=tolerance)
     if families:
         records = json.loads(rows.reset_index().to_json(orient="records"))
         apart = [r for r in records if r["family"] != "all"]
@@ -222,19 +208,19 @@ def boundaries(
     if figure:
         drawn = save_figure(boundaries_figure(rows, layers), figure)
         note(", ".join(map(str, drawn)))
-    emit(as_json, data, text)
+    print(json.dumps(data, indent=1) if as_json else text)
 
 # %% ../../nbs/cli/01_analysis.ipynb #37673f97
 def _stated(text, profile):
     "The blocks that a command line gives, from 1."
-    from seats_analysis.boundaries.find import Boundaries, mean_counts
+    from seats_analysis.boundaries.find import mean_counts
 
     last = int(profile["layer"].max()) + 1
     example = f"the first layers of the middle and the late block, from 1 to {last}, as 4,11"
     starts = numbers_of(text, "--blocks", example, int)
     if len(starts) != 2 or not 1 <= starts[0] <= starts[1] <= last:
         raise ValueError(f"--blocks {text!r}: give {example}")
-    return Boundaries(
+    return sa.Boundaries(
         num_layers=last - 1,
         shallow_end=starts[0] - 1,
         late_start=starts[1] - 1,
@@ -274,15 +260,14 @@ def schedule(
     """
     usual = f"schedules/{profile.stem}_trr{trr:g}.json"
     out = output_file(out, profile, usual, "schedule", overwrite)
-    from seats_analysis.boundaries.find import find_boundaries
-    from seats_analysis.schedules.schedule import DEFAULT_LATE, Schedule
+    from seats_analysis.schedules.schedule import DEFAULT_LATE
 
-    stored = load_profile(profile)
+    stored = sa.load_profile(profile)
     if blocks:
         bounds = _stated(blocks, stored)
     else:
-        bounds = find_boundaries(stored, tolerance=tolerance)
-    plan = Schedule.from_trr(bounds, trr, late=late or DEFAULT_LATE)
+        bounds = sa.find_boundaries(stored, tolerance=tolerance)
+    plan = sa.Schedule.from_trr(bounds, trr, late=late or DEFAULT_LATE)
     plan.save(out)
     print(f"{out}\n{plan}")
 
@@ -292,8 +277,6 @@ def schedule(
 def analyze(
     asked,
     trr: float = Option(10, help="Percent of the tokens that the schedule keeps, in (0, 100]."),
-    out: Path | None = Option(None, help="Folder for all files; default: seats_out/DATA."),
-    overwrite: Overwrite = False,
 ):
     """Probe a model, find its blocks and make a schedule.
 
@@ -302,26 +285,25 @@ def analyze(
     """
     check_trr(trr)
     asked.depth()
-    folder = out or output_folder(asked.data)
+    folder = asked.out or output_folder(asked.data)
     name = name_of(asked.model)
     profile = folder / f"profiles/{name}.nc"
     plan = folder / f"schedules/{name}_trr{trr:g}.json"
     drawn = folder / f"figures/{name}_trr{trr:g}"
     page = Path(f"{drawn}.html")
     writable(profile, "profile", overwrite=True)
-    writable(plan, "schedule", overwrite)
-    writable(page, overwrite=overwrite)
-    check_figure(drawn, overwrite)
+    writable(plan, "schedule", asked.overwrite)
+    writable(page, overwrite=asked.overwrite)
+    check_figure(drawn, asked.overwrite)
     from seats_analysis.plots.analysis import Analysis
     from seats_analysis.plots.style import save_figure
-    from seats_analysis.probing.run import probe_to_file
 
-    if profile.is_file() and not overwrite:
-        stored = load_profile(profile)
+    if profile.is_file() and not asked.overwrite:
+        stored = sa.load_profile(profile)
         n = stored.sizes["sample"]
         note(f"note: {profile} is there ({n} questions) and is used; --overwrite measures again")
     else:
-        stored = asked.measured(probe_to_file, profile, broken=asked.broken, needs=asked.needs)
+        stored = asked.measured(sa.probe_to_file, profile, broken=asked.broken, needs=asked.needs)
     if stored is None:
         return
     found = Analysis.of(stored, trr)

@@ -6,78 +6,60 @@
 __all__ = []
 
 # %% ../../nbs/cli/02_answers.ipynb #e670a3d1
-import os
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from typer import Option
 
+import seats_analysis as sa
 from seats_analysis.cli.app import (
     CLIPS,
     DataOptions,
     Json,
     MAX_FRAMES,
     ModelOptions,
-    Overwrite,
+    OwnProfile,
+    OwnSchedule,
     app,
     check_trr,
-    emit,
     left_out,
     name_of,
     names_of,
     note,
     numbers_of,
-    output_file,
     resumable,
     table,
     takes,
-    writable,
 )
 from ..inputs.layout import Modality
 from ..storage.files import Checkpoint
-from ..storage.schemas import save_json
 
 # %% ../../nbs/cli/02_answers.ipynb #d1de3283
-def _run_text(answer):
-    "An answer for people."
+def _told(answer, blocks):
+    "What is said of one answer: label -> text; tokens per layer, or their mean in each block."
     report = answer.report
-    lines = [f"answer    {answer.text}"]
+    lines = {"answer": answer.text}
     for choice, p in (answer.choices or {}).items():
-        lines.append(f"          {p:6.1%}  {choice}")
-    lines.append("tokens    " + ", ".join(f"{n} {m}" for m, n in report["tokens"].items() if n))
+        lines[f"  {choice}"] = f"{p:.1%}"
+    lines["tokens"] = ", ".join(f"{n} {m}" for m, n in report["tokens"].items() if n)
+    layers = report["tokens_per_layer"]
     if "trr" in report:
         shares = [(m, kept, report["target"][m]) for m, kept in report["trr"].items()]
         if len(shares) > 1:
             shares.append(("together", report["token_trr"], report["token_target"]))
         kept = [f"{m} {100 * k:.3g} % (target {100 * t:.3g} %)" for m, k, t in shares]
-        lines.append("kept      " + (", ".join(kept) or "nothing to prune"))
-        lines.append("per layer " + " ".join(map(str, report["tokens_per_layer"])))
-    share = f"{report['flops_fraction_causal_with_selection']:.1%}"
-    lines.append(f"FLOPs     {share} of the full prefill (causal, with selection)")
-    lines.append("time      " + ", ".join(f"{k} {ms:.0f} ms" for k, ms in report["ms"].items()))
-    return "\n".join(lines)
-
-
-def _column(answer, blocks):
-    "What the comparison says of one answer: label -> text."
-    report = answer.report
-    lines = {"answer": answer.text}
-    for choice, p in (answer.choices or {}).items():
-        lines[f"  {choice}"] = f"{p:.1%}"
+        lines["kept"] = ", ".join(kept) or "nothing to prune"
+        if not blocks:
+            lines["per layer"] = " ".join(map(str, layers))
     for block, (start, end) in blocks.items():
         if start < end:
-            tokens = report["tokens_per_layer"][start:end]
             span = f"tokens a layer, {block} ({start + 1} to {end})"
-            lines[span] = f"{sum(tokens) / len(tokens):.0f}"
-    ms = report["ms"]
-    lines["FLOPs (causal, with selection)"] = (
-        f"{report['flops_fraction_causal_with_selection']:.1%}"
-    )
-    lines["prefill with selection"] = f"{ms['selection'] + ms['prefill']:.0f} ms"
-    lines["encoders"] = f"{ms['encoders']:.0f} ms"
-    lines["decoding"] = f"{ms['decode']:.0f} ms"
-    return lines
+            lines[span] = f"{sum(layers[start:end]) / (end - start):.0f}"
+    share = report["flops_fraction_causal_with_selection"]
+    lines["FLOPs (causal, with selection)"] = f"{share:.1%} of the full prefill"
+    return lines | {f"{part}, ms": f"{ms:.0f}" for part, ms in report["ms"].items()}
 
 
 def _compare_text(found, plan):
@@ -86,9 +68,11 @@ def _compare_text(found, plan):
     blocks = dict(
         shallow=(0, plan.shallow_end), middle=(plan.shallow_end, late), late=(late, plan.num_layers)
     )
-    full = _column(found["full"], blocks)
-    pruned = _column(found["pruned"], blocks)
-    rows = [{"": label, "full": full[label], "pruned": text} for label, text in pruned.items()]
+    full = _told(found["full"], blocks)
+    pruned = _told(found["pruned"], blocks)
+    rows = [
+        {"": label, "full": full.get(label, ""), "pruned": told} for label, told in pruned.items()
+    ]
     fewer = 1 / found["pruned"].report["flops_fraction_causal_with_selection"]
     before, after = (
         answer.report["ms"]["selection"] + answer.report["ms"]["prefill"]
@@ -104,22 +88,16 @@ def run(
     asked,
     clip: Annotated[Path, typer.Argument(help="Video or audio file.", show_default=False)],
     question: str = Option(..., help="What to ask."),
-    schedule: Path | None = Option(
-        None, help="Schedule to prune with: a file, or a shipped one, as testbed/10."
-    ),
+    schedule: OwnSchedule = None,
     trr: float | None = Option(
         None, help="Token retention ratio: percent of all visual and audio tokens to keep."
     ),
-    profile: Path | None = Option(
-        None, help="Profile of the model, for --trr; default: what `seats probe` has written."
-    ),
+    profile: OwnProfile = None,
     choice: list[str] | None = Option(None, help="An answer to score; repeat it for each."),
     max_tokens: int = Option(32, min=1, help="Most tokens of the answer."),
     compare: bool = Option(
         False, "--compare", help="Full and pruned beside each other: answers, tokens, FLOPs, time."
     ),
-    kept: Path | None = Option(None, help="JSON file to write the kept positions to."),
-    overwrite: Overwrite = False,
     as_json: Json = False,
 ):
     "Ask a question about a clip, with or without pruning."
@@ -129,17 +107,10 @@ def run(
         raise ValueError("--compare shows what pruning does: add --trr or --schedule")
     check_trr(trr)
     num_layers = asked.depth()
-    if kept:
-        writable(kept, "kept", overwrite)
     from seats_analysis.evaluation.answer import Answer
-    from seats_analysis.inputs.media import decode_clip
-    from seats_analysis.inputs.samples import Sample
-    from seats_analysis.models.encode import encode
-    from seats_analysis.models.families import adapter_for
     from seats_analysis.schedules.choose import solve_schedules
-    from seats_analysis.schedules.schedule import Schedule
 
-    plan = schedule and Schedule.load(schedule)
+    plan = schedule and sa.Schedule.load(schedule)
     if plan and num_layers:
         plan.check_model(num_layers)
     if trr is not None:
@@ -147,44 +118,30 @@ def run(
     if choice and len(choice) < 2:
         raise ValueError("--choice: give at least two choices, or none for a free answer")
     limits = dict(fps=asked.fps or 2.0, max_frames=asked.max_frames or MAX_FRAMES)
-    first = decode_clip(clip, max_frames=1)  # a broken file costs no model
+    first = sa.decode_clip(clip, max_frames=1)  # a broken file costs no model
     seconds = 0.0 if first.frames is None else 1 / first.fps
     if asked.max_frames is None and seconds * limits["fps"] > MAX_FRAMES:
         note(f"note: {MAX_FRAMES} frames spread over {seconds:.0f} s; --max-frames takes more")
-    sample = Sample(clip, question, choice or (), answer=0 if choice else -1)
+    sample = sa.Sample(clip, question, choice or (), answer=0 if choice else -1)
     model, processor = asked.load()
-    encoded = encode(model, processor, [sample], **limits)
+    encoded = sa.encode(model, processor, [sample], **limits)
     if trr is not None:
         counts = [encoded.layout.counts()[m].item() for m in Modality.CODES]
         plan = solve_schedules(known, (trr,), counts)[trr]
-    adapter = adapter_for(model)
-    name = adapter.name(model)
+    adapter = sa.adapter_for(model)
     if plan:
-        plan.check_model(adapter.num_layers(model), name, lambda: adapter.hash_weights(model))
+        plan.check_model(
+            adapter.num_layers(model), adapter.name(model), lambda: adapter.hash_weights(model)
+        )
     if compare:
         found = Answer.compared(model, processor, encoded, plan, max_new_tokens=max_tokens)
-        answer = found["pruned"]
         data = {name: a.to_dict() for name, a in found.items()}
         text = _compare_text(found, plan)
     else:
         answer = Answer.of(model, processor, encoded, plan, max_new_tokens=max_tokens)
         data = answer.to_dict()
-        text = _run_text(answer)
-    if kept:
-        from seats_analysis.plots.kept import kept_data
-
-        positions = kept_data(
-            answer.run,
-            encoded,
-            adapter.rates(model),
-            clip=os.path.relpath(clip, kept.absolute().parent),
-            model=name,
-            revision=adapter.revision(model),
-            question=question,
-            answered=answer.text,
-        )
-        save_json(kept, positions)
-    emit(as_json, data, text)
+        text = "\n".join(f"{label:<9} {told}" for label, told in _told(answer, {}).items())
+    print(json.dumps(data, indent=1) if as_json else text)
 
 # %% ../../nbs/cli/02_answers.ipynb #658b7f66
 SEED = 2  # of the testbed's fresh clips by default: no other result has used them
@@ -202,7 +159,7 @@ def _trr_list(text):
     return tuple(int(t) if t == int(t) else t for t in found)
 
 
-def _tuned(paths, num_layers):  # -> method -> its chain, clips that made them
+def _tuned(paths):  # -> method -> its chain, clips that made them
     "What `seats tune` found for methods. ValueError for two files of one method."
     from seats_analysis.tuning.check import load_chains
 
@@ -215,16 +172,12 @@ def _tuned(paths, num_layers):  # -> method -> its chain, clips that made them
             raise ValueError(f"--tuned {path}: there is another chain of {name}")
         found[name] = chains["tuned"]
         known.update(stored["known_clips"])
-        if num_layers:
-            found[name][0].schedule.check_model(num_layers)
     return found, known
 
 
 def _eval_text(result, out):
     "The table, and what it says about SEATS."
-    from seats_analysis.evaluation.compare import comparison_table
-
-    frame = comparison_table(result["rows"])
+    frame = sa.comparison_table(result["rows"])
     for name in frame.select_dtypes("float"):
         form = "{:.3g}" if name == "p" else "{:.1f}"
         frame[name] = [form.format(v) if v == v or name != "p" else "" for v in frame[name]]
@@ -244,8 +197,8 @@ def _eval_text(result, out):
     lines.append(f"FLOPs are causal and hold the selection; the encoders, {towers}, come on top")
     if made := result["questions_of_schedule"]:
         lines.append(
-            f"{made} of the questions made the schedules (in the profile, or in a search): "
-            "for a fair comparison ask others, as --split test"
+            f"{made} of the questions are on clips that made the schedules (in the profile, or in "
+            "a search): for a fair comparison ask others, as --split test"
         )
     return "\n".join([*lines, str(out)])
 
@@ -264,23 +217,14 @@ def eval_(
         help="Token retention ratios: percent of all visual and audio tokens that SEATS keeps; "
         "default: 35,25,15,10.",
     ),
-    schedule: Path | None = Option(
-        None, help="Schedule of SEATS, as it is: a file, or a shipped one, as testbed/10."
-    ),
-    out: Path | None = Option(
-        None, help="JSON file to write; default: seats_out/DATA/results/eval_MODEL.json."
-    ),
-    overwrite: Overwrite = False,
+    schedule: OwnSchedule = None,
     split: str | None = Option(None, help="Only this split of the data."),
     answers: Literal["likelihood", "generate", "text"] = Option(
         "likelihood",
         help="`likelihood` ranks the choices; `generate` lets the model write and reads its "
         "answer; `text` compares whole answers with the full model's.",
     ),
-    max_tokens: int = Option(64, min=1, help="Most tokens of a whole answer."),
-    profile: Path | None = Option(
-        None, help="Profile of the model, for --trr; default: what `seats probe` has written."
-    ),
+    profile: OwnProfile = None,
     tuned: list[Path] = Option(
         [],
         help="Evidence of `seats tune`: its best schedule at each of these costs takes part. "
@@ -295,30 +239,25 @@ def eval_(
     interruption the same command goes on. `accelerate launch --no_python seats eval ...` shares
     the work among processes.
     """
-    num_layers = asked.depth()
+    asked.depth()  # a model that cannot be had is refused first
     model_name = asked.model
     data = Path(asked.data).name
     if schedule is not None and trr is not None:
         raise ValueError("give --schedule or --trr, not both")
     trrs = _trr_list(trr or "35,25,15,10")
-    usual = f"results/eval_{name_of(model_name)}.json"
-    out = output_file(out, asked.data, usual, "eval", overwrite)
-    from seats_analysis.evaluation.compare import compare_methods, made_from, method_names, vtw_rule
+    out = asked.output(f"results/eval_{name_of(model_name)}.json", "eval")
+    from seats_analysis.evaluation.compare import made_from, method_names, vtw_rule
     from seats_analysis.models.encode import mean_tokens
     from seats_analysis.schedules.choose import solve_schedules
     from seats_analysis.boundaries.find import layers_read
-    from seats_analysis.storage.schemas import load_profile
     from seats_analysis.testbed.load import TESTBEDS, caption_samples, held_out
 
     names = method_names(names_of(methods, "--methods"))
-    chains, searched = _tuned(tuned, num_layers)
+    chains, searched = _tuned(tuned)
     source, known = asked.blocks(profile, schedule)
-    read = None
-    if answers == "text" and model_name in TESTBEDS:
-        read = layers_read(load_profile(f"captions/{model_name}"))
-    measured = model_name if model_name in TESTBEDS else None
-    if schedule is None:
-        measured = source or measured
+    own = model_name if model_name in TESTBEDS else None
+    read = layers_read(sa.load_profile(f"captions/{own}")) if own and answers == "text" else None
+    measured = source or own if schedule is None else own
     with Checkpoint.hold(Checkpoint.folder_of(out)) as folder:
         if data == "testbed" and answers == "text":
             samples = caption_samples(
@@ -334,22 +273,18 @@ def eval_(
         limits = asked.limits(processor)
         counts = mean_tokens(model, processor, samples, **limits)
         counts = (counts["visual"], counts["audio"])
-        kept = f"--trr {','.join(map(str, trrs))}"
         plans = solve_schedules(known, trrs, counts)
+        given = dict(methods=methods, trr=",".join(map(str, trrs)))
         if schedule is not None:
-            kept = f"--schedule {schedule.name if schedule.is_file() else schedule}"
             plans = {round(100 * source.token_trr(*counts), 1): source}
-        command = (
-            f"seats eval --methods {methods} {kept} --model {Path(model_name).name} "
-            f"--data {data} --limit {len(samples)} --answers {answers} --seed {seed}"
-        )
-        command += "".join(f" --tuned {p.name}" for p in tuned)
-        for name in ("fps", "max_frames", "attention"):
-            value = getattr(asked, name)
-            if value not in (None, "sdpa"):
-                command += f" --{name.replace('_', '-')} {value}"
+            given["trr"] = None
+            given["schedule"] = schedule.name if schedule.is_file() else schedule
+        given |= dict(model=Path(model_name).name, data=data, limit=len(samples), answers=answers)
+        given |= {"seed": seed, "fps": asked.fps, "max-frames": asked.max_frames}
+        words = [f" --{name} {value}" for name, value in given.items() if value is not None]
+        words += [f" --tuned {p.name}" for p in tuned]
         with resumable(folder, "questions"):
-            result = compare_methods(
+            result = sa.compare_methods(
                 model,
                 processor,
                 samples,
@@ -360,14 +295,14 @@ def eval_(
                 tuned=chains,
                 cache=read,
                 about=dict(
-                    command=command,
+                    command=f"seats eval{''.join(words)}",
                     data=data,
                     split=",".join(sorted({s.split for s in samples})),
                     broken=asked.broken,
                     questions_of_schedule=made_from(samples, measured, searched),
                 ),
                 answers=answers,
-                max_new_tokens=max_tokens if answers == "text" else 16,
+                max_new_tokens=64 if answers == "text" else 16,
                 batch_size=16 if data == "testbed" else 1,
                 progress=True,
                 **limits,

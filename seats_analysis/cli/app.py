@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/cli/00_app.ipynb #5872ac12
-import json
 import os
 import sys
 import warnings
@@ -198,11 +197,9 @@ def writable(
     Raises ValueError, also where it would replace the output of another run, or, whatever
     `overwrite` says, a file of another kind, such as an input."""
     path = Path(path)
-    try:
-        check_target(path)
-    except ValueError as error:
-        raise ValueError(f"--out {error}") from None
-    if name and path.exists() and path.stat().st_size:
+    check_target(path)
+    there = path.is_file() and path.stat().st_size
+    if name and there:
         try:
             stored = dict(profile=load_profile, flow=load_flow).get(name)
             same = stored(path) if stored else schema_of(path) == name
@@ -210,8 +207,9 @@ def writable(
             same = False
         if same is False:
             what = SCHEMAS[name].what
-            raise ValueError(f"--out {path} exists and is not {what}; choose another name")
-    check_new(path, overwrite)
+            raise ValueError(f"{path} exists and is not {what}; choose another name")
+    if there and not overwrite and not processes()[0]:  # the others of a launch may be late
+        raise ValueError(f"{path} exists; --overwrite replaces it, or choose another --out")
     return path
 
 
@@ -224,13 +222,6 @@ def output_file(
 ) -> Path:
     "Where a command writes, once it is clear that it can."
     return writable(out or output_folder(data) / usual, name, overwrite)
-
-
-def check_new(path, overwrite):
-    "Raise ValueError where a file would be replaced that no --overwrite gives away."
-    there = path.is_file() and path.stat().st_size
-    if there and not overwrite and not processes()[0]:  # the others of a launch may be late
-        raise ValueError(f"{path} exists; --overwrite replaces it, or choose another --out")
 
 
 def name_of(model) -> str:
@@ -268,20 +259,11 @@ def numbers_of(text, option, example, kind=float) -> tuple:
 
 
 def left_out(broken) -> str:
-    "What a summary says about broken clips; nothing without --skip-broken."
+    "What a summary says about broken clips; nothing without --allow broken."
     if broken is None:
         return ""
     questions = sum(len(b["questions"]) for b in broken)
     return f"; {questions} questions on {len(broken)} broken clips are left out"
-
-
-def emit(
-    as_json: bool,  # one JSON document instead of text
-    data: dict,  # what a machine reads
-    text: str,  # what a person reads
-):
-    "Print a result to stdout."
-    print(json.dumps(data, indent=1) if as_json else text)
 
 
 def table(
@@ -296,6 +278,13 @@ def table(
 # %% ../../nbs/cli/00_app.ipynb #5ee3f9ab
 Overwrite = Annotated[
     bool, Option("--overwrite", help="Replace what an earlier run has written there.")
+]
+OwnProfile = Annotated[
+    Path | None, Option(help="Profile of the model; default: what `seats probe` has written.")
+]
+OwnSchedule = Annotated[
+    Path | None,
+    Option(help="Schedule: a file, or a shipped one, as testbed/10; `tune` takes its blocks."),
 ]
 Json = Annotated[bool, Option("--json", help="Print one JSON document instead of text.")]
 
@@ -324,7 +313,6 @@ class ModelOptions:
             "files of your own.",
         ),
     ] = None
-    attention: Annotated[str, Option(help="Attention: sdpa, eager or flash_attention_2.")] = "sdpa"
 
     @cached_property
     def config(self):  # of its text model, as its config.json has it
@@ -354,12 +342,12 @@ class ModelOptions:
     def load(self):  # model, processor
         prepare()
         name, revision = name_and_revision(self.model)
-        return load_model(name, attention=self.attention, revision=revision)
+        return load_model(name, revision=revision)
 
 
 @dataclass(frozen=True)
 class DataOptions(ModelOptions):
-    "Options of every command that asks a model many questions."
+    "Options of every command that asks a model many questions and writes what it finds."
 
     data: Annotated[
         str,
@@ -369,32 +357,37 @@ class DataOptions(ModelOptions):
             "divergence is probed)."
         ),
     ] = "testbed"
+    out: Annotated[
+        Path | None,
+        Option(help="Where to write: a file, of `analyze` a folder; default: in seats_out/DATA."),
+    ] = None
+    overwrite: Overwrite = False
     limit: Annotated[
         int | None, Option(min=1, max=10**6, help="Use only the first so many questions.")
     ] = None
-    allow_outside: Annotated[
-        bool,
+    allow: Annotated[
+        str,
         Option(
-            "--allow-outside",
-            help="Let the data name media outside of their folder, or of the JSONL file's.",
+            help="`outside`: the data may name media outside of their folder, or of the JSONL "
+            "file's; `broken`: go on without clips that are missing or cannot be read, which the "
+            "result counts; `outside,broken`: both."
         ),
-    ] = False
-    skip_broken: Annotated[
-        bool,
-        Option(
-            "--skip-broken",
-            help="Go on without clips that are missing or cannot be read; the result counts them.",
-        ),
-    ] = False
+    ] = ""
+
+    def output(self, usual, name):  # see `output_file`
+        return output_file(self.out, self.data, usual, name, self.overwrite)
+
+    @cached_property
+    def _allowed(self):
+        return names_of(self.allow, "--allow", ("outside", "broken")) if self.allow else ()
 
     @cached_property
     def broken(self):  # list of what was left out; None where broken clips are an error
-        return [] if self.skip_broken else None
+        return [] if "broken" in self._allowed else None
 
     def samples(self, split=None):
-        return load_samples(
-            self.data, split, limit=self.limit, allow_outside=self.allow_outside, broken=self.broken
-        )
+        outside = "outside" in self._allowed
+        return load_samples(self.data, split, self.limit, outside, self.broken)
 
     @property
     def needs(self):  # family -> modalities; None: the data do not say

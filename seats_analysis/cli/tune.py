@@ -6,16 +6,19 @@
 __all__ = []
 
 # %% ../../nbs/cli/04_tune.ipynb #ebae319f
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from typer import Option
 
+import seats_analysis as sa
 from seats_analysis.cli.app import (
     CLIPS,
     DataOptions,
-    Overwrite,
+    OwnProfile,
+    OwnSchedule,
     app,
     left_out,
     name_of,
@@ -98,9 +101,7 @@ def _tune_text(result, promise, out):
         lines.append(f"{promise}, {whom}: {share}; {out}")
     else:
         changed = tuned["rows"][0]["changed"]
-        needed = promise.clips(changed)
-        more = f"it takes some {needed} clips" if needed else "no number of clips will do"
-        said = f"the dearest changes {100 * changed:.2f} %: {more}"
+        said = f"the dearest changes {100 * changed:.2f} %: {promise.needed(changed)}"
         lines.append(f"no schedule holds ({promise}, {whom}); {said}")
     return "\n".join(lines) + left_out(result["broken"])
 
@@ -109,14 +110,8 @@ def _tune_text(result, promise, out):
 @takes(DataOptions)
 def tune(
     asked,
-    profile: Path | None = Option(
-        None,
-        help="Profile of the model, which bounds the search; default: what `seats probe` has "
-        "written.",
-    ),
-    schedule: Path | None = Option(
-        None, help="Schedule whose blocks bound the search, instead of a profile."
-    ),
+    profile: OwnProfile = None,
+    schedule: OwnSchedule = None,
     max_change: float = Option(
         2, min=0.01, max=99, help="Percent of the answers that may differ from the full model's."
     ),
@@ -140,15 +135,11 @@ def tune(
     method: str = Option(
         "seats", help="Another method to tune by its own knobs, also as fastv+late."
     ),
-    out: Path | None = Option(
-        None, help="Schedule file to write; default: seats_out/DATA/schedules/tuned_MODEL.json."
-    ),
     evidence: Path | None = Option(
         None,
         help="JSON file for search, chain and certificate; default: "
         "seats_out/DATA/results/tune_MODEL.json.",
     ),
-    overwrite: Overwrite = False,
     batch: BatchOfClip = None,
 ):
     """Find the cheapest schedule that changes few answers.
@@ -160,17 +151,16 @@ def tune(
     """
     asked.depth()  # a model that cannot be had is refused first
     name = name_of(asked.model) + ("" if method == "seats" else f"_{method}")
-    out = output_file(out, asked.data, f"schedules/tuned_{name}.json", "schedule", overwrite)
+    out = asked.output(f"schedules/tuned_{name}.json", "schedule")
     usual = f"results/tune_{name}.json"
-    evidence = output_file(evidence, asked.data, usual, "tune", overwrite)
-    from seats_analysis.baselines.registry import METHODS
-    from seats_analysis.tuning.certificate import Promise
+    evidence = output_file(evidence, asked.data, usual, "tune", asked.overwrite)
     from seats_analysis.tuning.space import deal_clips
-    from seats_analysis.tuning.tune import tune_schedule
 
-    promise = Promise(max_change / 100, confidence / 100, answers)
-    if method.removesuffix("+late") not in METHODS:
-        raise ValueError(f"--method {method!r}: one of {', '.join(METHODS)}, or with +late behind")
+    promise = sa.Promise(max_change / 100, confidence / 100, answers)
+    if method.removesuffix("+late") not in sa.METHODS:
+        raise ValueError(
+            f"--method {method!r}: one of {', '.join(sa.METHODS)}, or with +late behind"
+        )
     source, _ = asked.blocks(profile, schedule)
     with Checkpoint.hold(Checkpoint.folder_of(evidence)) as folder:
         if asked.data == "testbed":
@@ -183,7 +173,7 @@ def tune(
         note(f"{len(proposal)} questions to search on, {len(calibration)} to certify on")
         model, processor = asked.load()
         with resumable(folder, "answers"):
-            result = tune_schedule(
+            result = sa.tune_schedule(
                 model,
                 processor,
                 samples,
@@ -225,10 +215,6 @@ def check(
         max=99.99,
         help="Percent of calibrations in which it holds; default: as promised, else 95.",
     ),
-    out: Path | None = Option(
-        None, help="JSON file to write; default: seats_out/DATA/results/check_SCHEDULE.json."
-    ),
-    overwrite: Overwrite = False,
     batch: BatchOfClip = None,
 ):
     """Test the promise of a schedule on other questions.
@@ -237,21 +223,14 @@ def check(
     not hold, or was for other kinds of questions and these cannot show it, or where they are too
     few to tell, the exit code is 1.
     """
-    num_layers = asked.depth()
-    usual = f"results/check_{schedule.stem}.json"
-    out = output_file(out, asked.data, usual, "check", overwrite)
-    from dataclasses import replace
-
-    from seats_analysis.tuning.certificate import Promise
-    from seats_analysis.tuning.check import check_schedule, load_promised
+    asked.depth()  # a model that cannot be had is refused first
+    out = asked.output(f"results/check_{schedule.stem}.json", "check")
+    from seats_analysis.tuning.check import load_promised
 
     chains, promised, known_clips = load_promised(schedule)
-    if num_layers:
-        for plan in (p for chain in chains.values() for p in chain):
-            plan.check_model(num_layers)
     given = dict(max_change=max_change, confidence=confidence)
     given = {name: percent / 100 for name, percent in given.items() if percent is not None}
-    promise = replace(promised or Promise(), **given)
+    promise = replace(promised or sa.Promise(), **given)
     with Checkpoint.hold(Checkpoint.folder_of(out)) as folder:
         if asked.data == "testbed":
             samples = _fresh(asked, promise, 2, CHECK_SEED, folder)
@@ -261,7 +240,7 @@ def check(
         note(f"{len(samples)} questions; loading {asked.model}")
         model, processor = asked.load()
         with resumable(folder, "answers"):
-            found = check_schedule(
+            found = sa.check_schedule(
                 model,
                 processor,
                 samples,

@@ -38,7 +38,6 @@ class Answer:
         encoded,  # `Encoded`, one sample
         plan=None,  # `Schedule`, or None for the full model
         max_new_tokens: int = 32,
-        score: bool = True,  # the choices, where the sample has some
     ):
         "What a model says under a plan."
         with prune(model, plan) as run, last_logits_only(model, encoded):
@@ -46,7 +45,7 @@ class Answer:
         text = processor.tokenizer.decode(out[0, encoded.shape[1] :], skip_special_tokens=True)
         names = encoded.samples[0].choices
         choices = None
-        if score and len(names) > 1:
+        if len(names) > 1:
             with prune(model, plan):
                 mean = score_choices(model, encoded).mean[0]
             choices = dict(zip(names, torch.softmax(mean, 0).tolist()))
@@ -64,20 +63,19 @@ class Answer:
     ) -> dict:  # full, pruned -> Answer
         "Both beside each other; their times are medians of three rounds in turns, after a warm-up."
 
-        def one_round(score):
-            return {
-                name: cls.of(model, processor, encoded, p, max_new_tokens, score)
-                for name, p in dict(full=None, pruned=plan).items()
+        plans = dict(full=None, pruned=plan)
+        rounds = [
+            {
+                name: cls.of(model, processor, encoded, p, max_new_tokens)
+                for name, p in plans.items()
             }
-
-        warm = one_round(True)
-        rounds = [one_round(False) for _ in range(3)]
+            for _ in range(4)
+        ]
         found = {}
         for name, last in rounds[-1].items():
-            times = [r[name].report["ms"] for r in rounds]
+            times = [r[name].report["ms"] for r in rounds[1:]]
             ms = {part: median(t[part] for t in times) for part in times[0]}
-            report = last.report | dict(ms=ms)
-            found[name] = replace(last, choices=warm[name].choices, report=report)
+            found[name] = replace(last, report=last.report | dict(ms=ms))
         return found
 
 

@@ -10,6 +10,7 @@ import re
 import warnings
 
 import numpy as np
+import torch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -35,7 +36,6 @@ from ..testbed.task import Scene
 
 if TYPE_CHECKING:
     import pandas as pd
-    import torch
 
 # %% ../../nbs/evaluation/02_compare.ipynb #cceb46f0
 TOLERANCE = (
@@ -149,14 +149,12 @@ def made_from(
     profile=None,  # NetCDF file or name of the profile that made the boundaries
     known_clips=(),  # digests of clips that made a chain
 ) -> int:
-    "How many of the questions made the boundaries (same id, clip and split), or a chain (clip)."
-    made = set()
+    "How many of the questions are on clips that made the boundaries, or a chain."
+    made = set(known_clips)
     if profile is not None:
-        stored = derived_from(load_profile(profile))
-        if "sample" in stored.coords:
-            ids, clips = (stored[k].values.astype(str).tolist() for k in ("sample", "clip"))
-            made.update(zip(ids, clips))
-    return sum((s.id, s.clip) in made or digest(s.clip)[:12] in known_clips for s in samples)
+        clips = derived_from(load_profile(profile))["clip"].values
+        made |= {digest(str(clip))[:12] for clip in clips}
+    return sum(digest(s.clip)[:12] in made for s in samples)
 
 # %% ../../nbs/evaluation/02_compare.ipynb #f1676529
 _WORDS = re.compile(r"\w+")
@@ -191,14 +189,9 @@ def _text_scores(run, cells, samples):
 def _planned(run, shape):
     "What a run was to keep, and how its knob was set for that."
     kept = [shape.retention(p) for p in run.plans]
-    mixed = None
-    if len(run.plans) > 1:
-        costs = [shape.cost(p) for p in run.plans]
-        mixed = dict(share=run.share, knobs=list(run.knob), flops_causal_with_selection=costs)
     return dict(
         **{f"retention_{m}": run.mean([x[m] for x in kept]) for m in kept[0]},
         knob=run.mean(run.knob) if run.knob else None,
-        mixed=mixed,
         floor=list(run.floor),
         own_minimum=run.setting == "lowest setting" or bool(run.floor),
     )
@@ -248,14 +241,6 @@ def outcome_rows(
             full_accuracy=right[0, at].mean().item(),
         )
 
-    def family(k, seats, at):  # plain differences: there are too few questions for more
-        found = accuracy(k, at)
-        found["diff_full"] = found["accuracy"] - found["full_accuracy"]
-        found["diff_seats"] = None
-        if seats is not None:
-            found["diff_seats"] = found["accuracy"] - right[seats, at].mean().item()
-        return found
-
     def difference(k, other):  # of a run to itself it is 0, to none None
         if other is None:
             return (None,) * 4
@@ -296,14 +281,14 @@ def outcome_rows(
             row |= _text_scores(run, [cells[k] for cells in answers], samples)
             row["cache_bytes"] = run.mean([shape.cache_bytes(p, run.kv) for p in run.plans])
         row["unparsable"] = sum(cells[k]["pick"] is None for cells in answers)
-        row["families"] = {f: family(k, seats, families == f) for f in sorted({*families.tolist()})}
-        row |= {name: family(k, seats, at) for name, at in parts.items() if at.any()}
+        row["families"] = {f: accuracy(k, families == f) for f in sorted({*families.tolist()})}
+        row |= {name: accuracy(k, at) for name, at in parts.items() if at.any()}
         rows.append(row)
     return rows
 
 # %% ../../nbs/evaluation/02_compare.ipynb #8d9fffe5
 def compare_methods(
-    model: "torch.nn.Module",  # an om-LLM
+    model: torch.nn.Module,  # an om-LLM
     processor: Callable,  # its processor
     samples: Sequence[Sample],  # see `samples_of`
     plans: Mapping,  # headline TRR in percent -> `Schedule` of SEATS

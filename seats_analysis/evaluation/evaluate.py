@@ -322,18 +322,10 @@ def chosen_answers(
 APART = ("control",)  # families that do not count in the whole: they need no clip
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #0a4c9ed5
-def clip_weights(
-    clips,  # (N,) clip of each question
-    n_boot=2000,  # resamples
-):  # -> (n_boot, N) float: how often each question is in each resample
-    "Weights of a bootstrap that draws clips."
-    names, index = np.unique(np.asarray(clips, dtype=str), return_inverse=True)
-    return clip_draws(len(names), n_boot)[:, index].astype(float)
-
-
 def _interval(part, whole, clips, n_boot):  # (N,) each
     "The middle 95 % of sum(part) / sum(whole) over resampled clips: (low, high)."
-    w = clip_weights(clips, n_boot)
+    names, index = np.unique(np.asarray(clips, dtype=str), return_inverse=True)
+    w = clip_draws(len(names), n_boot)[:, index].astype(float)  # of each question in each resample
     w = w[w @ whole > 0]
     return tuple(np.quantile((w @ part) / (w @ whole), [0.025, 0.975]).tolist())
 
@@ -403,7 +395,6 @@ def _table_row(part, base):
 def accuracy_table(
     frames: Mapping,  # name of a run -> frame of `evaluate`
     reference: str = "full",  # run that `relative` refers to
-    apart: Sequence[str] = APART,  # families that do not count in `all`
 ) -> "pd.DataFrame":  # in percent; rows (run, family)
     "Accuracies with 95 % intervals over clips, relative to a reference on the same questions."
     import pandas as pd
@@ -419,7 +410,7 @@ def accuracy_table(
                 f"{len(differ)} differ"
             )
         families = dict(list(frame.groupby("family")))
-        for family, part in dict(all=frame[~frame.family.isin(apart)], **families).items():
+        for family, part in dict(all=frame[~frame.family.isin(APART)], **families).items():
             if len(part):
                 rows[name, family] = _table_row(part, base.loc[part.id])
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["run", "family"])

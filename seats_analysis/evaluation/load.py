@@ -108,26 +108,18 @@ def architecture_of(name, **pinned):
 def check_device(
     device: str,  # 'cpu', 'cuda', 'cuda:1'; '' takes a GPU where there is one, of several its own
 ) -> str:
-    "The device to run on. Raises ValueError for one that torch cannot use here."
+    "The device to run on. Torch says what is wrong with one that it cannot use here."
     import torch
 
     if not device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and processes()[1] > 1:
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if device.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device {device!r}: cpu or cuda")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
-        gpus = torch.cuda.device_count()
-        why = f"{one_line(error)}; the GPUs here are cuda:0 to cuda:{gpus - 1}"
-        raise ValueError(f"device {device}: {why if gpus else 'torch sees no GPU here'}") from None
+    torch.empty(0, device=device)
     return device
 
 # %% ../../nbs/evaluation/00_load.ipynb #cf0410c3
 _DTYPES = "auto", "float32", "bfloat16", "float16"
-_ATTENTION = "sdpa", "eager", "flash_attention_2"
 
 
 def load_model(
@@ -141,9 +133,8 @@ def load_model(
     "A model and its processor by name. Raises ValueError for an unknown one."
     check_model_name(str(name), revision)
     device = check_device(device)
-    for option, value, known in (("dtype", dtype, _DTYPES), ("attention", attention, _ATTENTION)):
-        if value not in known:
-            raise ValueError(f"{option} {value!r}: {', '.join(known)}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r}: {', '.join(_DTYPES)}")
     import torch
     from huggingface_hub import hf_hub_download
     from safetensors import SafetensorError

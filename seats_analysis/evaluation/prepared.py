@@ -412,7 +412,6 @@ class Answering:
         number: int,  # of this unit
         first: int,  # questions before these, for methods that draw at random
         runs: Sequence[MethodRun],
-        tick=lambda run: None,  # function that is told of every finished run
     ) -> list:  # per question: list of outcomes, one per run
         "All runs answer the same questions; FLOPs and milliseconds of each beside the answer."
         dims = text_dims(adapter_for(self.model).config(self.model))
@@ -441,7 +440,6 @@ class Answering:
                 answer["flops_causal"] = prefill_flops(tokens, dims)
                 answer["ms"] = [q.ms.get(_noted(run.method), 0.0), *ms.values()]
                 row.append(answer)
-            tick(r)
         for row in out:
             row[0].pop("logp", None)
         return out
@@ -467,16 +465,11 @@ class Answering:
             if not warm:  # or the first run would pay for it
                 warm.append(self.answer_unit(batch, k, first[k], self.runs[:2]))
 
-            def tick(run):
-                kept.bar.set_postfix_str(f"{run.label} at {run.trr:g} %", refresh=False)
-                kept.bar.update(len(unit))
-
-            return self.answer_unit(batch, k, first[k], self.runs, tick)
+            return self.answer_unit(batch, k, first[k], self.runs)
 
         kept = Checkpoint(checkpoint, self._identity(about), shard)
-        # one tick for each answer, and the mean pace: runs cost different amounts
-        bar = dict(unit="answer", desc=self.title, smoothing=0, disable=not progress)
-        return kept.run(units, work, everyone, len(self.runs), **bar)
+        bar = dict(unit="question", desc=self.title, smoothing=0, disable=not progress)
+        return kept.run(units, work, everyone, **bar)
 
     def _identity(self, about):
         "What the answers depend on."

@@ -84,7 +84,7 @@ def path_below(folder, name, allow_outside=False):
     elsewhere = inner.is_absolute() and not inner.is_relative_to(os.path.abspath(folder))
     if elsewhere or ".." in inner.parts:
         raise ValueError(
-            f"{name!r} lies outside of {folder}; --allow-outside (allow_outside=True) takes it"
+            f"{name!r} lies outside of {folder}; --allow outside (allow_outside=True) takes it"
         )
     return str(folder / inner)
 
@@ -173,7 +173,7 @@ class BrokenClips(ValueError):
 
     def __init__(self, broken):  # list of dict, see `check_clips`
         self.lines = []
-        without = "goes on without: --skip-broken (broken=[])"
+        without = "goes on without: --allow broken (broken=[])"
         for b in broken[:10]:
             first, *others = b["questions"]
             more = f" and {len(others)} more" if others else ""

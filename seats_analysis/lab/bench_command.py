@@ -13,9 +13,7 @@ from pathlib import Path
 from typer import Option
 
 from seats_analysis.cli.app import (
-    Json,
     app,
-    emit,
     names_of,
     note,
     numbers_of,
@@ -98,7 +96,6 @@ def bench(
         help="Begin the file anew; without it, rows that it holds are kept and an "
         "interrupted run goes on.",
     ),
-    as_json: Json = False,
 ):
     """Time the full model against every method.
 
@@ -106,7 +103,6 @@ def bench(
     """
     names = names_of(config, "--config") if config else ()
     from seats_analysis.lab.bench import BenchFile, BenchSetup, Job
-    from seats_analysis.lab.bench_rows import report
     from seats_analysis.lab.workloads import Request
     from seats_analysis.evaluation.load import check_device
 
@@ -138,6 +134,4 @@ def bench(
     out = writable(name, "bench", overwrite=True)  # its rows are kept
     file = BenchFile(out, setup, command, again)
     _measure(file, jobs, repeats=repeats, max_seconds=MAX_SECONDS)
-    results = file.results(jobs)
-    data = dict(device=file.about["device"], rows=report(results))
-    emit(as_json, data, _text(results, file.path, not cuda))
+    print(_text(file.results(jobs), file.path, not cuda))

@@ -28,24 +28,6 @@ _COMPARED = (
     "realised_counter",
     "ttft_speedup",
 )
-ROW_KEYS = (  # what `seats bench --json` prints
-    "method",
-    "trr",
-    "config",
-    "batch",
-    "tokens",
-    "flops_fraction_causal_without_selection",
-    *TIMES,
-    "peak_bytes",
-    "kv_bytes",
-    "speedup",
-    "realised_fraction",
-    "realised_counter",
-    "encoders",
-    "width",
-    "frames",
-    "seconds",
-)
 
 
 def _medians(row):
@@ -94,13 +76,6 @@ def compared(
     rows = [_medians(r) for r in rows]
     full = _full_models(rows)
     return [_compared(r, full.get(row_key(r, _GROUP))) for r in rows]
-
-
-def report(
-    rows: Sequence[Mapping],  # of `compared`
-) -> list:  # of dicts with `ROW_KEYS`
-    "The rows as `seats bench --json` prints them; rows without times are left out."
-    return [{k: r.get(k) for k in ROW_KEYS} for r in rows if r.get("samples")]
 
 
 def lines(

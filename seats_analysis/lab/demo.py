@@ -13,7 +13,7 @@ import typer
 from typer import Option
 
 from ..testbed.load import TESTBEDS
-from ..cli.app import Overwrite, app, check_new, note, prepare, table
+from ..cli.app import Overwrite, app, note, prepare, table, writable
 from ..evaluation.load import load_model
 from .studies import origin
 from ..storage.files import output_folder, shipped_folder
@@ -48,17 +48,16 @@ def figures(
         print(path)
 
 # %% ../../nbs/lab/12_demo.ipynb #0b095b7b
-def _train_config(path, family=None):
-    "A TrainConfig from a JSON file with some of its fields."
+def _train_config(config):
+    "A TrainConfig from a family's name, or from a JSON file with some of its fields."
     from dataclasses import fields
     from seats_analysis.lab.train import TrainConfig
 
-    given = json.loads(path.read_text()) if path else {}
+    named = not config.endswith(".json")
+    given = dict(family=config) if named else json.loads(Path(config).read_text())
     known = sorted(f.name for f in fields(TrainConfig))
     if bad := sorted(set(given) - set(known)):
-        raise ValueError(f"{path}: unknown {', '.join(bad)}; known: {', '.join(known)}")
-    if family:
-        given["family"] = family
+        raise ValueError(f"{config}: unknown {', '.join(bad)}; known: {', '.join(known)}")
     return TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 
@@ -69,8 +68,9 @@ def train_testbed(
         help="Folder for checkpoints, log, figure and the finished model.",
     ),
     overwrite: Overwrite = False,
-    config: Path | None = Option(None, help="JSON file with fields of TrainConfig."),
-    family: str | None = Option(None, help="qwen2.5-omni or qwen3-omni."),
+    config: str = Option(
+        "qwen2.5-omni", help="qwen2.5-omni, qwen3-omni, or a JSON file with fields of TrainConfig."
+    ),
 ):
     """Train an embedded model from a seed.
 
@@ -80,9 +80,9 @@ def train_testbed(
     from seats_analysis.plots.style import save_figure
     from seats_analysis.lab import train
 
-    chosen = _train_config(config, family)
+    chosen = _train_config(config)
     if not (out / "checkpoint.pt").exists():
-        check_new(out / "train.json", overwrite)
+        writable(out / "train.json", overwrite=overwrite)
     prepare()
     train.train_testbed(chosen, out)
     save_figure(learning_curves_figure(out / "train_log.jsonl"), out / "learning")
@@ -256,7 +256,7 @@ def demo(
     if model not in TESTBEDS:
         raise ValueError(f"--model {model!r}: the demo knows {' and '.join(TESTBEDS)}")
     for name in _files(model):
-        check_new(out / name, overwrite)
+        writable(out / name, overwrite=overwrite)
     start = perf_counter()
     prepare()
     from seats_analysis.lab.agreement import agreement

@@ -11,58 +11,44 @@ import json
 import os
 import shutil
 import stat
-import time
 import warnings
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
+from reprlib import repr as short
 from threading import get_ident
 
 from .provenance import digest
 
 # %% ../../nbs/storage/01_files.ipynb #3fdb875f
-def _here(fd, path):
-    "Whether a name still stands for an open file."
-    try:
-        return os.path.samestat(os.fstat(fd), os.lstat(path))
-    except FileNotFoundError:
-        return False
-
-
 @contextmanager
 def hold_file(
     path,  # a name that only this program gives
     busy,  # what to say while another process has it
-    seconds=1.0,  # to wait for that process
 ):  # yields why locks do not work there, as 'ENOLCK'; '' where they do
     "A file that is there as long as the body runs. Raises ValueError if it cannot be had."
-    from filelock import lock_descriptor
+    from filelock import FileLock, Timeout
 
-    until = time.monotonic() + seconds
-    flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
-    while True:
-        with suppress(FileNotFoundError):  # its folder was removed in between
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(path, flags, 0o666)
-            why = ""
-            try:
-                held = lock_descriptor(fd, blocking=False)
-            except OSError as error:
-                held = True
-                why = errno.errorcode[error.errno]
-            if held and _here(fd, path):
-                break
-            os.close(fd)
-        if time.monotonic() > until:
-            raise ValueError(busy)
-        time.sleep(0.02)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=1)
+    why = ""
+    try:
+        lock.acquire(poll_interval=0.02)
+    except Timeout:
+        raise ValueError(busy) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        why = errno.errorcode[error.errno]
+    ours = path.stat()
     try:
         yield why
     finally:
-        if _here(fd, path):
-            path.unlink()
-        os.close(fd)
+        with suppress(FileNotFoundError):  # its folder is gone, and perhaps there is a new one
+            if os.path.samestat(ours, path.stat()):
+                path.unlink()
+        lock.release()
 
 # %% ../../nbs/storage/01_files.ipynb #3a423af5
 def new_neighbour(path):
@@ -182,11 +168,6 @@ _WORDS = dict(
 
 def _differences(theirs, ours):
     "What keeps a run from going on with the checkpoint of another one, in words."
-
-    def short(x):
-        text = json.dumps(x)
-        return text if len(text) <= 40 else f"{text[:37]}.."
-
     keys = sorted((theirs.keys() | ours.keys()) - {"samples", "data_sha256", "sha256"})
     pairs = [(_WORDS.get(key, key), theirs.get(key), ours.get(key)) for key in keys]
     out = [f"other {w} ({short(a)} there, {short(b)} now)" for w, a, b in pairs if a != b]
@@ -341,7 +322,6 @@ class Checkpoint:
         units,  # lists of sample indices; every process takes its share
         work,  # function (number of the unit, its indices) -> their rows
         everyone: bool = False,  # all processes need the rows, not only the first
-        ticks: int = 1,  # of the bar for each sample; with more of them, `work` makes them
         **bar,  # of tqdm
     ):  # list of rows; None in a process that need not know them
         """What the checkpoint has, and what is missing from `work`; all processes of a launch call
@@ -351,14 +331,14 @@ class Checkpoint:
         if mine:  # or the folder would be made for nothing
             with self.hold(self.folder, number):
                 self.open()
-                self._finish(mine, work, ticks, bar)
+                self._finish(mine, work, bar)
         self._meet()
         rows = self.gather() if everyone or not number else None
         if everyone:  # the first removes the folder when all have read it
             self._meet()
         return rows
 
-    def _finish(self, mine, work, ticks, bar):
+    def _finish(self, mine, work, bar):
         "Run the units of this process that have a row missing."
         from tqdm.auto import tqdm
 
@@ -369,14 +349,14 @@ class Checkpoint:
             said = f"{bad} of its samples are damaged or of another run; they are run again"
             warnings.warn(f"{self.folder}: {said}", CheckpointWarning)
         todo = [(k, unit) for k, unit in mine if missing & set(unit)]
-        total, left = (ticks * sum(len(unit) for _, unit in some) for some in (mine, todo))
+        total, left = (sum(len(unit) for _, unit in some) for some in (mine, todo))
         if of > 1:
             bar["desc"] += f" ({number + 1} of {of})"
         with tqdm(total=total, initial=total - left, **bar) as self.bar:
             for k, unit in todo:
                 for i, row in zip(unit, work(k, unit)):
                     self.write(i, row)
-                self.bar.update(len(unit) if ticks == 1 else 0)
+                self.bar.update(len(unit))
 
     def _meet(self):
         "Wait for the other processes of the launch. Raises ValueError where one has ended."

@@ -85,11 +85,6 @@ _ROW = record(
 )
 _CHAIN = record(held=Annotated[int, Field(ge=0)], rows=Annotated[list[_ROW], Field(min_length=1)])
 _TRIED = record(closed=False, cost=_AMOUNT, kl=float, questions=_COUNT, fixed=bool, chain=bool)
-_CHECKED = record(
-    closed=False, **_MEASURED, chains=Annotated[dict[str, _CHAIN], Field(min_length=1)]
-)
-
-
 _TUNED = record(
     closed=False,
     **_MEASURED,
@@ -144,29 +139,35 @@ class Schema:
 
     id: str  # what its `schema` says
     what: str  # what messages call it, with its article
-    keys: tuple = ()  # that it must have
-    row_keys: tuple = ()  # that each of its `rows` must have; none: it needs no rows
-    form: object = None  # of all that it holds, see `wrong_with`
+    form: object  # of all that it holds, see `wrong_with`; of a dataset what variables it has
 
     def wrong_with(self, data, where=""):
         "What is not of its form, in words; nothing where all is."
-        return wrong_with(data, self.form, where) if self.form else ""
+        return wrong_with(data, self.form, where)
+
+
+def _having(names):
+    "The form of a mapping that has these names, whatever else."
+    return record(closed=False, **dict.fromkeys(names.split(), Any))
 
 
 def _json(name, what, keys="", row_keys=""):
-    return Schema(f"seats_analysis/{name}/1", what, tuple(keys.split()), tuple(row_keys.split()))
+    form = _having(keys)
+    if row_keys:
+        form = record(closed=False, rows=Annotated[list[_having(row_keys)], Field(min_length=1)])
+    return Schema(f"seats_analysis/{name}/1", what, form)
 
 # %% ../../nbs/storage/03_schemas.ipynb #779d85fc
 SCHEMAS = dict(
     profile=Schema(
         "seats_analysis.profile/1",
         "a dependency profile",
-        ("correct", "removed", "layer", "family", "clip"),
+        _having("correct removed layer family clip"),
     ),
     flow=Schema(
         "seats_analysis.flow/1",
         "a flow",
-        ("change", "kl", "flip", "correct", "full_correct", "edge", "family", "clip"),
+        _having("change kl flip correct full_correct edge family clip"),
     ),
     schedule=_json("schedule", "a usable schedule"),
     plan=Schema("seats_analysis/plan/1", "the fields of a schedule", form=_PLAN),
@@ -177,22 +178,20 @@ SCHEMAS = dict(
     results=_json(
         "results",
         "a results file",
-        "rows",
-        "method accuracy flops_fraction_causal_without_selection",
+        row_keys="method accuracy flops_fraction_causal_without_selection",
     ),
-    sensitivity=_json("sensitivity", "a task-sensitivity table", "rows", "made_for used_on kept"),
+    sensitivity=_json("sensitivity", "a task-sensitivity table", row_keys="made_for used_on kept"),
     flow_study=_json("flow_study", "a study of flows", "windows heads conflicts repair"),
-    turns=_json("turns", "a study of second turns", "rows", "plan turn alone second"),
-    bench=_json("bench", "a benchmark", "rows", "config method trr batch tokens"),
+    turns=_json("turns", "a study of second turns", row_keys="plan turn alone second"),
+    bench=_json("bench", "a benchmark", row_keys="config method trr batch tokens"),
     kept=_json("kept", "a file of kept positions", "clip grid audio_tokens audio_rate stages"),
     tune=Schema("seats_analysis/tune/1", "a tuned chain", form=_TUNED),
-    check=Schema("seats_analysis/check/1", "a check of a schedule", form=_CHECKED),
-    vllm=_json("vllm", "a benchmark in vLLM", "rows", "method round concurrency prompt_tokens"),
+    check=_json("check", "a check of a schedule", "promise mix chains verdict"),
+    vllm=_json("vllm", "a benchmark in vLLM", row_keys="method round concurrency prompt_tokens"),
     eval=_json(
         "eval",
         "a comparison of methods",
-        "rows",
-        "method label trr setting flops_fraction_causal_with_selection "
+        row_keys="method label trr setting flops_fraction_causal_with_selection "
         "flops_fraction_causal_without_selection floor ms ms_full n accuracy low high "
         "full_accuracy "
         "diff_full diff_seats diff_seats_low diff_seats_high mcnemar_p_seats equal_cost ranked "
@@ -251,13 +250,6 @@ def load_json(
         data = _read(path)
         if data.get("schema") != schema.id:
             raise ValueError(f"its `schema` is {data.get('schema')!r}, expected {schema.id!r}")
-        if missing := [k for k in schema.keys if k not in data]:
-            raise ValueError(f"it has no {', '.join(missing)}")
-        if schema.row_keys:
-            if not data["rows"]:
-                raise ValueError("it has no rows in `rows`")
-            if missing := {k for k in schema.row_keys for row in data["rows"] if k not in row}:
-                raise ValueError(f"rows without {', '.join(sorted(missing))}")
         if wrong := schema.wrong_with(data):
             raise ValueError(wrong)
     except (ValueError, TypeError, OSError) as error:
@@ -284,28 +276,25 @@ def _without_checksum(data):
     return body
 
 
-_DIMS = ("sample", "removed", "layer")
-_TEXT = "OUT"
-_WHOLE = "iu"  # kinds of numpy types
-_LABELS = dict(
-    removed=("removed", _TEXT),
-    layer=("layer", _WHOLE),
-    family=("sample", _TEXT),
-    clip=("sample", _TEXT + _WHOLE),
-    split=("sample", _TEXT),
-    n_choices=("sample", _WHOLE),
-)
-_METRICS = dict.fromkeys(("correct_letter", "nll", "margin", "kl"), "bf") | dict(correct="biuf")
+_DIMS = "sample", "removed", "layer"
+_FORMS = dict(  # variable -> its dimensions, kinds of its numpy type
+    correct=(_DIMS, "biuf"),
+    removed=(("removed",), "OUT"),
+    layer=(("layer",), "iu"),
+    family=(("sample",), "OUT"),
+    clip=(("sample",), "OUTiu"),
+    split=(("sample",), "OUT"),
+    n_choices=(("sample",), "iu"),
+) | dict.fromkeys(("correct_letter", "nll", "margin", "kl"), (_DIMS, "bf"))
+_SAID = record(tokens=record(closed=False, visual=_AMOUNT, audio=_AMOUNT), needs=dict[str, list])
 
 
 def _wrong_with(profile):
     "What keeps a dataset from being a profile, in words; nothing for a profile."
     variables = profile.variables
-    kinds = {k: (set(_DIMS), kind) for k, kind in _METRICS.items()}
-    kinds |= {k: ({dim}, kind) for k, (dim, kind) in _LABELS.items()}
-    for name in kinds.keys() & variables.keys():
-        dims, kind = kinds[name]
-        if set(variables[name].dims) != dims or variables[name].dtype.kind not in kind:
+    for name in _FORMS.keys() & variables.keys():
+        dims, kind = _FORMS[name]
+        if {*variables[name].dims} != {*dims} or variables[name].dtype.kind not in kind:
             return f"its `{name}` has the wrong shape or type"
     if empty := [dim for dim in _DIMS if not profile.sizes[dim]]:
         return f"it has no {empty[0]}"
@@ -315,12 +304,10 @@ def _wrong_with(profile):
     try:
         tokens = json.loads(profile.attrs.get("tokens", '{"visual": 0, "audio": 0}'))
         needs = json.loads(profile.attrs.get("needs") or "{}")
-        counted = all(tokens[m] >= 0 for m in ("visual", "audio"))
-        if counted and all(isinstance(m, list) for m in needs.values()):
-            return ""
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        pass
-    return "its attributes `tokens` and `needs` must be JSON: counts, and modalities by family"
+    except (ValueError, TypeError, RecursionError):
+        return "its attributes `tokens` and `needs` must be JSON"
+    wrong = wrong_with(dict(tokens=tokens, needs=needs), _SAID)
+    return f"its attributes: {wrong}" if wrong else ""
 
 
 def _check_dataset(data, name, where):
@@ -329,9 +316,7 @@ def _check_dataset(data, name, where):
     wrong = ""
     if str(said := data.attrs.get("schema", schema.id)) != schema.id:
         wrong = f"its `schema` is {said!r}, expected {schema.id!r}"
-    elif missing := [k for k in schema.keys if k not in data.variables]:
-        wrong = f"it has no {', '.join(missing)}"
-    elif name == "profile":
+    elif not (wrong := schema.wrong_with(dict(data.variables))) and name == "profile":
         wrong = _wrong_with(data)
     if wrong:
         raise ValueError(f"{where} is not {schema.what}: {wrong}")

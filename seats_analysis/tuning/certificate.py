@@ -149,6 +149,11 @@ class Promise:
         enough = binom.cdf(np.ceil(rate * n - 1e-9), n, self.max_change) <= self.level
         return int(n[enough.argmax()]) if enough.any() else None
 
+    def needed(self, rate):
+        "`clips` in words."
+        n = self.clips(rate)
+        return f"it takes some {n} clips" if n else "no number of clips would show it"
+
     def check_clips(
         self,
         samples,  # questions to certify on

@@ -7,25 +7,21 @@ __all__ = ['load_chains', 'load_promised', 'check_schedule']
 
 # %% ../../nbs/tuning/03_check.ipynb #8d94faee
 import numpy as np
+import torch
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..storage.files import Checkpoint, processes
 from ..storage.provenance import hash_code
 from ..storage.schemas import SCHEMAS, load_json, save_json, schema_of
 from ..inputs.questions import samples_of
 from ..inputs.samples import Sample
-from ..models.families import adapter_for
 from ..models.provenance import provenance
 from ..schedules.schedule import Schedule
 from ..baselines.registry import METHODS
 from ..evaluation.evaluate import APART
 from .certificate import Promise
 from .tune import Tuning
-
-if TYPE_CHECKING:
-    import torch
 
 # %% ../../nbs/tuning/03_check.ipynb #7de0bab8
 def load_chains(
@@ -112,8 +108,7 @@ def verdict_on(result, promise, plan):
     if found["held"]:
         new = f"; not what it was made for: {shift}" if shift else ""
         return True, f"holds: {promise}, {whom} ({changed}{new})"
-    needed = promise.clips(rate)
-    more = f"it takes some {needed} clips" if needed else "no number of clips would show it"
+    more = promise.needed(rate)
     if shift:
         return False, f"refused: {shift}; its promise was for others. Here {changed}, {more}"
     if proof and proof.promise == promise.to_dict() and rate <= promise.max_change:
@@ -125,7 +120,7 @@ def verdict_on(result, promise, plan):
 
 # %% ../../nbs/tuning/03_check.ipynb #fa909bc1
 def check_schedule(
-    model: "torch.nn.Module",  # an om-LLM
+    model: torch.nn.Module,  # an om-LLM
     processor: Callable,  # its processor
     samples: Sequence[Sample],  # on clips that made neither schedule nor promise
     schedule: str | Path,  # file or name of a `Schedule`, or JSON file of `seats tune`: all of its
@@ -146,15 +141,10 @@ def check_schedule(
     chains, promised, known_clips = load_promised(schedule)
     promise = promise or promised or Promise()
     promise.check_clips(samples, known_clips, enough=promised is None)
-    adapter = adapter_for(model)
-    first, *others = (plan for chain in chains.values() for plan in chain)
-    first.check_model(
-        adapter.num_layers(model), adapter.name(model), lambda: adapter.hash_weights(model)
-    )
-    for plan in others:
-        plan.check_model(adapter.num_layers(model))
     origin = provenance(model, processor, samples, seed=0)
     origin |= dict(code_sha256=hash_code(), data=data)
+    for plan in (plan for chain in chains.values() for plan in chain):
+        plan.check_model(origin["num_layers"], origin["model"], lambda: origin["weights_sha256"])
     with Checkpoint.hold(path and Checkpoint.folder_of(path)) as folder:
         tuning = Tuning(
             model=model,
@@ -172,7 +162,7 @@ def check_schedule(
             return None
         result |= origin | dict(schema=SCHEMAS["check"].id, broken=broken)
         if "given" in chains:
-            holds, said = verdict_on(result, promise, first)
+            holds, said = verdict_on(result, promise, chains["given"][0])
         else:
             holds = True
             said = f"{promise}, {promise.to_whom(result)}"

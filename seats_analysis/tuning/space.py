@@ -54,19 +54,16 @@ class SearchSpace:
         origin = next(iter(bounds.values()))
         layers = origin.num_layers
 
-        def near(layer, interval):
-            return interval or (layer - _MARGIN, layer + _MARGIN)
-
-        def span(intervals, lowest):  # that holds all of them, within the model
-            low = min(low for low, _ in intervals)
-            high = max(high for _, high in intervals)
-            return min(max(low, lowest), layers), min(max(high, lowest), layers)
+        def span(found, lowest):  # of layers and their intervals: all of them, within the model
+            ends = [ci or (layer - _MARGIN, layer + _MARGIN) for layer, ci in found]
+            whole = min(low for low, _ in ends), max(high for _, high in ends)
+            return tuple(np.clip(whole, lowest, layers).tolist())
 
         late = {}
         for m in Modality.CODES:
             here = [b for removed, b in bounds.items() if removed in (m, "both")]
-            late[m] = span([near(b.late_start, b.late_start_ci) for b in here], 1)
-        middle = span([near(b.shallow_end, b.shallow_end_ci) for b in bounds.values()], 0)
+            late[m] = span([(b.late_start, b.late_start_ci) for b in here], 1)
+        middle = span([(b.shallow_end, b.shallow_end_ci) for b in bounds.values()], 0)
         weights = origin.parameters.get("weights_sha256")
         facts = dict(
             model=origin.model,

@@ -7,6 +7,7 @@ __all__ = ['tune_schedule']
 
 # %% ../../nbs/tuning/02_tune.ipynb #746a5417
 import numpy as np
+import torch
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..storage.files import Checkpoint, processes
 from ..storage.provenance import digest, hash_code
@@ -33,9 +33,6 @@ from ..evaluation.evaluate import APART
 from ..evaluation.prepared import Answering, DataShape, MethodRun
 from .certificate import Promise
 from .space import deal_clips, measured_space
-
-if TYPE_CHECKING:
-    import torch
 
 # %% ../../nbs/tuning/02_tune.ipynb #ea09df93
 FIRST_ROUND = 48  # questions, at least: of 12 a schedule that changes 2 % changes mostly none
@@ -83,7 +80,7 @@ class Tuning:
         if both := {s.clip for s in self.proposal} & {s.clip for s in self.calibration}:
             raise ValueError(f"clip {min(both)!r} is both for the search and for calibration")
 
-    def _asked(self, samples, plans=(), answers="token", title=""):
+    def _asked(self, samples, plans, answers="token", title=""):
         "The full model and plans on some questions."
         runs = [MethodRun("full", "full", 100, (None,))]
         for i, plan in enumerate(plans, 1):
@@ -320,7 +317,7 @@ def drawn_settings(method, plan, counts):
 
 # %% ../../nbs/tuning/02_tune.ipynb #c6096353
 def tune_schedule(
-    model: "torch.nn.Module",  # an om-LLM
+    model: torch.nn.Module,  # an om-LLM
     processor: Callable,  # its processor
     samples: Sequence[Sample],  # right answers are not needed; half of the clips are for the search
     promise: Promise = Promise(),  # how few answers may change, and how sure that must be
@@ -381,11 +378,10 @@ def tune_schedule(
         result = tuning.tune(draw, fixed if seats else (), budget)
         if result is None:
             return None
-        remarks = ["the promise is for this mix of questions only, not for each family of it"]
-        remarks.append(result["tested"])
+        mix = "the promise is for this mix of questions only, not for each family of it"
+        remarks = [mix, result["tested"]]
         if left_out := len(samples) - len(proposal) - len(calibration):
-            said = f"{left_out} questions of `{APART[0]}` need no clip and were left out"
-            remarks.append(said)
+            remarks.append(f"{left_out} questions of `{APART[0]}` need no clip and were left out")
         result |= origin | dict(schema=SCHEMAS["tune"].id, method=method, broken=broken)
         result["remarks"] = remarks
         if path is not None:
