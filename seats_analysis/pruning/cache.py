@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from ..inputs.layout import Modality
 from ..models.decoder import Decoder
+from .base import take
 from .prefill import stock_mask
 from ..schedules.schedule import ScheduleWarning
 
@@ -313,19 +314,11 @@ def shorten_cache(
     index: torch.Tensor,  # (B, n) int64 slots to keep
     start: int = 0,  # slots before them that all stay
 ):
-    "Shorten keys and values of a layer."
-
-    def kept(x):  # (B, heads, S, d), written in the order in which attention reads it
-        head, tail = x[:, :, :start], x[:, :, start:]
-        if len(x) == 1:
-            tail = tail.index_select(2, index[0])
-        else:
-            wide = index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-            tail = tail.gather(2, wide)
-        return torch.cat([head, tail], 2) if start else tail
-
-    layer.keys = kept(layer.keys)
-    layer.values = kept(layer.values)
+    "Shorten keys and values of a layer, written in the order in which attention reads them."
+    for name in ("keys", "values"):
+        x = getattr(layer, name)  # (B, heads, S, d)
+        tail = take(x[:, :, start:], index, 2)
+        setattr(layer, name, torch.cat([x[:, :, :start], tail], 2) if start else tail)
 
 # %% ../../nbs/pruning/09_cache.ipynb #5153e698
 class LogicalLength:

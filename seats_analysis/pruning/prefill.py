@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from ..inputs.layout import Modality, TokenLayout
 from ..models.decoder import Decoder
-from .base import Pruner, PruneStep, Stage1Inputs, Tokens, take
+from .base import Pruner, Stage1Inputs, Tokens, take
 from .select import query_scores, text_scores
 
 # %% ../../nbs/pruning/08_prefill.ipynb #da1d6e34
@@ -231,7 +231,7 @@ class Prefill:
             if hidden.shape[1] == n:  # or the last position alone, behind the last keys
                 hidden = take(hidden, index)
             for kind, kv in list(shared.items()):
-                shared[kind] = tuple(take(x.transpose(1, 2), index).transpose(1, 2) for x in kv)
+                shared[kind] = tuple(take(x, index, 2) for x in kv)
         if self.earlier is None:
             self.mask = self.by_kind(hidden)
         return hidden
@@ -357,7 +357,8 @@ class Prefill:
         decoder = self.decoder
         shared = {decoder.source(i) for i in range(decoder.sharing, len(self.layers))}
         for layer, tokens in enumerate(self.layers):
-            gone = tuple(m for m, (start, end) in ranges.items() if not start <= layer < end)
+            gone = [m for m, (start, end) in ranges.items() if not start <= layer < end]
+            gone = tuple(m for m in gone if layer < self.method.schedule.late(m))
             if (id(tokens), gone) not in cuts:
                 cuts[id(tokens), gone] = self.without(layer, gone)
             index, left = cuts[id(tokens), gone]
@@ -368,31 +369,12 @@ class Prefill:
         return held
 
     def without(self, layer, gone):  # modalities -> index (B, width), None = all; Tokens
-        "What the cache of a layer keeps without some of its media; widths are known on the host."
+        "What the cache of a layer keeps without some of its media, as if they left there."
         tokens = self.layers[layer]
-        steps = [s for s in self.steps if s.layer <= layer]
-        counts = {m: n.tolist() for m, n in self.layout.counts().items()}
-        B = len(self.layout)
-        most = (
-            steps[-1].most
-            if steps
-            else [{m: counts[m][b] for m in Modality.CODES} for b in range(B)]
-        )
-        if not any(n[m] for n in most for m in gone):
+        late = self.method.late | dict.fromkeys(gone, layer)
+        steps = self.method.plan(self.layout, self.budgets, late) if gone else ()
+        step = next((s for s in steps if s.layer == layer and s.removed), None)
+        if step is None:
             return None, tokens
-        stays = [m for m in Modality.CODES if m not in gone]
-        widths = [
-            counts["text"][b] + counts["image"][b] + sum(n[m] for m in stays)
-            for b, n in enumerate(most)
-        ]
-        exact = not steps or all(steps[-1].exact) and steps[-1].most == steps[-1].n_keep
-        step = PruneStep(
-            name="cache",
-            stage=3,
-            layer=layer,
-            n_keep=(),
-            widths=tuple(widths),
-            exact=(exact or not stays,) * B,
-        )
         hidden = torch.stack([tokens.is_(m) for m in gone]).any(0)
         return tokens.cut(tokens.valid & ~hidden, step)
