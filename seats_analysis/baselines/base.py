@@ -161,7 +161,6 @@ class Baseline(Pruner):
     min_visual: ClassVar[float] = MIN_VISUAL  # below it audio pays, where it has no rule
     in_windows: ClassVar[bool] = True  # whether it chooses in every time window, or at once
     one_count: ClassVar[bool] = False  # for all windows, in proportion to them
-    keep_best = staticmethod(keep_best)
     knobs = dict(audio=(0.5, 0.75, 1.0, 1.5, 2.0))  # its share of the tokens
     by_name: ClassVar[dict] = {}  # all methods that were defined
 
@@ -263,7 +262,7 @@ class Baseline(Pruner):
         if set(self.prunes) != set(Modality.CODES):
             own = torch.stack([tokens.is_(m) for m in self.prunes]).any(0)
             values = values.double().where(own, random_scores(tokens, self.seed, step.layer))
-        return self.keep_best(values, tokens, step)
+        return keep_best(values, tokens, step)
 
 # %% ../../nbs/baselines/00_base.ipynb #d3a65f0b
 @dataclass(frozen=True)

@@ -124,16 +124,14 @@ class Slots:
         "Raise ValueError for a cache that cannot be shortened: fixed, quantized or offloaded."
         from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-        for i, layer in enumerate(cache.layers if cache is not None else ()):
+        if cache is None:
+            return
+        for i, layer in enumerate(cache.layers):
             if type(layer) is DynamicSlidingWindowLayer:  # it would forget by the number of tokens
                 cache.layers[i] = DynamicLayer()
-        plain = (
-            cache is None
-            or not getattr(cache, "offloading", False)
-            and {type(layer).__name__ for layer in cache.layers}
-            <= {"DynamicLayer", "DummyLayer", "LinearAttentionLayer"}
-        )
-        if not plain:
+        others = {type(layer).__name__ for layer in cache.layers}
+        others -= {"DynamicLayer", "DummyLayer", "LinearAttentionLayer"}
+        if others or getattr(cache, "offloading", False):
             what = "has a fixed length" if cache.is_compileable else "is quantized or offloaded"
             raise ValueError(
                 f"{type(cache).__name__} {what}; prune needs a dynamic cache "
@@ -378,9 +376,7 @@ def _pruned(cls):
 
 
 def _empty_pruned(cls):
-    new = cls.__new__(cls)
-    new.__class__ = _pruned(cls)
-    return new
+    return object.__new__(_pruned(cls))
 
 # %% ../../nbs/pruning/09_cache.ipynb #71a494ad
 def follow_up(

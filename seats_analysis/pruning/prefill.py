@@ -133,15 +133,11 @@ class Prefill:
     earlier: object = None  # `Slots` of that turn; None = the cache begins with this prompt
     masks: dict = field(default_factory=dict)  # what the earlier turn holds and this one -> mask
 
-    def __post_init__(self):
-        self.n_chunks = int(self.layout.chunk.max()) + 1  # of the modality that has more
-
     @cached_property
     def behind(self):
         "Columns behind the media, of the sample that has most; on the host."
-        kind = self.layout.modality
         S = self.layout.shape[1]
-        media = torch.isin(kind, torch.tensor(list(Modality.CODES.values())))
+        media = self.layout.visual | self.layout.audio
         ends = (media * torch.arange(S)).amax(1)[media.any(1)]
         return max(1, S - 1 - int(ends.min()))
 
@@ -151,9 +147,8 @@ class Prefill:
         "Shorten what enters layer 0."
         embeds = kwargs["inputs_embeds"]
         positions = kwargs.get("position_ids")
-        self.deep, kwargs = Decoder.take_deepstack(
-            kwargs
-        )  # the session adds them behind each layer
+        # the session adds them behind each layer
+        self.deep, kwargs = Decoder.take_deepstack(kwargs)
         if positions is None:
             positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
         # (3, B, S): time, height and width, as the decoder would see them
@@ -169,11 +164,7 @@ class Prefill:
         with torch.set_grad_enabled(self.method.merges and torch.is_grad_enabled()):
             keep, embeds = self.select(embeds, positions, encoders)
         index = self.cut(step, keep)
-        beside = {
-            k: take(x, index)
-            for k, x in kwargs.items()
-            if k != "inputs_embeds" and getattr(x, "ndim", 0) > 2 and x.shape[1] == self.entered
-        }
+        kwargs = {k: self.along(x, index) for k, x in kwargs.items() if k != "inputs_embeds"}
         self.index = None
         self.entered = step.width
         embeds = take(embeds, index)
@@ -181,13 +172,16 @@ class Prefill:
         mask = None if not step.padded and self.decoder.mrope else self.tokens.valid.long()
         kwargs = {
             **kwargs,
-            **beside,
             "inputs_embeds": embeds,
             # the last axis: positions may have several
             "position_ids": positions.gather(-1, index.expand(*positions.shape[:-2], -1, -1)),
             "attention_mask": mask if self.decoder.window is None else self.by_kind(embeds),
         }
         return self.behind_earlier(self.decoder.attentive(0), embeds, kwargs)
+
+    def along(self, x, index):
+        "What stays of an argument that is one entry for each position that entered; or all of it."
+        return take(x, index) if getattr(x, "ndim", 0) > 2 and x.shape[1] == self.entered else x
 
     def select(self, embeds, positions, encoders):
         "Ask the method: (B, S) bool; embeds, changed where it merges."
@@ -263,8 +257,7 @@ class Prefill:
             return None
         if self.index is not None:
             kwargs = {**kwargs, "position_embeddings": tables, "position_ids": None}
-            whole = (getattr(x, "ndim", 0) > 2 and x.shape[1] == self.entered for x in beside)
-            beside = [take(x, self.index) if cut else x for x, cut in zip(beside, whole)]
+            beside = [self.along(x, self.index) for x in beside]
         if self.earlier is not None:
             return (hidden, *beside), self.behind_earlier(layer, hidden, kwargs)
         mask = self.last_rows(self.mask[self.decoder.kinds[layer]], hidden)
@@ -303,7 +296,8 @@ class Prefill:
             scores = self.scores(self.decoder.attentive(step.layer - 1), hidden, shared)
         if scores is not None:
             self.checks.append(Check.of_scores(scores, step.layer))
-        keep = self.method.drop(tokens, scores, step, self.n_chunks)
+        n_chunks = int(self.layout.chunk.max()) + 1  # of the modality that has more; on the host
+        keep = self.method.drop(tokens, scores, step, n_chunks)
         if isinstance(keep, tuple):
             keep, hidden = keep
         return keep & tokens.valid, hidden
