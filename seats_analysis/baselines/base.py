@@ -138,14 +138,11 @@ def by_modality(inputs: Stage1Inputs):  # modality -> `Stage1Inputs` with its to
     "What stage I may look at, modality by modality."
     budgets = {m: tuple(b for b in inputs.budgets if b.modality == m) for m in Modality.CODES}
     sizes = [sum(sum(b.sizes) for b in own) for own in budgets.values()]
-    features = inputs.features.split(sizes)
-    attention, places = (
-        [None] * len(sizes) if x is None else x.split(sizes, -1)
-        for x in (inputs.attention, inputs.places)
-    )
+    columns = inputs.attention, inputs.places
+    split = ([None] * len(sizes) if x is None else x.split(sizes, -1) for x in columns)
     return {
         m: replace(inputs, features=x, attention=received, budgets=budgets[m], places=at)
-        for m, x, received, at in zip(Modality.CODES, features, attention, places)
+        for m, x, received, at in zip(Modality.CODES, inputs.features.split(sizes), *split)
     }
 
 # %% ../../nbs/baselines/00_base.ipynb #5f2bf23c

@@ -466,6 +466,7 @@ def join_calls(
     "Calls as if their media had been encoded together."
     joined = EncoderCall(sum((c.shape for c in calls), []), sum(c.tokens for c in calls))
     for noted in ("received", "keys"):
-        if getattr(calls[0], noted) is not None:
-            setattr(joined, noted, torch.cat([getattr(c, noted) for c in calls]))
+        parts = [getattr(c, noted) for c in calls]
+        if parts[0] is not None:
+            setattr(joined, noted, torch.cat(parts))
     return joined

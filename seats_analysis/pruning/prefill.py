@@ -121,7 +121,7 @@ class Prefill:
     deep: object = None  # `DeepStack` of what is in the sequence; None if the family has none
     index: torch.Tensor | None = None  # (B, n) int64 what is left of what entered layer 0
     entered: int = 0  # positions that entered it
-    follows: dict = field(default_factory=dict)  # id of a tensor -> what is left of it
+    follows: dict = field(default_factory=dict)  # rotary tables -> what is left of them
     tables: tuple | None = None  # cos and sin that the layer before had
     mask: dict | None = None  # kind of layer -> mask of what is in the sequence
     position: torch.Tensor | None = None  # (B,) of the next token
@@ -248,10 +248,9 @@ class Prefill:
         "What a layer is given, cut along the sequence as its hidden states are."
         tables = kwargs["position_embeddings"]
         if self.index is not None and tables[0].shape[1] == self.entered:
-            key = id(tables)
-            if key not in self.follows:
-                self.follows[key] = tables, tuple(take(t, self.index) for t in tables)
-            tables = self.follows[key][1]
+            if tables not in self.follows:
+                self.follows[tables] = tuple(take(t, self.index) for t in tables)
+            tables = self.follows[tables]
         self.tables = tables
         if self.index is None and self.earlier is None:
             return None
@@ -277,7 +276,7 @@ class Prefill:
         if layer in self.decoder.recurrent:
             valid = self.tokens.valid if self.tokens.padded else None
             return {**kwargs, "attention_mask": valid}
-        key = id(earlier.valid[layer]), earlier.lengths[layer], id(self.tokens)
+        key = earlier.valid[layer], earlier.lengths[layer], self.tokens
         if key not in self.masks:
             valid = self.tokens.valid
             self.masks[key] = earlier.mask(self.decoder, hidden, valid, self.cache, layer)
@@ -353,9 +352,9 @@ class Prefill:
         for layer, tokens in enumerate(self.layers):
             gone = [m for m, (start, end) in ranges.items() if not start <= layer < end]
             gone = tuple(m for m in gone if layer < self.method.schedule.late(m))
-            if (id(tokens), gone) not in cuts:
-                cuts[id(tokens), gone] = self.without(layer, gone)
-            index, left = cuts[id(tokens), gone]
+            if (tokens, gone) not in cuts:
+                cuts[tokens, gone] = self.without(layer, gone)
+            index, left = cuts[tokens, gone]
             source = decoder.source(layer)
             held.append((self.layers[source] if source in shared else left, left))
             if index is not None and source not in shared:

@@ -342,11 +342,12 @@ class Session:
     def after_layer(self, layer, module, args, output):
         """Fires after each of the layers that DeepStack reaches: adds to its output what the text
         model would have added."""
-        if self.prefill is None or self.prefill.deep is None:
+        deep = self.prefill and self.prefill.deep
+        if deep is None:
             return None
         if isinstance(output, tuple):
-            return (self.prefill.deep.add(layer, output[0]), *output[1:])
-        return self.prefill.deep.add(layer, output)
+            return (deep.add(layer, output[0]), *output[1:])
+        return deep.add(layer, output)
 
     # ---- after the decoder
 

@@ -83,7 +83,7 @@ class Timings:
 
     def _read(self, wait=False):
         "Add up spans, from the first on; without `wait` those that the device has finished."
-        while self._spans and (wait or all(map(_over, self._spans[0][1:]))):
+        while self._spans and (wait or _over(self._spans[0][-1])):
             section, start, end = self._spans.popleft()
             self._total[section] += _between(start, end)
 
