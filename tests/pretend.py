@@ -284,6 +284,9 @@ def pretend_gpu():
         for name, new in patches.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, new))
         stack.enter_context(mock.patch.object(torch, "Generator", HostGenerator))
+        stack.enter_context(
+            mock.patch.dict("os.environ", SEATS_TRITON="0")
+        )  # kernels have their own tests
         stack.callback(
             torch.__future__.set_overwrite_module_params_on_conversion,
             torch.__future__.get_overwrite_module_params_on_conversion(),

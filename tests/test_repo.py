@@ -242,11 +242,11 @@ def entry_points(root):
 
 
 def wide_functions(root):
-    "Only entry points and commands have more than MAX_PARAMETERS parameters."
+    "Only entry points, commands and Triton kernels have more than MAX_PARAMETERS parameters."
     wrong, entry = [], entry_points(root)
     for name, path in modules(root).items():
         for f in measure.functions_of(parsed(path)):
-            outside = any("command" in ast.unparse(d) for d in f.decorator_list)
+            outside = any(re.search("command|jit", ast.unparse(d)) for d in f.decorator_list)
             count = len(measure.parameters(f))
             if count > MAX_PARAMETERS and f.name not in entry and not outside:
                 wrong.append(f"{name}:{f.lineno}: {f.name} has {count}")

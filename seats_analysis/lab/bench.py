@@ -21,6 +21,7 @@ from ..storage.provenance import digest, hash_code, versions
 from ..models.families import adapter_for
 from ..schedules.cost import prefill_flops
 from ..pruning.timing import Timings
+from ..pruning.received import triton_kernels
 from ..pruning.session import prune
 from ..baselines.registry import METHODS, method_at
 from ..evaluation.evaluate import greedy
@@ -269,6 +270,7 @@ class BenchSetup:
             kv=self.kv,
             seed=self.seed,
             decoded=self.steps,
+            kernels="torch" if triton_kernels(self.device) is None else "triton",
             code_sha256=digest([hash_code(), *own]),
         )
 

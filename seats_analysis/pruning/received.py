@@ -7,10 +7,11 @@ __all__ = ['on_device']
 
 # %% ../../nbs/pruning/04_received.ipynb #e67cfee5
 import math
+import os
 import torch
 from collections.abc import Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import accumulate, groupby
 from threading import Lock
 from torch import Tensor
 
@@ -64,6 +65,20 @@ def true_float32(device):
     with _full_precision, torch.autocast(torch.device(device).type, enabled=False):
         yield
 
+# %% ../../nbs/pruning/04_received.ipynb #08b00001
+def triton_kernels(
+    device,  # where the tensors are
+):  # the module `kernels`, or None where PyTorch does the work
+    "Triton on CUDA devices. `SEATS_TRITON=0` switches it off, `=1` on for the CPU (interpreted)."
+    wanted = os.environ.get("SEATS_TRITON")
+    if wanted == "0" or (wanted != "1" and torch.device(device).type != "cuda"):
+        return None
+    try:
+        from seats_analysis.pruning import kernels
+    except ImportError:
+        return None  # no Triton for this platform
+    return kernels
+
 # %% ../../nbs/pruning/04_received.ipynb #c2cbea7b
 def window_sizes(
     total: int,  # tokens of one video or audio
@@ -74,12 +89,12 @@ def window_sizes(
     return (window,) * full + ((rest,) if rest else ())
 
 # %% ../../nbs/pruning/04_received.ipynb #2c4fa889
-def equal_runs(sizes):  # yields (start, how many, size)
-    "Consecutive windows of one size, as one batch; empty ones are skipped."
+def equal_runs(sizes, chosen=None):  # yields (start, how many, size)
+    "Consecutive windows of one size, as one batch; empty ones and those not `chosen` are skipped."
     start = 0
-    for size, run in groupby(sizes):
+    for (size, use), run in groupby(zip(sizes, chosen or [True] * len(sizes))):
         count = len(list(run))
-        if size:
+        if size and use:
             yield start, count, size
         start += count * size
 
@@ -113,6 +128,9 @@ def attention_received(
 ) -> Tensor:  # (T,) float32, mean 1 in every window
     """Attention each token receives in its window: mean over heads, summed over queries
     (SEATS, arXiv 2605.20035)."""
+    if len(q) and block is None and (kernels := triton_kernels(q.device)) is not None:
+        starts = list(accumulate(sizes, initial=0))[:-1]
+        return kernels.attention_received(q, k, on_device([starts, sizes], q.device), max(sizes))
     block = block or (2**20 if q.device.type == "cpu" else 2**24)  # 4 or 64 MiB in float32
     q = q.float() * (q.shape[-1] ** -0.5 / math.log(2))
     out = []

@@ -12,24 +12,26 @@ from itertools import accumulate
 from torch import Tensor
 from torch.nn import functional as F
 from ..inputs.layout import Modality
-from .received import on_device, true_float32
+from .received import equal_runs, on_device, triton_kernels, true_float32
 
 # %% ../../nbs/pruning/06_select.ipynb #e61cc062
 def _distances(
-    features,  # (G, N, D) tokens per window; float32 ones are overwritten
-    attention,  # (G, N) attention received, or None
+    features,  # (G, N, D) tokens per window
+    attention,  # (G, N, 1) attention received, or None
     out=None,  # (G, N, N) float32 to write to; None = new
 ):  # (G, N, N) float32, [g, i, j] from i to the candidate j
     "Attention-weighted cosine distance to each candidate (SEATS); the diagonal as computed."
     x = features.float()
-    x /= x.norm(dim=-1, keepdim=True) + 1e-8
+    x = x / (x.norm(dim=-1, keepdim=True) + 1e-8)
     with true_float32(x.device):
         distance = torch.bmm(x, x.mT, out=out).neg_().add_(1)
-    return distance if attention is None else distance.mul_((attention.float() * 1e6)[:, None])
+    return distance if attention is None else distance.mul_((attention.float() * 1e6).mT)
 
 # %% ../../nbs/pruning/06_select.ipynb #8c440ae1
 def _second_smallest(table):  # (G, N, N) -> (G, N)
     "How far each candidate is from its nearest other token: the second smallest of each column."
+    if table.shape[1] < 2:
+        return torch.full_like(table[:, 0], torch.inf)
     at = table.argmin(1, keepdim=True)
     smallest = table.gather(1, at)
     second = table.scatter_(1, at, torch.inf).amin(1)
@@ -37,26 +39,54 @@ def _second_smallest(table):  # (G, N, N) -> (G, N)
     return second
 
 
+def _tables(
+    features,  # (T, D)
+    attention,  # (T,) or None
+    runs,  # of `equal_runs`
+    flat,  # float32, filled from its beginning with the tables of all windows, one behind the other
+    elements=2**22,  # features normalised at once, on a CPU; elsewhere 16 times as many
+):  # yields (g, size, size) views of it
+    "Distances within the windows, some windows of one size at a time."
+    done = 0
+    limit = elements * (1 if features.device.type == "cpu" else 16)
+    for start, count, size in runs:
+        step = max(1, limit // (size * features.shape[1]))
+        for first in range(0, count, step):
+            n = min(step, count - first)
+            at = slice(start + first * size, start + (first + n) * size)
+            x, a = (t if t is None else t[at].view(n, size, -1) for t in (features, attention))
+            out = flat[done : done + n * size**2].view(n, size, size)
+            done += out.numel()
+            yield _distances(x, a, out)
+
+
 def _take_diverse(
-    table,  # (G, N, N) distances within windows of one size
-    count,  # (G, 1) int64 tokens to take
-    steps,  # the largest count, a host number
-):  # (G, N) bool, True = taken
-    "The greedy choice in all windows, step by step. What is taken is at -infinity."
-    gap = _second_smallest(table)
-    for x in gap, table:  # made comparable, so that what is taken stays taken
-        x.nan_to_num_(torch.inf, torch.inf, -torch.inf)
+    distance,  # (P + width,) tables, and as much more as a short window may read past its own
+    gap,  # (sum of sizes,) `_second_smallest`
+    windows,  # (4, G) first token, tokens, tokens to take, place of the table
+    width,  # largest size, a host number
+    steps,  # largest count, a host number
+    keep,  # (T,) bool
+):  # (T,) bool, with the tokens taken
+    "The greedy choice in all windows, step by step. What is taken, or outside, is at -infinity."
+    start, size, count, block = windows[..., None]
+    slot = torch.arange(width, device=keep.device)
+    outside = slot >= size
+    row = block + slot
     order = []
+    never = -torch.inf
+    for x in gap, distance:  # made comparable, so that what is taken stays taken
+        x.nan_to_num_(torch.inf, torch.inf, never)
+    gap = gap[(size.cumsum(0) - size + slot).clamp(max=len(gap) - 1)].masked_fill(outside, never)
     for step in range(steps):
         order.append(gap.argmax(1, keepdim=True))
-        near = table.gather(1, order[-1][..., None].expand_as(table[:, :1]))[:, 0]
+        near = distance[torch.addcmul(row, order[-1], size)]
         # distances to others count for the first pick only
-        gap = torch.minimum(gap, near) if step else near
-        gap = gap.scatter(1, order[-1], -torch.inf)
-    order = torch.cat(order, 1)
+        gap = torch.minimum(gap, near) if step else near.masked_fill(outside, never)
+        gap = gap.scatter_(1, order[-1], never)
     # what a window takes beyond its count goes nowhere
-    order = order.where(torch.arange(steps, device=table.device) < count, gap.shape[1])
-    return F.pad(torch.zeros_like(gap, dtype=torch.bool), (0, 1)).scatter(1, order, True)[:, :-1]
+    at = torch.where(slot[:steps] < count, start + torch.cat(order, 1), len(keep))
+    return F.pad(keep, (0, 1)).scatter(0, at.flatten(), True)[:-1]
 
 # %% ../../nbs/pruning/06_select.ipynb #08b00003
 @torch.no_grad()
@@ -71,20 +101,23 @@ def select_in_clip(
     device = features.device
     whole = on_device([c == s for c, s in zip(n, sizes)], device, torch.bool)
     keep = whole.repeat_interleave(on_device(list(sizes), device), output_size=len(features))
-    windows = {}  # size -> first token and count of each
-    for start, size, count in zip(accumulate(sizes, initial=0), sizes, n):
-        if 0 < count < size:
-            windows.setdefault(size, []).append((start, count))
-    normalised = 2 ** (22 if device.type == "cpu" else 26)  # features at once
-    for size, found in windows.items():
-        start, count = on_device(found, device).mT[..., None]
-        at = start + torch.arange(size, device=device)
-        table = features.new_empty(len(at), size, size, dtype=torch.float32)
-        step = max(1, normalised // (size * features.shape[1]))
-        for here, out in zip(at.split(step), table.split(step)):
-            _distances(features[here], attention if attention is None else attention[here], out)
-        keep[at] = _take_diverse(table, count, max(c for _, c in found))
-    return keep
+    chosen = [0 < c < s for c, s in zip(n, sizes)]
+    windows = [w for w, on in zip(zip(accumulate(sizes, initial=0), sizes, n), chosen) if on]
+    if not windows:
+        return keep
+    start, size, count = zip(*windows)
+    *block, end = accumulate((s**2 for s in size), initial=0)
+    width = max(size)
+    host = on_device([start, size, count, block], device)
+    distance = features.new_empty(end + width, dtype=torch.float32)
+    distance[end:] = 0
+    tables = _tables(features, attention, equal_runs(sizes, chosen), distance)
+    if (kernels := triton_kernels(device)) is not None and width <= kernels.LARGEST:
+        for _ in tables:
+            pass  # they are written
+        return kernels.take_diverse(distance, host, width, keep)
+    gap = torch.cat([_second_smallest(table).flatten() for table in tables])
+    return _take_diverse(distance, gap, host, width, max(count), keep)
 
 # %% ../../nbs/pruning/06_select.ipynb #ba04b8e8
 def query_scores(
@@ -93,21 +126,25 @@ def query_scores(
     mask: Tensor | None = None,  # (B, S) bool, False = padding; None = no padding
 ) -> Tensor:  # (B, S) float32, sums to 1 per sample, 0 on padding
     "Attention of one query over all positions, mean over heads (SEATS, arXiv 2605.20035)."
-    return text_scores(q[:, :, None], k, q.new_ones(len(q), 1, dtype=torch.bool), mask)
+    grouped = q.float().unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5
+    with true_float32(q.device):
+        logits = grouped @ k.float().mT
+    if mask is not None:
+        logits = logits.masked_fill(~mask[:, None, None], -torch.inf)
+    return torch.softmax(logits, -1).mean((1, 2))
 
 # %% ../../nbs/pruning/06_select.ipynb #f6c1133b
 def text_scores(
     q: Tensor,  # (B, H, t, d) queries of the last t positions, after rotary
     k: Tensor,  # (B, K, S, d) keys of all positions, after rotary; K divides H
-    queries: Tensor,  # (B, t) bool, those that count
+    queries: Tensor,  # (B, t) bool, the whose queries count
     mask: Tensor | None = None,  # (B, S) bool, False = padding; None = no padding
 ) -> Tensor:  # (B, S) float32 in [0, 1], 0 on padding
     "The highest attention (mean over heads) from any of several queries, each a causal row."
-    t = q.shape[2]
-    S = k.shape[2]
-    grouped = q.float().unflatten(1, (k.shape[1], -1)).flatten(2, 3) * q.shape[-1] ** -0.5
+    t, S = q.shape[2], k.shape[2]
+    grouped = q.float().unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5
     with true_float32(q.device):
-        logits = (grouped @ k.float().mT).unflatten(2, (-1, t))
+        logits = grouped @ k.float()[:, :, None].mT
     unseen = torch.ones(t, S, dtype=torch.bool, device=q.device).triu(S - t + 1)
     if mask is not None:
         unseen = unseen | ~mask[:, None, None, None]

@@ -362,8 +362,11 @@ def test_rows_of_other_circumstances_are_not_lost(clock, tmp_path, change):
     )
 
 
-def test_code_is_a_circumstance(clock, tmp_path, monkeypatch):
+def test_kernels_and_code_are_circumstances(clock, tmp_path, monkeypatch):
     seats(*ASKED, "--out", tmp_path / "b.json")
+    monkeypatch.setenv("SEATS_TRITON", "1")
+    assert "kernels torch, now triton" in seats(*ASKED, "--out", tmp_path / "b.json").stderr
+    monkeypatch.delenv("SEATS_TRITON")
     monkeypatch.setattr(bench, "hash_code", lambda: "changed")
     said = seats(*ASKED, "--out", tmp_path / "b.json").stderr
     assert "made with code_sha256" in said and clock.calls == 15
