@@ -27,7 +27,7 @@ def equal_ratio(
         return ratio
     from scipy.optimize import brentq
 
-    lengths = np.diff([0, *drops, num_layers]).astype(float)
+    lengths = np.diff([0.0, *drops, num_layers])
     lengths[0] -= target * num_layers  # what the layers before the first drop miss of the total
     return float(brentq(lambda r: np.polyval(lengths[::-1], r), 0, 1, xtol=1e-15))
 
@@ -99,6 +99,6 @@ class VTW(Baseline):
     @classmethod
     def for_trr(cls, num_layers, visual, audio, n_visual=0, n_audio=0, **options):
         "Each modality leaves at the layer that is nearest to its target, after the first one."
-        target = dict(visual=visual, audio=audio)
-        late = {m: min(max(round(trr * num_layers), 1), num_layers) for m, trr in target.items()}
+        layers = [min(max(round(trr * num_layers), 1), num_layers) for trr in (visual, audio)]
+        late = dict(zip(Modality.CODES, layers))
         return cls(Schedule(num_layers, late_start=late), **options)

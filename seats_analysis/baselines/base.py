@@ -138,14 +138,11 @@ def by_modality(inputs: Stage1Inputs):  # modality -> `Stage1Inputs` with its to
     "What stage I may look at, modality by modality."
     budgets = {m: tuple(b for b in inputs.budgets if b.modality == m) for m in Modality.CODES}
     sizes = [sum(sum(b.sizes) for b in own) for own in budgets.values()]
-    features = inputs.features.split(sizes)
-    attention, places = (
-        [None] * len(sizes) if x is None else x.split(sizes, -1)
-        for x in (inputs.attention, inputs.places)
-    )
+    columns = inputs.attention, inputs.places
+    split = ([None] * len(sizes) if x is None else x.split(sizes, -1) for x in columns)
     return {
         m: replace(inputs, features=x, attention=received, budgets=budgets[m], places=at)
-        for m, x, received, at in zip(Modality.CODES, features, attention, places)
+        for m, x, received, at in zip(Modality.CODES, inputs.features.split(sizes), *split)
     }
 
 # %% ../../nbs/baselines/00_base.ipynb #5f2bf23c
@@ -161,7 +158,6 @@ class Baseline(Pruner):
     min_visual: ClassVar[float] = MIN_VISUAL  # below it audio pays, where it has no rule
     in_windows: ClassVar[bool] = True  # whether it chooses in every time window, or at once
     one_count: ClassVar[bool] = False  # for all windows, in proportion to them
-    keep_best = staticmethod(keep_best)
     knobs = dict(audio=(0.5, 0.75, 1.0, 1.5, 2.0))  # its share of the tokens
     by_name: ClassVar[dict] = {}  # all methods that were defined
 
@@ -263,7 +259,7 @@ class Baseline(Pruner):
         if set(self.prunes) != set(Modality.CODES):
             own = torch.stack([tokens.is_(m) for m in self.prunes]).any(0)
             values = values.double().where(own, random_scores(tokens, self.seed, step.layer))
-        return self.keep_best(values, tokens, step)
+        return keep_best(values, tokens, step)
 
 # %% ../../nbs/baselines/00_base.ipynb #d3a65f0b
 @dataclass(frozen=True)

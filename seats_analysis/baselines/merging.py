@@ -65,9 +65,9 @@ def anchors_among(
     n,  # (G,) int64 anchors, at most `size`
 ):  # (G, N) bool
     "Every so-manieth of the rest, from its first."
-    step = torch.div(size, n.clamp(min=1), rounding_mode="floor").clamp(min=1)[:, None]
+    step = (size // n.clamp(min=1)).clamp(min=1)[:, None]
     rank = rest.long().cumsum(1) - 1
-    return rest & (rank % step == 0) & (torch.div(rank, step, rounding_mode="floor") < n[:, None])
+    return rest & (rank % step == 0) & (rank // step < n[:, None])
 
 
 def nearest_anchor(

@@ -134,12 +134,13 @@ class OmniPack(Baseline):
         return sum(2 * width * n**2 for n, keep in counts if keep < n)
 
     def pick(self, inputs):
-        ends = [sum(b.sizes) for b in inputs.budgets]
-        parts = (x.split(ends, at) for x, at in ((inputs.features, 0), (inputs.attention, 0)))
-        parts = zip(inputs.budgets, *parts, inputs.places.split(ends, -1))
-        return tuple(map(torch.cat, zip(*(self.pack(*part) for part in parts))))
+        sizes = [sum(b.sizes) for b in inputs.budgets]
+        columns = inputs.features, inputs.attention, inputs.places.mT
+        parts = zip(inputs.budgets, *(x.split(sizes) for x in columns))
+        keep, features = zip(*(self.pack(*part) for part in parts))
+        return torch.cat(keep), torch.cat(features)
 
-    def pack(self, budget, x, attention, place):  # of one sample: (n, D), (n,), (3, n)
+    def pack(self, budget, x, attention, place):  # of one sample: (n, D), (n,), (n, 3)
         "Stage I: (n,) bool; (n, D) float32."
         x = x.float()
         n = sum(budget.keep)
@@ -151,7 +152,7 @@ class OmniPack(Baseline):
         salience = salience_of(x, attention, frames, self.schedule.entering[budget.modality])
         unit = normalize(x, dim=-1)
         like = unit @ unit.mT
-        place = minmax(place.float(), everywhere).mT
+        place = minmax(place.float().mT, everywhere).mT
         apart = torch.cdist(place, place, compute_mode="donot_use_mm_for_euclid_dist")
         first = max(1, round(n * dominant))
         kept = best_in_windows(salience, (len(x),), (first,))

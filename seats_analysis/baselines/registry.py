@@ -9,7 +9,7 @@ __all__ = ['ABLATIONS', 'METHODS', 'Ablation', 'method_at']
 from dataclasses import dataclass, replace
 
 from . import attention, downsample, merging, omnipack  # noqa: F401  what they define has a name
-from .base import Baseline, best_in_windows
+from .base import Baseline, best_in_windows, keep_best
 from ..inputs.layout import Modality
 from ..pruning.base import Pruner
 from ..pruning.seats import Seats
@@ -40,7 +40,7 @@ class Ablation(Seats):
     def drop(self, tokens, scores, step, windows):
         if self.in_windows:
             return super().drop(tokens, scores, step, windows)
-        return Baseline.keep_best(scores, tokens, step)
+        return keep_best(scores, tokens, step)
 
 
 _CHANGED = {

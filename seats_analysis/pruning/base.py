@@ -38,7 +38,6 @@ class PruneStep:
     widths: tuple  # per sample: tokens afterwards, text included; an upper bound where not exact
     exact: tuple  # per sample: whether the width is exact
     removed: tuple = ()  # modalities that stage III takes away here
-    most: tuple = ()  # per sample: modality -> tokens that there are at most
 
     @property
     def width(self):
@@ -53,7 +52,7 @@ def sample_counts(
     text: int,  # tokens that always stay
     entering: dict,  # modality -> tokens that enter layer 0
     todo: list,  # of (layer, stage, fractions kept, or modalities that leave)
-):  # yields (modality -> planned tokens, tokens at most, width, whether that is exact) by step
+):  # yields (modality -> planned tokens, width, whether that is exact) by step
     "The counts of one sample."
     n_keep = dict(entering)
     upper = dict(entering)  # at most so many of a modality in fact
@@ -79,8 +78,7 @@ def sample_counts(
             if not any(n_keep.values()):
                 split = True
             exact = split
-        most = n_keep if split else upper
-        yield n_keep, most, text + sum((n_keep if exact else upper).values()), exact
+        yield n_keep, text + sum((n_keep if exact else upper).values()), exact
 
 
 def plan_steps(
@@ -98,7 +96,7 @@ def plan_steps(
     before = tuple({m: f[m] for m in Modality.CODES} for f in full)
     steps = []
     for (layer, stage, what), *counts in zip(todo, *samples):
-        n_keep, most, widths, exact = zip(*counts)
+        n_keep, widths, exact = zip(*counts)
         if n_keep != before:
             name = {1: "stage1", 2: f"drop{layer}", 3: f"late{layer}"}[stage]
             step = PruneStep(
@@ -109,7 +107,6 @@ def plan_steps(
                 widths=widths,
                 exact=exact,
                 removed=what if stage == 3 else (),
-                most=most,
             )
             steps.append(step)
         before = n_keep
@@ -125,15 +122,16 @@ def right_align(
 
 
 def take(
-    x: torch.Tensor,  # (B, S, ...)
+    x: torch.Tensor,  # (B, S, ...), or (1, S, ...) for all rows; S along `dim`
     index: torch.Tensor,  # (B, N) int64
+    dim: int = 1,
 ) -> torch.Tensor:  # (B, N, ...)
     "The indexed positions of every row."
     if len(index) == 1:
-        return x.index_select(1, index[0])
-    x = x.expand(len(index), *x.shape[1:])  # tables that all rows share
-    index = index.view(*index.shape, *[1] * (x.ndim - 2))
-    return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
+        return x.index_select(dim, index[0])
+    shape = [len(index)] + [1] * (x.ndim - 1)
+    shape[dim] = -1
+    return x.take_along_dim(index.view(shape), dim)
 
 # %% ../../nbs/pruning/03_base.ipynb #ac602e1a
 @dataclass(frozen=True)
@@ -301,17 +299,16 @@ class Pruner(ABC):
                 budgets.append(WindowBudget(m, number=first + b, sizes=sizes[m], keep=keep))
         return tuple(budgets)
 
-    def plan(self, layout, budgets):  # -> list of `PruneStep`
-        "Every count of a forward pass over this layout."
-        n = {k: v.tolist() for k, v in layout.counts().items()}
-        B = len(layout)
-        full = [
-            dict(text=n["text"][b] + n["image"][b], visual=n["visual"][b], audio=n["audio"][b])
-            for b in range(B)
-        ]
+    def plan(self, layout, budgets, late=None):  # -> list of `PruneStep`
+        "Every count of a forward pass over this layout; with other layers of stage III if given."
+        n = layout.counts()
+        text = (n["text"] + n["image"]).tolist()
+        media = [n[m].tolist() for m in Modality.CODES]
+        full = [dict(text=t, visual=v, audio=a) for t, v, a in zip(text, *media)]
         kept = [sum(b.keep) for b in budgets]
-        entering = [dict(visual=kept[b], audio=kept[B + b]) for b in range(B)]
-        return plan_steps(full, entering, self.drops, self.late)
+        B = len(layout)
+        entering = [dict(visual=v, audio=a) for v, a in zip(kept[:B], kept[B:])]
+        return plan_steps(full, entering, self.drops, late or self.late)
 
     def select_flops(self, budgets, width, keys):  # of one sample; D; modality -> size of a key
         "FLOPs of the matrix products in `select`."

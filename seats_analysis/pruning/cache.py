@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from ..inputs.layout import Modality
 from ..models.decoder import Decoder
+from .base import take
 from .prefill import stock_mask
 from ..schedules.schedule import ScheduleWarning
 
@@ -47,16 +48,14 @@ class Slots:
                 nowhere = any(n and not kept[m] for n, kept in zip(had, p.steps[-1].n_keep))
             if nowhere and any(had):
                 removed.append(m)
-        known = {}
 
+        @lru_cache(None)  # layers that hold the same share one tensor
         def visible(held, seen):  # of layers that share keys, each sees what it processed itself
             if held is seen:
                 return held.valid if held.padded else None
-            if (id(held), id(seen)) not in known:
-                here = held.valid.new_zeros(len(held.valid), held.prompt)
-                here = here.scatter(1, seen.column, seen.valid)
-                known[id(held), id(seen)] = here.gather(1, held.column) & held.valid
-            return known[id(held), id(seen)]
+            here = held.valid.new_zeros(len(held.valid), held.prompt)
+            here = here.scatter(1, seen.column, seen.valid)
+            return here.gather(1, held.column) & held.valid
 
         first = layers[p.decoder.attentive(0)]  # as which a recurrent layer counts, without slots
         layers = [first if i in p.decoder.recurrent else t for i, t in enumerate(layers)]
@@ -79,16 +78,14 @@ class Slots:
             here = self.position
             return here.new_ones(len(here), n, dtype=torch.bool) if valid is None else valid
 
-        parts = list(zip(self.valid, self.lengths, later.valid, later.lengths))
-        new = {}  # layers that shared tensors go on sharing them
-        for a, n, b, m in parts:
-            both = a is not None or b is not None
-            key = id(a), n, id(b), m
-            if key not in new:
-                new[key] = torch.cat([whole(a, n), whole(b, m)], 1) if both else None
+        @lru_cache(None)  # layers that shared tensors go on sharing them
+        def both(a, n, b, m):
+            plain = a is None and b is None
+            return None if plain else torch.cat([whole(a, n), whole(b, m)], 1)
+
         return Slots(
-            valid=tuple(new[id(a), n, id(b), m] for a, n, b, m in parts),
-            lengths=tuple(n + m for _, n, _, m in parts),
+            valid=tuple(map(both, self.valid, self.lengths, later.valid, later.lengths)),
+            lengths=tuple(map(sum, zip(self.lengths, later.lengths))),
             prompt=self.prompt + later.prompt,
             position=later.position,
             removed=tuple(m for m in self.removed if m in later.removed),
@@ -106,8 +103,8 @@ class Slots:
 
     def rows(self, pick):  # pick: (B, ...) tensor -> tensor of the rows wanted
         "The slots of other rows; layers that shared a tensor go on sharing it."
-        new = {id(v): pick(v) for v in self.valid if v is not None}
-        valid = tuple(v if v is None else new[id(v)] for v in self.valid)
+        pick = lru_cache(None)(pick)
+        valid = tuple(v if v is None else pick(v) for v in self.valid)
         columns = self.columns and tuple(map(pick, self.columns))
         return replace(self, valid=valid, position=pick(self.position), columns=columns)
 
@@ -123,16 +120,14 @@ class Slots:
         "Raise ValueError for a cache that cannot be shortened: fixed, quantized or offloaded."
         from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-        for i, layer in enumerate(cache.layers if cache is not None else ()):
+        if cache is None:
+            return
+        for i, layer in enumerate(cache.layers):
             if type(layer) is DynamicSlidingWindowLayer:  # it would forget by the number of tokens
                 cache.layers[i] = DynamicLayer()
-        plain = (
-            cache is None
-            or not getattr(cache, "offloading", False)
-            and {type(layer).__name__ for layer in cache.layers}
-            <= {"DynamicLayer", "DummyLayer", "LinearAttentionLayer"}
-        )
-        if not plain:
+        others = {type(layer).__name__ for layer in cache.layers}
+        others -= {"DynamicLayer", "DummyLayer", "LinearAttentionLayer"}
+        if others or getattr(cache, "offloading", False):
             what = "has a fixed length" if cache.is_compileable else "is quantized or offloaded"
             raise ValueError(
                 f"{type(cache).__name__} {what}; prune needs a dynamic cache "
@@ -281,7 +276,7 @@ class Slots:
         tail = self.columns_after(mask, cache, hidden.shape[1])
         seen = {}
         columns = self.columns or [None] * len(self.lengths)
-        keys = list(zip(decoder.kinds, map(id, self.valid), self.lengths, map(id, columns)))
+        keys = list(zip(decoder.kinds, self.valid, self.lengths, columns))
         for i, key in enumerate(keys):
             if key not in seen:
                 seen[key] = self.mask(decoder, hidden, tail, cache, i)
@@ -313,19 +308,11 @@ def shorten_cache(
     index: torch.Tensor,  # (B, n) int64 slots to keep
     start: int = 0,  # slots before them that all stay
 ):
-    "Shorten keys and values of a layer."
-
-    def kept(x):  # (B, heads, S, d), written in the order in which attention reads it
-        head, tail = x[:, :, :start], x[:, :, start:]
-        if len(x) == 1:
-            tail = tail.index_select(2, index[0])
-        else:
-            wide = index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-            tail = tail.gather(2, wide)
-        return torch.cat([head, tail], 2) if start else tail
-
-    layer.keys = kept(layer.keys)
-    layer.values = kept(layer.values)
+    "Shorten keys and values of a layer, written in the order in which attention reads them."
+    for name in ("keys", "values"):
+        x = getattr(layer, name)  # (B, heads, S, d)
+        tail = take(x[:, :, start:], index, 2)
+        setattr(layer, name, torch.cat([x[:, :, :start], tail], 2) if start else tail)
 
 # %% ../../nbs/pruning/09_cache.ipynb #5153e698
 class LogicalLength:
@@ -385,9 +372,7 @@ def _pruned(cls):
 
 
 def _empty_pruned(cls):
-    new = cls.__new__(cls)
-    new.__class__ = _pruned(cls)
-    return new
+    return object.__new__(_pruned(cls))
 
 # %% ../../nbs/pruning/09_cache.ipynb #71a494ad
 def follow_up(

@@ -44,8 +44,7 @@ class Hooks:
         self.refused = False  # whether a pass came after that
         self.rest = None  # the hook for generations that outlive the block
         self.lock = Condition()
-        here = current_thread()
-        self.others = WeakSet(t for t in running_threads() if t is not here)
+        self.others = WeakSet(running_threads()) - {current_thread()}
 
     def before(self, stack, module, hook):
         "Call `hook(module, args, kwargs)` before the module runs, until the stack is left."
@@ -269,34 +268,27 @@ class EncoderWatch:
 
     def install(self, stack):
         "Register the hooks; leaving the stack removes them."
-        before_tower = dict(visual=self.before_visual, audio=self.before_audio)
-        for modality, attention in self.attention.items():
-            self.hooks.before(stack, attention.tower, before_tower[modality])
+        notes = dict(visual=self.before_visual, audio=self.before_audio)
+        for modality, tower in self.adapter.encoders(self.model).items():
+            noted = notes[modality] if modality in self.attention else self.begin
+            self.hooks.before(stack, tower, noted)
+            self.hooks.after(stack, tower, partial(self.after_tower, modality))
+        for modality, attention in self.attention.items() if self.method else ():
             self.hooks.before(stack, attention.module, self.before_attention)
             for projection in attention.projections:
                 self.hooks.after(stack, projection, partial(self.on_projection, modality))
-            self.hooks.after(stack, attention.tower, partial(self.after_tower, modality))
-            if self.method is not None:
-                self.hooks.retrace(stack, attention.module)
-        for modality, tower in self.adapter.encoders(self.model).items():
-            if modality not in self.attention:
-                self.hooks.before(stack, tower, self.before_other)
-                self.hooks.after(stack, tower, self.after_other)
+            self.hooks.retrace(stack, attention.module)
 
-    def before_other(self, module, args, kwargs):
+    # ---- one call of a tower
+
+    def begin(self, *given):
         "Fires before an encoder of which only the time is noted. Changes nothing."
         self.hooks.claim()
         self.timings.start("encoders")
 
-    def after_other(self, module, args, output):
-        "Fires when such an encoder is done. Changes nothing."
-        self.timings.stop()
-
-    # ---- one call of a tower
-
     def before_visual(self, module, args, kwargs):
         "Fires before the vision tower: notes the call. Changes nothing."
-        self.hooks.claim()
+        self.begin()
         grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
         grids = grid.tolist()  # waits for the device, long before the first decoder layer
         patches = sum(t * h * w for t, h, w in grids)
@@ -305,21 +297,18 @@ class EncoderWatch:
             order = self.attention["visual"].window_order(torch.tensor(grids))
             call.order = order.to(grid.device, non_blocking=True)
         self.calls["visual"].append(call)
-        self.timings.start("encoders")
 
     def before_audio(self, module, args, kwargs):
         "Fires before the audio tower: notes the call. Changes nothing."
-        self.hooks.claim()
+        self.begin()
         frames = (kwargs["feature_lens"] if "feature_lens" in kwargs else args[1]).tolist()
         tokens = sum(self.adapter.audio_tokens(self.model, frames))
         self.calls["audio"].append(EncoderCall(frames, tokens))
-        self.timings.start("encoders")
 
     def before_attention(self, module, args, kwargs):
         "Fires before a tower's last attention: keeps the rotary that its queries and keys get."
-        if self.method is not None:
-            self.hooks.refuse_compiled(module)
-            self.projecting = [], TowerAttention.rotary(kwargs)
+        self.hooks.refuse_compiled(module)
+        self.projecting = [], TowerAttention.rotary(kwargs)
 
     def on_projection(self, modality, module, args, output):
         """Fires when that attention has projected queries, keys or both: keeps them, and with the
@@ -363,9 +352,10 @@ class EncoderWatch:
                 call.keys = call.keys[back]
 
     def after_tower(self, modality, module, args, output):
-        "Fires when a tower is done: notes what it returned. Changes nothing."
+        "Fires when an encoder is done: notes what a tower returned. Changes nothing."
         self.timings.stop()
-        self.calls[modality][-1].output = ref(output)
+        if self.calls[modality]:
+            self.calls[modality][-1].output = ref(output)
 
     # ---- what is asked later
 
@@ -373,14 +363,6 @@ class EncoderWatch:
         "Which call of the vision tower this came from."
         calls = self.calls["visual"] if output is not None else ()
         return next((c for c in calls if c.output is not None and c.output() is output), None)
-
-    def forget_but(self, output):  # -> `EncoderCall` or None
-        "Forget all calls but the one that returned `output`."
-        found = self.call_of(output)
-        self.forget()
-        if found is not None:
-            self.calls["visual"] = [found]
-        return found
 
     def noted(self, what, counts, order) -> dict:  # modality -> (T,) or (T, k) float32
         """A field of the calls for the prompt's tokens: `counts` by modality, visual ones in
@@ -484,6 +466,7 @@ def join_calls(
     "Calls as if their media had been encoded together."
     joined = EncoderCall(sum((c.shape for c in calls), []), sum(c.tokens for c in calls))
     for noted in ("received", "keys"):
-        if getattr(calls[0], noted) is not None:
-            setattr(joined, noted, torch.cat([getattr(c, noted) for c in calls]))
+        parts = [getattr(c, noted) for c in calls]
+        if parts[0] is not None:
+            setattr(joined, noted, torch.cat(parts))
     return joined

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from ..inputs.layout import Modality, TokenLayout
 from ..models.decoder import Decoder
-from .base import Pruner, PruneStep, Stage1Inputs, Tokens, take
+from .base import Pruner, Stage1Inputs, Tokens, take
 from .select import query_scores, text_scores
 
 # %% ../../nbs/pruning/08_prefill.ipynb #da1d6e34
@@ -121,7 +121,7 @@ class Prefill:
     deep: object = None  # `DeepStack` of what is in the sequence; None if the family has none
     index: torch.Tensor | None = None  # (B, n) int64 what is left of what entered layer 0
     entered: int = 0  # positions that entered it
-    follows: dict = field(default_factory=dict)  # id of a tensor -> what is left of it
+    follows: dict = field(default_factory=dict)  # rotary tables -> what is left of them
     tables: tuple | None = None  # cos and sin that the layer before had
     mask: dict | None = None  # kind of layer -> mask of what is in the sequence
     position: torch.Tensor | None = None  # (B,) of the next token
@@ -133,15 +133,11 @@ class Prefill:
     earlier: object = None  # `Slots` of that turn; None = the cache begins with this prompt
     masks: dict = field(default_factory=dict)  # what the earlier turn holds and this one -> mask
 
-    def __post_init__(self):
-        self.n_chunks = int(self.layout.chunk.max()) + 1  # of the modality that has more
-
     @cached_property
     def behind(self):
         "Columns behind the media, of the sample that has most; on the host."
-        kind = self.layout.modality
         S = self.layout.shape[1]
-        media = torch.isin(kind, torch.tensor(list(Modality.CODES.values())))
+        media = self.layout.visual | self.layout.audio
         ends = (media * torch.arange(S)).amax(1)[media.any(1)]
         return max(1, S - 1 - int(ends.min()))
 
@@ -151,9 +147,8 @@ class Prefill:
         "Shorten what enters layer 0."
         embeds = kwargs["inputs_embeds"]
         positions = kwargs.get("position_ids")
-        self.deep, kwargs = Decoder.take_deepstack(
-            kwargs
-        )  # the session adds them behind each layer
+        # the session adds them behind each layer
+        self.deep, kwargs = Decoder.take_deepstack(kwargs)
         if positions is None:
             positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
         # (3, B, S): time, height and width, as the decoder would see them
@@ -169,11 +164,7 @@ class Prefill:
         with torch.set_grad_enabled(self.method.merges and torch.is_grad_enabled()):
             keep, embeds = self.select(embeds, positions, encoders)
         index = self.cut(step, keep)
-        beside = {
-            k: take(x, index)
-            for k, x in kwargs.items()
-            if k != "inputs_embeds" and getattr(x, "ndim", 0) > 2 and x.shape[1] == self.entered
-        }
+        kwargs = {k: self.along(x, index) for k, x in kwargs.items() if k != "inputs_embeds"}
         self.index = None
         self.entered = step.width
         embeds = take(embeds, index)
@@ -181,13 +172,16 @@ class Prefill:
         mask = None if not step.padded and self.decoder.mrope else self.tokens.valid.long()
         kwargs = {
             **kwargs,
-            **beside,
             "inputs_embeds": embeds,
             # the last axis: positions may have several
             "position_ids": positions.gather(-1, index.expand(*positions.shape[:-2], -1, -1)),
             "attention_mask": mask if self.decoder.window is None else self.by_kind(embeds),
         }
         return self.behind_earlier(self.decoder.attentive(0), embeds, kwargs)
+
+    def along(self, x, index):
+        "What stays of an argument that is one entry for each position that entered; or all of it."
+        return take(x, index) if getattr(x, "ndim", 0) > 2 and x.shape[1] == self.entered else x
 
     def select(self, embeds, positions, encoders):
         "Ask the method: (B, S) bool; embeds, changed where it merges."
@@ -231,7 +225,7 @@ class Prefill:
             if hidden.shape[1] == n:  # or the last position alone, behind the last keys
                 hidden = take(hidden, index)
             for kind, kv in list(shared.items()):
-                shared[kind] = tuple(take(x.transpose(1, 2), index).transpose(1, 2) for x in kv)
+                shared[kind] = tuple(take(x, index, 2) for x in kv)
         if self.earlier is None:
             self.mask = self.by_kind(hidden)
         return hidden
@@ -254,17 +248,15 @@ class Prefill:
         "What a layer is given, cut along the sequence as its hidden states are."
         tables = kwargs["position_embeddings"]
         if self.index is not None and tables[0].shape[1] == self.entered:
-            key = id(tables)
-            if key not in self.follows:
-                self.follows[key] = tables, tuple(take(t, self.index) for t in tables)
-            tables = self.follows[key][1]
+            if tables not in self.follows:
+                self.follows[tables] = tuple(take(t, self.index) for t in tables)
+            tables = self.follows[tables]
         self.tables = tables
         if self.index is None and self.earlier is None:
             return None
         if self.index is not None:
             kwargs = {**kwargs, "position_embeddings": tables, "position_ids": None}
-            whole = (getattr(x, "ndim", 0) > 2 and x.shape[1] == self.entered for x in beside)
-            beside = [take(x, self.index) if cut else x for x, cut in zip(beside, whole)]
+            beside = [self.along(x, self.index) for x in beside]
         if self.earlier is not None:
             return (hidden, *beside), self.behind_earlier(layer, hidden, kwargs)
         mask = self.last_rows(self.mask[self.decoder.kinds[layer]], hidden)
@@ -284,7 +276,7 @@ class Prefill:
         if layer in self.decoder.recurrent:
             valid = self.tokens.valid if self.tokens.padded else None
             return {**kwargs, "attention_mask": valid}
-        key = id(earlier.valid[layer]), earlier.lengths[layer], id(self.tokens)
+        key = earlier.valid[layer], earlier.lengths[layer], self.tokens
         if key not in self.masks:
             valid = self.tokens.valid
             self.masks[key] = earlier.mask(self.decoder, hidden, valid, self.cache, layer)
@@ -303,7 +295,8 @@ class Prefill:
             scores = self.scores(self.decoder.attentive(step.layer - 1), hidden, shared)
         if scores is not None:
             self.checks.append(Check.of_scores(scores, step.layer))
-        keep = self.method.drop(tokens, scores, step, self.n_chunks)
+        n_chunks = int(self.layout.chunk.max()) + 1  # of the modality that has more; on the host
+        keep = self.method.drop(tokens, scores, step, n_chunks)
         if isinstance(keep, tuple):
             keep, hidden = keep
         return keep & tokens.valid, hidden
@@ -357,10 +350,11 @@ class Prefill:
         decoder = self.decoder
         shared = {decoder.source(i) for i in range(decoder.sharing, len(self.layers))}
         for layer, tokens in enumerate(self.layers):
-            gone = tuple(m for m, (start, end) in ranges.items() if not start <= layer < end)
-            if (id(tokens), gone) not in cuts:
-                cuts[id(tokens), gone] = self.without(layer, gone)
-            index, left = cuts[id(tokens), gone]
+            gone = [m for m, (start, end) in ranges.items() if not start <= layer < end]
+            gone = tuple(m for m in gone if layer < self.method.schedule.late(m))
+            if (tokens, gone) not in cuts:
+                cuts[tokens, gone] = self.without(layer, gone)
+            index, left = cuts[tokens, gone]
             source = decoder.source(layer)
             held.append((self.layers[source] if source in shared else left, left))
             if index is not None and source not in shared:
@@ -368,31 +362,12 @@ class Prefill:
         return held
 
     def without(self, layer, gone):  # modalities -> index (B, width), None = all; Tokens
-        "What the cache of a layer keeps without some of its media; widths are known on the host."
+        "What the cache of a layer keeps without some of its media, as if they left there."
         tokens = self.layers[layer]
-        steps = [s for s in self.steps if s.layer <= layer]
-        counts = {m: n.tolist() for m, n in self.layout.counts().items()}
-        B = len(self.layout)
-        most = (
-            steps[-1].most
-            if steps
-            else [{m: counts[m][b] for m in Modality.CODES} for b in range(B)]
-        )
-        if not any(n[m] for n in most for m in gone):
+        late = self.method.late | dict.fromkeys(gone, layer)
+        steps = self.method.plan(self.layout, self.budgets, late) if gone else ()
+        step = next((s for s in steps if s.layer == layer and s.removed), None)
+        if step is None:
             return None, tokens
-        stays = [m for m in Modality.CODES if m not in gone]
-        widths = [
-            counts["text"][b] + counts["image"][b] + sum(n[m] for m in stays)
-            for b, n in enumerate(most)
-        ]
-        exact = not steps or all(steps[-1].exact) and steps[-1].most == steps[-1].n_keep
-        step = PruneStep(
-            name="cache",
-            stage=3,
-            layer=layer,
-            n_keep=(),
-            widths=tuple(widths),
-            exact=(exact or not stays,) * B,
-        )
         hidden = torch.stack([tokens.is_(m) for m in gone]).any(0)
         return tokens.cut(tokens.valid & ~hidden, step)

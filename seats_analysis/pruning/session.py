@@ -48,9 +48,9 @@ class Session:
         self.decoder = Decoder(model)
         self.thinker = self.decoder.thinker
         self.layers = self.decoder.layers
-        self.token_ids = adapter_for(model).token_ids(model)
+        self.adapter = self.decoder.adapter
         self.signature = inspect.signature(self.thinker.forward)
-        self.device = self.decoder.adapter.device(model)
+        self.device = self.adapter.device(model)
         self.timings = Timings(str(self.device))
         self.run = Run(method, kv, self.timings)
         # towers are only timed where stage I keeps everything, or does not look at attention
@@ -92,7 +92,7 @@ class Session:
         self.hooks.before(stack, decoder, self.before_decoder)
         for i, layer in enumerate(self.layers):
             self.hooks.before(stack, layer, partial(self.before_layer, i))
-        tower = adapter_for(self.model).visual(self.model)
+        tower = self.adapter.visual(self.model)
         levels = len(getattr(tower, "deepstack_visual_indexes", None) or ())
         for i, layer in enumerate(self.layers[:levels]):
             self.hooks.after(stack, layer, partial(self.after_layer, i))
@@ -114,21 +114,18 @@ class Session:
 
     # ---- in `generate`, before anything else
 
-    def expand_inputs(
-        self, stock, expand_size=1, is_encoder_decoder=False, input_ids=None, **given
-    ):  # -> input_ids, inputs
+    def expand_inputs(self, stock, expand_size=1, input_ids=None, **given):  # -> ids, inputs
         """Runs in `generate`, in place of the thinker's own method `stock`, which is right for
         rows: makes several rows of every sample, together with its media."""
-        settings = dict(expand_size=expand_size, is_encoder_decoder=is_encoder_decoder)
         if expand_size == 1 or input_ids is None:
-            return stock(**settings, input_ids=input_ids, **given)
+            return stock(expand_size=expand_size, input_ids=input_ids, **given)
         media = {}
         cache = given.get("past_key_values")
-        if self.decoder.adapter.interleaved:
+        if self.adapter.interleaved:
             new = input_ids[:, Slots.known(cache, given.get("position_ids")) :]
             media = self.encoders.repeat_media(new, given, expand_size)
         others = {k: v for k, v in given.items() if k not in media}
-        ids, rest = stock(**settings, input_ids=input_ids, **others)
+        ids, rest = stock(expand_size=expand_size, input_ids=input_ids, **others)
         if cache is not None:
             rest["past_key_values"] = Slots.repeat_cache(cache, len(input_ids), expand_size)
         return ids, {**rest, **media, COPIES: expand_size}
@@ -165,7 +162,7 @@ class Session:
                 self.plan(given, cache, copies, earlier)
         if noted is not None:
             self.encoders.calls = noted
-            if not self.decoder.adapter.interleaved:
+            if not self.adapter.interleaved:
                 kwargs.pop("input_ids", None)  # the others take ids or embeddings
         return args, kwargs
 
@@ -200,7 +197,8 @@ class Session:
         media = [
             (layout.modality == code).flatten().nonzero()[:, 0] for code in Modality.CODES.values()
         ]
-        order = visual_order(given["input_ids"], layout, self.token_ids.get(Modality.IMAGE, -1))
+        image = self.adapter.token_ids(self.model).get(Modality.IMAGE, -1)
+        order = visual_order(given["input_ids"], layout, image)
         if order is not None:
             order = order.to(self.device, non_blocking=True)
         numbers = [b.number for b in budgets if b.modality == "visual"]
@@ -247,20 +245,18 @@ class Session:
         encoded = given.get("mm_encoder_outputs") or {}
         if "visual" not in watch.attention:
             encoded = {}  # its windows are read from the prompt
-        image = watch.call_of(encoded.get("image"))
-        video = encoded.get("video")
-        call = watch.forget_but(video)  # leaves the calls that belong to these inputs
-        if image is not None:
-            watch.calls["visual"].insert(0, image)
-            if given.get("image_grid_thw") is None:
-                given = {**given, "image_grid_thw": torch.tensor(image.shape)}
-        if video is not None and given.get("video_grid_thw") is None:
-            if call is None:
-                raise ValueError(
-                    "the encoded videos come from no call of the vision tower: pass pixel values, "
-                    "and leave `prefill_chunk_size` unset"
-                )
-            given = {**given, "video_grid_thw": torch.tensor(call.shape)}
+        found = {name: watch.call_of(encoded.get(name)) for name in ("image", "video")}
+        known = {name: call for name, call in found.items() if call is not None}
+        watch.forget()
+        watch.calls["visual"] = list(known.values())  # those that belong to these inputs
+        for name, call in known.items():
+            if given.get(f"{name}_grid_thw") is None:
+                given = {**given, f"{name}_grid_thw": torch.tensor(call.shape)}
+        if encoded.get("video") is not None and given.get("video_grid_thw") is None:
+            raise ValueError(
+                "the encoded videos come from no call of the vision tower: pass pixel values, "
+                "and leave `prefill_chunk_size` unset"
+            )
         mask = given.get("attention_mask")
         if isinstance(mask, dict):  # as `generate` makes them for a cache of fixed length
             mask = mask.get("full_attention")
@@ -346,11 +342,12 @@ class Session:
     def after_layer(self, layer, module, args, output):
         """Fires after each of the layers that DeepStack reaches: adds to its output what the text
         model would have added."""
-        if self.prefill is None or self.prefill.deep is None:
+        deep = self.prefill and self.prefill.deep
+        if deep is None:
             return None
         if isinstance(output, tuple):
-            return (self.prefill.deep.add(layer, output[0]), *output[1:])
-        return self.prefill.deep.add(layer, output)
+            return (deep.add(layer, output[0]), *output[1:])
+        return deep.add(layer, output)
 
     # ---- after the decoder
 

@@ -9,7 +9,6 @@ __all__ = ['Timings']
 import torch
 from collections import deque
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from time import perf_counter
 
 # %% ../../nbs/pruning/00_timing.ipynb #50e87655
@@ -38,19 +37,17 @@ def _between(start, end):  # milliseconds; waits for the device if it is not the
     return start.elapsed_time(end)
 
 # %% ../../nbs/pruning/00_timing.ipynb #145228c6
-@dataclass
 class Timings:
     "Milliseconds per section: encoders, selection, prefill, decode."
 
     sections = "encoders", "selection", "prefill", "decode"
-    device: str = "cpu"  # where the work runs; a torch.device is fine too
-    _spans: deque = field(default_factory=deque, repr=False)  # (section, mark, mark) not yet read
-    _open: list = field(default_factory=list, repr=False)  # entered and not left, innermost last
-    _since: object = field(default=None, repr=False)  # mark of the last change
-    _started: ExitStack = field(default_factory=ExitStack, repr=False)  # by `start`
 
-    def __post_init__(self):
-        self._cuda = self.device if str(self.device).startswith("cuda") else None
+    def __init__(self, device="cpu"):  # where the work runs; a torch.device is fine too
+        self._cuda = device if str(device).startswith("cuda") else None
+        self._spans = deque()  # (section, mark, mark) not yet read
+        self._open = []  # entered and not left, innermost last
+        self._since = None  # mark of the last change
+        self._started = ExitStack()  # by `start`
         self._total = dict.fromkeys(self.sections, 0.0)
         self.calls = dict.fromkeys(self.sections, 0)
 
@@ -86,7 +83,7 @@ class Timings:
 
     def _read(self, wait=False):
         "Add up spans, from the first on; without `wait` those that the device has finished."
-        while self._spans and (wait or all(map(_over, self._spans[0][1:]))):
+        while self._spans and (wait or _over(self._spans[0][-1])):
             section, start, end = self._spans.popleft()
             self._total[section] += _between(start, end)
 
