@@ -74,31 +74,6 @@ class TokenLayout:
         images = media.get(Modality.IMAGE)
         return layout if images is None else _images_as_visual(layout, images)
 
-    @staticmethod
-    def video_media(
-        grid_thw: torch.Tensor | None,  # (n, 3) temporal grids, patches in height and width
-        merge_size: int,  # patches per side of one merged token
-        grids_per_window: int = 2,  # temporal grids in one window (SEATS, arXiv 2605.20035)
-    ) -> list:  # (tokens, tokens in one of its windows) of each
-        "The videos (or images) of a batch, from the processor's grids."
-        grids = [] if grid_thw is None else grid_thw.tolist()
-        per_grid = [(t, h * w // merge_size**2) for t, h, w in grids]
-        return [(t * n, grids_per_window * n) for t, n in per_grid]
-
-    @staticmethod
-    def audio_media(
-        lengths: Sequence[int],  # tokens of each audio track
-        per_second: float,  # audio tokens per second: `position_id_per_seconds`
-        seconds: float = 2.0,  # length of a window: `seconds_per_chunk`
-    ) -> list:  # (tokens, tokens in one of its windows) of each
-        "The audio tracks of a batch. Raises ValueError for windows too short for one token."
-        per_window = int(per_second * seconds)
-        if per_window < 1:
-            raise ValueError(
-                f"{per_second} audio tokens a second leave no token in a window of {seconds} s"
-            )
-        return [(int(n), per_window) for n in lengths]
-
     @classmethod
     def stack(
         cls,

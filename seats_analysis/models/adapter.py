@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
-from ..inputs.layout import Modality, TokenLayout
+from ..inputs.layout import Modality
 from ..storage.provenance import tensor_bytes
 
 # %% ../../nbs/models/00_adapter.ipynb #269bc0b3
@@ -139,16 +139,20 @@ class Adapter:
         """(tokens, tokens in a Stage I window) of each medium, by modality and in sequence; `grids`
         and `seconds` of a window: see `Rates`."""
         ids = self.token_ids(model)
-        runs = {kind: _runs(inputs["input_ids"] == token) for kind, token in ids.items()}
-        config = self.config(model)
         rates = self.rates(model)
         grids = grids or rates.grids_per_window
         seconds = seconds or rates.seconds_per_chunk
-        frame = self.frame_tokens(config) if self.frame_tokens else None
+        frame = self.frame_tokens(self.config(model)) if self.frame_tokens else None
         found = {}
-        for kind, sizes in runs.items():
+        for kind, token in ids.items():
+            sizes = self.sizes(model, inputs, kind, token)
             if kind == Modality.AUDIO:
                 per_window = int(rates.positions_per_second * seconds)
+                if rates.positions_per_second and not per_window:
+                    raise ValueError(
+                        f"{rates.positions_per_second} audio tokens a second leave no token in a "
+                        f"window of {seconds} s"
+                    )
                 found[kind] = [(n, per_window or n) for n in sizes]
                 continue
             names = dict(video_grid_thw=grids, image_grid_thw=1)
@@ -157,11 +161,18 @@ class Adapter:
             each = []
             # `generate` hands grids to the encoder and not on: only its watch has them then
             for name, per_window in names.items() if "visual" in self.received else ():
-                each += TokenLayout.video_media(inputs.get(name), rates.merge_size, per_window)
-            if sum(n for n, _ in each) != sum(sizes):
+                table = inputs.get(name)
+                for t, h, w in () if table is None else table.tolist():
+                    per_grid = h * w // rates.merge_size**2
+                    each.append((t * per_grid, per_window * per_grid))
+            if not self.interleaved and sum(n for n, _ in each) != sum(sizes):
                 each = [(n, grids * frame if frame else n) for n in sizes]
             found[kind] = each
         return found
+
+    def sizes(self, model, inputs, kind, token) -> list:  # tokens of each medium
+        "What lies side by side in a prompt is one medium."
+        return _runs(inputs["input_ids"] == token)
 
     @staticmethod
     def rotate(
@@ -247,22 +258,10 @@ class OmniAdapter(Adapter):
         "Tokens that each audio track becomes; arguments as for `tower_rows`."
         return [n // self.rows_per_token for n in self.tower_rows(model, frames)]
 
-    def media(self, model, inputs, grids=None, seconds=None) -> dict:
-        "See `Adapter`; by the processor's own sizes, as the media of a clip share a run."
-        r = self.rates(model)
-        audio = inputs.get("feature_attention_mask")
-        lengths = self.audio_tokens(model, () if audio is None else audio.sum(-1).tolist())
-
-        def visual(name, per_window):
-            return TokenLayout.video_media(inputs.get(name), r.merge_size, per_window)
-
-        return {
-            Modality.VISUAL: visual("video_grid_thw", grids or r.grids_per_window),
-            Modality.AUDIO: TokenLayout.audio_media(
-                lengths, r.positions_per_second, seconds or r.seconds_per_chunk
-            ),
-            Modality.IMAGE: visual("image_grid_thw", 1),
-        }
+    def sizes(self, model, inputs, kind, token) -> list:
+        "Of sounds, by the processor's mask, as the media of a clip share a run; of others no use."
+        mask = inputs.get("feature_attention_mask") if kind == Modality.AUDIO else None
+        return [] if mask is None else self.audio_tokens(model, mask.sum(-1).tolist())
 
     def hash_weights(self, model) -> str:
         "sha256 of all weights, independent of the names that a version of transformers gives them."
