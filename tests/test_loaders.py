@@ -273,7 +273,9 @@ def test_same_path_at_the_size_of_the_7b(tmp_path, seven_billion):
     for length in (sum(counts.values()), unseen, counts["text"]):
         hidden = torch.empty(1, length, width, device="meta")
         places = torch.zeros(3, 1, length, dtype=torch.long, device="meta")
-        hidden = decoder.run_layers(hidden, decoder.rotary_tables(hidden, places), None, 0, 28)
+        tables = decoder.rotary_tables(hidden, places)
+        for layer in range(28):
+            hidden, _ = decoder.run_layer(hidden, tables, None, layer)
         assert hidden.shape == (1, length, width)
         assert decoder.logits(hidden[:, -1:]).shape[:2] == (1, 1)
 

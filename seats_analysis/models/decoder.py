@@ -53,13 +53,6 @@ class _Mask:
     valid: torch.Tensor | None = None  # (B, c) bool of the positions in a line; None = all are real
     tree: torch.Tensor | None = None  # (B, n, n) bool who of those behind may look at whom
 
-    @classmethod
-    def of(cls, attention, allowed, line=None):  # (B, n, m) bool; see `Decoder.mask`
-        "From who may look at whom."
-        n = allowed.shape[1]
-        own = allowed[..., -n:]
-        line = n if line is None else line
-        return cls(attention, own[:, line - 1, :line], own[:, line:, line:])
 
     @cached_property
     def ways(self):  # (B, P, T) int64, filled up at the end; (B, n) int64 where one is among P * T
@@ -237,15 +230,6 @@ class Decoder:
             position_ids = position_ids.expand(3, *position_ids.shape)
         return sum((tuple(rope(hidden, position_ids, *kind)) for kind in self._ropes), ())
 
-    @staticmethod
-    def causal_pattern(
-        valid: torch.Tensor,  # (B, S) bool, False at padding
-    ) -> torch.Tensor:  # (B, 1, S, S) bool, True = may look; padding looks at itself only
-        "Which query (row) may look at which key (column)."
-        S = valid.shape[1]
-        device = valid.device
-        mask = torch.ones(S, S, dtype=torch.bool, device=device).tril() & valid[:, None, :]
-        return (mask | torch.eye(S, dtype=torch.bool, device=device))[:, None]
 
     def _takes_masks(self):
         kind = self.config._attn_implementation
@@ -272,7 +256,12 @@ class Decoder:
         if not spare or kind != "sdpa" or not (allowed == plain).all():
             mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
             mask.masked_fill_(~allowed, torch.finfo(dtype).min)
-        return _Mask.of(mask, allowed[:, 0], line) if self.recurrent else mask
+        if not self.recurrent:
+            return mask
+        n = allowed.shape[2]
+        own = allowed[:, 0, :, -n:]
+        line = n if line is None else line
+        return _Mask(mask, own[:, line - 1, :line], own[:, line:, line:])
 
     def _parts(self, layer, rotary):  # what `rotary_tables` and `beside` give
         "cos and sin of one layer; columns and embeddings, where there are any."
@@ -365,21 +354,6 @@ class Decoder:
             kept[layer] = kv.permute(1, 3, 0, 2, 4).flatten(2)
         return torch.cat([out, *kept.values()], -1) if room else out
 
-    def run_layers(
-        self,
-        hidden: torch.Tensor,  # (B, S, D) before layer `start`
-        rotary: tuple,  # cos and sin of these positions, each (B, S, head size)
-        mask: torch.Tensor | None,  # from `mask`
-        start: int = 0,
-        stop: int | None = None,  # half-open
-    ) -> torch.Tensor:  # (B, S, D) before layer `stop`
-        "Run some layers, without a cache."
-        for layer in range(len(self.layers))[start:stop]:
-            if layer in self.recurrent:
-                hidden, _ = self._recur(layer, hidden, mask)
-            else:
-                hidden = self._call(layer, hidden, rotary, mask)
-        return hidden
 
     def _recur(self, layer, hidden, mask, state=None):  # -> (B, n, D), states behind the line
         "A recurrent layer: the positions in a line, then every way through the tree behind them."
