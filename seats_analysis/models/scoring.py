@@ -102,12 +102,10 @@ def _continue(thinker, encoded, out, texts):
 @torch.no_grad()
 def score_choices(
     model,
-    encoded: Encoded,  # prompts without appended answers
+    encoded: Encoded,  # prompts
 ) -> ChoiceScores:
-    """Score every choice by teacher forcing. Raises ValueError for batches with appended answers,
-    and for logits that are not finite."""
-    if encoded.answer_length is not None and encoded.answer_length.any():
-        raise ValueError("score_choices needs prompts; these have answers appended")
+    """Score every choice by teacher forcing. Raises ValueError for samples without choices, and
+    for logits that are not finite."""
     ids = encoded.choice_ids
     if empty := [s.id for s, row in zip(encoded.samples, ids) if not row or not all(row)]:
         raise ValueError(f"samples without choices, or with an empty one: {', '.join(empty[:5])}")
