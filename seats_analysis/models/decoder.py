@@ -53,7 +53,6 @@ class _Mask:
     valid: torch.Tensor | None = None  # (B, c) bool of the positions in a line; None = all are real
     tree: torch.Tensor | None = None  # (B, n, n) bool who of those behind may look at whom
 
-
     @cached_property
     def ways(self):  # (B, P, T) int64, filled up at the end; (B, n) int64 where one is among P * T
         "The ways through the tree, one to each position that is a leaf in some row."
@@ -230,7 +229,6 @@ class Decoder:
             position_ids = position_ids.expand(3, *position_ids.shape)
         return sum((tuple(rope(hidden, position_ids, *kind)) for kind in self._ropes), ())
 
-
     def _takes_masks(self):
         kind = self.config._attn_implementation
         if kind not in ("sdpa", "eager"):
@@ -353,7 +351,6 @@ class Decoder:
             kv = torch.stack(shared[self.kinds[layer]])[..., -hidden.shape[1] :, :]
             kept[layer] = kv.permute(1, 3, 0, 2, 4).flatten(2)
         return torch.cat([out, *kept.values()], -1) if room else out
-
 
     def _recur(self, layer, hidden, mask, state=None):  # -> (B, n, D), states behind the line
         "A recurrent layer: the positions in a line, then every way through the tree behind them."

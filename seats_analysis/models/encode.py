@@ -355,7 +355,6 @@ def encode(
     model: torch.nn.Module,  # an om-LLM
     processor: Callable,  # the model's processor
     samples: Sequence[Sample | Prompt] | Sample | Mapping,  # one or several, see `samples_of`
-
     fps: float = 2.0,  # frames per second at which files are decoded; clips keep their own
     max_frames: int | None = None,  # of a file
     interleave: bool = True,  # a clip's audio lies between its frames; False: behind them

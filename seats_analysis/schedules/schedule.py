@@ -22,7 +22,6 @@ from seats_analysis.schedules.file import (
     FrozenDict,
     both,
     checked,
-    checked_evidence,
     in_words,
     levels_of,
     published_setting,
@@ -469,16 +468,14 @@ class Schedule:
             raise ValueError(
                 f"fields missing {sorted(known - set(own))}, unknown {sorted(set(own) - known)}"
             )
-        evidence = checked_evidence(own.pop("evidence"))
-        proof = evidence.get("certificate")
-        bare = {name: value for name, value in evidence.items() if name != "certificate"}
-        plan = cls(**own, evidence=bare)
-        if proof is not None and proof["plan_sha256"] != plan.plan_sha256:
-            raise ValueError(
-                "`evidence.certificate` is that of another plan, or of other weights: remove it, "
-                "or run `seats tune` again"
-            )
-        return replace(plan, evidence=evidence)
+        with warnings.catch_warnings(action="error", category=ScheduleWarning):
+            try:
+                return cls(**own)
+            except ScheduleWarning:
+                raise ValueError(
+                    "`evidence.certificate` is that of another plan, or of other weights: remove "
+                    "it, or run `seats tune` again"
+                ) from None
 
     @classmethod
     def load(cls, path: str | Path) -> "Schedule":
