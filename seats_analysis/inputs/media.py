@@ -114,15 +114,14 @@ def _video_packets(stream, frames):
     yield from stream.encode(None)
 
 
-def _audio_packets(stream, waveform, rate, size=1024):
-    "Encode a waveform in AAC frames of `size` samples."
+def _audio_packets(stream, waveform, rate):
     import av
 
-    for start in range(0, len(waveform), size):
-        block = np.ascontiguousarray(waveform[None, start : start + size])
+    if len(waveform):
+        block = np.ascontiguousarray(waveform[None])
         frame = av.AudioFrame.from_ndarray(block, "fltp", "mono")
         frame.sample_rate = rate
-        frame.pts = start
+        frame.pts = 0
         frame.time_base = Fraction(1, rate)
         yield from stream.encode(frame)
     yield from stream.encode(None)

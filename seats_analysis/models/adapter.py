@@ -44,6 +44,8 @@ class Adapter:
     frames_as_pictures: bool = False  # the frames of a video have the placeholders of pictures
     logits_times: bool = False  # `logits_scaling` of the config is a factor, not a divisor
     rows_per_token: int = 1  # rows of the audio tower's last layer whose mean is an audio token
+    # config of the audio tower -> mel frames to which shorter audio is filled up; None: to none
+    min_frames: Callable | None = None
 
     def thinker(self, model):
         return getattr(model, "thinker", model)
@@ -109,13 +111,14 @@ class Adapter:
         return getattr(model.config, "_commit_hash", None) or "local"
 
     def rates(self, model) -> Rates:
-        "How time and space become tokens; windows are of 2 s."
+        "How time and space become tokens; where the config names no chunk, windows are of 2 s."
         config = self.config(model)
         vision = getattr(config, "vision_config", None)
         return Rates(
-            positions_per_second=self.audio_rate,
-            seconds_per_chunk=2.0,
+            positions_per_second=getattr(config, "position_id_per_seconds", self.audio_rate),
+            seconds_per_chunk=float(getattr(config, "seconds_per_chunk", 2)),
             merge_size=getattr(vision, "spatial_merge_size", 1),
+            min_frames=self.min_frames(config.audio_config) if self.min_frames else 1,
         )
 
     def token_ids(self, model) -> dict:  # modality -> placeholder token id
@@ -233,18 +236,6 @@ class OmniAdapter(Adapter):
     interleaved = True
     # (mel frames, config of the audio tower) -> rows of the tower's last layer
     audio_rows: Callable = None
-    # config of the audio tower -> mel frames to which shorter audio is filled up with silence
-    min_frames: Callable = None
-
-    def rates(self, model) -> Rates:
-        "The rates of a model. Where the config names no chunk (Qwen3-Omni), windows are of 2 s."
-        config = self.config(model)
-        return Rates(
-            positions_per_second=config.position_id_per_seconds,
-            seconds_per_chunk=float(getattr(config, "seconds_per_chunk", 2)),
-            merge_size=config.vision_config.spatial_merge_size,
-            min_frames=self.min_frames(config.audio_config),
-        )
 
     def tower_rows(
         self,

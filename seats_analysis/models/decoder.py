@@ -50,8 +50,8 @@ class _Mask:
     "What every layer of a model may look at of which some are recurrent."
 
     attention: torch.Tensor | None  # as a layer with attention wants it
-    valid: torch.Tensor | None = None  # (B, c) bool of the positions in a line; None = all are real
-    tree: torch.Tensor | None = None  # (B, n, n) bool who of those behind may look at whom
+    valid: torch.Tensor  # (B, c) bool of the positions in a line
+    tree: torch.Tensor  # (B, n, n) bool who of those behind may look at whom
 
     @cached_property
     def ways(self):  # (B, P, T) int64, filled up at the end; (B, n) int64 where one is among P * T

@@ -9,6 +9,7 @@ __all__ = ['last_logits_only', 'score_choices']
 import torch
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from .families import adapter_for
 from .encode import Encoded
 from .decoder import Decoder
@@ -112,8 +113,8 @@ def score_choices(
     thinker = adapter_for(model).thinker(model)
     device = encoded.inputs["input_ids"].device
     choices = []  # per choice: (B, longest of the batch), -1 where a sample has no token
-    for c in range(max(map(len, ids))):
-        texts = [torch.tensor(row[c] if c < len(row) else (), dtype=torch.long) for row in ids]
+    for column in zip_longest(*ids, fillvalue=()):
+        texts = [torch.tensor(text, dtype=torch.long) for text in column]
         table = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=-1)
         choices.append(table.to(device))
     with last_logits_only(model, encoded):
