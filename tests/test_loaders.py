@@ -284,6 +284,7 @@ def test_longest_clip_of_the_preset_fits_its_count(seven_billion):
     "128 frames of a wide film are at most 9,216 tokens."
     import torch
     from seats_analysis.models.families import published_limits
+
     _, processor = seven_billion
     most = published_limits("worldsense", processor)["max_frames"]
     video = processor.video_processor

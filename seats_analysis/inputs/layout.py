@@ -162,15 +162,10 @@ def _images_as_visual(layout, images):
 
 # %% ../../nbs/inputs/03_layout.ipynb #4054fe78
 def pad_left(
-    rows: Sequence[torch.Tensor],  # each (..., S_i)
+    rows: Sequence[torch.Tensor],  # each (S_i, ...)
     value,  # what to fill with
-) -> torch.Tensor:  # (len(rows), ..., S)
-    "Stack tensors of different length along a new first axis, padded at the start of the last one."
-    import torch
+) -> torch.Tensor:  # (len(rows), S, ...)
+    "Stack tensors of different length along a new first axis, padded at their start."
+    from torch.nn.utils.rnn import pad_sequence
 
-    length = max(r.shape[-1] for r in rows)
-
-    def pad(r):
-        return torch.nn.functional.pad(r, (length - r.shape[-1], 0), value=value)
-
-    return torch.stack([pad(r) for r in rows])
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")

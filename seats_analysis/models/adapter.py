@@ -194,12 +194,11 @@ class Adapter:
 
 def _runs(here):  # (B, S) bool -> list of int
     "Lengths of the runs of True, row by row."
-    edges = torch.nn.functional.pad(here.cpu().int(), (1, 1)).diff(dim=1)
-    return [
-        int(end - start)
-        for row in edges
-        for start, end in zip((row > 0).nonzero(), (row < 0).nonzero())
-    ]
+    found = []
+    for row in here.cpu():
+        values, lengths = row.unique_consecutive(return_counts=True)
+        found += lengths[values].tolist()
+    return found
 
 
 def _offloaded(module):

@@ -314,9 +314,8 @@ class Decoder:
         seen = self.sees(layer, allowed, place[..., 0], columns[:, 0, :, 0])
         return self.mask(seen[:, None], self.module.dtype)
 
-    def _call(self, layer, hidden, rotary, mask, keys=None, hooked=True):
+    def _call(self, layer, hidden, rotary, mask, keys, hooked=True):
         module = self.layers[layer]
-        keys = _LayerKeys() if keys is None else keys
         tables, *beside = self._parts(layer, rotary)
         if beside:
             mask = self._masked(layer, mask, beside[0], keys)
@@ -449,7 +448,7 @@ class Decoder:
         ALL_ATTENTION_FUNCTIONS.register(name := f"seats_{id(found)}", attention)
         try:
             with patch.object(config, "_attn_implementation_internal", name), suppress(_Stop):
-                self._call(layer, hidden, tables, None, hooked=False)
+                self._call(layer, hidden, tables, None, _LayerKeys(), hooked=False)
         finally:
             del ALL_ATTENTION_FUNCTIONS._global_mapping[name]
         return found[0]

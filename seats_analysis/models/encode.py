@@ -195,8 +195,8 @@ def _process(model, processor, text, kwargs):
     out = dict(processor(text=[text], return_tensors="pt", **kwargs))
     if "video_second_per_grid" in out:
         out["video_second_per_grid"] = torch.as_tensor(out["video_second_per_grid"])
-    interleaved = adapter_for(model).interleaved
-    if interleaved and "feature_attention_mask" in out:  # the extractor pads to its chunk length
+    # the extractor pads to its chunk length
+    if adapter_for(model).interleaved and "feature_attention_mask" in out:
         n = int(out["feature_attention_mask"].sum(-1).max())
         out |= {key: out[key][..., :n] for key in _AUDIO_INPUTS}
     return out | dict(position_ids=rope_index(model, out))
@@ -266,8 +266,8 @@ def pad_positions(
     rows: Sequence,  # per sample: (3, S_i) int64, (S_i,) without M-RoPE
 ) -> torch.Tensor:  # (3, B, S), or (B, S)
     "Positions of a batch that is padded on the left."
-    positions = pad_left(rows, 1)
-    return positions.transpose(0, 1).contiguous() if positions.ndim == 3 else positions
+    positions = pad_left([row.movedim(-1, 0) for row in rows], 1)
+    return positions.permute(2, 0, 1).contiguous() if positions.ndim == 3 else positions
 
 # %% ../../nbs/models/01_encode.ipynb #c8bf6272
 def layout_of(
@@ -363,7 +363,6 @@ def encode(
     samples = samples_of(samples)
     if not samples:
         raise ValueError("encode needs at least one sample")
-
     check_words(model, processor, samples)
     rate = sampling_rate(processor)
     resize = frame_resizer(processor)

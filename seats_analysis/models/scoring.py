@@ -7,7 +7,7 @@ __all__ = ['last_logits_only', 'score_choices']
 
 # %% ../../nbs/models/04_scoring.ipynb #867a6936
 import torch
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 from .families import adapter_for
@@ -42,14 +42,11 @@ def last_logits_only(
     def note(module, args, out):
         finite.append(out[:, -1].isfinite().all(-1))
 
-    with ExitStack() as stack:
+    def keep(module, args):
+        return (args[0][:, -1:], *args[1:])
 
-        def keep(module, args):
-            return (args[0][:, -1:], *args[1:])
-
-        stack.enter_context(head.register_forward_pre_hook(keep))
-        if encoded is not None:
-            stack.enter_context(head.register_forward_hook(note))
+    watch = nullcontext() if encoded is None else head.register_forward_hook(note)
+    with watch, head.register_forward_pre_hook(keep):
         yield model
     if finite:
         _check_finite(model, encoded, torch.stack(finite).all(0))
