@@ -48,10 +48,9 @@ def _worldsense(data):  # questions `task0`, `task1`, ... nested under videos, o
             if re.fullmatch(r"task\d+", task)
         ]
 
-    def video(q):
-        return q.get("video_path") or q.get("video")
-
-    return [(q.get("index", i), video(q), q) for i, q in enumerate(data)]
+    return [
+        (q.get("index", i), q.get("video_path") or q.get("video"), q) for i, q in enumerate(data)
+    ]
 
 
 def _omnivideobench(data):  # `questions` nested under videos, or a flat table

@@ -60,11 +60,6 @@ class Clip:
                     "per second"
                 )
 
-    @property
-    def duration(self):
-        "Seconds until both picture and audio have ended."
-        video = 0 if self.frames is None else len(self.frames) / self.fps
-        return max(video, 0 if self.waveform is None else len(self.waveform) / self.sample_rate)
 
     def save(
         self,

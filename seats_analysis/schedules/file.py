@@ -118,7 +118,6 @@ def _check_keep(keep_ratios, drops, late):
                 )
 
 
-
 def _floats(values):
     return FrozenDict({m: float(values[m]) for m in Modality.CODES})
 
