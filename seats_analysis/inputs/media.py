@@ -60,7 +60,6 @@ class Clip:
                     "per second"
                 )
 
-
     def save(
         self,
         path,  # file to write; the format is mp4 whatever the suffix

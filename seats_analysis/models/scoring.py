@@ -15,19 +15,6 @@ from .encode import Encoded
 from .decoder import Decoder
 
 # %% ../../nbs/models/04_scoring.ipynb #84126df6
-def _check_finite(model, encoded, finite):  # finite (rows,) bool, the same number for each sample
-    good = finite.view(len(encoded.samples), -1).all(1).tolist()
-    clips = dict.fromkeys(
-        getattr(s, "clip", "") or s.id for s, ok in zip(encoded.samples, good) if not ok
-    )
-    if clips:
-        dtype = str(adapter_for(model).decoder(model).dtype).removeprefix("torch.")
-        raise ValueError(
-            f"clip {', '.join(clips)}: the model gives logits that are not finite ({dtype}). Check "
-            "the inputs and the weights; float16 overflows where bfloat16 and float32 do not"
-        )
-
-
 @contextmanager
 def last_logits_only(
     model,
@@ -48,8 +35,17 @@ def last_logits_only(
     watch = nullcontext() if encoded is None else head.register_forward_hook(note)
     with watch, head.register_forward_pre_hook(keep):
         yield model
-    if finite:
-        _check_finite(model, encoded, torch.stack(finite).all(0))
+    if not finite:
+        return
+    rows = torch.stack(finite).all(0)  # the same number for each sample
+    good = rows.view(len(encoded.samples), -1).all(1).tolist()
+    bad = [s for s, fine in zip(encoded.samples, good) if not fine]
+    if clips := dict.fromkeys(getattr(s, "clip", "") or s.id for s in bad):
+        dtype = str(adapter_for(model).decoder(model).dtype).removeprefix("torch.")
+        raise ValueError(
+            f"clip {', '.join(clips)}: the model gives logits that are not finite ({dtype}). Check "
+            "the inputs and the weights; float16 overflows where bfloat16 and float32 do not"
+        )
 
 # %% ../../nbs/models/04_scoring.ipynb #f8fc805e
 @dataclass(frozen=True)
