@@ -9,6 +9,7 @@ from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as qwen25
 from seats_analysis import adapter_for
 from seats_analysis.inputs.layout import Modality
 from seats_analysis.models.decoder import Decoder
+from seats_analysis.models.encode import encode, layout_of
 from seats_analysis.probing.branches import Stream, Tail, marks_of
 from seats_analysis.probing.selectors import check_removed
 from plain import naive_order, stage2
@@ -335,6 +336,18 @@ class Conversation:
             self.run(layer, *nothing)
         h = self.ad.decoder(self.model).norm(self.parts[-1])
         return self.ad.lm_head(self.model)(h)[0, self.turns[-1][0].shape[1] - 1 :]
+
+
+def with_answer(model, processor, sample, text):  # -> `Encoded`, and how many tokens the text has
+    "A prompt with an answer behind it, as teacher forcing has it."
+    encoded = encode(model, processor, [sample])
+    ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    n = ids.shape[1]
+    at = encoded.position_ids[..., -1:] + torch.arange(1, n + 1)
+    more = dict(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=at)
+    longer = {k: torch.cat([encoded.inputs[k], x], -1) for k, x in more.items()}
+    inputs = encoded.inputs | longer
+    return replace(encoded, inputs=inputs, layout=layout_of(model, inputs)), n
 
 
 def removed(model, encoded, layer, kinds):

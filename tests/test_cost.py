@@ -14,7 +14,7 @@ from seats_analysis import (
     testbed_samples as shipped_samples,
 )
 from seats_analysis.pruning import timing
-from seats_analysis.schedules.cost import TextDims
+
 
 # ---------------------------------------------------------------- the timings
 
@@ -85,7 +85,8 @@ SCHEDULES = Path(__file__).parents[1] / "data" / "schedules"
 def test_a_causal_query_meets_its_own_prefix(tokens):
     "Counted row by row; a layer with fewer tokens has shorter rows."
     D, H, K, d, V, I = 8, 2, 1, 4, 11, 5
-    dims = TextDims(D, H, K, d, V, (I,) * len(tokens), (0,) * len(tokens))
+    sizes = dict(hidden_size=D, num_attention_heads=H, num_key_value_heads=K, head_dim=d)
+    dims = dict(sizes, vocab_size=V, intermediate_size=I, num_hidden_layers=len(tokens))
     products = 0  # a multiply-add counts 2
     for n in tokens:
         for query in range(n):

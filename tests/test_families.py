@@ -200,25 +200,15 @@ def test_nothing_is_left_on_the_model(model, batch, samples, processor):
     assert state() == before
 
 
-def test_answers_are_appended(model, processor, samples, batch):
-    answers = ["red", "green circle", "B. green"]
-    forced = encode(model, processor, samples, answers=answers)
-    assert forced.answer_length.tolist() == [1, 2, 2]
-    rows = zip(forced.inputs["input_ids"], forced.answer_length.tolist())
-    assert [processor.tokenizer.decode(row[-n:]) for row, n in rows] == answers
-    assert torch.equal(forced.position_ids[:, 1, -3], batch.position_ids[:, 1, -1])
-    assert (forced.layout.modality[:, -1] == TEXT).all()
-
-
 def test_scores_equal_separate_forwards(model, processor, samples):
     "Of the whole text, and of the letter; a sample may have fewer choices."
     some = [replace(samples[0], choices=("red", "green circle")), *samples[1:]]
     scores = score_choices(model, encode(model, processor, some))
     for i, s in enumerate(some):
         for c, text in enumerate(s.answer_texts):
-            e = encode(model, processor, [s], answers=[text])
+            e, n = naive.with_answer(model, processor, s, text)
             b = e.shape[1]
-            a = b - e.answer_length.item()
+            a = b - n
             logp = model(**e.inputs).logits[0, a - 1 : b - 1].log_softmax(-1)
             slow = logp[torch.arange(b - a), e.inputs["input_ids"][0, a:b]]
             expected = slow.mean(), slow[0] if s.lettered else np.nan

@@ -11,7 +11,7 @@ from clips import refused
 from test_cli import done, refused as one_line
 
 from seats_analysis.inputs import questions as K
-from seats_analysis.inputs.benchmarks import preset_for
+
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIPS = ROOT / "data" / "testbed" / "clips"
@@ -273,7 +273,9 @@ def test_same_path_at_the_size_of_the_7b(tmp_path, seven_billion):
     for length in (sum(counts.values()), unseen, counts["text"]):
         hidden = torch.empty(1, length, width, device="meta")
         places = torch.zeros(3, 1, length, dtype=torch.long, device="meta")
-        hidden = decoder.run_layers(hidden, decoder.rotary_tables(hidden, places), None, 0, 28)
+        tables = decoder.rotary_tables(hidden, places)
+        for layer in range(28):
+            hidden, _ = decoder.run_layer(hidden, tables, None, layer)
         assert hidden.shape == (1, length, width)
         assert decoder.logits(hidden[:, -1:]).shape[:2] == (1, 1)
 
@@ -281,18 +283,17 @@ def test_same_path_at_the_size_of_the_7b(tmp_path, seven_billion):
 def test_longest_clip_of_the_preset_fits_its_count(seven_billion):
     "128 frames of a wide film are at most 9,216 tokens."
     import torch
-    from seats_analysis.models.families import limit_pixels
+    from seats_analysis.models.families import published_limits
 
     _, processor = seven_billion
-    preset = preset_for("worldsense")
-    limit_pixels(processor, *preset.grid_tokens)
+    most = published_limits("worldsense", processor)["max_frames"]
     video = processor.video_processor
     for height, width in ((90, 160), (240, 320), (1080, 1920)):
         frames = torch.zeros(2, 3, height, width, dtype=torch.uint8)
         options = dict(size=dict(video.size), do_sample_frames=False, return_tensors="pt")
         tokens = int(video(videos=[frames], **options)["video_grid_thw"][0].prod()) // 4
-        assert 100 <= tokens <= preset.grid_tokens[1]
-    assert preset.max_frames // 2 * preset.grid_tokens[1] == 9216
+        assert 100 <= tokens <= 144
+    assert most // 2 * 144 == 9216
 
 
 # ---------------------------------------------------------------- revisions of a hub id

@@ -57,8 +57,8 @@ class Case:
         none = torch.zeros(1, 0, dtype=torch.long)
         positions = encoded.position_ids[..., :0]
         stream = Stream.enter(model, encoded, encoded.shape[1], none, positions)
-        pattern = stream.decoder.causal_pattern(torch.ones(encoded.shape, dtype=torch.bool))
-        return replace(stream, mask=stream.decoder.mask(pattern, stream.hidden.dtype))
+        causal = torch.ones(1, 1, *2 * encoded.shape[1:], dtype=torch.bool).tril()
+        return replace(stream, mask=stream.decoder.mask(causal, stream.hidden.dtype))
 
     def logits(self, encoded, plan=None, kv="retain"):
         with prune(self.model, plan, kv), last_logits_only(self.model):

@@ -42,6 +42,10 @@ def heard(late=0.0, seconds=2.0):
     return dict(sound=blocks(click(seconds, 48000), round(late * 48000)), hz=48000)
 
 
+def seconds(clip):
+    return max(len(clip.frames) / clip.fps, len(clip.waveform) / clip.sample_rate)
+
+
 def onset(clip):
     return np.flatnonzero(np.abs(clip.waveform) > 0.2)[0] / clip.sample_rate
 
@@ -345,7 +349,7 @@ def test_cut_off(tmp_path, case):
         **dict(movflags=flags[0]) if flags else {},
     )
     # mp4 counts the priming samples in where it cannot put them before 0: one frame more
-    assert 8 - 0.05 <= decode_clip(path).duration <= 8.5
+    assert 8 - 0.05 <= seconds(decode_clip(path)) <= 8.5
     whole = path.read_bytes()
     for part in (0.02, 0.3, 0.7, 0.9):
         path.write_bytes(whole[: int(len(whole) * part)])
@@ -358,7 +362,7 @@ def test_no_promise_no_refusal(tmp_path, name):
     sound = dict(sound=blocks(click(4.0, 44100), 88200), hz=44100)
     codec = "mpeg4" if name == "a.avi" else "libx264"
     path = write_clip(tmp_path / name, [100] * 40, origin=2.0, codec=codec, **sound)
-    assert decode_clip(path).duration >= 4
+    assert seconds(decode_clip(path)) >= 4
 
 
 # ------------------------ writes appear whole or not at all (kills: test_attack_storage.py)

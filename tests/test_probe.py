@@ -58,8 +58,7 @@ def by_force(model, processor, samples):
         "Log-probabilities per token of each choice, and those at the answer position."
         rows = []
         for text in samples[i].answer_texts:
-            e = encode(model, processor, [samples[i]], answers=[text])
-            n = e.answer_length.item()
+            e, n = naive.with_answer(model, processor, samples[i], text)
             logp = naive.removed(model, e, layer, kinds).log_softmax(-1)
             rows.append(logp[-n - 1 : -1][torch.arange(n), e.inputs["input_ids"][0, -n:]])
         return rows, logp[-n - 1]

@@ -161,9 +161,12 @@ def one_plain_run(model, states, name, layer):
     (stream, _, marks), decoder = states, states[0].decoder
     keep = torch.cat([(~marks[name]).nonzero()[:, 0], torch.tensor([len(marks[name])])])
     keep = keep.to(stream.hidden.device)
-    hidden = decoder.run_layers(stream.hidden, stream.rotary, None, 0, layer)[:, keep]
-    rotary = tuple(t[:, keep] for t in stream.rotary)
-    logits = decoder.logits(decoder.run_layers(hidden, rotary, None, layer)[:, -1:])
+    hidden, rotary = stream.hidden, stream.rotary
+    for i in range(len(decoder.layers)):
+        if i == layer:
+            hidden, rotary = hidden[:, keep], tuple(t[:, keep] for t in rotary)
+        hidden, _ = decoder.run_layer(hidden, rotary, None, i)
+    logits = decoder.logits(hidden[:, -1:])
     return logits.float().log_softmax(-1)[0, 0]
 
 

@@ -22,7 +22,7 @@ import torch
 from launch import ended, launch
 from seats_analysis import probe_dependency, probe_to_file, random_fraction
 from seats_analysis.cli.main import main
-from seats_analysis.models.families import limit_pixels
+
 from seats_analysis.probing import run as probe
 from seats_analysis.probing.run import ProbeRun
 from seats_analysis.storage.files import Checkpoint
@@ -194,7 +194,9 @@ def other_weights(arguments):
 
 def other_limits(arguments):
     processor = deepcopy(arguments["processor"])
-    limit_pixels(processor, 1, 2)
+    video = processor.video_processor
+    token = (video.patch_size * video.merge_size) ** 2
+    video.size = dict(video.size) | dict(shortest_edge=token, longest_edge=2 * token)
     return dict(processor=processor)
 
 

@@ -14,18 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
 
 # %% ../../nbs/inputs/02_benchmarks.ipynb #795c0793
-def _preset(most):
-    "How media are read and shown to the model: longer clips are sampled more sparsely."
-    # min and max merged visual tokens in a temporal grid
-    return SimpleNamespace(fps=2.0, max_frames=most, grid_tokens=(128, 144))
-
-
-_PRESETS = {str(most): _preset(most) for most in (128, 256, 768)}
-
-
 @dataclass(frozen=True)
 class _Benchmark:
     "Where a benchmark's files lie below its folder, and what it calls things."
@@ -33,7 +23,7 @@ class _Benchmark:
     repos: tuple  # hub ids that have this layout
     annotations: tuple  # patterns of the annotation file; the first that exists counts
     questions: Callable  # parsed annotations -> (id, video, question) each
-    preset: str  # key of _PRESETS
+    preset: str  # frames of a clip, at most: longer ones are sampled more sparsely
     family: str  # field of a question, as the next three
     question: str = "question"
     choices: str = "options"
@@ -58,10 +48,9 @@ def _worldsense(data):  # questions `task0`, `task1`, ... nested under videos, o
             if re.fullmatch(r"task\d+", task)
         ]
 
-    def video(q):
-        return q.get("video_path") or q.get("video")
-
-    return [(q.get("index", i), video(q), q) for i, q in enumerate(data)]
+    return [
+        (q.get("index", i), q.get("video_path") or q.get("video"), q) for i, q in enumerate(data)
+    ]
 
 
 def _omnivideobench(data):  # `questions` nested under videos, or a flat table
@@ -120,10 +109,11 @@ BENCHMARKS = {
 # %% ../../nbs/inputs/02_benchmarks.ipynb #086741dc
 def preset_for(
     data,  # name of a benchmark or of a preset; anything else (a JSONL file, the testbed) has none
-):  # fps, max_frames and grid_tokens; or None
+):  # frames of a clip, at most; or None
     "The limits that a benchmark is published with."
     bench = BENCHMARKS.get(str(data))
-    return _PRESETS.get(bench.preset if bench else str(data))
+    preset = bench.preset if bench else str(data)
+    return int(preset) if preset in ("128", "256", "768") else None
 
 # %% ../../nbs/inputs/02_benchmarks.ipynb #046d31db
 def _cached(repo):

@@ -74,31 +74,6 @@ class TokenLayout:
         images = media.get(Modality.IMAGE)
         return layout if images is None else _images_as_visual(layout, images)
 
-    @staticmethod
-    def video_media(
-        grid_thw: torch.Tensor | None,  # (n, 3) temporal grids, patches in height and width
-        merge_size: int,  # patches per side of one merged token
-        grids_per_window: int = 2,  # temporal grids in one window (SEATS, arXiv 2605.20035)
-    ) -> list:  # (tokens, tokens in one of its windows) of each
-        "The videos (or images) of a batch, from the processor's grids."
-        grids = [] if grid_thw is None else grid_thw.tolist()
-        per_grid = [(t, h * w // merge_size**2) for t, h, w in grids]
-        return [(t * n, grids_per_window * n) for t, n in per_grid]
-
-    @staticmethod
-    def audio_media(
-        lengths: Sequence[int],  # tokens of each audio track
-        per_second: float,  # audio tokens per second: `position_id_per_seconds`
-        seconds: float = 2.0,  # length of a window: `seconds_per_chunk`
-    ) -> list:  # (tokens, tokens in one of its windows) of each
-        "The audio tracks of a batch. Raises ValueError for windows too short for one token."
-        per_window = int(per_second * seconds)
-        if per_window < 1:
-            raise ValueError(
-                f"{per_second} audio tokens a second leave no token in a window of {seconds} s"
-            )
-        return [(int(n), per_window) for n in lengths]
-
     @classmethod
     def stack(
         cls,
@@ -187,15 +162,10 @@ def _images_as_visual(layout, images):
 
 # %% ../../nbs/inputs/03_layout.ipynb #4054fe78
 def pad_left(
-    rows: Sequence[torch.Tensor],  # each (..., S_i)
+    rows: Sequence[torch.Tensor],  # each (S_i, ...)
     value,  # what to fill with
-) -> torch.Tensor:  # (len(rows), ..., S)
-    "Stack tensors of different length along a new first axis, padded at the start of the last one."
-    import torch
+) -> torch.Tensor:  # (len(rows), S, ...)
+    "Stack tensors of different length along a new first axis, padded at their start."
+    from torch.nn.utils.rnn import pad_sequence
 
-    length = max(r.shape[-1] for r in rows)
-
-    def pad(r):
-        return torch.nn.functional.pad(r, (length - r.shape[-1], 0), value=value)
-
-    return torch.stack([pad(r) for r in rows])
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")

@@ -60,12 +60,6 @@ class Clip:
                     "per second"
                 )
 
-    @property
-    def duration(self):
-        "Seconds until both picture and audio have ended."
-        video = 0 if self.frames is None else len(self.frames) / self.fps
-        return max(video, 0 if self.waveform is None else len(self.waveform) / self.sample_rate)
-
     def save(
         self,
         path,  # file to write; the format is mp4 whatever the suffix
@@ -114,15 +108,14 @@ def _video_packets(stream, frames):
     yield from stream.encode(None)
 
 
-def _audio_packets(stream, waveform, rate, size=1024):
-    "Encode a waveform in AAC frames of `size` samples."
+def _audio_packets(stream, waveform, rate):
     import av
 
-    for start in range(0, len(waveform), size):
-        block = np.ascontiguousarray(waveform[None, start : start + size])
+    if len(waveform):
+        block = np.ascontiguousarray(waveform[None])
         frame = av.AudioFrame.from_ndarray(block, "fltp", "mono")
         frame.sample_rate = rate
-        frame.pts = start
+        frame.pts = 0
         frame.time_base = Fraction(1, rate)
         yield from stream.encode(frame)
     yield from stream.encode(None)

@@ -123,10 +123,9 @@ def _media_path(row, field, folder, allow_outside):
     name = row.get(field)
     if name is None or isinstance(name, Clip):  # which only a program can give
         return name
-    name = str(name) if isinstance(name, Path) else name
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str | Path) or not str(name):
         raise ValueError(f"{field} {name!r}, expected a file name or null")
-    return path_below(folder, name, allow_outside)
+    return path_below(folder, str(name), allow_outside)
 
 
 def _row_sample(row, folder, default_id, allow_outside):

@@ -299,7 +299,7 @@ _SECONDS = {  # of a typical clip
     "video-mme": 1018,
     "lvomnibench": 2069,
 }
-_REQUESTS = {n: Request(preset_for(n).max_frames, s) for n, s in _SECONDS.items()}
+_REQUESTS = {n: Request(preset_for(n), s) for n, s in _SECONDS.items()}
 _REQUESTS["hour"] = Request(768, 3600)
 
 # %% ../../nbs/lab/05_workloads.ipynb #6cd2fc92

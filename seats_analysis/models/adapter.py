@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
-from ..inputs.layout import Modality, TokenLayout
+from ..inputs.layout import Modality
 from ..storage.provenance import tensor_bytes
 
 # %% ../../nbs/models/00_adapter.ipynb #269bc0b3
@@ -44,6 +44,8 @@ class Adapter:
     frames_as_pictures: bool = False  # the frames of a video have the placeholders of pictures
     logits_times: bool = False  # `logits_scaling` of the config is a factor, not a divisor
     rows_per_token: int = 1  # rows of the audio tower's last layer whose mean is an audio token
+    # config of the audio tower -> mel frames to which shorter audio is filled up; None: to none
+    min_frames: Callable | None = None
 
     def thinker(self, model):
         return getattr(model, "thinker", model)
@@ -109,13 +111,14 @@ class Adapter:
         return getattr(model.config, "_commit_hash", None) or "local"
 
     def rates(self, model) -> Rates:
-        "How time and space become tokens; windows are of 2 s."
+        "How time and space become tokens; where the config names no chunk, windows are of 2 s."
         config = self.config(model)
         vision = getattr(config, "vision_config", None)
         return Rates(
-            positions_per_second=self.audio_rate,
-            seconds_per_chunk=2.0,
+            positions_per_second=getattr(config, "position_id_per_seconds", self.audio_rate),
+            seconds_per_chunk=float(getattr(config, "seconds_per_chunk", 2)),
             merge_size=getattr(vision, "spatial_merge_size", 1),
+            min_frames=self.min_frames(config.audio_config) if self.min_frames else 1,
         )
 
     def token_ids(self, model) -> dict:  # modality -> placeholder token id
@@ -139,16 +142,20 @@ class Adapter:
         """(tokens, tokens in a Stage I window) of each medium, by modality and in sequence; `grids`
         and `seconds` of a window: see `Rates`."""
         ids = self.token_ids(model)
-        runs = {kind: _runs(inputs["input_ids"] == token) for kind, token in ids.items()}
-        config = self.config(model)
         rates = self.rates(model)
         grids = grids or rates.grids_per_window
         seconds = seconds or rates.seconds_per_chunk
-        frame = self.frame_tokens(config) if self.frame_tokens else None
+        frame = self.frame_tokens(self.config(model)) if self.frame_tokens else None
         found = {}
-        for kind, sizes in runs.items():
+        for kind, token in ids.items():
+            sizes = self.sizes(model, inputs, kind, token)
             if kind == Modality.AUDIO:
                 per_window = int(rates.positions_per_second * seconds)
+                if rates.positions_per_second and not per_window:
+                    raise ValueError(
+                        f"{rates.positions_per_second} audio tokens a second leave no token in a "
+                        f"window of {seconds} s"
+                    )
                 found[kind] = [(n, per_window or n) for n in sizes]
                 continue
             names = dict(video_grid_thw=grids, image_grid_thw=1)
@@ -157,11 +164,18 @@ class Adapter:
             each = []
             # `generate` hands grids to the encoder and not on: only its watch has them then
             for name, per_window in names.items() if "visual" in self.received else ():
-                each += TokenLayout.video_media(inputs.get(name), rates.merge_size, per_window)
-            if sum(n for n, _ in each) != sum(sizes):
+                table = inputs.get(name)
+                for t, h, w in () if table is None else table.tolist():
+                    per_grid = h * w // rates.merge_size**2
+                    each.append((t * per_grid, per_window * per_grid))
+            if not self.interleaved and sum(n for n, _ in each) != sum(sizes):
                 each = [(n, grids * frame if frame else n) for n in sizes]
             found[kind] = each
         return found
+
+    def sizes(self, model, inputs, kind, token) -> list:  # tokens of each medium
+        "What lies side by side in a prompt is one medium."
+        return _runs(inputs["input_ids"] == token)
 
     @staticmethod
     def rotate(
@@ -180,12 +194,11 @@ class Adapter:
 
 def _runs(here):  # (B, S) bool -> list of int
     "Lengths of the runs of True, row by row."
-    edges = torch.nn.functional.pad(here.cpu().int(), (1, 1)).diff(dim=1)
-    return [
-        int(end - start)
-        for row in edges
-        for start, end in zip((row > 0).nonzero(), (row < 0).nonzero())
-    ]
+    found = []
+    for row in here.cpu():
+        values, lengths = row.unique_consecutive(return_counts=True)
+        found += lengths[values].tolist()
+    return found
 
 
 def _offloaded(module):
@@ -222,18 +235,6 @@ class OmniAdapter(Adapter):
     interleaved = True
     # (mel frames, config of the audio tower) -> rows of the tower's last layer
     audio_rows: Callable = None
-    # config of the audio tower -> mel frames to which shorter audio is filled up with silence
-    min_frames: Callable = None
-
-    def rates(self, model) -> Rates:
-        "The rates of a model. Where the config names no chunk (Qwen3-Omni), windows are of 2 s."
-        config = self.config(model)
-        return Rates(
-            positions_per_second=config.position_id_per_seconds,
-            seconds_per_chunk=float(getattr(config, "seconds_per_chunk", 2)),
-            merge_size=config.vision_config.spatial_merge_size,
-            min_frames=self.min_frames(config.audio_config),
-        )
 
     def tower_rows(
         self,
@@ -247,22 +248,10 @@ class OmniAdapter(Adapter):
         "Tokens that each audio track becomes; arguments as for `tower_rows`."
         return [n // self.rows_per_token for n in self.tower_rows(model, frames)]
 
-    def media(self, model, inputs, grids=None, seconds=None) -> dict:
-        "See `Adapter`; by the processor's own sizes, as the media of a clip share a run."
-        r = self.rates(model)
-        audio = inputs.get("feature_attention_mask")
-        lengths = self.audio_tokens(model, () if audio is None else audio.sum(-1).tolist())
-
-        def visual(name, per_window):
-            return TokenLayout.video_media(inputs.get(name), r.merge_size, per_window)
-
-        return {
-            Modality.VISUAL: visual("video_grid_thw", grids or r.grids_per_window),
-            Modality.AUDIO: TokenLayout.audio_media(
-                lengths, r.positions_per_second, seconds or r.seconds_per_chunk
-            ),
-            Modality.IMAGE: visual("image_grid_thw", 1),
-        }
+    def sizes(self, model, inputs, kind, token) -> list:
+        "Of sounds, by the processor's mask, as the media of a clip share a run; of others no use."
+        mask = inputs.get("feature_attention_mask") if kind == Modality.AUDIO else None
+        return [] if mask is None else self.audio_tokens(model, mask.sum(-1).tolist())
 
     def hash_weights(self, model) -> str:
         "sha256 of all weights, independent of the names that a version of transformers gives them."

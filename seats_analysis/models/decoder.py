@@ -50,16 +50,8 @@ class _Mask:
     "What every layer of a model may look at of which some are recurrent."
 
     attention: torch.Tensor | None  # as a layer with attention wants it
-    valid: torch.Tensor | None = None  # (B, c) bool of the positions in a line; None = all are real
-    tree: torch.Tensor | None = None  # (B, n, n) bool who of those behind may look at whom
-
-    @classmethod
-    def of(cls, attention, allowed, line=None):  # (B, n, m) bool; see `Decoder.mask`
-        "From who may look at whom."
-        n = allowed.shape[1]
-        own = allowed[..., -n:]
-        line = n if line is None else line
-        return cls(attention, own[:, line - 1, :line], own[:, line:, line:])
+    valid: torch.Tensor  # (B, c) bool of the positions in a line
+    tree: torch.Tensor  # (B, n, n) bool who of those behind may look at whom
 
     @cached_property
     def ways(self):  # (B, P, T) int64, filled up at the end; (B, n) int64 where one is among P * T
@@ -237,16 +229,6 @@ class Decoder:
             position_ids = position_ids.expand(3, *position_ids.shape)
         return sum((tuple(rope(hidden, position_ids, *kind)) for kind in self._ropes), ())
 
-    @staticmethod
-    def causal_pattern(
-        valid: torch.Tensor,  # (B, S) bool, False at padding
-    ) -> torch.Tensor:  # (B, 1, S, S) bool, True = may look; padding looks at itself only
-        "Which query (row) may look at which key (column)."
-        S = valid.shape[1]
-        device = valid.device
-        mask = torch.ones(S, S, dtype=torch.bool, device=device).tril() & valid[:, None, :]
-        return (mask | torch.eye(S, dtype=torch.bool, device=device))[:, None]
-
     def _takes_masks(self):
         kind = self.config._attn_implementation
         if kind not in ("sdpa", "eager"):
@@ -272,7 +254,12 @@ class Decoder:
         if not spare or kind != "sdpa" or not (allowed == plain).all():
             mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
             mask.masked_fill_(~allowed, torch.finfo(dtype).min)
-        return _Mask.of(mask, allowed[:, 0], line) if self.recurrent else mask
+        if not self.recurrent:
+            return mask
+        n = allowed.shape[2]
+        own = allowed[:, 0, :, -n:]
+        line = n if line is None else line
+        return _Mask(mask, own[:, line - 1, :line], own[:, line:, line:])
 
     def _parts(self, layer, rotary):  # what `rotary_tables` and `beside` give
         "cos and sin of one layer; columns and embeddings, where there are any."
@@ -327,9 +314,8 @@ class Decoder:
         seen = self.sees(layer, allowed, place[..., 0], columns[:, 0, :, 0])
         return self.mask(seen[:, None], self.module.dtype)
 
-    def _call(self, layer, hidden, rotary, mask, keys=None, hooked=True):
+    def _call(self, layer, hidden, rotary, mask, keys, hooked=True):
         module = self.layers[layer]
-        keys = _LayerKeys() if keys is None else keys
         tables, *beside = self._parts(layer, rotary)
         if beside:
             mask = self._masked(layer, mask, beside[0], keys)
@@ -364,22 +350,6 @@ class Decoder:
             kv = torch.stack(shared[self.kinds[layer]])[..., -hidden.shape[1] :, :]
             kept[layer] = kv.permute(1, 3, 0, 2, 4).flatten(2)
         return torch.cat([out, *kept.values()], -1) if room else out
-
-    def run_layers(
-        self,
-        hidden: torch.Tensor,  # (B, S, D) before layer `start`
-        rotary: tuple,  # cos and sin of these positions, each (B, S, head size)
-        mask: torch.Tensor | None,  # from `mask`
-        start: int = 0,
-        stop: int | None = None,  # half-open
-    ) -> torch.Tensor:  # (B, S, D) before layer `stop`
-        "Run some layers, without a cache."
-        for layer in range(len(self.layers))[start:stop]:
-            if layer in self.recurrent:
-                hidden, _ = self._recur(layer, hidden, mask)
-            else:
-                hidden = self._call(layer, hidden, rotary, mask)
-        return hidden
 
     def _recur(self, layer, hidden, mask, state=None):  # -> (B, n, D), states behind the line
         "A recurrent layer: the positions in a line, then every way through the tree behind them."
@@ -478,7 +448,7 @@ class Decoder:
         ALL_ATTENTION_FUNCTIONS.register(name := f"seats_{id(found)}", attention)
         try:
             with patch.object(config, "_attn_implementation_internal", name), suppress(_Stop):
-                self._call(layer, hidden, tables, None, hooked=False)
+                self._call(layer, hidden, tables, None, _LayerKeys(), hooked=False)
         finally:
             del ALL_ATTENTION_FUNCTIONS._global_mapping[name]
         return found[0]

@@ -165,29 +165,22 @@ def rope_index(
     inputs: Mapping,  # processor output of one piece, without padding
 ) -> torch.Tensor:  # (3, 1, S) positions, (1, S) where the model has no M-RoPE
     "Positions of a piece; nothing is left behind on the model."
-    adapter = adapter_for(model)
-    thinker = adapter.thinker(model)
+    thinker = adapter_for(model).thinker(model)
     mask = inputs["attention_mask"]
     owner = next((m for m in (thinker, thinker.base_model) if hasattr(m, "get_rope_index")), None)
+    if owner is None:
+        return mask.long().cumsum(-1) - 1
+    audio = inputs.get("feature_attention_mask")
     given = dict(
         image_grid_thw=inputs.get("image_grid_thw"),
         video_grid_thw=inputs.get("video_grid_thw"),
         attention_mask=mask,
+        mm_token_type_ids=inputs.get("mm_token_type_ids", torch.zeros_like(mask)),
+        use_audio_in_video=audio is not None and "video_grid_thw" in inputs,
+        audio_seqlens=None if audio is None else audio.sum(-1),
+        second_per_grids=inputs.get("video_second_per_grid"),
+        second_per_grid_ts=inputs.get("second_per_grid_ts"),
     )
-    if adapter.interleaved:
-        audio = inputs.get("feature_attention_mask")
-        given |= dict(
-            use_audio_in_video=audio is not None and given["video_grid_thw"] is not None,
-            audio_seqlens=None if audio is None else audio.sum(-1),
-            second_per_grids=inputs.get("video_second_per_grid"),
-        )
-    elif owner is not None:
-        given |= dict(
-            mm_token_type_ids=inputs.get("mm_token_type_ids", torch.zeros_like(mask)),
-            second_per_grid_ts=inputs.get("second_per_grid_ts"),
-        )
-    if owner is None:
-        return mask.long().cumsum(-1) - 1
     known = signature(owner.get_rope_index).parameters
     named = {k: v for k, v in given.items() if k in known}
     return owner.get_rope_index(inputs["input_ids"], **named)[0]
@@ -202,8 +195,8 @@ def _process(model, processor, text, kwargs):
     out = dict(processor(text=[text], return_tensors="pt", **kwargs))
     if "video_second_per_grid" in out:
         out["video_second_per_grid"] = torch.as_tensor(out["video_second_per_grid"])
-    interleaved = adapter_for(model).interleaved
-    if interleaved and "feature_attention_mask" in out:  # the extractor pads to its chunk length
+    # the extractor pads to its chunk length
+    if adapter_for(model).interleaved and "feature_attention_mask" in out:
         n = int(out["feature_attention_mask"].sum(-1).max())
         out |= {key: out[key][..., :n] for key in _AUDIO_INPUTS}
     return out | dict(position_ids=rope_index(model, out))
@@ -273,8 +266,8 @@ def pad_positions(
     rows: Sequence,  # per sample: (3, S_i) int64, (S_i,) without M-RoPE
 ) -> torch.Tensor:  # (3, B, S), or (B, S)
     "Positions of a batch that is padded on the left."
-    positions = pad_left(rows, 1)
-    return positions.transpose(0, 1).contiguous() if positions.ndim == 3 else positions
+    positions = pad_left([row.movedim(-1, 0) for row in rows], 1)
+    return positions.permute(2, 0, 1).contiguous() if positions.ndim == 3 else positions
 
 # %% ../../nbs/models/01_encode.ipynb #c8bf6272
 def layout_of(
@@ -302,7 +295,6 @@ class Encoded:
     rope_deltas: torch.Tensor  # (B, 1) what decoding adds to a position in the sequence
     samples: tuple  # of `Sample` or `Prompt`
     choice_ids: tuple = ()  # per sample, per choice: tuple of token ids of the answer text
-    answer_length: torch.Tensor | None = None  # (B,) int64, answer tokens at the end of each row
 
     position_ids = property(lambda self: self.inputs["position_ids"])  # (3, B, S)
     shape = property(lambda self: tuple(self.inputs["input_ids"].shape))  # (B, S)
@@ -318,12 +310,11 @@ class Encoded:
         return replace(self, inputs={k: v.to(device) for k, v in self.inputs.items()})
 
 
-def _tokens(processor, text):
-    return tuple(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
 def _choice_ids(processor, samples):
-    return tuple(tuple(_tokens(processor, t) for t in s.answer_texts) for s in samples)
+    def tokens(text):
+        return tuple(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    return tuple(tuple(map(tokens, s.answer_texts)) for s in samples)
 
 
 def _collate(prompts, pad_id):
@@ -364,7 +355,6 @@ def encode(
     model: torch.nn.Module,  # an om-LLM
     processor: Callable,  # the model's processor
     samples: Sequence[Sample | Prompt] | Sample | Mapping,  # one or several, see `samples_of`
-    answers: Sequence[str] | None = None,  # per sample: text to append after the prompt
     fps: float = 2.0,  # frames per second at which files are decoded; clips keep their own
     max_frames: int | None = None,  # of a file
     interleave: bool = True,  # a clip's audio lies between its frames; False: behind them
@@ -373,8 +363,6 @@ def encode(
     samples = samples_of(samples)
     if not samples:
         raise ValueError("encode needs at least one sample")
-    if answers is not None and len(answers) != len(samples):
-        raise ValueError(f"{len(answers)} answers for {len(samples)} samples")
     check_words(model, processor, samples)
     rate = sampling_rate(processor)
     resize = frame_resizer(processor)
@@ -390,24 +378,15 @@ def encode(
         return [*clip, sample.prompt_text]
 
     prompts = []
-    extra = [_tokens(processor, a) for a in answers or [""] * len(samples)]
-    for sample, ids in zip(samples, extra):
+    for sample in samples:
         content = parts(sample)
-        n = len(ids)
         for part in content:
             if isinstance(part, Clip) and part.waveform is not None and part.sample_rate != rate:
                 raise ValueError(
                     f"clip {part.id!r}: its audio has {part.sample_rate} samples a second, "
                     f"the model wants {rate}"
                 )
-        pieces = _turn(model, processor, content, interleave)
-        types = (key for key in _TOKEN_TYPES if key in pieces[0])
-        answer = dict.fromkeys(types, torch.zeros(1, n, dtype=torch.long)) | dict(
-            input_ids=torch.tensor([ids], dtype=torch.long),
-            attention_mask=torch.ones(1, n, dtype=torch.long),
-            position_ids=torch.arange(n).expand(*pieces[0]["position_ids"].shape[:-1], n),
-        )
-        prompts.append([*pieces, answer] if ids else pieces)
+        prompts.append(_turn(model, processor, content, interleave))
     inputs, rope_deltas = _collate(prompts, processor.tokenizer.pad_token_id)
     return Encoded(
         inputs,
@@ -415,7 +394,6 @@ def encode(
         rope_deltas,
         tuple(samples),
         _choice_ids(processor, samples),
-        torch.tensor([len(ids) for ids in extra]),
     ).to(adapter_for(model).device(model))
 
 # %% ../../nbs/models/01_encode.ipynb #95cdbd94

@@ -33,11 +33,11 @@ def sample_rows(
         return digest(b"|".join([*parts, f"{medium.fps} {medium.sample_rate}".encode()]))
 
     media = {m: content(m) for s in samples for m in (s.video, s.audio)}
-
-    def said(s):
-        return (s.question, s.choices, s.answer, s.family, s.split, s.lettered)
-
-    return [[s.id, media[s.video], media[s.audio], *said(s)] for s in samples]
+    rows = []
+    for s in samples:
+        said = s.question, s.choices, s.answer, s.family, s.split, s.lettered
+        rows.append([s.id, media[s.video], media[s.audio], *said])
+    return rows
 
 # %% ../../nbs/models/05_provenance.ipynb #36864bf7
 def provenance(

@@ -7,26 +7,14 @@ __all__ = ['last_logits_only', 'score_choices']
 
 # %% ../../nbs/models/04_scoring.ipynb #867a6936
 import torch
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import zip_longest
 from .families import adapter_for
 from .encode import Encoded
 from .decoder import Decoder
 
 # %% ../../nbs/models/04_scoring.ipynb #84126df6
-def _check_finite(model, encoded, finite):  # finite (rows,) bool, the same number for each sample
-    good = finite.view(len(encoded.samples), -1).all(1).tolist()
-    clips = dict.fromkeys(
-        getattr(s, "clip", "") or s.id for s, ok in zip(encoded.samples, good) if not ok
-    )
-    if clips:
-        dtype = str(adapter_for(model).decoder(model).dtype).removeprefix("torch.")
-        raise ValueError(
-            f"clip {', '.join(clips)}: the model gives logits that are not finite ({dtype}). Check "
-            "the inputs and the weights; float16 overflows where bfloat16 and float32 do not"
-        )
-
-
 @contextmanager
 def last_logits_only(
     model,
@@ -41,17 +29,23 @@ def last_logits_only(
     def note(module, args, out):
         finite.append(out[:, -1].isfinite().all(-1))
 
-    with ExitStack() as stack:
+    def keep(module, args):
+        return (args[0][:, -1:], *args[1:])
 
-        def keep(module, args):
-            return (args[0][:, -1:], *args[1:])
-
-        stack.enter_context(head.register_forward_pre_hook(keep))
-        if encoded is not None:
-            stack.enter_context(head.register_forward_hook(note))
+    watch = nullcontext() if encoded is None else head.register_forward_hook(note)
+    with watch, head.register_forward_pre_hook(keep):
         yield model
-    if finite:
-        _check_finite(model, encoded, torch.stack(finite).all(0))
+    if not finite:
+        return
+    rows = torch.stack(finite).all(0)  # the same number for each sample
+    good = rows.view(len(encoded.samples), -1).all(1).tolist()
+    bad = [s for s, fine in zip(encoded.samples, good) if not fine]
+    if clips := dict.fromkeys(getattr(s, "clip", "") or s.id for s in bad):
+        dtype = str(adapter_for(model).decoder(model).dtype).removeprefix("torch.")
+        raise ValueError(
+            f"clip {', '.join(clips)}: the model gives logits that are not finite ({dtype}). Check "
+            "the inputs and the weights; float16 overflows where bfloat16 and float32 do not"
+        )
 
 # %% ../../nbs/models/04_scoring.ipynb #f8fc805e
 @dataclass(frozen=True)
@@ -102,20 +96,18 @@ def _continue(thinker, encoded, out, texts):
 @torch.no_grad()
 def score_choices(
     model,
-    encoded: Encoded,  # prompts without appended answers
+    encoded: Encoded,  # prompts
 ) -> ChoiceScores:
-    """Score every choice by teacher forcing. Raises ValueError for batches with appended answers,
-    and for logits that are not finite."""
-    if encoded.answer_length is not None and encoded.answer_length.any():
-        raise ValueError("score_choices needs prompts; these have answers appended")
+    """Score every choice by teacher forcing. Raises ValueError for samples without choices, and
+    for logits that are not finite."""
     ids = encoded.choice_ids
     if empty := [s.id for s, row in zip(encoded.samples, ids) if not row or not all(row)]:
         raise ValueError(f"samples without choices, or with an empty one: {', '.join(empty[:5])}")
     thinker = adapter_for(model).thinker(model)
     device = encoded.inputs["input_ids"].device
     choices = []  # per choice: (B, longest of the batch), -1 where a sample has no token
-    for c in range(max(map(len, ids))):
-        texts = [torch.tensor(row[c] if c < len(row) else (), dtype=torch.long) for row in ids]
+    for column in zip_longest(*ids, fillvalue=()):
+        texts = [torch.tensor(text, dtype=torch.long) for text in column]
         table = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=-1)
         choices.append(table.to(device))
     with last_logits_only(model, encoded):

@@ -197,7 +197,7 @@ class Stream:
         "Layers `start` to `stop`, half-open."
         hidden = self.hidden
         for layer in range(start, stop):
-            hidden = self.decoder.run_layers(hidden, self.rotary, self.mask, layer, layer + 1)
+            hidden, _ = self.decoder.run_layer(hidden, self.rotary, self.mask, layer)
             hidden = self.inject(hidden, layer)
         return replace(self, hidden=hidden)
 
@@ -218,8 +218,8 @@ def marks_of(stream, encoded, selectors):  # name -> (N,) bool
         front = stream.map(lambda x: x[:, :end])
         if not end:
             return front.hidden[0]
-        alone = torch.ones_like(front.hidden[..., 0], dtype=torch.bool)
-        mask = decoder.mask(decoder.causal_pattern(alone), stream.hidden.dtype)
+        causal = torch.ones(1, 1, end, end, dtype=torch.bool, device=front.hidden.device).tril()
+        mask = decoder.mask(causal, stream.hidden.dtype)
         return replace(front, mask=mask).through(0, layer).hidden[0]
 
     view = View(

@@ -23,45 +23,41 @@ class TextDims:
     vocab: int  # V, rows of the output head
     active: tuple  # (L,) MLP width I that a token passes: where sparse, that of its experts
     routed: tuple  # (L,) experts E that the router scores, 0 where dense
-    sizes: tuple = ()  # (L,) where layers differ, what `attention` gives
+    # (L,) width of all heads, 0 where the layer is recurrent; weights beside MLP and router; numbers
+    # cached of a token
+    sizes: tuple
+    sharing: int  # first layer that reads the keys of an earlier one; L where none does
     state: tuple = ()  # of recurrent layers: key heads, value heads, widths of a key and a value,
     # kernel of the convolution
-    sharing: int | None = None  # first layer that reads the keys of an earlier one
 
     @property
     def layers(self):
-        return len(self.active)  # L
-
-    def attention(self, i) -> tuple:
-        """Of a layer: width of all heads, 0 where it is recurrent; weights beside MLP and router;
-        numbers cached of a token."""
-        width = self.heads * self.head_dim
-        kept = 2 * self.kv_heads * self.head_dim
-        return self.sizes[i] if self.sizes else (width, self.hidden * (2 * width + kept), kept)
+        return len(self.sizes)  # L
 
 
 _STATE = "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim"
 
 
 def _sizes(c, sharing, state):
-    "Layers that differ, as those of Gemma 4 and Qwen3.5; () where none does."
+    "`sizes` of all layers, which may differ as those of Gemma 4 and Qwen3.5."
     L = c["num_hidden_layers"]
     D = c["hidden_size"]
     each = {int(i): own for i, own in (c.get("per_layer_config") or {}).items()}
     beside = c.get("hidden_size_per_layer_input") or 0
-    if not each and not beside and not state and sharing == L:
-        return ()
+    kinds = c.get("layer_types") or [""] * L
     sizes = []
     for i in range(L):
-        if state and c["layer_types"][i] == "linear_attention":
+        if kinds[i] == "linear_attention":
             keys, values, key, value, _ = state
             per_token = 2 * keys * key + values * value + 2 * values * (value + 1)
             sizes.append((0, D * per_token, 0))
             continue
         own = {**c, **each.get(i, {})}
-        width = own["num_attention_heads"] * own["head_dim"]
-        keys = own["num_key_value_heads"] * own["head_dim"] if i < sharing else 0
-        same = c.get("attention_k_eq_v") and c["layer_types"][i] == "full_attention"
+        heads = own["num_attention_heads"]
+        head = own.get("head_dim") or D // heads
+        width = heads * head
+        keys = (own.get("num_key_value_heads") or heads) * head if i < sharing else 0
+        same = c.get("attention_k_eq_v") and kinds[i] == "full_attention"
         queries = 2 if state else 1  # with a gate
         per_token = (1 + queries) * width + (1 if same else 2) * keys + beside * (2 if i else 2 + L)
         sizes.append((width, D * per_token, 2 * keys))
@@ -113,8 +109,8 @@ def text_dims(
             active=tuple(active),
             routed=tuple(routed),
             sizes=_sizes(c, sharing, state),
-            state=state,
             sharing=sharing,
+            state=state,
         )
     except KeyError as e:
         raise ValueError(
@@ -137,7 +133,7 @@ def _recurrence(s, d, counter):
 
 def layer_flops(s, i, d, convention, rows=None):
     "Decoder layer i of dimensions d on s tokens, of which the last `rows` run, None: all."
-    width, weights, _ = d.attention(i)
+    width, weights, _ = d.sizes[i]
     weights += d.hidden * (3 * d.active[i] + d.routed[i])
     rows = s if rows is None else min(rows, s)
     counter = convention == "counter"
@@ -169,10 +165,11 @@ def prefill_flops(
         raise ValueError(f"convention must be one of {', '.join(_CONVENTIONS)}; not {convention!r}")
     d = text_dims(config)
     tokens = _check_tokens(tokens, d)
-    own = d.layers if d.sharing is None else d.sharing  # behind it only what is read need run
-    rows = [None if i < own else 1 for i in range(d.layers)]
-    layers = sum(layer_flops(s, i, d, convention, rows[i]) for i, s in enumerate(tokens))
-    return float(layers + 2 * d.hidden * d.vocab)
+    total = 2 * d.hidden * d.vocab
+    for i, s in enumerate(tokens):
+        rows = s if i < d.sharing else 1  # of layers that share keys only what is read need run
+        total += layer_flops(s, i, d, convention, rows)
+    return float(total)
 
 # %% ../../nbs/schedules/02_cost.ipynb #573e8869
 def flops_fraction(
@@ -212,7 +209,7 @@ def probe_flops(
         "From layer `start` on: `own` positions after `front` ones, then the tail."
         total = 2 * own * d.hidden * (width + 2 * d.kv_heads * d.head_dim)  # keys, values at last
         for i in range(start, d.layers):
-            wide = 4 * d.attention(i)[0]
+            wide = 4 * d.sizes[i][0]
             total += layer_flops(tail, i, d, convention) + wide * tail * (front + own)
             if i < last:
                 total += layer_flops(own, i, d, convention) + wide * own * front
@@ -241,7 +238,7 @@ def kv_bytes(
     d = text_dims(config)
     tokens = _check_tokens(tokens, d)
     held = (min(tokens),) * d.layers if kv == "evict" else tokens
-    total = sum(s * d.attention(i)[2] for i, s in enumerate(held)) * itemsize
+    total = sum(s * cached for s, (*_, cached) in zip(held, d.sizes)) * itemsize
     if d.state:  # a state in float32, and what the convolution still needs
         keys, values, key, value, kernel = d.state
         inputs = (2 * keys * key + values * value) * kernel * itemsize

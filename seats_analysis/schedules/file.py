@@ -8,7 +8,6 @@ __all__ = ['PUBLISHED', 'published_for']
 # %% ../../nbs/schedules/01_file.ipynb #dff55b29
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -43,33 +42,13 @@ def joined(values):
     return visual if abs(visual - audio) <= 1e-9 else FrozenDict(values)
 
 # %% ../../nbs/schedules/01_file.ipynb #579b24d9
-def _digest(fields):
-    "The same for whatever order and form of whole numbers a writer of JSON chooses."
-    return digest(json.loads(json.dumps(fields, sort_keys=True), parse_int=float))
-
-
-@dataclass(frozen=True)
-class Certificate:
-    "What was promised of one plan; its digests are against accidents, no signature."
-
-    promise: dict  # fields of a `Promise`
-    answers: str  # `likelihood` of the choices, or next `token`
-    one_question_a_clip: bool
-    clips: int  # that it was certified on
-    questions: int
-    mix: dict  # for whom: questions by family, mean tokens
-    data: str
-    known_clips: list  # of search and calibration, as `Tuning.check_new` knows them
-    cost: float  # FLOPs over those of the full model
-    changed: float  # fraction of the answers
-    p: float
-    plan_sha256: str  # of `Schedule.plan_sha256`
-    families: dict | None = None  # family -> changed, questions, low and high of an exact interval
-
-    def to_dict(self):
-        "As a schedule's evidence holds it."
-        own = {name: value for name, value in asdict(self).items() if value is not None}
-        return own | dict(sha256=_digest(own))
+def sealed(
+    facts: dict,  # promise, answers, clips, mix, ...: fields of a certificate without `sha256`
+) -> dict:
+    "A certificate with its digest, whatever order and form of whole numbers a file has chosen."
+    own = {name: value for name, value in facts.items() if value is not None}
+    same = json.loads(json.dumps(own, sort_keys=True), parse_int=float)
+    return own | dict(sha256=digest(same))
 
 
 def _plain(name, value):
@@ -86,10 +65,9 @@ def checked_evidence(value) -> FrozenDict:
     if wrong := SCHEMAS["evidence"].wrong_with(copied, "evidence"):
         pass
     elif proof := copied.get("certificate"):
-        stated = proof.pop("sha256")
-        if _digest(proof) != stated:
+        facts = {name: value for name, value in proof.items() if name != "sha256"}
+        if sealed(facts) != proof:
             wrong = "`evidence.certificate` was changed after it was made"
-        proof["sha256"] = stated
     if wrong:
         remedy = ": remove it, or run `seats tune` again" if "certificate" in wrong else ""
         raise ValueError(wrong + remedy)
@@ -140,15 +118,6 @@ def _check_keep(keep_ratios, drops, late):
                 )
 
 
-def _check_cache(cache, layers):
-    "Raise ValueError for a range that is none."
-    for m, (start, end) in (cache or {}).items():
-        if not 0 <= start <= end <= layers:
-            raise ValueError(
-                f"`cache` of {m} is a half-open range of layers in 0 to {layers}, not {start, end}"
-            )
-
-
 def _floats(values):
     return FrozenDict({m: float(values[m]) for m in Modality.CODES})
 
@@ -170,7 +139,11 @@ def checked(
     entering = _floats(plain["entering"] or both(1.0))
     _check_layers(layers, plain["shallow_end"], drops, late)
     _check_keep(keep, drops, late)
-    _check_cache(plain["cache"], layers)
+    for m, (start, end) in (plain["cache"] or {}).items():
+        if not 0 <= start <= end <= layers:
+            raise ValueError(
+                f"`cache` of {m} is a half-open range of layers in 0 to {layers}, not {start, end}"
+            )
 
     average = {
         m: float(np.mean(levels_of(layers, late[m], drops, keep[m], entering[m])))

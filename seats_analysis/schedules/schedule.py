@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -18,14 +19,13 @@ from ..inputs.layout import Modality
 from .solve import Segments, drop_positions, split_trr
 from seats_analysis.schedules.file import (
     PUBLISHED,
-    Certificate,
     FrozenDict,
     both,
     checked,
-    checked_evidence,
     in_words,
     levels_of,
     published_setting,
+    sealed,
 )
 from ..storage.files import shipped_folder
 from ..storage.provenance import digest
@@ -354,19 +354,18 @@ class Schedule:
         return digest(deciding | {name: value for name, value in later.items() if value})
 
     @property
-    def certificate(self):  # Certificate; None without one
-        "What `seats tune` has promised of this plan."
-        stored = dict(self.evidence.get("certificate") or {})
-        stored.pop("sha256", None)
-        return Certificate(**stored) if stored else None
+    def certificate(self):  # its fields as attributes; None without one
+        "What `seats tune` has promised of this plan: `promise`, `clips`, `mix`, `changed`, ..."
+        stored = self.evidence.get("certificate")
+        return SimpleNamespace(**stored) if stored else None
 
     def certified(
         self,
-        **facts,  # fields of a `Certificate`
+        **facts,  # fields of a certificate
     ) -> "Schedule":
         "This plan with what was promised of it."
-        proof = Certificate(plan_sha256=self.plan_sha256, **facts)
-        return replace(self, evidence=self.evidence | dict(certificate=proof.to_dict()))
+        proof = sealed(facts | dict(plan_sha256=self.plan_sha256))
+        return replace(self, evidence=self.evidence | dict(certificate=proof))
 
     @property
     def kinds(self):  # kind -> fields of a schedule; empty where it has none
@@ -469,16 +468,14 @@ class Schedule:
             raise ValueError(
                 f"fields missing {sorted(known - set(own))}, unknown {sorted(set(own) - known)}"
             )
-        evidence = checked_evidence(own.pop("evidence"))
-        proof = evidence.get("certificate")
-        bare = {name: value for name, value in evidence.items() if name != "certificate"}
-        plan = cls(**own, evidence=bare)
-        if proof is not None and proof["plan_sha256"] != plan.plan_sha256:
-            raise ValueError(
-                "`evidence.certificate` is that of another plan, or of other weights: remove it, "
-                "or run `seats tune` again"
-            )
-        return replace(plan, evidence=evidence)
+        with warnings.catch_warnings(action="error", category=ScheduleWarning):
+            try:
+                return cls(**own)
+            except ScheduleWarning:
+                raise ValueError(
+                    "`evidence.certificate` is that of another plan, or of other weights: remove "
+                    "it, or run `seats tune` again"
+                ) from None
 
     @classmethod
     def load(cls, path: str | Path) -> "Schedule":
