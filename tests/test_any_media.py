@@ -182,6 +182,7 @@ def test_full_batch_equals_singles(model, batch, singles):
         (PLAN, "keep", [*SAMPLES]),
         (PLAN, "prune", [*SAMPLES]),
         (PLAN, "prune", ["everything", "text", "clips"]),  # other neighbours, other padding
+        (replace(PLAN, query="text"), "keep", [*SAMPLES]),  # a row's own text asks
         (STAGE1, "prune", [*SAMPLES]),
         (STAGE3, "keep", [*SAMPLES]),
     ],
