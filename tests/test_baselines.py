@@ -547,41 +547,6 @@ def test_nothing_is_chosen_from_nan(name, model, batch):
 # ---------------------------------------------------------------- no host sync
 
 
-def stage1_inputs(method, parts):
-    n = {m: sum(sum(p.sizes) for p in parts if p.modality == m) for m in CODE}
-    T = sum(n.values())
-    attention = torch.rand(T) if method.uses_attention else None
-    keys = {m: torch.rand(k, 4) for m, k in n.items()} if method.uses_keys else None
-    return Stage1Inputs(torch.rand(T, 8), attention, parts, keys, torch.rand(3, T))
-
-
-def planned(name, model, batch):
-    method = usual(name)
-    layout = layout_of(model, batch.inputs, "keep", method.grids, method.seconds)
-    parts = method.window_budgets(layout, 0)
-    return method, parts, method.plan(layout, parts), layout.shape
-
-
-@pytest.mark.cuda
-@in_one_family
-def test_cuda_runs_without_sync(name, model, batch):
-    method, parts, steps, _ = planned(name, model, batch)
-    if not any(step.stage == 1 for step in steps):
-        pytest.skip("chooses nothing before the first layer")
-    inputs = stage1_inputs(method, parts)
-    on_gpu = lambda x: None if x is None else x.cuda()
-    keys = inputs.keys and {m: k.cuda() for m, k in inputs.keys.items()}
-    seen = (on_gpu(x) for x in (inputs.features, inputs.attention))
-    there = Stage1Inputs(*seen, parts, keys, on_gpu(inputs.places))
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        found = mask_of(method.select(there))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(mask_of(method.select(inputs)), found.cpu())
-
-
 # ---------------------------------------------------------------- what is refused
 
 

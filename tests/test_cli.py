@@ -31,8 +31,6 @@ from seats_analysis import (
 from seats_analysis.cli import answers, app as shared
 from seats_analysis.cli.main import app
 from seats_analysis.evaluation.compare import made_from
-from seats_analysis.schedules.choose import blocks_of, solve_schedules
-from seats_analysis.schedules.file import PUBLISHED
 from seats_analysis.storage.schemas import load_json, save_profile
 from seats_analysis.testbed.load import write_samples, build_model, build_processor, fresh_samples
 from seats_analysis.testbed.task import synthetic_profile
@@ -432,23 +430,6 @@ def test_skip_broken_goes_on_and_counts_them(broken, stubbed, tmp_path):
 # ---------------------------------------------------------------- nothing is lost
 
 
-def test_old_profile_survives_a_full_disk(questions, profile, tmp_path, stubbed, monkeypatch):
-    before = profile.read_bytes()
-    write = Path.write_bytes
-
-    def full(self, data):
-        write(self, data[:4])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    line = "probe --data {d} --limit 1 --layers 6 --out {p} --overwrite"
-    result = seats(line, d=questions, p=profile)
-    assert result.exit_code == 2
-    assert result.stderr.splitlines()[-1] == f"seats: No space left on device: {profile}"
-    there = {p.name for p in tmp_path.iterdir()}  # what was measured is kept
-    assert there == {profile.name, f"{profile.name}.checkpoint"} and profile.read_bytes() == before
-
-
 def test_interrupt_and_bug(questions, tmp_path, monkeypatch):
     "An interrupt is one line and 130; a bug keeps its traceback."
 
@@ -539,13 +520,6 @@ def test_schedule_from_stated_blocks(profile):
     done("schedule {p} --trr 10 --blocks 3,11 --out stated.json", p=profile)
     stated = Schedule.load("stated.json")
     assert (stated.shallow_end, stated.late_start) == (2, 10)
-
-
-def test_published_pair_is_used_where_there_is_one():
-    known = blocks_of("/ckpt/my-sft", config=PUBLISHED["qwen2.5-omni-7b"]["config"])
-    plans = solve_schedules(known, (10.0, 12.0), (500, 100))
-    assert plans[10] == Schedule.published("qwen2.5-omni-7b", 10)
-    assert abs(plans[12].token_trr(500, 100) - 0.12) < 1e-9 and plans[12].late_start == 23
 
 
 def test_schedule_of_other_weights_or_of_another_model(profile, clip, stubbed, model):

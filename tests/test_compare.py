@@ -366,14 +366,6 @@ def test_windows_of_a_method_s_own(model, processor, samples, options):
     assert planned.tolist() == plain.tokens_per_layer.tolist()
 
 
-def test_a_modality_that_no_layer_sees(shape):
-    "SEATS may withdraw one modality at once; the others are matched to what that costs."
-    plan = Schedule(16, late_start=dict(visual=0, audio=12), entering=dict(visual=1.0, audio=0.5))
-    found = method_runs(method_names("all"), {10: plan}, shape)
-    assert len(found) == 1 + len(METHODS)
-    assert any(e.setting == "matched" for e in found[2:])
-
-
 # ---------------------------------------------------------------- interrupted, shared
 
 
@@ -384,13 +376,6 @@ def small():
 
 def without_times(rows):
     return [{k: v for k, v in r.items() if not k.startswith("ms")} for r in rows]
-
-
-def test_ablations_of_a_plan_that_goes_by_distance(small, samples, tmp_path):
-    plans = {30: replace(PLAN, weighted=False)}
-    names = method_names("ablations")
-    result = compare_methods(*small, samples[:2], plans, names, tmp_path / "eval")
-    assert {r["label"] for r in result["rows"]} >= set(ABLATIONS)
 
 
 def test_interrupted_runs_go_on(small, samples, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from test_undo import state
 from tiny import PLANS, close
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from seats_analysis import METHODS, adapter_for, encode, follow_up, prune
+from seats_analysis import adapter_for, encode, follow_up, prune
 from seats_analysis.models.encode import Prompt
 from seats_analysis.pruning.cache import Slots
 
@@ -160,33 +160,6 @@ def test_beams_know_their_scores(model, batch, singles, kv):
             close(logp[range(NEW), tokens].sum(), best[i, b])
 
 
-def test_sampling(model, batch):
-    draw = dict(GREEDY, do_sample=True, num_return_sequences=3, temperature=3.0)
-    with prune(model, PLAN):
-        greedy = new_tokens(model, batch, **GREEDY)
-        # copies of the right sample
-        copies = new_tokens(model, batch, **draw, top_k=1)
-        assert torch.equal(copies, greedy.repeat_interleave(3, 0))
-        drawn = []
-        for _ in range(2):
-            torch.manual_seed(0)
-            drawn.append(new_tokens(model, batch, **draw, top_k=0))
-        beams = new_tokens(model, batch, **GREEDY | dict(do_sample=True, num_beams=2))
-    assert torch.equal(*drawn) and beams.shape == (len(batch), NEW)
-    assert any(len({tuple(r) for r in rows.tolist()}) > 1 for rows in drawn[0].split(3))
-
-
-def test_random_draws_once_for_all_copies(model, batch):
-    method = METHODS["random"](PLAN, seed=2)
-    kept = []
-    for options in (GREEDY, BEAMS):
-        with prune(model, method) as run:
-            new_tokens(model, batch, **options)
-        kept.append(lists(run.kept))
-    assert run.samples == len(batch)
-    assert kept[1] == {s: [r for r in rows for _ in range(3)] for s, rows in kept[0].items()}
-
-
 def test_stopping(model, batch, singles):
     "Rows end on a token at their own time, as they do alone; or all by a rule."
 
@@ -257,18 +230,6 @@ def test_speculation_that_no_plan_can_serve(model, singles):
     with prune(model, PLAN, kv="evict"), pytest.raises(ValueError, match="guessed several at once"):
         cache = prefilled(model, singles[2])
         model(input_ids=again, past_key_values=cache)
-
-
-def test_steps_with_positions_compute_none(model, batch, monkeypatch):
-    "Every step of `generate` has positions; ours are made only where they are used."
-    calls, whole = [], Slots.next_positions
-    monkeypatch.setattr(Slots, "next_positions", lambda *a: calls.append(a) or whole(*a))
-    with prune(model, PLAN):
-        new_tokens(model, batch, **GREEDY)
-        assert not calls
-        token = torch.full((len(batch), 1), 20)
-        model(input_ids=token, past_key_values=prefilled(model, batch))
-    assert len(calls) == 1
 
 
 # ---------------------------------------------------------------- further questions
@@ -491,19 +452,6 @@ def test_clips_in_later_turns_of_a_batch(each, kv):
             close(torch.stack([l[i] for l in together.logits]), torch.cat(out.logits))
 
 
-def test_a_clip_in_a_later_turn_with_beams(each):
-    model, _, singles = each
-    with prune(model, PLAN, kv="retain"):
-        sequences, cache = first_answer(model, singles[2])
-        before = cache.get_seq_length()
-        given = with_media(singles[4], cache, sequences)
-        want = model.generate(**given, **BEAMS, **WORDS)[:, -NEW:]
-        assert cache.get_seq_length() == before
-        again = model.generate(**given, **BEAMS, **WORDS)[:, -NEW:]
-        assert torch.equal(want, again)
-        assert not torch.equal(*want)
-
-
 def test_bad_later_turns(model, singles):
     "Positions of text, of another place, of too many columns; and a block without a plan."
     with prune(model, PLAN, kv="retain"):
@@ -602,17 +550,6 @@ def test_a_cache_and_its_copies(model, singles):
         close(step(cache), want)
     with pytest.raises(ValueError, match="only 2 came after"):
         cache.crop(-3)
-
-
-def test_rows_keep_their_own_slots(model, batch):
-    "Rows of a padded batch in another order: slots and positions go with them."
-    order = torch.tensor([4, 1, 1, 0, 2])
-    tokens = torch.arange(20, 25)[:, None]
-    with prune(model, PLAN, kv="retain"):
-        cache, moved = (prefilled(model, batch) for _ in range(2))
-        moved.reorder_cache(order)
-        after = model(input_ids=tokens[order], past_key_values=moved).logits
-        close(after, model(input_ids=tokens, past_key_values=cache).logits[order])
 
 
 @pytest.mark.parametrize("kv", KV)

@@ -390,23 +390,6 @@ def test_the_search_for_survivors_finds_them(model, batch):
 # ---------------------------------------------------------------- several models, several threads
 
 
-def test_blocks_that_overlap(model, other, batch):
-    "Two models, whose blocks are left in the order in which they were entered."
-    models = model, other
-    states = [state(m) for m in models]
-    wants = [everything(m, batch) for m in models]
-    first, second = prune(model, PLAN), prune(other, PLAN, kv="retain")
-    first.__enter__()
-    assert state(other) == states[1] and equal(everything(other, batch), wants[1])
-    second.__enter__()
-    pruned = generate(other, batch)
-    first.__exit__(None, None, None)
-    assert state(model) == states[0] and equal(everything(model, batch), wants[0])
-    assert torch.equal(generate(other, batch), pruned)
-    second.__exit__(None, None, None)
-    assert [state(m) for m in models] == states and equal(everything(other, batch), wants[1])
-
-
 def test_one_block_at_a_time(model, batch):
     before = state(model)
     with prune(model, PLAN) as run:
