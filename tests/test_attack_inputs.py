@@ -131,7 +131,9 @@ def test_resizing_on_the_way_changes_no_number(family):
             assert torch.equal(ours["video_grid_thw"], theirs["video_grid_thw"])
 
 
-BOXES = b"mdhd mvhd tkhd stts ctts stsz stco stsc elst stsd avcC esds fmt avih strh strf".split()
+BOXES = (
+    b"mdhd mvhd tkhd stts ctts stsz stco stsc elst stsd avcC esds fmt avih strh strf chan".split()
+)
 NUMBERS = [0, 1, 4095, 65536, 2**31 - 1, 2**32 - 1]
 
 
@@ -188,23 +190,30 @@ def decoded(paths, kind="video"):
     return rows
 
 
-@more_at_night(30, 400)
+# one byte can turn a frame into one of more channels, and a layout into one of named places
+SOUNDS = [("aac", "aac", "stereo"), ("m4a", "aac", "5.1"), ("mka", "libopus", "5.1")]
+
+
+@more_at_night(40, 600)
 def test_damaged_clips(tmp_path, n):
     "Read, with each stream that is listed, or refused."
     r, whole, paths = random.Random(6), [], []
     for suffix in ("mp4", "mkv", "mov", "avi", "ts"):
         whole.append(film(tmp_path / f"whole.{suffix}", EVEN[:20], 2))
+    for suffix, codec, layout in SOUNDS:
+        write_tone(path := tmp_path / f"whole.{suffix}", codec, layout)
+        whole.append(path)
     for k in range(n):
-        source = r.choice(whole)
+        source = whole[k % len(whole)]
         paths.append(tmp_path / f"bad{k}{source.suffix}")
         paths[-1].write_bytes(damaged(r, source.read_bytes()))
-    assert 0 < sum(row["error"] is None for row in decoded(paths)) < n
+    heard = [path for path in paths if path.suffix in (".aac", ".m4a", ".mka")]
+    seen = [path for path in paths if path not in heard]
+    rows = [*decoded(heard, "audio"), *decoded(seen)]
+    assert 0 < sum(row["error"] is None for row in rows) < n
 
 
-LAYOUTS = "mono stereo 2.1 3.0 4.0 5.0 5.1 6.1 6.1(back) 7.0 7.1 5.1.4 7.1.4 9.1.4 hexadecagonal"
-LAYOUTS = [*LAYOUTS.split(), *(f"{n} channels" for n in range(1, 17))]
-CODECS = dict(pcm_s16le="wav", flac="flac", aac="m4a", ac3="ac3", eac3="eac3", libopus="mka")
-CODECS |= dict(alac="m4a", wavpack="wv", tta="tta", pcm_s24le="mov", pcm_s16be="caf")
+CODECS = dict(pcm_s16le="wav", pcm_s24le="mov", flac="flac", aac="m4a", ac3="ac3", libopus="mka")
 
 
 def write_tone(path, codec, layout):
@@ -233,19 +242,19 @@ def test_a_sample_rate_that_no_recorder_has(tmp_path):
     refused(lambda: check_media(path, "audio"), "a corrupt sample rate")
 
 
-SOME = [("pcm_s16le", "7.1"), ("pcm_s16le", "16 channels"), ("pcm_s24le", "3.0"), ("flac", "7.1")]
-SOME += [("aac", "7.1"), ("libopus", "9 channels"), ("ac3", "5.1"), ("flac", "stereo")]
+CHANNELS = [
+    ("pcm_s16le", "7.1"),
+    ("pcm_s16le", "16 channels"),
+    ("pcm_s24le", "3.0"),
+    ("flac", "7.1"),
+]
+CHANNELS += [("aac", "7.1"), ("libopus", "9 channels"), ("ac3", "5.1"), ("flac", "stereo")]
 
 
-@pytest.mark.parametrize(
-    "cases",
-    [SOME, pytest.param([(c, x) for c in CODECS for x in LAYOUTS], marks=pytest.mark.nightly)],
-    ids=["some", "all"],
-)
-def test_any_number_of_channels(tmp_path, cases):
+def test_any_number_of_channels(tmp_path):
     "The mean of the channels, however many there are and whatever places they are given."
     means = {}
-    for i, (codec, layout) in enumerate(cases):
+    for i, (codec, layout) in enumerate(CHANNELS):
         path = tmp_path / f"{i}.{CODECS[codec]}"
         if n := write_tone(path, codec, layout):
             means[path] = codec, n
@@ -257,29 +266,6 @@ def test_any_number_of_channels(tmp_path, cases):
         codec, n = means[Path(row["path"])]
         assert row["error"] is None and row["tone"] == pytest.approx(0.01 * (n + 1), rel=0.05), row
     assert {("pcm_s16le", 8), ("pcm_s16le", 16), ("flac", 8)} <= set(means.values())
-    if cases is not SOME:
-        seen = {codec: [n for c, n in means.values() if c == codec] for codec in CODECS}
-        assert set(seen["pcm_s16le"]) == set(range(1, 17))
-        assert sum(len(set(found)) >= 6 for found in seen.values()) >= 5, seen
-
-
-@more_at_night(20, 400)
-def test_flipped_bytes_in_sound(tmp_path, n):
-    "One byte can turn a frame into one of more channels, and a layout into one of named places."
-    r, whole, paths = random.Random(9), [], []
-    kinds = [("aac", "aac", "stereo"), ("m4a", "aac", "5.1"), ("mov", "pcm_s24le", "2.1")]
-    for suffix, codec, layout in [*kinds, ("flac", "flac", "7.1"), ("mka", "libopus", "5.1")]:
-        whole.append(tmp_path / f"whole.{suffix}")
-        write_tone(whole[-1], codec, layout)
-    for k in range(n):
-        source = whole[k % len(whole)]
-        data = bytearray(source.read_bytes())
-        at = data.find(b"chan") + 8 if k % 10 == 2 else r.randrange(len(data))
-        for at in range(at, at + r.choice((1, 1, 4))):
-            data[at % len(data)] = r.randrange(256)
-        paths.append(tmp_path / f"bad{k}{source.suffix}")
-        paths[-1].write_bytes(data)
-    decoded(paths, "audio")
 
 
 HLS = "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{}\n"

@@ -184,6 +184,9 @@ UNLOADED = [  # what is refused before a model is loaded: command line, words of
     ("probe --model nobody/nothing", "hf download nobody/nothing"),
     ("probe --model nobody/nothing@v1", "nobody/nothing' at v1 is not in the local cache"),
     ("probe --model {folder}", "no config.json"),
+    ("probe --limit 1 --model {bert}", "is no model of transformers that takes"),
+    ("run {clip} --question ? --attention fast", "sdpa, eager"),
+    ("schedule {profile} --trr 80 --late estimate", "ask for at most 66.6 %"),
     ("run {clip} --question ? --trr 10 --model Qwen/Qwen2-Audio-7B", "not in the local cache"),
     ("eval --profile {profile}", "12 layers"),
     ("run {clip} --question ? --trr 10 --profile {profile}", "12 layers"),
@@ -217,8 +220,9 @@ def test_what_is_refused_before_a_model_is_loaded(
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     home = tmp_path / "given"
-    home.mkdir()
-    places = dict(profile=profile, clip=clip, folder=home)
+    (home / "bert").mkdir(parents=True)
+    (home / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    places = dict(profile=profile, clip=clip, folder=home, bert=home / "bert")
     for name in "text.mp4 half.mp4 deep.json other.nc bare.nc plan.json".split():
         places[name.split(".")[0]] = home / name
     places["lacking"] = questions = clip.parent / "lacking.jsonl"
@@ -256,30 +260,13 @@ ENDS = {  # numbers at their ends: command and option -> values
 
 @pytest.mark.parametrize("line", ENDS)
 def test_numbers_at_their_ends(line, clip, no_model, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    check_ends(line, ENDS[line], clip=clip)
-    assert not list(tmp_path.iterdir())
-
-
-def check_ends(line, values, **places):
     "Every value of the option at the end of the line is refused in a short line that names it."
-    for value in values.split():
-        said = refused(f"{line}={value}", **places)
+    monkeypatch.chdir(tmp_path)
+    for value in ENDS[line].split():
+        said = refused(f"{line}={value}", clip=clip)
         named = line.split()[-1].strip("-") in said
         assert named and (len(said) < 250 or value == LONG), (value, said)
-
-
-def test_unreachable_target_says_what_to_change(profile):
-    says = refused("schedule {p} --trr 80 --late estimate", p=profile)
-    assert "ask for at most 66.6 %" in says and "--late certified" in says
-
-
-def test_folder_that_is_no_om_llm(tmp_path):
-    config = dict(model_type="bert", architectures=["BertModel"])
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert "is no model of transformers that takes" in refused(
-        "probe --limit 1 --model {m}", m=tmp_path
-    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_cut_off(clip, tmp_path, model):
@@ -290,12 +277,10 @@ def test_weights_cut_off(clip, tmp_path, model):
     assert "cannot be read" in refused("run {c} --question ? --model {m}", c=clip, m=tmp_path)
 
 
-def test_attention(clip):
-    "In one line, also where a package for it is missing."
-    assert "sdpa, eager" in refused("run {c} --question ? --attention fast", c=clip)
-    if importlib.util.find_spec("flash_attn") is None:
-        said = refused("run {c} --question ? --attention flash_attention_2", c=clip)
-        assert "cannot be used" in said
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="it is here")
+def test_attention_whose_package_is_missing(clip):
+    said = refused("run {c} --question ? --attention flash_attention_2", c=clip)
+    assert "cannot be used" in said
 
 
 def test_a_revision_goes_to_the_loader(monkeypatch, clip):
@@ -415,9 +400,8 @@ def test_broken_clips_are_named_all_at_once(command, broken, no_model, tmp_path)
 
 def test_many_broken_clips_are_counted(broken, rows, no_model):
     jsonl(broken, [rows[3] | dict(id=str(i), video=f"gone{i}.mp4") for i in range(25)])
-    result = seats("probe --data {d}", d=broken)
-    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 12
-    assert "25 broken clips" in result.stderr and "and 15 more" in result.stderr
+    said = seats("probe --data {d}", d=broken).stderr
+    assert "25 broken clips" in said and "and 15 more" in said and len(said.splitlines()) == 12
 
 
 def test_skip_broken_goes_on_and_counts_them(broken, stubbed, tmp_path):
@@ -479,7 +463,7 @@ def test_families_of_a_profile_that_names_none(profile):
     assert stored["both"]["by_family"] == {}
 
 
-@pytest.mark.parametrize("trr", [35, 25, 15, 10, 100])
+@pytest.mark.parametrize("trr", [35, 10, 100])
 def test_schedule_meets_its_target_and_prints_both_ratios(profile, trr):
     said = done("schedule {p} --late estimate --out plan.json --trr", trr, p=profile).stdout
     plan = Schedule.load("plan.json")
@@ -516,12 +500,6 @@ def test_no_drops_are_announced_where_stage_two_keeps_everything(profile):
     assert Schedule.load("plan.json").drop_layers == ()
 
 
-def test_schedule_from_stated_blocks(profile):
-    done("schedule {p} --trr 10 --blocks 3,11 --out stated.json", p=profile)
-    stated = Schedule.load("stated.json")
-    assert (stated.shallow_end, stated.late_start) == (2, 10)
-
-
 def test_schedule_of_other_weights_or_of_another_model(profile, clip, stubbed, model):
     "Both are used, and both are warned of; the model's own schedule is not."
     stored = load_profile(profile)
@@ -549,8 +527,7 @@ def test_probe_writes_a_profile_that_schedule_understands(questions, tmp_path, s
     stored = load_profile(tmp_path / "p.nc")
     assert stored["layer"].values.tolist() == [0, 6, 12]
     assert stored["removed"].values.tolist() == ["both"]
-    tokens = json.loads(stored.attrs["tokens"])
-    assert (tokens["visual"], tokens["audio"]) == (192, 40)
+    assert json.loads(stored.attrs["tokens"]).items() >= dict(visual=192, audio=40).items()
 
 
 def test_questions_without_answers_are_probed(questions, rows, tmp_path, stubbed):
@@ -614,13 +591,11 @@ def test_run_prints_what_was_kept(tmp_path, clip, profile, stubbed):
     assert "kept      audio" in heard and "visual" not in heard, heard
 
 
-def test_frame_limits(capsys):
-    "What was asked for, then the benchmark's, then a cap that is said aloud."
-    limits_of = shared.limits_of
-    assert limits_of("mine.jsonl", None) == dict(fps=2.0, max_frames=shared.MAX_FRAMES)
+def test_a_cap_of_frames_is_said_aloud(capsys):
+    found = shared.limits_of("mine.jsonl", None)
+    assert found == dict(fps=2.0, max_frames=shared.MAX_FRAMES)
     assert "--max-frames" in capsys.readouterr().err
-    assert limits_of("mine.jsonl", None, 1.0, 9) == dict(fps=1.0, max_frames=9)
-    assert limits_of("testbed", None) == dict(fps=2.0, max_frames=None)
+    assert shared.limits_of("mine.jsonl", None, 1.0, 9) == dict(fps=1.0, max_frames=9)
     assert capsys.readouterr().err == ""
 
 
