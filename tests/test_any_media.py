@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from seats_analysis import Schedule, adapter_for, encode, prune
 from seats_analysis.inputs.layout import Modality
@@ -167,15 +166,6 @@ def test_sound_behind_the_video(model, processor, singles):
 # ---------------------------------------------------------------- batches
 
 
-def test_full_batch_equals_singles(model, batch, singles):
-    together = model(**batch.inputs).logits[:, -1]
-    close(together, torch.cat([model(**one.inputs).logits[:, -1] for one in singles.values()]))
-    for row, one in enumerate(singles.values()):
-        n = one.shape[1]
-        assert torch.equal(batch.position_ids[:, row, -n:], one.position_ids[:, 0])
-        assert torch.equal(batch.layout.window[row, -n:], one.layout.window[0])
-
-
 @pytest.mark.parametrize(
     "plan, images, names",
     [
@@ -236,46 +226,6 @@ def test_media_token_first(model, singles, name):
 
 
 # ---------------------------------------------------------------- text only
-
-
-class Count(TorchDispatchMode):
-    "Number of operations."
-
-    n = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.n += 1
-        return func(*args, **(kwargs or {}))
-
-
-def test_text_only_is_a_no_op(model, processor, singles):
-    """The same bits, the same operations from the first layer to the last, one and the same for a
-    batch of texts."""
-    layers = adapter_for(model).layers(model)
-
-    def operations(inputs):
-        count, ends = Count(), []
-        hooks = [
-            layers[0].register_forward_pre_hook(lambda *_: ends.append(count.n)),
-            layers[-1].register_forward_hook(lambda *_: ends.append(count.n)),
-        ]
-        try:
-            with count:
-                logits = model(**inputs).logits
-        finally:
-            for h in hooks:
-                h.remove()
-        return logits, ends[1] - ends[0]
-
-    batch = encode(model, processor, [SAMPLES["text"], SAMPLES["blip"]])
-    for inputs in (singles["text"].inputs, batch.inputs):
-        full, n = operations(inputs)
-        for images in ("keep", "prune"):
-            with prune(model, PLAN, images=images) as run:
-                pruned, m = operations(inputs)
-            assert torch.equal(pruned, full) and m == n and run.kept == {}
-            lengths = inputs["attention_mask"].sum(1).tolist()
-            assert run.tokens_per_layer.tolist() == [[k] * L for k in lengths]
 
 
 # ---------------------------------------------------------------- refused

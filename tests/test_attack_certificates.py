@@ -2,7 +2,6 @@
 
 import json
 import math
-import warnings
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -117,21 +116,6 @@ def test_another_plan_has_no_certificate_and_says_so(tmp_path, change):
     assert other.certificate is None
     other.save(tmp_path / "t.json")
     assert Schedule.load(tmp_path / "t.json") == other
-
-
-def test_the_same_plan_keeps_it_and_nothing_is_said():
-    plan = Schedule.load("testbed/tuned")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        same = replace(plan, model="another name", revision="r", seed=3)
-        assert same.certificate == plan.certificate
-        assert plan.nearest(0.1, 0.2).certificate is None
-        assert Schedule.load("testbed/10").times(0.5).certificate is None
-    with pytest.raises(
-        ValueError, match="`evidence.certificate.plan_sha256`: field required: remove it"
-    ):
-        own = {k: v for k, v in PROOF.items() if "sha256" not in k}
-        replace(plan, evidence=dict(certificate=own))  # as files were before
 
 
 # ---------------------------------------------------------------- what a check says

@@ -10,7 +10,6 @@ import random
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import time
 from contextlib import ExitStack
@@ -559,28 +558,6 @@ def test_what_a_killed_eval_left_goes_with_its_folder(few, tmp_path):
     done = command(out)
     assert done.exit_code == 0, done.stderr
     assert names(tmp_path) == ["r.json", thesis.name] and names(thesis) == ["thesis.txt"]
-
-
-def alone(out, size=None):
-    "`command` in a process of its own."
-    limit = lambda: size is None or resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    env = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[1]))
-    words = [sys.executable, __file__, str(out)]
-    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=limit)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("size", [100, 200, 1000, 2000, 3000, 5000, 8000, 12_000, 50_000])
-def test_eval_on_a_full_disk(few, tmp_path, size):
-    "One line and exit 2, and the same command goes on."
-    child = alone(tmp_path / "r.json", size)
-    said = child.communicate(timeout=300)[1]
-    lines = [line for line in said.splitlines() if line.startswith("seats: ")]
-    assert child.returncode == 0 or (child.returncode, len(lines)) == (2, 1), said
-    assert "Traceback" not in said and not list(tmp_path.rglob("*seats-tmp*"))
-    done = command(tmp_path / "r.json")
-    assert done.exit_code == 0 and "damaged" not in done.stderr, done.stderr
-    assert names(tmp_path) == ["r.json"]
 
 
 if __name__ == "__main__":

@@ -316,13 +316,6 @@ def test_tokens_and_flops_are_as_planned(model, processor, samples, name):
     assert shape.cost(method) == pytest.approx(spent / full, rel=0.02)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 1 / 3, 0.5, 0.77, 1.0])
-def test_shares_are_even(share):
-    e = MethodRun("x", "x", 10, ("a", "b"), share=share)
-    drawn = np.cumsum([e.plan_for(i) == "b" for i in range(200)])
-    assert abs(drawn - share * np.arange(1, 201)).max() <= 0.5 + 1e-9
-
-
 def test_matching_against_a_plain_search():
     "On random staircases: within the tolerance whatever the steps, and an honest floor."
     rng = np.random.default_rng(0)

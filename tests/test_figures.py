@@ -206,21 +206,6 @@ def test_an_unscanned_layer_leaves_a_gap(profile):
     assert line.get_xdata().tolist() == [1, 5, 9, 13]
 
 
-def test_same_data_same_bytes_without_dates_in_any_style(clip, tmp_path):
-    "The second time in a caller's own style, which comes back afterwards."
-    import matplotlib
-
-    first = style.save_figure(plot_kept(clip, kept_of()), tmp_path / "first")
-    with matplotlib.rc_context({"font.size": 20, "savefig.dpi": 40, "axes.facecolor": "red"}):
-        second = style.save_figure(plot_kept(clip, kept_of()), tmp_path / "second")
-        assert matplotlib.rcParams["font.size"] == 20
-    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
-    assert [p.suffix for p in first] == [".png", ".pdf"]
-    for word in (b"CreationDate", b"matplotlib", b"Matplotlib"):
-        assert not any(word in p.read_bytes() for p in first)
-    assert not list(tmp_path.glob(".*"))
-
-
 @pytest.mark.parametrize("part", ["video", "audio"])
 def test_kept_figure_of_one_modality(clip, part):
     from dataclasses import replace

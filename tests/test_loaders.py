@@ -136,15 +136,6 @@ def test_separate_sound_is_taken(tmp_path):
     assert K.load_benchmark("daily-omni", tmp_path)[0].audio is None
 
 
-def test_equal_file_names_are_different_clips(tmp_path):
-    "A repackaging with one folder per video: three questions, two clips."
-    names = ("1/video.mp4", "2/video.mp4", "2/video.mp4")
-    rows = [dict(FIELDS, correct_option="b) high", video_id=v) for v in names]
-    put(tmp_path, "data.json", rows, *names)
-    found = [s.clip for s in K.load_benchmark("lvomnibench", tmp_path)]
-    assert found == ["1/video", "2/video", "2/video"]
-
-
 @pytest.mark.parametrize(
     "data, says",
     [

@@ -182,12 +182,6 @@ def test_late_sound(tmp_path, name, origin, late, slack):
     assert onset(decode_clip(path)) == pytest.approx(1.0 + late, abs=slack)
 
 
-def test_max_frames_spreads_over_the_clip(tmp_path):
-    path = write_clip(tmp_path / "a.mp4", range(0, 200, 2))  # 10 s
-    clip = decode_clip(path, fps=2, max_frames=5)
-    assert clip.fps == pytest.approx(0.5) and levels(clip) == [0, 40, 80, 120, 160]
-
-
 def test_fractional_rate(tmp_path):
     fps = 30000 / 1001
     clip = Clip("ntsc", np.stack([np.full((32, 32, 3), 2 * k, np.uint8) for k in range(90)]), fps)
@@ -234,15 +228,6 @@ def test_rotation(tmp_path, matrix, turn):
 
 
 # ---------------------------------------------------------------- our own files
-
-
-def test_round_trip(tmp_path):
-    clip = made(8, 112)
-    back = decode_clip(clip.save(tmp_path / "a.mp4"))
-    assert (back.frames.shape, back.fps) == (clip.frames.shape, 2.0)
-    assert len(back.waveform) == len(clip.waveform)
-    assert np.abs(back.frames.astype(int) - clip.frames).max() <= 4
-    assert onset(back) == pytest.approx(1.0, abs=0.002)
 
 
 def test_small_and_standard(tmp_path):
@@ -299,13 +284,6 @@ def test_same_bytes_in_another_process(tmp_path):
 def test_not_media(tmp_path, content, name):
     (tmp_path / name).write_bytes(content)
     assert len(refused(lambda: decode_clip(tmp_path / name), name)) < 300
-
-
-def test_missing_folder_and_unreadable(tmp_path):
-    (tmp_path / "loop.mp4").symlink_to(tmp_path / "loop.mp4")
-    for name, why in {"gone.mp4": "no such file", ".": "is a folder", "loop.mp4": ""}.items():
-        path = tmp_path / name
-        refused(lambda: decode_clip(path), str(path), why)
 
 
 CUT = """
@@ -433,13 +411,3 @@ def test_equal_file_names_are_different_clips(tmp_path):
     assert read_samples(write_samples(read[:1], tmp_path / "001" / "one.jsonl"))[0].clip == "video"
     shipped = read_samples(ROOT / "data" / "testbed" / "questions.jsonl")
     assert [s.clip for s in shipped] == [Path(s.video).stem for s in shipped]
-
-
-def test_media_of_a_sample(tmp_path, file):
-    clip = made()
-    sample = Sample(str(file), "?", ("a", "b"), 0, id="s")
-    assert sample.load_media().frames.shape == clip.frames.shape
-    assert replace(sample, video=clip).load_media() is clip
-    other = Clip("other", waveform=click(3.0)).save(tmp_path / "other.mp4")
-    both = replace(sample, audio=str(other)).load_media()
-    assert (both.id, len(both.frames), len(both.waveform)) == ("a", len(clip.frames), 48000)

@@ -355,27 +355,3 @@ def test_launched_twice_is_the_same_file(commanded, tmp_path, twice):
     assert "probe (1 of 2)" in said and "probe (2 of 2)" in said
     assert out.count("questions on") == 1
     assert (tmp_path / "p.nc").read_bytes() == commanded.read_bytes()
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("stop, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_stopped_command_goes_on(commanded, tmp_path, stop, code):
-    path = tmp_path / "p.nc"
-    # a shell lets what it starts in the background ignore it
-    heeded = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    out = ["--out", path]
-    with subprocess.Popen(
-        [*COMMAND, *out], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, preexec_fn=heeded
-    ) as child:
-        while not rows_of(path) and child.poll() is None:
-            time.sleep(0.005)
-        child.send_signal(stop)
-        said = child.stderr.read()
-    assert child.returncode == code and not path.exists() and 0 < len(rows_of(path)) < 6
-    if stop == signal.SIGINT:
-        assert said.splitlines()[-1] == "seats: interrupted" and "the same command goes on" in said
-    other = called(*COMMAND, "--limit", "5", *out)
-    assert other.returncode == 2
-    assert "other data (6 samples there, 5 now" in other.stderr.splitlines()[-1]
-    assert called(*COMMAND, *out).returncode == 0
-    assert path.read_bytes() == commanded.read_bytes()

@@ -160,31 +160,6 @@ def test_totals_text_order_and_positions(layout, schedule, seed):
                 ), name
 
 
-@many
-@given(layouts(), schedules(), seeds)
-def test_a_batch_is_its_samples(layout, schedule, seed):
-    features, attention, scores = inputs_of(layout, schedule, seed)
-    kept = lambda found, b, name: next(
-        (t.column[b, t.valid[b]].tolist() for cut, *_, t in found if cut.name == name), None
-    )
-    together = list(stages(layout, schedule, features, attention, scores))
-    for b in range(len(layout)):
-        pad = int((layout.modality[b] == PAD).sum())
-        cut_pad = lambda x: x[b : b + 1, pad:]
-        single = TokenLayout(*(cut_pad(x) for x in (layout.modality, layout.window, layout.chunk)))
-        alone = list(
-            stages(
-                single,
-                schedule,
-                cut_pad(features),
-                cut_pad(attention),
-                {d: cut_pad(s) for d, s in scores.items()},
-            )
-        )
-        for cut, *_ in alone:
-            assert kept(together, b, cut.name) == [i + pad for i in kept(alone, 0, cut.name)]
-
-
 # ---------------------------------------------------------------- budgets of one step
 
 

@@ -353,29 +353,6 @@ def test_refused_calls(model, singles, line):
         assert torch.equal(last(model, one), want)
 
 
-@pytest.mark.parametrize(
-    "plan, options, error, line",
-    [
-        (PLAN, dict(kv="drop"), ValueError, "`kv` must be one of 'retain', 'evict', not 'drop'"),
-        (PLAN, dict(images="crop"), ValueError, "`images` must be one of 'keep', 'prune'"),
-        (Schedule.published("qwen2.5-omni-7b"), {}, ValueError, "28 layers"),
-        (0.1, {}, TypeError, "wants a Schedule, its file, a Pruner or None, not float"),
-        (PLAN, dict(model=torch.nn.Linear(1, 1)), ValueError, "names no token"),
-    ],
-)
-def test_refused_blocks(model, plan, options, error, line):
-    with pytest.raises(error, match=line):
-        with prune(**dict(model=model, plan=plan) | options):
-            raise AssertionError("entered")
-
-
-def test_a_run_before_its_first_prefill(model):
-    with prune(model, PLAN) as run:
-        assert run.kept == {}
-        with pytest.raises(ValueError, match="no prompt was read"):
-            run.tokens_per_layer
-
-
 # ---------------------------------------------------------------- going on
 
 

@@ -72,21 +72,6 @@ def test_budgets_equal_the_published_plan_where_it_is_exact(r):
         assert got == [list(pair) for pair in plain]
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_a_planned_total_is_divided_by_what_is_there(g, r):
-    "As if the totals had been rounded from the present counts, where those have the planned sum."
-    modality = torch.tensor([[1] * r.randint(4, 9) + [2] * r.randint(4, 9)]).repeat(1, 3)
-    window = torch.arange(3).repeat_interleave(modality.shape[1] // 3)[None]
-    n = [int((modality == m).sum()) for m in (1, 2)]
-    ratio = [r.choice((0.3, 0.55, 0.8)) for _ in n]
-    visual, audio = (max(1, round(x * k)) for x, k in zip(ratio, n))
-    shift = r.randint(1 - visual, audio - 1)
-    scores = torch.rand(modality.shape, generator=g)
-    want = stage2(scores, modality, window, 3, [visual], [audio], 0.1)
-    planned = [visual + shift], [audio - shift]
-    assert torch.equal(stage2(scores, modality, window, 3, *planned, 0.1, ratio=ratio[0]), want)
-
-
 @pytest.mark.parametrize("seed", range(10))
 def test_an_emptied_window_takes_no_part(g):
     """Window ids are fixed on the full sequence: a run that an earlier drop emptied leaves a gap,

@@ -20,7 +20,7 @@ from seats_analysis.testbed.load import write_samples
 from seats_analysis.testbed.task import ramp, synthetic_profile
 from seats_analysis.tuning import tune, space
 from seats_analysis.tuning.space import deal_clips
-from seats_analysis.tuning.tune import Tuning, better_half
+from seats_analysis.tuning.tune import Tuning
 
 EASY = Promise(0.6, 0.5)  # one clip is enough
 SMALL = dict(seconds=1.0, size=(56, 56))
@@ -28,21 +28,6 @@ SPACE = SearchSpace.of(dict(both=Boundaries(tiny.LAYERS, 2, 5, shallow_end_ci=(1
 
 
 # ---------------------------------------------------------------- statistics
-
-
-def test_halving_keeps_the_best_of_every_cost():
-    costs, kl = np.repeat([0.1, 0.5], 32), np.tile(np.arange(32.0), 2)
-    half = better_half(costs, kl, np.arange(64))
-    assert len(half) == 32 and {0, 32} <= set(half.tolist())
-    assert Promise.chain_of(costs, kl, half) == [0]  # the dear ones are no better
-    assert Promise.chain_of(costs, kl - 100 * (costs > 0.2), half) == [32, 0]
-
-
-def test_no_candidate_is_judged_by_fewer_than_48_questions():
-    for n in range(1, 700):
-        rounds = tune.rounds_of(n)
-        assert rounds[0] >= min(n, 48) and rounds[-1] == n
-        assert all(abs(2 * a - b) <= 1 for a, b in zip(rounds, rounds[1:]))
 
 
 def test_the_chain_is_what_the_rule_says():

@@ -30,27 +30,6 @@ def noise(measured):
     return S.noise_of(measured)
 
 
-@pytest.mark.parametrize("shape", S.SHAPES)
-@pytest.mark.parametrize("full", [0.9, 0.5])
-def test_a_planted_accuracy_comes_back(noise, shape, full):
-    planted = S.Planted(S.SHAPES[shape](16), full)
-    drawn = noise.draw(planted, 6000, np.random.default_rng(1))
-    assert np.abs(drawn.accuracy - planted.retained * full).max() < 0.035
-
-
-@pytest.mark.parametrize("n", [8, 28, 48])
-def test_noise_fits_other_depths(noise, n):
-    planted = S.Planted(S.SHAPES["ramp"](n))
-    columns = noise.columns(planted)
-    assert (
-        columns[0] == 0
-        and columns[-1] == noise.ranks.shape[1] - 1
-        and (np.diff(columns) >= 0).all()
-    )
-    assert columns[planted.blocks[1]] == noise.blocks[1]
-    assert len(noise.draw(planted, 100, np.random.default_rng(0)).accuracy) == n + 1
-
-
 def test_questions_on_a_clip_stay_together(noise):
     drawn = noise.draw(S.Planted(S.SHAPES["ramp"](16)), 500, np.random.default_rng(0))
     assert len(drawn.asked) == round(500 / noise.per_clip) and set(drawn.asked) == {
