@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+from conftest import ROOT
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,6 @@ from seats_analysis.schedules import choose
 from seats_analysis.storage.schemas import save_profile
 from seats_analysis.testbed.task import ramp, synthetic_profile
 
-ROOT = Path(__file__).resolve().parents[1]
 COUNTS = json.dumps(dict(visual=192, audio=40))
 
 

@@ -13,7 +13,7 @@ from seats_analysis import Schedule, adapter_for, encode, prune
 from seats_analysis.inputs.layout import Modality
 from seats_analysis.models.encode import Prompt, layout_of, rope_index
 
-VISUAL, AUDIO, TEXT, IMAGE, PAD = Modality
+VISUAL, AUDIO, _, IMAGE, _ = Modality
 L = tiny.LAYERS
 PLAN = tiny.schedule(
     drop_layers=(1, 3),
@@ -169,6 +169,7 @@ def test_sound_behind_the_video(model, processor, singles):
 @pytest.mark.parametrize(
     "plan, images, names",
     [
+        (None, "keep", [*SAMPLES]),
         (PLAN, "keep", [*SAMPLES]),
         (PLAN, "prune", [*SAMPLES]),
         (PLAN, "prune", ["everything", "text", "clips"]),  # other neighbours, other padding
@@ -182,6 +183,9 @@ def test_pruned_batch_equals_singles(model, processor, singles, plan, images, na
     with prune(model, plan, images=images) as run:
         together, kept = model(**batch.inputs).logits[:, -1], run.kept
         for row, one in enumerate(singles[n] for n in names):
+            n = one.shape[1]
+            assert torch.equal(batch.position_ids[:, row, -n:], one.position_ids[:, 0])
+            assert torch.equal(batch.layout.window[row, -n:], one.layout.window[0])
             close(together[row : row + 1], model(**one.inputs).logits[:, -1])
             # a cut that changes nothing for this sample is left out
             for stage in kept.keys() & run.kept.keys():
@@ -223,9 +227,6 @@ def test_media_token_first(model, singles, name):
     cut = {k: v[..., first:] if k in in_sequence else v for k, v in one.inputs.items()}
     assert cut["input_ids"][0, 0].item() in adapter_for(model).token_ids(model).values()
     equals_a_plain_loop(model, replace(one, inputs=cut, layout=layout_of(model, cut)))
-
-
-# ---------------------------------------------------------------- text only
 
 
 # ---------------------------------------------------------------- refused

@@ -4,8 +4,8 @@ import json
 import math
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 
+from conftest import ROOT
 import pytest
 import tiny
 from test_cli import refused
@@ -15,7 +15,6 @@ from seats_analysis.cli import answers
 from seats_analysis.schedules.schedule import ScheduleWarning
 from seats_analysis.tuning.check import verdict_on
 
-ROOT = Path(__file__).resolve().parents[1]
 TUNED, OTHER = (
     json.loads((ROOT / "data" / "schedules" / f"{name}_tuned.json").read_text())
     for name in ("testbed", "testbed-qwen3")

@@ -12,6 +12,7 @@ import time
 import tracemalloc
 from pathlib import Path
 
+from conftest import ROOT
 import numpy as np
 import pytest
 from clips import audio_frame, av, blocks, more_at_night, patch, refused, write_clip
@@ -21,8 +22,6 @@ from seats_analysis.inputs import media
 from seats_analysis.inputs.media import check_media
 from seats_analysis.inputs.questions import check_clips
 from seats_analysis.storage.schemas import save_profile
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 # ---------------------------------------------------------------- clips

@@ -10,7 +10,6 @@ import random
 import resource
 import signal
 import socket
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,12 +19,10 @@ import pytest
 import torch
 from clips import more_at_night
 from launch import FORK, ended, launch
-from test_cli import refused
-from typer.testing import CliRunner
+from test_cli import done, refused
 
 from seats_analysis import Clip, Sample, load_profile
 from seats_analysis.cli import app as shared
-from seats_analysis.cli.main import app
 from seats_analysis.storage.files import (
     Checkpoint,
     CheckpointWarning,
@@ -34,7 +31,7 @@ from seats_analysis.storage.files import (
     processes,
 )
 from seats_analysis.storage.schemas import SCHEMAS, ProfileWarning, save_json, save_profile
-from seats_analysis.testbed.load import write_samples
+from seats_analysis.testbed.load import build_model, build_processor, write_samples
 from seats_analysis.testbed.task import synthetic_profile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -527,26 +524,11 @@ def test_a_figure_does_not_replace_another_ones_pdf(stored, tmp_path):
 # seats eval
 
 
-@pytest.fixture(scope="module")
-def model():
-    from seats_analysis.testbed.load import build_model, build_processor
-
-    return build_model().eval(), build_processor()
-
-
-@pytest.fixture
-def few(model, monkeypatch):
-    "`seats eval` with a random model; all of its questions are on fresh clips."
+def test_what_a_killed_eval_left_goes_with_its_folder(tmp_path, monkeypatch):
+    "With a random model, and questions on fresh clips."
+    model = build_model().eval(), build_processor()
     monkeypatch.setattr(shared, "load_model", lambda *args, **options: model)
     monkeypatch.setattr("seats_analysis.testbed.load.testbed_samples", lambda split: [])
-
-
-def command(out, limit=4):
-    words = "eval --methods random --trr 35 --limit"
-    return CliRunner().invoke(app, [*words.split(), str(limit), "--out", str(out)])
-
-
-def test_what_a_killed_eval_left_goes_with_its_folder(few, tmp_path):
     out, kept = tmp_path / "r.json", Checkpoint.folder_of(tmp_path / "r.json")
     own = ("scratch-0/scene7.mp4", "process-0.lock", new_neighbour(kept / "run.json").name)
     for path in (kept / name for name in own):
@@ -555,14 +537,5 @@ def test_what_a_killed_eval_left_goes_with_its_folder(few, tmp_path):
     thesis = tmp_path / "r.json.seats-done"
     thesis.mkdir()
     (thesis / "thesis.txt").write_text("years")
-    done = command(out)
-    assert done.exit_code == 0, done.stderr
+    done(f"eval --methods random --trr 35 --limit 4 --out {out}")
     assert names(tmp_path) == ["r.json", thesis.name] and names(thesis) == ["thesis.txt"]
-
-
-if __name__ == "__main__":
-    with pytest.MonkeyPatch.context() as patch:
-        few.__wrapped__(model.__wrapped__(), patch)
-        finished = command(sys.argv[1])
-    print(finished.stderr, file=sys.stderr)
-    raise SystemExit(finished.exit_code)

@@ -2,8 +2,8 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
+from conftest import ROOT
 import numpy as np
 import pytest
 import xarray as xr
@@ -14,13 +14,10 @@ from seats_analysis import Schedule, boundary_table, explain, find_boundaries
 from seats_analysis.boundaries import find as B
 from seats_analysis.boundaries.report import boundary_row
 from seats_analysis.boundaries.retention import layer_changes, retained
-from seats_analysis.inputs.layout import Modality
 from seats_analysis.storage.schemas import save_profile
 from seats_analysis.testbed.task import synthetic_profile
 
-MODALITIES = tuple(Modality.CODES)
 
-ROOT = Path(__file__).resolve().parents[1]
 PROFILE = ROOT / "data" / "profiles" / "testbed.nc"
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
+from conftest import ROOT
 import numpy as np
 import pytest
 import typer.main
@@ -35,7 +36,6 @@ from seats_analysis.storage.schemas import load_json, save_profile
 from seats_analysis.testbed.load import write_samples, build_model, build_processor, fresh_samples
 from seats_analysis.testbed.task import synthetic_profile
 
-ROOT = Path(__file__).resolve().parents[1]
 HEAVY = "torch transformers xarray matplotlib pandas scipy av seaborn h5netcdf".split()
 
 

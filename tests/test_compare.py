@@ -4,8 +4,8 @@ import json
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
+from conftest import ROOT
 import numpy as np
 import pytest
 import tiny
@@ -46,7 +46,6 @@ from seats_analysis.schedules.cost import text_dims
 from seats_analysis.statistics.intervals import mcnemar
 from seats_analysis.testbed.load import TESTBEDS, build_model, build_processor, fresh_samples
 
-ROOT = Path(__file__).resolve().parents[1]
 L = tiny.LAYERS
 PLAN = tiny.schedule(drop_layers=(1, 3), keep_ratios=dict(visual=(0.8, 0.6), audio=(0.8, 0.6)))
 NAMES = *tiny.PRUNERS, *ABLATIONS, "fastv-om+late"

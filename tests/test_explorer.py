@@ -1,8 +1,8 @@
 "A panel must follow its controls, show what the library says, and never take a file away."
 
 import json
-from pathlib import Path
 
+from conftest import ROOT
 import pytest
 
 from seats_analysis import explore, find_boundaries
@@ -12,7 +12,7 @@ from seats_analysis.plots.explorer import ALL
 from seats_analysis.storage.schemas import save_profile
 from seats_analysis.testbed.task import synthetic_profile
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+DATA = ROOT / "data"
 
 
 @pytest.fixture(scope="module")

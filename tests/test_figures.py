@@ -1,7 +1,6 @@
 """Figures: legible, the same bytes twice, drawn from stored data alone."""
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +17,6 @@ from seats_analysis import (
 from seats_analysis.plots import dependency, style
 from seats_analysis.storage.schemas import SCHEMAS
 from seats_analysis.testbed.task import ramp, synthetic_profile
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def made_up_bounds(profile):

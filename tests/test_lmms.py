@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from conftest import ROOT
 import numpy as np
 import pytest
 import torch
@@ -36,7 +37,6 @@ from seats_analysis.serving.lmms import (
 )
 from seats_analysis.testbed.load import TESTBEDS
 
-ROOT = Path(__file__).resolve().parents[1]
 has_lmms = importlib.util.find_spec("lmms_eval") is not None
 needs_lmms = pytest.mark.skipif(
     not has_lmms, reason="lmms-eval is not installed (pip install '.[eval]' in a clone)"

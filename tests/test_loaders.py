@@ -6,6 +6,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+from conftest import ROOT
 import pytest
 from clips import refused
 from test_cli import done, refused as one_line
@@ -13,7 +14,6 @@ from test_cli import done, refused as one_line
 from seats_analysis.inputs import questions as K
 from seats_analysis.inputs.benchmarks import preset_for
 
-ROOT = Path(__file__).resolve().parents[1]
 CLIPS = ROOT / "data" / "testbed" / "clips"
 ASKED = "what pitch is heard first ?"
 CHOICES = ["low", "high", "middle", "shrill"]

@@ -8,14 +8,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from conftest import ROOT
 import numpy as np
 import pytest
 from clips import av, blocks, patch, picture, refused, write_clip
 
 from seats_analysis import Clip, Sample, decode_clip, read_samples
 from seats_analysis.testbed.load import write_samples
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def level(frame):

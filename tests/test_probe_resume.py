@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from unittest.mock import patch
 
+from conftest import ROOT
 import pytest
 import tiny
 import torch
@@ -27,7 +27,6 @@ from seats_analysis.probing import run as probe
 from seats_analysis.probing.run import ProbeRun
 from seats_analysis.storage.files import Checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
 FORK = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.usefixtures("one_thread")
 

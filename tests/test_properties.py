@@ -16,7 +16,7 @@ from seats_analysis.pruning.received import window_sizes
 from seats_analysis.pruning.seats import Seats
 from seats_analysis.pruning.select import plan_chunks, select_in_clip
 
-VISUAL, AUDIO, TEXT, IMAGE, PAD = Modality
+VISUAL, AUDIO, _, _, PAD = Modality
 
 EXAMPLES = {"ci": 200, "nightly": 10_000}
 many = settings(max_examples=EXAMPLES.get(settings.get_current_profile_name(), 200))

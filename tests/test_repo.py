@@ -14,10 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import ROOT
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
 import measure
 import mutations
 import pins

@@ -2,8 +2,8 @@
 
 import csv
 import math
-from pathlib import Path
 
+from conftest import ROOT
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from seats_analysis import Schedule
 from seats_analysis.schedules.file import PUBLISHED
 from seats_analysis.schedules.solve import MAX_STRENGTH, Segments
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_published_constants_equal_the_reported_table():

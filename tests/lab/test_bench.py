@@ -3,8 +3,8 @@
 import json
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
+from conftest import ROOT
 import pytest
 import torch
 from pretend import pretend_gpu
@@ -17,7 +17,6 @@ from seats_analysis.lab.bench_rows import TIMES, compared
 from seats_analysis.lab.workloads import SIZES, Request, bench_inputs, bench_processor, build_model
 from seats_analysis.storage.schemas import load_json
 
-ROOT = Path(__file__).resolve().parents[2]
 SHORT = Request(4, 2, 30)
 NAMED = tuple(
     "method trr config batch tokens flops_fraction_causal_without_selection encoder_ms "

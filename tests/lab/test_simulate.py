@@ -1,8 +1,8 @@
 """Planted boundaries come back, intervals hold them, and the stored studies are those."""
 
 import json
-from pathlib import Path
 
+from conftest import ROOT
 import numpy as np
 import pytest
 import xarray as xr
@@ -16,7 +16,7 @@ from seats_analysis.lab import simulate as S
 from seats_analysis.storage.schemas import load_json
 from seats_analysis.testbed.task import synthetic_profile
 
-DATA = Path(__file__).resolve().parents[2] / "data"
+DATA = ROOT / "data"
 STUDY = DATA / "results" / "boundary_coverage.json"
 
 
