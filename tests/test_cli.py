@@ -260,13 +260,17 @@ ENDS = {  # numbers at their ends: command and option -> values
 
 @pytest.mark.parametrize("line", ENDS)
 def test_numbers_at_their_ends(line, clip, no_model, tmp_path, monkeypatch):
-    "Every value of the option at the end of the line is refused in a short line that names it."
     monkeypatch.chdir(tmp_path)
-    for value in ENDS[line].split():
-        said = refused(f"{line}={value}", clip=clip)
+    check_ends(line, ENDS[line], clip=clip)
+    assert not list(tmp_path.iterdir())
+
+
+def check_ends(line, values, **places):
+    "Every value of the option at the end of the line is refused in a short line that names it."
+    for value in values.split():
+        said = refused(f"{line}={value}", **places)
         named = line.split()[-1].strip("-") in said
         assert named and (len(said) < 250 or value == LONG), (value, said)
-    assert not list(tmp_path.iterdir())
 
 
 def test_weights_cut_off(clip, tmp_path, model):
