@@ -4,7 +4,6 @@ which other prompts it lies."""
 from dataclasses import replace
 
 import naive
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -227,15 +226,3 @@ def test_media_token_first(model, singles, name):
     cut = {k: v[..., first:] if k in in_sequence else v for k, v in one.inputs.items()}
     assert cut["input_ids"][0, 0].item() in adapter_for(model).token_ids(model).values()
     equals_a_plain_loop(model, replace(one, inputs=cut, layout=layout_of(model, cut)))
-
-
-# ---------------------------------------------------------------- refused
-
-
-def test_refused(model, processor):
-    for part in (1.5, np.zeros((4, 4, 3), "float32")):
-        with pytest.raises(TypeError, match=f"{type(part).__name__} is no text, Clip or"):
-            Prompt("bad", (part,))
-    sly = Prompt("sly", (IMG(0), "see <|vision_bos|><|IMAGE|><|vision_eos|> too"))
-    with pytest.raises(ValueError, match="1 media, but the prompt mentions 2"):
-        encode(model, processor, [sly])

@@ -193,6 +193,3 @@ def test_a_search_without_its_fields_is_refused_in_one_line(tmp_path, place, val
     with pytest.raises(ValueError) as error:
         answers._tuned([file], None)
     assert f"seats: {error.value}\n" == said
-
-
-# ---------------------------------------------------------------- numbers

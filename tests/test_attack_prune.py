@@ -376,6 +376,3 @@ def test_a_method_that_merges_without_gradients_says_so(model, batch):
         model(**batch.inputs)
     with torch.no_grad(), prune(model, method):
         assert model(**batch.inputs).logits.isfinite().all()
-
-
-# ---------------------------------------------------------------- at random

@@ -494,9 +494,6 @@ def test_nothing_is_chosen_from_nan(name, model, batch):
         assert run.kept == {}
 
 
-# ---------------------------------------------------------------- no host sync
-
-
 # ---------------------------------------------------------------- what is refused
 
 

@@ -74,16 +74,6 @@ def test_audio_tokens_of_any_length(model, family):
         assert adapter.audio_tokens(model, [n]) == [len(got)], n
 
 
-def test_answers_are_appended(model, processor, samples, batch):
-    answers = ["red", "green circle", "B. green"]
-    forced = encode(model, processor, samples, answers=answers)
-    assert forced.answer_length.tolist() == [1, 2, 2]
-    rows = zip(forced.inputs["input_ids"], forced.answer_length.tolist())
-    assert [processor.tokenizer.decode(row[-n:]) for row, n in rows] == answers
-    assert torch.equal(forced.position_ids[:, 1, -3], batch.position_ids[:, 1, -1])
-    assert (forced.layout.modality[:, -1] == TEXT).all()
-
-
 def test_frame_rate_is_the_true_one(family, model, processor):
     "Four frames a second: twice the grids per second, so that positions advance half as fast."
     slow, fast = (

@@ -375,22 +375,6 @@ def test_evict_refuses_a_further_question(model, singles, turn, name, gone):
         model(input_ids=turn, past_key_values=cache)
 
 
-@pytest.mark.parametrize(
-    "line, change",
-    [
-        ("nothing was pruned", dict(cache=DynamicCache())),
-        ("nothing was pruned", dict(cache=None)),
-        ("whole conversation", dict(input_ids=torch.zeros(1, 9, dtype=torch.long))),
-        ("attention_mask", dict(attention_mask=torch.ones(1, 3))),
-    ],
-)
-def test_bad_follow_ups(model, singles, line, change):
-    with prune(model, PLAN, kv="retain"):
-        sequences, cache = first_answer(model, singles[2])
-    with pytest.raises(ValueError, match=line):
-        follow_up(**dict(cache=cache, input_ids=sequences) | change)
-
-
 def with_media(one, cache, sequences):
     "Inputs of a turn with media of its own behind a pruned cache."
     whole = torch.cat([sequences, one.inputs["input_ids"]], 1)

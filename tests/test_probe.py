@@ -144,29 +144,6 @@ def test_coordinates_and_attributes(model, samples, profile):
     assert set(said.split()) <= set(attrs)
 
 
-def test_twice_the_same_question_is_refused(ask, samples):
-    with pytest.raises(ValueError, match="'open' occurs more than once"):
-        ask(samples[:1] * 2)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (dict(samples=[]), "at least one sample"),
-        (dict(model=torch.nn.Linear(1, 1).eval()), "names no token"),
-        (dict(removed="smell"), "not one of visual"),
-        (dict(removed=()), "once"),
-        (dict(layers=[LAYERS + 1]), f"outside 0..{LAYERS}"),
-        (dict(answers="guess"), "'guess' is not known"),
-        (dict(layers="all"), "'all' is not known"),
-        (dict(shard=(0, 2)), "need a checkpoint"),
-    ],
-)
-def test_bad_arguments(model, processor, samples, change, message):
-    with pytest.raises(ValueError, match=message):
-        probe_dependency(**dict(model=model, processor=processor, samples=samples) | change)
-
-
 def test_a_model_in_training_is_refused(model, ask, samples):
     model.train()
     try:

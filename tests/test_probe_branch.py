@@ -28,7 +28,6 @@ from seats_analysis.models.encode import encode_questions
 from seats_analysis.models.scoring import score_choices
 from seats_analysis.probing import branches, run
 from seats_analysis.probing.branches import Traversal, branch_scores
-from seats_analysis.probing.run import within_memory
 from seats_analysis.probing.selectors import View, check_removed, every_token
 
 VISUAL, AUDIO, TEXT, *_ = Modality
@@ -48,11 +47,6 @@ def processor():
 @pytest.fixture(scope="module")
 def samples():
     return tiny.probed()
-
-
-@pytest.fixture(scope="module")
-def scanned(model, processor, samples):
-    return probe_dependency(model, processor, samples, progress=False)
 
 
 def scores_of(model, processor, samples, removed=NAMES, layers=None, most=4096):
@@ -234,23 +228,6 @@ def test_prompts_that_do_not_begin_alike_stand_alone(model, processor, samples):
     assert_same(*scores_of(model, early, samples[:3], layers=[0, 2, LAYERS]))
 
 
-# what needs no answers, or long ones
-
-
-def test_unlabelled_and_reference_answers(model, processor, samples, scanned):
-    "Without choices only the divergence is there; with one, its likelihood too."
-    bare = [
-        replace(samples[0], id="none", choices=(), answer=-1),
-        replace(samples[0], id="one", choices=(WORDS[3],), answer=0),
-    ]
-    found = probe_dependency(model, processor, bare, progress=False)
-    for kl in found.kl:
-        np.testing.assert_allclose(kl, scanned.kl[0], atol=1e-5)
-    np.testing.assert_allclose(found.nll[1], scanned.nll[0], atol=3e-5)
-    assert found.nll[0].isnull().all() and found.margin.isnull().all() and not found.correct.any()
-    assert found.n_choices.values.tolist() == [0, 1]
-
-
 # memory
 
 
@@ -278,11 +255,6 @@ def test_running_out_of_memory_halves_the_budget_and_goes_on(
     monkeypatch.setattr(branches.Decoder, "run_layer", never)
     with pytest.raises(MemoryError, match="a single stream of"):
         ask()
-
-
-def test_other_errors_are_not_taken_for_memory():
-    with pytest.raises(RuntimeError, match="shape"):
-        within_memory(lambda tokens: torch.ones(2).view(3), 8, 1)
 
 
 def test_a_batch_holds_no_more_than_the_budget(model, processor, samples, monkeypatch):

@@ -258,22 +258,6 @@ def test_selectors_tell_runs_apart(ask, samples, tmp_path, one, other):
         removed(other)
 
 
-class Held:
-    def __call__(self, view):
-        return view.media
-
-
-@pytest.mark.parametrize("selector", [lambda view: view.media, Held(), partial(max, 1)])
-def test_no_checkpoint_for_a_selector_without_a_name(ask, samples, tmp_path, selector):
-    "Without one it may be used."
-    one = partial(ask, samples[:2], {"part": selector}, layers=[1])
-    with pytest.raises(ValueError, match="give a frozen dataclass"):
-        one(checkpoint=tmp_path / "j")
-    assert not (tmp_path / "j").exists()
-    if not isinstance(selector, partial):
-        assert one().sizes["sample"] == 2
-
-
 def test_a_run_with_other_layers_is_not_swept_away(to_file, tmp_path):
     "The finished samples of an unfinished run stay."
     path = tmp_path / "p.nc"
@@ -288,19 +272,12 @@ def test_a_run_with_other_layers_is_not_swept_away(to_file, tmp_path):
     assert names_in(tmp_path) == ["p.nc"]
 
 
-# several processes
-
-
 # the command
 
 
 ENVIRONMENT = os.environ | dict(
     PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false"
 )
-
-
-def called(*words):
-    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
 
 
 WORDS_OF_COMMAND = "probe --limit 6 --layers 0:16:4".split()
@@ -328,7 +305,8 @@ def launched(folder, path):
     words = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
     words += " --dynamo_backend no --main_process_port 0 --no_python"
     launch = [sys.executable, "-m", "accelerate.commands.launch", *words.split()]
-    done = called(*launch, *COMMAND, "--out", path)
+    words = [*launch, *COMMAND, "--out", path]
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     return [done.returncode] * 2, done.stdout, done.stderr
 
 
