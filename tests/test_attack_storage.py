@@ -11,7 +11,6 @@ import resource
 import signal
 import socket
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -207,14 +206,6 @@ def test_a_process_that_ends_early_is_told_of(tmp_path, ends):
     assert ended(launch(share(tmp_path / "j"))) == [0, 0]
 
 
-def test_a_process_that_works_is_waited_for(tmp_path):
-    def slow(folder, identity, shard, **options):
-        time.sleep(shard[0])
-        return run(folder, identity, shard, **options)
-
-    assert ended(launch(share(tmp_path / "j", slow))) == [0, 0]
-
-
 def test_shares_by_hand_and_no_launcher(tmp_path):
     "The other shares first; and nothing of torch.distributed begins."
     with pytest.raises(ValueError, match="1 samples of .* are missing: removed, damaged, or the "):
@@ -254,19 +245,6 @@ def test_a_writer_that_is_stopped_costs_nothing(tmp_path, stop):
     assert child.exitcode and path.read_text() == "old"
     left = set(names(tmp_path)) - {"a.txt"}
     assert all(name.startswith(".") for name in left) and not (left and stop == signal.SIGINT)
-
-
-def test_writers_of_one_file_do_not_mix(tmp_path):
-    "The first one ends while the second one is half-way."
-    path = tmp_path / "p.nc"
-    with ExitStack() as later:
-        with atomic_write(path) as first:
-            first.write_text("1" * 2000)
-            second = later.enter_context(atomic_write(path))
-            second.write_text("2" * 1000)
-        assert path.read_text() == "1" * 2000
-        second.write_text("2" * 2000)
-    assert path.read_text() == "2" * 2000 and names(tmp_path) == ["p.nc"]
 
 
 def test_one_line_says_that_locks_do_not_work(tmp_path, monkeypatch):

@@ -290,26 +290,6 @@ def test_follow_up_in_a_batch(model, batch, singles, turn):
             close(torch.stack([l[i] for l in together.logits]), torch.cat(out.logits))
 
 
-def test_follow_up_with_beams(each, turn):
-    "As the samples do alone; the beams have a cache of their own."
-    model, batch, singles = each
-    with prune(model, PLAN, kv="retain"):
-        found = []
-        for encoded in (batch, *singles):
-            sequences, cache = first_answer(model, encoded)
-            if Slots.of(cache) is None:
-                found.append(None)
-                continue
-            before = cache.get_seq_length()
-            whole = torch.cat([sequences, turn.expand(len(encoded), -1)], 1)
-            out = model.generate(**follow_up(cache, whole), **BEAMS, **WORDS)
-            assert cache.get_seq_length() == before
-            found.append(out[:, -NEW:])
-    assert found[1 + TEXT] is None
-    for i, alone in enumerate(found[1:]):
-        assert alone is None or torch.equal(found[0][2 * i : 2 * i + 2], alone), i
-
-
 @pytest.mark.parametrize("i", [2, 4])
 def test_follow_up_the_stock_way(model, singles, turn, i):
     """With inputs as the processor makes them, `generate` finds its way on a pruned cache by

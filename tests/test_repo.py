@@ -381,29 +381,6 @@ def unlisted_notebooks(root):
     return [] if text is None else [n for n in names if n.removesuffix(".ipynb") not in text]
 
 
-def late_defaults(root):
-    "No function has a default of its own for `late`: `DEFAULT_LATE` is the only one."
-    found = []
-    for path in modules(root).values():
-        for node in ast.walk(parsed(path)):
-            if not isinstance(node, (ast.FunctionDef, ast.Lambda)):
-                continue
-            a = node.args
-            positional = [*a.posonlyargs, *a.args]
-            pairs = [
-                *zip(positional[len(positional) - len(a.defaults) :], a.defaults),
-                *zip(a.kwonlyargs, a.kw_defaults),
-            ]
-            for arg, value in pairs:
-                if (
-                    arg.arg == "late"
-                    and isinstance(value, ast.Constant)
-                    and value.value is not None
-                ):
-                    found.append(f"{path.name}:{arg.lineno}: late={value.value!r}")
-    return found
-
-
 REFERENCE = "nbs/explanations/environment_and_files.ipynb"
 
 
@@ -434,7 +411,6 @@ RULES = (
     private_paths,
     provenance,
     unlisted_notebooks,
-    late_defaults,
     unlisted_variables,
 )
 
@@ -608,8 +584,6 @@ PLANTED = [  # rule, module, source, whether it is refused
     (size_of_the_house, "storage.files", f"__all__ = {['x'] * (MAX_PUBLIC - 2)}", True),
     (host_syncs, "pruning.select", "x = y.tolist()  # planned on the host", False),
     (host_syncs, "pruning.select", "x = y.sum().item()", True),
-    (late_defaults, "pruning.select", "def f(late=None, *, x=DEFAULT_LATE): pass", False),
-    (late_defaults, "pruning.select", "def f(*, late='estimate'): pass", True),
 ]
 
 

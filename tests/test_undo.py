@@ -511,34 +511,6 @@ def test_leaving_waits_for_the_pass_under_way(where, family, monkeypatch):
     assert len(calls) == count and state(model) == before
 
 
-def test_a_generation_that_waits_for_the_leaver(model, processor, monkeypatch):
-    """Between two passes it may wait for ever, so leaving does not wait for it; it is refused when
-    it goes on, and then nothing is left on the model. An error of the block's own comes first."""
-    monkeypatch.setattr(encoders.Hooks, "PATIENCE", 0.05)
-    one = encode(model, processor, [tiny.ask("both", tiny.clip(0, 2))])
-    before = state(model)
-    for error, line in ((ValueError, LEFT), (Broken, None)):
-        at, go, told = Event(), Event(), []
-
-        class Streamer:
-            def put(self, tokens):
-                if tokens.shape[-1] == 1:
-                    at.set()
-                    assert go.wait(60)
-
-        thread = told_too_late(model, one, told, streamer=Streamer())
-        with pytest.raises(error, match=line), prune(model, PLAN):
-            thread.start()
-            assert at.wait(60)
-            if error is Broken:
-                raise Broken
-        last(model, one)  # others go on with the stock model
-        go.set()
-        thread.join(60)
-        assert len(told) == 1 and LEFT in told[0]
-        assert state(model) == before
-
-
 def test_a_block_without_a_prompt_says_so(model, batch, recwarn):
     with pytest.warns(UserWarning, match="no prompt was read in this `prune` block") as seen:
         with prune(model, PLAN):
