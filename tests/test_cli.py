@@ -184,8 +184,6 @@ UNLOADED = [  # what is refused before a model is loaded: command line, words of
     ("probe --model nobody/nothing", "hf download nobody/nothing"),
     ("probe --model nobody/nothing@v1", "nobody/nothing' at v1 is not in the local cache"),
     ("probe --model {folder}", "no config.json"),
-    ("probe --limit 1 --model {bert}", "is no model of transformers that takes"),
-    ("run {clip} --question ? --attention fast", "sdpa, eager"),
     ("schedule {profile} --trr 80 --late estimate", "ask for at most 66.6 %"),
     ("run {clip} --question ? --trr 10 --model Qwen/Qwen2-Audio-7B", "not in the local cache"),
     ("eval --profile {profile}", "12 layers"),
@@ -220,9 +218,8 @@ def test_what_is_refused_before_a_model_is_loaded(
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     home = tmp_path / "given"
-    (home / "bert").mkdir(parents=True)
-    (home / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    places = dict(profile=profile, clip=clip, folder=home, bert=home / "bert")
+    home.mkdir()
+    places = dict(profile=profile, clip=clip, folder=home)
     for name in "text.mp4 half.mp4 deep.json other.nc bare.nc plan.json".split():
         places[name.split(".")[0]] = home / name
     places["lacking"] = questions = clip.parent / "lacking.jsonl"
@@ -281,10 +278,19 @@ def test_weights_cut_off(clip, tmp_path, model):
     assert "cannot be read" in refused("run {c} --question ? --model {m}", c=clip, m=tmp_path)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="it is here")
-def test_attention_whose_package_is_missing(clip):
-    said = refused("run {c} --question ? --attention flash_attention_2", c=clip)
-    assert "cannot be used" in said
+LOADING = [  # what the loader refuses
+    ("probe --limit 1 --model {bert}", "is no model of transformers that takes"),
+    ("run {clip} --question ? --attention fast", "sdpa, eager"),
+]
+if importlib.util.find_spec("flash_attn") is None:
+    LOADING.append(("run {clip} --question ? --attention flash_attention_2", "cannot be used"))
+
+
+@pytest.mark.parametrize("line, says", LOADING)
+def test_what_cannot_be_loaded(line, says, clip, tmp_path):
+    config = dict(model_type="bert", architectures=["BertModel"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert says in refused(line, clip=clip, bert=tmp_path)
 
 
 def test_a_revision_goes_to_the_loader(monkeypatch, clip):
