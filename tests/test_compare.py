@@ -32,6 +32,7 @@ from seats_analysis.evaluation.compare import (
     _LATE as LATE,
     TOLERANCE,
     clips_needed,
+    match_cost,
     method_names,
     method_runs,
     outcome_rows,
@@ -312,6 +313,34 @@ def test_tokens_and_flops_are_as_planned(model, processor, samples, name):
     assert shape.selection(method) * full == pytest.approx(counted[0], rel=0.02)
     spent = prefill_flops(planned, shape.dims, "causal") + counted[0]
     assert shape.cost(method) == pytest.approx(spent / full, rel=0.02)
+
+
+def test_matching_against_a_plain_search():
+    "On random staircases: within the tolerance whatever the steps, and an honest floor."
+    rng = np.random.default_rng(0)
+    for i in range(50):
+        edges = np.sort(rng.random(8))
+        costs = np.sort(rng.random(9))
+
+        def stairs(knob):
+            return float(costs[np.searchsorted(edges, knob)])
+
+        floor, top = stairs(1e-4), stairs(1.0)
+        target = rng.random()
+        if i % 5 == 0:  # floors a little too dear, and tops a little too cheap
+            target = floor * rng.uniform(1 - TOLERANCE, 1 - TOLERANCE / 2)
+        if i % 5 == 1:
+            target = top * rng.uniform(1 + TOLERANCE / 2, 1 + TOLERANCE)
+        found = MethodRun("x", "x", 10, **match_cost(stairs, lambda x: x, target, 1.0))
+        assert 0 <= found.share <= 1
+        setting = "matched"
+        if floor > target * (1 + TOLERANCE):
+            setting = "lowest setting"
+        elif top < target * (1 - TOLERANCE):
+            setting = "highest setting"
+        else:
+            assert abs(found.mean(found.plans) / target - 1) <= TOLERANCE
+        assert found.setting == setting
 
 
 @pytest.mark.parametrize("options", [dict(seconds=0.5), dict(grids=2), dict(grids=2, seconds=0.5)])

@@ -203,6 +203,11 @@ def test_an_unscanned_layer_leaves_a_gap(profile):
     assert line.get_xdata().tolist() == [1, 5, 9, 13]
 
 
+def test_files_of_figures_have_no_dates(clip, tmp_path):
+    for path in style.save_figure(plot_kept(clip, kept_of()), tmp_path / "kept"):
+        assert not any(word in path.read_bytes() for word in (b"CreationDate", b"atplotlib"))
+
+
 @pytest.mark.parametrize("part", ["video", "audio"])
 def test_kept_figure_of_one_modality(clip, part):
     from dataclasses import replace
