@@ -5,8 +5,8 @@ import ast
 import inspect
 import json
 import re
-from pathlib import Path
 
+from conftest import ROOT
 import numpy as np
 import pytest
 import torch
@@ -14,11 +14,9 @@ from test_cli import done, refused
 
 import seats_analysis as sa
 from seats_analysis.plots.analysis import Analysis
-from seats_analysis.schedules import choose
 from seats_analysis.storage.schemas import save_profile
 from seats_analysis.testbed.task import ramp, synthetic_profile
 
-ROOT = Path(__file__).resolve().parents[1]
 COUNTS = json.dumps(dict(visual=192, audio=40))
 
 
@@ -124,16 +122,6 @@ def test_command(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- shorter forms
 
 
-def test_trr_takes_the_counts_of_the_profile():
-    bounds = sa.find_boundaries("testbed")
-    assert bounds == sa.find_boundaries(sa.load_profile("testbed"))
-    assert sa.Schedule.from_trr(bounds, trr=10) == sa.Schedule.from_trr(bounds, 10, 192, 40)
-    stored = sa.Schedule.load("testbed/10")
-    assert sa.Schedule.from_trr(bounds, 10).plan_sha256 == stored.plan_sha256
-    with pytest.raises(ValueError, match="`n_visual` and `n_audio`"):
-        sa.Schedule.from_trr(sa.Boundaries(28, 16, 23), 10)
-
-
 def test_prune_by_trr_and_by_name(loaded, questions):
     "All three keep what the shipped schedule keeps."
     model, processor = loaded
@@ -147,52 +135,6 @@ def test_prune_by_trr_and_by_name(loaded, questions):
     assert seen[0][0][0][-1] == batch.layout.counts()["text"].item()
     said = repr(run)
     assert len(said.splitlines()) <= 6 and f"{100 * run.trr['visual'][0]:.3g} %" in said
-
-
-class Named:
-    "What a model says of itself."
-
-    def __init__(self, family, layers, width, name):
-        self.family, self.layers, self.width, self.called = family, layers, width, name
-
-    def name(self, model):
-        return self.called
-
-    def num_layers(self, model):
-        return self.layers
-
-    def config(self, model):
-        return self
-
-    def get_text_config(self):
-        return self
-
-    def to_dict(self):
-        kinds = {"qwen2.5-omni": "qwen2_5_omni_text", "qwen3-omni": "qwen3_omni_moe_text"}
-        heads = {3584: 28, 2048: 32}[self.width]
-        sizes = dict(num_hidden_layers=self.layers, hidden_size=self.width)
-        return dict(sizes, model_type=kinds.get(self.family), num_attention_heads=heads)
-
-
-@pytest.mark.parametrize(
-    "sizes, name, expected",
-    [
-        (("qwen2.5-omni", 28, 3584), "Qwen2.5-Omni-7B", "qwen2.5-omni-7b"),
-        (("qwen2.5-omni", 28, 3584), "my-sft", "qwen2.5-omni-7b"),  # whatever it is called
-        (("qwen3-omni", 48, 2048), "x", "qwen3-omni-30b-a3b"),
-        (("qwen2.5-omni", 36, 2048), "qwen2.5-omni-7b-old", None),  # the name says nothing
-        (("qwen2.5-vl", 28, 3584), "qwen2.5-omni-7b", None),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:this schedule was made for", "ignore:published blocks of")
-def test_published_blocks_go_by_the_configuration(monkeypatch, sizes, name, expected):
-    monkeypatch.setattr(choose, "adapter_for", lambda model: Named(*sizes, name))
-    if expected is None:
-        with pytest.raises(ValueError, match="is not known: .*`sa.analyze`") as error:
-            choose.known_schedule(None, 10)
-        assert "\n" not in str(error.value)
-    else:
-        assert choose.known_schedule(None, 10) == sa.Schedule.published(expected, 10)
 
 
 def test_evaluate_by_name(loaded, questions):
@@ -209,26 +151,6 @@ def test_evaluate_by_name(loaded, questions):
     assert frames[3].nll.equals(sa.evaluate(*loaded, questions, trr=10).nll)
     with pytest.raises(ValueError, match="neither a file nor a shipped schedule"):
         sa.evaluate(*loaded, questions, "fastvv")
-
-
-def test_one_sample_is_a_list_of_one(loaded, questions):
-    s = questions[0]
-    row = dict(video=Path(s.video), question=s.question)
-    forms = (
-        s,
-        [s],
-        row,
-        sa.Sample(s.video, s.question),
-        sa.Sample(video=s.video, question=s.question),
-    )
-    if s.lettered:
-        forms = forms[:2]
-    ids = [sa.encode(*loaded, form).inputs["input_ids"].tolist() for form in forms]
-    assert all(i == ids[0] for i in ids)
-    bare = sa.Sample(s.video, s.question)
-    assert (bare.choices, bare.answer) == ((), -1) and bare.id == sa.Sample(s.video, s.question).id
-    with pytest.raises(TypeError, match="the order is video, question"):
-        sa.Sample("id", s.video, s.question, s.choices)
 
 
 def test_short_names():

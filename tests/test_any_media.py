@@ -4,17 +4,15 @@ which other prompts it lies."""
 from dataclasses import replace
 
 import naive
-import numpy as np
 import pytest
 import tiny
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from seats_analysis import Schedule, adapter_for, encode, prune
 from seats_analysis.inputs.layout import Modality
 from seats_analysis.models.encode import Prompt, layout_of, rope_index
 
-VISUAL, AUDIO, TEXT, IMAGE, PAD = Modality
+VISUAL, AUDIO, _, IMAGE, _ = Modality
 L = tiny.LAYERS
 PLAN = tiny.schedule(
     drop_layers=(1, 3),
@@ -161,27 +159,21 @@ def test_sound_behind_the_video(model, processor, singles):
         )
     )
     assert torch.equal(stock[0], apart.position_ids)
+    assert stock[1].view(-1).tolist() == apart.rope_deltas.view(-1).tolist()
     equals_a_plain_loop(model, apart)
 
 
 # ---------------------------------------------------------------- batches
 
 
-def test_full_batch_equals_singles(model, batch, singles):
-    together = model(**batch.inputs).logits[:, -1]
-    close(together, torch.cat([model(**one.inputs).logits[:, -1] for one in singles.values()]))
-    for row, one in enumerate(singles.values()):
-        n = one.shape[1]
-        assert torch.equal(batch.position_ids[:, row, -n:], one.position_ids[:, 0])
-        assert torch.equal(batch.layout.window[row, -n:], one.layout.window[0])
-
-
 @pytest.mark.parametrize(
     "plan, images, names",
     [
+        (None, "keep", [*SAMPLES]),
         (PLAN, "keep", [*SAMPLES]),
         (PLAN, "prune", [*SAMPLES]),
         (PLAN, "prune", ["everything", "text", "clips"]),  # other neighbours, other padding
+        (replace(PLAN, query="text"), "keep", [*SAMPLES]),  # a row's own text asks
         (STAGE1, "prune", [*SAMPLES]),
         (STAGE3, "keep", [*SAMPLES]),
     ],
@@ -191,6 +183,9 @@ def test_pruned_batch_equals_singles(model, processor, singles, plan, images, na
     with prune(model, plan, images=images) as run:
         together, kept = model(**batch.inputs).logits[:, -1], run.kept
         for row, one in enumerate(singles[n] for n in names):
+            n = one.shape[1]
+            assert torch.equal(batch.position_ids[:, row, -n:], one.position_ids[:, 0])
+            assert torch.equal(batch.layout.window[row, -n:], one.layout.window[0])
             close(together[row : row + 1], model(**one.inputs).logits[:, -1])
             # a cut that changes nothing for this sample is left out
             for stage in kept.keys() & run.kept.keys():
@@ -232,58 +227,3 @@ def test_media_token_first(model, singles, name):
     cut = {k: v[..., first:] if k in in_sequence else v for k, v in one.inputs.items()}
     assert cut["input_ids"][0, 0].item() in adapter_for(model).token_ids(model).values()
     equals_a_plain_loop(model, replace(one, inputs=cut, layout=layout_of(model, cut)))
-
-
-# ---------------------------------------------------------------- text only
-
-
-class Count(TorchDispatchMode):
-    "Number of operations."
-
-    n = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.n += 1
-        return func(*args, **(kwargs or {}))
-
-
-def test_text_only_is_a_no_op(model, processor, singles):
-    """The same bits, the same operations from the first layer to the last, one and the same for a
-    batch of texts."""
-    layers = adapter_for(model).layers(model)
-
-    def operations(inputs):
-        count, ends = Count(), []
-        hooks = [
-            layers[0].register_forward_pre_hook(lambda *_: ends.append(count.n)),
-            layers[-1].register_forward_hook(lambda *_: ends.append(count.n)),
-        ]
-        try:
-            with count:
-                logits = model(**inputs).logits
-        finally:
-            for h in hooks:
-                h.remove()
-        return logits, ends[1] - ends[0]
-
-    batch = encode(model, processor, [SAMPLES["text"], SAMPLES["blip"]])
-    for inputs in (singles["text"].inputs, batch.inputs):
-        full, n = operations(inputs)
-        for images in ("keep", "prune"):
-            with prune(model, PLAN, images=images) as run:
-                pruned, m = operations(inputs)
-            assert torch.equal(pruned, full) and m == n and run.kept == {}
-            lengths = inputs["attention_mask"].sum(1).tolist()
-            assert run.tokens_per_layer.tolist() == [[k] * L for k in lengths]
-
-
-# ---------------------------------------------------------------- refused
-
-
-def test_refused(model, processor):
-    for part in (1.5, np.zeros((4, 4, 3), "float32")):
-        with pytest.raises(TypeError, match=f"{type(part).__name__} is no text, Clip or"):
-            Prompt("bad", (part,))
-    sly = Prompt("sly", (IMG(0), "see <|vision_bos|><|IMAGE|><|vision_eos|> too"))
-    with pytest.raises(ValueError, match="1 media, but the prompt mentions 2"):
-        encode(model, processor, [sly])

@@ -2,11 +2,10 @@
 
 import json
 import math
-import warnings
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 
+from conftest import ROOT
 import pytest
 import tiny
 from test_cli import refused
@@ -16,7 +15,6 @@ from seats_analysis.cli import answers
 from seats_analysis.schedules.schedule import ScheduleWarning
 from seats_analysis.tuning.check import verdict_on
 
-ROOT = Path(__file__).resolve().parents[1]
 TUNED, OTHER = (
     json.loads((ROOT / "data" / "schedules" / f"{name}_tuned.json").read_text())
     for name in ("testbed", "testbed-qwen3")
@@ -119,21 +117,6 @@ def test_another_plan_has_no_certificate_and_says_so(tmp_path, change):
     assert Schedule.load(tmp_path / "t.json") == other
 
 
-def test_the_same_plan_keeps_it_and_nothing_is_said():
-    plan = Schedule.load("testbed/tuned")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        same = replace(plan, model="another name", revision="r", seed=3)
-        assert same.certificate == plan.certificate
-        assert plan.nearest(0.1, 0.2).certificate is None
-        assert Schedule.load("testbed/10").times(0.5).certificate is None
-    with pytest.raises(
-        ValueError, match="`evidence.certificate.plan_sha256`: field required: remove it"
-    ):
-        own = {k: v for k, v in PROOF.items() if "sha256" not in k}
-        replace(plan, evidence=dict(certificate=own))  # as files were before
-
-
 # ---------------------------------------------------------------- what a check says
 
 MEASURED = {k: PROOF[k] for k in ("answers", "clips", "questions", "mix", "data")}
@@ -210,6 +193,3 @@ def test_a_search_without_its_fields_is_refused_in_one_line(tmp_path, place, val
     with pytest.raises(ValueError) as error:
         answers._tuned([file])
     assert f"seats: {error.value}\n" == said
-
-
-# ---------------------------------------------------------------- numbers

@@ -4,8 +4,6 @@ The cases that an attack found stand as examples; `make nightly` draws seeded on
 
 import copy
 import json
-import os
-import pickle
 import random
 import subprocess
 import sys
@@ -13,6 +11,7 @@ import time
 import tracemalloc
 from pathlib import Path
 
+from conftest import ROOT
 import numpy as np
 import pytest
 from clips import audio_frame, av, blocks, more_at_night, patch, refused, write_clip
@@ -22,8 +21,6 @@ from seats_analysis.inputs import media
 from seats_analysis.inputs.media import check_media
 from seats_analysis.inputs.questions import check_clips
 from seats_analysis.storage.schemas import save_profile
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 # ---------------------------------------------------------------- clips
@@ -131,7 +128,9 @@ def test_resizing_on_the_way_changes_no_number(family):
             assert torch.equal(ours["video_grid_thw"], theirs["video_grid_thw"])
 
 
-BOXES = b"mdhd mvhd tkhd stts ctts stsz stco stsc elst stsd avcC esds fmt avih strh strf".split()
+BOXES = (
+    b"mdhd mvhd tkhd stts ctts stsz stco stsc elst stsd avcC esds fmt avih strh strf chan".split()
+)
 NUMBERS = [0, 1, 4095, 65536, 2**31 - 1, 2**32 - 1]
 
 
@@ -188,23 +187,30 @@ def decoded(paths, kind="video"):
     return rows
 
 
-@more_at_night(30, 400)
+# one byte can turn a frame into one of more channels, and a layout into one of named places
+SOUNDS = [("aac", "aac", "stereo"), ("m4a", "aac", "5.1"), ("mka", "libopus", "5.1")]
+
+
+@more_at_night(40, 600)
 def test_damaged_clips(tmp_path, n):
     "Read, with each stream that is listed, or refused."
     r, whole, paths = random.Random(6), [], []
     for suffix in ("mp4", "mkv", "mov", "avi", "ts"):
         whole.append(film(tmp_path / f"whole.{suffix}", EVEN[:20], 2))
+    for suffix, codec, layout in SOUNDS:
+        write_tone(path := tmp_path / f"whole.{suffix}", codec, layout)
+        whole.append(path)
     for k in range(n):
-        source = r.choice(whole)
+        source = whole[k % len(whole)]
         paths.append(tmp_path / f"bad{k}{source.suffix}")
         paths[-1].write_bytes(damaged(r, source.read_bytes()))
-    assert 0 < sum(row["error"] is None for row in decoded(paths)) < n
+    heard = [path for path in paths if path.suffix in (".aac", ".m4a", ".mka")]
+    seen = [path for path in paths if path not in heard]
+    rows = [*decoded(heard, "audio"), *decoded(seen)]
+    assert 0 < sum(row["error"] is None for row in rows) < n
 
 
-LAYOUTS = "mono stereo 2.1 3.0 4.0 5.0 5.1 6.1 6.1(back) 7.0 7.1 5.1.4 7.1.4 9.1.4 hexadecagonal"
-LAYOUTS = [*LAYOUTS.split(), *(f"{n} channels" for n in range(1, 17))]
-CODECS = dict(pcm_s16le="wav", flac="flac", aac="m4a", ac3="ac3", eac3="eac3", libopus="mka")
-CODECS |= dict(alac="m4a", wavpack="wv", tta="tta", pcm_s24le="mov", pcm_s16be="caf")
+CODECS = dict(pcm_s16le="wav", pcm_s24le="mov", flac="flac", aac="m4a", ac3="ac3", libopus="mka")
 
 
 def write_tone(path, codec, layout):
@@ -233,19 +239,19 @@ def test_a_sample_rate_that_no_recorder_has(tmp_path):
     refused(lambda: check_media(path, "audio"), "a corrupt sample rate")
 
 
-SOME = [("pcm_s16le", "7.1"), ("pcm_s16le", "16 channels"), ("pcm_s24le", "3.0"), ("flac", "7.1")]
-SOME += [("aac", "7.1"), ("libopus", "9 channels"), ("ac3", "5.1"), ("flac", "stereo")]
+CHANNELS = [
+    ("pcm_s16le", "7.1"),
+    ("pcm_s16le", "16 channels"),
+    ("pcm_s24le", "3.0"),
+    ("flac", "7.1"),
+]
+CHANNELS += [("aac", "7.1"), ("libopus", "9 channels"), ("ac3", "5.1"), ("flac", "stereo")]
 
 
-@pytest.mark.parametrize(
-    "cases",
-    [SOME, pytest.param([(c, x) for c in CODECS for x in LAYOUTS], marks=pytest.mark.nightly)],
-    ids=["some", "all"],
-)
-def test_any_number_of_channels(tmp_path, cases):
+def test_any_number_of_channels(tmp_path):
     "The mean of the channels, however many there are and whatever places they are given."
     means = {}
-    for i, (codec, layout) in enumerate(cases):
+    for i, (codec, layout) in enumerate(CHANNELS):
         path = tmp_path / f"{i}.{CODECS[codec]}"
         if n := write_tone(path, codec, layout):
             means[path] = codec, n
@@ -257,29 +263,6 @@ def test_any_number_of_channels(tmp_path, cases):
         codec, n = means[Path(row["path"])]
         assert row["error"] is None and row["tone"] == pytest.approx(0.01 * (n + 1), rel=0.05), row
     assert {("pcm_s16le", 8), ("pcm_s16le", 16), ("flac", 8)} <= set(means.values())
-    if cases is not SOME:
-        seen = {codec: [n for c, n in means.values() if c == codec] for codec in CODECS}
-        assert set(seen["pcm_s16le"]) == set(range(1, 17))
-        assert sum(len(set(found)) >= 6 for found in seen.values()) >= 5, seen
-
-
-@more_at_night(20, 400)
-def test_flipped_bytes_in_sound(tmp_path, n):
-    "One byte can turn a frame into one of more channels, and a layout into one of named places."
-    r, whole, paths = random.Random(9), [], []
-    kinds = [("aac", "aac", "stereo"), ("m4a", "aac", "5.1"), ("mov", "pcm_s24le", "2.1")]
-    for suffix, codec, layout in [*kinds, ("flac", "flac", "7.1"), ("mka", "libopus", "5.1")]:
-        whole.append(tmp_path / f"whole.{suffix}")
-        write_tone(whole[-1], codec, layout)
-    for k in range(n):
-        source = whole[k % len(whole)]
-        data = bytearray(source.read_bytes())
-        at = data.find(b"chan") + 8 if k % 10 == 2 else r.randrange(len(data))
-        for at in range(at, at + r.choice((1, 1, 4))):
-            data[at % len(data)] = r.randrange(256)
-        paths.append(tmp_path / f"bad{k}{source.suffix}")
-        paths[-1].write_bytes(data)
-    decoded(paths, "audio")
 
 
 HLS = "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{}\n"
@@ -394,38 +377,6 @@ def assert_storable(samples, path):
     back = load_profile(save_profile(profile, path))
     for name, key in zip(("sample", *labels), ("id", *labels)):
         assert back[name].values.tolist() == said[key]
-
-
-@more_at_night(200, 5000)
-def test_any_label_is_refused_or_can_be_saved(tmp_path, n):
-    r, read = random.Random(11), []
-    ranges = (0x20, 0x7F), (0, 0x20), (0x80, 0x800), (0xD700, 0xE000), (0xFFF0, 0x10FFFF)
-
-    def word():
-        kinds = r.choice(((1,), (1, 2), (1, 2, 3, 5), ()))
-        return "".join(chr(r.randrange(*r.choice(ranges[:k]))) for k in kinds)
-
-    for i in range(n):
-        fields = dict(id=f"{i}{word()}", question=word(), family=word(), split=word())
-        try:
-            video = os.fsdecode(r.randbytes(3).replace(b"/", b"").replace(b"\0", b"")) + ".mp4"
-            read.append(Sample(video=video, choices=("a", word() + "b"), answer=0, **fields))
-        except ValueError as error:
-            odd = any(c == "\0" or 0xD800 <= ord(c) < 0xE000 for c in "".join(fields.values()))
-            assert odd or "choice" in str(error), error
-    assert n / 4 < len(read) < n
-    read.append(
-        Sample(
-            "v" * 4096,
-            "?" * 10**6,
-            ("a", "b"),
-            0,
-            id="i" * 4096,
-            family="f" * 4096,
-            split="s" * 4096,
-        )
-    )
-    assert_storable(read, tmp_path / "p.nc")
 
 
 def test_questions_nested_too_deeply(questions):
@@ -565,32 +516,3 @@ def test_schedule_nested_too_deeply(tmp_path):
     path, plan = tmp_path / "s.json", schedules()[0]
     path.write_text(json.dumps(plan | dict(evidence="@")).replace('"@"', DEEP))
     refused(lambda: Schedule.load(path), "s.json is not a usable schedule", "nested too deeply")
-
-
-NUMBERS_AND_MORE = [None, True, 0, -1, 10**9, 10**400, 1e-320, 1e308, 0.5, float("nan"), "x", [1]]
-NUMBERS_AND_MORE += [[], {}, {"visual": 0.5, "audio": 10**400}, {"visual": "a", "audio": None}]
-NUMBERS_AND_MORE += [[["a", 1]], "a" * 5000, "\ud800", float("inf"), {"scale_requested": "x"}]
-
-
-@more_at_night(120, 500)
-@pytest.mark.filterwarnings("ignore")
-def test_mutated_schedules(tmp_path, n):
-    "Refused in one line, or a plan with which everything works and that comes back from its file."
-    r, path, whole, loaded = random.Random(8), tmp_path / "s.json", schedules(), 0
-    for _ in range(n):
-        path.write_text(json.dumps(mutated(r, r.choice(whole), NUMBERS_AND_MORE)))
-        began = time.monotonic()
-        try:
-            plan = Schedule.load(path)
-        except ValueError as error:
-            assert "s.json" in str(error) and "\n" not in str(error)
-            continue
-        finally:
-            assert time.monotonic() - began < 20
-        plan.tokens(100, 50, 10), plan.to_table(), plan.stages, plan.model.lower(), hash(plan)
-        plan.nearest(0.5, 0.5), plan.token_trr(10, 5), plan.check_model(plan.num_layers)
-        assert pickle.loads(pickle.dumps(plan)) == plan
-        plan.save(path)
-        assert Schedule.load(path) == plan
-        loaded += 1
-    assert 0 < loaded < n

@@ -10,10 +10,7 @@ import random
 import resource
 import signal
 import socket
-import subprocess
-import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +18,10 @@ import pytest
 import torch
 from clips import more_at_night
 from launch import FORK, ended, launch
-from test_cli import refused
-from typer.testing import CliRunner
+from test_cli import done, refused
 
 from seats_analysis import Clip, Sample, load_profile
 from seats_analysis.cli import app as shared
-from seats_analysis.cli.main import app
 from seats_analysis.storage.files import (
     Checkpoint,
     CheckpointWarning,
@@ -35,7 +30,7 @@ from seats_analysis.storage.files import (
     processes,
 )
 from seats_analysis.storage.schemas import SCHEMAS, ProfileWarning, save_json, save_profile
-from seats_analysis.testbed.load import write_samples
+from seats_analysis.testbed.load import build_model, build_processor, write_samples
 from seats_analysis.testbed.task import synthetic_profile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -211,14 +206,6 @@ def test_a_process_that_ends_early_is_told_of(tmp_path, ends):
     assert ended(launch(share(tmp_path / "j"))) == [0, 0]
 
 
-def test_a_process_that_works_is_waited_for(tmp_path):
-    def slow(folder, identity, shard, **options):
-        time.sleep(shard[0])
-        return run(folder, identity, shard, **options)
-
-    assert ended(launch(share(tmp_path / "j", slow))) == [0, 0]
-
-
 def test_shares_by_hand_and_no_launcher(tmp_path):
     "The other shares first; and nothing of torch.distributed begins."
     with pytest.raises(ValueError, match="1 samples of .* are missing: removed, damaged, or the "):
@@ -258,19 +245,6 @@ def test_a_writer_that_is_stopped_costs_nothing(tmp_path, stop):
     assert child.exitcode and path.read_text() == "old"
     left = set(names(tmp_path)) - {"a.txt"}
     assert all(name.startswith(".") for name in left) and not (left and stop == signal.SIGINT)
-
-
-def test_writers_of_one_file_do_not_mix(tmp_path):
-    "The first one ends while the second one is half-way."
-    path = tmp_path / "p.nc"
-    with ExitStack() as later:
-        with atomic_write(path) as first:
-            first.write_text("1" * 2000)
-            second = later.enter_context(atomic_write(path))
-            second.write_text("2" * 1000)
-        assert path.read_text() == "1" * 2000
-        second.write_text("2" * 2000)
-    assert path.read_text() == "2" * 2000 and names(tmp_path) == ["p.nc"]
 
 
 def test_one_line_says_that_locks_do_not_work(tmp_path, monkeypatch):
@@ -526,26 +500,11 @@ def test_a_figure_does_not_replace_another_ones_pdf(stored, tmp_path):
 # seats eval
 
 
-@pytest.fixture(scope="module")
-def model():
-    from seats_analysis.testbed.load import build_model, build_processor
-
-    return build_model().eval(), build_processor()
-
-
-@pytest.fixture
-def few(model, monkeypatch):
-    "`seats eval` with a random model; all of its questions are on fresh clips."
+def test_what_a_killed_eval_left_goes_with_its_folder(tmp_path, monkeypatch):
+    "With a random model, and questions on fresh clips."
+    model = build_model().eval(), build_processor()
     monkeypatch.setattr(shared, "load_model", lambda *args, **options: model)
     monkeypatch.setattr("seats_analysis.testbed.load.testbed_samples", lambda split: [])
-
-
-def command(out, limit=4):
-    words = "eval --methods random --trr 35 --limit"
-    return CliRunner().invoke(app, [*words.split(), str(limit), "--out", str(out)])
-
-
-def test_what_a_killed_eval_left_goes_with_its_folder(few, tmp_path):
     out, kept = tmp_path / "r.json", Checkpoint.folder_of(tmp_path / "r.json")
     own = ("scratch-0/scene7.mp4", "process-0.lock", new_neighbour(kept / "run.json").name)
     for path in (kept / name for name in own):
@@ -554,36 +513,5 @@ def test_what_a_killed_eval_left_goes_with_its_folder(few, tmp_path):
     thesis = tmp_path / "r.json.seats-done"
     thesis.mkdir()
     (thesis / "thesis.txt").write_text("years")
-    done = command(out)
-    assert done.exit_code == 0, done.stderr
+    done(f"eval --methods random --trr 35 --limit 4 --out {out}")
     assert names(tmp_path) == ["r.json", thesis.name] and names(thesis) == ["thesis.txt"]
-
-
-def alone(out, size=None):
-    "`command` in a process of its own."
-    limit = lambda: size is None or resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    env = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[1]))
-    words = [sys.executable, __file__, str(out)]
-    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=limit)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("size", [100, 200, 1000, 2000, 3000, 5000, 8000, 12_000, 50_000])
-def test_eval_on_a_full_disk(few, tmp_path, size):
-    "One line and exit 2, and the same command goes on."
-    child = alone(tmp_path / "r.json", size)
-    said = child.communicate(timeout=300)[1]
-    lines = [line for line in said.splitlines() if line.startswith("seats: ")]
-    assert child.returncode == 0 or (child.returncode, len(lines)) == (2, 1), said
-    assert "Traceback" not in said and not list(tmp_path.rglob("*seats-tmp*"))
-    done = command(tmp_path / "r.json")
-    assert done.exit_code == 0 and "damaged" not in done.stderr, done.stderr
-    assert names(tmp_path) == ["r.json"]
-
-
-if __name__ == "__main__":
-    with pytest.MonkeyPatch.context() as patch:
-        few.__wrapped__(model.__wrapped__(), patch)
-        finished = command(sys.argv[1])
-    print(finished.stderr, file=sys.stderr)
-    raise SystemExit(finished.exit_code)

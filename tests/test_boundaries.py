@@ -2,32 +2,22 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
+from conftest import ROOT
 import numpy as np
 import pytest
 import xarray as xr
-from hypothesis import given, strategies as st
 from scipy.stats import binomtest
 from test_cli import seats
 
 from seats_analysis import Schedule, boundary_table, explain, find_boundaries
 from seats_analysis.boundaries import find as B
 from seats_analysis.boundaries.report import boundary_row
-from seats_analysis.boundaries.retention import (
-    ClipCounts,
-    layer_changes,
-    needed_families,
-    profile_hash,
-    retained,
-)
-from seats_analysis.inputs.layout import Modality
+from seats_analysis.boundaries.retention import layer_changes, retained
 from seats_analysis.storage.schemas import save_profile
-from seats_analysis.testbed.task import ramp, synthetic_profile
+from seats_analysis.testbed.task import synthetic_profile
 
-MODALITIES = tuple(Modality.CODES)
 
-ROOT = Path(__file__).resolve().parents[1]
 PROFILE = ROOT / "data" / "profiles" / "testbed.nc"
 
 
@@ -37,32 +27,6 @@ def measured():
 
 
 # intervals
-
-
-@given(st.integers(0, 10**6), st.sampled_from([12, 30, 120]))
-def test_reaching_further_only_raises_the_upper_end(seed, clips):
-    rng = np.random.default_rng(seed)
-    accuracy = 0.25 + 0.65 * ramp(12, 3, 8)
-    right = rng.binomial(2, accuracy, size=(clips, 13)).astype(float)
-    right[:, 8:] = right[:, 12:13]
-    if not right[:, -1].any():
-        return
-    counts = ClipCounts(np.arange(13), right, np.full(clips, 2.0), 0.25)
-    r = B.Resampled(counts, counts.bootstrap(60, seed))
-    (_, late), (_, lates) = r.blocks()
-    levels = 0, 0.5, 0.8, 0.9, 0.95
-    lows, highs = zip(*(r.late_interval(late, lates, 0.01, 0.95, level) for level in levels))
-    assert len(set(lows)) == 1 and lows[0] <= late <= highs[0]
-    assert list(highs) == sorted(highs)
-
-
-def test_few_clips_cannot_close_the_interval():
-    few, many = (synthetic_profile(clips=n) for n in (20, 800))
-    interval = lambda profile, **own: find_boundaries(profile, n_boot=200, **own).late_start_ci
-    assert interval(few)[1] == 12 and interval(many) == (8, 8)
-    assert interval(few, late_confidence=0)[1] < 12
-    with pytest.raises(ValueError, match="late_confidence"):
-        interval(few, late_confidence=1.5)
 
 
 def test_an_interval_leaves_out_as_much_on_both_sides():
@@ -121,12 +85,6 @@ def test_divergence_needs_no_choices(measured):
     assert known(found) == known(bare)
 
 
-def test_an_interval_without_an_end_is_said_to_be_open(measured):
-    said = explain(find_boundaries(measured, "both", n_boot=100))
-    assert "% of resamples agree)" in said and "open above" in said
-    assert "open" not in explain(find_boundaries(synthetic_profile(clips=800), n_boot=50))
-
-
 # what is missing harms nothing else
 
 
@@ -144,14 +102,6 @@ def test_a_control_that_is_missing_or_never_right_leaves_the_rest():
         for field in ("curve", "late_start", "late_start_ci"):
             assert getattr(found, field) == getattr(wanted, field)
         assert boundary_table(profile, n_boot=60).equals(boundary_table(whole, n_boot=60))
-
-
-def test_a_table_of_empty_rows_has_its_columns():
-    profile = synthetic_profile(clips=30)
-    profile["correct"][:] = False
-    table = boundary_table(profile, n_boot=50)
-    assert len(table) == 10 and table.isna().all().all()
-    assert list(table) == list(boundary_table(synthetic_profile(clips=30), n_boot=50))
 
 
 def test_a_family_that_was_not_asked_in_the_split_has_an_empty_row():
@@ -172,18 +122,6 @@ def test_a_family_that_was_not_asked_in_the_split_has_an_empty_row():
 
 def lies_inside(band, name):
     return ((band[f"{name}_low"] <= band[name]) & (band[name] <= band[f"{name}_high"])).all()
-
-
-@pytest.mark.parametrize("full", [0.5, 0.7, 0.97])
-def test_the_band_above_chance_says_what_the_band_says(full):
-    "No answer changes at layer 8; what clips leave open of R is, above chance, a larger loss."
-    own = dict(clips=64, full=full, splits=("derive",), seed=1)
-    curves = retained(synthetic_profile({"both": ramp(12, 3, 8)}, **own), n_boot=300)
-    top = float(curves.accuracy[-1])
-    at = curves.isel(layer=10)
-    low = (float(at.retained_low) * top - 0.25) / (top - 0.25)
-    assert at.corrected == 1 and float(at.corrected_low) == pytest.approx(low)
-    assert lies_inside(curves, "corrected")
 
 
 @pytest.mark.parametrize("clips", [1, 2, 4])
@@ -304,55 +242,6 @@ def test_clips_that_are_needed_are_effective_ones(measured):
 
 
 # tables, schedules, commands
-
-
-def test_table_has_every_condition_and_needed_family(measured):
-    table = boundary_table(measured, n_boot=60)
-    expected = {
-        (r, f) for r in ("visual", "audio", "both") for f in ("all", *needed_families(measured, r))
-    }
-    assert set(table.index) == expected
-    one = find_boundaries(measured, "visual", n_boot=60)
-    row = table.loc[("visual", "all")]
-    names = "shallow_end late_start late_start_low late_start_high".split()
-    assert row[names].tolist() == [one.shallow_end, one.late_start, *one.late_start_ci]
-
-
-def test_a_family_that_is_never_right_has_no_boundary():
-    profile = synthetic_profile(clips=30)
-    profile["correct"][(profile.family == "tone").values] = False
-    table = boundary_table(profile, ["audio"], n_boot=50)
-    late = table.late_start.isna()["audio"]
-    assert late["tone"] and not late["two_hop"]
-
-
-def test_each_modality_leaves_when_its_own_curve_says_so(tmp_path):
-    profile = synthetic_profile(clips=200)
-    pair = {m: find_boundaries(profile, m, n_boot=100, tolerance=0.02) for m in MODALITIES}
-    plan = Schedule.from_boundaries(pair, visual=0.1, audio=0.3, late="estimate")
-    plan.save(tmp_path / "plan.json")
-    again = Schedule.load(tmp_path / "plan.json")
-    assert again == plan and again.late_start == {"visual": 7, "audio": 8}
-    visual, audio = (again.levels(m) for m in pair)
-    assert visual[7] == audio[8] == 0 < audio[7]
-    assert again.evidence["tolerance"] == dict.fromkeys(pair, 0.02)
-    assert again.evidence["profile_hash"] == [profile_hash(profile)]
-    for m in pair:
-        told = again.evidence["boundaries"][m]
-        assert told == json.loads(json.dumps(pair[m].to_dict()))
-        assert len(told["curve"]) == 13 and told["late_start_ci"][0] <= told["late_start"]
-
-
-def test_command_prints_and_draws_families(tmp_path):
-    save_profile(synthetic_profile(clips=40), tmp_path / "p.nc")
-    result = seats("boundaries", tmp_path / "p.nc", "--families", "--figure", tmp_path / "drawn")
-    assert result.exit_code == 0
-    assert {path.name for path in tmp_path.iterdir()} >= {"drawn.png", "drawn.pdf"}
-    whole, families = result.stdout.split("\n\n")
-    rows = [line.split()[:2] for line in families.splitlines()[2:4]]
-    assert "same" in whole and rows == [["visual", "colour"], ["visual", "two_hop"]]
-    stored = json.loads(seats("boundaries", tmp_path / "p.nc", "--families", "--json").stdout)
-    assert stored["audio"]["by_family"]["tone"]["late_start"] == 8
 
 
 def test_interval_that_does_not_close_says_end(tmp_path):

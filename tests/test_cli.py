@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
+from conftest import ROOT
 import numpy as np
 import pytest
 import typer.main
@@ -29,13 +30,10 @@ from seats_analysis import (
 from seats_analysis.cli import answers, app as shared
 from seats_analysis.cli.main import app
 from seats_analysis.evaluation.compare import made_from
-from seats_analysis.schedules.choose import blocks_of, solve_schedules
-from seats_analysis.schedules.file import PUBLISHED
 from seats_analysis.storage.schemas import save_profile
 from seats_analysis.testbed.load import write_samples, build_model, build_processor, fresh_samples
 from seats_analysis.testbed.task import synthetic_profile
 
-ROOT = Path(__file__).resolve().parents[1]
 HEAVY = "torch transformers xarray matplotlib pandas scipy av seaborn h5netcdf".split()
 
 
@@ -184,6 +182,7 @@ UNLOADED = [  # what is refused before a model is loaded: command line, words of
     ("probe --model nobody/nothing", "hf download nobody/nothing"),
     ("probe --model nobody/nothing@v1", "nobody/nothing' at v1 is not in the local cache"),
     ("probe --model {folder}", "no config.json"),
+    ("schedule {profile} --trr 80 --late estimate", "ask for at most 66.6 %"),
     ("run {clip} --question ? --trr 10 --model Qwen/Qwen2-Audio-7B", "not in the local cache"),
     ("eval --profile {profile}", "12 layers"),
     ("run {clip} --question ? --trr 10 --profile {profile}", "12 layers"),
@@ -268,25 +267,19 @@ def check_ends(line, values, **places):
         assert named and (len(said) < 250 or value == LONG), (value, said)
 
 
-def test_unreachable_target_says_what_to_change(profile):
-    says = refused("schedule {p} --trr 80 --late estimate", p=profile)
-    assert "ask for at most 66.6 %" in says and "--late certified" in says
-
-
-def test_folder_that_is_no_om_llm(tmp_path):
-    config = dict(model_type="bert", architectures=["BertModel"])
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert "is no model of transformers that takes" in refused(
-        "probe --limit 1 --model {m}", m=tmp_path
-    )
-
-
 def test_weights_cut_off(clip, tmp_path, model):
     for part in model:
         part.save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     assert "cannot be read" in refused("run {c} --question ? --model {m}", c=clip, m=tmp_path)
+
+
+def test_a_model_without_media(tmp_path):
+    config = dict(model_type="bert", architectures=["BertModel"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = refused("probe --limit 1 --model {bert}", bert=tmp_path)
+    assert "is no model of transformers that takes" in said
 
 
 def test_a_revision_goes_to_the_loader(monkeypatch, clip):
@@ -406,9 +399,8 @@ def test_broken_clips_are_named_all_at_once(command, broken, no_model, tmp_path)
 
 def test_many_broken_clips_are_counted(broken, rows, no_model):
     jsonl(broken, [rows[3] | dict(id=str(i), video=f"gone{i}.mp4") for i in range(25)])
-    result = seats("probe --data {d}", d=broken)
-    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 12
-    assert "25 broken clips" in result.stderr and "and 15 more" in result.stderr
+    said = seats("probe --data {d}", d=broken).stderr
+    assert "25 broken clips" in said and "and 15 more" in said and len(said.splitlines()) == 12
 
 
 def test_skip_broken_goes_on_and_counts_them(broken, stubbed, tmp_path):
@@ -419,23 +411,6 @@ def test_skip_broken_goes_on_and_counts_them(broken, stubbed, tmp_path):
 
 
 # ---------------------------------------------------------------- nothing is lost
-
-
-def test_old_profile_survives_a_full_disk(questions, profile, tmp_path, stubbed, monkeypatch):
-    before = profile.read_bytes()
-    write = Path.write_bytes
-
-    def full(self, data):
-        write(self, data[:4])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    line = "probe --data {d} --limit 1 --layers 6 --out {p} --overwrite"
-    result = seats(line, d=questions, p=profile)
-    assert result.exit_code == 2
-    assert result.stderr.splitlines()[-1] == f"seats: No space left on device: {profile}"
-    there = {p.name for p in tmp_path.iterdir()}  # what was measured is kept
-    assert there == {profile.name, f"{profile.name}.checkpoint"} and profile.read_bytes() == before
 
 
 def test_interrupt_and_bug(questions, tmp_path, monkeypatch):
@@ -487,7 +462,7 @@ def test_families_of_a_profile_that_names_none(profile):
     assert stored["both"]["by_family"] == {}
 
 
-@pytest.mark.parametrize("trr", [35, 25, 15, 10, 100])
+@pytest.mark.parametrize("trr", [35, 10, 100])
 def test_schedule_meets_its_target_and_prints_both_ratios(profile, trr):
     said = done("schedule {p} --late estimate --out plan.json --trr", trr, p=profile).stdout
     plan = Schedule.load("plan.json")
@@ -524,19 +499,6 @@ def test_no_drops_are_announced_where_stage_two_keeps_everything(profile):
     assert Schedule.load("plan.json").drop_layers == ()
 
 
-def test_schedule_from_stated_blocks(profile):
-    done("schedule {p} --trr 10 --blocks 3,11 --out stated.json", p=profile)
-    stated = Schedule.load("stated.json")
-    assert (stated.shallow_end, stated.late_start) == (2, 10)
-
-
-def test_published_pair_is_used_where_there_is_one():
-    known = blocks_of("/ckpt/my-sft", config=PUBLISHED["qwen2.5-omni-7b"]["config"])
-    plans = solve_schedules(known, (10.0, 12.0), (500, 100))
-    assert plans[10] == Schedule.published("qwen2.5-omni-7b", 10)
-    assert abs(plans[12].token_trr(500, 100) - 0.12) < 1e-9 and plans[12].late_start == 23
-
-
 def test_schedule_of_other_weights_or_of_another_model(profile, clip, stubbed, model):
     "Both are used, and both are warned of; the model's own schedule is not."
     stored = load_profile(profile)
@@ -564,8 +526,7 @@ def test_probe_writes_a_profile_that_schedule_understands(questions, tmp_path, s
     stored = load_profile(tmp_path / "p.nc")
     assert stored["layer"].values.tolist() == [0, 6, 12]
     assert stored["removed"].values.tolist() == ["both"]
-    tokens = json.loads(stored.attrs["tokens"])
-    assert (tokens["visual"], tokens["audio"]) == (192, 40)
+    assert json.loads(stored.attrs["tokens"]).items() >= dict(visual=192, audio=40).items()
 
 
 def test_questions_without_answers_are_probed(questions, rows, tmp_path, stubbed):
@@ -622,13 +583,11 @@ def test_run_prints_what_was_kept(tmp_path, clip, profile, stubbed):
     assert "kept      audio" in heard and "visual" not in heard, heard
 
 
-def test_frame_limits(capsys):
-    "What was asked for, then the benchmark's, then a cap that is said aloud."
-    limits_of = shared.limits_of
-    assert limits_of("mine.jsonl", None) == dict(fps=2.0, max_frames=shared.MAX_FRAMES)
+def test_a_cap_of_frames_is_said_aloud(capsys):
+    found = shared.limits_of("mine.jsonl", None)
+    assert found == dict(fps=2.0, max_frames=shared.MAX_FRAMES)
     assert "--max-frames" in capsys.readouterr().err
-    assert limits_of("mine.jsonl", None, 1.0, 9) == dict(fps=1.0, max_frames=9)
-    assert limits_of("testbed", None) == dict(fps=2.0, max_frames=None)
+    assert shared.limits_of("mine.jsonl", None, 1.0, 9) == dict(fps=1.0, max_frames=9)
     assert capsys.readouterr().err == ""
 
 

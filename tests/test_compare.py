@@ -4,8 +4,8 @@ import json
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
+from conftest import ROOT
 import numpy as np
 import pytest
 import tiny
@@ -46,7 +46,6 @@ from seats_analysis.schedules.cost import text_dims
 from seats_analysis.statistics.intervals import mcnemar
 from seats_analysis.testbed.load import TESTBEDS, build_model, build_processor, fresh_samples
 
-ROOT = Path(__file__).resolve().parents[1]
 L = tiny.LAYERS
 PLAN = tiny.schedule(drop_layers=(1, 3), keep_ratios=dict(visual=(0.8, 0.6), audio=(0.8, 0.6)))
 NAMES = *tiny.PRUNERS, *ABLATIONS, "fastv-om+late"
@@ -316,13 +315,6 @@ def test_tokens_and_flops_are_as_planned(model, processor, samples, name):
     assert shape.cost(method) == pytest.approx(spent / full, rel=0.02)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 1 / 3, 0.5, 0.77, 1.0])
-def test_shares_are_even(share):
-    e = MethodRun("x", "x", 10, ("a", "b"), share=share)
-    drawn = np.cumsum([e.plan_for(i) == "b" for i in range(200)])
-    assert abs(drawn - share * np.arange(1, 201)).max() <= 0.5 + 1e-9
-
-
 def test_matching_against_a_plain_search():
     "On random staircases: within the tolerance whatever the steps, and an honest floor."
     rng = np.random.default_rng(0)
@@ -366,14 +358,6 @@ def test_windows_of_a_method_s_own(model, processor, samples, options):
     assert planned.tolist() == plain.tokens_per_layer.tolist()
 
 
-def test_a_modality_that_no_layer_sees(shape):
-    "SEATS may withdraw one modality at once; the others are matched to what that costs."
-    plan = Schedule(16, late_start=dict(visual=0, audio=12), entering=dict(visual=1.0, audio=0.5))
-    found = method_runs(method_names("all"), {10: plan}, shape)
-    assert len(found) == 1 + len(METHODS)
-    assert any(e.setting == "matched" for e in found[2:])
-
-
 # ---------------------------------------------------------------- interrupted, shared
 
 
@@ -384,13 +368,6 @@ def small():
 
 def without_times(rows):
     return [{k: v for k, v in r.items() if not k.startswith("ms")} for r in rows]
-
-
-def test_ablations_of_a_plan_that_goes_by_distance(small, samples, tmp_path):
-    plans = {30: replace(PLAN, weighted=False)}
-    names = method_names("ablations")
-    result = compare_methods(*small, samples[:2], plans, names, tmp_path / "eval")
-    assert {r["label"] for r in result["rows"]} >= set(ABLATIONS)
 
 
 def test_interrupted_runs_go_on(small, samples, tmp_path, monkeypatch):

@@ -121,15 +121,6 @@ def counted(model, encoded):
     return layers, total(".lm_head")
 
 
-def test_full(shipped, encoded):
-    model, _ = shipped
-    layers, head = counted(model, encoded)
-    form = prefill_flops(
-        [encoded.layout.valid.sum().item()] * len(layers), model.config, convention="counter"
-    )
-    assert sum(layers) + head == pytest.approx(form, rel=5e-3)
-
-
 def scoring(config, tokens, drops):
     "FLOPs of stage II itself: keys of all tokens that arrive at a drop, one query, their products."
     c = config.text_config

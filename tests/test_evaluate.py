@@ -1,8 +1,6 @@
 """Scores equal teacher forcing, tables pair questions, intervals resample clips."""
 
 import itertools
-import json
-import math
 from dataclasses import replace
 
 import naive
@@ -15,9 +13,7 @@ import torch
 from seats_analysis import Schedule, accuracy_table, encode, evaluate
 from seats_analysis.baselines.base import Random
 from seats_analysis.evaluation import evaluate as module
-from seats_analysis.evaluation.evaluate import over_clips, paired_difference, parse_answer
-from seats_analysis.evaluation.load import load_samples
-from seats_analysis.statistics.intervals import mcnemar
+from seats_analysis.evaluation.evaluate import parse_answer
 
 PLAN = tiny.schedule()
 ASK = tiny.ask("0", tiny.clip(0))
@@ -101,20 +97,6 @@ def test_a_file_is_decoded_once(omni, monkeypatch):
     assert list(frame["clip"]) == ["a"] * 3 + ["b"] * 3
 
 
-def test_load_samples(tmp_path):
-    path = tmp_path / "mine.jsonl"
-    row = dict(video=None, question="q", choices=["a", "b"], answer="b")
-    path.write_text("\n".join(json.dumps(row | dict(split=s, id=s)) for s in ("derive", "test")))
-    for asked, found in (({}, "derive test"), (dict(limit=1), "derive")):
-        assert [s.id for s in load_samples(str(path), **asked)] == found.split()
-    assert [s.id for s in load_samples(path, split="test", limit=1)] == ["test"]
-    with pytest.raises(ValueError, match="expected testbed, daily-omni"):
-        load_samples("worldsens")
-    path.write_text(json.dumps(dict(question="q", choices=["a"])))
-    with pytest.raises(ValueError, match="mine.jsonl"):
-        load_samples(path)
-
-
 def test_parsing_never_guesses():
     "Text that names no choice, or two, is unparsable; only what names one is taken."
     choices = ("red", "green circle", "blue")
@@ -130,38 +112,6 @@ def test_parsing_never_guesses():
 
 
 # ---------------------------------------------------------------- statistics
-
-
-def test_mcnemar_counts_coins():
-    for a, b in np.random.default_rng(0).random((12, 2, 20)) < 0.5:
-        differ = int((a != b).sum())
-        fewer = int(min((a & ~b).sum(), (b & ~a).sum()))
-        tail = sum(math.comb(differ, i) for i in range(fewer + 1)) / 2**differ
-        assert mcnemar(a, b) == pytest.approx(min(1.0, 2 * tail))
-
-
-def test_interval_is_a_cluster_bootstrap():
-    rng = np.random.default_rng(0)
-    clips = np.arange(60) // 4
-    right = rng.random(60) < 0.7
-    means = right.reshape(15, 4)[rng.integers(0, 15, (4000, 15))].mean((1, 2))
-    share, *found = over_clips(right, clips, n_boot=4000)
-    assert share == right.mean()
-    np.testing.assert_allclose(found, np.quantile(means, [0.025, 0.975]), atol=0.015)
-
-
-def test_difference_is_paired_and_over_clips():
-    "Pairing narrows its interval; six alike answers per clip say no more than one."
-    rng = np.random.default_rng(0)
-    base = rng.random(400) < 0.7
-    other = base & (rng.random(400) < 0.97)
-    _, low, high, _ = paired_difference(other, base, np.arange(400) // 2)
-    assert high - low < np.ptp(over_clips(base, np.arange(400) // 2)[1:])
-    assert high < 0
-    a, b, clips = (np.repeat(x, 6) for x in (other[:30], base[100:130], np.arange(30)))
-    clustered, loose = (paired_difference(a, b, c) for c in (clips, np.arange(180)))
-    assert clustered[0] == loose[0]
-    assert np.ptp(clustered[1:3]) > 2 * np.ptp(loose[1:3])
 
 
 def frame(right):

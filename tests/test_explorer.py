@@ -1,18 +1,18 @@
 "A panel must follow its controls, show what the library says, and never take a file away."
 
 import json
-from pathlib import Path
 
+from conftest import ROOT
 import pytest
 
-from seats_analysis import Schedule, explore, find_boundaries
+from seats_analysis import explore, find_boundaries
 from seats_analysis.boundaries.retention import needed_families
 from seats_analysis.plots import explorer
 from seats_analysis.plots.explorer import ALL
 from seats_analysis.storage.schemas import save_profile
 from seats_analysis.testbed.task import synthetic_profile
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+DATA = ROOT / "data"
 
 
 @pytest.fixture(scope="module")
@@ -49,26 +49,6 @@ def test_lookups_are_the_boundaries(source, tolerance):
             assert source.view(removed, family, tolerance).bounds == find_boundaries(
                 source.profile, removed, tolerance, families=families
             )
-
-
-def test_a_schedule_is_that_of_the_library(source):
-    tokens = source.tokens["visual"], source.tokens["audio"]
-    find = lambda removed: find_boundaries(source.profile, removed, 0.02)
-    both = Schedule.from_trr(find("both"), 15, *tokens, late="certified")
-    apart = {m: find(m) for m in ("visual", "audio")}
-    apart = Schedule.from_trr(apart, 15, *tokens, late="estimate")
-    assert source.view("both", tolerance=0.02, trr=15, late="certified").plan == both
-    assert source.view("visual", tolerance=0.02, trr=15).plan == apart
-    assert source.view("audio", tolerance=0.02, trr=15).plan == apart
-
-
-def test_the_button_takes_no_file_away(panel):
-    path = panel.save()
-    assert Schedule.load(path) == panel.view.plan and str(path) in panel.status.value
-    path.write_text("{}")  # somebody's own
-    assert panel.save() is None and path.read_text() == "{}" and "already" in panel.status.value
-    blocked = explore(DATA, path, n_boot=50)  # the folder is a file
-    assert blocked.save() is None and "not saved" in blocked.status.value
 
 
 @pytest.mark.parametrize("name", ["../../..", "/etc/x", "a/b"])

@@ -1,73 +1,25 @@
-"""Both families, stock models of transformers, thinker alone and full model: prompts are what the
-stock model makes of them, pruned passes equal a plain loop, keeping all changes no bit."""
+"""The two Omni families: prompts are what the stock model makes of them, pruned passes equal a
+plain loop, full models work as their thinkers do. What holds for every family: test_matrix.py."""
 
 from dataclasses import replace
 
-import naive, numpy as np, pytest, tiny, torch
+import naive, pytest, tiny, torch
 
 from seats_analysis.inputs.layout import Modality
-from seats_analysis.models.attention import TowerAttention
 from seats_analysis.models.families import adapter_for
 from seats_analysis.models.encode import encode
-from seats_analysis.models.decoder import Decoder
-from seats_analysis.models.scoring import last_logits_only
 from seats_analysis.models.scoring import score_choices
 from seats_analysis.pruning.session import prune
-from seats_analysis.schedules.schedule import Schedule
 
 VISUAL, AUDIO, TEXT, *_ = Modality
 
 L = tiny.LAYERS
 
 
-def schedule(**changes):
-    return Schedule(num_layers=L, **changes)
-
-
-ratios = tiny.ratios
-
-
-PLANS = dict(
-    stage1=schedule(entering=ratios(0.4, 0.5)),
-    stage2=schedule(
-        drop_layers=(1, 4), keep_ratios=ratios((0.5, 0.5), (0.6, 0.4))
-    ),  # Qwen3-Omni still adds DeepStack embeddings after layers 1 and 2
-    stage3=schedule(late_start=3),
-    stage3_early=schedule(late_start=1),
-    text_only=schedule(late_start=0),
-    together=schedule(
-        drop_layers=(1, 2, 3),
-        late_start=5,
-        entering=ratios(0.5, 0.6),
-        keep_ratios=ratios((0.8, 0.7, 0.5), (0.9, 0.6, 0.6)),
-    ),
-    visual_leaves_first=schedule(
-        drop_layers=(2,),
-        late_start=ratios(3, 5),
-        entering=ratios(0.5, 0.6),
-        keep_ratios=ratios((0.7,), (0.6,)),
-    ),
-)
-PLANS["text"] = replace(PLANS["together"], query="text")
-KEEP_ALL = dict(
-    empty=schedule(),
-    ones=schedule(
-        drop_layers=(1, 3), keep_ratios=ratios((1.0, 1.0), (1.0, 1.0)), entering=ratios(1.0, 1.0)
-    ),
-)
+PLANS = tiny.PLANS | dict(text=replace(tiny.PLANS["together"], query="text"))
 
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-
-
-@pytest.fixture(scope="module")
-def models(family):
-    return {a: tiny.thinker(family, attention=a) for a in ("sdpa", "eager")}
-
-
-@pytest.fixture(scope="module")
-def model(models):
-    return models["sdpa"]
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +44,6 @@ def singles(model, processor, samples):
 close = tiny.close
 
 
-def generated(model, batch, n=3, **more):
-    "What is generated behind each prompt."
-    options = dict(max_new_tokens=n, min_new_tokens=n, do_sample=False)
-    return model.generate(**batch.inputs, **options | more)[:, -n:].tolist()
-
-
 # ---------------------------------------------------------------- the adapter knows the family
 
 
@@ -117,13 +63,6 @@ def test_windows_and_order(family, batch):
     assert alone.chunk[alone.audio].unique().tolist() == [0]
 
 
-def test_layout_of_a_row_is_that_of_its_prompt(batch, singles):
-    for b, one in enumerate(singles):
-        for field in ("modality", "window", "chunk"):
-            row = getattr(batch.layout, field)[b, -one.shape[1] :]
-            assert torch.equal(row, getattr(one.layout, field)[0]), field
-
-
 def test_audio_tokens_of_any_length(model, family):
     "The formula against what the tower gives."
     adapter = adapter_for(model)
@@ -133,94 +72,6 @@ def test_audio_tokens_of_any_length(model, family):
         more = {} if family == "qwen3-omni" else dict(aftercnn_lens=torch.tensor([(n + 1) // 2]))
         got = tower(mel, feature_lens=torch.tensor([n]), **more).last_hidden_state
         assert adapter.audio_tokens(model, [n]) == [len(got)], n
-
-
-def test_keys_of_every_layer_equal_the_cache(model, batch):
-    """Rotary tables (interleaved M-RoPE of Qwen3-Omni), q/k norms, and DeepStack embeddings up to
-    the layer."""
-    decoder = Decoder(model)
-    inputs = decoder.inputs(batch.inputs)
-    tables = decoder.rotary_tables(inputs["inputs_embeds"], batch.position_ids)
-    valid = batch.layout.valid[:, None, :, None]
-    out = model(**batch.inputs, use_cache=True, output_hidden_states=True)
-    for i in (0, L - 1):
-        keys = decoder.key(i, out.hidden_states[i], *tables)
-        close(keys * valid, out.past_key_values.layers[i].keys * valid)
-
-
-@pytest.mark.parametrize("modality", ["visual", "audio"])
-def test_encoder_queries_and_keys_are_those_of_its_attention(model, singles, monkeypatch, modality):
-    "What the stock module hands to its attention, window by window."
-    part, sdpa = TowerAttention(model, modality), torch.nn.functional.scaled_dot_product_attention
-    calls, ours, theirs = [], [], []
-
-    def attend(q, k, *args, **kwargs):
-        calls.append((q, k))
-        return sdpa(q, k, *args, **kwargs)
-
-    def begin(module, args, kwargs):
-        calls.clear()  # of the layers before
-        hidden = args[0] if args else kwargs["hidden_states"]
-        ours.extend(part.heads([p(hidden) for p in part.projections], part.rotary(kwargs)))
-
-    def end(*_):
-        theirs.extend(torch.cat(parts, 2)[0].transpose(0, 1) for parts in zip(*calls))
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
-    hooks = part.module.register_forward_pre_hook(begin, with_kwargs=True)
-    with hooks, part.module.register_forward_hook(end):
-        Decoder(model).inputs(singles[0].inputs)
-    assert len(ours) == len(theirs) == 2
-    for a, b in zip(ours, theirs):
-        close(a, b)
-
-
-def test_positions_equal_the_model_s_own(family, singles):
-    "Of the prompt and of what is generated behind it."
-    one = singles[0]
-    stock = {k: v for k, v in one.inputs.items() if k != "position_ids"}
-    stock["use_audio_in_video"] = True
-    twin = tiny.thinker(family)  # a plain forward writes rope_deltas
-    ours = twin(**one.inputs).logits
-    assert torch.equal(ours, twin(**stock).logits)
-    assert generated(twin, one) == generated(tiny.thinker(family), replace(one, inputs=stock))
-
-
-def test_nothing_is_left_on_the_model(model, batch, samples, processor):
-    def state():
-        hooks = lambda m: (len(m._forward_hooks), len(m._forward_pre_hooks))
-        kept = lambda m: (sorted(vars(m)), m.training, repr(getattr(m, "rope_deltas", None)))
-        return {name: (*hooks(m), *kept(m)) for name, m in model.named_modules()}
-
-    before = state()
-    score_choices(model, encode(model, processor, samples))
-    Decoder(model).inputs(batch.inputs)
-    with pytest.raises(RuntimeError), last_logits_only(model):
-        raise RuntimeError
-    assert state() == before
-
-
-def test_scores_equal_separate_forwards(model, processor, samples):
-    "Of the whole text, and of the letter; a sample may have fewer choices."
-    some = [replace(samples[0], choices=("red", "green circle")), *samples[1:]]
-    scores = score_choices(model, encode(model, processor, some))
-    for i, s in enumerate(some):
-        for c, text in enumerate(s.answer_texts):
-            e, n = naive.with_answer(model, processor, s, text)
-            b = e.shape[1]
-            a = b - n
-            logp = model(**e.inputs).logits[0, a - 1 : b - 1].log_softmax(-1)
-            slow = logp[torch.arange(b - a), e.inputs["input_ids"][0, a:b]]
-            expected = slow.mean(), slow[0] if s.lettered else np.nan
-            got = scores.mean[i, c], scores.letters[i, c]
-            np.testing.assert_allclose(got, expected, atol=1e-5)
-    assert scores.mean.isnan().tolist() == [[False, False, True, True], *[[False] * 4] * 2]
-    assert scores.best[0] in (0, 1)
-
-
-def test_window_order_stays_within_grids(model):
-    index = TowerAttention(model, "visual").window_order(torch.tensor([[2, 8, 8]]))
-    assert sorted(index.tolist()) == list(range(32)) and (index[:16] < 16).all()
 
 
 def test_frame_rate_is_the_true_one(family, model, processor):
@@ -253,73 +104,17 @@ def test_sound_of_another_rate_is_refused(model, processor):
 # ---------------------------------------------------------------- pruned passes
 
 
-@pytest.mark.parametrize(
-    "name, attention", [("empty", "sdpa"), ("ones", "sdpa"), ("ones", "eager")]
-)
-def test_keeping_all_changes_no_bit(models, batch, name, attention):
-    model = models[attention]
-    more = dict(max_new_tokens=3, output_logits=True, return_dict_in_generate=True)
-    answer = lambda: model.generate(**batch.inputs, min_new_tokens=3, do_sample=False, **more)
-    full, generated = model(**batch.inputs).logits, answer()
-    with prune(model, KEEP_ALL[name]) as run:
-        assert torch.equal(model(**batch.inputs).logits, full)
-        again = answer()
-    assert torch.equal(again.sequences, generated.sequences) and run.kept == {}
-    assert torch.equal(torch.cat(again.logits), torch.cat(generated.logits))
-
-
-@pytest.mark.parametrize(
-    "name, attention", [*((name, "sdpa") for name in PLANS), ("together", "eager")]
-)
-def test_equals_a_plain_loop(models, singles, name, attention):
+@pytest.mark.parametrize("name", PLANS)
+def test_equals_a_plain_loop(model, singles, name):
     for one in singles:
-        kept, sets, logits = naive.prefill(models[attention], one, PLANS[name])
-        with prune(models[attention], PLANS[name]) as run:
-            got = models[attention](**one.inputs).logits[:, -1]
+        kept, sets, logits = naive.prefill(model, one, PLANS[name])
+        with prune(model, PLANS[name]) as run:
+            got = model(**one.inputs).logits[:, -1]
         # a cut is left out where this sample has nothing for it, as the naive loop does not
         for stage, positions in run.kept.items():
             assert positions[0].tolist() == kept[stage], stage
         assert run.tokens_per_layer[0].tolist() == [len(s) for s in sets]
         close(got, logits)
-
-
-@pytest.mark.parametrize("kv", ["evict", "retain"])
-def test_generate_equals_singles(model, batch, singles, kv):
-    with prune(model, PLANS["together"], kv=kv):
-        alone = [generated(model, one, 4)[0] for one in singles]
-        assert generated(model, batch, 4) == alone
-
-
-def test_text_asks_for_each_sample_alone(model, batch, singles):
-    "In a batch only a row's own text counts; and asking more changes what is kept."
-
-    def kept(inputs, name):
-        with prune(model, PLANS[name]) as run:
-            model(**inputs)
-        return {stage: [p.tolist() for p in rows] for stage, rows in run.kept.items()}
-
-    together = kept(batch.inputs, "text")
-    assert together != kept(batch.inputs, "together")
-    for b, one in enumerate(singles):
-        for stage, rows in kept(one.inputs, "text").items():
-            assert together[stage][b] == rows[0], (stage, b)
-
-
-def test_deepstack_is_cut_with_the_sequence(family, model, singles):
-    "Without the embeddings the answer differs, so the comparisons above do see them."
-    if family != "qwen3-omni":
-        assert not [k for k in Decoder(model).inputs(singles[0].inputs) if "deepstack" in k]
-        return
-    tower = adapter_for(model).visual(model)
-    with prune(model, PLANS["together"]):
-        with_them = model(**singles[0].inputs).logits[:, -1]
-        handles = [
-            m.register_forward_hook(lambda m, a, out: out * 0) for m in tower.deepstack_merger_list
-        ]
-        without = model(**singles[0].inputs).logits[:, -1]
-        for h in handles:
-            h.remove()
-    assert (with_them - without).abs().max() > 1e-3
 
 
 # ---------------------------------------------------------------- full models

@@ -3,8 +3,8 @@
 import csv
 import json
 import re
-from pathlib import Path
 
+from conftest import ROOT
 import pytest
 
 from seats_analysis import Schedule, load_testbed, testbed_samples
@@ -13,7 +13,7 @@ from seats_analysis.evaluation.prepared import DataShape
 from seats_analysis.storage.schemas import SCHEMAS, load_json
 from seats_analysis.testbed.load import TESTBEDS
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+DATA = ROOT / "data"
 TABLES = DATA.parent / "figures" / "tables"
 WITH = "flops_fraction_causal_with_selection"
 WITHOUT = "flops_fraction_causal_without_selection"

@@ -13,7 +13,7 @@ from test_undo import state
 from tiny import PLANS, close
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from seats_analysis import METHODS, adapter_for, encode, follow_up, prune
+from seats_analysis import adapter_for, encode, follow_up, prune
 from seats_analysis.models.encode import Prompt
 from seats_analysis.pruning.cache import Slots
 
@@ -160,33 +160,6 @@ def test_beams_know_their_scores(model, batch, singles, kv):
             close(logp[range(NEW), tokens].sum(), best[i, b])
 
 
-def test_sampling(model, batch):
-    draw = dict(GREEDY, do_sample=True, num_return_sequences=3, temperature=3.0)
-    with prune(model, PLAN):
-        greedy = new_tokens(model, batch, **GREEDY)
-        # copies of the right sample
-        copies = new_tokens(model, batch, **draw, top_k=1)
-        assert torch.equal(copies, greedy.repeat_interleave(3, 0))
-        drawn = []
-        for _ in range(2):
-            torch.manual_seed(0)
-            drawn.append(new_tokens(model, batch, **draw, top_k=0))
-        beams = new_tokens(model, batch, **GREEDY | dict(do_sample=True, num_beams=2))
-    assert torch.equal(*drawn) and beams.shape == (len(batch), NEW)
-    assert any(len({tuple(r) for r in rows.tolist()}) > 1 for rows in drawn[0].split(3))
-
-
-def test_random_draws_once_for_all_copies(model, batch):
-    method = METHODS["random"](PLAN, seed=2)
-    kept = []
-    for options in (GREEDY, BEAMS):
-        with prune(model, method) as run:
-            new_tokens(model, batch, **options)
-        kept.append(lists(run.kept))
-    assert run.samples == len(batch)
-    assert kept[1] == {s: [r for r in rows for _ in range(3)] for s, rows in kept[0].items()}
-
-
 def test_stopping(model, batch, singles):
     "Rows end on a token at their own time, as they do alone; or all by a rule."
 
@@ -259,18 +232,6 @@ def test_speculation_that_no_plan_can_serve(model, singles):
         model(input_ids=again, past_key_values=cache)
 
 
-def test_steps_with_positions_compute_none(model, batch, monkeypatch):
-    "Every step of `generate` has positions; ours are made only where they are used."
-    calls, whole = [], Slots.next_positions
-    monkeypatch.setattr(Slots, "next_positions", lambda *a: calls.append(a) or whole(*a))
-    with prune(model, PLAN):
-        new_tokens(model, batch, **GREEDY)
-        assert not calls
-        token = torch.full((len(batch), 1), 20)
-        model(input_ids=token, past_key_values=prefilled(model, batch))
-    assert len(calls) == 1
-
-
 # ---------------------------------------------------------------- further questions
 
 
@@ -327,26 +288,6 @@ def test_follow_up_in_a_batch(model, batch, singles, turn):
             alone = follow_up(cache, torch.cat([one.inputs["input_ids"], answer, turn], 1))
             out = model.generate(**alone, **GREEDY, **MORE)
             close(torch.stack([l[i] for l in together.logits]), torch.cat(out.logits))
-
-
-def test_follow_up_with_beams(each, turn):
-    "As the samples do alone; the beams have a cache of their own."
-    model, batch, singles = each
-    with prune(model, PLAN, kv="retain"):
-        found = []
-        for encoded in (batch, *singles):
-            sequences, cache = first_answer(model, encoded)
-            if Slots.of(cache) is None:
-                found.append(None)
-                continue
-            before = cache.get_seq_length()
-            whole = torch.cat([sequences, turn.expand(len(encoded), -1)], 1)
-            out = model.generate(**follow_up(cache, whole), **BEAMS, **WORDS)
-            assert cache.get_seq_length() == before
-            found.append(out[:, -NEW:])
-    assert found[1 + TEXT] is None
-    for i, alone in enumerate(found[1:]):
-        assert alone is None or torch.equal(found[0][2 * i : 2 * i + 2], alone), i
 
 
 @pytest.mark.parametrize("i", [2, 4])
@@ -414,22 +355,6 @@ def test_evict_refuses_a_further_question(model, singles, turn, name, gone):
         model(input_ids=turn, past_key_values=cache)
 
 
-@pytest.mark.parametrize(
-    "line, change",
-    [
-        ("nothing was pruned", dict(cache=DynamicCache())),
-        ("nothing was pruned", dict(cache=None)),
-        ("whole conversation", dict(input_ids=torch.zeros(1, 9, dtype=torch.long))),
-        ("attention_mask", dict(attention_mask=torch.ones(1, 3))),
-    ],
-)
-def test_bad_follow_ups(model, singles, line, change):
-    with prune(model, PLAN, kv="retain"):
-        sequences, cache = first_answer(model, singles[2])
-    with pytest.raises(ValueError, match=line):
-        follow_up(**dict(cache=cache, input_ids=sequences) | change)
-
-
 def with_media(one, cache, sequences):
     "Inputs of a turn with media of its own behind a pruned cache."
     whole = torch.cat([sequences, one.inputs["input_ids"]], 1)
@@ -489,19 +414,6 @@ def test_clips_in_later_turns_of_a_batch(each, kv):
             given = with_media(one, cache, torch.cat([one.inputs["input_ids"], answer], 1))
             out = model.generate(**given, **GREEDY, **MORE)
             close(torch.stack([l[i] for l in together.logits]), torch.cat(out.logits))
-
-
-def test_a_clip_in_a_later_turn_with_beams(each):
-    model, _, singles = each
-    with prune(model, PLAN, kv="retain"):
-        sequences, cache = first_answer(model, singles[2])
-        before = cache.get_seq_length()
-        given = with_media(singles[4], cache, sequences)
-        want = model.generate(**given, **BEAMS, **WORDS)[:, -NEW:]
-        assert cache.get_seq_length() == before
-        again = model.generate(**given, **BEAMS, **WORDS)[:, -NEW:]
-        assert torch.equal(want, again)
-        assert not torch.equal(*want)
 
 
 def test_bad_later_turns(model, singles):
@@ -602,17 +514,6 @@ def test_a_cache_and_its_copies(model, singles):
         close(step(cache), want)
     with pytest.raises(ValueError, match="only 2 came after"):
         cache.crop(-3)
-
-
-def test_rows_keep_their_own_slots(model, batch):
-    "Rows of a padded batch in another order: slots and positions go with them."
-    order = torch.tensor([4, 1, 1, 0, 2])
-    tokens = torch.arange(20, 25)[:, None]
-    with prune(model, PLAN, kv="retain"):
-        cache, moved = (prefilled(model, batch) for _ in range(2))
-        moved.reorder_cache(order)
-        after = model(input_ids=tokens[order], past_key_values=moved).logits
-        close(after, model(input_ids=tokens, past_key_values=cache).logits[order])
 
 
 @pytest.mark.parametrize("kv", KV)

@@ -3,6 +3,7 @@ choosing grows as the tokens do. That nothing waits for the device is in test_pr
 here for a real one."""
 
 import copy
+import itertools
 import time
 from collections import Counter
 
@@ -72,30 +73,6 @@ def test_towers_project_once(model, batches):
         for h in handles:
             h.remove()
     assert set(calls.values()) == {1} and len(run.kept["stage1"][0]) < batches[1].shape[1]
-
-
-@pytest.mark.parametrize("name", ["together", "apart", "both_at_once", "from_the_start"])
-def test_tables_and_masks_are_cut_once_per_drop(model, batches, name):
-    """All layers between two cuts are handed the same objects; one sample without padding has no
-    mask at all."""
-    plan, tables, masks, handles = PLANS[name], [], [], []
-
-    def note(m, args, kwargs):
-        tables.append(kwargs["position_embeddings"][0])
-        masks.append(kwargs["attention_mask"])
-
-    with prune(model, plan) as run:
-        for layer in adapter_for(model).layers(model):
-            handles.append(layer.register_forward_pre_hook(note, with_kwargs=True))  # after ours
-        try:
-            model(**batches[1].inputs)
-        finally:
-            for h in handles:
-                h.remove()
-    cuts = {0, *plan.drop_layers, plan.late("visual"), plan.late("audio")}
-    assert len(tables) == tiny.LAYERS and len({id(table) for table in tables}) == len(cuts)
-    assert len(run.kept) >= len(cuts) - 1
-    assert name == "apart" or masks == [None] * tiny.LAYERS
 
 
 def test_caches_are_written_once(model, batches, monkeypatch):
@@ -183,10 +160,11 @@ def test_no_hook_waits_on_a_gpu(model, batches, monkeypatch):
     for place, name in HOT:
         monkeypatch.setattr(place, name, strict(getattr(place, name)))
     there = copy.deepcopy(model).cuda()
-    for batch in batches.values():
-        with prune(there, PLANS["together"]) as run:
+    methods = [m.for_trr(tiny.LAYERS, 0.5, 0.6, 18, 30) for m in tiny.PRUNERS.values()]
+    for batch, plan in itertools.product(batches.values(), (PLANS["together"], *methods)):
+        with prune(there, plan) as run:
             there.generate(**batch.to("cuda").inputs, max_new_tokens=3, min_new_tokens=3)
-        with prune(model, PLANS["together"]) as here:
+        with prune(model, plan) as here:
             model.generate(**batch.inputs, max_new_tokens=3, min_new_tokens=3)
         assert run.tokens_per_layer.tolist() == here.tokens_per_layer.tolist()
 

@@ -6,14 +6,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
+from conftest import ROOT
 import pytest, torch
 
 from seats_analysis.pruning import received, select
 
 pytest.importorskip("triton", reason="no Triton for this platform")
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(

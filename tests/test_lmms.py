@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from conftest import ROOT
 import numpy as np
 import pytest
 import torch
@@ -36,7 +37,6 @@ from seats_analysis.serving.lmms import (
 )
 from seats_analysis.testbed.load import TESTBEDS
 
-ROOT = Path(__file__).resolve().parents[1]
 has_lmms = importlib.util.find_spec("lmms_eval") is not None
 needs_lmms = pytest.mark.skipif(
     not has_lmms, reason="lmms-eval is not installed (pip install '.[eval]' in a clone)"
@@ -66,44 +66,6 @@ def test_short_clips_keep_their_sound(answerer, docs, seconds, samples, tokens):
     assert counts.tolist() == [tokens, 40] and len(answerer(prompts, max_new_tokens=1)) == 2
 
 
-def right(docs):
-    return [d["choices"][d["answer"]] for d in docs]
-
-
-def test_sound_lies_between_the_frames(answerer, docs):
-    """As `use_audio_in_video` on: several runs of audio tokens, each behind visual ones of its
-    time window."""
-    prompt = answerer.prompt(doc_to_messages(docs[0]), "q")
-    layout = encode(answerer.model, answerer.processor, [prompt]).layout
-    runs = [int(layout.chunk[0][m].max()) + 1 for m in (layout.visual[0], layout.audio[0])]
-    assert runs == [4, 4] and layout.counts()["audio"].item() == 40
-    assert (layout.window[0][layout.audio[0]].unique() == torch.arange(4)).all()
-
-
-@pytest.mark.parametrize("method, least", [("full", 7), ("seats", 6)])
-def test_sound_decides_the_answer(answerer, docs, method, least):
-    answerer = replace(
-        answerer, method=method_for("testbed", method, 10 if method != "full" else None)
-    )
-    prompts = [answerer.prompt(doc_to_messages(d), d["id"]) for d in docs]
-    deaf = [
-        replace(p, content=(replace(p.content[0], waveform=None), *p.content[1:])) for p in prompts
-    ]
-    heard, unheard = answerer(prompts), answerer(deaf)
-    assert (
-        sum(a == b for a, b in zip(heard, right(docs)))
-        >= least
-        > sum(a == b for a, b in zip(unheard, right(docs)))
-    )
-
-
-@pytest.mark.parametrize("given", [dict(trr="12.5"), dict(trr=12.5), dict(trr=10.9), dict(trr=12)])
-def test_only_the_schedule_that_was_asked_for(given):
-    "lmms-eval hands over floats; a TRR is never rounded to one that happens to be there."
-    with pytest.raises(ValueError, match=rf"^testbed/{given['trr']}: .* those are .*testbed/10"):
-        lmms.ModelArgs(**given).answerer()
-
-
 @pytest.mark.parametrize("key", PUBLISHED)
 def test_a_checkpoint_of_published_sizes(tmp_path, key):
     "Whatever its folder is called; and a folder that is called so, of another size, has none."
@@ -119,29 +81,6 @@ def test_a_checkpoint_of_published_sizes(tmp_path, key):
             method_for(str(place), trr=12.5)
     with pytest.raises(ValueError, match="old/10: neither a file"):
         method_for(str(old), trr=10)
-
-
-@pytest.mark.parametrize(
-    "given, says",
-    [
-        (dict(max_frames="8.5"), "max_frames=8.5 must be a whole number"),
-        (dict(max_frames=8.9), "max_frames=8.9 must be a whole"),
-        (dict(fps="fast"), "fps=fast must be a number"),
-        (dict(knob="nan"), "knob=nan must be a number"),
-    ],
-)
-def test_numbers_that_are_none(given, says):
-    with pytest.raises(ValueError, match=says):
-        lmms.ModelArgs(trr=10, **given)
-
-
-def test_a_float_from_the_command_line_is_its_number(answerer):
-    made = lmms.ModelArgs(trr=10.0, max_frames=8.0, device="cpu").answerer()
-    assert (
-        made.method.schedule == method_for("testbed", trr=10).schedule
-        and made.max_frames == 8
-        and isinstance(made.max_frames, int)
-    )
 
 
 @pytest.mark.parametrize("name", TESTBEDS)
@@ -179,15 +118,6 @@ def test_separate_sound_replaces_that_of_the_video(tmp_path, docs):
     ).content[0]
     np.testing.assert_allclose(clip.waveform, sound, atol=1e-4)
     np.testing.assert_array_equal(clip.frames, decode_clip(docs[0]["video"]).frames)
-
-
-def test_task_files_name_what_is_there():
-    names = {p.stem for p in tasks_folder().glob("*.yaml")}
-    assert {"daily_omni", "omnivideobench", "lvomnibench", "seats_testbed", "seats_jsonl"} == names
-    assert (
-        "lmms_eval.models" in (ROOT / "setup.py").read_text()
-        and '"seats_analysis._tasks"' in (ROOT / "setup.py").read_text()
-    )
 
 
 def test_module_prints_the_task_folder():

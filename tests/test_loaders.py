@@ -6,6 +6,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+from conftest import ROOT
 import pytest
 from clips import refused
 from test_cli import done, refused as one_line
@@ -13,7 +14,6 @@ from test_cli import done, refused as one_line
 from seats_analysis.inputs import questions as K
 
 
-ROOT = Path(__file__).resolve().parents[1]
 CLIPS = ROOT / "data" / "testbed" / "clips"
 ASKED = "what pitch is heard first ?"
 CHOICES = ["low", "high", "middle", "shrill"]
@@ -136,15 +136,6 @@ def test_separate_sound_is_taken(tmp_path):
     assert K.load_benchmark("daily-omni", tmp_path)[0].audio is None
 
 
-def test_equal_file_names_are_different_clips(tmp_path):
-    "A repackaging with one folder per video: three questions, two clips."
-    names = ("1/video.mp4", "2/video.mp4", "2/video.mp4")
-    rows = [dict(FIELDS, correct_option="b) high", video_id=v) for v in names]
-    put(tmp_path, "data.json", rows, *names)
-    found = [s.clip for s in K.load_benchmark("lvomnibench", tmp_path)]
-    assert found == ["1/video", "2/video", "2/video"]
-
-
 @pytest.mark.parametrize(
     "data, says",
     [
@@ -208,84 +199,15 @@ def test_command_says_what_is_missing(tmp_path, monkeypatch):
     assert "worldsense_qa.json" in said and not (tmp_path / "p.nc").exists()
 
 
-@pytest.fixture(scope="module")
-def seven_billion():
-    """The 7B's thinker with its real sizes and no memory, and a processor with its limits but our
-    words."""
+def test_longest_clip_of_the_preset_fits_its_count():
+    "128 frames of a wide film are at most 9,216 tokens for the processor of the 7B."
     import torch
-    from transformers import (
-        Qwen2_5OmniProcessor,
-        Qwen2_5OmniThinkerConfig,
-        Qwen2_5OmniThinkerForConditionalGeneration,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-        WhisperFeatureExtractor,
-    )
-    from seats_analysis.testbed.load import CHAT_TEMPLATE, build_config, build_tokenizer
-
-    vision = dict(
-        depth=32,
-        hidden_size=1280,
-        intermediate_size=3420,
-        num_heads=16,
-        out_hidden_size=3584,
-        window_size=112,
-        fullatt_block_indexes=[7, 15, 23, 31],
-        tokens_per_second=25,
-    )
-    config, words = Qwen2_5OmniThinkerConfig(vision_config=vision), build_config()
-    for name in vars(words):
-        if name.endswith(("_token_id", "_token_index")):
-            setattr(config, name, getattr(words, name))
-    with torch.device("meta"):
-        model = Qwen2_5OmniThinkerForConditionalGeneration(config).eval()
-    hearing = WhisperFeatureExtractor(feature_size=128, return_attention_mask=True)
-    processor = Qwen2_5OmniProcessor(
-        image_processor=Qwen2VLImageProcessor(),
-        video_processor=Qwen2VLVideoProcessor(do_sample_frames=False),
-        feature_extractor=hearing,
-        tokenizer=build_tokenizer(),
-        chat_template=CHAT_TEMPLATE,
-    )
-    return model, processor
-
-
-def test_same_path_at_the_size_of_the_7b(tmp_path, seven_billion):
-    """Loader, limits, prompt, positions and all 28 decoder layers, for the full stream and for
-    what is left of it, by shape."""
-    import torch
-    from seats_analysis.models.families import adapter_for
-    from seats_analysis.models.encode import encode
-    from seats_analysis.models.decoder import Decoder
-    from seats_analysis.cli.app import limits_of
-
-    model, processor = seven_billion
-    worldsense(tmp_path)
-    samples = K.load_benchmark("worldsense", tmp_path)[:1]
-    encoded = encode(model, processor, samples, **limits_of("worldsense", processor))
-    counts = {k: int(v[0]) for k, v in encoded.layout.counts().items()}
-    assert counts["audio"] == 8 * 25
-    assert counts["visual"] % 8 == 0 and 128 <= counts["visual"] / 8 <= 144
-    adapter, decoder, width = adapter_for(model), Decoder(model), 3584
-    assert adapter.num_layers(model) == 28
-    assert 7e9 < sum(p.numel() for p in adapter.decoder(model).parameters()) < 8e9
-    unseen = counts["text"] + counts["audio"]
-    for length in (sum(counts.values()), unseen, counts["text"]):
-        hidden = torch.empty(1, length, width, device="meta")
-        places = torch.zeros(3, 1, length, dtype=torch.long, device="meta")
-        tables = decoder.rotary_tables(hidden, places)
-        for layer in range(28):
-            hidden, _ = decoder.run_layer(hidden, tables, None, layer)
-        assert hidden.shape == (1, length, width)
-        assert decoder.logits(hidden[:, -1:]).shape[:2] == (1, 1)
-
-
-def test_longest_clip_of_the_preset_fits_its_count(seven_billion):
-    "128 frames of a wide film are at most 9,216 tokens."
-    import torch
+    from transformers import Qwen2VLVideoProcessor
     from seats_analysis.models.families import published_limits
+    from seats_analysis.testbed.load import build_processor
 
-    _, processor = seven_billion
+    processor = build_processor()
+    processor.video_processor = Qwen2VLVideoProcessor(do_sample_frames=False)
     most = published_limits("worldsense", processor)["max_frames"]
     video = processor.video_processor
     for height, width in ((90, 160), (240, 320), (1080, 1920)):

@@ -38,11 +38,20 @@ LATER = tiny.schedule(
 THIRD = Schedule(L, late_start=3)
 
 
+def model_of(family, **options):
+    if family not in tiny.FAMILIES:
+        return kinds.model(family, **options)
+    made = tiny.thinker(family, **options)
+    made.config.get_text_config()._experts_implementation = "eager"  # what torch's counter counts
+    return made
+
+
 class Case:
     def __init__(self, family, model=None):
         self.family = family
-        self.model = model or kinds.model(family)
-        self.processor = kinds.processor(family)
+        self.omni = family in tiny.FAMILIES
+        self.model = model or model_of(family)
+        self.processor = (tiny if self.omni else kinds).processor(family)
         self.samples = kinds.samples(family)
         self.adapter = adapter_for(self.model)
         self.batch = self.encode(self.samples)
@@ -65,10 +74,10 @@ class Case:
             return self.model(**encoded.inputs).logits[:, -1]
 
 
-@pytest.fixture(scope="module", params=kinds.ROWS)
+@pytest.fixture(scope="module", params=[*tiny.FAMILIES, *kinds.ROWS])
 def case(request):
-    name = kinds.ROWS[request.param][0]
-    if not hasattr(transformers, name + "ForConditionalGeneration"):
+    name = (tiny.CLASSES | {k: row[0] for k, row in kinds.ROWS.items()})[request.param]
+    if not hasattr(transformers, name + "Config"):
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     return Case(request.param)
 
@@ -156,9 +165,10 @@ def test_from_one_modality_to_boundaries_and_schedule(case):
 
 def test_the_family_is_found_by_its_class(case):
     assert case.adapter.family == case.family
-    only = ("audio",) if kinds.heard(case.family) else ("visual",)
-    both = case.family in kinds_gemma.ROWS
-    assert case.adapter.modalities(case.model) == (("visual", "audio") if both else only)
+    kinds_of = ("visual", "audio")
+    if not case.omni and case.family not in kinds_gemma.ROWS:
+        kinds_of = ("audio",) if kinds.heard(case.family) else ("visual",)
+    assert case.adapter.modalities(case.model) == kinds_of
 
 
 def test_a_checkpoint_whose_parts_do_not_all_have_sdpa_is_loaded(tmp_path):
@@ -203,6 +213,8 @@ def test_keeping_everything_changes_no_bit_and_leaves_nothing_behind(case):
 
 def test_positions_are_those_that_the_stock_model_gives_itself(case):
     inputs = {k: v for k, v in case.single.inputs.items() if k != "position_ids"}
+    if case.omni:
+        inputs["use_audio_in_video"] = True
     with last_logits_only(case.model):
         stock = case.model(**inputs).logits[:, -1]
     close(stock, case.logits(case.single))
@@ -416,7 +428,7 @@ def test_the_branch_probe_equals_the_plain_one(case):
 
 
 def test_scores_of_stage_two_are_those_of_the_stock_attention(case):
-    eager = kinds.model(case.family, "eager")
+    eager = model_of(case.family, attention="eager")
     stream = case.stream(eager)
     decoder, hidden, tables = stream.decoder, stream.hidden, stream.rotary
     weights = []

@@ -1,8 +1,6 @@
 """The probe against a naive one: a plain loop over all layers for every layer, condition and
 choice."""
 
-from copy import deepcopy
-from dataclasses import replace
 from functools import cache, partial
 
 import naive
@@ -12,12 +10,11 @@ import tiny
 import torch
 from test_undo import state
 
-from seats_analysis import adapter_for, encode, load_profile, probe_dependency
+from seats_analysis import adapter_for, encode, probe_dependency
 from seats_analysis.inputs.layout import Modality
 from seats_analysis.models.provenance import sample_rows
 from seats_analysis.models.scoring import score_choices
 from seats_analysis.storage.provenance import digest
-from seats_analysis.storage.schemas import save_profile
 
 LAYERS = 3
 KINDS = {name: (code,) for name, code in Modality.CODES.items()}
@@ -144,48 +141,6 @@ def test_coordinates_and_attributes(model, samples, profile):
     assert attrs["data_sha256"] == digest(sample_rows(samples))
     said = "model revision prompt_sha256 seed versions threads max_branch_tokens needs"
     assert set(said.split()) <= set(attrs)
-
-
-def test_hashes_notice_changes(model, samples):
-    adapter, other = adapter_for(model), deepcopy(model)
-    with torch.no_grad():
-        adapter.lm_head(other).weight[0, 0] += 1
-    assert adapter.hash_weights(other) != adapter.hash_weights(model)
-    rows = lambda **change: sample_rows([replace(samples[0], **change)])
-    clip = lambda seed: tiny.clip(seed, 3, size=(112, 112))
-    assert rows(answer=0) != rows() != rows(video=clip(9)) and rows() == rows(video=clip(0))
-
-
-def test_files(profile, tmp_path):
-    path = save_profile(profile, tmp_path / "sub" / "p.nc")
-    assert profile.identical(load_profile(path))
-    old = path.read_bytes()
-    with pytest.raises(ValueError, match="not a dependency profile"):
-        save_profile(profile.assign_attrs(schema="x"), path)
-    assert path.read_bytes() == old and [p.name for p in path.parent.iterdir()] == ["p.nc"]
-
-
-def test_twice_the_same_question_is_refused(ask, samples):
-    with pytest.raises(ValueError, match="'open' occurs more than once"):
-        ask(samples[:1] * 2)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (dict(samples=[]), "at least one sample"),
-        (dict(model=torch.nn.Linear(1, 1).eval()), "names no token"),
-        (dict(removed="smell"), "not one of visual"),
-        (dict(removed=()), "once"),
-        (dict(layers=[LAYERS + 1]), f"outside 0..{LAYERS}"),
-        (dict(answers="guess"), "'guess' is not known"),
-        (dict(layers="all"), "'all' is not known"),
-        (dict(shard=(0, 2)), "need a checkpoint"),
-    ],
-)
-def test_bad_arguments(model, processor, samples, change, message):
-    with pytest.raises(ValueError, match=message):
-        probe_dependency(**dict(model=model, processor=processor, samples=samples) | change)
 
 
 def test_a_model_in_training_is_refused(model, ask, samples):

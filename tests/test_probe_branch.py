@@ -1,7 +1,6 @@
 """The branch method gives what the plain one gives for less: every layer, condition, family, kind
 of question and limit of tokens."""
 
-import time
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import replace
@@ -24,12 +23,11 @@ from seats_analysis import (
     testbed_samples as shipped_samples,
     time_window,
 )
-from seats_analysis.inputs.layout import Modality, chunk_ids
+from seats_analysis.inputs.layout import Modality
 from seats_analysis.models.encode import encode_questions
 from seats_analysis.models.scoring import score_choices
 from seats_analysis.probing import branches, run
-from seats_analysis.probing.branches import Tail, Traversal, branch_scores
-from seats_analysis.probing.run import within_memory
+from seats_analysis.probing.branches import Traversal, branch_scores
 from seats_analysis.probing.selectors import View, check_removed, every_token
 
 VISUAL, AUDIO, TEXT, *_ = Modality
@@ -49,11 +47,6 @@ def processor():
 @pytest.fixture(scope="module")
 def samples():
     return tiny.probed()
-
-
-@pytest.fixture(scope="module")
-def scanned(model, processor, samples):
-    return probe_dependency(model, processor, samples, progress=False)
 
 
 def scores_of(model, processor, samples, removed=NAMES, layers=None, most=4096):
@@ -132,44 +125,6 @@ def kept(walk):
     return [(c.front, len(c.own)) for c in walk.conditions]
 
 
-@torch.no_grad()
-def made_up(model, windows, visual, audio, text):
-    "Random states: text, windows of visual and audio tokens side by side, text, a last token."
-    decoder = branches.Decoder(model)
-    weight = decoder.head.weight
-    media = [VISUAL] * visual + [AUDIO] * audio
-    kind = torch.tensor([TEXT] * text + media * windows + [TEXT] * text, dtype=torch.int8)
-    n = len(kind)
-    hidden = torch.randn(1, n + 1, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    positions = torch.arange(n + 1, device=weight.device).expand(3, 1, -1)
-    stream = branches.Stream(decoder, hidden, decoder.rotary_tables(hidden, positions))
-    tail, runs = Tail.pack([(0,)], [[(1,), (2,)]], weight.device), chunk_ids(kind[None])[0]
-    view = View(kind, runs, runs, "made up", len(decoder.layers))
-    return stream, tail, {name: every_token((name,))(view) for name in NAMES}
-
-
-@torch.no_grad()
-def by_branch(model, states, most):
-    walk = Traversal(*states)
-    walk.run(set(range(len(walk.decoder.layers))), most)
-    return walk.scores()
-
-
-@torch.no_grad()
-def one_plain_run(model, states, name, layer):
-    "One complete run with removal before one layer: the answer's log-probabilities."
-    (stream, _, marks), decoder = states, states[0].decoder
-    keep = torch.cat([(~marks[name]).nonzero()[:, 0], torch.tensor([len(marks[name])])])
-    keep = keep.to(stream.hidden.device)
-    hidden, rotary = stream.hidden, stream.rotary
-    for i in range(len(decoder.layers)):
-        if i == layer:
-            hidden, rotary = hidden[:, keep], tuple(t[:, keep] for t in rotary)
-        hidden, _ = decoder.run_layer(hidden, rotary, None, i)
-    logits = decoder.logits(hidden[:, -1:])
-    return logits.float().log_softmax(-1)[0, 0]
-
-
 @pytest.mark.parametrize("first, second", [((0,), (3,)), ((0, 3), (3, 0)), ((3, 0, 0), (0, 0))])
 def test_token_0_is_a_token(model, processor, samples, first, second):
     "In front of a choice and inside of one; what a shorter choice lacks is none."
@@ -187,49 +142,6 @@ def test_token_0_is_a_token(model, processor, samples, first, second):
     ):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
     assert np.isnan(found.total).tolist() == [[False, False], [False, True]]
-
-
-def test_made_up_states(model):
-    states = made_up(model, 2, 6, 4, 3)
-    for (name, layer), scores in by_branch(model, states, 4096).items():
-        if name:
-            expected = one_plain_run(model, states, name, layer)
-            torch.testing.assert_close(scores.answer[0], expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.cuda
-def test_seven_billion_at_a_minute_of_video():
-    "28 layers, three conditions, 10,866 tokens: under 80 GB, at most 0.40 of the plain time."
-    from transformers import (
-        Qwen2_5OmniThinkerConfig,
-        Qwen2_5OmniThinkerForConditionalGeneration as Thinker,
-    )
-
-    with torch.device("cuda"):  # by default the text model is that of 7B
-        big = Thinker._from_config(Qwen2_5OmniThinkerConfig(), dtype=torch.bfloat16).eval()
-    states = made_up(big, 30, 307, 50, 78)
-    assert abs(states[0].hidden.shape[1] - 10_866) < 10
-
-    def timed(work):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    by_branch(big, states, run.MAX_TOKENS)  # warm up
-    torch.cuda.reset_peak_memory_stats()
-    branch = timed(lambda: by_branch(big, states, run.MAX_TOKENS))
-    plain = sum(
-        timed(lambda: one_plain_run(big, states, name, layer))
-        for name in NAMES
-        for layer in range(28)
-    )
-    peak = torch.cuda.max_memory_allocated() / 1e9
-    print(
-        f"branch {branch:.1f} s, plain {plain:.1f} s ({branch / plain:.2f}), at most {peak:.1f} GB"
-    )
-    assert peak < 80 and branch <= 0.40 * plain
 
 
 def test_states_held_are_those_of_the_closed_form(model, processor, samples):
@@ -316,23 +228,6 @@ def test_prompts_that_do_not_begin_alike_stand_alone(model, processor, samples):
     assert_same(*scores_of(model, early, samples[:3], layers=[0, 2, LAYERS]))
 
 
-# what needs no answers, or long ones
-
-
-def test_unlabelled_and_reference_answers(model, processor, samples, scanned):
-    "Without choices only the divergence is there; with one, its likelihood too."
-    bare = [
-        replace(samples[0], id="none", choices=(), answer=-1),
-        replace(samples[0], id="one", choices=(WORDS[3],), answer=0),
-    ]
-    found = probe_dependency(model, processor, bare, progress=False)
-    for kl in found.kl:
-        np.testing.assert_allclose(kl, scanned.kl[0], atol=1e-5)
-    np.testing.assert_allclose(found.nll[1], scanned.nll[0], atol=3e-5)
-    assert found.nll[0].isnull().all() and found.margin.isnull().all() and not found.correct.any()
-    assert found.n_choices.values.tolist() == [0, 1]
-
-
 # memory
 
 
@@ -360,11 +255,6 @@ def test_running_out_of_memory_halves_the_budget_and_goes_on(
     monkeypatch.setattr(branches.Decoder, "run_layer", never)
     with pytest.raises(MemoryError, match="a single stream of"):
         ask()
-
-
-def test_other_errors_are_not_taken_for_memory():
-    with pytest.raises(RuntimeError, match="shape"):
-        within_memory(lambda tokens: torch.ones(2).view(3), 8, 1)
 
 
 def test_a_batch_holds_no_more_than_the_budget(model, processor, samples, monkeypatch):

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from unittest.mock import patch
 
+from conftest import ROOT
 import pytest
 import tiny
 import torch
@@ -27,7 +27,6 @@ from seats_analysis.probing import run as probe
 from seats_analysis.probing.run import ProbeRun
 from seats_analysis.storage.files import Checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
 FORK = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -261,22 +260,6 @@ def test_selectors_tell_runs_apart(ask, samples, tmp_path, one, other):
         removed(other)
 
 
-class Held:
-    def __call__(self, view):
-        return view.media
-
-
-@pytest.mark.parametrize("selector", [lambda view: view.media, Held(), partial(max, 1)])
-def test_no_checkpoint_for_a_selector_without_a_name(ask, samples, tmp_path, selector):
-    "Without one it may be used."
-    one = partial(ask, samples[:2], {"part": selector}, layers=[1])
-    with pytest.raises(ValueError, match="give a frozen dataclass"):
-        one(checkpoint=tmp_path / "j")
-    assert not (tmp_path / "j").exists()
-    if not isinstance(selector, partial):
-        assert one().sizes["sample"] == 2
-
-
 def test_a_run_with_other_layers_is_not_swept_away(to_file, tmp_path):
     "The finished samples of an unfinished run stay."
     path = tmp_path / "p.nc"
@@ -291,19 +274,12 @@ def test_a_run_with_other_layers_is_not_swept_away(to_file, tmp_path):
     assert names_in(tmp_path) == ["p.nc"]
 
 
-# several processes
-
-
 # the command
 
 
 ENVIRONMENT = os.environ | dict(
     PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false"
 )
-
-
-def called(*words):
-    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
 
 
 WORDS_OF_COMMAND = "probe --limit 6 --layers 0:16:4".split()
@@ -331,7 +307,8 @@ def launched(folder, path):
     words = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
     words += " --dynamo_backend no --main_process_port 0 --no_python"
     launch = [sys.executable, "-m", "accelerate.commands.launch", *words.split()]
-    done = called(*launch, *COMMAND, "--out", path)
+    words = [*launch, *COMMAND, "--out", path]
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     return [done.returncode] * 2, done.stdout, done.stderr
 
 
@@ -357,27 +334,3 @@ def test_launched_twice_is_the_same_file(commanded, tmp_path, twice):
     assert "probe (1 of 2)" in said and "probe (2 of 2)" in said
     assert out.count("questions on") == 1
     assert (tmp_path / "p.nc").read_bytes() == commanded.read_bytes()
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("stop, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_stopped_command_goes_on(commanded, tmp_path, stop, code):
-    path = tmp_path / "p.nc"
-    # a shell lets what it starts in the background ignore it
-    heeded = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    out = ["--out", path]
-    with subprocess.Popen(
-        [*COMMAND, *out], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, preexec_fn=heeded
-    ) as child:
-        while not rows_of(path) and child.poll() is None:
-            time.sleep(0.005)
-        child.send_signal(stop)
-        said = child.stderr.read()
-    assert child.returncode == code and not path.exists() and 0 < len(rows_of(path)) < 6
-    if stop == signal.SIGINT:
-        assert said.splitlines()[-1] == "seats: interrupted" and "the same command goes on" in said
-    other = called(*COMMAND, "--limit", "5", *out)
-    assert other.returncode == 2
-    assert "other data (6 samples there, 5 now" in other.stderr.splitlines()[-1]
-    assert called(*COMMAND, *out).returncode == 0
-    assert path.read_bytes() == commanded.read_bytes()

@@ -353,60 +353,7 @@ def test_refused_calls(model, singles, line):
         assert torch.equal(last(model, one), want)
 
 
-@pytest.mark.parametrize(
-    "plan, options, error, line",
-    [
-        (PLAN, dict(kv="drop"), ValueError, "`kv` must be one of 'retain', 'evict', not 'drop'"),
-        (PLAN, dict(images="crop"), ValueError, "`images` must be one of 'keep', 'prune'"),
-        (Schedule.published("qwen2.5-omni-7b"), {}, ValueError, "28 layers"),
-        (0.1, {}, TypeError, "wants a Schedule, its file, a Pruner or None, not float"),
-        (PLAN, dict(model=torch.nn.Linear(1, 1)), ValueError, "names no token"),
-    ],
-)
-def test_refused_blocks(model, plan, options, error, line):
-    with pytest.raises(error, match=line):
-        with prune(**dict(model=model, plan=plan) | options):
-            raise AssertionError("entered")
-
-
-def test_a_run_before_its_first_prefill(model):
-    with prune(model, PLAN) as run:
-        assert run.kept == {}
-        with pytest.raises(ValueError, match="no prompt was read"):
-            run.tokens_per_layer
-
-
 # ---------------------------------------------------------------- going on
-
-
-def test_several_tokens_at_once_equal_one_by_one(model, batch):
-    "Positions and masks may be given or not."
-    tokens = torch.randint(12, 40, (len(batch), 3), generator=torch.Generator().manual_seed(0))
-
-    def mask(n):
-        return torch.nn.functional.pad(batch.inputs["attention_mask"], (0, n), value=1)
-
-    # after a late block `evict` has no media left to ask about
-    for kv, name in (("evict", "stage2"), ("retain", "together")):
-        with prune(model, PLANS[name], kv=kv):
-            logits = []
-            for more in (
-                lambda i: dict(
-                    attention_mask=mask(i), position_ids=batch.position_ids[..., -1:] + i
-                ),
-                lambda i: dict(attention_mask=mask(i)),
-                lambda i: {},
-            ):
-                cache = prefilled(model, batch)
-                steps = [
-                    model(input_ids=tokens[:, i - 1 : i], past_key_values=cache, **more(i)).logits
-                    for i in (1, 2, 3)
-                ]
-                logits.append(torch.cat(steps, 1))
-            cache = prefilled(model, batch)
-            at_once = model(input_ids=tokens, attention_mask=mask(3), past_key_values=cache).logits
-            for other in logits:
-                close(other, at_once)
 
 
 def test_padded_follow_up_on_a_retained_cache(model, singles):
@@ -433,16 +380,6 @@ def test_padded_follow_up_on_a_retained_cache(model, singles):
             )
         logits.append(torch.stack([turn.logits[:, -1], after.logits[:, -1]]))
     close(*logits)
-
-
-def test_generate_without_a_cache(model, singles):
-    "Every step is a prefill of its own; stage I does not look at the text."
-    # no placeholders of media
-    options = THREE | dict(suppress_tokens=list(range(10)))
-    with prune(model, PLANS["stage1"]):
-        assert torch.equal(
-            *(model.generate(**singles[BOTH].inputs, **options, use_cache=c) for c in (False, True))
-        )
 
 
 def test_several_prompts_in_one_block(model, singles):

@@ -2,36 +2,16 @@
 
 import csv
 import math
-from pathlib import Path
 
+from conftest import ROOT
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seats_analysis import Boundaries, Schedule
+from seats_analysis import Schedule
 from seats_analysis.schedules.file import PUBLISHED
 from seats_analysis.schedules.solve import MAX_STRENGTH, Segments
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def test_shipped_files_are_the_published_plans():
-    for name, setting in PUBLISHED.items():
-        for trr in setting["pairs"]:
-            shipped = Schedule.load(ROOT / "data" / "schedules" / f"{name}_trr{trr}.json")
-            published = Schedule.published(name, trr)
-            for field in ("drop_layers", "windows", "model"):
-                assert getattr(shipped, field) == getattr(published, field)
-            for m in ("visual", "audio"):
-                assert shipped.levels(m) == pytest.approx(published.levels(m), abs=1e-6)
-
-
-def test_the_shipped_tuned_schedule_goes_by_name_and_brings_its_certificate():
-    plan = Schedule.load("testbed/tuned")
-    proof = plan.evidence["certificate"]
-    assert proof["p"] <= 1 - proof["promise"]["confidence"]
-    assert plan.num_layers == Schedule.load("testbed/10").num_layers
 
 
 def test_published_constants_equal_the_reported_table():
@@ -107,25 +87,3 @@ def test_the_nearest_plan_meets_what_can_be_met(plan, target, equal):
     if equal and len(drops) > 1 and math.prod(keep) < 1 - 1e-6:
         removed = 1 - np.cumprod(keep)
         assert np.diff(removed, prepend=0) == pytest.approx([removed[0]] * len(drops), abs=1e-9)
-
-
-means = st.tuples(st.integers(1, 200_000), st.integers(1, 50)).map(
-    lambda pair: pair[0] / pair[1]
-)  # of token counts over clips
-
-
-@given(means, means)
-def test_a_trr_of_100_keeps_all_whatever_the_mean_counts(n_visual, n_audio):
-    assert Schedule.from_trr(Boundaries(20, 5, 16), 100, n_visual, n_audio).keeps_all
-
-
-@given(means, st.integers(2, 20), st.floats(1.0, 99.9), st.booleans())
-def test_a_modality_without_tokens_sets_no_limit(tokens, late, trr, is_visual):
-    """Only one modality is there, and it may stay to the end; the other would leave early."""
-    there, absent = ("visual", "audio") if is_visual else ("audio", "visual")
-    plan = Schedule.from_trr(
-        {there: Boundaries(20, 2, 20), absent: Boundaries(20, 2, late)},
-        trr,
-        *((tokens, 0) if is_visual else (0, tokens)),
-    )
-    assert plan.trr[there] == pytest.approx(trr / 100) and plan.trr[absent] <= late / 20

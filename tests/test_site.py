@@ -12,8 +12,8 @@ import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
+from conftest import ROOT
 import nbformat
 import pytest
 
@@ -22,7 +22,6 @@ from seats_analysis.schedules.cost import flops_fraction
 from seats_analysis.storage.files import shipped_folder
 from seats_analysis.testbed.load import TESTBEDS
 
-ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "build" / "docs" / "site"
 WIDTHS = 375, 1280  # a phone, a desk
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

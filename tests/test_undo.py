@@ -390,23 +390,6 @@ def test_the_search_for_survivors_finds_them(model, batch):
 # ---------------------------------------------------------------- several models, several threads
 
 
-def test_blocks_that_overlap(model, other, batch):
-    "Two models, whose blocks are left in the order in which they were entered."
-    models = model, other
-    states = [state(m) for m in models]
-    wants = [everything(m, batch) for m in models]
-    first, second = prune(model, PLAN), prune(other, PLAN, kv="retain")
-    first.__enter__()
-    assert state(other) == states[1] and equal(everything(other, batch), wants[1])
-    second.__enter__()
-    pruned = generate(other, batch)
-    first.__exit__(None, None, None)
-    assert state(model) == states[0] and equal(everything(model, batch), wants[0])
-    assert torch.equal(generate(other, batch), pruned)
-    second.__exit__(None, None, None)
-    assert [state(m) for m in models] == states and equal(everything(other, batch), wants[1])
-
-
 def test_one_block_at_a_time(model, batch):
     before = state(model)
     with prune(model, PLAN) as run:
@@ -526,34 +509,6 @@ def test_leaving_waits_for_the_pass_under_way(where, family, monkeypatch):
     assert "\n" not in str(error.value) and told == [str(error.value)]
     assert run.samples == len(run.kept.get("late5", ())) >= (where != "vision")
     assert len(calls) == count and state(model) == before
-
-
-def test_a_generation_that_waits_for_the_leaver(model, processor, monkeypatch):
-    """Between two passes it may wait for ever, so leaving does not wait for it; it is refused when
-    it goes on, and then nothing is left on the model. An error of the block's own comes first."""
-    monkeypatch.setattr(encoders.Hooks, "PATIENCE", 0.05)
-    one = encode(model, processor, [tiny.ask("both", tiny.clip(0, 2))])
-    before = state(model)
-    for error, line in ((ValueError, LEFT), (Broken, None)):
-        at, go, told = Event(), Event(), []
-
-        class Streamer:
-            def put(self, tokens):
-                if tokens.shape[-1] == 1:
-                    at.set()
-                    assert go.wait(60)
-
-        thread = told_too_late(model, one, told, streamer=Streamer())
-        with pytest.raises(error, match=line), prune(model, PLAN):
-            thread.start()
-            assert at.wait(60)
-            if error is Broken:
-                raise Broken
-        last(model, one)  # others go on with the stock model
-        go.set()
-        thread.join(60)
-        assert len(told) == 1 and LEFT in told[0]
-        assert state(model) == before
 
 
 def test_a_block_without_a_prompt_says_so(model, batch, recwarn):

@@ -13,6 +13,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from conftest import ROOT
 import numpy as np
 import pins
 import pytest
@@ -24,7 +25,6 @@ from seats_analysis.cli import main as cli
 from test_readme import code
 from test_repo import tracked
 
-ROOT = Path(__file__).resolve().parents[1]
 BUILD = """
 import sys, tarfile
 from pathlib import Path

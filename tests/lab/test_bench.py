@@ -3,29 +3,20 @@
 import json
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
+from conftest import ROOT
 import pytest
 import torch
 from pretend import pretend_gpu
 from test_cli import seats
 
-from seats_analysis import METHODS, adapter_for, encode, prefill_flops, prune
-from seats_analysis.lab import bench, bench_command, paper, timing_figures as timing
+from seats_analysis import METHODS, adapter_for, encode, prune
+from seats_analysis.lab import bench, bench_command, paper
 from seats_analysis.lab.bench import BenchSetup, Job, Workload
 from seats_analysis.lab.bench_rows import TIMES, compared
-from seats_analysis.lab.workloads import (
-    SIZES,
-    Request,
-    bench_inputs,
-    bench_processor,
-    build_model,
-    config_of,
-)
-from seats_analysis.schedules.cost import kv_bytes, text_dims
+from seats_analysis.lab.workloads import SIZES, Request, bench_inputs, bench_processor, build_model
 from seats_analysis.storage.schemas import load_json
 
-ROOT = Path(__file__).resolve().parents[2]
 SHORT = Request(4, 2, 30)
 seats = partial(seats, "bench")
 
@@ -55,11 +46,6 @@ WEIGHTS = {
     "qwen2.5-omni-3b": 3_085_938_688 + 151_936 * 2048,
     "qwen3-omni-30b-a3b": 30_532_122_624 + 2 * 128 * 2048,
 }
-WITH_TOWERS = {
-    "qwen2.5-omni-7b": 8_931_813_888,
-    "qwen2.5-omni-3b": 4_703_464_448,
-    "qwen3-omni-30b-a3b": 31_719_205_488,
-}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -68,24 +54,6 @@ def test_real_sizes(name):
     parts = adapter_for(model).decoder(model), model.lm_head
     assert sum(p.numel() for part in parts for p in part.parameters()) == WEIGHTS[name]
     assert {p.device.type for p in model.parameters()} == {"meta"}
-    assert sum(p.numel() for p in model.parameters()) == WITH_TOWERS[name]
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_narrow_models_have_the_real_depth_and_grouping(name):
-    model, real = build_model(name, 32), config_of(name)
-    text, layers = text_dims(model.config), adapter_for(model).layers(model)
-    assert len(layers) == text.layers == real.text_config.num_hidden_layers
-    grouping = real.text_config.num_attention_heads / real.text_config.num_key_value_heads
-    assert text.heads / text.kv_heads == grouping
-    assert layers[0].self_attn.q_proj.weight.shape == (text.heads * text.head_dim, text.hidden)
-    assert len(adapter_for(model).visual(model).blocks) == real.vision_config.depth
-    assert len(adapter_for(model).audio_tower(model).layers) == real.audio_config.encoder_layers
-    inputs = bench_inputs(model, bench_processor(name), SHORT)
-    assert inputs["input_ids"].shape == (1, sum(SHORT.tokens(name).values()))
-    if name == "qwen3-omni-30b-a3b":  # the others are alike, and one of them is timed below
-        with prune(model, Job(name, SHORT).method("seats", 10)), torch.no_grad():
-            assert torch.isfinite(model(**inputs).logits).all()
 
 
 def test_preset_has_the_tokens_that_the_adapter_finds(workload):
@@ -118,14 +86,6 @@ def test_every_method_can_be_timed(workload, monkeypatch):
 
 
 # ---------------------------------------------------------------- one request
-
-
-def test_parts_add_up(workload, method):
-    for m in None, method:
-        t = workload.time(m)
-        assert t["encoder_ms"] + t["selection_ms"] + t["prefill_ms"] == pytest.approx(t["ttft_ms"])
-        assert min(t["encoder_ms"], t["prefill_ms"], t["decode_ms_per_token"]) > 0
-        assert (t["selection_ms"] > 0) == (m is not None)
 
 
 def test_the_full_model_runs_as_it_is(workload, method, monkeypatch):
@@ -173,20 +133,6 @@ def test_time_is_charged_where_it_is_spent(workload, method, monkeypatch):
     assert workload.time(method)["selection_ms"] > before["selection_ms"] + 200
 
 
-@pytest.mark.parametrize("kv", ["evict", "retain"])
-def test_facts(workload, method, kv):
-    model = workload.model
-    with prune(model, method) as run, torch.no_grad():
-        model(**workload.inputs)
-    layers = run.tokens_per_layer[0].tolist()
-    facts = Workload(model, workload.inputs, kv).facts(method)
-    assert facts["kv_bytes"] == kv_bytes(layers, model.config, kv, itemsize=4)
-    assert facts["layer_tokens"] == layers
-    flops = {c: prefill_flops(layers, model.config, c) for c in ("causal", "counter")}
-    assert facts["flops"] == flops
-    assert facts["peak_bytes"] > sum(p.nbytes for p in model.parameters())
-
-
 # ---------------------------------------------------------------- rows and the file
 
 
@@ -207,39 +153,6 @@ def row(method, trr, encoder, selection, prefill, causal, **more):
         samples=[times],
         **more,
     )
-
-
-def test_realised_fraction_by_hand():
-    "The published run: 935 ms become 215 with selection, at 1/11.3 of the FLOPs."
-    full, pruned = compared(
-        [row("full", 100, 300, 0, 935, 113.0), row("seats", 10, 300, 20, 195, 10.0)]
-    )
-    assert pruned["speedup"] == pytest.approx(935 / 215) and pruned[
-        "flops_fraction_causal_without_selection"
-    ] == pytest.approx(10 / 113)
-    assert pruned["realised_counter"] == pytest.approx(
-        pruned["speedup"] * pruned["flops_fraction_counter_without_selection"]
-    )
-    assert pruned["realised_fraction"] == pytest.approx(0.38486, abs=1e-5) and pruned[
-        "ttft_speedup"
-    ] == pytest.approx(1235 / 515)
-    assert (
-        full["speedup"]
-        == full["realised_fraction"]
-        == full["flops_fraction_causal_without_selection"]
-        == 1
-    )
-
-
-def test_rows_are_compared_within_their_group():
-    rows = compared(
-        [
-            row("full", 100, 0, 0, 100, 10.0),
-            dict(row("full", 100, 0, 0, 900, 90.0), batch=4),
-            dict(row("seats", 10, 0, 0, 90, 9.0), batch=4),
-        ]
-    )
-    assert rows[2]["speedup"] == 10 and rows[2]["flops_fraction_causal_without_selection"] == 0.1
 
 
 @pytest.fixture
@@ -280,103 +193,67 @@ ASKED = *SHAPE, *"--methods seats,random --trr 35,10 --repeats 3".split()
 ONE = "--methods seats --trr 10 --repeats 1".split()
 
 
-def reported(folder):
-    return compared(json.loads((folder / "b.json").read_text())["rows"])
+@pytest.fixture
+def ask(clock, tmp_path):
+    "Runs the command, always into one file."
+    return lambda *words: seats(*words, "--out", tmp_path / "b.json")
 
 
-def test_file(clock, tmp_path):
-    assert seats(*ASKED, "--out", tmp_path / "b.json").exit_code == 0
-    rows = reported(tmp_path)
-    assert [(r["method"], r["trr"]) for r in rows] == [
-        ("full", 100),
-        ("seats", 35),
-        ("seats", 10),
-        ("random", 35),
-        ("random", 10),
-    ]
-    assert all(
-        r["realised_fraction"]
-        == pytest.approx(r["speedup"] * r["flops_fraction_causal_without_selection"])
-        for r in rows
-    )
+def rows_in(folder):
+    return load_json(folder / "b.json", "bench")["rows"]
+
+
+def test_file(ask, tmp_path):
+    assert ask(*ASKED).exit_code == 0
+    asked = [("full", 100), *((m, trr) for m in ("seats", "random") for trr in (35, 10))]
+    assert [(r["method"], r["trr"]) for r in rows_in(tmp_path)] == asked
     stored = json.loads((tmp_path / "b.json").read_text())
     known = "schema model revision seed device versions threads command"
     assert set(known.split()) <= set(stored)
     assert [len(r["samples"]) for r in stored["rows"]] == [3] * 5
 
 
-def test_ctrl_c_keeps_timings_and_the_same_command_goes_on(clock, tmp_path):
+def test_ctrl_c_keeps_timings_and_the_same_command_goes_on(ask, clock, tmp_path):
     clock.stop_at = 7  # in the second of three rounds of five
-    stopped = seats(*ASKED, "--out", tmp_path / "b.json")
-    assert (
-        stopped.exit_code == 130
-        and "goes on from there" in stopped.stderr
-        and "Traceback" not in stopped.stderr
-    )
-    stored = json.loads((tmp_path / "b.json").read_text())["rows"]
+    stopped = ask(*ASKED)
+    assert stopped.exit_code == 130 and "goes on from there" in stopped.stderr
+    stored = rows_in(tmp_path)
     assert Counter(len(r["samples"]) for r in stored) == {2: 2, 1: 3}
-    assert seats(*ASKED, "--out", tmp_path / "b.json").exit_code == 0
+    assert ask(*ASKED).exit_code == 0
     assert clock.calls == 15 + 5 and clock.facts == 5  # a warm-up each in the new process
-    assert {len(r["samples"]) for r in json.loads((tmp_path / "b.json").read_text())["rows"]} == {3}
-    whole = seats(*ASKED, "--out", tmp_path / "b.json")
+    assert {len(r["samples"]) for r in rows_in(tmp_path)} == {3}
+    whole = ask(*ASKED)
     assert whole.exit_code == 0 and clock.calls == 20 and "5 rows are in" in whole.stderr
+    ask(*ASKED[:-1], 4)  # a repeat more
+    assert clock.calls == 20 + 5 + 5
     assert not [p for p in tmp_path.iterdir() if p.name != "b.json"]
 
 
-def test_more_repeats_and_more_rows_add_to_what_is_there(clock, tmp_path):
-    seats(*ASKED, "--out", tmp_path / "b.json")
-    seats(*ASKED[:-1], 4, "--out", tmp_path / "b.json")
-    assert clock.calls == 15 + 5 + 5
-    other = "--methods seats --trr 25 --repeats 3".split()
-    more = seats(*SHAPE, *other, "--out", tmp_path / "b.json").stdout
-    assert clock.calls == 25 + 3 and "25 %" in more and "random" not in more
-    assert [(r["method"], r["trr"]) for r in reported(tmp_path)][-1] == ("seats", 25)
-
-
-@pytest.mark.parametrize("change", [("--steps", 4)])
-def test_rows_of_other_circumstances_are_not_lost(clock, tmp_path, change):
-    seats(*ASKED, "--out", tmp_path / "b.json")
+def test_rows_of_other_circumstances_are_not_lost(ask, clock, tmp_path, monkeypatch):
+    "Options, kernels and code; and files that are no benchmark."
+    ask(*ASKED)
     before = (tmp_path / "b.json").read_bytes()
-    refused = seats(*ASKED, *change, "--out", tmp_path / "b.json")
-    assert (
-        refused.exit_code == 2
-        and f"now {change[1]}" in refused.stderr
-        and "--again" in refused.stderr
-        and clock.calls == 15
-    )
-    assert (tmp_path / "b.json").read_bytes() == before
-    assert (
-        seats(*ASKED, *change, "--again", "--out", tmp_path / "b.json").exit_code == 0
-        and clock.calls == 30
-    )
-
-
-def test_kernels_and_code_are_circumstances(clock, tmp_path, monkeypatch):
-    seats(*ASKED, "--out", tmp_path / "b.json")
-    monkeypatch.setenv("SEATS_TRITON", "1")
-    assert "kernels torch, now triton" in seats(*ASKED, "--out", tmp_path / "b.json").stderr
-    monkeypatch.delenv("SEATS_TRITON")
-    monkeypatch.setattr(bench, "hash_code", lambda: "changed")
-    said = seats(*ASKED, "--out", tmp_path / "b.json").stderr
-    assert "made with code_sha256" in said and clock.calls == 15
-
-
-def test_another_file_is_not_overwritten(clock, tmp_path):
+    said = ask(*ASKED, "--steps", 4).stderr
+    assert "now 4" in said and "--again" in said
+    with monkeypatch.context() as patch:
+        patch.setenv("SEATS_TRITON", "1")
+        assert "kernels torch, now triton" in ask(*ASKED).stderr
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "hash_code", lambda: "changed")
+        assert "made with code_sha256" in ask(*ASKED).stderr
+    assert (tmp_path / "b.json").read_bytes() == before and clock.calls == 15
+    assert ask(*ASKED, "--steps", 4, "--again").exit_code == 0 and clock.calls == 30
     (tmp_path / "b.json").write_text('{"rows": []}')
-    refused = seats(*ASKED, "--out", tmp_path / "b.json")
-    assert (
-        refused.exit_code == 2
-        and "not a benchmark" in refused.stderr
-        and (tmp_path / "b.json").read_text() == '{"rows": []}'
-    )
+    assert "not a benchmark" in ask(*ASKED).stderr
+    assert (tmp_path / "b.json").read_text() == '{"rows": []}'
 
 
-def test_what_does_not_fit_is_said(clock, tmp_path):
+def test_what_does_not_fit_is_said(ask, clock, tmp_path):
     "The full model runs out of memory: the pruned rows stand alone."
     clock.full = False
-    said = seats(*ASKED, "--out", tmp_path / "b.json")
+    said = ask(*ASKED)
     assert "out of memory" in said.stdout
-    rows = [r for r in reported(tmp_path) if r["samples"]]
+    rows = [r for r in compared(rows_in(tmp_path)) if r["samples"]]
     assert [r["method"] for r in rows] == ["seats", "seats", "random", "random"] and {
         r["speedup"] for r in rows
     } == {None}
@@ -391,28 +268,25 @@ def test_what_does_not_fit_is_said(clock, tmp_path):
     ],
     ids=("build", "workload", "time"),
 )
-def test_no_step_out_of_memory_ends_the_run(clock, tmp_path, monkeypatch, where, error):
+def test_no_step_out_of_memory_ends_the_run(ask, tmp_path, monkeypatch, where, error):
     "Rows that do not fit are named, all others are there, and the next call tries again."
     place = Workload if where == "time" else BenchSetup
     real = getattr(place, where)
-    asked = *SHAPE, *ONE, "--batch", "1,4", "--out", tmp_path / "b.json"
+    asked = *SHAPE, *ONE, "--batch", "1,4"
 
     def fails_once(*args, **kw):
         monkeypatch.setattr(place, where, real)
         raise error
 
     monkeypatch.setattr(place, where, fails_once)
-    assert seats(*asked).exit_code == 0
-    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert ask(*asked).exit_code == 0
+    rows = rows_in(tmp_path)
     lost = {"build": 2, "workload": 2, "time": 1}[where]
     assert [r.get("error") for r in rows] == ["out of memory"] * lost + [None] * (4 - lost) and all(
         r["samples"] for r in rows[lost:]
     )
-    seats(*asked)
-    assert all(
-        len(r["samples"]) == 1 and not r.get("error")
-        for r in json.loads((tmp_path / "b.json").read_text())["rows"]
-    )
+    ask(*asked)
+    assert all(len(r["samples"]) == 1 and not r.get("error") for r in rows_in(tmp_path))
 
 
 def test_batches_cost_in_proportion():
@@ -426,21 +300,19 @@ def test_batches_cost_in_proportion():
     assert longer(0.159, tokens=4000) and not longer(0.161, tokens=4000)
 
 
-def test_what_takes_too_long_is_left_out(clock, tmp_path, monkeypatch):
+def test_what_takes_too_long_is_left_out(ask, clock, tmp_path, monkeypatch):
     "The full model takes 10 ms, pruned 4; of twice the tokens four times as much is expected."
-    asked = *"--config testbed --scaling 8192".split(), *ONE, "--out", tmp_path / "b.json"
-    left = lambda: [
-        r["method"] for r in load_json(tmp_path / "b.json", "bench")["rows"] if r.get("error")
-    ]
+    asked = *"--config testbed --scaling 8192".split(), *ONE
+    left = lambda: [r["method"] for r in rows_in(tmp_path) if r.get("error")]
     monkeypatch.setattr(bench_command, "MAX_SECONDS", 0.03)  # doubling the tokens: 40 and 16 ms
-    said = seats(*asked)
+    said = ask(*asked)
     assert (
         "left out: longer than 0.03 s" in said.stdout
         and left() == ["full"] * 3
         and clock.calls == 5
     )
     monkeypatch.setattr(bench_command, "MAX_SECONDS", 1)  # asked again with more patience
-    seats(*asked)
+    ask(*asked)
     assert left() == [] and clock.calls == 8
 
 
@@ -453,17 +325,6 @@ def test_figures_of_a_stored_benchmark(clock, tmp_path):
     assert list(jobs) == ["bench_x_timings", "bench_x_speedup", "bench_x_scaling"]
     for draw in jobs.values():
         assert draw().axes
-
-
-def test_no_timings_without_the_untouched_model():
-    "The full model as it is was left out, the one with batched towers was not."
-    full = compared(
-        [
-            dict(row("full", 100, 1, 0, 9, 4.0), encoders="batch"),
-            dict(row("full", 100, 1, 0, 9, 4.0), samples=[], error="out of memory"),
-        ]
-    )
-    assert timing.main_requests(full) == {}
 
 
 @pytest.mark.parametrize(
@@ -498,75 +359,6 @@ def test_committed_benchmark(path):
 # ---------------------------------------------------------------- the promise, and a GPU
 
 
-@pytest.mark.nightly
-def test_realised_fraction_at_the_testbeds_depth():
-    job = Job("testbed", Request(64, 30.0), 512)
-    setup = BenchSetup(steps=1)
-    work = setup.workload(job, setup.build("testbed", 512))
-    assert sum(job.request.tokens("testbed").values()) >= 4000
-    rows = [
-        dict(
-            row(name, trr, 0, 0, 1, 1.0), **work.facts(m), samples=[work.time(m) for _ in range(3)]
-        )
-        for name, trr in (("full", 100), ("seats", 10))
-        for m in [job.method(name, trr)]
-    ]
-    assert compared(rows)[1]["realised_fraction"] >= 0.6
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("name", SIZES)
-def test_on_a_gpu(name, tmp_path):
-    "bfloat16, weights drawn on the device, times from events, memory from the allocator."
-    asked = "--width 128 --frames 16 --seconds 8 --methods seats --trr 10 --batch 2 --repeats 2"
-    assert seats("--config", name, *asked.split(), "--out", tmp_path / "b.json").exit_code == 0
-    full, pruned = rows = reported(tmp_path)
-    assert (
-        json.loads((tmp_path / "b.json").read_text())["device"] == torch.cuda.get_device_name()
-        and full["kv_bytes"] > pruned["kv_bytes"] > 0
-        and full["peak_bytes"] > 0
-    )
-    for r in rows:
-        assert (
-            r["encoder_ms"] + r["selection_ms"] + r["prefill_ms"]
-            == pytest.approx(r["ttft_ms"], rel=0.5)
-            and r["prefill_ms"] > 0
-        )
-
-
-def test_width_and_other_input_is_checked(tmp_path):
-    for args, says in (
-        (("--config", "testbed", "--width", 100), "multiples of 128"),
-        (("--config", "qwen2.5-omni-7b", "--width", 4000), "from 32 to 3584"),
-        (("--scaling", 2048, "--frames", 8), "--scaling"),
-    ):
-        result = seats(*args, "--out", tmp_path / "never.json")
-        assert result.exit_code == 2 and says in result.stderr and result.stdout == "", (
-            args,
-            result.stderr,
-        )
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_setup_decides_weights_and_cache_and_is_told_apart():
-    name, request = "qwen2.5-omni-7b", Request(2, 1, 10)
-    setups = {s: BenchSetup(seed=s, steps=1) for s in (0, 1)}
-    weights = [next(setups[s].build(name, 32).parameters()) for s in (0, 0, 1)]
-    assert torch.equal(*weights[:2]) and not torch.equal(*weights[1:])
-    job = Job(name, request, 32)
-    method = job.method("seats", 10)
-    model = setups[0].build(name, 32)
-    stored = {
-        kv: BenchSetup(kv=kv, steps=1).workload(job, model).facts(method)["kv_bytes"]
-        for kv in ("evict", "retain")
-    }
-    assert stored["evict"] < stored["retain"]
-    with pytest.raises(ValueError, match="`kv` must be one of"):
-        BenchSetup(kv="keep", steps=1).workload(job, model).facts(method)
-    told = [s.about() for s in (*setups.values(), BenchSetup(kv="retain", steps=1))]
-    assert told[0] != told[1] and told[0] != told[2]
-
-
 @pytest.fixture
 def gpu():
     with torch.no_grad(), pretend_gpu() as gpu:
@@ -588,7 +380,7 @@ def test_on_a_pretended_gpu(gpu, tmp_path, config, width):
     ]
     setup = bench.BenchSetup("cuda", torch.bfloat16, steps=1)
     bench.BenchFile(tmp_path / "b.json", setup).run(jobs, repeats=1)
-    rows = bench.load_json(tmp_path / "b.json", "bench")["rows"]
+    rows = rows_in(tmp_path)
     assert len(rows) == 2 and all(
         r["error"] is None and r["ttft_ms"] > 0 and r["decode_ms_per_token"] > 0 for r in rows
     )

@@ -7,14 +7,13 @@ that runs the command a user runs.
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+from conftest import ROOT
 import pytest
 
 from seats_analysis import load_profile
 from seats_analysis.lab.agreement import TOLERANCE, compare_profiles
 
-ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = 4
 MACHINES = {
     "one-thread": dict(OMP_NUM_THREADS="1"),

@@ -1,8 +1,8 @@
 """Planted boundaries come back, intervals hold them, and the stored studies are those."""
 
 import json
-from pathlib import Path
 
+from conftest import ROOT
 import numpy as np
 import pytest
 import xarray as xr
@@ -16,7 +16,7 @@ from seats_analysis.lab import simulate as S
 from seats_analysis.storage.schemas import load_json
 from seats_analysis.testbed.task import synthetic_profile
 
-DATA = Path(__file__).resolve().parents[2] / "data"
+DATA = ROOT / "data"
 STUDY = DATA / "results" / "boundary_coverage.json"
 
 
@@ -28,27 +28,6 @@ def measured():
 @pytest.fixture(scope="module")
 def noise(measured):
     return S.noise_of(measured)
-
-
-@pytest.mark.parametrize("shape", S.SHAPES)
-@pytest.mark.parametrize("full", [0.9, 0.5])
-def test_a_planted_accuracy_comes_back(noise, shape, full):
-    planted = S.Planted(S.SHAPES[shape](16), full)
-    drawn = noise.draw(planted, 6000, np.random.default_rng(1))
-    assert np.abs(drawn.accuracy - planted.retained * full).max() < 0.035
-
-
-@pytest.mark.parametrize("n", [8, 28, 48])
-def test_noise_fits_other_depths(noise, n):
-    planted = S.Planted(S.SHAPES["ramp"](n))
-    columns = noise.columns(planted)
-    assert (
-        columns[0] == 0
-        and columns[-1] == noise.ranks.shape[1] - 1
-        and (np.diff(columns) >= 0).all()
-    )
-    assert columns[planted.blocks[1]] == noise.blocks[1]
-    assert len(noise.draw(planted, 100, np.random.default_rng(0)).accuracy) == n + 1
 
 
 def test_questions_on_a_clip_stay_together(noise):
