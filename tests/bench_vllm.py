@@ -101,7 +101,7 @@ def start(name, model, args, folder):
     env = lambda *given: environment(*given) | switch
     with patch.object(test_vllm, "environment", env):
         schedule = None if name == "full" else plan
-        return Server(model, schedule, folder / f"{name}.log", *options)
+        return Server(model, schedule, folder / f"{name}.log", *options).ready()
 
 
 def measure(args, folder, save):

@@ -8,7 +8,6 @@ __all__ = []
 # %% ../../nbs/serving/02_lmms.ipynb #01474b53
 import numpy as np
 import os
-import torch
 from collections.abc import Mapping, Sequence
 from collections import defaultdict
 from dataclasses import dataclass
@@ -68,22 +67,46 @@ def prompt_of(
     return Prompt(id, tuple(parts))
 
 # %% ../../nbs/serving/02_lmms.ipynb #4a1df743
-def method_for(
-    model: str,  # `testbed`, a folder or a hub id
-    method: str = "seats",  # key of `METHODS` or `ABLATIONS`; 'full' prunes nothing
-    trr: float | None = None,  # headline TRR in percent
-    schedule=None,  # file, instead of `trr`
-    knob: float = 1.0,  # see `method_at`
-    tokens: tuple = (9216, 1500),  # visual and audio ones of a typical prompt, for shared budgets
-):  # -> Pruner, or None for the full model
-    "A method by name. ValueError for an unknown one, and where no schedule is given or shipped."
-    if method == "full":
-        return None
-    if (trr is None) == (schedule is None):
-        raise ValueError("give either trr=N (percent) or schedule=FILE")
-    if schedule is None:
-        schedule = f"{published_for(check_model_name(model)) or model}/{trr:g}"
-    return method_at(method, Schedule.load(schedule), tokens, knob)
+@checked(frozen=True, config=ConfigDict(coerce_numbers_to_str=True))
+class ModelArgs:
+    "What lmms-eval passes on from `--model_args`; numbers may be text. Raises ValueError for others."
+
+    pretrained: str = "testbed"  # a folder or a hub id
+    method: str = "seats"  # key of `METHODS` or `ABLATIONS`; 'full' prunes nothing
+    trr: FiniteFloat | None = None  # headline TRR in percent
+    schedule: str | None = None  # file, instead of `trr`
+    knob: FiniteFloat = 1.0  # see `method_at`
+    n_visual: FiniteFloat = 9216  # tokens of a typical prompt, for shared budgets
+    n_audio: FiniteFloat = 1500
+    preset: str | None = None  # limits of a published benchmark: 128, 256 or 768 (frames)
+    fps: FiniteFloat = 2.0
+    max_frames: int | None = None  # or limits of one's own
+    kv: str = "retain"  # see `prune`
+    device: str = ""
+
+    def pruner(self):  # -> Pruner, or None for the full model
+        "ValueError for an unknown method, and where no schedule is given or shipped."
+        if self.method == "full":
+            return None
+        if (self.trr is None) == (self.schedule is None):
+            raise ValueError("give either trr=N (percent) or schedule=FILE")
+        name = self.schedule
+        if name is None:
+            known = published_for(check_model_name(self.pretrained))
+            name = f"{known or self.pretrained}/{self.trr:g}"
+        tokens = (self.n_visual, self.n_audio)
+        return method_at(self.method, Schedule.load(name), tokens, self.knob)
+
+    def answerer(self):  # -> Answerer
+        "The model with its method. Raises ValueError for values that do not go together."
+        if self.preset and preset_for(self.preset) is None:
+            raise ValueError(f"preset {self.preset!r}, expected one of 128, 256, 768")
+        method = self.pruner()
+        model, processor = load_model(self.pretrained, self.device)
+        limits = dict(fps=self.fps, max_frames=self.max_frames)
+        if self.preset:
+            limits = published_limits(self.preset, processor)
+        return Answerer(model, processor, method, kv=self.kv, **limits)
 
 # %% ../../nbs/serving/02_lmms.ipynb #94de65ea
 @dataclass(frozen=True)
@@ -139,42 +162,6 @@ def answer_requests(
             done(len(places))
     return out
 
-# %% ../../nbs/serving/02_lmms.ipynb #a2ccb53b
-@checked(frozen=True, config=ConfigDict(coerce_numbers_to_str=True))
-class ModelArgs:
-    "What lmms-eval passes on from `--model_args`; numbers may be text. Raises ValueError for others."
-
-    pretrained: str = "testbed"  # a folder or a hub id
-    method: str = "seats"
-    trr: FiniteFloat | None = None
-    schedule: str | None = None
-    knob: FiniteFloat = 1.0
-    n_visual: FiniteFloat = 9216
-    n_audio: FiniteFloat = 1500  # see `method_for`
-    preset: str | None = None  # limits of a published benchmark: 128, 256 or 768 (frames)
-    fps: FiniteFloat = 2.0
-    max_frames: int | None = None  # or limits of one's own
-    kv: str = "retain"
-    device: str = ""
-
-    def answerer(self) -> Answerer:
-        "The model with its method. Raises ValueError for values that do not go together."
-        if self.preset and preset_for(self.preset) is None:
-            raise ValueError(f"preset {self.preset!r}, expected one of 128, 256, 768")
-        chosen = method_for(
-            self.pretrained,
-            method=self.method,
-            trr=self.trr,
-            schedule=self.schedule,
-            knob=self.knob,
-            tokens=(self.n_visual, self.n_audio),
-        )
-        model, processor = load_model(self.pretrained, self.device)
-        limits = dict(fps=self.fps, max_frames=self.max_frames)
-        if self.preset:
-            limits = published_limits(self.preset, processor)
-        return Answerer(model=model, processor=processor, method=chosen, kv=self.kv, **limits)
-
 # %% ../../nbs/serving/02_lmms.ipynb #c6086240
 @cache
 def omni_class():
@@ -194,9 +181,8 @@ def omni_class():
             self.accelerator = Accelerator()
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
-            no_gpu = str(device).startswith("cuda") and not torch.cuda.is_available()
-            if device in (None, "auto") or no_gpu or self._world_size > 1:
-                device = ""  # of several processes each takes a GPU of its own
+            if self._world_size > 1:
+                device = ""  # each process takes a GPU of its own
             self.answerer = ModelArgs(device=device, **options).answerer()
 
         def generate_until(self, requests):

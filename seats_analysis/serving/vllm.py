@@ -119,7 +119,7 @@ class Planner:
         self.config = config
         self.method = method
         self.adapter = adapter_for(self.thinker)
-        self.plans = {}  # what was asked for last comes last
+        self.plans = {}
         self.lock = Lock()
 
     @property
@@ -149,13 +149,13 @@ class Planner:
             seconds if seconds is None else float(seconds),
         )
         with self.lock:
-            found = self.plans.pop(shape, None) or self._plan(*shape)
-            self.plans[shape] = found
-            held = sum(len(p.ids) for p in self.plans.values())
-            for oldest in [*self.plans][:-1]:
-                if held * BYTES > PLANS:
-                    held -= len(self.plans.pop(oldest).ids)
-        return found
+            if shape not in self.plans:
+                made = self._plan(*shape)
+                held = sum(len(p.ids) for p in (made, *self.plans.values()))
+                if held * BYTES > PLANS:  # seldom
+                    self.plans.clear()
+                self.plans[shape] = made
+            return self.plans[shape]
 
     def _plan(self, grid, frames, seconds):
         ids, positions = self._lay_out(grid, frames, seconds)
