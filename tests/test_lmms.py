@@ -26,14 +26,8 @@ from seats_analysis.evaluation import evaluate as module
 from seats_analysis.evaluation.evaluate import parse_answer
 from seats_analysis.schedules.file import PUBLISHED
 from seats_analysis.serving import lmms
-from seats_analysis.serving.lmms import (
-    Answerer,
-    ModelArgs,
-    doc_to_messages,
-    prompt_of,
-    task_docs,
-    tasks_folder,
-)
+from seats_analysis.serving.lmms import Answerer, ModelArgs, doc_to_messages, prompt_of, task_docs
+from seats_analysis.storage.files import shipped_folder
 from seats_analysis.testbed.load import TESTBEDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,7 +180,7 @@ def test_separate_sound_replaces_that_of_the_video(tmp_path, docs):
 
 
 def test_task_files_name_what_is_there():
-    names = {p.stem for p in tasks_folder().glob("*.yaml")}
+    names = {p.stem for p in shipped_folder("tasks").glob("*.yaml")}
     assert {"daily_omni", "omnivideobench", "lvomnibench", "seats_testbed", "seats_jsonl"} == names
     assert (
         "lmms_eval.models" in (ROOT / "setup.py").read_text()
@@ -251,7 +245,14 @@ def run_lmms(out, args, tasks, limit=8, **env):
     "`python -m lmms_eval`, and the results that it stored."
     words = f"-m lmms_eval --model seats_omni --tasks {tasks} --batch_size 4 --limit {limit}"
     command = [sys.executable, *words.split(), "--log_samples", "--device", "cpu"]
-    command += ["--model_args", args, "--include_path", str(tasks_folder()), "--output_path", out]
+    command += [
+        "--model_args",
+        args,
+        "--include_path",
+        str(shipped_folder("tasks")),
+        "--output_path",
+        out,
+    ]
     run = subprocess.run(
         command,
         capture_output=True,

@@ -16,7 +16,7 @@ if importlib.util.find_spec("vllm") is None:
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from vllm.config import ModelConfig
+from vllm.config import CUDAGraphMode, ModelConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -28,8 +28,9 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.serving import late
 from seats_analysis.serving.omni import PrunedOmni
-from seats_analysis.serving.prefix import SharedPart
+from seats_analysis.serving.prefix import REQUESTS, SharedPart
 from seats_analysis.serving.vllm import Planner, method_of_environment, register
 from test_vllm import ENTERING, FOLDER, TESTS
 from vllm_folder import full_checkpoint
@@ -37,7 +38,7 @@ from vllm_folder import full_checkpoint
 
 class TextManager(SharedPart):
     def _held(self, request_id, tokens):
-        return sum(token < MEDIA for token in KNOWN[request_id].all_token_ids[:tokens])
+        return sum(token < MEDIA for token in REQUESTS[request_id].all_token_ids[:tokens])
 
 
 class TextSpec(AttentionSpec):
@@ -45,7 +46,7 @@ class TextSpec(AttentionSpec):
         return 0
 
 
-SIZE, MEDIA, KNOWN = 4, 1000, {}  # tokens of a block; ids of media begin here; requests
+SIZE, MEDIA = 4, 1000  # tokens of a block; ids of media begin here
 
 
 @pytest.mark.parametrize("blocks", [50, 10_000])
@@ -66,8 +67,8 @@ def test_blocks_of_text_are_shared(blocks):
     waiting, running, pages, ended, preempted = [], [], {}, [[]], 0
     for i in range(400):
         ids = rng.choice(clips) + rng.choice([[], *clips]) + text(9) + [0]
-        KNOWN[str(i)] = Request(str(i), ids, SamplingParams(), None, block_hasher=hasher)
-        waiting.append(KNOWN[str(i)])
+        waiting.append(Request(str(i), ids, SamplingParams(), None, block_hasher=hasher))
+        REQUESTS[str(i)] = waiting[-1]
     while waiting or running:
         step = []
         for r in [*running, *waiting]:
@@ -149,6 +150,44 @@ def test_second_runner_does_not_wait(monkeypatch):
     monkeypatch.setattr(type(state).__base__, "prepare_inputs_embeds", stock)
     assert state.prepare_inputs_embeds(1, 2) == (1, 2)
     assert device.tolist() == known.tolist() == [-40, -7]
+
+
+def test_graphs_read_where_they_did(monkeypatch):
+    """Doubles of the parts and of steps of six tokens, padded to eight: without media each part
+    reads its rows in the same place as before; with them, the late part runs on text alone, without
+    a graph, and so does the mask of the padding."""
+    model = type("Model", (late.LateLayers, SimpleNamespace), dict(__init__=object.__init__))()
+    vars(model).update(late=2, split=[], held=torch.zeros(8, 4), seen=[])
+    model.language_model = SimpleNamespace(model=SimpleNamespace(norm=lambda h: 2 * h))
+    positions = torch.zeros(3, 8).long()
+
+    class Part(SimpleNamespace):
+        def __call__(self, positions, h):
+            assert not (positions >> 32).any()
+            read = positions.data_ptr(), h.data_ptr(), len(h), context.cudagraph_runtime_mode
+            model.seen.append(read)
+            return h + 1
+
+    model.parts = [Part(first=0), Part(first=2)]
+    steps = []
+    for text in (range(6), range(6), (0, 3, 5), ()):
+        text = torch.tensor(text).long()
+        context = SimpleNamespace(attn_metadata=True, is_padding=torch.arange(8) > 5)
+        context.cudagraph_runtime_mode = CUDAGraphMode.PIECEWISE
+        monkeypatch.setattr(late, "get_forward_context", lambda: context)
+        model._rows = lambda *given: (6, {False: text})
+        rows = torch.randn(8, 4)
+        model.seen.clear()
+        positions[:, :6] = torch.arange(6) << 32
+        found = model.forward(None, positions, None, rows)
+        steps.append(list(model.seen))
+        wanted = torch.zeros(8, 4)
+        here = text if len(text) < 6 else slice(None)
+        wanted[here] = 2 * rows[here] + 4
+        assert torch.allclose(found, wanted) and len(context.is_padding) in (8, len(text))
+    (early, whole), again, (_, some), alone = steps
+    assert [early, whole] == again and alone == [early]
+    assert whole[2:] == (8, CUDAGraphMode.PIECEWISE) and some[2:] == (3, CUDAGraphMode.NONE)
 
 
 @pytest.mark.skipif(shutil.which("patch") is None, reason="no patch")

@@ -11,7 +11,6 @@ import logging
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from .omni import PrunedOmni
-from .prefix import SharedPart
+from .prefix import REQUESTS, SharedPart
 from .vllm import check_engine, late_layers, method_of_environment
 
 # %% ../../nbs/serving/04_late.ipynb #1a7e0004
@@ -45,9 +44,6 @@ class PartSpec(AttentionSpec):
 
     def max_memory_usage_bytes(self, vllm_config):
         return -(-vllm_config.model_config.max_model_len // self.block_size) * self.page_size_bytes
-
-
-REQUESTS = WeakValueDictionary()  # id -> the scheduler's request
 
 
 def marks_of(length, features):  # tokens of a prompt, vLLM's media of it -> (length + 1,) int64
@@ -178,13 +174,13 @@ class LateLayers:
         from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
         own = getattr(super(), "get_model_state_cls", lambda: DefaultModelState)
+        known = {}  # place of a running request -> its marks
 
         class LateState(own()):
             def add_request(self, req_index, new_req_data):
                 super().add_request(req_index, new_req_data)
-                self.marks = getattr(self, "marks", {})
-                prompt = new_req_data.prompt_token_ids
-                self.marks[req_index] = marks_of(len(prompt), new_req_data.mm_features)
+                length = len(new_req_data.prompt_token_ids)
+                known[req_index] = marks_of(length, new_req_data.mm_features)
 
             def prepare_inputs(self, input_batch, req_states):
                 made = super().prepare_inputs(input_batch, req_states)
@@ -192,7 +188,7 @@ class LateLayers:
                 rows = zip(b.idx_mapping_np, b.num_computed_tokens_np, b.num_scheduled_tokens)
                 parts = []
                 for index, first, n in rows:
-                    own = self.marks[index]
+                    own = known[index]
                     parts.append(own[torch.arange(first, first + n).clamp(max=len(own) - 1)])
                 marks = torch.cat(parts).to(made["positions"].device)
                 made["positions"][:, : len(marks)] += marks << BITS

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from pydantic import ConfigDict, FiniteFloat
 from pydantic.dataclasses import dataclass as checked
+from tqdm.auto import tqdm
 from ..storage.files import shipped_folder
 from ..inputs.media import Clip
 from ..inputs.samples import Sample
@@ -140,26 +141,25 @@ def answer_requests(
     requests: Sequence,  # of lmms-eval: context, messages, settings, document, task, split
     docs: Mapping,  # task -> split -> documents
     batch_size: int = 1,
-    done=lambda n: None,  # called with the number of questions answered
+    quiet=True,  # no progress bar
 ) -> list:  # of str, in order
     "Answer what lmms-eval asks, requests with equal settings together; greedily, whatever they say."
     groups = defaultdict(list)  # settings -> indices of requests
     for i, r in enumerate(requests):
         groups[repr(sorted(r.args[2].items()))].append(i)
-    out = [None] * len(requests)
+    batches = []
     for group in groups.values():
-        for start in range(0, len(group), batch_size):
-            places = group[start : start + batch_size]
-            prompts = []
-            for i in places:
-                _, messages, given, doc, task, split = requests[i].args
-                prompts.append(answerer.prompt(messages(docs[task][split][doc]), f"{task} {doc}"))
-            until = given.get("until") or []
-            until = [until] if isinstance(until, str) else until
-            tokens = given.get("max_new_tokens", 16)
-            for i, answer in zip(places, answerer(prompts, tokens, until)):
-                out[i] = answer
-            done(len(places))
+        batches += [group[at : at + batch_size] for at in range(0, len(group), batch_size)]
+    out = [None] * len(requests)
+    for places in tqdm(batches, desc="answers", disable=quiet):
+        prompts = []
+        for i in places:
+            _, messages, given, doc, task, split = requests[i].args
+            prompts.append(answerer.prompt(messages(docs[task][split][doc]), f"{task} {doc}"))
+        until = given.get("until") or []
+        until = [until] if isinstance(until, str) else until
+        for i, answer in zip(places, answerer(prompts, given.get("max_new_tokens", 16), until)):
+            out[i] = answer
     return out
 
 # %% ../../nbs/serving/02_lmms.ipynb #c6086240
@@ -186,12 +186,8 @@ def omni_class():
             self.answerer = ModelArgs(device=device, **options).answerer()
 
         def generate_until(self, requests):
-            from tqdm.auto import tqdm
-
-            with tqdm(total=len(requests), disable=self.rank != 0, desc="answers") as bar:
-                return answer_requests(
-                    self.answerer, requests, self.task_dict, self.batch_size, bar.update
-                )
+            quiet = self.rank != 0
+            return answer_requests(self.answerer, requests, self.task_dict, self.batch_size, quiet)
 
         def loglikelihood(self, requests):
             raise NotImplementedError(
@@ -301,10 +297,5 @@ def __getattr__(name):  # what lmms-eval and the task files ask for by name
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 # %% ../../nbs/serving/02_lmms.ipynb #439d0224
-def tasks_folder() -> Path:
-    "Where the task files for `--include_path` are: installed, or in the checkout."
-    return shipped_folder("tasks")
-
-
-if __name__ == "__main__" and "__file__" in globals():
-    print(tasks_folder())
+if __name__ == "__main__" and "__file__" in globals():  # where the files for --include_path are
+    print(shipped_folder("tasks"))

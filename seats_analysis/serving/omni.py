@@ -43,11 +43,6 @@ class PrunedProcessor(Qwen2_5OmniThinkerMultiModalProcessor):
     def planner(self):
         return Planner(self.info.get_hf_config(), method_of_environment())
 
-    @cached_property
-    def media_ids(self):
-        c = self.info.get_hf_config()
-        return torch.tensor([c.video_token_id, c.audio_token_id])
-
     def apply(self, inputs, timing_ctx):
         "`use_audio_in_video` of the server holds where there is an audio track for every video."
         for i, track in enumerate(inputs.mm_data_items.get("audio", ())):
@@ -108,7 +103,7 @@ class PrunedProcessor(Qwen2_5OmniThinkerMultiModalProcessor):
     def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
         def kept(i, modality):
             ids = self.planner.of_item(out_mm_kwargs[modality][i]).placeholders
-            return PromptUpdateDetails.select_token_ids(ids, self.media_ids.tolist())
+            return PromptUpdateDetails.select_token_ids(ids, self.planner.media_ids)
 
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
         return [
@@ -121,12 +116,9 @@ class PrunedProcessor(Qwen2_5OmniThinkerMultiModalProcessor):
     def _derive_audio_from_video_placeholders(self, placeholders, mm_prompt_updates):
         found = dict(super()._derive_audio_from_video_placeholders(placeholders, mm_prompt_updates))
         for modality in ("video", "audio"):  # all rows come with the video
+            media = self.planner.media_ids if modality == "video" else []
             found[modality] = [
-                replace(
-                    p,
-                    is_embed=torch.isin(torch.tensor(p.tokens), self.media_ids)
-                    & (modality == "video"),
-                )
+                replace(p, is_embed=torch.tensor([token in media for token in p.tokens]))
                 for p in found[modality]
             ]
         return found
@@ -171,8 +163,7 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
         self.width = model.get_inputs_embeds_size()
         # runners only ask whether it is above 0; then they take positions from the embeddings
         model.multimodal_config.video_pruning_rate = 0.5
-        c = self.config
-        self.media_ids = c.video_token_id, c.audio_token_id, c.image_token_id
+        self.media_ids = [*self.planner.media_ids, self.config.image_token_id]
         attention = self.visual.blocks[-1].attn
         attention.num_heads = attention.num_attention_heads_per_partition  # as in transformers
         entering = method.schedule.entering

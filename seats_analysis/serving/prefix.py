@@ -8,12 +8,16 @@ __all__ = []
 # %% ../../nbs/serving/03_prefix.ipynb #38b00002
 #| eval: false
 from itertools import islice
+from weakref import WeakValueDictionary
 
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 # %% ../../nbs/serving/03_prefix.ipynb #38b00004
 #| eval: false
+REQUESTS = WeakValueDictionary()  # id -> the scheduler's request
+
+
 def _written(key, before, held, size):  # hash of a full block; tokens of the part before, with it
     "Keys and places of the blocks that were written along with it: at most two."
     end = -(-held // size)
@@ -25,7 +29,7 @@ class SharedPart(FullAttentionManager):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.found_to = {}  # running request -> itself, its full blocks that lead to those here
+        self.done = {}  # running request -> its full blocks that lead to those here
 
     @staticmethod
     def _counts(pool):  # hash of a full block -> tokens of the part up to its end
@@ -71,18 +75,17 @@ class SharedPart(FullAttentionManager):
         return super().allocate_new_blocks(request_id, held, num_tokens_main_model)
 
     def cache_blocks(self, request, *args, **kwargs):
-        self.found_to.setdefault(request.request_id, (request, 0))
         self._lead(request.request_id)
 
     def pop_blocks_for_free(self, request_id):
-        if request_id in self.found_to:
-            self._lead(request_id)
-            del self.found_to[request_id]
+        self._lead(request_id)
+        del self.done[request_id]
         return super().pop_blocks_for_free(request_id)
 
     def _lead(self, request_id):
         "Make what earlier steps wrote known by the hashes of the prompt's blocks."
-        request, done = self.found_to[request_id]
+        request = REQUESTS[request_id]
+        done = self.done.get(request_id, 0)
         size = self.block_size
         counts = self._counts(self.block_pool)
         for key in request.block_hashes[done : request.num_computed_tokens // size]:
@@ -94,7 +97,7 @@ class SharedPart(FullAttentionManager):
                 name = make_block_hash_with_group_id(name, self.kv_cache_group_id)
                 block = self.req_to_blocks[request_id][at]
                 self.block_pool._insert_block_hash(name, block, done * size)
-        self.found_to[request_id] = request, done
+        self.done[request_id] = done
         if len(counts) > 2 * self.block_pool.num_gpu_blocks:  # the oldest are not in the pool now
             for key in [*islice(counts, len(counts) // 2)]:
                 del counts[key]

@@ -7,12 +7,12 @@ __all__ = []
 
 # %% ../../nbs/serving/00_vllm.ipynb #dea81d9b
 import os
+from collections import ChainMap
 from dataclasses import dataclass
 from threading import Lock
 
 import torch
 
-from ..inputs.layout import TokenLayout
 from ..models.encode import layout_of
 from ..models.families import adapter_for
 from ..pruning.base import Stage1Inputs
@@ -57,7 +57,7 @@ def check_engine(
     if two_caches:
         why = "the schedule's `cache` lets layers drop media behind the prompt"
         rows += [("enable_prefix_caching", "False", why), ("enforce_eager", "True", why)]
-    found = {name: value for part in parts[::-1] for name, value in vars(part).items()}
+    found = ChainMap(*map(vars, parts))
     without = LATE if stage_3 else "a schedule"
     for name, good, why in rows:
         if str(found[name]) not in good.split(" or "):
@@ -77,7 +77,7 @@ class MediumPlan:
 
     ids: torch.Tensor  # (N,) int64 of the unpruned prompt, from the first special token to the last
     positions: torch.Tensor  # (3, N) int64 M-RoPE positions; the first is 0
-    layout: TokenLayout  # (1, N)
+    layout: object  # `TokenLayout`, (1, N)
     budgets: tuple  # of `WindowBudget`: visual, then audio
 
     @property
@@ -120,6 +120,7 @@ class Planner:
         self.method = method
         self.adapter = adapter_for(self.thinker)
         self.plans = {}
+        self.media_ids = [config.video_token_id, config.audio_token_id]
         self.lock = Lock()
 
     @property
