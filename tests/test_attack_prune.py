@@ -8,7 +8,6 @@ import threading
 import time
 import warnings
 from contextlib import ExitStack
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -25,7 +24,7 @@ from seats_analysis.models.encode import Prompt
 from seats_analysis.models.scoring import score_choices
 from seats_analysis.pruning.encoders import Hooks
 from seats_analysis.pruning.seats import Seats
-from seats_analysis.serving.lmms import Answerer, answer_requests
+from seats_analysis.serving.lmms import Answerer
 
 FAMILY = "qwen2.5-omni"
 LATE = 5  # no choice is made from what comes out of this layer
@@ -124,10 +123,7 @@ def test_an_answer_has_a_token(model, processor):
     given = dict(answers="generate", max_new_tokens=0)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, not 0"):
         compare_methods(model, processor, tiny.three(), PLANS, "vtw", **given)
-    asked = "", lambda doc: [dict(role="user", content=doc)], dict(max_new_tokens=0), 0, "t", "s"
-    docs = dict(t=dict(s=["where ?"]))  # 0, not 16
-    answerer = Answerer(model, processor)
-    assert answer_requests(answerer, [SimpleNamespace(args=asked)], docs) == [""]
+    assert Answerer(model, processor)([Prompt("p", ("where ?",))], 0) == [""]
 
 
 # ---------------------------------------------------------------- torch.compile

@@ -332,26 +332,25 @@ def test_media_are_encoded_one_by_one():
         name = f"_parse_and_validate_{modality}_input"
         setattr(double, name, partial(getattr(PrunedOmni, name), double))
     grids, lengths = torch.tensor([[2, 4, 4], [1, 2, 4], [3, 2, 2]]), torch.tensor([7, 4, 9])
-    pixels, sound = torch.randn(52, 6), torch.randn(5, 20)
-    videos = dict(pixel_values_videos=pixels, video_grid_thw=grids)
-    videos |= dict(second_per_grid_ts=torch.tensor([1.0, 0.5, 2.0]))
-    tracks = dict(clip_audio_features=sound, clip_audio_lengths=lengths)
-    alone = dict(input_audio_features=sound, audio_feature_lengths=lengths)
+    pixels = [torch.randn(n, 6) for n in (32, 8, 12)]
+    sounds = [torch.randn(5, n) for n in (7, 4, 9)]
+    rates = 1.0, 0.5, 2.0
+    videos = dict(pixel_values_videos=torch.cat(pixels), video_grid_thw=grids)
+    videos |= dict(second_per_grid_ts=torch.tensor(rates))
+    tracks = dict(clip_audio_features=torch.cat(sounds, 1), clip_audio_lengths=lengths)
+    alone = dict(input_audio_features=torch.cat(sounds, 1), audio_feature_lengths=lengths)
     alone |= dict(feature_attention_mask=torch.ones(3, 9))
     for given in (videos | tracks, videos, alone):
         seen.clear()
         assert len(PrunedOmni.embed_multimodal(double, **given)) == len(seen) == 3
-        for i, (clip, track, *seconds) in enumerate(seen):
-            if "video_grid_thw" in given:
-                before, here = (int(grids[:k].prod(-1).sum()) for k in (i, i + 1))
-                assert torch.equal(clip[0], grids[i : i + 1]) and seconds == [(1.0, 0.5, 2.0)[i]]
-                assert torch.equal(clip[1], pixels[before:here])
-            if given is not videos:
-                before, here = (int(lengths[:k].sum()) for k in (i, i + 1))
-                assert track[0].tolist() == [here - before]
-                assert torch.equal(track[1], sound[:, before:here])
-        assert (seen[0][0] is None) == ("video_grid_thw" not in given)
-        assert (seen[0][1] is None) == (given is videos)
+        for i, (clip, track, seconds) in enumerate(seen):
+            assert seconds == (None if given is alone else rates[i])
+            assert (clip is None) == (given is alone) and (track is None) == (given is videos)
+            for got, want in (
+                (clip, (grids[i : i + 1], pixels[i])),
+                (track, (lengths[i], sounds[i])),
+            ):
+                assert got is None or all(map(torch.equal, got, map(torch.atleast_1d, want)))
 
 
 # ---------------------------------------------------------------- stage III
@@ -434,7 +433,7 @@ def test_marks_of_tokens(monkeypatch):
     marks = late.marks_of(16, media)
     manager = object.__new__(late.PartManager)
     request = type("Request", (), dict(num_prompt_tokens=16, marks=marks))()
-    late.REQUESTS["a"] = request
+    manager.requests["a"] = request
     for prompt in (True, False):
         manager.kv_cache_spec = SimpleNamespace(prompt=prompt)
         for n in range(20):

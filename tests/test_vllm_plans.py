@@ -82,7 +82,7 @@ def test_plans_are_bounded_by_bytes(planner, monkeypatch):
     monkeypatch.setattr(vllm, "PLANS", 3 * size)
     for seconds in range(1, 9):
         shape = (40, 16, 16), None, seconds / 8
-        assert planner.plan(*shape) is planner.plan(*shape) is not plan or seconds == 8
+        assert planner.plan(*shape) is planner.plan(*shape)
         assert sum(len(p.ids) for p in planner.plans.values()) <= 3 * len(plan.ids)
 
 
@@ -199,8 +199,7 @@ def test_nothing_waits_for_the_device(planner):
         features = torch.empty(n, 8)
         rows, stay = Planner.select(double, plan, features, features[:, 0])
         count = sum(sum(b.keep) for b in plan.budgets)
-        assert rows.shape == (count, 8) and stay.shape == (count,)
-        packed = pack(rows, plan.positions_of(stay))
+        assert rows.shape == (count, 8 + 3) and stay.shape == (count,)
         media = torch.empty(len(plan.ids)).bool()
-        found, positions = place([packed], torch.empty(3, len(plan.ids)).long(), media, 0, 8)
-        assert found[0].shape == rows.shape and positions.shape == (3, len(plan.ids))
+        found, positions = place([rows], torch.empty(3, len(plan.ids)).long(), media, 0, 8)
+        assert found[0].shape == (count, 8) and positions.shape == (3, len(plan.ids))

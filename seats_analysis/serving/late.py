@@ -28,7 +28,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from .omni import PrunedOmni
-from .prefix import REQUESTS, SharedPart
+from .prefix import PartManager
 from .vllm import check_engine, late_layers, method_of_environment
 
 # %% ../../nbs/serving/04_late.ipynb #1a7e0004
@@ -58,22 +58,9 @@ def marks_of(length, features):  # tokens of a prompt, vLLM's media of it -> (le
     return marks
 
 
-class PartManager(SharedPart):
-    "Blocks of the groups that hold a part of the tokens."
-
-    def _held(self, request_id, tokens):
-        request = REQUESTS[request_id]
-        within = min(tokens, request.num_prompt_tokens)
-        return within if self.kv_cache_spec.prompt else tokens - int(request.marks[within]) // 4
-
-    def remove_skipped_blocks(self, request_id, processed, num_prompt_tokens=None):
-        if self.kv_cache_spec.prompt and processed >= REQUESTS[request_id].num_prompt_tokens:
-            self._remove_blocks_in_range(request_id, 0, len(self.req_to_blocks[request_id]))
-
-
 def _add_request(self, request, stock=Scheduler.add_request):
     request.marks = marks_of(request.num_prompt_tokens, request.mm_features)
-    REQUESTS[request.request_id] = request
+    PartManager.requests[request.request_id] = request
     stock(self, request)
 
 

@@ -27,7 +27,7 @@ from vllm.multimodal.processing.processor import PromptReplacement, PromptUpdate
 
 from ..pruning.encoders import watch_encoders
 from ..pruning.timing import Timings
-from .vllm import Planner, check_engine, method_of_environment, pack, place
+from .vllm import Planner, check_engine, method_of_environment, place
 
 # %% ../../nbs/serving/01_omni.ipynb #dcfe0cc8
 #| eval: false
@@ -210,8 +210,7 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
             received = watch.noted("received", counts, None)
         plan = self.planner.plan(clip and clip[0][0], track and track[0], seconds)
         attention = torch.cat([received[m] for m in rows])
-        kept, stay = self.planner.select(plan, torch.cat([*rows.values()]), attention)
-        return pack(kept, plan.positions_of(stay))
+        return self.planner.select(plan, torch.cat([*rows.values()]), attention)[0]
 
     def get_mrope_input_positions(self, input_tokens, mm_features):
         "Those of the full prompt; the rows of a medium bring their own once it is encoded."

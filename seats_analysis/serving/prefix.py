@@ -15,21 +15,29 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 # %% ../../nbs/serving/03_prefix.ipynb #38b00004
 #| eval: false
-REQUESTS = WeakValueDictionary()  # id -> the scheduler's request
-
-
 def _written(key, before, held, size):  # hash of a full block; tokens of the part before, with it
     "Keys and places of the blocks that were written along with it: at most two."
     end = -(-held // size)
     return [(key + bytes([end - at]), at) for at in range(before // size, end)]
 
 
-class SharedPart(FullAttentionManager):
-    "Blocks of a part of the tokens; a subclass has `_held(request id, tokens) -> tokens of it`."
+class PartManager(FullAttentionManager):
+    "Blocks of a part of the tokens."
+
+    requests = WeakValueDictionary()  # id -> the scheduler's request
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.done = {}  # running request -> its full blocks that lead to those here
+
+    def _held(self, request_id, tokens):  # of a request, from its first on -> of the part
+        request = self.requests[request_id]
+        within = min(tokens, request.num_prompt_tokens)
+        return within if self.kv_cache_spec.prompt else tokens - int(request.marks[within]) // 4
+
+    def remove_skipped_blocks(self, request_id, processed, num_prompt_tokens=None):
+        if self.kv_cache_spec.prompt and processed >= self.requests[request_id].num_prompt_tokens:
+            self._remove_blocks_in_range(request_id, 0, len(self.req_to_blocks[request_id]))
 
     @staticmethod
     def _counts(pool):  # hash of a full block -> tokens of the part up to its end
@@ -84,7 +92,7 @@ class SharedPart(FullAttentionManager):
 
     def _lead(self, request_id):
         "Make what earlier steps wrote known by the hashes of the prompt's blocks."
-        request = REQUESTS[request_id]
+        request = self.requests[request_id]
         done = self.done.get(request_id, 0)
         size = self.block_size
         counts = self._counts(self.block_pool)

@@ -92,11 +92,6 @@ class MediumPlan:
         e = self.edge  # what lies between the outer ones: begin and end of the audio in a video
         return torch.cat([self.ids[1:e], *kept, self.ids[-e:-1]]).tolist()
 
-    def positions_of(self, stay):  # (n,) int64 of the media tokens -> (3, n) int64
-        "Positions of what stays, counted from the special token before the first; there it is 0."
-        inside = self.positions[:, self.edge : -self.edge]
-        return inside.to(stay.device, non_blocking=True)[:, stay]
-
 
 def _chunks(whole):  # (T,) int64 time in chunks, ascending from 0 -> (T,) int64
     "A new chunk begins where the time passes the end of the one before: one step at a time."
@@ -210,15 +205,17 @@ class Planner:
         plan: MediumPlan,
         features: torch.Tensor,  # (T, D) visual rows, then audio rows
         attention: torch.Tensor,  # (T,) received in the encoders
-    ):  # (n, D) rows in the order of the prompt, (n,) int64 which of the media tokens they are
+    ):  # (n, D + k) packed rows in the order of the prompt, (n,) int64 which media tokens they are
         "Stage I of one medium; nothing waits for the device."
         inputs = Stage1Inputs(features, attention, plan.budgets)
         keep = self.method.select(inputs)
-        audio = plan.layout.audio[0, plan.edge : -plan.edge].int()
-        order = audio.argsort(stable=True).argsort().to(features.device, non_blocking=True)
+        media = slice(plan.edge, -plan.edge)
+        order = plan.layout.audio[0, media].int().argsort(stable=True).argsort()
+        order = order.to(features.device, non_blocking=True)
         dropped = (~keep[order]).int()
         stay = dropped.argsort(stable=True)[: sum(inputs.keep)]
-        return features[order[stay]], stay
+        positions = plan.positions[:, media].to(features.device, non_blocking=True)
+        return pack(features[order[stay]], positions[:, stay]), stay
 
 # %% ../../nbs/serving/00_vllm.ipynb #590fc2b8
 def pack(rows, positions):  # (n, D) float, (3, n) int64 -> (n, D + k)
