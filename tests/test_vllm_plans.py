@@ -1,6 +1,5 @@
 """What the plug-in for vLLM does without vLLM: plans of media, positions, refused options."""
 
-import itertools
 import re
 import time
 from types import SimpleNamespace

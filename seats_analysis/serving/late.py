@@ -198,7 +198,7 @@ class LateLayers:
             belongs = marks % 2 == 1 if prompt else marks // 2 % 2 == 0
             rows = belongs.nonzero()[:, 0]
             found[prompt] = rows
-            if len(rows):
+            if attends and len(rows):
                 at = place if prompt else place - marks // 4
                 self._bind(attends, request[rows], at[rows], context)
         return len(row), found
