@@ -500,7 +500,7 @@ class Server:
         )
 
     def ready(self):
-        until = time.monotonic() + 600
+        until = time.monotonic() + 1200
         while self.process.poll() is None and time.monotonic() < until:
             try:
                 self.get("health")
