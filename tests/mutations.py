@@ -219,8 +219,8 @@ MUTATIONS = (
     ),
     (
         "serving.lmms",  # families are not averaged
-        "groupby(0)[1].mean())",
-        "groupby(0)[1].sum())",
+        "groupby(0)[1].mean().",
+        "groupby(0)[1].sum().",
     ),
 )
 
