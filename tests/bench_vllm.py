@@ -18,23 +18,19 @@ import threading
 from itertools import chain
 from pathlib import Path
 from statistics import median
-from unittest.mock import patch
 
-import test_vllm
 import torch
 from vllm.benchmarks import serve
 
 from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.serving import vllm as plug
 from seats_analysis.storage.provenance import versions
 from seats_analysis.storage.schemas import SCHEMAS, save_json
 from seats_analysis.testbed.load import testbed_samples
-from test_vllm import ENTERING, TESTS, WITHIN, Server, chat, environment
+from test_vllm import ENTERING, TESTS, WITHIN, Server, chat
 from vllm_folder import full_checkpoint, random_thinker
 
 SERVER = """--max-num-batched-tokens 1024 --max-num-seqs 48 --block-size 32
 --no-enable-prefix-caching --mm-processor-cache-gb 0 --trust-request-mm-kwargs""".split()
-LATE = dict(SEATS_VLLM_LATE="1") if hasattr(plug, "LATE") else {}
 GROUPS = dict(full=1, seats=1, late=2)  # of equally many layers: a block holds the layers of one
 
 
@@ -96,12 +92,10 @@ def start(name, model, args, folder):
     late, plan = args.layers // 2 if name == "late" else None, folder / f"{name}.json"
     Schedule(args.layers, entering=ENTERING, late_start=late).save(plan)
     blocks = str(GROUPS[name] * args.pool)
-    switch = LATE if name == "late" else {}
+    own = type("Own", (Server,), dict(env=dict(SEATS_VLLM_LATE=str(int(name == "late")))))
+    schedule = None if name == "full" else plan
     options = *SERVER, "--num-gpu-blocks-override", blocks
-    env = lambda *given: environment(*given) | switch
-    with patch.object(test_vllm, "environment", env):
-        schedule = None if name == "full" else plan
-        return Server(model, schedule, folder / f"{name}.log", *options)
+    return own(model, schedule, folder / f"{name}.log", *options).ready()
 
 
 def measure(args, folder, save):
@@ -112,15 +106,7 @@ def measure(args, folder, save):
     clips, rows, servers = list({s.video: s for s in asked}.values()), [], {}
     try:
         for name in GROUPS:
-            if name == "late" and not LATE:
-                continue
-            try:
-                servers[name] = start(name, model, args, folder)
-            except AssertionError as error:  # it holds the end of the server's log
-                if name != "late":
-                    raise
-                print("without stage III:", *re.findall("ValueError: .*", str(error))[-1:])
-                continue
+            servers[name] = start(name, model, args, folder)
             servers[name].ask(chat(clips[-1], audio=False, **WITHIN))
         print("serving:", *servers, flush=True)
         for i in range(args.rounds):

@@ -129,8 +129,8 @@ MUTATIONS = (
     ),
     (
         "schedules.file",  # a certificate that was changed by hand is read
-        "if _digest(proof) != stated:",
-        "if not stated:",
+        "if sealed(facts) != proof:",
+        "if not proof:",
     ),
     (
         "tuning.certificate",  # tests after a failed one of the sequence count
@@ -219,8 +219,8 @@ MUTATIONS = (
     ),
     (
         "serving.lmms",  # families are not averaged
-        "groupby(0)[1].mean())",
-        "groupby(0)[1].sum())",
+        "groupby(0)[1].mean().",
+        "groupby(0)[1].sum().",
     ),
 )
 

@@ -27,20 +27,18 @@ from seats_analysis.evaluation import evaluate as module
 from seats_analysis.evaluation.evaluate import parse_answer
 from seats_analysis.schedules.file import PUBLISHED
 from seats_analysis.serving import lmms
-from seats_analysis.serving.lmms import (
-    Answerer,
-    doc_to_messages,
-    method_for,
-    prompt_of,
-    task_docs,
-    tasks_folder,
-)
+from seats_analysis.serving.lmms import Answerer, ModelArgs, doc_to_messages, prompt_of, task_docs
+from seats_analysis.storage.files import shipped_folder
 from seats_analysis.testbed.load import TESTBEDS
 
 has_lmms = importlib.util.find_spec("lmms_eval") is not None
 needs_lmms = pytest.mark.skipif(
     not has_lmms, reason="lmms-eval is not installed (pip install '.[eval]' in a clone)"
 )
+
+
+def method_for(*given, **more):
+    return ModelArgs(*given, **more).pruner()
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +175,14 @@ def run_lmms(out, args, tasks, limit=8, **env):
     "`python -m lmms_eval`, and the results that it stored."
     words = f"-m lmms_eval --model seats_omni --tasks {tasks} --batch_size 4 --limit {limit}"
     command = [sys.executable, *words.split(), "--log_samples", "--device", "cpu"]
-    command += ["--model_args", args, "--include_path", str(tasks_folder()), "--output_path", out]
+    command += [
+        "--model_args",
+        args,
+        "--include_path",
+        str(shipped_folder("tasks")),
+        "--output_path",
+        out,
+    ]
     run = subprocess.run(
         command,
         capture_output=True,

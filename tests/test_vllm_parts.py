@@ -16,36 +16,36 @@ if importlib.util.find_spec("vllm") is None:
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from vllm.config import ModelConfig
+from vllm.config import CUDAGraphMode, ModelConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from seats_analysis.schedules.schedule import Schedule
+from seats_analysis.serving import late
 from seats_analysis.serving.omni import PrunedOmni
-from seats_analysis.serving.prefix import SharedPart
+from seats_analysis.serving.prefix import PartManager
 from seats_analysis.serving.vllm import Planner, method_of_environment, register
 from test_vllm import ENTERING, FOLDER, TESTS
 from vllm_folder import full_checkpoint
 
 
-class TextManager(SharedPart):
+class TextManager(PartManager):
     def _held(self, request_id, tokens):
-        return sum(token < MEDIA for token in KNOWN[request_id].all_token_ids[:tokens])
+        return sum(token < MEDIA for token in self.requests[request_id].all_token_ids[:tokens])
 
 
-class TextSpec(AttentionSpec):
-    def max_memory_usage_bytes(self, config):
-        return 0
+class TextSpec(late.PartSpec):
+    pass
 
 
-SIZE, MEDIA, KNOWN = 4, 1000, {}  # tokens of a block; ids of media begin here; requests
+SIZE, MEDIA = 4, 1000  # tokens of a block; ids of media begin here
 
 
 @pytest.mark.parametrize("blocks", [50, 10_000])
@@ -66,8 +66,8 @@ def test_blocks_of_text_are_shared(blocks):
     waiting, running, pages, ended, preempted = [], [], {}, [[]], 0
     for i in range(400):
         ids = rng.choice(clips) + rng.choice([[], *clips]) + text(9) + [0]
-        KNOWN[str(i)] = Request(str(i), ids, SamplingParams(), None, block_hasher=hasher)
-        waiting.append(KNOWN[str(i)])
+        waiting.append(Request(str(i), ids, SamplingParams(), None, block_hasher=hasher))
+        PartManager.requests[str(i)] = waiting[-1]
     while waiting or running:
         step = []
         for r in [*running, *waiting]:
@@ -149,6 +149,41 @@ def test_second_runner_does_not_wait(monkeypatch):
     monkeypatch.setattr(type(state).__base__, "prepare_inputs_embeds", stock)
     assert state.prepare_inputs_embeds(1, 2) == (1, 2)
     assert device.tolist() == known.tolist() == [-40, -7]
+
+
+def test_graphs_read_where_they_did(monkeypatch):
+    """Doubles of the parts and of steps of six tokens, padded to eight: without media each part
+    reads its rows where it did before; with them, the late one runs on text alone and without a
+    graph, and so does the mask of the padding."""
+    model, seen = type("Model", (late.LateLayers,), dict(__init__=object.__init__))(), []
+    model.late, model.split, model.held = 2, [], torch.zeros(8, 4)
+    model.language_model = SimpleNamespace(model=SimpleNamespace(norm=lambda h: 2 * h))
+
+    class Part(SimpleNamespace):
+        def __call__(self, positions, h):
+            assert positions.max() < 8
+            mode = context.cudagraph_runtime_mode
+            seen.append((mode.name, len(h), positions.data_ptr(), h.data_ptr()))
+            return h + 1
+
+    model.parts = [Part(first=0), Part(first=2)]
+    positions, steps = torch.zeros(3, 8).long(), []
+    for text in (range(6), range(6), (0, 3, 5), ()):
+        here = slice(None) if len(text) == 6 else list(text)
+        context = SimpleNamespace(attn_metadata=True, is_padding=torch.arange(8) > 5)
+        context.cudagraph_runtime_mode = CUDAGraphMode.PIECEWISE
+        monkeypatch.setattr(late, "get_forward_context", lambda: context)
+        model._rows = lambda *given: (6, {False: torch.tensor(text).long()})
+        rows, wanted = torch.randn(8, 4), torch.zeros(8, 4)
+        wanted[here] = 2 * rows[here] + 4
+        positions[:, :6] = torch.arange(6) << 32
+        assert torch.allclose(model.forward(None, positions, None, rows), wanted)
+        assert len(context.is_padding) == len(wanted[here])
+        steps.append(list(seen))
+        seen.clear()
+    whole, again, some, none = steps
+    assert whole == again and some[:1] == none == whole[:1]
+    assert whole[1][:2] == ("PIECEWISE", 8) and some[1][:2] == ("NONE", 3)
 
 
 @pytest.mark.skipif(shutil.which("patch") is None, reason="no patch")

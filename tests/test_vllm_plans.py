@@ -1,6 +1,5 @@
 """What the plug-in for vLLM does without vLLM: plans of media, positions, refused options."""
 
-import itertools
 import re
 import time
 from types import SimpleNamespace
@@ -64,7 +63,7 @@ def test_positions_are_those_of_transformers(planner, name):
 @pytest.mark.parametrize("fps", [1e-9, 1e-3, -1.0, float("nan"), float("inf")])
 def test_a_frame_rate_out_of_reach_is_refused(planner, fps):
     with pytest.raises(ValueError, match="its fps") as error:
-        planner.of_shape(torch.tensor([8, 4, 4]), None, torch.tensor(2 / fps))
+        planner.plan(torch.tensor([8, 4, 4]), None, torch.tensor(2 / fps))
     assert "\n" not in str(error.value)
 
 
@@ -72,21 +71,18 @@ def test_a_frame_rate_out_of_reach_is_refused(planner, fps):
 @pytest.mark.parametrize("grid", [None, torch.tensor([2, 4, 4])])
 def test_audio_without_a_token_is_refused(planner, grid, frames):
     with pytest.raises(ValueError, match=f"{frames} mel frames"):
-        planner.of_shape(grid, torch.tensor(frames), None)
+        planner.plan(grid, torch.tensor(frames), None)
 
 
 def test_plans_are_bounded_by_bytes(planner, monkeypatch):
-    small = planner.plan((2, 4, 4), None, 1.0)
     plan = planner.plan((40, 16, 16), None, 1.0)
     size = sum(t.nbytes for t in (plan.ids, plan.positions, *vars(plan.layout).values()))
     assert size == vllm.BYTES * len(plan.ids)
     monkeypatch.setattr(vllm, "PLANS", 3 * size)
     for seconds in range(1, 9):
-        planner.plan((40, 16, 16), None, seconds / 8)
-        assert planner.plan((2, 4, 4), None, 1.0) is small  # asked for again, it stays
-    assert [len(p.ids) for p in planner.plans.values()] == [len(plan.ids)] * 2 + [len(small.ids)]
-    monkeypatch.setattr(vllm, "PLANS", 0)
-    assert planner.plan((40, 16, 16), None, 1.0) and len(planner.plans) == 1
+        shape = (40, 16, 16), None, seconds / 8
+        assert planner.plan(*shape) is planner.plan(*shape)
+        assert sum(len(p.ids) for p in planner.plans.values()) <= 3 * len(plan.ids)
 
 
 @pytest.mark.parametrize(
@@ -104,35 +100,38 @@ def test_long_clips_are_planned_at_once(planner, monkeypatch, shape, tokens, mos
     assert min(took) < most, took
 
 
-REFUSED = dict(  # option: what serves, what does not; the second half where stage III runs
-    tensor_parallel_size=(1, 2),
-    pipeline_parallel_size=(1, 2),
-    compile_mm_encoder=(False, True),
-    cudagraph_mm_encoder=(False, True),
-    kv_transfer_config=(None, "a connector"),
-    speculative_config=(None, "a draft"),
-    cache_dtype=("auto", "fp8"),
-    kv_events_config=(None, "events"),
-    disable_hybrid_kv_cache_manager=(False, True),
-    enforce_eager=(True, False),
+REFUSED = dict(  # option: what serves, what does not; always, with stage III, with two caches
+    tensor_parallel_size=("1", 2, 0),
+    pipeline_parallel_size=("1", 2, 0),
+    compile_mm_encoder=("False", True, 0),
+    cudagraph_mm_encoder=("False", True, 0),
+    kv_transfer_config=("None", "a connector", 1),
+    speculative_config=("None", "a draft", 1),
+    cache_dtype=("auto", "fp8", 1),
+    kv_events_config=("None", "events", 1),
+    disable_hybrid_kv_cache_manager=("False", True, 1),
+    cudagraph_mode=("PIECEWISE or NONE", "FULL", 1),
+    enable_prefix_caching=("False", True, 2),
+    enforce_eager=("True", False, 2),
 )
 
 
 @pytest.mark.parametrize("option", REFUSED)
-def test_options_that_are_refused(option):
-    always = [*REFUSED].index(option) < 4
-    good = {name: best for name, (best, _) in REFUSED.items()}
-    for late, wrong in itertools.product((True, False), REFUSED[option]):
-        own = SimpleNamespace(**good | {option: wrong})  # in whichever part vLLM has it
-        parts = "parallel", "compilation", "cache", "scheduler", "model"
+@pytest.mark.parametrize("level", range(3))
+def test_options_that_are_refused(option, level):
+    best, wrong, since = REFUSED[option]
+    good = {name: best for name, (best, *_) in REFUSED.items()}
+    for value in (*best.split(" or "), wrong):
+        own = SimpleNamespace(**good | dict(cudagraph_mode="NONE") | {option: value})
+        parts = "parallel", "compilation", "cache", "scheduler", "model"  # whichever has it
         config = SimpleNamespace(**vars(own), **{f"{part}_config": own for part in parts})
-        if wrong == good[option] or not (late or always):
-            check_engine(config, late)
+        if value != wrong or level < since:
+            check_engine(config, level > 0, level > 1)
             continue
-        without = "SEATS_VLLM_LATE" if late else "a schedule"
-        end = f"serve with {good[option]}, or without {without}"
+        without = "SEATS_VLLM_LATE" if level else "a schedule"
+        end = f"serve with {best}, or without {without}"
         with pytest.raises(ValueError, match=f"^{option} is {wrong}, but [^\n]*: {end}$"):
-            check_engine(config, late)
+            check_engine(config, level > 0, level > 1)
 
 
 LATE = dict(  # plan -> first layer without media, layers with them for the prompt only, said
@@ -199,8 +198,7 @@ def test_nothing_waits_for_the_device(planner):
         features = torch.empty(n, 8)
         rows, stay = Planner.select(double, plan, features, features[:, 0])
         count = sum(sum(b.keep) for b in plan.budgets)
-        assert rows.shape == (count, 8) and stay.shape == (count,)
-        packed = pack(rows, plan.positions_of(stay))
+        assert rows.shape == (count, 8 + 3) and stay.shape == (count,)
         media = torch.empty(len(plan.ids)).bool()
-        found, positions = place([packed], torch.empty(3, len(plan.ids)).long(), media, 0, 8)
-        assert found[0].shape == rows.shape and positions.shape == (3, len(plan.ids))
+        found, positions = place([rows], torch.empty(3, len(plan.ids)).long(), media, 0, 8)
+        assert found[0].shape == (count, 8) and positions.shape == (3, len(plan.ids))

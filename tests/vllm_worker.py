@@ -1,15 +1,14 @@
-"""An engine in a process of its own, for test_vllm.py: python vllm_worker.py JOB.pkl ANSWERS.pkl
+"""An engine in a process of its own, for test_vllm.py.
 
-The job: `engine` (arguments of `vllm.LLM`), `batches` of requests, `tokens` to generate. The
-answers hold, per batch and request, prompt tokens, cached tokens, generated ids, their
+The answers hold, per batch and request, prompt tokens, cached tokens, generated ids, their
 log-probabilities over the vocabulary, and which media tokens stage I kept, in the order in which it
 was asked; per batch how often a request was preempted, and the blocks that each group held at the
 last step.
 """
 
 import os
-import pickle
-import sys
+
+import numpy as np
 
 
 def kept_by_stage_1():
@@ -47,23 +46,26 @@ def counted():
 
 
 def answer(output):
-    import torch
-
     first = output.outputs[0]
     logprobs = [[d[i].logprob for i in range(len(d))] for d in first.logprobs]
     return dict(
         prompt=len(output.prompt_token_ids),
         cached=output.num_cached_tokens,
         ids=list(first.token_ids),
-        logprobs=torch.tensor(logprobs),
+        logprobs=np.array(logprobs, np.float32),
     )
 
 
-def main(job, answers):
+def answers_to(
+    job,  # `env`, `engine` (arguments of `vllm.LLM`), `batches` of requests, `tokens` to generate
+):
     from vllm import LLM, SamplingParams
+    from vllm.model_executor.models import registry
 
-    with open(job, "rb") as f:
-        job = pickle.load(f)
+    os.environ.clear()
+    os.environ.update(job["env"], VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    # vLLM asks what a model can do in one more process, which imports everything; servers do so
+    registry._run_in_subprocess = lambda ask: ask()
     llm, kept, found, counts = LLM(**job["engine"]), kept_by_stage_1(), [], counted()
     greedy = SamplingParams(
         temperature=0, max_tokens=job["tokens"], logprobs=-1, ignore_eos=True, detokenize=False
@@ -73,10 +75,4 @@ def main(job, answers):
         counts["preempted"] = 0
         outputs = llm.generate(batch, greedy, use_tqdm=False)
         found.append(dict(answers=[answer(o) for o in outputs], kept=list(kept)) | counts)
-    with open(answers, "wb") as f:
-        pickle.dump(found, f)
-
-
-if __name__ == "__main__":
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    main(*sys.argv[1:])
+    return found

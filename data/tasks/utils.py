@@ -4,9 +4,6 @@ from seats_analysis.serving.lmms import (
     SampleTask,
     by_family,
     doc_to_messages,
-    doc_to_target,
-    doc_to_text,
     doc_to_visual,
-    mean,
     process_results,
 )

@@ -9,11 +9,14 @@ __all__ = []
 #| eval: false
 import logging
 from dataclasses import dataclass
-from weakref import WeakValueDictionary
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
-from vllm.config import set_current_vllm_config
+from vllm.compilation.backends import set_model_tag
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import CUDAGraphMode, set_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.qwen3_omni_moe_thinker import (
@@ -25,7 +28,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from .omni import PrunedOmni
-from .prefix import SharedPart
+from .prefix import PartManager
 from .vllm import check_engine, late_layers, method_of_environment
 
 # %% ../../nbs/serving/04_late.ipynb #1a7e0004
@@ -43,9 +46,6 @@ class PartSpec(AttentionSpec):
         return -(-vllm_config.model_config.max_model_len // self.block_size) * self.page_size_bytes
 
 
-REQUESTS = WeakValueDictionary()  # id -> the scheduler's request
-
-
 def marks_of(length, features):  # tokens of a prompt, vLLM's media of it -> (length + 1,) int64
     "4 x media tokens before a token + 2 if it is one + 1 if it is of the prompt; last: the answer."
     media = torch.zeros(length + 1, dtype=torch.long)
@@ -58,22 +58,9 @@ def marks_of(length, features):  # tokens of a prompt, vLLM's media of it -> (le
     return marks
 
 
-class PartManager(SharedPart):
-    "Blocks of the groups that hold a part of the tokens."
-
-    def _held(self, request_id, tokens):
-        request = REQUESTS[request_id]
-        within = min(tokens, request.num_prompt_tokens)
-        return within if self.kv_cache_spec.prompt else tokens - int(request.marks[within]) // 4
-
-    def remove_skipped_blocks(self, request_id, processed, num_prompt_tokens=None):
-        if self.kv_cache_spec.prompt and processed >= REQUESTS[request_id].num_prompt_tokens:
-            self._remove_blocks_in_range(request_id, 0, len(self.req_to_blocks[request_id]))
-
-
 def _add_request(self, request, stock=Scheduler.add_request):
     request.marks = marks_of(request.num_prompt_tokens, request.mm_features)
-    REQUESTS[request.request_id] = request
+    PartManager.requests[request.request_id] = request
     stock(self, request)
 
 
@@ -86,23 +73,37 @@ KVCacheSpecRegistry.register(PartSpec, PartManager)
 BITS = 32  # of a position; its mark lies above
 
 
+def _compiled(layers, first, config):  # consecutive layers of the decoder, index of the first
+    "These layers as a module that vLLM compiles apart from the others."
+
+    class Part(torch.nn.Module):
+        def forward(self, positions, h):
+            residual = None
+            for layer in self.layers:
+                h, residual = layer(positions, h, residual)
+            return h + residual
+
+    name = f"layers_{first}_{len(layers)}"
+    Part.forward.__qualname__ = name  # vLLM finds compiled code again by this and by the tag
+    changes = dict(positions=-1, h=0)  # the dimension that does
+    with set_model_tag(name):
+        part = support_torch_compile(Part, dynamic_arg_dims=changes)(vllm_config=config)
+    part.layers = layers
+    part.first = first
+    return part
+
+
 class LateLayers:
     "What a thinker of vLLM does otherwise in its late layers."
 
     def __init__(self, *, vllm_config, prefix=""):
-        check_engine(vllm_config, stage_3=True)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
         schedule = method_of_environment().schedule
+        self.late, self.split, said = late_layers(schedule)
+        check_engine(vllm_config, stage_3=True, two_caches=bool(self.split))
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
         layers = self.language_model.model.layers
         schedule.check_model(len(layers))
-        self.late, self.split, said = late_layers(schedule)
-        if self.split and vllm_config.cache_config.enable_prefix_caching:
-            raise ValueError(
-                "enable_prefix_caching is True, but the schedule's `cache` lets layers drop media "
-                "behind the prompt: serve with False, or without `cache`"
-            )
         self.engine = vllm_config
-        self.builder = None
         self.attends = {False: [], True: []}  # whether for the prompt -> attention of layers
         for i, layer in enumerate(layers):
             a = layer.self_attn.attn
@@ -114,6 +115,14 @@ class LateLayers:
                 layer.self_attn.text = a
             if i in self.split or i >= self.late:
                 self._hold(a, False)
+        # behind each of its first layers, the model may add a level of what the encoder saw
+        cuts = {*range(1 + getattr(self, "deepstack_num_level", 0)), self.late, len(layers)}
+        if self.split:
+            cuts = range(len(layers) + 1)
+        parts = [_compiled(layers[i:end], i, vllm_config) for i, end in pairwise(sorted(cuts))]
+        self.parts = torch.nn.ModuleList(parts)
+        rows = vllm_config.scheduler_config.max_num_batched_tokens
+        self.held = torch.zeros(rows, vllm_config.model_config.get_hidden_size())
         alone = "" if hasattr(self, "planner") else "; stages I and II are left out for this model"
         logging.getLogger("vllm.seats").info(said + alone)
 
@@ -152,13 +161,13 @@ class LateLayers:
         from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
         own = getattr(super(), "get_model_state_cls", lambda: DefaultModelState)
+        known = {}  # place of a running request -> its marks
 
         class LateState(own()):
             def add_request(self, req_index, new_req_data):
                 super().add_request(req_index, new_req_data)
-                self.marks = getattr(self, "marks", {})
-                prompt = new_req_data.prompt_token_ids
-                self.marks[req_index] = marks_of(len(prompt), new_req_data.mm_features)
+                length = len(new_req_data.prompt_token_ids)
+                known[req_index] = marks_of(length, new_req_data.mm_features)
 
             def prepare_inputs(self, input_batch, req_states):
                 made = super().prepare_inputs(input_batch, req_states)
@@ -166,7 +175,7 @@ class LateLayers:
                 rows = zip(b.idx_mapping_np, b.num_computed_tokens_np, b.num_scheduled_tokens)
                 parts = []
                 for index, first, n in rows:
-                    own = self.marks[index]
+                    own = known[index]
                     parts.append(own[torch.arange(first, first + n).clamp(max=len(own) - 1)])
                 marks = torch.cat(parts).to(made["positions"].device)
                 made["positions"][:, : len(marks)] += marks << BITS
@@ -176,11 +185,8 @@ class LateLayers:
 
     # ---- a step
 
-    def _rows(self, marks):  # (S,) -> whether for the prompt: their rows; nothing outside a step
+    def _rows(self, marks, context):  # (S,) -> how many are tokens; whether for the prompt: rows
         "Binds what the attention of these rows needs, too."
-        context = get_forward_context()
-        if not context.attn_metadata:
-            return None
         stock = next(iter(context.attn_metadata.values()))
         ends = stock.query_start_loc[1:].long()
         row = torch.arange(int(ends[-1]), device=marks.device)
@@ -192,97 +198,90 @@ class LateLayers:
             belongs = marks % 2 == 1 if prompt else marks // 2 % 2 == 0
             rows = belongs.nonzero()[:, 0]
             found[prompt] = rows
-            if len(rows):
+            if attends and len(rows):
                 at = place if prompt else place - marks // 4
                 self._bind(attends, request[rows], at[rows], context)
-        return found
+        return len(row), found
+
+    @cached_property
+    def builder(self):
+        a = self.attends[False][0]
+        spec = a.get_kv_cache_spec(self.engine).copy_with_new_block_size(a.kv_cache.shape[-2])
+        make = a.attn_backend.get_builder_cls()
+        with set_current_vllm_config(self.engine):
+            return make(spec, [a.layer_name], self.engine, a.kv_cache.device)
 
     def _bind(self, attends, request, at, context):  # (n,) rows: request, place in these caches
+        size = attends[0].kv_cache.shape[-2]
+        here, count = request.unique_consecutive(return_counts=True)
+        ends = count.cumsum(0)
+        begins = torch.cat([ends.new_zeros(1), ends]).int()
+        lengths = at[ends - 1].int() + 1
         made = {}  # by the block table of a group: it, metadata, slots
-        for name, a in ((a.layer_name, a) for a in attends):
+        for name in (a.layer_name for a in attends):
             table = context.attn_metadata[name].block_table
             if id(table) not in made:
-                made[id(table)] = table, *self._metadata(a, table, request, at)
+                slots = table[request, at // size].long() * size + at % size
+                common = CommonAttentionMetadata(
+                    query_start_loc=begins,
+                    query_start_loc_cpu=begins.cpu(),
+                    seq_lens=lengths,
+                    num_reqs=len(here),
+                    num_actual_tokens=len(at),
+                    max_query_len=int(count.max()),
+                    max_seq_len=int(lengths.max()),
+                    block_table_tensor=table[here],
+                    slot_mapping=slots,
+                )
+                made[id(table)] = table, self.builder.build(0, common), slots
             _, context.attn_metadata[name], context.slot_mapping[name] = made[id(table)]
 
-    def _metadata(self, a, table, request, at):  # -> the backend's metadata, (n,) slots
-        size = a.kv_cache.shape[-2]
-        if self.builder is None:
-            spec = a.get_kv_cache_spec(self.engine).copy_with_new_block_size(size)
-            make = a.attn_backend.get_builder_cls()
-            with set_current_vllm_config(self.engine):
-                self.builder = make(spec, [a.layer_name], self.engine, at.device)
-        count = torch.bincount(request)
-        here = count.nonzero()[:, 0]
-        ends = count[here].cumsum(0)
-        begins = torch.cat([ends.new_zeros(1), ends]).int()
-        lengths = (at[ends - 1] + 1).int()
-        slots = table[request, at // size].long() * size + at % size
-        common = CommonAttentionMetadata(
-            query_start_loc=begins,
-            query_start_loc_cpu=begins.cpu(),
-            seq_lens=lengths,
-            num_reqs=len(here),
-            num_actual_tokens=len(at),
-            max_query_len=int(count.max()),
-            max_seq_len=int(lengths.max()),
-            block_table_tensor=table[here],
-            slot_mapping=slots,
-        )
-        return self.builder.build(0, common), slots
-
-    def _split(self, layer, rows, positions, h, residual):
+    def _split(self, part, rows, positions, h):
         "A layer with two caches: rows of the prompt by the first, of the answer by the second."
-        found = torch.zeros_like(h), torch.zeros_like(h)
-        own = layer.self_attn.attn
-        for attention, here in ((layer.self_attn.text, rows[False]), (own, rows[True])):
+        found = torch.zeros_like(h)
+        attention = part.layers[0].self_attn
+        own = attention.attn
+        for cache, here in ((attention.text, rows[False]), (own, rows[True])):
             if len(here):
-                layer.self_attn.attn = attention
-                parts = layer(positions[:, here], h[here], residual[here])
-                for whole, part in zip(found, parts):
-                    whole[here] = part  # the prompt's text again, by what its own cache says
-        layer.self_attn.attn = own
+                attention.attn = cache
+                found[here] = part(positions[:, here], h[here])
+        attention.attn = own  # the prompt's text is what its own cache says
         return found
 
     def forward(
         self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs
     ):
-        "The decoder layer by layer; media end before the late block."
+        "The decoder part by part; media end before the late block."
+        context = get_forward_context()
         marks = positions[0] >> BITS
-        positions = positions - (marks << BITS)
-        rows = self._rows(marks)
-        h = inputs_embeds
-        residual = torch.zeros_like(h)
-        deep = self._deepstack(len(h))
-        decoder = self.language_model.model
+        positions -= marks << BITS  # where they are: a graph reads them there
+        tokens, rows = self._rows(marks, context) if context.attn_metadata else (0, {})
+        levels = getattr(self, "deepstack_input_embeds", None) or ()
         text = slice(None)
-        for i, layer in enumerate(decoder.layers):
-            if rows and i == self.late:
+        h = inputs_embeds
+        found = torch.zeros_like(h)
+        for part in self.parts:
+            if part.first == self.late and rows and len(rows[False]) < tokens:
                 text = rows[False]
-                if not len(text):
-                    return torch.zeros_like(inputs_embeds)  # nobody asks for what follows a medium
-                positions = positions[:, text]
                 h = h[text]
-                residual = residual[text]
-                deep = [own[text] for own in deep]
-            if rows and i in self.split:
-                h, residual = self._split(layer, rows, positions, h, residual)
+                positions = positions[:, text]
+                context.cudagraph_runtime_mode = CUDAGraphMode.NONE  # it has rows for media, too
+                if context.is_padding is not None:
+                    context.is_padding = context.is_padding[text]
+                if not len(text):
+                    break  # nobody asks for what follows a medium
+            h = self.held[: len(h)].copy_(h)  # likewise
+            if rows and part.first in self.split:
+                h = self._split(part, rows, positions, h)
             else:
-                h, residual = layer(positions, h, residual)
-            if i < len(deep):
-                h = h + deep[i]
-        found = torch.zeros_like(inputs_embeds)
-        found[text] = decoder.norm(h, residual)[0]
+                h = part(positions, h)
+            if part.first < len(levels):
+                h = h + levels[part.first][: len(marks)][text]
+        else:
+            found[text] = self.language_model.model.norm(h)
+        if levels:
+            self._clear_deepstack_input_embeds(len(marks))
         return found
-
-    def _deepstack(self, n):  # -> list of (n, D), for the first layers; none in most models
-        take = getattr(self, "_get_deepstack_input_embeds", None)
-        if take is None:
-            return []
-        found = take(n)
-        deep = [own.clone() for own in found.tensors.values()] if found else []
-        self._clear_deepstack_input_embeds(n)
-        return deep
 
 
 LateOmni = type("LateOmni", (LateLayers, PrunedOmni), {})

@@ -8,14 +8,16 @@ __all__ = []
 # %% ../../nbs/serving/02_lmms.ipynb #01474b53
 import numpy as np
 import os
-import torch
 from collections.abc import Mapping, Sequence
 from collections import defaultdict
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from pydantic import ConfigDict, FiniteFloat
+from pydantic.dataclasses import dataclass as checked
+from tqdm.auto import tqdm
 from ..storage.files import shipped_folder
-from ..inputs.media import Clip, decode_clip
+from ..inputs.media import Clip
 from ..inputs.samples import Sample
 from ..inputs.benchmarks import preset_for
 from ..models.families import published_limits
@@ -28,22 +30,6 @@ from ..evaluation.evaluate import parse_answer, write_answers
 from ..evaluation.load import check_model_name, load_model, load_samples
 
 # %% ../../nbs/serving/02_lmms.ipynb #e358b22e
-def _audio(source, rate):
-    "An audio file, or decoded samples with their rate, as a `Clip`."
-    if not isinstance(source, Mapping):
-        return replace(decode_clip(source, sample_rate=rate, max_frames=1), frames=None)
-    wave = np.asarray(source["array"], "float32")
-    return Clip("audio", None, 1.0, wave, source["sampling_rate"])
-
-
-def _image(source):
-    "A PIL picture, or the path of one, as (H, W, 3) uint8."
-    from PIL import Image
-
-    picture = Image.open(source) if isinstance(source, (str, Path)) else source
-    return np.asarray(picture.convert("RGB"))
-
-
 def prompt_of(
     messages: Sequence[Mapping],  # of lmms-eval: dicts with `role` and `content`
     id: str,  # for messages
@@ -65,34 +51,63 @@ def prompt_of(
         source = part.get("url")
         if kind == "text":
             parts.append(part["text"])
-        elif kind == "video":  # with its audio, or with that of a separate file
-            video = Sample(str(source), "", id="video", audio=part.get("sound") or None)
-            parts.append(video.load_media(fps, sample_rate, max_frames, resize))
-        elif kind == "audio":
-            parts.append(_audio(source, sample_rate))
+        elif kind == "audio" and isinstance(source, Mapping):  # decoded samples with their rate
+            wave = np.asarray(source["array"], "float32")
+            parts.append(Clip("audio", None, 1.0, wave, source["sampling_rate"]))
+        elif kind in ("video", "audio"):  # a video with its audio, or with that of a separate file
+            files = dict(video=None, audio=part.get("sound") or None) | {kind: str(source)}
+            media = Sample(**files, question="", id=kind)
+            parts.append(media.load_media(fps, sample_rate, max_frames, resize))
         elif kind == "image":
-            parts.append(_image(source))
+            from PIL import Image
+
+            picture = Image.open(source) if isinstance(source, (str, Path)) else source
+            parts.append(np.asarray(picture.convert("RGB")))
         else:
             raise ValueError(f"{id}: {kind!r} is neither text, video, audio nor image")
     return Prompt(id, tuple(parts))
 
 # %% ../../nbs/serving/02_lmms.ipynb #4a1df743
-def method_for(
-    model: str,  # `testbed`, a folder or a hub id
-    method: str = "seats",  # key of `METHODS` or `ABLATIONS`; 'full' prunes nothing
-    trr: float | None = None,  # headline TRR in percent
-    schedule=None,  # file, instead of `trr`
-    knob: float = 1.0,  # see `method_at`
-    tokens: tuple = (9216, 1500),  # visual and audio ones of a typical prompt, for shared budgets
-):  # -> Pruner, or None for the full model
-    "A method by name. ValueError for an unknown one, and where no schedule is given or shipped."
-    if method == "full":
-        return None
-    if (trr is None) == (schedule is None):
-        raise ValueError("give either trr=N (percent) or schedule=FILE")
-    if schedule is None:
-        schedule = f"{published_for(check_model_name(model)) or model}/{trr:g}"
-    return method_at(method, Schedule.load(schedule), tokens, knob)
+@checked(frozen=True, config=ConfigDict(coerce_numbers_to_str=True))
+class ModelArgs:
+    "What lmms-eval passes on from `--model_args`; numbers may be text. Raises ValueError for others."
+
+    pretrained: str = "testbed"  # a folder or a hub id
+    method: str = "seats"  # key of `METHODS` or `ABLATIONS`; 'full' prunes nothing
+    trr: FiniteFloat | None = None  # headline TRR in percent
+    schedule: str | None = None  # file, instead of `trr`
+    knob: FiniteFloat = 1.0  # see `method_at`
+    n_visual: FiniteFloat = 9216  # tokens of a typical prompt, for shared budgets
+    n_audio: FiniteFloat = 1500
+    preset: str | None = None  # limits of a published benchmark: 128, 256 or 768 (frames)
+    fps: FiniteFloat = 2.0
+    max_frames: int | None = None  # or limits of one's own
+    kv: str = "retain"  # see `prune`
+    device: str = ""
+
+    def pruner(self):  # -> Pruner, or None for the full model
+        "ValueError for an unknown method, and where no schedule is given or shipped."
+        if self.method == "full":
+            return None
+        if (self.trr is None) == (self.schedule is None):
+            raise ValueError("give either trr=N (percent) or schedule=FILE")
+        name = self.schedule
+        if name is None:
+            known = published_for(check_model_name(self.pretrained))
+            name = f"{known or self.pretrained}/{self.trr:g}"
+        tokens = (self.n_visual, self.n_audio)
+        return method_at(self.method, Schedule.load(name), tokens, self.knob)
+
+    def answerer(self):  # -> Answerer
+        "The model with its method. Raises ValueError for values that do not go together."
+        if self.preset and preset_for(self.preset) is None:
+            raise ValueError(f"preset {self.preset!r}, expected one of 128, 256, 768")
+        method = self.pruner()
+        model, processor = load_model(self.pretrained, self.device)
+        limits = dict(fps=self.fps, max_frames=self.max_frames)
+        if self.preset:
+            limits = published_limits(self.preset, processor)
+        return Answerer(model, processor, method, kv=self.kv, **limits)
 
 # %% ../../nbs/serving/02_lmms.ipynb #94de65ea
 @dataclass(frozen=True)
@@ -121,98 +136,31 @@ class Answerer:
         return answers
 
 # %% ../../nbs/serving/02_lmms.ipynb #05cbf426
-def generation_options(
-    given: Mapping,  # generation_kwargs of a task
-) -> dict:  # arguments of an `Answerer`
-    "Length and end of answers; they are greedy, whatever the task says of sampling."
-    until = given.get("until") or []
-    tokens = given.get("max_new_tokens")
-    return dict(
-        max_new_tokens=16 if tokens is None else tokens,
-        until=[until] if isinstance(until, str) else list(until),
-    )
-
-
 def answer_requests(
     answerer: Answerer,
     requests: Sequence,  # of lmms-eval: context, messages, settings, document, task, split
     docs: Mapping,  # task -> split -> documents
     batch_size: int = 1,
-    done=lambda n: None,  # called with the number of questions answered
+    quiet=True,  # no progress bar
 ) -> list:  # of str, in order
-    "Answer what lmms-eval asks, requests with equal settings together."
+    "Answer what lmms-eval asks, requests with equal settings together; greedily, whatever they say."
     groups = defaultdict(list)  # settings -> indices of requests
     for i, r in enumerate(requests):
         groups[repr(sorted(r.args[2].items()))].append(i)
-    out = [None] * len(requests)
+    batches = []
     for group in groups.values():
-        for start in range(0, len(group), batch_size):
-            places = group[start : start + batch_size]
-            prompts = []
-            for i in places:
-                _, messages, given, doc, task, split = requests[i].args
-                prompts.append(answerer.prompt(messages(docs[task][split][doc]), f"{task} {doc}"))
-            for i, answer in zip(places, answerer(prompts, **generation_options(given))):
-                out[i] = answer
-            done(len(places))
+        batches += [group[at : at + batch_size] for at in range(0, len(group), batch_size)]
+    out = [None] * len(requests)
+    for places in tqdm(batches, desc="answers", disable=quiet):
+        prompts = []
+        for i in places:
+            _, messages, given, doc, task, split = requests[i].args
+            prompts.append(answerer.prompt(messages(docs[task][split][doc]), f"{task} {doc}"))
+        until = given.get("until") or []
+        until = [until] if isinstance(until, str) else until
+        for i, answer in zip(places, answerer(prompts, given.get("max_new_tokens", 16), until)):
+            out[i] = answer
     return out
-
-# %% ../../nbs/serving/02_lmms.ipynb #a2ccb53b
-def _number(name, value, kind):
-    "A number from the command line, perhaps as text; None where it is not given."
-    if value in (None, ""):
-        return None
-    try:
-        n = float(value)
-    except (TypeError, ValueError):
-        n = np.nan
-    if not np.isfinite(n):
-        raise ValueError(f"model_args: {name}={value} must be a number")
-    if kind is int and not n.is_integer():  # never cut: 8.9 frames are not 8
-        raise ValueError(f"model_args: {name}={value} must be a whole number")
-    return kind(n)
-
-
-@dataclass(frozen=True)
-class ModelArgs:
-    "What lmms-eval passes on from `--model_args`; numbers may be text."
-
-    pretrained: str = "testbed"  # a folder or a hub id
-    method: str = "seats"
-    trr: float = None
-    schedule: str = None
-    knob: float = 1.0
-    n_visual: float = 9216
-    n_audio: float = 1500  # see `method_for`
-    preset: str = None  # limits of a published benchmark: 128, 256 or 768 (frames)
-    fps: float = 2.0
-    max_frames: int = None  # or limits of one's own
-    kv: str = "retain"
-    device: str = ""
-
-    def __post_init__(self):
-        for f in fields(self):
-            if f.type in (int, float):
-                number = _number(f.name, getattr(self, f.name), f.type)
-                object.__setattr__(self, f.name, number)
-        if self.preset is not None and preset_for(self.preset) is None:
-            raise ValueError(f"preset {self.preset!r}, expected one of 128, 256, 768")
-
-    def answerer(self) -> Answerer:
-        "The model with its method. Raises ValueError for values that do not go together."
-        chosen = method_for(
-            self.pretrained,
-            method=self.method,
-            trr=self.trr,
-            schedule=self.schedule,
-            knob=self.knob,
-            tokens=(self.n_visual, self.n_audio),
-        )
-        model, processor = load_model(self.pretrained, self.device)
-        limits = dict(fps=self.fps, max_frames=self.max_frames)
-        if self.preset is not None:
-            limits = published_limits(self.preset, processor)
-        return Answerer(model=model, processor=processor, method=chosen, kv=self.kv, **limits)
 
 # %% ../../nbs/serving/02_lmms.ipynb #c6086240
 @cache
@@ -233,18 +181,13 @@ def omni_class():
             self.accelerator = Accelerator()
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
-            no_gpu = str(device).startswith("cuda") and not torch.cuda.is_available()
-            if device in (None, "auto") or no_gpu or self._world_size > 1:
-                device = ""  # of several processes each takes a GPU of its own
+            if self._world_size > 1:
+                device = ""  # each process takes a GPU of its own
             self.answerer = ModelArgs(device=device, **options).answerer()
 
         def generate_until(self, requests):
-            from tqdm.auto import tqdm
-
-            with tqdm(total=len(requests), disable=self.rank != 0, desc="answers") as bar:
-                return answer_requests(
-                    self.answerer, requests, self.task_dict, self.batch_size, bar.update
-                )
+            quiet = self.rank != 0
+            return answer_requests(self.answerer, requests, self.task_dict, self.batch_size, quiet)
 
         def loglikelihood(self, requests):
             raise NotImplementedError(
@@ -291,11 +234,6 @@ def task_docs(
         for s in load_samples(source, "test" if name == "testbed" else None, limit)
     ]
 
-
-def doc_to_text(doc):  # -> str
-    "The question as `evaluate` asks it: with its choices where they have letters, and no more."
-    return doc["text"]
-
 # %% ../../nbs/serving/02_lmms.ipynb #80b5d934
 def doc_to_visual(doc):
     "Media of a question, for models that take files."
@@ -311,11 +249,6 @@ def doc_to_messages(doc):  # -> list with one turn
         content.insert(0, dict(type="audio", url=doc["sound"]))
     return [dict(role="user", content=content)]
 
-
-def doc_to_target(doc):
-    "The right answer as the prompt asks for it: with its letter where it has one."
-    return doc["target"]
-
 # %% ../../nbs/serving/02_lmms.ipynb #27003e58
 def process_results(doc, results):  # -> metric -> what is averaged
     "Right or not, and whether the answer could be read at all; an unreadable one is wrong."
@@ -327,16 +260,11 @@ def process_results(doc, results):  # -> metric -> what is averaged
     )
 
 
-def mean(values):
-    "Share of right answers, as lmms-eval's aggregation."
-    return float(np.mean(list(values)))
-
-
 def by_family(pairs):  # of (family, right) -> mean over families
     "Every family counts the same."
     import pandas as pd
 
-    return mean(pd.DataFrame(pairs).groupby(0)[1].mean())
+    return float(pd.DataFrame(pairs).groupby(0)[1].mean().mean())
 
 # %% ../../nbs/serving/02_lmms.ipynb #cfd0c5ae
 @cache
@@ -369,10 +297,5 @@ def __getattr__(name):  # what lmms-eval and the task files ask for by name
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 # %% ../../nbs/serving/02_lmms.ipynb #439d0224
-def tasks_folder() -> Path:
-    "Where the task files for `--include_path` are: installed, or in the checkout."
-    return shipped_folder("tasks")
-
-
-if __name__ == "__main__" and "__file__" in globals():
-    print(tasks_folder())
+if __name__ == "__main__" and "__file__" in globals():  # where the files for --include_path are
+    print(shipped_folder("tasks"))

@@ -43,11 +43,6 @@ class PrunedProcessor(Qwen2_5OmniThinkerMultiModalProcessor):
     def planner(self):
         return Planner(self.info.get_hf_config(), method_of_environment())
 
-    @cached_property
-    def media_ids(self):
-        c = self.info.get_hf_config()
-        return torch.tensor([c.video_token_id, c.audio_token_id])
-
     def apply(self, inputs, timing_ctx):
         "`use_audio_in_video` of the server holds where there is an audio track for every video."
         for i, track in enumerate(inputs.mm_data_items.get("audio", ())):
@@ -69,13 +64,8 @@ class PrunedProcessor(Qwen2_5OmniThinkerMultiModalProcessor):
 
     def _without_audio(self, prompt):
         c = self.info.get_hf_config()
-        ids = list(prompt)
-        own = [c.audio_start_token_id, c.audio_token_id, c.audio_end_token_id]
-        while c.audio_token_id in ids:
-            at = ids.index(c.audio_token_id)
-            around = slice(at - 1, at + 2)
-            ids[around if ids[around] == own else slice(at, at + 1)] = []
-        return ids
+        own = c.audio_start_token_id, c.audio_token_id, c.audio_end_token_id
+        return [token for token in prompt if token not in own]
 
     def _get_mm_hashes(self, inputs):
         "The key of a video covers its audio and the other way round; all cover the settings."
@@ -84,8 +74,9 @@ class PrunedProcessor(Qwen2_5OmniThinkerMultiModalProcessor):
             pairs = list(zip(hashes["video"], hashes["audio"]))
             hashes["video"] = [f"{v}+{a}" for v, a in pairs]
             hashes["audio"] = [f"{a}+{v}" for v, a in pairs]
-        end = {m: "" if m == "image" else f"-{self.planner.key}" for m in hashes}
-        return {m: [key + end[m] for key in keys] for m, keys in hashes.items()}
+        for m in hashes.keys() - {"image"}:
+            hashes[m] = [f"{key}-{self.planner.key}" for key in hashes[m]]
+        return hashes
 
     def _postprocess_hf_mm_data(self, hf_data, hf_kwargs, processed_data):
         data = super()._postprocess_hf_mm_data(hf_data, hf_kwargs, processed_data)
@@ -112,7 +103,7 @@ class PrunedProcessor(Qwen2_5OmniThinkerMultiModalProcessor):
     def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
         def kept(i, modality):
             ids = self.planner.of_item(out_mm_kwargs[modality][i]).placeholders
-            return PromptUpdateDetails.select_token_ids(ids, self.media_ids.tolist())
+            return PromptUpdateDetails.select_token_ids(ids, self.planner.media_ids)
 
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
         return [
@@ -125,12 +116,9 @@ class PrunedProcessor(Qwen2_5OmniThinkerMultiModalProcessor):
     def _derive_audio_from_video_placeholders(self, placeholders, mm_prompt_updates):
         found = dict(super()._derive_audio_from_video_placeholders(placeholders, mm_prompt_updates))
         for modality in ("video", "audio"):  # all rows come with the video
+            media = self.planner.media_ids if modality == "video" else []
             found[modality] = [
-                replace(
-                    p,
-                    is_embed=torch.isin(torch.tensor(p.tokens), self.media_ids)
-                    & (modality == "video"),
-                )
+                replace(p, is_embed=torch.tensor([token in media for token in p.tokens]))
                 for p in found[modality]
             ]
         return found
@@ -154,8 +142,9 @@ class PrunedInfo(Qwen2_5OmniThinkerProcessingInfo):
 
 # %% ../../nbs/serving/01_omni.ipynb #5f120007
 #| eval: false
-def _one_by_one(shapes, values, sizes, axis):  # -> per medium: its shape (1, ...), its values
-    return [*zip(shapes.split(1), values.split(sizes.tolist(), axis))]
+def _tracks(lengths, features):  # mel frames of each, of all one behind the other -> each alone
+    lengths = lengths.flatten()
+    return zip(lengths.split(1), features.split(lengths.tolist(), 1))
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -174,8 +163,7 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
         self.width = model.get_inputs_embeds_size()
         # runners only ask whether it is above 0; then they take positions from the embeddings
         model.multimodal_config.video_pruning_rate = 0.5
-        c = self.config
-        self.media_ids = c.video_token_id, c.audio_token_id, c.image_token_id
+        self.media_ids = [*self.planner.media_ids, self.config.image_token_id]
         attention = self.visual.blocks[-1].attn
         attention.num_heads = attention.num_attention_heads_per_partition  # as in transformers
         entering = method.schedule.entering
@@ -192,22 +180,21 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
         found = [] if images is None else [*self._process_image_input(images)]
         video = self._parse_and_validate_video_input(**kwargs)
         audio = self._parse_and_validate_audio_input(**kwargs)
+        media = []
         if video is not None:
             grids = video["video_grid_thw"]
-            clips = _one_by_one(grids, video["pixel_values_videos"], grids.prod(-1), 0)
-            tracks = []
+            pixels = video["pixel_values_videos"].split(grids.prod(-1).tolist())
+            tracks = ()
             if "clip_audio_features" in kwargs:
-                lengths = kwargs["clip_audio_lengths"].flatten()
-                tracks = _one_by_one(lengths, kwargs["clip_audio_features"], lengths, 1)
-            media = zip_longest(clips, tracks, kwargs["second_per_grid_ts"])
-            found += [self._select(*medium) for medium in media]
+                tracks = _tracks(kwargs["clip_audio_lengths"], kwargs["clip_audio_features"])
+            clips = zip(grids.split(1), pixels)
+            media += zip_longest(clips, tracks, kwargs["second_per_grid_ts"])
         if audio is not None:
-            lengths = audio["audio_feature_lengths"].flatten()
-            tracks = _one_by_one(lengths, audio["input_features"], lengths, 1)
-            found += [self._select(None, track) for track in tracks]
-        return found
+            tracks = _tracks(audio["audio_feature_lengths"], audio["input_features"])
+            media += [(None, track, None) for track in tracks]
+        return found + [self._select(*medium) for medium in media]
 
-    def _select(self, clip, track, seconds=None):
+    def _select(self, clip, track, seconds):
         "One medium at a time: the engine's memory was measured with one that is as long as can be."
         rows = {}
         timings = Timings(str(self.visual.device))
@@ -221,9 +208,9 @@ class PrunedOmni(Qwen2_5OmniThinkerForConditionalGeneration, SupportsMultiModalP
                 rows["audio"] = self._process_audio_input(dict(zip(names, track)))[0]
             counts = {m: len(own) for m, own in rows.items()}
             received = watch.noted("received", counts, None)
-        plan = self.planner.of_shape(clip and clip[0][0], track and track[0], seconds)
+        plan = self.planner.plan(clip and clip[0][0], track and track[0], seconds)
         attention = torch.cat([received[m] for m in rows])
-        return self.planner.rows(plan, torch.cat([*rows.values()]), attention)
+        return self.planner.select(plan, torch.cat([*rows.values()]), attention)[0]
 
     def get_mrope_input_positions(self, input_tokens, mm_features):
         "Those of the full prompt; the rows of a medium bring their own once it is encoded."

@@ -42,18 +42,13 @@ def register():
             method = as_pruner(schedule, self.model, trr)
             self.answerer = Answerer(self.model, self.processor, method, fps, max_frames)
 
-        def __call__(self, inputs, **given):
-            chat = isinstance(inputs, list) and isinstance(inputs[0], dict)
-            return super().__call__(dict(messages=inputs) if chat else inputs, **given)
-
         def _sanitize_parameters(self, question=None, **lengths):
             return dict(question=question), lengths, {}
 
         def preprocess(self, clip, question):
             content = [dict(type="video", url=clip), dict(type="text", text=question)]
             messages = [dict(role="user", content=content)]
-            if isinstance(clip, dict):
-                messages = clip["messages"]
+            messages = getattr(clip, "messages", messages)  # what transformers makes of a chat
             return self.answerer.prompt(messages, "a question")
 
         def _forward(self, prompt, max_new_tokens=32):

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/serving/03_prefix.ipynb #38b00002
 #| eval: false
 from itertools import islice
+from weakref import WeakValueDictionary
 
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -20,12 +21,23 @@ def _written(key, before, held, size):  # hash of a full block; tokens of the pa
     return [(key + bytes([end - at]), at) for at in range(before // size, end)]
 
 
-class SharedPart(FullAttentionManager):
-    "Blocks of a part of the tokens; a subclass has `_held(request id, tokens) -> tokens of it`."
+class PartManager(FullAttentionManager):
+    "Blocks of a part of the tokens."
+
+    requests = WeakValueDictionary()  # id -> the scheduler's request
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.found_to = {}  # running request -> itself, its full blocks that lead to those here
+        self.done = {}  # running request -> its full blocks that lead to those here
+
+    def _held(self, request_id, tokens):  # of a request, from its first on -> of the part
+        request = self.requests[request_id]
+        within = min(tokens, request.num_prompt_tokens)
+        return within if self.kv_cache_spec.prompt else tokens - int(request.marks[within]) // 4
+
+    def remove_skipped_blocks(self, request_id, processed, num_prompt_tokens=None):
+        if self.kv_cache_spec.prompt and processed >= self.requests[request_id].num_prompt_tokens:
+            self._remove_blocks_in_range(request_id, 0, len(self.req_to_blocks[request_id]))
 
     @staticmethod
     def _counts(pool):  # hash of a full block -> tokens of the part up to its end
@@ -71,18 +83,17 @@ class SharedPart(FullAttentionManager):
         return super().allocate_new_blocks(request_id, held, num_tokens_main_model)
 
     def cache_blocks(self, request, *args, **kwargs):
-        self.found_to.setdefault(request.request_id, (request, 0))
         self._lead(request.request_id)
 
     def pop_blocks_for_free(self, request_id):
-        if request_id in self.found_to:
-            self._lead(request_id)
-            del self.found_to[request_id]
+        self._lead(request_id)
+        del self.done[request_id]
         return super().pop_blocks_for_free(request_id)
 
     def _lead(self, request_id):
         "Make what earlier steps wrote known by the hashes of the prompt's blocks."
-        request, done = self.found_to[request_id]
+        request = self.requests[request_id]
+        done = self.done.get(request_id, 0)
         size = self.block_size
         counts = self._counts(self.block_pool)
         for key in request.block_hashes[done : request.num_computed_tokens // size]:
@@ -94,7 +105,7 @@ class SharedPart(FullAttentionManager):
                 name = make_block_hash_with_group_id(name, self.kv_cache_group_id)
                 block = self.req_to_blocks[request_id][at]
                 self.block_pool._insert_block_hash(name, block, done * size)
-        self.found_to[request_id] = request, done
+        self.done[request_id] = done
         if len(counts) > 2 * self.block_pool.num_gpu_blocks:  # the oldest are not in the pool now
             for key in [*islice(counts, len(counts) // 2)]:
                 del counts[key]

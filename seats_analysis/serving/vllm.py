@@ -7,12 +7,12 @@ __all__ = []
 
 # %% ../../nbs/serving/00_vllm.ipynb #dea81d9b
 import os
+from collections import ChainMap
 from dataclasses import dataclass
 from threading import Lock
 
 import torch
 
-from ..inputs.layout import TokenLayout
 from ..models.encode import layout_of
 from ..models.families import adapter_for
 from ..pruning.base import Stage1Inputs
@@ -33,32 +33,36 @@ def method_of_environment() -> Seats:
 def check_engine(
     config,  # vLLM's, of the whole engine
     stage_3=False,  # whether it runs there
+    two_caches=False,  # whether layers keep media for the prompt only
 ):
     "Raises ValueError for an option under which the engine would die or choose wrongly."
-    found = vars(config.parallel_config) | vars(config.compilation_config)
     hooks = "the selection watches the encoders by hooks"
     rows = [
-        ("tensor_parallel_size", 1, "the selection sees the attention of all heads"),
-        ("pipeline_parallel_size", 1, "only the first stage gets embeddings and their positions"),
-        ("compile_mm_encoder", False, hooks),
-        ("cudagraph_mm_encoder", False, hooks),
+        ("tensor_parallel_size", "1", "the selection sees the attention of all heads"),
+        ("pipeline_parallel_size", "1", "only the first stage gets embeddings and their positions"),
+        ("compile_mm_encoder", "False", hooks),
+        ("cudagraph_mm_encoder", "False", hooks),
     ]
+    parts = [config.parallel_config, config.compilation_config]
     if stage_3:
-        found |= vars(config) | vars(config.cache_config) | vars(config.scheduler_config)
-        found["enforce_eager"] = config.model_config.enforce_eager
+        parts += [config, config.cache_config, config.scheduler_config, config.model_config]
         rows += [
-            ("kv_transfer_config", None, "a connector does not know of layers without media"),
-            ("speculative_config", None, "a draft does not know of layers without media"),
+            ("kv_transfer_config", "None", "a connector does not know of layers without media"),
+            ("speculative_config", "None", "a draft does not know of layers without media"),
             ("cache_dtype", "auto", "a quantised cache was not tested"),
-            ("kv_events_config", None, "blocks of text have keys of their own"),
-            ("disable_hybrid_kv_cache_manager", False, "late layers need blocks of their own"),
-            ("enforce_eager", True, "a graph has as many rows in all layers"),
+            ("kv_events_config", "None", "blocks of text have keys of their own"),
+            ("disable_hybrid_kv_cache_manager", "False", "late layers need blocks of their own"),
+            ("cudagraph_mode", "PIECEWISE or NONE", "a graph has as many rows in all its layers"),
         ]
+    if two_caches:
+        why = "the schedule's `cache` lets layers drop media behind the prompt"
+        rows += [("enable_prefix_caching", "False", why), ("enforce_eager", "True", why)]
+    found = ChainMap(*map(vars, parts))
     without = LATE if stage_3 else "a schedule"
-    for name, best, why in rows:
-        if found[name] != best:
+    for name, good, why in rows:
+        if str(found[name]) not in good.split(" or "):
             raise ValueError(
-                f"{name} is {found[name]}, but {why}: serve with {best}, or without {without}"
+                f"{name} is {found[name]}, but {why}: serve with {good}, or without {without}"
             )
 
 # %% ../../nbs/serving/00_vllm.ipynb #af0a8bcc
@@ -73,7 +77,7 @@ class MediumPlan:
 
     ids: torch.Tensor  # (N,) int64 of the unpruned prompt, from the first special token to the last
     positions: torch.Tensor  # (3, N) int64 M-RoPE positions; the first is 0
-    layout: TokenLayout  # (1, N)
+    layout: object  # `TokenLayout`, (1, N)
     budgets: tuple  # of `WindowBudget`: visual, then audio
 
     @property
@@ -87,11 +91,6 @@ class MediumPlan:
         kept = [self.ids[h][: sum(b.keep)] for h, b in zip(here, self.budgets)]
         e = self.edge  # what lies between the outer ones: begin and end of the audio in a video
         return torch.cat([self.ids[1:e], *kept, self.ids[-e:-1]]).tolist()
-
-    def positions_of(self, stay):  # (n,) int64 of the media tokens -> (3, n) int64
-        "Positions of what stays, counted from the special token before the first; there it is 0."
-        inside = self.positions[:, self.edge : -self.edge]
-        return inside.to(stay.device, non_blocking=True)[:, stay]
 
 
 def _chunks(whole):  # (T,) int64 time in chunks, ascending from 0 -> (T,) int64
@@ -115,7 +114,8 @@ class Planner:
         self.config = config
         self.method = method
         self.adapter = adapter_for(self.thinker)
-        self.plans = {}  # what was asked for last comes last
+        self.plans = {}
+        self.media_ids = [config.video_token_id, config.audio_token_id]
         self.lock = Lock()
 
     @property
@@ -127,35 +127,33 @@ class Planner:
         "The plan of what the engine's processor made of one medium."
         found = {name: field.data for name, field in item.items()}
         if (image := found.get("image_grid_thw")) is not None:
-            return self.plan(tuple(image.tolist()), None, None)
+            return self.plan(image, None, None)
         grid = found.get("video_grid_thw")
         frames = found.get("audio_feature_lengths" if grid is None else "clip_audio_lengths")
-        return self.of_shape(grid, frames, found.get("second_per_grid_ts"))
+        return self.plan(grid, frames, found.get("second_per_grid_ts"))
 
-    def of_shape(
+    def plan(
         self,
         grid,  # (3,) temporal grids, patches in height and width; None: audio alone
         frames,  # mel frames; None: no audio
-        seconds,  # of a temporal grid
+        seconds,  # of a temporal grid; None: an image, or audio alone
     ) -> MediumPlan:
-        "The plan of one medium, from tensors of the processor."
-        return self.plan(
-            None if grid is None else tuple(grid.tolist()),
-            None if frames is None else int(frames),
-            1.0 if seconds is None else float(seconds),
+        "The plan of one medium, from numbers or tensors."
+        shape = (
+            grid if grid is None else tuple(map(int, grid)),
+            frames if frames is None else int(frames),
+            seconds if seconds is None else float(seconds),
         )
-
-    def plan(self, *shape) -> MediumPlan:
         with self.lock:
-            found = self.plans.pop(shape, None) or self._plan(*shape)
-            self.plans[shape] = found
-            held = sum(len(p.ids) for p in self.plans.values())
-            for oldest in [*self.plans][:-1]:
-                if held * BYTES > PLANS:
-                    held -= len(self.plans.pop(oldest).ids)
-        return found
+            if shape not in self.plans:
+                made = self._plan(*shape)
+                held = sum(len(p.ids) for p in (made, *self.plans.values()))
+                if held * BYTES > PLANS:  # seldom
+                    self.plans.clear()
+                self.plans[shape] = made
+            return self.plans[shape]
 
-    def _plan(self, grid, frames, seconds):  # seconds: None for an image
+    def _plan(self, grid, frames, seconds):
         ids, positions = self._lay_out(grid, frames, seconds)
         inputs = dict(input_ids=ids[None])
         if grid:
@@ -207,31 +205,23 @@ class Planner:
         plan: MediumPlan,
         features: torch.Tensor,  # (T, D) visual rows, then audio rows
         attention: torch.Tensor,  # (T,) received in the encoders
-    ):  # (n, D) rows in the order of the prompt, (n,) int64 which of the media tokens they are
+    ):  # (n, D + k) packed rows in the order of the prompt, (n,) int64 which media tokens they are
         "Stage I of one medium; nothing waits for the device."
         inputs = Stage1Inputs(features, attention, plan.budgets)
         keep = self.method.select(inputs)
-        audio = plan.layout.audio[0, plan.edge : -plan.edge].int()
-        order = audio.argsort(stable=True).argsort().to(features.device, non_blocking=True)
+        media = slice(plan.edge, -plan.edge)
+        order = plan.layout.audio[0, media].int().argsort(stable=True).argsort()
+        order = order.to(features.device, non_blocking=True)
         dropped = (~keep[order]).int()
         stay = dropped.argsort(stable=True)[: sum(inputs.keep)]
-        return features[order[stay]], stay
-
-    def rows(self, plan, features, attention):  # -> (n, D + k): what stays, with its positions
-        kept, stay = self.select(plan, features, attention)
-        return pack(kept, plan.positions_of(stay))
+        positions = plan.positions[:, media].to(features.device, non_blocking=True)
+        return pack(features[order[stay]], positions[:, stay]), stay
 
 # %% ../../nbs/serving/00_vllm.ipynb #590fc2b8
 def pack(rows, positions):  # (n, D) float, (3, n) int64 -> (n, D + k)
     "Rows with their positions as further columns."
     bits = positions.T.to(rows.device, torch.int32).contiguous().view(rows.dtype)
     return torch.cat([rows, bits], 1)
-
-
-def unpack(rows, width):  # (n, D + k), D -> (n, D), (3, n) int64; None where none were packed
-    "The way back."
-    bits = rows[:, width:].contiguous()
-    return rows[:, :width], bits.view(torch.int32).T.long() if bits.shape[1] else None
 
 
 def place(
@@ -248,12 +238,13 @@ def place(
     positions = positions.clone()
     found = []
     for rows in embeddings:
-        rows, own = unpack(rows, width)
         here = slots[: len(rows)]
         slots = slots[len(rows) :]
-        if own is not None:
-            positions[:, here] = positions[:, before[here]] + own.to(positions)
-        found.append(rows)
+        bits = rows[:, width:].contiguous()
+        if bits.shape[1]:  # an image brings none
+            own = bits.view(torch.int32).T.to(positions)
+            positions[:, here] = positions[:, before[here]] + own
+        found.append(rows[:, :width])
     return found, positions
 
 # %% ../../nbs/serving/00_vllm.ipynb #1a7e1001
@@ -310,13 +301,12 @@ def register():
     from vllm.platforms import current_platform
 
     method_of_environment()  # what is wrong with the schedule is said at once
-    late = os.environ.get(LATE) == "1"
-    model = "late:LateOmni" if late else "omni:PrunedOmni"
-    for name in ARCHITECTURES:
+    models = dict.fromkeys(ARCHITECTURES, "omni:PrunedOmni")
+    if os.environ.get(LATE) == "1":
+        models = dict.fromkeys(ARCHITECTURES, "late:LateOmni")
+        models["Qwen3OmniMoeForConditionalGeneration"] = "late:LateQwen3Omni"
+    for name, model in models.items():
         ModelRegistry.register_model(name, f"seats_analysis.serving.{model}")
-    if late:
-        name = "Qwen3OmniMoeForConditionalGeneration"
-        ModelRegistry.register_model(name, "seats_analysis.serving.late:LateQwen3Omni")
     if current_platform.is_cpu():
         _ask_for_positions()
 
