@@ -102,7 +102,10 @@ def _compare_text(found, plan):
 @takes(ModelOptions)
 def run(
     asked,
-    clip: Annotated[Path, typer.Argument(help="Video or audio file.", show_default=False)],
+    clips: Annotated[
+        list[Path],
+        typer.Argument(help="Video, audio or picture file, or several.", show_default=False),
+    ],
     question: str = Option(..., help="What to ask."),
     schedule: Path | None = Option(
         None, help="Schedule to prune with: a file, or a shipped one, as testbed/10."
@@ -122,7 +125,7 @@ def run(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ):
-    "Ask a question about a clip, with or without pruning."
+    "Ask a question about a clip or several, with or without pruning."
     if schedule is not None and trr is not None:
         raise ValueError("give --schedule or --trr, not both")
     if compare and schedule is None and trr is None:
@@ -130,6 +133,8 @@ def run(
     check_trr(trr)
     num_layers = asked.depth()
     if kept:
+        if clips[1:]:
+            raise ValueError("--kept is of one clip")
         writable(kept, "kept", overwrite)
     from seats_analysis.evaluation.answer import Answer
     from seats_analysis.inputs.media import decode_clip
@@ -147,11 +152,11 @@ def run(
     if choice and len(choice) < 2:
         raise ValueError("--choice: give at least two choices, or none for a free answer")
     limits = dict(fps=asked.fps or 2.0, max_frames=asked.max_frames or MAX_FRAMES)
-    first = decode_clip(clip, max_frames=1)  # a broken file costs no model
-    seconds = 0.0 if first.frames is None else 1 / first.fps
+    # a broken file costs no model
+    seconds = max(decode_clip(clip, max_frames=1).duration for clip in clips)
     if asked.max_frames is None and seconds * limits["fps"] > MAX_FRAMES:
         note(f"note: {MAX_FRAMES} frames spread over {seconds:.0f} s; --max-frames takes more")
-    sample = Sample(clip, question, choice or (), answer=0 if choice else -1)
+    sample = Sample(clips, question, choice or (), answer=0 if choice else -1)
     model, processor = asked.load()
     encoded = encode(model, processor, [sample], **limits)
     if trr is not None:
@@ -177,7 +182,7 @@ def run(
             answer.run,
             encoded,
             adapter.rates(model),
-            clip=os.path.relpath(clip, kept.absolute().parent),
+            clip=os.path.relpath(clips[0], kept.absolute().parent),
             model=name,
             revision=adapter.revision(model),
             question=question,

@@ -302,6 +302,19 @@ def outcome_rows(
     return rows
 
 # %% ../../nbs/evaluation/02_compare.ipynb #8d9fffe5
+def _unfit(adapter, model, names):
+    "Methods that a model cannot run, each with the reason."
+    hidden = set(adapter.modalities(model)) - set(adapter.received)
+    unfit = {}
+    for name in names:
+        method = METHODS.get(name.removesuffix("+late"))
+        if method is Downsample and not adapter.interleaved:
+            unfit[name] = "it takes a Qwen-Omni model"
+        elif hidden and getattr(method, "uses_attention", False) is True:
+            unfit[name] = f"the {' and '.join(sorted(hidden))} encoder shows no attention"
+    return unfit
+
+
 def compare_methods(
     model: "torch.nn.Module",  # an om-LLM
     processor: Callable,  # its processor
@@ -328,9 +341,10 @@ def compare_methods(
             "answers 'token' are neither right nor wrong: likelihood, generate or text"
         )
     names = method_names(names)
-    if not adapter_for(model).interleaved and "downsample" in names:
-        warnings.warn("downsampling is left out: it takes a Qwen-Omni model", ScheduleWarning)
-        names = tuple(n for n in names if n != "downsample")
+    if unfit := _unfit(adapter_for(model), model, names):
+        said = ", ".join(f"{name} ({why})" for name, why in unfit.items())
+        warnings.warn(f"left out: {said}", ScheduleWarning)
+        names = tuple(n for n in names if n not in unfit)
     samples = samples_of(samples)
     shape = DataShape.of(model, processor, samples, progress, tuple(plans.values()), **limits)
     runs = method_runs(names, plans, shape, rules=rules, tuned=tuned, progress=progress)

@@ -174,8 +174,9 @@ class PreparedBatch:
         if not deep:
             yield
             return
+        layout = self.encoded.layout
         given = dict(
-            visual_pos_masks=self.encoded.layout.visual.to(deep[0][0].device),
+            visual_pos_masks=(layout.visual | layout.image).to(deep[0][0].device),
             deepstack_visual_embeds=[torch.cat(level) for level in zip(*deep)],
         )
 

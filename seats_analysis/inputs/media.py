@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import repeat
 from pathlib import Path
-from ..storage.files import atomic_write
+from ..storage.files import atomic_write, one_line
 
 # %% ../../nbs/inputs/00_media.ipynb #90ed0f3d
 def _check_fps(fps):
@@ -31,7 +31,7 @@ class Clip:
 
     id: str  # name of the clip; the file's stem when decoded
     frames: np.ndarray | None = None  # (T, H, W, 3) uint8 RGB; frame k is shown at k / fps seconds
-    fps: float = 2.0  # true rate of `frames`, frames per second
+    fps: float = 2.0  # true rate of `frames`, frames per second; 0: one frame, a still picture
     waveform: np.ndarray | None = None  # (N,) float32 mono, full scale is 1
     sample_rate: int = 16000  # samples per second of `waveform`
     resized: bool = False  # the frames have their final size, the processor leaves it as it is
@@ -48,7 +48,8 @@ class Clip:
             if len(shape) != 4 or shape[-1] != 3 or 0 in shape or self.frames.dtype != np.uint8:
                 expected = "expected (T, H, W, 3) uint8, not empty"
                 raise ValueError(f"frames: {said(self.frames)}, {expected}")
-            _check_fps(self.fps)
+            if self.fps or len(self.frames) > 1:
+                _check_fps(self.fps)
         if self.waveform is not None:
             if np.ndim(self.waveform) != 1 or self.waveform.dtype != np.float32:
                 raise ValueError(f"waveform: {said(self.waveform)}, expected (N,) float32, mono")
@@ -61,9 +62,14 @@ class Clip:
                 )
 
     @property
+    def picture(self) -> bool:
+        "Whether this is a still picture."
+        return self.frames is not None and not self.fps
+
+    @property
     def duration(self):
-        "Seconds until both picture and audio have ended."
-        video = 0 if self.frames is None else len(self.frames) / self.fps
+        "Seconds until both video and audio have ended."
+        video = 0 if self.frames is None or self.picture else len(self.frames) / self.fps
         return max(video, 0 if self.waveform is None else len(self.waveform) / self.sample_rate)
 
     def save(
@@ -436,8 +442,22 @@ def _decode_waveform(
     return out[:filled]
 
 # %% ../../nbs/inputs/00_media.ipynb #3d7c8591
+def _still(path):
+    "Pixels of a picture as it is shown; None for a file that is not called one."
+    from PIL import Image, ImageOps
+
+    if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".bmp"):
+        return None
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP")) as image:
+            _check_bytes(path, (*image.size, 64), f"a picture of {image.width}x{image.height}")
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise ValueError(f"{path}: not a picture, or broken ({one_line(e)})") from e
+
+
 def decode_clip(
-    path: str | Path,  # mp4, mkv, webm, wav, ...: a film or a sound in one file
+    path: str | Path,  # mp4, mkv, webm, wav, png, ...: a film, a sound or a picture in one file
     fps: float = 2.0,  # frames per second to sample
     sample_rate: int = 16000,  # samples per second of the waveform, what the audio encoder wants
     max_frames: int | None = None,  # upper limit; a longer clip is sampled more sparsely, and its
@@ -456,6 +476,8 @@ def decode_clip(
         raise ValueError(f"sample_rate: {sample_rate!r}, expected a positive whole number")
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"max_frames: {max_frames!r}, expected at least 1, or None")
+    if (pixels := _still(path)) is not None:
+        return Clip(Path(path).stem, pixels[None], fps=0.0)
     spans = _scan(path)
     clip = dict(id=Path(path).stem, sample_rate=sample_rate, resized=resize is not None)
     if "video" in spans:
@@ -469,11 +491,13 @@ def decode_clip(
 # %% ../../nbs/inputs/00_media.ipynb #fc8502af
 def check_media(
     path,  # media file
-    kind,  # 'video' or 'audio', what it is there for
+    kind,  # 'video', 'audio' or 'video or audio', what it is there for
 ):
     "Raise ValueError unless the file is whole, holds that kind, and the begin of all decodes."
+    if kind != "audio" and _still(path) is not None:
+        return
     spans = _scan(path)
-    if kind not in spans:
+    if not any(k in kind for k in spans):
         other = "; a file with sound alone is named by `audio`" if kind == "video" else ""
         raise ValueError(f"{path}: holds no {kind}{other}")
     for listed in spans.keys() - {"start"}:

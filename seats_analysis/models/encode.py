@@ -385,9 +385,9 @@ def encode(
             return sample.content
         key = sample.video, sample.audio
         if key not in clips:  # questions on the same clip share its decoding
-            clips[key] = sample.load_media(fps, rate, max_frames, resize)
-        clip = [] if clips[key] is None else [clips[key]]
-        return [*clip, sample.prompt_text]
+            media = sample.load_media(fps, rate, max_frames, resize)
+            clips[key] = [c.frames[0] if c.picture else c for c in media]
+        return [*clips[key], sample.prompt_text]
 
     prompts = []
     extra = [_tokens(processor, a) for a in answers or [""] * len(samples)]

@@ -67,7 +67,7 @@ def prompt_of(
             parts.append(part["text"])
         elif kind == "video":  # with its audio, or with that of a separate file
             video = Sample(str(source), "", id="video", audio=part.get("sound") or None)
-            parts.append(video.load_media(fps, sample_rate, max_frames, resize))
+            parts += video.load_media(fps, sample_rate, max_frames, resize)
         elif kind == "audio":
             parts.append(_audio(source, sample_rate))
         elif kind == "image":
