@@ -199,7 +199,14 @@ _TOKEN_TYPES = "mm_token_type_ids", "token_type_ids"  # of every token of a prom
 
 def _process(model, processor, text, kwargs):
     "One piece through the processor: a dict of tensors, with `position_ids`."
-    out = dict(processor(text=[text], return_tensors="pt", **kwargs))
+    try:
+        out = dict(processor(text=[text], return_tensors="pt", **kwargs))
+    except ValueError as e:
+        if "equal size" not in str(e):
+            raise
+        raise ValueError(
+            "clips of unequal length in one prompt, which this model's processor does not take"
+        ) from None
     if "video_second_per_grid" in out:
         out["video_second_per_grid"] = torch.as_tensor(out["video_second_per_grid"])
     interleaved = adapter_for(model).interleaved
