@@ -142,7 +142,6 @@ COMMANDS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", COMMANDS)
 def test_commands_on_a_folder_with_a_checkpoint(family, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
