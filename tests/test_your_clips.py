@@ -2,6 +2,8 @@
 prompts are those of the stock processor, answers those of the stock model; all commands."""
 
 import json
+import re
+from pathlib import Path
 
 import kinds, numpy as np, pytest, tiny, torch
 from PIL import Image
@@ -176,3 +178,11 @@ def test_commands_on_a_folder_with_a_checkpoint(family, tmp_path, monkeypatch):
         done("probe --answers text --out text.nc", *both)
         space = measured_space("", tmp_path / "text.nc", text=True)
         assert set(space.facts["cache"]) == {"visual", "audio"}
+
+
+def test_a_row_of_ones_own_takes_at_most_25_lines():
+    "The page runs among the notebooks; here the cell that holds class and row is counted."
+    page = Path(__file__).parents[1] / "nbs/tutorials/10_bring_your_model.ipynb"
+    cells = ["".join(c["source"]) for c in json.loads(page.read_text())["cells"]]
+    (own,) = [s for s in cells if re.search("^    seats_family = ", s, re.M)]
+    assert len([line for line in own.splitlines() if line.strip()]) <= 25
