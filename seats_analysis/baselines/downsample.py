@@ -92,7 +92,6 @@ class Downsample(Baseline):
         "What is encoded instead; questions on one clip still share it."
         less = cache(partial(self.less, processor))
 
-
         def shown(clip):
             return clip if clip.frames is None or clip.picture else less(clip)
 
