@@ -302,17 +302,13 @@ def outcome_rows(
     return rows
 
 # %% ../../nbs/evaluation/02_compare.ipynb #8d9fffe5
-def _unfit(adapter, model, names):
-    "Methods that a model cannot run, each with the reason."
+def _unfit(model, names):
+    "Methods that a model cannot run."
+    adapter = adapter_for(model)
     hidden = set(adapter.modalities(model)) - set(adapter.received)
-    unfit = {}
-    for name in names:
-        method = METHODS.get(name.removesuffix("+late"))
-        if method is Downsample and not adapter.interleaved:
-            unfit[name] = "it takes a Qwen-Omni model"
-        elif hidden and getattr(method, "uses_attention", False) is True:
-            unfit[name] = f"the {' and '.join(sorted(hidden))} encoder shows no attention"
-    return unfit
+    kinds = {n: METHODS.get(n.removesuffix("+late")) for n in names}
+    wanting = {n for n, m in kinds.items() if getattr(m, "uses_attention", 0) is True and hidden}
+    return [n for n in names if n in wanting or n == "downsample" and not adapter.interleaved]
 
 
 def compare_methods(
@@ -341,9 +337,9 @@ def compare_methods(
             "answers 'token' are neither right nor wrong: likelihood, generate or text"
         )
     names = method_names(names)
-    if unfit := _unfit(adapter_for(model), model, names):
-        said = ", ".join(f"{name} ({why})" for name, why in unfit.items())
-        warnings.warn(f"left out: {said}", ScheduleWarning)
+    if unfit := _unfit(model, names):
+        lacking = "an encoder that shows its attention, or a processor of Qwen-Omni"
+        warnings.warn(f"left out, for want of {lacking}: {', '.join(unfit)}", ScheduleWarning)
         names = tuple(n for n in names if n not in unfit)
     samples = samples_of(samples)
     shape = DataShape.of(model, processor, samples, progress, tuple(plans.values()), **limits)

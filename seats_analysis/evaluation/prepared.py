@@ -40,7 +40,6 @@ class Question:
     layout: TokenLayout  # (1, S)
     choices: tuple  # per choice: token ids of the answer text
     shapes: Mapping  # those of `_SHAPES` that the clip has
-    types: torch.Tensor | None  # (S,) `mm_token_type_ids`: whom tokens of a frame see, in Gemma 4
     # the clip as the decoder gets it, the same for all questions on it
     embeds: torch.Tensor | None = None  # (T, D) visual, audio and image tokens, in sequence
     deepstack: tuple = ()  # of (T_visual, D), added after the first layers in some families
@@ -104,7 +103,6 @@ def prepare_questions(
         shapes = {k: encoded.inputs[k] for k in _SHAPES if k in encoded.inputs}
         ids = encoded.inputs["input_ids"][0, : group.shared]
         positions = encoded.position_ids[..., 0, : group.shared]
-        types = encoded.inputs.get("mm_token_type_ids")
         for sample, tail, choices in zip(group.samples, group.tails, group.choice_ids):
             after = group.positions(torch.arange(len(tail), device=ids.device))[..., 0, :]
             padded = {
@@ -118,7 +116,6 @@ def prepare_questions(
                 layout=TokenLayout(**padded),
                 choices=choices,
                 shapes=shapes,
-                types=None if types is None else F.pad(types[0, : group.shared], (0, len(tail))),
                 **clip,
             )
             out.append(question)
@@ -142,18 +139,12 @@ class PreparedBatch:
         positions = pad_positions([q.positions for q in questions])
         embeds = adapter_for(model).thinker(model).get_input_embeddings()(ids)
         rows = torch.cat([q.embeds for q in questions])
-        media = (layout.modality > Modality.TEXT).to(ids.device)
-        embeds[media] = rows.to(embeds)
+        embeds[(layout.modality > Modality.TEXT).to(ids.device)] = rows.to(embeds)
         mask = pad_left([torch.ones_like(q.ids) for q in questions], 0)
         inputs = dict(
             input_ids=ids, attention_mask=mask, position_ids=positions, inputs_embeds=embeds
         )
-        if questions[0].types is not None:
-            inputs["mm_token_type_ids"] = pad_left([q.types for q in questions], 0)
-        decoder = adapter_for(model).decoder(model)
-        if getattr(decoder, "hidden_size_per_layer_input", 0):  # of media it is that of padding
-            text = ids.masked_fill(media, decoder.config.pad_token_id)
-            inputs["per_layer_inputs"] = decoder.get_per_layer_inputs(text, None)
+        inputs |= adapter_for(model).beside_embeddings(model, ids, layout.modality)
         for name in _SHAPES:
             if found := [q.shapes[name] for q in questions if name in q.shapes]:
                 longest = max(x.shape[-1] for x in found)
@@ -184,9 +175,9 @@ class PreparedBatch:
         if not deep:
             yield
             return
-        layout = self.encoded.layout
+        seen = self.encoded.layout.visual | self.encoded.layout.image
         given = dict(
-            visual_pos_masks=(layout.visual | layout.image).to(deep[0][0].device),
+            visual_pos_masks=seen.to(deep[0][0].device),
             deepstack_visual_embeds=[torch.cat(level) for level in zip(*deep)],
         )
 
@@ -206,7 +197,7 @@ class PreparedBatch:
     ):  # yields the `Run` of `prune`, and the `Encoded` to be used in the block
         "`prune` for questions whose clips were encoded before."
         method = as_pruner(method, self.model)
-        # DeepStack first: the hook of `prune` then finds its embeddings
+        # DeepStack first: `prune` then finds its embeddings
         with self._deepstack(), prune(self.model, method, kv=kv) as run:
             inputs = self.encoded.inputs | {ENCODED: self._calls(method)}
             yield run, replace(self.encoded, inputs=inputs)

@@ -61,10 +61,7 @@ class Clip:
                     "per second"
                 )
 
-    @property
-    def picture(self) -> bool:
-        "Whether this is a still picture."
-        return self.frames is not None and not self.fps
+    picture = property(lambda self: self.frames is not None and not self.fps)  # a still one
 
     @property
     def duration(self):
@@ -102,8 +99,9 @@ class Clip:
             t, h, w = self.frames.shape[:3]
             video = f"{t} frames {w}x{h} at {self.fps:g} fps"
         if self.waveform is not None:
-            seconds = len(self.waveform) / self.sample_rate
-            audio = f"{seconds:.3f} s of audio at {self.sample_rate} Hz"
+            audio = (
+                f"{len(self.waveform) / self.sample_rate:.3f} s of audio at {self.sample_rate} Hz"
+            )
         return f"Clip({self.id!r}: {video}, {audio})"
 
 # %% ../../nbs/inputs/00_media.ipynb #6d25f366
@@ -450,7 +448,7 @@ def _still(path):
         return None
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP")) as image:
-            _check_bytes(path, (*image.size, 64), f"a picture of {image.width}x{image.height}")
+            _check_bytes(path, (*image.size, 64), "a picture")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise ValueError(f"{path}: not a picture, or broken ({one_line(e)})") from e
@@ -460,8 +458,7 @@ def decode_clip(
     path: str | Path,  # mp4, mkv, webm, wav, png, ...: a film, a sound or a picture in one file
     fps: float = 2.0,  # frames per second to sample
     sample_rate: int = 16000,  # samples per second of the waveform, what the audio encoder wants
-    max_frames: int | None = None,  # upper limit; a longer clip is sampled more sparsely, and its
-    # `fps` says so
+    max_frames: int | None = None,  # upper limit; of a longer clip `fps` is lower
     resize: Callable | None = None,  # ((H, W, 3) uint8, number of frames) -> final frame, as
     # `frame_resizer` makes it
 ) -> Clip:  # `frames` or `waveform` is None where the file has none
@@ -469,8 +466,7 @@ def decode_clip(
 
     Raises ValueError that names the file if it is missing, broken, cut off or not media, if a
     stream of it is empty, if its time stamps are corrupt, or if what is asked for would take more
-    than 4 GiB.
-    """
+    than 4 GiB."""
     _check_fps(fps)
     if not (isinstance(sample_rate, int) and sample_rate > 0):
         raise ValueError(f"sample_rate: {sample_rate!r}, expected a positive whole number")
