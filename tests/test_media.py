@@ -462,7 +462,7 @@ def test_equal_file_names_are_different_clips(tmp_path):
     rows = [GOOD | dict(video=v) for v in videos]
     read = read_samples(asked(tmp_path, *rows, GOOD | dict(audio="002/video.mp4")))
     names = ["001/video", "002/video", "001/video", "other", "002/video"]
-    assert [s.clip for s in read] == [s.load_media().id for s in read] == names
+    assert [s.clip for s in read] == [s.load_media()[0].id for s in read] == names
     copy = write_samples(read, tmp_path / "sub" / "copy.jsonl")
     assert [s.clip for s in read_samples(copy, allow_outside=True)] == names
     assert read_samples(write_samples(read[:1], tmp_path / "001" / "one.jsonl"))[0].clip == "video"
@@ -473,8 +473,8 @@ def test_equal_file_names_are_different_clips(tmp_path):
 def test_media_of_a_sample(tmp_path, file):
     clip = made()
     sample = Sample(str(file), "?", ("a", "b"), 0, id="s")
-    assert sample.load_media().frames.shape == clip.frames.shape
-    assert replace(sample, video=clip).load_media() is clip
+    assert sample.load_media()[0].frames.shape == clip.frames.shape
+    assert replace(sample, video=clip).load_media()[0] is clip
     other = Clip("other", waveform=click(3.0)).save(tmp_path / "other.mp4")
-    both = replace(sample, audio=str(other)).load_media()
+    both = replace(sample, audio=str(other)).load_media()[0]
     assert (both.id, len(both.frames), len(both.waveform)) == ("a", len(clip.frames), 48000)
