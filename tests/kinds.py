@@ -154,15 +154,19 @@ def tokenizer(family):
 def template(family):
     "user, the media in order, the question, assistant."
     name, _, tokens = ROWS[family]
+    image = tokens[0]
     video = BEFORE.get(family, tokens[1] if len(tokens) > 1 else None)
     if family.startswith("qwen") and video:
-        video = f"<|vision_start|>{video}<|vision_end|>"
+        image, video = (f"<|vision_start|>{t}<|vision_end|>" for t in (image, video))
+    if family.startswith("glm"):
+        image = f"<|begin_of_image|>{image}<|end_of_image|>"
     audio = tokens[2] if len(tokens) > 2 else None
     if family == "qwen2-audio":
         audio = f"<|audio_bos|>{audio}<|audio_eos|>"
     return (
         "{% for m in messages %}{{ m.role }} {% for c in m.content %}"
         "{% if c.type == 'video' %}" + f"{video} "
+        "{% elif c.type == 'image' %}" + f"{image} "
         "{% elif c.type == 'audio' %}" + f"{audio} "
         "{% else %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}assistant"
     )

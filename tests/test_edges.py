@@ -71,7 +71,7 @@ def test_families_count_the_same_in_the_harness():
 
 def test_a_thinned_video_with_separate_audio_keeps_its_rate():
     path = shipped_samples("test")[0].video
-    clip = Sample(path, "?", (), -1, id="1", audio=path).load_media(max_frames=3)
+    clip = Sample(path, "?", (), -1, id="1", audio=path).load_media(max_frames=3)[0]
     assert clip.fps == decode_clip(path, max_frames=3).fps
     assert len(clip.frames) == 3
 

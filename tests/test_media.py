@@ -408,7 +408,7 @@ def test_equal_file_names_are_different_clips(tmp_path):
     rows = [GOOD | dict(video=v) for v in videos]
     read = read_samples(asked(tmp_path, *rows, GOOD | dict(audio="002/video.mp4")))
     names = ["001/video", "002/video", "001/video", "other", "002/video"]
-    assert [s.clip for s in read] == [s.load_media().id for s in read] == names
+    assert [s.clip for s in read] == [s.load_media()[0].id for s in read] == names
     copy = write_samples(read, tmp_path / "sub" / "copy.jsonl")
     assert [s.clip for s in read_samples(copy, allow_outside=True)] == names
     assert read_samples(write_samples(read[:1], tmp_path / "001" / "one.jsonl"))[0].clip == "video"

@@ -42,10 +42,22 @@ def test_a_device_map_with_cpu_and_disk_changes_nothing(given, tmp_path):
     assert profile.identical(there[2])  # the hash of all weights among its attributes
 
 
-def test_other_linear_layers_are_asked_as_they_are(given):
-    model, processor, samples = given
+def int8_of_torchao(model):
+    quantization = pytest.importorskip("torchao.quantization", reason="no torchao")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    return model
+
+
+def int8(model):
     model = replaced(model, Int8)
     model.lm_head = Int8(model.lm_head)
+    return model
+
+
+@pytest.mark.parametrize("change", [int8, int8_of_torchao])
+def test_other_linear_layers_are_asked_as_they_are(given, change):
+    model, processor, samples = given
+    model = change(model)
     total, kept, profile = measured(model, processor, samples)
     one = encode(model, processor, samples[:1])
     plain = naive.removal_scores(model, one, profile["removed"].values, [0, 3, 6])
@@ -54,5 +66,7 @@ def test_other_linear_layers_are_asked_as_they_are(given):
         found = profile["nll"].sel(removed=name, layer=layer)
         np.testing.assert_allclose(found, expected, atol=5e-5)
     assert total.isfinite().any() and kept[0][0] > kept[0][-1]
+    if change is not int8:
+        return
     model.lm_head.int8[0, 0] += 1
     assert adapter_for(model).hash_weights(model) != profile.attrs["weights_sha256"]

@@ -86,7 +86,7 @@ def schedules(testbed, tmp_path_factory):
 
 
 def clip_of(sample, **changes):
-    return replace(sample.load_media(2.0, 16_000, None, None), **changes)
+    return replace(*sample.load_media(2.0, 16_000, None, None), **changes)
 
 
 def samples():

@@ -86,10 +86,12 @@ class VTW(Baseline):
         cls,
         profile,  # of `probe_dependency`
         num_layers: int,  # L
-        removed: str = "both",  # visual, audio or both
+        removed: str | None = None,  # visual, audio or both; None: both, or the only one
         threshold: float = 0.003,  # nats
     ):
         "Withdrawal before the first layer where it changes the answer by less than the threshold."
+        measured = profile["removed"].values.tolist()
+        removed = removed or ("both" if "both" in measured else measured[0])
         kl = profile.kl.sel(removed=removed).mean("sample")
         small = (kl < threshold).values
         layer = int(kl.layer.values[small.argmax() if small.any() else -1])

@@ -91,10 +91,11 @@ class Downsample(Baseline):
     def shown(self, processor, samples):  # whose clips are decoded -> the same questions
         "What is encoded instead; questions on one clip still share it."
         less = cache(partial(self.less, processor))
-        return [
-            s if getattr(s.video, "frames", None) is None else replace(s, video=less(s.video))
-            for s in samples
-        ]
+
+        def shown(clip):
+            return clip if clip.frames is None or clip.picture else less(clip)
+
+        return [replace(s, video=[shown(v) for v in s.videos]) for s in samples]
 
     def window_budgets(self, layout, first):
         raise ValueError(

@@ -431,5 +431,7 @@ def cache_range(
 
 def layers_read(profile) -> dict:  # modality -> half-open range, the field `cache` of a schedule
     "As far as the intervals of `cache_range` say that layers may be read."
-    read = {m: cache_range(profile, m) for m in Modality.CODES}
+    known = profile["removed"].values.tolist()
+    # a model without sound has no caches of it, whatever the range
+    read = {m: cache_range(profile, m if m in known else known[0]) for m in Modality.CODES}
     return {m: (r["start_ci"][0], r["end_ci"][1]) for m, r in read.items()}

@@ -86,7 +86,10 @@ def _compare_text(found, plan):
 @takes(ModelOptions)
 def run(
     asked,
-    clip: Annotated[Path, typer.Argument(help="Video or audio file.", show_default=False)],
+    clips: Annotated[
+        list[Path],
+        typer.Argument(help="Video, audio or picture file, or several.", show_default=False),
+    ],
     question: str = Option(..., help="What to ask."),
     schedule: OwnSchedule = None,
     trr: float | None = Option(
@@ -100,7 +103,7 @@ def run(
     ),
     as_json: Json = False,
 ):
-    "Ask a question about a clip, with or without pruning."
+    "Ask a question about a clip or several, with or without pruning."
     if schedule is not None and trr is not None:
         raise ValueError("give --schedule or --trr, not both")
     if compare and schedule is None and trr is None:
@@ -118,11 +121,14 @@ def run(
     if choice and len(choice) < 2:
         raise ValueError("--choice: give at least two choices, or none for a free answer")
     limits = dict(fps=asked.fps or 2.0, max_frames=asked.max_frames or MAX_FRAMES)
-    first = sa.decode_clip(clip, max_frames=1)  # a broken file costs no model
-    seconds = 0.0 if first.frames is None else 1 / first.fps
+    seconds = 0.0
+    for clip in clips:
+        first = sa.decode_clip(clip, max_frames=1)  # a broken file costs no model
+        if first.frames is not None and not first.picture:
+            seconds = max(seconds, 1 / first.fps)
     if asked.max_frames is None and seconds * limits["fps"] > MAX_FRAMES:
         note(f"note: {MAX_FRAMES} frames spread over {seconds:.0f} s; --max-frames takes more")
-    sample = sa.Sample(clip, question, choice or (), answer=0 if choice else -1)
+    sample = sa.Sample(clips, question, choice or (), answer=0 if choice else -1)
     model, processor = asked.load()
     encoded = sa.encode(model, processor, [sample], **limits)
     if trr is not None:

@@ -287,6 +287,15 @@ def outcome_rows(
     return rows
 
 # %% ../../nbs/evaluation/02_compare.ipynb #8d9fffe5
+def _unfit(model, names):
+    "Methods that a model cannot run."
+    adapter = adapter_for(model)
+    hidden = set(adapter.modalities(model)) - set(adapter.received)
+    kinds = {n: METHODS.get(n.removesuffix("+late")) for n in names}
+    wanting = {n for n, m in kinds.items() if getattr(m, "uses_attention", 0) is True and hidden}
+    return [n for n in names if n in wanting or n == "downsample" and not adapter.interleaved]
+
+
 def compare_methods(
     model: torch.nn.Module,  # an om-LLM
     processor: Callable,  # its processor
@@ -313,9 +322,10 @@ def compare_methods(
             "answers 'token' are neither right nor wrong: likelihood, generate or text"
         )
     names = method_names(names)
-    if not adapter_for(model).interleaved and "downsample" in names:
-        warnings.warn("downsampling is left out: it takes a Qwen-Omni model", ScheduleWarning)
-        names = tuple(n for n in names if n != "downsample")
+    if unfit := _unfit(model, names):
+        lacking = "an encoder that shows its attention, or a processor of Qwen-Omni"
+        warnings.warn(f"left out, for want of {lacking}: {', '.join(unfit)}", ScheduleWarning)
+        names = tuple(n for n in names if n not in unfit)
     samples = samples_of(samples)
     shape = DataShape.of(model, processor, samples, progress, tuple(plans.values()), **limits)
     runs = method_runs(names, plans, shape, rules=rules, tuned=tuned, progress=progress)

@@ -47,9 +47,8 @@ def clip_cache(processor, **limits):  # function: Sample -> the sample with its 
         return decode_clip(path, sample_rate=rate, resize=resize, **limits)
 
     def cached(sample):
-        if sample.video is None or isinstance(sample.video, Clip):
-            return sample
-        return replace(sample, video=decode(str(sample.video)))
+        clips = [v if isinstance(v, Clip) else decode(v) for v in sample.videos]
+        return replace(sample, video=clips)
 
     return cached
 

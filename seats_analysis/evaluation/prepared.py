@@ -144,6 +144,7 @@ class PreparedBatch:
         inputs = dict(
             input_ids=ids, attention_mask=mask, position_ids=positions, inputs_embeds=embeds
         )
+        inputs |= adapter_for(model).beside_embeddings(model, ids, layout.modality)
         for name in _SHAPES:
             if found := [q.shapes[name] for q in questions if name in q.shapes]:
                 longest = max(x.shape[-1] for x in found)
@@ -174,8 +175,9 @@ class PreparedBatch:
         if not deep:
             yield
             return
+        seen = self.encoded.layout.visual | self.encoded.layout.image
         given = dict(
-            visual_pos_masks=self.encoded.layout.visual.to(deep[0][0].device),
+            visual_pos_masks=seen.to(deep[0][0].device),
             deepstack_visual_embeds=[torch.cat(level) for level in zip(*deep)],
         )
 
@@ -195,7 +197,7 @@ class PreparedBatch:
     ):  # yields the `Run` of `prune`, and the `Encoded` to be used in the block
         "`prune` for questions whose clips were encoded before."
         method = as_pruner(method, self.model)
-        # DeepStack first: the hook of `prune` then finds its embeddings
+        # DeepStack first: `prune` then finds its embeddings
         with self._deepstack(), prune(self.model, method, kv=kv) as run:
             inputs = self.encoded.inputs | {ENCODED: self._calls(method)}
             yield run, replace(self.encoded, inputs=inputs)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import repeat
 from pathlib import Path
-from ..storage.files import atomic_write
+from ..storage.files import atomic_write, one_line
 
 # %% ../../nbs/inputs/00_media.ipynb #90ed0f3d
 def _check_fps(fps):
@@ -31,7 +31,7 @@ class Clip:
 
     id: str  # name of the clip; the file's stem when decoded
     frames: np.ndarray | None = None  # (T, H, W, 3) uint8 RGB; frame k is shown at k / fps seconds
-    fps: float = 2.0  # true rate of `frames`, frames per second
+    fps: float = 2.0  # true rate of `frames`, frames per second; 0: one frame, a still picture
     waveform: np.ndarray | None = None  # (N,) float32 mono, full scale is 1
     sample_rate: int = 16000  # samples per second of `waveform`
     resized: bool = False  # the frames have their final size, the processor leaves it as it is
@@ -48,7 +48,8 @@ class Clip:
             if len(shape) != 4 or shape[-1] != 3 or 0 in shape or self.frames.dtype != np.uint8:
                 expected = "expected (T, H, W, 3) uint8, not empty"
                 raise ValueError(f"frames: {said(self.frames)}, {expected}")
-            _check_fps(self.fps)
+            if self.fps or len(self.frames) > 1:
+                _check_fps(self.fps)
         if self.waveform is not None:
             if np.ndim(self.waveform) != 1 or self.waveform.dtype != np.float32:
                 raise ValueError(f"waveform: {said(self.waveform)}, expected (N,) float32, mono")
@@ -59,6 +60,8 @@ class Clip:
                     f"sample_rate: {self.sample_rate!r}, expected a positive number of samples "
                     "per second"
                 )
+
+    picture = property(lambda self: self.frames is not None and not self.fps)  # a still one
 
     def save(
         self,
@@ -90,8 +93,9 @@ class Clip:
             t, h, w = self.frames.shape[:3]
             video = f"{t} frames {w}x{h} at {self.fps:g} fps"
         if self.waveform is not None:
-            seconds = len(self.waveform) / self.sample_rate
-            audio = f"{seconds:.3f} s of audio at {self.sample_rate} Hz"
+            audio = (
+                f"{len(self.waveform) / self.sample_rate:.3f} s of audio at {self.sample_rate} Hz"
+            )
         return f"Clip({self.id!r}: {video}, {audio})"
 
 # %% ../../nbs/inputs/00_media.ipynb #6d25f366
@@ -429,12 +433,25 @@ def _decode_waveform(
     return out[:filled]
 
 # %% ../../nbs/inputs/00_media.ipynb #3d7c8591
+def _still(path):
+    "Pixels of a picture as it is shown; None for a file that is not called one."
+    from PIL import Image, ImageOps
+
+    if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".bmp"):
+        return None
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP")) as image:
+            _check_bytes(path, (*image.size, 64), "a picture")
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise ValueError(f"{path}: not a picture, or broken ({one_line(e)})") from e
+
+
 def decode_clip(
-    path: str | Path,  # mp4, mkv, webm, wav, ...: a film or a sound in one file
+    path: str | Path,  # mp4, mkv, webm, wav, png, ...: a film, a sound or a picture in one file
     fps: float = 2.0,  # frames per second to sample
     sample_rate: int = 16000,  # samples per second of the waveform, what the audio encoder wants
-    max_frames: int | None = None,  # upper limit; a longer clip is sampled more sparsely, and its
-    # `fps` says so
+    max_frames: int | None = None,  # upper limit; of a longer clip `fps` is lower
     resize: Callable | None = None,  # ((H, W, 3) uint8, number of frames) -> final frame, as
     # `frame_resizer` makes it
 ) -> Clip:  # `frames` or `waveform` is None where the file has none
@@ -442,13 +459,14 @@ def decode_clip(
 
     Raises ValueError that names the file if it is missing, broken, cut off or not media, if a
     stream of it is empty, if its time stamps are corrupt, or if what is asked for would take more
-    than 4 GiB.
-    """
+    than 4 GiB."""
     _check_fps(fps)
     if not (isinstance(sample_rate, int) and sample_rate > 0):
         raise ValueError(f"sample_rate: {sample_rate!r}, expected a positive whole number")
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"max_frames: {max_frames!r}, expected at least 1, or None")
+    if (pixels := _still(path)) is not None:
+        return Clip(Path(path).stem, pixels[None], fps=0.0)
     spans = _scan(path)
     clip = dict(id=Path(path).stem, sample_rate=sample_rate, resized=resize is not None)
     if "video" in spans:
@@ -462,11 +480,13 @@ def decode_clip(
 # %% ../../nbs/inputs/00_media.ipynb #fc8502af
 def check_media(
     path,  # media file
-    kind,  # 'video' or 'audio', what it is there for
+    kind,  # 'video', 'audio' or 'video or audio', what it is there for
 ):
     "Raise ValueError unless the file is whole, holds that kind, and the begin of all decodes."
+    if kind != "audio" and _still(path) is not None:
+        return
     spans = _scan(path)
-    if kind not in spans:
+    if not any(k in kind for k in spans):
         other = "; a file with sound alone is named by `audio`" if kind == "video" else ""
         raise ValueError(f"{path}: holds no {kind}{other}")
     for listed in spans.keys() - {"start"}:

@@ -119,13 +119,20 @@ def _check_row(row, unlabelled):
 
 
 def _media_path(row, field, folder, allow_outside):
-    "Path of a row's media file, or None."
-    name = row.get(field)
-    if name is None or isinstance(name, Clip):  # which only a program can give
-        return name
-    if not isinstance(name, str | Path) or not str(name):
-        raise ValueError(f"{field} {name!r}, expected a file name or null")
-    return path_below(folder, str(name), allow_outside)
+    "Path of a row's media file, a list of them, or None."
+
+    def path(name):
+        if isinstance(name, Clip):  # which only a program can give
+            return name
+        name = str(name) if isinstance(name, Path) else name
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{field} {name!r}, expected a file name or null")
+        return path_below(folder, name, allow_outside)
+
+    given = row.get(field)
+    if field == "video" and isinstance(given, list | tuple):
+        return [path(name) for name in given]
+    return None if given is None else path(given)
 
 
 def _row_sample(row, folder, default_id, allow_outside):
@@ -151,7 +158,7 @@ def tell_apart(
     samples,  # list of Sample
 ):  # list of Sample
     "Give different files of equal stem different clip ids (`001/video`); all others keep theirs."
-    files = {m for s in samples if (m := s.medium) is not None and not isinstance(m, Clip)}
+    files = {m for s in samples for m in s.media if not isinstance(m, Clip)}
     # files that differ in their suffix alone are one recording
     places = {f: Path(os.path.abspath(f)).with_suffix("") for f in files}
     same = {}
@@ -161,10 +168,14 @@ def tell_apart(
         f: place.relative_to(os.path.commonpath(same[place.name])).as_posix()
         for f, place in places.items()
     }
-    return [
-        replace(s, clip_id=ids[s.medium]) if ids.get(s.medium, s.clip) != s.clip else s
-        for s in samples
-    ]
+
+    def apart(s):
+        "Its clips by these ids; empty where its own id says it."
+        known = [m in ids for m in s.media]
+        name = "+".join(ids[m] if here else m.id for m, here in zip(s.media, known))
+        return name if any(known) and name != s.clip else ""
+
+    return [replace(s, clip_id=name) if (name := apart(s)) else s for s in samples]
 
 # %% ../../nbs/inputs/03_questions.ipynb #43a2f7ed
 class BrokenClips(ValueError):
@@ -199,7 +210,8 @@ def check_clips(
     files = {}
     found = {}
     for s in samples:
-        for kind, path in (("video", s.video), ("audio", s.audio)):
+        kind = "video or audio" if s.videos[1:] else "video"
+        for path, kind in [*((v, kind) for v in s.videos), (s.audio, "audio")]:
             if isinstance(path, str):
                 files.setdefault((path, kind), []).append(s)
     for path, kind in tqdm(files, desc="clips", unit="clip", delay=1, disable=not opened):

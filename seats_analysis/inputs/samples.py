@@ -8,7 +8,7 @@ __all__ = ['Sample', 'check_ids', 'clips_of']
 # %% ../../nbs/inputs/01_samples.ipynb #17177c03
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import ascii_uppercase
@@ -31,7 +31,7 @@ def _check_text(name, text):
 class Sample:
     "A question about a clip, with choices or without."
 
-    video: str | Clip | None  # media file, decoded clip, or None
+    video: str | Clip | None | Sequence  # media file, decoded clip, None; several: a list of them
     question: str  # what is asked, as a text
     choices: tuple = ()  # answer texts; () where there are none
     answer: int = -1  # index of the right one; -1 where there are no choices
@@ -49,12 +49,16 @@ class Sample:
                 f"sample {self.id!r}: choices {self.choices!r}, expected a list of texts "
                 "(the order is video, question, choices, answer; then id=...)"
             )
-        if isinstance(self.video, Path):
-            object.__setattr__(self, "video", str(self.video))
+        several = self.video if isinstance(self.video, list | tuple) else [self.video]
+        videos = [str(v) if isinstance(v, Path) else v for v in several]
+        video = tuple(videos) if videos[1:] else videos[0] if videos else None
+        object.__setattr__(self, "video", video)
         object.__setattr__(self, "choices", tuple(self.choices))
+        if videos[1:] and self.audio is not None:
+            raise ValueError(f"sample {self.id!r}: sound of several clips stands among them")
         if self.id == "":
-            medium = self.medium.id if isinstance(self.medium, Clip) else self.medium
-            made = digest([medium, self.question, self.choices])[:8]
+            named = [m.id if isinstance(m, Clip) else m for m in self.media] or [None]
+            made = digest([*named, self.question, self.choices])[:8]
             object.__setattr__(self, "id", f"{self.clip[:99]}-{made}")
         object.__setattr__(self, "answer", operator.index(self.answer))
         for name in ("id", "question", "family", "split", "clip"):
@@ -75,18 +79,25 @@ class Sample:
             )
 
     @property
-    def medium(self):
-        "What the question is about: video, or else audio; None for a question without media."
-        return self.audio if self.video is None else self.video
+    def videos(self) -> tuple:
+        "The media of `video`, in the order of the prompt."
+        if isinstance(self.video, tuple):
+            return self.video
+        return () if self.video is None else (self.video,)
+
+    @property
+    def media(self) -> tuple:
+        "What the question is about: video, or else audio; empty for a question without media."
+        return self.videos if self.videos or self.audio is None else (self.audio,)
 
     @property
     def clip(self):
-        "Id of the clip: the stem of its file; empty for a question without media."
-        if isinstance(self.medium, Clip):
-            return self.clip_id or self.medium.id
-        stem = self.clip_id or ("" if self.medium is None else Path(self.medium).stem)
+        "Id of the clip: the stem of its file; of several with a `+` between."
+        if len(self.media) == 1 and isinstance(self.media[0], Clip):
+            return self.clip_id or self.media[0].id
+        stems = [m.id if isinstance(m, Clip) else Path(m).stem for m in self.media]
         # a name in an old encoding is text with lone surrogates, which can be stored nowhere
-        return stem.encode(errors="backslashreplace").decode()
+        return (self.clip_id or "+".join(stems)).encode(errors="backslashreplace").decode()
 
     @property
     def answer_texts(self) -> tuple[str, ...]:
@@ -106,27 +117,24 @@ class Sample:
         sample_rate: int = 16000,  # as for decode_clip
         max_frames: int | None = None,  # as for decode_clip
         resize: Callable | None = None,  # as for decode_clip
-    ) -> Clip | None:  # None for a question without media
-        "The clip, or its file decoded; a separate file replaces the audio."
+    ) -> list:  # of Clip, in the order of the prompt
+        "The clips, or their files decoded; a separate file replaces the audio."
 
         def decode(path, max_frames):
             try:
                 clip = decode_clip(path, fps, sample_rate, max_frames, resize)
             except ValueError as error:
                 raise ValueError(f"{self.where}: {error}" if self.where else error) from error
-            return replace(clip, id=self.clip)
+            return replace(clip, id=clip.id if self.videos[1:] else self.clip)
 
-        video = self.video
-        if video is not None and not isinstance(video, Clip):
-            video = decode(video, max_frames)
+        clips = [v if isinstance(v, Clip) else decode(v, max_frames) for v in self.videos]
         if self.audio is None:
-            return video
+            return clips
         audio = decode(self.audio, 1)  # whatever it shows is not looked at
         if audio.waveform is None:
             raise ValueError(f"{self.audio}: holds no audio (audio of sample {self.id!r})")
-        if video is None:
-            return replace(audio, frames=None)
-        return replace(audio, frames=video.frames, fps=video.fps, resized=video.resized)
+        seen = clips[0] if clips else replace(audio, frames=None)
+        return [replace(audio, frames=seen.frames, fps=seen.fps, resized=seen.resized)]
 
 # %% ../../nbs/inputs/01_samples.ipynb #baca7b5f
 def check_ids(

@@ -10,6 +10,7 @@ import hashlib
 import torch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import ClassVar
 from ..inputs.layout import Modality
@@ -176,6 +177,19 @@ class Adapter:
     def sizes(self, model, inputs, kind, token) -> list:  # tokens of each medium
         "What lies side by side in a prompt is one medium."
         return _runs(inputs["input_ids"] == token)
+
+    def beside_embeddings(self, model, ids, modality) -> dict:  # both (B, S)
+        "What goes with embeddings instead of ids: token types, Gemma 4's embeddings per layer."
+        given = {}
+        if "mm_token_type_ids" in signature(self.thinker(model).forward).parameters:
+            types = torch.tensor([0, 2, 3, 1, 0])  # of text, video, audio, pictures, padding
+            given["mm_token_type_ids"] = types[modality.long()].to(ids.device)
+        decoder = self.decoder(model)
+        if getattr(decoder, "hidden_size_per_layer_input", 0):  # of media those of padding
+            media = (modality > Modality.TEXT).to(ids.device)
+            text = ids.masked_fill(media, decoder.config.pad_token_id)
+            given["per_layer_inputs"] = decoder.get_per_layer_inputs(text, None)
+        return given
 
     @staticmethod
     def rotate(

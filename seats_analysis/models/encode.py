@@ -192,7 +192,14 @@ _TOKEN_TYPES = "mm_token_type_ids", "token_type_ids"  # of every token of a prom
 
 def _process(model, processor, text, kwargs):
     "One piece through the processor: a dict of tensors, with `position_ids`."
-    out = dict(processor(text=[text], return_tensors="pt", **kwargs))
+    try:
+        out = dict(processor(text=[text], return_tensors="pt", **kwargs))
+    except ValueError as e:
+        if "equal size" not in str(e):
+            raise
+        raise ValueError(
+            "clips of unequal length in one prompt, which this model's processor does not take"
+        ) from None
     if "video_second_per_grid" in out:
         out["video_second_per_grid"] = torch.as_tensor(out["video_second_per_grid"])
     # the extractor pads to its chunk length
@@ -373,9 +380,9 @@ def encode(
             return sample.content
         key = sample.video, sample.audio
         if key not in clips:  # questions on the same clip share its decoding
-            clips[key] = sample.load_media(fps, rate, max_frames, resize)
-        clip = [] if clips[key] is None else [clips[key]]
-        return [*clip, sample.prompt_text]
+            media = sample.load_media(fps, rate, max_frames, resize)
+            clips[key] = [c.frames[0] if c.picture else c for c in media]
+        return [*clips[key], sample.prompt_text]
 
     prompts = []
     for sample in samples:

@@ -114,9 +114,12 @@ FAMILIES = {a.family: a for a in (*_OMNI, *_GEMMA, *_SIGHT, *_SOUND, *_HYBRID, *
 def adapter_for(
     model: object,  # a transformers model, or its class: the thinker, or the full one around it
 ) -> Adapter:
-    """The row of the model's family, or the generic one, by what transformers says of the model.
+    """The row of the model's family: that of the class itself (`seats_family`, a dict of fields of
+    `Adapter`), of the table, or the generic one, by what transformers says of the model.
     Raises ValueError for a model whose media are no placeholders of the prompt."""
     kind = model if isinstance(model, type) else type(model)
+    if own := getattr(kind, "seats_family", None):
+        return Adapter(**own)
     names = {c.__name__ for c in kind.__mro__}
     for adapter in FAMILIES.values():
         if names.intersection(adapter.classes):

@@ -27,6 +27,8 @@ def sample_rows(
     def content(medium):
         if medium is None:
             return ""
+        if isinstance(medium, tuple):
+            return digest([content(m) for m in medium])
         if not isinstance(medium, Clip):
             return digest(Path(medium).read_bytes())
         parts = [b"" if x is None else tensor_bytes(x) for x in (medium.frames, medium.waveform)]

@@ -57,7 +57,7 @@ def prompt_of(
         elif kind in ("video", "audio"):  # a video with its audio, or with that of a separate file
             files = dict(video=None, audio=part.get("sound") or None) | {kind: str(source)}
             media = Sample(**files, question="", id=kind)
-            parts.append(media.load_media(fps, sample_rate, max_frames, resize))
+            parts += media.load_media(fps, sample_rate, max_frames, resize)
         elif kind == "image":
             from PIL import Image
 

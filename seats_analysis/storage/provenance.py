@@ -29,6 +29,8 @@ def tensor_bytes(
     if hasattr(x, "detach"):
         import torch
 
+        if hasattr(x, "__tensor_flatten__"):  # of several tensors, as quantised weights
+            return b"".join(tensor_bytes(getattr(x, part)) for part in x.__tensor_flatten__()[0])
         x = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return np.ascontiguousarray(x).tobytes()
 

@@ -15,7 +15,7 @@ from ..inputs.benchmarks import split_of
 from ..inputs.layout import Modality
 from ..inputs.samples import Sample
 from ..testbed.load import TESTBEDS
-from ..boundaries.find import find_boundaries, layers_read
+from ..boundaries.find import find_boundaries, layers_read, mean_counts
 from ..boundaries.retention import derived_from
 from ..schedules.choose import blocks_of
 from ..schedules.schedule import Schedule
@@ -152,7 +152,8 @@ def measured_space(model_name, profile=None, config={}, text=False) -> SearchSpa
     space = SearchSpace.of({r: find_boundaries(stored, r) for r in removed})
     if not text:
         return space
-    if "token_stays" not in stored or not set(Modality.CODES) <= set(removed):
+    counts = zip(Modality.CODES, mean_counts(stored).get("tokens", (1, 1)))
+    if "token_stays" not in stored or any(n and m not in removed for m, n in counts):
         raise ValueError(
             "whole answers take a profile of visual and audio apart that was made with "
             "`seats probe --answers text`"
