@@ -368,7 +368,7 @@ def removal_scores(model, encoded, removed, layers, bypass=False):
         keep = stays.nonzero()[:, 0]
         line = len(keep) - len(tail.ids)
         mask = whole.decoder.mask(allowed[keep][:, keep][None, None], whole.hidden.dtype, line=line)
-        return keep, replace(whole.map(lambda x: x[:, keep]), mask=mask)
+        return keep, replace(whole[keep], mask=mask)
 
     def scores(stream):
         return tail.score(whole.decoder, stream.hidden[:, -1 - len(tail.ids) :])[0]

@@ -78,7 +78,7 @@ class Branches:
     def advance(self, stream, layer, kv):
         "One layer for all copies, behind keys and values of the positions that stay."
         front = tuple(t[:, :, self.cut.fixed] for t in kv)
-        own = stream.map(lambda x: x[:, self.cut.rows])
+        own = stream[self.cut.rows]
         width = stream.hidden.shape[-1]
         row = self.blocked.shape[-1] * (stream.hidden.shape[1] + 2 * width)  # cells of a mask
         here = self.blocked[:, layer].any(-1)
@@ -162,8 +162,8 @@ class Knockouts:
         c = self.questions.shared
         stream = self.stream
         decoder = stream.decoder
-        context = stream.map(lambda x: x[:, :c])
-        after = stream.map(lambda x: x[:, c:])
+        context = stream[:c]
+        after = stream[c:]
         mask = self.mask(torch.ones(c, c, dtype=torch.bool, device=stream.hidden.device).tril())
         tail_mask = self.mask(self.sides.sees(self.everyone[c:]))
         groups = joined(branches)
