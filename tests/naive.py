@@ -394,7 +394,7 @@ def removal_scores(model, encoded, removed, layers, bypass=False):
 def knockouts(walk, branches):
     "`Knockouts.branch` by a pass of its own for every knockout, with a mask over all positions."
     decoder = walk.stream.decoder
-    sees = walk.sides.sees(walk.everyone)
+    sees = walk.sides.sees(torch.arange(walk.stream.hidden.shape[1]))
 
     def run(less, blocked):  # who sees whom in the layers and heads that are blocked
         stream, read = walk.stream, []

@@ -219,10 +219,9 @@ class Resampled:
         )
         parameters = mean_counts(profile)
         parameters |= dict(n_boot=n_boot, seed=seed, split=known_split(profile, split))
-        if weights := attrs.get("weights_sha256"):
-            parameters["weights_sha256"] = weights
-        if attrs.get("answers", "choices") != "choices":
-            parameters["answers"] = attrs["answers"]
+        for name, usual in dict(weights_sha256="", answers="choices").items():
+            if (said := attrs.get(name, usual)) != usual:
+                parameters[name] = said
         boot = counts.bootstrap(n_boot, seed)
         drawn = cls(counts, boot, parameters, facts, layer_changes(profile))
         if "kl" in profile:
@@ -310,17 +309,13 @@ class Resampled:
         critical = self.critical_value(confidence)
         lower = self.lower_band(critical)
         parameters = dict(
-            tolerance=tolerance,
-            rise=rise,
-            confidence=confidence,
+            **shares,
             **self.parameters,
-            margin=margin,
             band="simultaneous",
             variable="correct",
             chance=counts.chance,
             critical=round(critical, 6),
             effective_clips=round(counts.effective, 3),
-            late_confidence=late_confidence,
         )
         whole = int(counts.layers[0]), int(counts.layers[-1])
         if self.changes is not None and late < whole[1]:

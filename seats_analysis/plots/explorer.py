@@ -10,11 +10,12 @@ import io
 import json
 import re
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from html import escape
 from pathlib import Path
-from ..testbed.load import TESTBEDS
+from ..evaluation.load import check_model_name
 from ..boundaries.find import Resampled
 from ..boundaries.report import explain
 from ..boundaries.retention import needed_families
@@ -28,22 +29,8 @@ from seats_analysis.plots.dependency import (
 from .style import PALETTE, house_style, new_figure
 from ..schedules.cost import flops_fraction
 from ..schedules.schedule import DEFAULT_LATE, Schedule, ScheduleWarning
-from ..storage.files import output_folder, shipped_folder
+from ..storage.files import output_folder
 from ..storage.schemas import load_profile
-
-# %% ../../nbs/plots/06_explorer.ipynb #77c95d82
-def model_config(name):
-    "The configuration of a model (testbed, folder or hub id); None if it is not on this machine."
-    path = Path(name) / "config.json" if name else None
-    if name in TESTBEDS:
-        path = shipped_folder("testbed") / TESTBEDS[name] / "config.json"
-    elif name.count("/") == 1 and not Path(name).is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        path = try_to_load_from_cache(name, "config.json")
-    if isinstance(path, str | Path) and Path(path).is_file():
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    return None
 
 # %% ../../nbs/plots/06_explorer.ipynb #cefb01f0
 ALL = "all"  # every family that needs what was removed
@@ -58,7 +45,9 @@ class Source:
         self.profile = load_profile(path)
         about = self.profile.attrs
         self.tokens = json.loads(about.get("tokens", "null"))  # means of a prompt
-        self.config = model_config(str(about.get("model", "")))
+        self.config = None
+        with suppress(ValueError):
+            self.config = check_model_name(str(about.get("model", "")))
         self.conditions = tuple(conditions_of(self.profile))
         needed = [f for name in self.conditions for f in needed_families(self.profile, name)]
         self.families = (ALL, *dict.fromkeys(needed))
@@ -101,7 +90,7 @@ class View:
             self.bounds = resampled.decide(self.tolerance)
             self.plan = self._solve()
             if (config := self.source.config) is None:
-                raise ValueError("FLOPs unknown: the model's configuration is not on this machine")
+                raise ValueError("FLOPs unknown: the model's configuration is not to be had")
             counts = [round(self.source.tokens[m]) for m in (*Modality.CODES, "text")]
             self.flops = flops_fraction(self.plan, *counts, config)
         except ValueError as error:
@@ -231,9 +220,9 @@ class Explorer:
             view.plan.save(path)
         except (OSError, ValueError) as error:
             self.status.value = escape(f"not saved: {error}")
-            return None
-        self.status.value = escape(f"saved as {path}")
-        return path
+        else:
+            self.status.value = escape(f"saved as {path}")
+            return path
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         "The panel for those who can show it, the picture for the others."

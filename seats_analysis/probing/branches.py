@@ -303,10 +303,10 @@ class Condition:
         last.tail = torch.cat([last.tail, tail])
 
     def advance(self, layer, front=None):
-        "One layer behind keys and values of the front; gives those of the last batch's context."
+        "One layer behind keys and values of the front; gives those of the last batch."
         decoder = self.walk.decoder
-        kv = front
         for batch in self.batches:
+            kv = front
             if len(self.own) and layer == len(decoder.layers) - 1:
                 kv = decoder.layer_keys(batch.context, self.tables.rotary, layer, front)
             elif len(self.own):
@@ -314,8 +314,8 @@ class Condition:
                     batch.context, self.tables.rotary, self.mask, layer, front
                 )
                 batch.context = self.tables.inject(batch.context, layer)
-            batch.tail, _ = decoder.run_layer(batch.tail, self.after, self.tail_mask, layer, kv)
-        return kv
+            batch.tail, kv = decoder.run_layer(batch.tail, self.after, self.tail_mask, layer, kv)
+        return kv if self.batches else None
 
 
 class Traversal:

@@ -21,9 +21,9 @@ from ..inputs.samples import Sample
 from ..models.encode import encode_questions
 from ..models.families import adapter_for
 from ..models.provenance import provenance
-from .branches import Stream, Tail, marks_of
+from .branches import Stream, Tail, Traversal, marks_of
 from .edges import Sides, behind_media, check_edges
-from .run import check_asked, units_of
+from .run import check_asked, labels_of, units_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -147,45 +147,31 @@ class Knockouts:
         found = marks_of(self.stream, encoded, {s: s for s in selectors})
         marks = {s: mark.to(device) for s, mark in found.items()}
         self.sides = Sides.of(questions, tail, marks, processor.tokenizer)
-        self.everyone = torch.arange(self.stream.hidden.shape[1], device=device)
 
     def score(self, hidden):  # (k, n, D) of the tail -> k Scores
         return self.tail.score(self.stream.decoder, hidden[:, self.tail.wanted])
-
-    def mask(self, allowed):  # (n, m) bool
-        return self.stream.decoder.mask(allowed[None, None], self.stream.hidden.dtype)
 
     @torch.no_grad()
     def branch(self, branches):  # edge -> Branches
         """Scores of the full pass, {edge: {job: Scores}}, and the Scores read off behind every
         layer; all in one pass."""
         c = self.questions.shared
-        stream = self.stream
-        decoder = stream.decoder
-        context = stream[:c]
-        after = stream[c:]
-        mask = self.mask(torch.ones(c, c, dtype=torch.bool, device=stream.hidden.device).tril())
-        tail_mask = self.mask(self.sides.sees(self.everyone[c:]))
+        full = Traversal(self.stream, self.tail, {}).full
+        (now,) = full.batches
         groups = joined(branches)
         read = []
-        for layer in range(len(decoder.layers)):
-            before = torch.cat([context.hidden, after.hidden], 1)[0]
-            if layer == len(decoder.layers) - 1:
-                kv = decoder.layer_keys(context.hidden, context.rotary, layer)
-            else:
-                hidden, kv = decoder.run_layer(context.hidden, context.rotary, mask, layer)
-                context = replace(context, hidden=context.inject(hidden, layer))
-            hidden, kv = decoder.run_layer(after.hidden, after.rotary, tail_mask, layer, kv)
-            after = replace(after, hidden=hidden)
+        for layer in range(len(self.stream.decoder.layers)):
+            before = torch.cat([now.context, now.tail], 1)[0]
+            kv = full.advance(layer)
             for b, _ in groups:
                 b.branch_off(layer, before)
-                b.advance(stream, layer, kv)
-            read += self.score(after.hidden)
+                b.advance(self.stream, layer, kv)
+            read += self.score(now.tail)
         found = {}
         for b, edges in groups:
             for name, at in edges.items():
                 at = at[b.cut.rows[at] >= c]  # of the context nothing is scored
-                hidden = after.hidden.repeat(len(b.hidden), 1, 1)
+                hidden = now.tail.repeat(len(b.hidden), 1, 1)
                 for into, rows in zip(hidden, b.hidden.values()):
                     into[b.cut.rows[at] - c] = rows[at]
                 found[name] = dict(zip(b.hidden, self.score(hidden)))
@@ -327,12 +313,7 @@ def _dataset(rows, samples, axes, about):
     said = "a lens, not a cause: probability of each choice by final norm and head"
     about_lens = dict(units="1", description=said)
     variables["lens"] = ("sample", "depth", "choice"), np.array(lens, "float32"), about_lens
-
-    def labels(name):
-        return "sample", np.array([getattr(s, name) for s in samples], dtype=object)
-
-    coords = {name: labels(name) for name in ("family", "clip", "split")}
-    coords |= dict(axes, edge=np.array(edges, dtype=object), sample=labels("id"))
+    coords = labels_of(samples) | dict(axes, edge=np.array(edges, dtype=object))
     coords["answer"] = "sample", np.array([s.answer for s in samples])
     return xr.Dataset(variables, coords, {k: v for k, v in about.items() if k != "samples"})
 
@@ -435,18 +416,22 @@ def media_lens(
 
     (questions,) = encode_questions(model, processor, [sample], **limits)
     walk = Knockouts(model, processor, questions)
-    decoder = walk.stream.decoder
+    stream = walk.stream
+    decoder = stream.decoder
     layout = questions.encoded.layout
-    stream = replace(walk.stream, mask=walk.mask(walk.sides.sees(walk.everyone)))
-    rows = {}
+    everyone = torch.arange(stream.hidden.shape[1], device=stream.hidden.device)
+    sees = walk.sides.sees(everyone)[None, None]
+    stream = replace(stream, mask=decoder.mask(sees, stream.hidden.dtype))
+    rows = []
     for layer in range(len(decoder.layers)):
         stream = stream.through(layer, layer + 1)
-        row = rows[layer] = {}
+        row = {}
         for name in adapter_for(model).modalities(model):
             at = getattr(layout, name)[0].nonzero()[:, 0]
             of = layout.window[0, at]
             for k in of.unique().tolist():
-                hidden = stream.hidden[:, at[of == k].to(walk.everyone.device)]
+                hidden = stream.hidden[:, at[of == k].to(everyone.device)]
                 token = decoder.logits(hidden)[0].argmax(-1).mode().values
                 row[f"{name}@{k}"] = processor.tokenizer.decode([int(token)])
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
+        rows.append(row)
+    return pd.DataFrame(rows).rename_axis("layer")
