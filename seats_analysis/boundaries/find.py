@@ -69,8 +69,8 @@ class Boundaries:
     seed: int | None = None  # of the profile
 
     def __post_init__(self):
-        late = self.late_start if self.late_start_certified is None else self.late_start_certified
-        order = (0, self.shallow_end, self.late_start, late, self.num_layers)
+        certified = self.late("certified")
+        order = (0, self.shallow_end, self.late_start, certified, self.num_layers)
         if self.num_layers < 1 or any(a > b for a, b in zip(order, order[1:])):
             raise ValueError(
                 "need 0 <= shallow_end <= late_start <= late_start_certified <= num_layers, not "

@@ -78,22 +78,21 @@ def flow_table(
     return table[table["questions"] > 0]
 
 # %% ../../nbs/boundaries/01_flow.ipynb #d410adab
-def _seen(rows, tolerance=0.01):  # of `flow_table`
+def _seen(rows):  # of `flow_table`
     "The rows that hold and are of a size that counts."
-    return rows[(rows["p_holm"] < 0.05) & (rows["change"].abs() > tolerance)]
+    return rows[(rows["p_holm"] < 0.05) & (rows["change"].abs() > 0.01)]
 
 
 def flow_end(
     flow,  # of layers, with the edge `visual->text` and the like
     modality: str,  # visual, audio or both
-    tolerance: float = 0.01,  # mean change that counts as none
 ):  # layer, 0-based; the number of layers where the last one still reads them; None: no such edge
     "The first layer from which on no window shows that the text reads a modality."
     edge = f"{modality}->text"
     if edge not in flow["edge"].values or "layer" not in flow.dims or "head" in flow.dims:
         return None
     rows = flow_table(flow.sel(edge=[edge])).xs(edge, level="edge")
-    seen = _seen(rows, tolerance).index
+    seen = _seen(rows).index
     # a window that shows nothing has its first layer half a window before its middle
     back = int(flow.attrs["window"]) // 2 if flow.attrs["span"] == "around" else 0
     return max(int(seen.max()) + 1 - back, 0) if len(seen) else 0

@@ -21,14 +21,14 @@ def family_needs(
 ) -> dict:  # family -> set of needed modalities
     "What each family needs, a control nothing. Raises ValueError if the profile leaves one out."
     present = sorted(set(profile["family"].values.astype(str).tolist()))
-    stated = json.loads(profile.attrs.get("needs") or "{}")
-    if stated and (missing := [name for name in present if name not in stated]):
+    needs = json.loads(profile.attrs.get("needs") or "{}")
+    needs = needs or dict.fromkeys(present, Modality.CODES) | dict(control=())
+    if missing := [name for name in present if name not in needs]:
         raise ValueError(
             f"profile attribute `needs` says nothing about the families {missing}; "
-            f"it knows {sorted(stated)}"
+            f"it knows {sorted(needs)}"
         )
-    unstated = dict.fromkeys(present, Modality.CODES) | dict(control=())
-    return {name: set(stated.get(name, unstated[name])) for name in present}
+    return {name: set(needs[name]) for name in present}
 
 
 def needed_families(

@@ -98,24 +98,16 @@ class View:
 
     def _solve(self):
         "The schedule; with one modality removed, each gets the late start of its own curve."
-        source = self.source
         bounds = self.bounds
-        if source.tokens is None:
-            raise ValueError(
-                "no schedule: the profile does not say how many tokens its prompts have"
-            )
         if self.removed != "both":
-            if lacks := [m for m in Modality.CODES if m not in source.conditions]:
-                raise ValueError(f"no schedule: the profile has no curve for {lacks[0]}")
-            needed = {m: needed_families(source.profile, m) for m in Modality.CODES}
-            family = {m: self.family if self.family in needed[m] else ALL for m in Modality.CODES}
-            bounds = {
-                m: source.drawn(m, family[m])[0].decide(self.tolerance) for m in Modality.CODES
-            }
+            bounds = {}
+            for m in Modality.CODES:
+                needed = needed_families(self.source.profile, m)
+                family = self.family if self.family in needed else ALL
+                bounds[m] = self.source.drawn(m, family)[0].decide(self.tolerance)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ScheduleWarning)  # both late starts are on the panel
-            tokens = [source.tokens[m] for m in Modality.CODES]
-            return Schedule.from_trr(bounds, self.trr, *tokens, late=self.late)
+            return Schedule.from_trr(bounds, self.trr, late=self.late)
 
     def text(self):
         "Blocks, schedule and price for people. Layers are printed from 1."
@@ -165,8 +157,8 @@ class Explorer:
             return w.Dropdown(description=name, options=options, **look)
 
         def slider(name, form, **values):
-            look_of = dict(look, description=name, readout_format=form, continuous_update=False)
-            return w.FloatSlider(**values, **look_of)
+            values |= dict(description=name, readout_format=form, continuous_update=False)
+            return w.FloatSlider(**values, **look)
 
         self.profile = choice("profile", list(paths))
         self.settings = dict(

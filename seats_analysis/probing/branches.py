@@ -298,13 +298,14 @@ class Condition:
         if last is None or (len(last.layers) + 1) * length > max_tokens:
             self.batches.append(Batch([layer], context, tail))
             return
-        last.layers = [*last.layers, layer]
+        last.layers.append(layer)
         last.context = torch.cat([last.context, context])
         last.tail = torch.cat([last.tail, tail])
 
     def advance(self, layer, front=None):
         "One layer behind keys and values of the front; gives those of the last batch."
         decoder = self.walk.decoder
+        kv = None
         for batch in self.batches:
             kv = front
             if len(self.own) and layer == len(decoder.layers) - 1:
@@ -315,7 +316,7 @@ class Condition:
                 )
                 batch.context = self.tables.inject(batch.context, layer)
             batch.tail, kv = decoder.run_layer(batch.tail, self.after, self.tail_mask, layer, kv)
-        return kv if self.batches else None
+        return kv
 
 
 class Traversal:

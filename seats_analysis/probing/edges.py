@@ -13,15 +13,15 @@ from ..inputs.layout import Modality
 from .selectors import REMOVED, every_token, time_window
 
 # %% ../../nbs/probing/04_edges.ipynb #684a5721
-TEXT_SIDES = dict(
-    question="the prompt behind the media, without its last token",
-    last="the answer position, the last token of the prompt",
-    answer="the tokens of an answer that stand before the one that is predicted",
-    text="all of these",
-    options="the choices where they stand in the prompt",
-    right="the right one of them",
-    wrong="the others",
-    first="the first four tokens of the prompt, where attention sinks lie",
+TEXT_SIDES = (
+    "question",  # the prompt behind the media, without its last token
+    "last",  # the answer position, the last token of the prompt
+    "answer",  # the tokens of an answer that stand before the one that is predicted
+    "text",  # all of these
+    "options",  # the choices where they stand in the prompt
+    "right",  # the right one of them
+    "wrong",  # the others
+    "first",  # the first four tokens of the prompt, where attention sinks lie
 )
 
 

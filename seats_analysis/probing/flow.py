@@ -49,9 +49,9 @@ class Branches:
 
     def branch_off(self, layer, full):  # (N, D) before this layer
         "Copy the rows for every job that is blocked here for the first time."
-        until = self.blocked[:, : layer + 1].any(-1)
-        new = (until[:, -1] & ~until[:, :-1].any(1)).nonzero()[:, 0]
-        self.hidden |= dict.fromkeys(new.tolist(), full[self.cut.rows])
+        rows = full[self.cut.rows]
+        for job in self.blocked[:, layer].any(-1).nonzero()[:, 0].tolist():
+            self.hidden.setdefault(job, rows)
 
     def packs(self, jobs, width, most):  # -> (B, g) int64 tensors of jobs, at most so many tokens
         "g copies side by side, B such rows as a batch; what is left over by itself."
@@ -285,10 +285,10 @@ def _rows(walk, edges, blocked, coarse, tell):
             for k, x in effects(samples, full, each).items():
                 values[name][k][asked, job] = x[asked]
     rows = []
-    for i, right in enumerate(effects(samples, full, full)["correct"]):
+    for i, right in enumerate(effects(samples, full, full)["correct"].tolist()):
         found = {e: {k: x[i].tolist() for k, x in value.items()} for e, value in values.items()}
         lens = [np.exp(scores.total[i]).tolist() for scores in read]
-        rows.append(dict(correct=float(right), lens=lens, edges=found))
+        rows.append(dict(correct=right, lens=lens, edges=found))
     return rows
 
 
