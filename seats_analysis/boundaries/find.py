@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from ..storage.schemas import SCHEMAS, load_profile
 from ..storage.shown import as_html
 from seats_analysis.statistics.intervals import (
-    clip_draws,
     crossings,
     first_staying,
     loss_bound,
@@ -402,19 +401,14 @@ def cache_range(
     layers = profile["layer"].values
     stays = profile["token_stays"].sel(removed=removed)
     weights = profile["tokens"] / profile["tokens"].sum("bin")
-    shares = (stays.fillna(0) * weights).sum("bin")  # of each answer
-    clips, at = np.unique(profile["clip"].values.astype(str), return_inverse=True)
-    itself = np.ones(len(clips), int)
-    drawn = np.vstack([itself, clip_draws(len(clips))])[:, at]
-
-    def fine(rule):  # (1 + n_boot, layers)
-        curve = drawn @ shares.sel(rule=rule).transpose("sample", "layer").values
-        return curve / drawn.sum(1, keepdims=True) >= 0.995  # of an answer's tokens
-
-    ok = np.logical_and.accumulate(fine("below"), 1)
-    starts = layers[ok.sum(1) - 1]
-    ok = np.logical_and.accumulate(fine("from")[:, ::-1], 1)
-    ends = layers[::-1][ok.sum(1) - 1]
+    shares = (stays.fillna(0) * weights).sum("bin").transpose("rule", "sample", "layer")
+    parts = [shares.sel(rule=rule).values for rule in ("below", "from")]  # of each answer
+    counts = ClipCounts.tally(layers, np.hstack(parts), profile["clip"].values, chance=0.0)
+    drawn = np.vstack([counts.accuracy, counts.bootstrap()])
+    below, after = np.split(drawn, 2, axis=1)  # (1 + n_boot, layers)
+    enough = 0.995  # of an answer's tokens
+    starts = first_staying(below[:, ::-1], layers[::-1], enough)
+    ends = first_staying(after, layers, enough)
     # either side alone may do where not both do: then the shorter one that was measured
     either = (starts >= ends) & (ends > layers[0])
     front = either & (ends - layers[0] <= layers[-1] - starts)

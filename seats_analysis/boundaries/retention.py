@@ -304,9 +304,9 @@ def profile_hash(
         variable = profile.variables[name]
         head = json.dumps([name, list(variable.dims), list(variable.shape)])
         digest.update(head.encode() + _canonical(variable.values))
-    attrs = {
-        str(key): value.tolist() if isinstance(value, np.ndarray | np.generic) else value
-        for key, value in profile.attrs.items()
-    }
-    digest.update(json.dumps(attrs, sort_keys=True, default=str).encode())
+
+    def plain(value):  # what JSON does not know
+        return value.tolist() if hasattr(value, "tolist") else str(value)
+
+    digest.update(json.dumps(profile.attrs, sort_keys=True, default=plain).encode())
     return digest.hexdigest()[:16]

@@ -138,13 +138,6 @@ class Tail:
         same &= (self.choice < 0) | (self.choice[:, None] == self.choice)
         return same.tril()
 
-    def whole(self, decoder, hidden, full=None):  # (k, m, D) at `wanted`; (Q, T, V) of the full run
-        "`full` itself where none is given, else `token_scores` of the k first choices."
-        parts = (_logp(decoder, h[self.source[:, 0]]) for h in hidden)
-        if full is None:
-            return next(parts)
-        return [token_scores(logp, full, self.target[:, 0]) for logp in parts]
-
     def score(self, decoder, hidden):  # (k, m, D) at `wanted`, after the last layer -> k Scores
         "Log-probabilities of all choices, in float32. Raises ValueError if they are not finite."
         target = self.target.cpu()
@@ -415,17 +408,22 @@ def answer_scores(
     "Whole answers under all four rules. Conditions that change nothing are left out."
     walk = Traversal.of(model, questions, check_removed(removed), whole=True)
     walk.run({0, *layers[:-1]}, max_branch_tokens)
-    decoder, tail, L = walk.decoder, walk.tail, layers[-1]
-    hidden = walk.full.batches[0].tail[:, tail.wanted]
-    full = tail.whole(decoder, hidden)
-    (same,) = tail.whole(decoder, hidden, full)
+    tail = walk.tail
+    L = layers[-1]
+
+    def read(states):  # (k, n, D) of the tail -> k (Q, T, V)
+        for hidden in states[:, tail.wanted]:
+            yield _logp(walk.decoder, hidden[tail.source[:, 0]])
+
+    (full,) = read(walk.full.batches[0].tail)
+    same = token_scores(full, full, tail.target[:, 0])
     out = {(None, None, L): same}
     kinds = ("from",), ("below",), ("retain", "evict")  # as conditions stand behind one another
     for condition, rules in zip(walk.conditions, kinds * len(walk.conditions)):
         for batch in condition.batches:
             for rule, part in zip(rules, batch.tail.split(len(tail.ids), 1)):
-                found = tail.whole(decoder, part[:, tail.wanted], full)
-                for layer, scores in zip(batch.layers, found):
+                for layer, logp in zip(batch.layers, read(part)):
+                    scores = token_scores(logp, full, tail.target[:, 0])
                     out |= {(name, rule, layer): scores for name in condition.names}
         for name in condition.names:
             out |= {(name, rule, L): same for rule in ("retain", "from")}

@@ -71,9 +71,6 @@ def spans_of(tokenizer, ids, texts):  # token ids, texts -> per text: range of w
     return found
 
 # %% ../../nbs/probing/04_edges.ipynb #a6f18e8f
-SINKS = 4
-
-
 @dataclass(frozen=True)
 class Cut:
     "An edge in one clip: what may change where it is blocked, and who sees whom there."
@@ -112,7 +109,7 @@ class Sides:
         tail = self.tail
         found = torch.zeros(self.context + len(tail.ids), dtype=torch.bool, device=tail.ids.device)
         if side == "first":
-            found[:SINKS] = True
+            found[:4] = True
             return found
         last = torch.zeros_like(tail.ids, dtype=torch.bool)
         last[tail.wanted[tail.first]] = True

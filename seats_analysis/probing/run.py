@@ -128,10 +128,10 @@ LEFT_OUT = dict(  # beside them, with one layer left out and nothing removed
 
 
 BIN_EDGES = 0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2**31  # positions in an answer
-TOKEN_METRICS = dict(
-    token_stays=("1", "share of the bin's tokens at which the likeliest token stays"),
-    token_nll=("nats", "mean negative log-likelihood of the bin's tokens"),
-    token_kl=("nats", "mean KL(full || removed) over the bin's tokens"),
+TOKEN_METRICS = dict(  # of `token_scores` -> name over all tokens, unit, description
+    stays=("correct", "1", "share of the bin's tokens at which the likeliest token stays"),
+    nll=("nll", "nats", "mean negative log-likelihood of the bin's tokens"),
+    kl=("kl", "nats", "mean KL(full || removed) over the bin's tokens"),
 )
 RULES = "retain", "evict", "from", "below"
 RULE_SAYS = (
@@ -215,7 +215,7 @@ class ProbeRun:
         same = scores[None, None, layers[-1]]
         rows = []
         for i, ids in enumerate(said):
-            row = {k: [] for k in ("stays", "nll", "kl")}
+            row = {k: [] for k in TOKEN_METRICS}
             for k, grid in row.items():
                 for name in self.removed:
                     cells = [[scores.get((name, r, l), same) for r in RULES] for l in layers]
@@ -231,10 +231,11 @@ class ProbeRun:
         bins = n.shape[1]
         dims = "sample", "removed", "layer", "rule", "bin"
         variables = dict(tokens=(("sample", "bin"), n.astype(int), dict(units="1")))
-        for (k, (units, said)), name in zip(TOKEN_METRICS.items(), ("correct", "nll", "kl")):
-            values = np.array([r[k.removeprefix("token_")] for r in rows], float)[..., :bins]
-            variables[k] = dims, values.astype("float32"), dict(units=units, description=said)
-            weights = n[:, None, None] / n.sum(1)[:, None, None, None]
+        weights = n[:, None, None] / n.sum(1)[:, None, None, None]
+        for k, (name, units, said) in TOKEN_METRICS.items():
+            values = np.array([r[k] for r in rows], float)[..., :bins]
+            about = dict(units=units, description=said)
+            variables[f"token_{k}"] = dims, values.astype("float32"), about
             whole = (np.nan_to_num(values[:, :, :, 0]) * weights).sum(-1)
             meaning = said.replace("bin's", "answer's") + ", by the rule `retain`"
             about = dict(units=units, description=meaning)
