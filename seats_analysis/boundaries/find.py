@@ -145,11 +145,10 @@ class Boundaries:
                 if best > margin:
                     why = f"exclude a loss of {best:.2%} at best, not {margin:.2%}"
                 certified += f" ({self.n_clips} clips {why})"
-        said = [f"layer {self.late_start + 1} of {self.num_layers}, estimate"]
-        said.append(f"certified: {certified}")
+        estimate = f"layer {self.late_start + 1} of {self.num_layers}"
         if rule == "certified":
-            said = [f"{certified}, certified", f"estimate: {said[0].removesuffix(', estimate')}"]
-        return "late block: " + "; ".join(said)
+            return f"late block: {certified}, certified; estimate: {estimate}"
+        return f"late block: {estimate}, estimate; certified: {certified}"
 
     def to_dict(self) -> dict:
         "JSON-able, with its schema."

@@ -251,8 +251,11 @@ def usual_edges(modalities):  # -> names
 def _time_edges(questions):
     "Each time window of each modality of a clip to the text."
     layout = questions.encoded.layout
-    windows = {m: layout.window[0][getattr(layout, m)[0]].tolist() for m in ("visual", "audio")}
-    return check_edges([f"{m}@{k}->text" for m, found in windows.items() for k in sorted({*found})])
+    names = []
+    for m in ("visual", "audio"):
+        windows = layout.window[0][getattr(layout, m)[0]].unique()  # ascending
+        names += [f"{m}@{k}->text" for k in windows.tolist()]
+    return check_edges(names)
 
 
 def _rows(walk, edges, blocked, coarse, tell):
