@@ -13,7 +13,7 @@ import xarray as xr
 from dataclasses import dataclass
 from scipy.special import ndtri
 from ..inputs.layout import Modality
-from ..statistics.intervals import clip_draws, loss_bound, monotone_fit
+from ..statistics.intervals import clip_draws, loss_bound
 
 # %% ../../nbs/boundaries/00_retention.ipynb #fb4d574c
 def family_needs(
@@ -233,26 +233,19 @@ def retained(
     families=None,  # None: those that need what was removed
     n_boot: int = 2000,  # resamples of the clips
     seed: int = 0,
-):  # xr.Dataset (layer): accuracy, fitted; retained, corrected, with _low and _high (95 %)
+):  # xr.Dataset (layer): accuracy; retained, corrected, with _low and _high (95 %)
     "Accuracy and (chance-corrected) retained performance per layer; `corrected` if above chance."
     counts = ClipCounts.of(profile, removed, split, families)
     boot = counts.bootstrap(n_boot, seed)
     curves = dict(retained=_band(counts, boot, 0.0))
     if min(counts.accuracy[-1], boot[:, -1].min()) > counts.chance:
         curves["corrected"] = _band(counts, boot, counts.chance)
-    out = dict(accuracy=counts.accuracy, fitted=monotone_fit(counts.retained))
+    out = dict(accuracy=counts.accuracy)
     for name, band in curves.items():
         out |= {f"{name}{end}": x for end, x in zip(("", "_low", "_high"), band)}
     attrs = dict(
-        removed=removed,
-        split=str(known_split(profile, split)),
-        families=",".join(counts.families),
         chance=counts.chance,
-        confidence=1 - 2 * _TAIL,
-        n_boot=n_boot,
-        seed=seed,
         n_samples=int(counts.asked.sum()),
-        n_clips=len(counts.asked),
         units="share of the performance with nothing removed",
     )
     out = {name: ("layer", values) for name, values in out.items()}
