@@ -110,7 +110,7 @@ def test_a_profile_of_ones_own_is_offered(source, tmp_path):
     assert panel.view.bounds.layers == (0, 3, 6, 12, 16)
     assert (
         panel.button.disabled
-        and "tokens the data have" in panel.words.value
+        and "profile has no condition" in panel.words.value
         and panel.save() is None
     )
     panel.profile.value = "b"
