@@ -381,7 +381,7 @@ def removal_scores(model, encoded, removed, layers, bypass=False):
         keep = stays.nonzero()[:, 0]
         line = len(keep) - len(tail.ids)
         mask = whole.decoder.mask(allowed[keep][:, keep][None, None], whole.hidden.dtype, line=line)
-        return keep, replace(whole.map(lambda x: x[:, keep]), mask=mask)
+        return keep, replace(whole[keep], mask=mask)
 
     def scores(stream):
         return tail.score(whole.decoder, stream.hidden[:, -1 - len(tail.ids) :])[0]
@@ -407,7 +407,7 @@ def removal_scores(model, encoded, removed, layers, bypass=False):
 def knockouts(walk, branches):
     "`Knockouts.branch` by a pass of its own for every knockout, with a mask over all positions."
     decoder = walk.stream.decoder
-    sees = walk.sides.sees(walk.everyone)
+    sees = walk.sides.sees(torch.arange(walk.stream.hidden.shape[1]))
 
     def run(less, blocked):  # who sees whom in the layers and heads that are blocked
         stream, read = walk.stream, []

@@ -88,6 +88,10 @@ def test_a_profile_of_ones_own_is_offered(source, tmp_path):
     assert panel.profile.options == ("a", "b")
     assert panel.settings["removed"].options == ("visual",)
     assert panel.view.bounds.layers == (0, 3, 6, 12, 16)
-    assert panel.button.disabled and "how many tokens" in panel.words.value and panel.save() is None
+    assert (
+        panel.button.disabled
+        and "profile has no condition" in panel.words.value
+        and panel.save() is None
+    )
     panel.profile.value = "b"
     assert panel.view.source.name == "b"

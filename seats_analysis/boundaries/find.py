@@ -16,13 +16,7 @@ from scipy.special import ndtri
 from typing import TYPE_CHECKING
 from ..storage.schemas import SCHEMAS, load_profile
 from ..storage.shown import as_html
-from seats_analysis.statistics.intervals import (
-    clip_draws,
-    crossings,
-    first_staying,
-    loss_bound,
-    monotone_fit,
-)
+from ..statistics.intervals import crossings, first_staying, loss_bound, monotone_fit
 from seats_analysis.boundaries.retention import (
     ClipCounts,
     family_needs,
@@ -69,8 +63,8 @@ class Boundaries:
     seed: int | None = None  # of the profile
 
     def __post_init__(self):
-        late = self.late_start if self.late_start_certified is None else self.late_start_certified
-        order = (0, self.shallow_end, self.late_start, late, self.num_layers)
+        certified = self.late("certified")
+        order = (0, self.shallow_end, self.late_start, certified, self.num_layers)
         if self.num_layers < 1 or any(a > b for a, b in zip(order, order[1:])):
             raise ValueError(
                 "need 0 <= shallow_end <= late_start <= late_start_certified <= num_layers, not "
@@ -146,11 +140,10 @@ class Boundaries:
                 if best > margin:
                     why = f"exclude a loss of {best:.2%} at best, not {margin:.2%}"
                 certified += f" ({self.n_clips} clips {why})"
-        said = [f"layer {self.late_start + 1} of {self.num_layers}, estimate"]
-        said.append(f"certified: {certified}")
+        estimate = f"layer {self.late_start + 1} of {self.num_layers}"
         if rule == "certified":
-            said = [f"{certified}, certified", f"estimate: {said[0].removesuffix(', estimate')}"]
-        return "late block: " + "; ".join(said)
+            return f"late block: {certified}, certified; estimate: {estimate}"
+        return f"late block: {estimate}, estimate; certified: {certified}"
 
     def to_dict(self) -> dict:
         "JSON-able, with its schema."
@@ -219,10 +212,9 @@ class Resampled:
         )
         parameters = mean_counts(profile)
         parameters |= dict(n_boot=n_boot, seed=seed, split=known_split(profile, split))
-        if weights := attrs.get("weights_sha256"):
-            parameters["weights_sha256"] = weights
-        if attrs.get("answers", "choices") != "choices":
-            parameters["answers"] = attrs["answers"]
+        for name, usual in dict(weights_sha256="", answers="choices").items():
+            if (said := attrs.get(name, usual)) != usual:
+                parameters[name] = said
         boot = counts.bootstrap(n_boot, seed)
         drawn = cls(counts, boot, parameters, facts, layer_changes(profile))
         if "kl" in profile:
@@ -310,17 +302,13 @@ class Resampled:
         critical = self.critical_value(confidence)
         lower = self.lower_band(critical)
         parameters = dict(
-            tolerance=tolerance,
-            rise=rise,
-            confidence=confidence,
+            **shares,
             **self.parameters,
-            margin=margin,
             band="simultaneous",
             variable="correct",
             chance=counts.chance,
             critical=round(critical, 6),
             effective_clips=round(counts.effective, 3),
-            late_confidence=late_confidence,
         )
         whole = int(counts.layers[0]), int(counts.layers[-1])
         if self.changes is not None and late < whole[1]:
@@ -407,19 +395,14 @@ def cache_range(
     layers = profile["layer"].values
     stays = profile["token_stays"].sel(removed=removed)
     weights = profile["tokens"] / profile["tokens"].sum("bin")
-    shares = (stays.fillna(0) * weights).sum("bin")  # of each answer
-    clips, at = np.unique(profile["clip"].values.astype(str), return_inverse=True)
-    itself = np.ones(len(clips), int)
-    drawn = np.vstack([itself, clip_draws(len(clips))])[:, at]
-
-    def fine(rule):  # (1 + n_boot, layers)
-        curve = drawn @ shares.sel(rule=rule).transpose("sample", "layer").values
-        return curve / drawn.sum(1, keepdims=True) >= 0.995  # of an answer's tokens
-
-    ok = np.logical_and.accumulate(fine("below"), 1)
-    starts = layers[ok.sum(1) - 1]
-    ok = np.logical_and.accumulate(fine("from")[:, ::-1], 1)
-    ends = layers[::-1][ok.sum(1) - 1]
+    shares = (stays.fillna(0) * weights).sum("bin").transpose("rule", "sample", "layer")
+    parts = [shares.sel(rule=rule).values for rule in ("below", "from")]  # of each answer
+    counts = ClipCounts.tally(layers, np.hstack(parts), profile["clip"].values, chance=0.0)
+    drawn = np.vstack([counts.accuracy, counts.bootstrap()])
+    below, after = np.split(drawn, 2, axis=1)  # (1 + n_boot, layers)
+    enough = 0.995  # of an answer's tokens
+    starts = first_staying(below[:, ::-1], layers[::-1], enough)
+    ends = first_staying(after, layers, enough)
     # either side alone may do where not both do: then the shorter one that was measured
     either = (starts >= ends) & (ends > layers[0])
     front = either & (ends - layers[0] <= layers[-1] - starts)

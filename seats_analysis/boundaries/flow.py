@@ -15,18 +15,15 @@ if TYPE_CHECKING:
     import xarray as xr
 
 # %% ../../nbs/boundaries/01_flow.ipynb #b252142e
-def _over_clips(
-    values, clip, weights
-):  # (N, cells) with NaN, (N,) number of a clip, (n_boot, clips)
+def _over_clips(values, clip):  # (N, cells) with NaN, (N,) names
     "Mean, ends of its 95 % interval, and clips' means, (3 + clips, cells); NaN where nothing is."
     import pandas as pd
+    from seats_analysis.statistics.intervals import clip_draws
 
-    there = ~np.isnan(values)
-    shape = weights.shape[1], values.shape[1]
-    sums = np.zeros(shape)
-    np.add.at(sums, clip, np.where(there, values, 0))
-    counts = np.zeros(shape)
-    np.add.at(counts, clip, there)
+    clips = pd.DataFrame(values).groupby(clip)
+    sums = clips.sum().values
+    counts = clips.count().values
+    weights = clip_draws(len(sums)).astype(float)
     with np.errstate(invalid="ignore"):  # cells that were not asked: 0 / 0
         drawn = pd.DataFrame((weights @ sums) / (weights @ counts))
         ends = drawn.quantile([0.025, 0.975]).values
@@ -54,7 +51,6 @@ def flow_table(
 ) -> "pd.DataFrame":  # by (edge, layer, ...): effect, 95 % interval, p by Holm, repaired and broken
     "Mean effect of every knockout over clips; shares of the questions that it repairs and breaks."
     import pandas as pd
-    from seats_analysis.statistics.intervals import clip_draws
 
     dims = flow[metric].dims[1:]
     right = flow["correct"]
@@ -62,12 +58,11 @@ def flow_table(
     asked = right.notnull() & full.notnull()
     repaired = ((right > 0) & (full == 0)).where(asked)
     broken = ((right == 0) & (full > 0)).where(asked)
-    _, clip = np.unique(flow["clip"].values.astype(str), return_inverse=True)
-    weights = clip_draws(clip.max() + 1).astype(float)
     columns = {}
     for name, part in {metric: flow[metric], "repaired": repaired, "broken": broken}.items():
-        values = part.transpose("sample", *dims).values.reshape(len(clip), -1).astype(float)
-        found = _over_clips(values, clip, weights)
+        values = part.transpose("sample", *dims).values.astype(float)
+        values = values.reshape(len(values), -1)
+        found = _over_clips(values, flow["clip"].values.astype(str))
         columns |= {f"{name}{end}": x for end, x in zip(("", "_low", "_high"), found)}
         if name == metric:
             columns["questions"] = (~np.isnan(values)).sum(0)
@@ -78,22 +73,21 @@ def flow_table(
     return table[table["questions"] > 0]
 
 # %% ../../nbs/boundaries/01_flow.ipynb #d410adab
-def _seen(rows, tolerance=0.01):  # of `flow_table`
+def _seen(rows):  # of `flow_table`
     "The rows that hold and are of a size that counts."
-    return rows[(rows["p_holm"] < 0.05) & (rows["change"].abs() > tolerance)]
+    return rows[(rows["p_holm"] < 0.05) & (rows["change"].abs() > 0.01)]
 
 
 def flow_end(
     flow,  # of layers, with the edge `visual->text` and the like
     modality: str,  # visual, audio or both
-    tolerance: float = 0.01,  # mean change that counts as none
 ):  # layer, 0-based; the number of layers where the last one still reads them; None: no such edge
     "The first layer from which on no window shows that the text reads a modality."
     edge = f"{modality}->text"
     if edge not in flow["edge"].values or "layer" not in flow.dims or "head" in flow.dims:
         return None
     rows = flow_table(flow.sel(edge=[edge])).xs(edge, level="edge")
-    seen = _seen(rows, tolerance).index
+    seen = _seen(rows).index
     # a window that shows nothing has its first layer half a window before its middle
     back = int(flow.attrs["window"]) // 2 if flow.attrs["span"] == "around" else 0
     return max(int(seen.max()) + 1 - back, 0) if len(seen) else 0

@@ -13,7 +13,7 @@ import xarray as xr
 from dataclasses import dataclass
 from scipy.special import ndtri
 from ..inputs.layout import Modality
-from ..statistics.intervals import clip_draws, loss_bound, monotone_fit
+from ..statistics.intervals import clip_draws, loss_bound
 
 # %% ../../nbs/boundaries/00_retention.ipynb #fb4d574c
 def family_needs(
@@ -21,14 +21,14 @@ def family_needs(
 ) -> dict:  # family -> set of needed modalities
     "What each family needs, a control nothing. Raises ValueError if the profile leaves one out."
     present = sorted(set(profile["family"].values.astype(str).tolist()))
-    stated = json.loads(profile.attrs.get("needs") or "{}")
-    if stated and (missing := [name for name in present if name not in stated]):
+    needs = json.loads(profile.attrs.get("needs") or "{}")
+    needs = needs or dict.fromkeys(present, Modality.CODES) | dict(control=())
+    if missing := [name for name in present if name not in needs]:
         raise ValueError(
             f"profile attribute `needs` says nothing about the families {missing}; "
-            f"it knows {sorted(stated)}"
+            f"it knows {sorted(needs)}"
         )
-    unstated = dict.fromkeys(present, Modality.CODES) | dict(control=())
-    return {name: set(stated.get(name, unstated[name])) for name in present}
+    return {name: set(needs[name]) for name in present}
 
 
 def needed_families(
@@ -42,26 +42,23 @@ def needed_families(
 
 def known_split(profile, split):
     "A split that the profile has; None, which is everything, for `all` or without a `derive`."
-    splits = profile["split"].values.astype(str) if "split" in profile.coords else np.array([""])
-    if split in (None, "all") or not (splits != "").any():  # data of one's own need not be split
+    splits = {*profile["split"].values.astype(str).tolist()} if "split" in profile.coords else {""}
+    if split in (None, "all") or splits == {""}:  # data of one's own need not be split
         return None
     if split in splits:
         return split
     if split == "derive":
         return None
-    raise ValueError(
-        f"profile has no split {split!r}, only {sorted(set(splits.tolist()))}; "
-        f"`all` takes all samples"
-    )
+    raise ValueError(f"profile has no split {split!r}, only {sorted(splits)}; `all` takes all")
 
 
 def derived_from(
     profile,  # dependency profile
 ):  # the same, of fewer samples
     "What boundaries are derived from: the split `derive`, or all samples where there is none."
-    if known_split(profile, "derive") is None:
-        return profile
-    return profile.isel(sample=profile["split"].values.astype(str) == "derive")
+    if split := known_split(profile, "derive"):
+        return profile.isel(sample=profile["split"].values.astype(str) == split)
+    return profile
 
 # %% ../../nbs/boundaries/00_retention.ipynb #33e07871
 MIN_CLIPS = 5  # the range of n values holds their median with 1 - 2 / 2**n: 94 % for five
@@ -168,11 +165,6 @@ class ClipCounts:
         return float(weight.sum() ** 2 / (weight**2).sum())
 
     @property
-    def too_few(self):
-        "Whether resampling so few clips says nothing about how much clips differ."
-        return self.effective < MIN_CLIPS
-
-    @property
     def unmeasurable(self):
         "Why no boundary can be read from these answers; empty where one can."
         from scipy.stats import binomtest
@@ -180,7 +172,7 @@ class ClipCounts:
         n = int(self.asked.sum())
         right = self.right[:, -1]
         p = binomtest(int(right.sum()), n, self.chance, "greater").pvalue
-        if len(self.asked) < MIN_CLIPS or p < _LEVEL and self.too_few:
+        if len(self.asked) < MIN_CLIPS or p < _LEVEL and self.effective < MIN_CLIPS:
             return (
                 f"too few clips: {len(self.asked)}, which count as {self.effective:.3g}; it takes "
                 f"{MIN_CLIPS}"
@@ -216,28 +208,20 @@ class ClipCounts:
 _TAIL = 0.025  # on either side of a 95 % interval
 
 
-def _band(counts, boot, chance=None):
-    "(curve, low, high) of the accuracy, or with a `chance` of what is retained above it."
-    curve = counts.accuracy
-    resampled = boot
-    share = counts.accuracy
-    se = boot.std(0)
-    scale = 1.0
-    if chance is not None:
-        curve = counts.ratio(counts.accuracy, chance)
-        resampled = counts.ratio(boot, chance)
-        share = np.minimum(counts.retained, 1)
-        se = counts.ratio(boot).std(0)
-        scale = counts.accuracy[-1] / (counts.accuracy[-1] - chance)
+def _band(counts, boot, chance):
+    "(curve, low, high) of what is retained above chance."
+    curve = counts.ratio(counts.accuracy, chance)
+    share = np.minimum(counts.retained, 1)
+    se = counts.ratio(boot).std(0)
+    scale = counts.accuracy[-1] / (counts.accuracy[-1] - chance)
 
     def bound(loss):
         return scale * loss_bound(loss, se, counts.effective, ndtri(1 - _TAIL))
 
-    low, high = np.quantile(resampled, [_TAIL, 1 - _TAIL], axis=0)
-    inner = slice(None) if chance is None else slice(-1)  # at L a ratio is 1, known exactly
-    if counts.too_few or chance is not None:
-        low[inner] = np.minimum(low, 1 - bound(1 - share))[inner]
-    if counts.too_few:
+    low, high = np.quantile(counts.ratio(boot, chance), [_TAIL, 1 - _TAIL], axis=0)
+    inner = slice(-1)  # at L a ratio is 1, known exactly
+    low[inner] = np.minimum(low, 1 - bound(1 - share))[inner]
+    if counts.effective < MIN_CLIPS:  # resampling so few does not say how much they differ
         high[inner] = np.maximum(high, 1 - scale + bound(share))[inner]
     return curve, np.minimum(low, curve), np.maximum(high, curve)
 
@@ -249,31 +233,22 @@ def retained(
     families=None,  # None: those that need what was removed
     n_boot: int = 2000,  # resamples of the clips
     seed: int = 0,
-):  # xr.Dataset (layer): accuracy, retained, corrected, each with _low and _high (95 %); fitted
+):  # xr.Dataset (layer): accuracy; retained, corrected, with _low and _high (95 %)
     "Accuracy and (chance-corrected) retained performance per layer; `corrected` if above chance."
     counts = ClipCounts.of(profile, removed, split, families)
     boot = counts.bootstrap(n_boot, seed)
-    curves = dict(accuracy=_band(counts, boot), retained=_band(counts, boot, 0.0))
+    curves = dict(retained=_band(counts, boot, 0.0))
     if min(counts.accuracy[-1], boot[:, -1].min()) > counts.chance:
         curves["corrected"] = _band(counts, boot, counts.chance)
-    out = {
-        name + end: ("layer", values)
-        for name, band in curves.items()
-        for end, values in zip(("", "_low", "_high"), band)
-    }
+    out = dict(accuracy=counts.accuracy)
+    for name, band in curves.items():
+        out |= {f"{name}{end}": x for end, x in zip(("", "_low", "_high"), band)}
     attrs = dict(
-        removed=removed,
-        split=str(known_split(profile, split)),
-        families=",".join(counts.families),
         chance=counts.chance,
-        confidence=1 - 2 * _TAIL,
-        n_boot=n_boot,
-        seed=seed,
         n_samples=int(counts.asked.sum()),
-        n_clips=len(counts.asked),
         units="share of the performance with nothing removed",
     )
-    out["fitted"] = ("layer", monotone_fit(counts.retained))
+    out = {name: ("layer", values) for name, values in out.items()}
     return xr.Dataset(out, {"layer": counts.layers}, attrs)
 
 # %% ../../nbs/boundaries/00_retention.ipynb #9d37a1c1
@@ -322,9 +297,9 @@ def profile_hash(
         variable = profile.variables[name]
         head = json.dumps([name, list(variable.dims), list(variable.shape)])
         digest.update(head.encode() + _canonical(variable.values))
-    attrs = {
-        str(key): value.tolist() if isinstance(value, np.ndarray | np.generic) else value
-        for key, value in profile.attrs.items()
-    }
-    digest.update(json.dumps(attrs, sort_keys=True, default=str).encode())
+
+    def plain(value):  # what JSON does not know
+        return value.tolist() if hasattr(value, "tolist") else str(value)
+
+    digest.update(json.dumps(profile.attrs, sort_keys=True, default=plain).encode())
     return digest.hexdigest()[:16]

@@ -170,9 +170,7 @@ def boundaries(
     profile: Profile,
     tolerance: Tolerance = 0.01,
     families: bool = Option(False, "--families", help="Also each question family by itself."),
-    figure: Path | None = Option(
-        None, help="Draw them, family by family, as NAME.png and NAME.pdf."
-    ),
+    figure: Path | None = Option(None, help="Draw them as NAME.png and NAME.pdf."),
     overwrite: Overwrite = False,
     as_json: Json = False,
 ):
@@ -184,7 +182,7 @@ def boundaries(
     if figure:
         check_figure(figure, overwrite)
     from seats_analysis.boundaries.report import boundary_row, family_row
-    from seats_analysis.plots.dependency import boundaries_figure
+    from seats_analysis.plots.dependency import plot_dependency
     from seats_analysis.plots.style import save_figure
 
     stored = sa.load_profile(profile)
@@ -193,20 +191,18 @@ def boundaries(
     text = table([boundary_row(b) for b in found])
     if unknown := [b.unmeasurable for b in found if b.unmeasurable]:
         text += "\n\n" + "\n".join(unknown)
-    layers = found[0].num_layers
-    if families or figure:
-        rows = sa.boundary_table(stored, tolerance=tolerance)
     if families:
+        rows = sa.boundary_table(stored, tolerance=tolerance)
         records = json.loads(rows.reset_index().to_json(orient="records"))
         apart = [r for r in records if r["family"] != "all"]
         for removed, blocks in data.items():
             blocks["by_family"] = {r["family"]: r for r in apart if r["removed"] == removed}
         if apart:
-            text += f"\n\n{table([family_row(r, layers) for r in apart])}"
+            text += f"\n\n{table([family_row(r, found[0].num_layers) for r in apart])}"
         else:
             note("note: the questions are of one family, so there is nothing to tell apart")
     if figure:
-        drawn = save_figure(boundaries_figure(rows, layers), figure)
+        drawn = save_figure(plot_dependency(stored, {b.removed: b for b in found}), figure)
         note(", ".join(map(str, drawn)))
     print(json.dumps(data, indent=1) if as_json else text)
 

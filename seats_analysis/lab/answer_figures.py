@@ -9,7 +9,7 @@ __all__ = []
 import numpy as np
 from seats_analysis.boundaries.flow import flow_table
 from seats_analysis.boundaries.retention import family_needs, layer_changes
-from seats_analysis.lab.style import say_source
+from seats_analysis.lab.style import say_source, wrapped
 from seats_analysis.plots.dependency import (
     LOOKS,
     conditions_of,
@@ -30,7 +30,6 @@ from seats_analysis.plots.style import (
     new_figure,
     row_axis,
     shade_blocks,
-    wrapped,
 )
 from seats_analysis.storage.files import shipped_folder
 from seats_analysis.storage.schemas import load_profile

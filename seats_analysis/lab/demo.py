@@ -101,7 +101,7 @@ def _files(name):
 def _tuned_plan(name, plan, tokens, data):
     "A name, and the tuned schedule nearest in FLOPs to a plan; the shipped one without a search."
     from math import log
-    from seats_analysis.plots.explorer import model_config
+    from seats_analysis.evaluation.load import check_model_name
     from seats_analysis.schedules.cost import flops_fraction
     from seats_analysis.schedules.schedule import Schedule
     from seats_analysis.tuning.check import load_chains
@@ -109,7 +109,7 @@ def _tuned_plan(name, plan, tokens, data):
     found = data / "results" / f"tune_{name}.json"
     if not found.is_file():
         return "tuned", Schedule.load(f"{name}/tuned")
-    config = model_config(name)
+    config = check_model_name(name)
     counts = [round(tokens[m]) for m in ("visual", "audio", "text")]
     chain = [pruner.schedule for pruner in load_chains(found)[1]["tuned"]]
     cost = [flops_fraction(p, *counts, config) for p in (plan, *chain)]

@@ -9,7 +9,7 @@ __all__ = []
 import numpy as np
 from functools import partial
 from .reported import read_reported, verified
-from .style import DASHED, log_axis, say_source
+from .style import DASHED, log_axis, say_source, wrapped
 from seats_analysis.plots.style import (
     PALETTE,
     chance_line,
@@ -17,7 +17,6 @@ from seats_analysis.plots.style import (
     legend_outside,
     new_figure,
     row_axis,
-    wrapped,
 )
 
 # %% ../../nbs/lab/07_method_figures.ipynb #8aa4bbb1

@@ -39,6 +39,11 @@ def say_source(
     return fig
 
 
+def wrapped(name, width):
+    "A name in at most two lines of so many letters; longer ones end with an ellipsis."
+    return textwrap.fill(str(name), width, max_lines=2, placeholder=" \u2026")
+
+
 def log_axis(ax, ticks, axis="x"):
     "A logarithmic axis with these ticks, thousands printed as k."
     names = [f"{t / 1000:.2g}k" if t >= 1000 else f"{t:g}" for t in ticks]

@@ -10,11 +10,12 @@ import io
 import json
 import re
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from html import escape
 from pathlib import Path
-from ..testbed.load import TESTBEDS
+from ..evaluation.load import check_model_name
 from ..boundaries.find import Resampled
 from ..boundaries.report import explain
 from ..boundaries.retention import needed_families
@@ -28,22 +29,8 @@ from seats_analysis.plots.dependency import (
 from .style import PALETTE, house_style, new_figure
 from ..schedules.cost import flops_fraction
 from ..schedules.schedule import DEFAULT_LATE, Schedule, ScheduleWarning
-from ..storage.files import output_folder, shipped_folder
+from ..storage.files import output_folder
 from ..storage.schemas import load_profile
-
-# %% ../../nbs/plots/06_explorer.ipynb #77c95d82
-def model_config(name):
-    "The configuration of a model (testbed, folder or hub id); None if it is not on this machine."
-    path = Path(name) / "config.json" if name else None
-    if name in TESTBEDS:
-        path = shipped_folder("testbed") / TESTBEDS[name] / "config.json"
-    elif name.count("/") == 1 and not Path(name).is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        path = try_to_load_from_cache(name, "config.json")
-    if isinstance(path, str | Path) and Path(path).is_file():
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    return None
 
 # %% ../../nbs/plots/06_explorer.ipynb #cefb01f0
 ALL = "all"  # every family that needs what was removed
@@ -58,7 +45,9 @@ class Source:
         self.profile = load_profile(path)
         about = self.profile.attrs
         self.tokens = json.loads(about.get("tokens", "null"))  # means of a prompt
-        self.config = model_config(str(about.get("model", "")))
+        self.config = None
+        with suppress(ValueError):
+            self.config = check_model_name(str(about.get("model", "")))
         self.conditions = tuple(conditions_of(self.profile))
         needed = [f for name in self.conditions for f in needed_families(self.profile, name)]
         self.families = (ALL, *dict.fromkeys(needed))
@@ -101,7 +90,7 @@ class View:
             self.bounds = resampled.decide(self.tolerance)
             self.plan = self._solve()
             if (config := self.source.config) is None:
-                raise ValueError("FLOPs unknown: the model's configuration is not on this machine")
+                raise ValueError("FLOPs unknown: the model's configuration is not to be had")
             counts = [round(self.source.tokens[m]) for m in (*Modality.CODES, "text")]
             self.flops = flops_fraction(self.plan, *counts, config)
         except ValueError as error:
@@ -109,24 +98,16 @@ class View:
 
     def _solve(self):
         "The schedule; with one modality removed, each gets the late start of its own curve."
-        source = self.source
         bounds = self.bounds
-        if source.tokens is None:
-            raise ValueError(
-                "no schedule: the profile does not say how many tokens its prompts have"
-            )
         if self.removed != "both":
-            if lacks := [m for m in Modality.CODES if m not in source.conditions]:
-                raise ValueError(f"no schedule: the profile has no curve for {lacks[0]}")
-            needed = {m: needed_families(source.profile, m) for m in Modality.CODES}
-            family = {m: self.family if self.family in needed[m] else ALL for m in Modality.CODES}
-            bounds = {
-                m: source.drawn(m, family[m])[0].decide(self.tolerance) for m in Modality.CODES
-            }
+            bounds = {}
+            for m in Modality.CODES:
+                needed = needed_families(self.source.profile, m)
+                family = self.family if self.family in needed else ALL
+                bounds[m] = self.source.drawn(m, family)[0].decide(self.tolerance)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ScheduleWarning)  # both late starts are on the panel
-            tokens = [source.tokens[m] for m in Modality.CODES]
-            return Schedule.from_trr(bounds, self.trr, *tokens, late=self.late)
+            return Schedule.from_trr(bounds, self.trr, late=self.late)
 
     def text(self):
         "Blocks, schedule and price for people. Layers are printed from 1."
@@ -176,8 +157,8 @@ class Explorer:
             return w.Dropdown(description=name, options=options, **look)
 
         def slider(name, form, **values):
-            look_of = dict(look, description=name, readout_format=form, continuous_update=False)
-            return w.FloatSlider(**values, **look_of)
+            values |= dict(description=name, readout_format=form, continuous_update=False)
+            return w.FloatSlider(**values, **look)
 
         self.profile = choice("profile", list(paths))
         self.settings = dict(
@@ -231,9 +212,9 @@ class Explorer:
             view.plan.save(path)
         except (OSError, ValueError) as error:
             self.status.value = escape(f"not saved: {error}")
-            return None
-        self.status.value = escape(f"saved as {path}")
-        return path
+        else:
+            self.status.value = escape(f"saved as {path}")
+            return path
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         "The panel for those who can show it, the picture for the others."

@@ -132,8 +132,7 @@ def _draw_frames(ax, frames, grid, kept):
         ]
         look = dict(facecolor="none", edgecolor=PALETTE.red, linewidth=0.7)
         ax.add_collection(PatchCollection(boxes, **look))
-    for x in range(1, len(shown)):
-        ax.axvline(x, color="white", linewidth=1.2)
+    ax.vlines(range(1, len(shown)), 0, 1, color="white", linewidth=1.2)
     ax.set(xlim=(0, len(shown)), ylim=(0, 1), xticks=[], yticks=[])
 
 

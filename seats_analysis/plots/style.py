@@ -7,7 +7,6 @@ __all__ = ['save_figure']
 
 # %% ../../nbs/plots/00_style.ipynb #bf8124f1
 import io
-import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,11 +127,6 @@ def depth_axis(ax, n_layers):
     "Printed layers 1..L."
     step = 4 if n_layers <= 30 else 12
     ax.set(xlim=(0.5, n_layers + 0.5), xticks=[1, *range(step, n_layers + 1, step)], xlabel="Layer")
-
-
-def wrapped(name, width, lines=2):
-    "A name in lines of so many letters; what is longer still ends with an ellipsis."
-    return textwrap.fill(str(name), width, max_lines=lines, placeholder=" \u2026")
 
 
 def row_axis(ax, names):

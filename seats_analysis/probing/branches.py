@@ -17,10 +17,12 @@ from ..models.decoder import Decoder
 from .selectors import View, check_removed
 
 # %% ../../nbs/probing/01_branches.ipynb #33910b76
-def _kl(full, removed):
-    "KL divergence per row of log-probabilities. (B, V), (B, V) -> (B,) float64"
-    p = full.double()
-    return (p.exp() * (p - removed.double())).sum(-1).clamp(min=0).cpu().numpy()
+def _logp(decoder, hidden):  # (..., D) after the last layer -> (..., V) float32
+    "Raises ValueError if the log-probabilities are not finite."
+    logp = decoder.logits(hidden).float().log_softmax(-1)
+    if not logp.isfinite().all():
+        raise ValueError("the model gives logits that are not finite")
+    return logp
 
 
 def _over_best(x, answer):
@@ -51,20 +53,20 @@ class Scores:
         margin = _over_best(self.mean, answer)
         over = _over_best(self.mean, np.nan_to_num(full.mean, nan=-np.inf).argmax(-1))
         lettered = np.array([s.lettered for s in samples]) & np.isfinite(margin)
+        p = full.answer.double()
+        kl = (p.exp() * (p - self.answer.double())).sum(-1)
         return dict(
             correct=margin > 0,
             correct_letter=np.where(lettered, _over_best(self.first, answer) > 0, np.nan),
             nll=-self.total[np.arange(len(samples)), answer],
             margin=margin,
-            kl=_kl(full.answer, self.answer),
+            kl=kl.clamp(min=0).numpy(),
             changes=(over < 0) + 0 * over,  # NaN stays
         )
 
 # %% ../../nbs/probing/01_branches.ipynb #210ac21e
 def token_scores(logp, full, target):  # (Q, T, V), (Q, T, V), (Q, T) with -1 = none
     "Of every token of an answer: whether the likeliest one stays, nll and kl in nats; (Q, T)."
-    if not logp.isfinite().all():
-        raise ValueError("the model gives logits that are not finite")
     scores = dict(
         stays=(logp.argmax(-1) == full.argmax(-1)).float(),
         nll=-logp.gather(-1, target.clamp(min=0)[..., None])[..., 0],
@@ -132,17 +134,9 @@ class Tail:
     @property
     def allowed(self):  # (n, n) bool, True = may look
         "A question sees itself, a choice its question and itself."
-        same = (self.question[:, None] == self.question) & (
-            (self.choice < 0) | (self.choice[:, None] == self.choice)
-        )
-        return same & torch.ones_like(same).tril()
-
-    def whole(self, decoder, hidden, full=None):  # (k, m, D) at `wanted`; (Q, T, V) of the full run
-        "`full` itself where none is given, else `token_scores` of the k first choices."
-        parts = (decoder.logits(h[self.source[:, 0]]).float().log_softmax(-1) for h in hidden)
-        if full is None:
-            return next(parts)
-        return [token_scores(logp, full, self.target[:, 0]) for logp in parts]
+        same = self.question[:, None] == self.question
+        same &= (self.choice < 0) | (self.choice[:, None] == self.choice)
+        return same.tril()
 
     def score(self, decoder, hidden):  # (k, m, D) at `wanted`, after the last layer -> k Scores
         "Log-probabilities of all choices, in float32. Raises ValueError if they are not finite."
@@ -151,15 +145,15 @@ class Tail:
         out = []
         at_once = max(1, LOGITS // (len(self.wanted) * decoder.config.vocab_size))
         for part in hidden.split(at_once):
-            logp = decoder.logits(part).float().log_softmax(-1)
-            if not logp.isfinite().all():
-                raise ValueError("the model gives logits that are not finite")
+            logp = _logp(decoder, part)
             tokens = logp[:, self.source, self.target.clamp(min=0)].double().cpu()
-            for each, answer in zip(tokens.masked_fill(target < 0, 0), logp[:, self.first].cpu()):
-                each = each.masked_fill((length == 0)[..., None], torch.nan)
+            tokens = tokens.masked_fill(target < 0, 0).masked_fill(
+                length[..., None] == 0, torch.nan
+            )
+            for each, answer in zip(tokens.numpy(), logp[:, self.first].cpu()):
                 total = each.sum(-1)
-                parts = dict(total=total, mean=total / length, first=each[..., 0])
-                out.append(Scores(**{k: x.numpy() for k, x in parts.items()}, answer=answer))
+                parts = dict(total=total, mean=total / length.numpy(), first=each[..., 0])
+                out.append(Scores(**parts, answer=answer))
         return out
 
 # %% ../../nbs/probing/01_branches.ipynb #589771b8
@@ -188,10 +182,11 @@ class Stream:
         tables += decoder.beside(prompt, embeds, ids, positions)
         return cls(decoder, hidden=decoder.states(embeds), rotary=tables, extra=deep)
 
-    def map(self, f):
-        "The same done to states and tables of all positions."
-        rotary = tuple(map(f, self.rotary))
-        return replace(self, hidden=f(self.hidden), rotary=rotary, extra=tuple(map(f, self.extra)))
+    def __getitem__(self, positions):  # slice, (n,) int64
+        "States and tables of some positions."
+        rotary = tuple(t[:, positions] for t in self.rotary)
+        extra = tuple(t[:, positions] for t in self.extra)
+        return replace(self, hidden=self.hidden[:, positions], rotary=rotary, extra=extra)
 
     def through(self, start, stop):
         "Layers `start` to `stop`, half-open."
@@ -215,7 +210,7 @@ def marks_of(stream, encoded, selectors):  # name -> (N,) bool
 
     @cache
     def before(layer):
-        front = stream.map(lambda x: x[:, :end])
+        front = stream[:end]
         if not end:
             return front.hidden[0]
         causal = torch.ones(1, 1, end, end, dtype=torch.bool, device=front.hidden.device).tril()
@@ -268,11 +263,9 @@ class Condition:
         self.batches = []
         self.front = front if front >= SHARE * len(keep) else 0  # positions of the full stream's
         self.own = keep[self.front :]  # (n,) int64 positions that are run apart
-        self.tables = context.map(lambda x: x[:, self.own])
+        self.tables = context[self.own]
         causal = torch.ones(len(keep), len(keep), dtype=torch.bool, device=device).tril()
-        self.mask = None
-        if len(self.own):
-            self.mask = walk.mask(causal[self.front :])
+        self.mask = walk.mask(causal[self.front :]) if len(self.own) else None
         sees_context = torch.ones(len(walk.tail.ids), len(keep), dtype=torch.bool, device=device)
         if hidden is not None:
             sees_context &= ~((walk.tail.choice >= 0)[:, None] & hidden.to(device))
@@ -300,15 +293,16 @@ class Condition:
         if last is None or (len(last.layers) + 1) * length > max_tokens:
             self.batches.append(Batch([layer], context, tail))
             return
-        last.layers = [*last.layers, layer]
+        last.layers.append(layer)
         last.context = torch.cat([last.context, context])
         last.tail = torch.cat([last.tail, tail])
 
     def advance(self, layer, front=None):
-        "One layer behind keys and values of the front; gives those of the last batch's context."
+        "One layer behind keys and values of the front; gives those of the last batch."
         decoder = self.walk.decoder
-        kv = front
+        kv = None
         for batch in self.batches:
+            kv = front
             if len(self.own) and layer == len(decoder.layers) - 1:
                 kv = decoder.layer_keys(batch.context, self.tables.rotary, layer, front)
             elif len(self.own):
@@ -316,7 +310,7 @@ class Condition:
                     batch.context, self.tables.rotary, self.mask, layer, front
                 )
                 batch.context = self.tables.inject(batch.context, layer)
-            batch.tail, _ = decoder.run_layer(batch.tail, self.after, self.tail_mask, layer, kv)
+            batch.tail, kv = decoder.run_layer(batch.tail, self.after, self.tail_mask, layer, kv)
         return kv
 
 
@@ -327,8 +321,8 @@ class Traversal:
         c = stream.hidden.shape[1] - len(tail.ids)
         self.decoder = stream.decoder
         self.tail = tail
-        self.context = stream.map(lambda x: x[:, :c])
-        self.after = stream.map(lambda x: x[:, c:])
+        self.context = stream[:c]
+        self.after = stream[c:]
         groups = {}
         for name, removed in marks.items():
             if removed.any():
@@ -359,8 +353,7 @@ class Traversal:
         tail = Tail.pack(questions.tails, questions.choice_ids, device)
         positions = questions.positions(tail.depth)
         stream = Stream.enter(model, encoded, questions.shared, tail.ids[None], positions)
-        context = stream.map(lambda x: x[:, : questions.shared])
-        marks = marks_of(context, encoded, selectors)
+        marks = marks_of(stream[: questions.shared], encoded, selectors)
         return cls(stream, tail, marks, whole)
 
     def run(self, layers, max_tokens, bypass=False):  # layers to remove before
@@ -417,17 +410,22 @@ def answer_scores(
     "Whole answers under all four rules. Conditions that change nothing are left out."
     walk = Traversal.of(model, questions, check_removed(removed), whole=True)
     walk.run({0, *layers[:-1]}, max_branch_tokens)
-    decoder, tail, L = walk.decoder, walk.tail, layers[-1]
-    hidden = walk.full.batches[0].tail[:, tail.wanted]
-    full = tail.whole(decoder, hidden)
-    (same,) = tail.whole(decoder, hidden, full)
+    tail = walk.tail
+    L = layers[-1]
+
+    def read(states):  # (k, n, D) of the tail -> k (Q, T, V)
+        for hidden in states[:, tail.wanted]:
+            yield _logp(walk.decoder, hidden[tail.source[:, 0]])
+
+    (full,) = read(walk.full.batches[0].tail)
+    same = token_scores(full, full, tail.target[:, 0])
     out = {(None, None, L): same}
     kinds = ("from",), ("below",), ("retain", "evict")  # as conditions stand behind one another
     for condition, rules in zip(walk.conditions, kinds * len(walk.conditions)):
         for batch in condition.batches:
             for rule, part in zip(rules, batch.tail.split(len(tail.ids), 1)):
-                found = tail.whole(decoder, part[:, tail.wanted], full)
-                for layer, scores in zip(batch.layers, found):
+                for layer, logp in zip(batch.layers, read(part)):
+                    scores = token_scores(logp, full, tail.target[:, 0])
                     out |= {(name, rule, layer): scores for name in condition.names}
         for name in condition.names:
             out |= {(name, rule, L): same for rule in ("retain", "from")}

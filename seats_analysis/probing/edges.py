@@ -13,15 +13,15 @@ from ..inputs.layout import Modality
 from .selectors import REMOVED, every_token, time_window
 
 # %% ../../nbs/probing/04_edges.ipynb #684a5721
-TEXT_SIDES = dict(
-    question="the prompt behind the media, without its last token",
-    last="the answer position, the last token of the prompt",
-    answer="the tokens of an answer that stand before the one that is predicted",
-    text="all of these",
-    options="the choices where they stand in the prompt",
-    right="the right one of them",
-    wrong="the others",
-    first="the first four tokens of the prompt, where attention sinks lie",
+TEXT_SIDES = (
+    "question",  # the prompt behind the media, without its last token
+    "last",  # the answer position, the last token of the prompt
+    "answer",  # the tokens of an answer that stand before the one that is predicted
+    "text",  # all of these
+    "options",  # the choices where they stand in the prompt
+    "right",  # the right one of them
+    "wrong",  # the others
+    "first",  # the first four tokens of the prompt, where attention sinks lie
 )
 
 
@@ -71,9 +71,6 @@ def spans_of(tokenizer, ids, texts):  # token ids, texts -> per text: range of w
     return found
 
 # %% ../../nbs/probing/04_edges.ipynb #a6f18e8f
-SINKS = 4
-
-
 @dataclass(frozen=True)
 class Cut:
     "An edge in one clip: what may change where it is blocked, and who sees whom there."
@@ -112,7 +109,7 @@ class Sides:
         tail = self.tail
         found = torch.zeros(self.context + len(tail.ids), dtype=torch.bool, device=tail.ids.device)
         if side == "first":
-            found[:SINKS] = True
+            found[:4] = True
             return found
         last = torch.zeros_like(tail.ids, dtype=torch.bool)
         last[tail.wanted[tail.first]] = True

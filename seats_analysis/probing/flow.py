@@ -21,9 +21,9 @@ from ..inputs.samples import Sample
 from ..models.encode import encode_questions
 from ..models.families import adapter_for
 from ..models.provenance import provenance
-from .branches import Stream, Tail, marks_of
+from .branches import Stream, Tail, Traversal, marks_of
 from .edges import Sides, behind_media, check_edges
-from .run import check_asked, units_of
+from .run import check_asked, labels_of, units_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,9 +49,9 @@ class Branches:
 
     def branch_off(self, layer, full):  # (N, D) before this layer
         "Copy the rows for every job that is blocked here for the first time."
-        until = self.blocked[:, : layer + 1].any(-1)
-        new = (until[:, -1] & ~until[:, :-1].any(1)).nonzero()[:, 0]
-        self.hidden |= dict.fromkeys(new.tolist(), full[self.cut.rows])
+        rows = full[self.cut.rows]
+        for job in self.blocked[:, layer].any(-1).nonzero()[:, 0].tolist():
+            self.hidden.setdefault(job, rows)
 
     def packs(self, jobs, width, most):  # -> (B, g) int64 tensors of jobs, at most so many tokens
         "g copies side by side, B such rows as a batch; what is left over by itself."
@@ -78,7 +78,7 @@ class Branches:
     def advance(self, stream, layer, kv):
         "One layer for all copies, behind keys and values of the positions that stay."
         front = tuple(t[:, :, self.cut.fixed] for t in kv)
-        own = stream.map(lambda x: x[:, self.cut.rows])
+        own = stream[self.cut.rows]
         width = stream.hidden.shape[-1]
         row = self.blocked.shape[-1] * (stream.hidden.shape[1] + 2 * width)  # cells of a mask
         here = self.blocked[:, layer].any(-1)
@@ -147,45 +147,31 @@ class Knockouts:
         found = marks_of(self.stream, encoded, {s: s for s in selectors})
         marks = {s: mark.to(device) for s, mark in found.items()}
         self.sides = Sides.of(questions, tail, marks, processor.tokenizer)
-        self.everyone = torch.arange(self.stream.hidden.shape[1], device=device)
 
     def score(self, hidden):  # (k, n, D) of the tail -> k Scores
         return self.tail.score(self.stream.decoder, hidden[:, self.tail.wanted])
-
-    def mask(self, allowed):  # (n, m) bool
-        return self.stream.decoder.mask(allowed[None, None], self.stream.hidden.dtype)
 
     @torch.no_grad()
     def branch(self, branches):  # edge -> Branches
         """Scores of the full pass, {edge: {job: Scores}}, and the Scores read off behind every
         layer; all in one pass."""
         c = self.questions.shared
-        stream = self.stream
-        decoder = stream.decoder
-        context = stream.map(lambda x: x[:, :c])
-        after = stream.map(lambda x: x[:, c:])
-        mask = self.mask(torch.ones(c, c, dtype=torch.bool, device=stream.hidden.device).tril())
-        tail_mask = self.mask(self.sides.sees(self.everyone[c:]))
+        full = Traversal(self.stream, self.tail, {}).full
+        (now,) = full.batches
         groups = joined(branches)
         read = []
-        for layer in range(len(decoder.layers)):
-            before = torch.cat([context.hidden, after.hidden], 1)[0]
-            if layer == len(decoder.layers) - 1:
-                kv = decoder.layer_keys(context.hidden, context.rotary, layer)
-            else:
-                hidden, kv = decoder.run_layer(context.hidden, context.rotary, mask, layer)
-                context = replace(context, hidden=context.inject(hidden, layer))
-            hidden, kv = decoder.run_layer(after.hidden, after.rotary, tail_mask, layer, kv)
-            after = replace(after, hidden=hidden)
+        for layer in range(len(self.stream.decoder.layers)):
+            before = torch.cat([now.context, now.tail], 1)[0]
+            kv = full.advance(layer)
             for b, _ in groups:
                 b.branch_off(layer, before)
-                b.advance(stream, layer, kv)
-            read += self.score(after.hidden)
+                b.advance(self.stream, layer, kv)
+            read += self.score(now.tail)
         found = {}
         for b, edges in groups:
             for name, at in edges.items():
                 at = at[b.cut.rows[at] >= c]  # of the context nothing is scored
-                hidden = after.hidden.repeat(len(b.hidden), 1, 1)
+                hidden = now.tail.repeat(len(b.hidden), 1, 1)
                 for into, rows in zip(hidden, b.hidden.values()):
                     into[b.cut.rows[at] - c] = rows[at]
                 found[name] = dict(zip(b.hidden, self.score(hidden)))
@@ -265,8 +251,11 @@ def usual_edges(modalities):  # -> names
 def _time_edges(questions):
     "Each time window of each modality of a clip to the text."
     layout = questions.encoded.layout
-    windows = {m: layout.window[0][getattr(layout, m)[0]].tolist() for m in ("visual", "audio")}
-    return check_edges([f"{m}@{k}->text" for m, found in windows.items() for k in sorted({*found})])
+    names = []
+    for m in ("visual", "audio"):
+        windows = layout.window[0][getattr(layout, m)[0]].unique()  # ascending
+        names += [f"{m}@{k}->text" for k in windows.tolist()]
+    return check_edges(names)
 
 
 def _rows(walk, edges, blocked, coarse, tell):
@@ -299,10 +288,10 @@ def _rows(walk, edges, blocked, coarse, tell):
             for k, x in effects(samples, full, each).items():
                 values[name][k][asked, job] = x[asked]
     rows = []
-    for i, right in enumerate(effects(samples, full, full)["correct"]):
+    for i, right in enumerate(effects(samples, full, full)["correct"].tolist()):
         found = {e: {k: x[i].tolist() for k, x in value.items()} for e, value in values.items()}
         lens = [np.exp(scores.total[i]).tolist() for scores in read]
-        rows.append(dict(correct=float(right), lens=lens, edges=found))
+        rows.append(dict(correct=right, lens=lens, edges=found))
     return rows
 
 
@@ -327,12 +316,7 @@ def _dataset(rows, samples, axes, about):
     said = "a lens, not a cause: probability of each choice by final norm and head"
     about_lens = dict(units="1", description=said)
     variables["lens"] = ("sample", "depth", "choice"), np.array(lens, "float32"), about_lens
-
-    def labels(name):
-        return "sample", np.array([getattr(s, name) for s in samples], dtype=object)
-
-    coords = {name: labels(name) for name in ("family", "clip", "split")}
-    coords |= dict(axes, edge=np.array(edges, dtype=object), sample=labels("id"))
+    coords = labels_of(samples) | dict(axes, edge=np.array(edges, dtype=object))
     coords["answer"] = "sample", np.array([s.answer for s in samples])
     return xr.Dataset(variables, coords, {k: v for k, v in about.items() if k != "samples"})
 
@@ -435,18 +419,22 @@ def media_lens(
 
     (questions,) = encode_questions(model, processor, [sample], **limits)
     walk = Knockouts(model, processor, questions)
-    decoder = walk.stream.decoder
+    stream = walk.stream
+    decoder = stream.decoder
     layout = questions.encoded.layout
-    stream = replace(walk.stream, mask=walk.mask(walk.sides.sees(walk.everyone)))
-    rows = {}
+    everyone = torch.arange(stream.hidden.shape[1], device=stream.hidden.device)
+    sees = walk.sides.sees(everyone)[None, None]
+    stream = replace(stream, mask=decoder.mask(sees, stream.hidden.dtype))
+    rows = []
     for layer in range(len(decoder.layers)):
         stream = stream.through(layer, layer + 1)
-        row = rows[layer] = {}
+        row = {}
         for name in adapter_for(model).modalities(model):
             at = getattr(layout, name)[0].nonzero()[:, 0]
             of = layout.window[0, at]
             for k in of.unique().tolist():
-                hidden = stream.hidden[:, at[of == k].to(walk.everyone.device)]
+                hidden = stream.hidden[:, at[of == k].to(everyone.device)]
                 token = decoder.logits(hidden)[0].argmax(-1).mode().values
                 row[f"{name}@{k}"] = processor.tokenizer.decode([int(token)])
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
+        rows.append(row)
+    return pd.DataFrame(rows).rename_axis("layer")

@@ -73,6 +73,13 @@ def units_of(samples):
     return [clip[i : i + MAX_QUESTIONS] for clip, i in starts]
 
 
+def labels_of(samples):  # -> coordinate -> dimension, values
+    "What tells the samples of a dataset apart."
+    names = dict(sample="id", family="family", clip="clip", split="split")
+    found = {k: [getattr(s, name) for s in samples] for k, name in names.items()}
+    return {k: ("sample", np.array(values, dtype=object)) for k, values in found.items()}
+
+
 def within_memory(
     work,  # function of a number of tokens that run as one batch
     tokens: int,
@@ -113,17 +120,18 @@ METRICS = {  # name -> unit, description
 }
 
 
+_SOME = f"; NaN where it was not asked ({BYPASS_CLIPS} clips are)"
 LEFT_OUT = dict(  # beside them, with one layer left out and nothing removed
-    kl=("nats", "KL(full || this layer left out) at the answer position"),
-    changes=("1", "whether the choice is another one with this layer left out"),
+    bypass_kl=("nats", f"KL(full || this layer left out) at the answer position{_SOME}"),
+    bypass_changes=("1", f"whether the choice is another one with this layer left out{_SOME}"),
 )
 
 
 BIN_EDGES = 0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2**31  # positions in an answer
-TOKEN_METRICS = dict(
-    token_stays=("1", "share of the bin's tokens at which the likeliest token stays"),
-    token_nll=("nats", "mean negative log-likelihood of the bin's tokens"),
-    token_kl=("nats", "mean KL(full || removed) over the bin's tokens"),
+TOKEN_METRICS = dict(  # of `token_scores` -> name over all tokens, unit, description
+    stays=("correct", "1", "share of the bin's tokens at which the likeliest token stays"),
+    nll=("nll", "nats", "mean negative log-likelihood of the bin's tokens"),
+    kl=("kl", "nats", "mean KL(full || removed) over the bin's tokens"),
 )
 RULES = "retain", "evict", "from", "below"
 RULE_SAYS = (
@@ -185,37 +193,35 @@ class ProbeRun:
         return rows and self.dataset(rows, layers)
 
     def rows_of(self, samples, layers, bypass):  # of one unit
-        "Per sample: metric -> (conditions, layers) nested lists."
+        "Per sample what `table` or `text_table` says."
         media = dict(fps=self.about["fps"], max_frames=self.about["max_frames"] or None)
-        if self.about.get("answers") == "text":
-            return self.text_rows(samples, layers, media)
+        text = self.about.get("answers") == "text"
+        ask = answer_scores if text else partial(branch_scores, bypass=bypass)
         rows = []
         for q in encode_questions(self.model, self.processor, samples, **media):
-            run = partial(branch_scores, self.model, q, self.removed, layers, bypass=bypass)
+            if text:
+                most = self.about["max_new_tokens"]
+                said = [answer_ids(self.model, self.processor, s, most, **media) for s in q.samples]
+                q = replace(q, choice_ids=tuple((ids,) for ids in said))
+            run = partial(ask, self.model, q, self.removed, layers)
             least = q.shared + sum(map(len, q.tails))
             scores, self.max_tokens = within_memory(run, self.max_tokens, least)
-            rows += self.table(q.samples, scores, layers)
+            table = self.text_table if text else self.table
+            rows += table(said if text else q.samples, scores, layers)
         return rows
 
-    def text_rows(self, samples, layers, media):
-        "Per sample: metric -> (conditions, layers, rules, bins), and what was answered."
+    def text_table(self, said, scores, layers):
+        "Per answer: metric -> (conditions, layers, rules, bins) nested lists, and its tokens."
+        same = scores[None, None, layers[-1]]
         rows = []
-        for q in encode_questions(self.model, self.processor, samples, **media):
-            most = self.about["max_new_tokens"]
-            said = [answer_ids(self.model, self.processor, s, most, **media) for s in q.samples]
-            q = replace(q, choice_ids=tuple((ids,) for ids in said))
-            run = partial(answer_scores, self.model, q, self.removed, layers)
-            least = q.shared + sum(map(len, q.tails))
-            scores, self.max_tokens = within_memory(run, self.max_tokens, least)
-            same = scores[None, None, layers[-1]]
-            for i, ids in enumerate(said):
-                row = {k: [] for k in ("stays", "nll", "kl")}
-                for k, grid in row.items():
-                    for name in self.removed:
-                        cells = [[scores.get((name, r, l), same) for r in RULES] for l in layers]
-                        grid.append([[binned(s[k][i]) for s in row] for row in cells])
-                counts = np.histogram(range(len(ids)), BIN_EDGES)[0].tolist()
-                rows.append(dict(row, answer=list(ids), tokens=counts))
+        for i, ids in enumerate(said):
+            row = {k: [] for k in TOKEN_METRICS}
+            for k, grid in row.items():
+                for name in self.removed:
+                    cells = [[scores.get((name, r, l), same) for r in RULES] for l in layers]
+                    grid.append([[binned(s[k][i]) for s in row] for row in cells])
+            counts = np.histogram(range(len(ids)), BIN_EDGES)[0].tolist()
+            rows.append(dict(row, answer=list(ids), tokens=counts))
         return rows
 
     def text_variables(self, rows):
@@ -225,63 +231,49 @@ class ProbeRun:
         bins = n.shape[1]
         dims = "sample", "removed", "layer", "rule", "bin"
         variables = dict(tokens=(("sample", "bin"), n.astype(int), dict(units="1")))
-        for (k, (units, said)), name in zip(TOKEN_METRICS.items(), ("correct", "nll", "kl")):
-            values = np.array([r[k.removeprefix("token_")] for r in rows], float)[..., :bins]
-            variables[k] = dims, values.astype("float32"), dict(units=units, description=said)
-            weights = n[:, None, None] / n.sum(1)[:, None, None, None]
+        weights = n[:, None, None] / n.sum(1)[:, None, None, None]
+        for k, (name, units, said) in TOKEN_METRICS.items():
+            values = np.array([r[k] for r in rows], float)[..., :bins]
+            about = dict(units=units, description=said)
+            variables[f"token_{k}"] = dims, values.astype("float32"), about
             whole = (np.nan_to_num(values[:, :, :, 0]) * weights).sum(-1)
             meaning = said.replace("bin's", "answer's") + ", by the rule `retain`"
-            variables[name] = (
-                dims[:3],
-                whole.astype("float32"),
-                dict(units=units, description=meaning),
-            )
+            about = dict(units=units, description=meaning)
+            variables[name] = dims[:3], whole.astype("float32"), about
         return variables
 
     def table(self, samples, scores, layers):
-        "What a condition does not change is as in the full run."
+        "Per sample: metric -> (conditions, layers) nested lists; as in the full run if unchanged."
         full = scores[None, layers[-1]]
-        out = [{k: [] for k in METRICS} for _ in samples]
+
+        def grid(name):  # metrics by layer
+            return [scores.get((name, i), full).metrics(samples, full) for i in layers]
+
+        grids = [grid(name) for name in self.removed]
+        values = {k: np.array([[x[k] for x in found] for found in grids]) for k in METRICS}
         if (None, layers[0]) in scores:
-            grid = [scores[None, i].metrics(samples, full) for i in layers]
-            for i, row in enumerate(out):
-                for k in LEFT_OUT:
-                    row[f"bypass_{k}"] = [metrics[k][i].item() for metrics in grid]
-        for name in self.removed:
-            grid = [scores.get((name, i), full).metrics(samples, full) for i in layers]
-            for i, row in enumerate(out):
-                for k in METRICS:
-                    row[k].append([metrics[k][i].item() for metrics in grid])
-        return out
+            found = grid(None)
+            values |= {k: np.array([x[k.removeprefix("bypass_")] for x in found]) for k in LEFT_OUT}
+        return [{k: x[..., i].tolist() for k, x in values.items()} for i in range(len(samples))]
 
     def dataset(self, rows, layers):
         "The profile as xarray."
         import xarray as xr
 
-        def labels(name):
-            return "sample", np.array([getattr(s, name) for s in self.samples], dtype=object)
-
-        dims = ("sample", "removed", "layer")
         text = self.about.get("answers") == "text"
         variables = self.text_variables(rows) if text else {}
-        for k, (units, description) in () if text else METRICS.items():
-            values = np.array([r[k] for r in rows], dtype=bool if k == "correct" else "float32")
-            variables[k] = dims, values, dict(units=units, description=description)
         unasked = [np.nan] * len(layers)
-        for k, (units, description) in () if text else LEFT_OUT.items():
-            values = np.array([r.get(f"bypass_{k}", unasked) for r in rows], "float32")
-            said = f"{description}; NaN where it was not asked ({BYPASS_CLIPS} clips are)"
-            about = dict(units=units, description=said)
-            variables[f"bypass_{k}"] = ("sample", "layer"), values, about
+        for k, (units, said) in () if text else (METRICS | LEFT_OUT).items():
+            values = [r.get(k, unasked) for r in rows]
+            values = np.array(values, bool if k == "correct" else "float32")
+            dims = ("sample", "layer") if k in LEFT_OUT else ("sample", "removed", "layer")
+            variables[k] = dims, values, dict(units=units, description=said)
         before = f"removed before this layer, 0-based; {layers[-1]} = nothing removed"
         choices = "choices of the question; with fewer than two, `correct` and `margin` say nothing"
         coords = dict(
-            sample=labels("id"),
+            labels_of(self.samples),
             removed=("removed", np.array(list(self.removed), dtype=object)),
             layer=("layer", np.array(layers, "int64"), dict(description=before, units="1")),
-            family=labels("family"),
-            clip=labels("clip"),
-            split=labels("split"),
             n_choices=(
                 "sample",
                 np.array([len(s.choices) for s in self.samples]),
@@ -304,11 +296,10 @@ class ProbeRun:
 # %% ../../nbs/probing/03_run.ipynb #6e834337
 def _check_layers(layers, num_layers):
     "The layers to remove before, ascending, with `num_layers` (nothing removed) at the end."
-    if isinstance(layers, str):
-        raise ValueError(f"layers: {layers!r} is not known; give numbers or None")
-    layers = range(num_layers + 1) if layers is None else layers
-    if bad := [i for i in layers if not 0 <= i <= num_layers]:
-        raise ValueError(f"layer {bad[0]} is outside 0..{num_layers}")
+    known = range(num_layers + 1)
+    layers = known if layers is None else layers
+    if bad := [i for i in layers if i not in known]:
+        raise ValueError(f"layers: {bad[0]!r} is outside 0..{num_layers}")
     return sorted({int(i) for i in layers} | {num_layers})
 
 

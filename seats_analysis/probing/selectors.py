@@ -112,13 +112,12 @@ class all_but_sinks:
 
 # %% ../../nbs/probing/00_selectors.ipynb #ff3cb6e4
 def check_removed(removed) -> dict:  # name -> selector
-    "The conditions by name. Raises ValueError for an unknown or repeated one."
-    if isinstance(removed, Mapping):
-        named = list(removed.items())
-    else:
-        named = [(r, r) for r in ((removed,) if isinstance(removed, str) else removed)]
-    if bad := [s for _, s in named if not callable(s) and s not in REMOVED]:
+    "The conditions by name. Raises ValueError for an unknown one, and where there is none."
+    if isinstance(removed, str):
+        removed = (removed,)
+    named = dict(removed if isinstance(removed, Mapping) else zip(removed, removed))
+    if not named:
+        raise ValueError("removed: none, expected at least one condition")
+    if bad := [s for s in named.values() if not callable(s) and s not in REMOVED]:
         raise ValueError(f"removed: {bad[0]!r} is not one of {', '.join(REMOVED)}, nor a selector")
-    if not named or len(dict(named)) < len(named):
-        raise ValueError(f"removed: {tuple(n for n, _ in named)} must name each condition once")
-    return {str(name): s if callable(s) else every_token((s,)) for name, s in named}
+    return {str(name): s if callable(s) else every_token((s,)) for name, s in named.items()}

@@ -27,7 +27,6 @@ Random baselines.base.Random
 Rival Baseline
 SHAPES lab.simulate.SHAPES
 accuracy_rows lab.method_figures.accuracy_rows
-boundaries_figure plots.dependency.boundaries_figure
 branch_scores probing.branches.branch_scores
 checkpoint_of storage.files.Checkpoint.folder_of
 coverage_figure lab.simulate.coverage_figure
@@ -60,7 +59,10 @@ verified lab.method_figures.verified
 vtw_rule evaluation.compare.vtw_rule
 """
 _PLACES = dict(line.split() for line in _TABLE.strip().splitlines())
-_GONE = dict(family_curves="profile.correct.groupby('family').mean('sample')")
+_GONE = dict(
+    family_curves="profile.correct.groupby('family').mean('sample')",
+    boundaries_figure="boundary_table has the numbers, plot_dependency draws",
+)
 
 
 def look_up(
