@@ -59,7 +59,8 @@ def _train_config(path, family=None):
         raise ValueError(f"{path}: unknown {', '.join(bad)}; known: {', '.join(known)}")
     if family:
         given["family"] = family
-    return TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    return TrainConfig(**given) if path else TrainConfig.recipe(family or TrainConfig.family)
 
 
 @app.command("train-testbed")
@@ -70,7 +71,7 @@ def train_testbed(
     ),
     overwrite: Overwrite = False,
     config: Path | None = Option(None, help="JSON file with fields of TrainConfig."),
-    family: str | None = Option(None, help="qwen2.5-omni or qwen3-omni."),
+    family: str | None = Option(None, help="qwen2.5-omni, qwen3-omni or gemma4."),
 ):
     """Train an embedded model from a seed.
 

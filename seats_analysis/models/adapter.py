@@ -113,7 +113,7 @@ class Adapter:
         config = self.config(model)
         vision = getattr(config, "vision_config", None)
         return Rates(
-            positions_per_second=self.audio_rate,
+            positions_per_second=getattr(config, "position_id_per_seconds", self.audio_rate),
             seconds_per_chunk=2.0,
             merge_size=getattr(vision, "spatial_merge_size", 1),
         )
