@@ -187,7 +187,6 @@ def packed_hidden(model, batch: Batch, c: TrainConfig):
     ).last_hidden_state
     return hidden[:, -c.room :], labels, towers
 
-
 # %% ../../nbs/lab/00_train.ipynb #7569bb08
 def hint_loss(
     heads,  # name -> linear read-out

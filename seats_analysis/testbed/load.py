@@ -10,6 +10,7 @@ __all__ = ['TESTBEDS', 'build_processor', 'load_testbed', 'testbed_samples', 'he
 import json
 import os
 import random
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -68,14 +69,8 @@ def word_ids(family="") -> dict:  # word -> token id; those of Gemma 4 have a fe
 def text_ids(text: str) -> list:  # token ids
     return [word_ids()[w] for w in text.split()]
 
-
 # %% ../../nbs/testbed/01_load.ipynb #1a761b85
-_GEMMA_MARKS = dict(
-    boi_token="vision_bos_token",
-    eoi_token="vision_eos_token",
-    boa_token="audio_bos_token",
-    eoa_token="audio_eos_token",
-)
+_GEMMA_MARKS = dict(boi="vision_bos", eoi="vision_eos", boa="audio_bos", eoa="audio_eos")
 
 
 def build_tokenizer(family="qwen2.5-omni"):
@@ -89,7 +84,7 @@ def build_tokenizer(family="qwen2.5-omni"):
     extra = {k: v for k, v in SPECIAL.items() if k not in ("pad_token", "eos_token", "im_start")}
     if family == "gemma4":
         core.add_special_tokens(["<|video|>"])
-        extra |= {name: SPECIAL[ours] for name, ours in _GEMMA_MARKS.items()}
+        extra |= {f"{k}_token": SPECIAL[f"{v}_token"] for k, v in _GEMMA_MARKS.items()}
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         unk_token="<|unk|>",
@@ -135,17 +130,14 @@ def _gemma_processor():
     times = dict(frame_length_ms=50.0, hop_length_ms=250.0 / Scene.AUDIO_RATE)
     mel = transformers.Gemma4AudioFeatureExtractor(MEL_BINS, Scene.SAMPLE_RATE, **times)
     vars(mel).update(times)  # stored with it, as it is built from them again
-    template = CHAT_TEMPLATE
-    for kind, mark in (("VIDEO", "<|video|>"), ("IMAGE", "<|IMAGE|>"), ("AUDIO", "<|AUDIO|>")):
-        around = "audio" if kind == "AUDIO" else "vision"
-        whole = f"<|{around}_bos|><|{kind}|><|{around}_eos|>"
-        template = template.replace(whole, mark)  # the processor writes the marks around it
+    # the processor writes the marks around media
+    template = re.sub(r"<.(vision|audio)_[be]os.>", "", CHAT_TEMPLATE)
     return transformers.Gemma4Processor(
         image_processor=transformers.Gemma4ImageProcessor(**frames),
         video_processor=transformers.Gemma4VideoProcessor(**frames),
         feature_extractor=mel,
         tokenizer=build_tokenizer("gemma4"),
-        chat_template=template,
+        chat_template=template.replace("VIDEO", "video"),
         audio_ms_per_token=1000 // Scene.AUDIO_RATE,
     )
 
@@ -226,7 +218,7 @@ def _gemma_config(text, layers, tower):
         attention_context_left=7,
         attention_context_right=2,
     )
-    tokens = {f"{name}_id": ids[SPECIAL[ours]] for name, ours in _GEMMA_MARKS.items()}
+    tokens = {f"{k}_token_id": ids[SPECIAL[f"{v}_token"]] for k, v in _GEMMA_MARKS.items()}
     tokens["eoa_token_index"] = tokens.pop("eoa_token_id")
     tokens["video_token_id"] = ids["<|video|>"]
     return _class("gemma4", "Config")(
@@ -367,9 +359,6 @@ def testbed_samples(
     samples = read_samples(Path(folder or shipped_folder("testbed")) / "questions.jsonl")
     return [s for s in samples if split in (None, s.split)][:limit]
 
-
-# %% ../../nbs/testbed/01_load.ipynb #53546790
-
 # %% ../../nbs/testbed/01_load.ipynb #73fd511c
 def held_out_scene(seed, k):
     "Crowded scene number k of a seed, under 10**6, where training never draws."
@@ -401,9 +390,6 @@ def clip_samples(
         samples.append(scene.ask(family, rng, lettered=rng.random() < 0.5, **kw))
     video = video or scene.clip()
     return [replace(s, video=video) for s in samples]
-
-
-# %% ../../nbs/testbed/01_load.ipynb #6924b768
 
 # %% ../../nbs/testbed/01_load.ipynb #6924b768
 def fresh_samples(
