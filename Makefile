@@ -88,7 +88,7 @@ bench: install
 	$(VENV)/bin/seats bench --out data/results $(BENCH)
 
 testbed: install
-	for family in qwen2.5-omni qwen3-omni; do $(VENV)/bin/seats train-testbed --config $$family --out build/testbed/$$family || exit 1; done
+	for family in qwen2.5-omni qwen3-omni gemma4; do $(VENV)/bin/seats train-testbed --config $$family --out build/testbed/$$family || exit 1; done
 
 # setuptools builds in build/lib and ships whatever an earlier build left there.
 wheel: install

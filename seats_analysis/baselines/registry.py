@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 from . import attention, downsample, merging, omnipack  # noqa: F401  what they define has a name
 from .base import Baseline, best_in_windows, keep_best
-from ..inputs.layout import Modality
 from ..pruning.base import Pruner
 from ..pruning.seats import Seats
 from ..schedules.schedule import Schedule

@@ -144,7 +144,8 @@ def load_model(
     try:
         if name in TESTBEDS:
             model, processor = load_testbed(TESTBEDS[name])
-            model.set_attn_implementation(attention)
+            if attention != "sdpa":
+                model.set_attn_implementation(attention)
             return model.to(device, None if dtype == "auto" else getattr(torch, dtype)), processor
         pinned = dict(trust_remote_code=trust_remote_code)
         if not Path(name).is_dir():  # the commit that the revision is now; of the cache, offline

@@ -52,6 +52,13 @@ class TrainConfig:
     frozen: int = 0  # last layers whose MLPs stay as they are
     beside: bool = False  # whether hints say of the tokens beside a sound that nothing is there
 
+    @classmethod
+    def recipe(cls, family):
+        "What a family is trained with from nothing."
+        fewer = dict(text_batch=8, batch=4, text_steps=2000, steps=5000, short_until=3600)
+        rest = dict(crowded=0.75, beside=True, eval_every=100, eval_clips=48)
+        return cls(family, **(fewer | rest if family == "gemma4" else {}))
+
     def is_told(self, step):
         "Whether a step is made of captions instead of clips: at first all are, later some."
         return step < self.text_steps or step % self.text_every == 0
@@ -170,13 +177,19 @@ _processor = cache(build_processor)
 
 
 def features(scenes, family):
-    "Pixel patches and mel features (N, 64, frames), straight from the renderer: no codec."
+    """Pixel patches and mel features (N, 64, frames), straight from the renderer: no codec. Those
+    of Gemma 4 are (N*16, 96, 588) and (N, frames, 64)."""
     import torch
 
-    patches = patchify(torch.from_numpy(np.stack([s.frames() for s in scenes])))
-    how = dict(padding="longest", truncation=False, return_attention_mask=True)
+    frames = torch.from_numpy(np.stack([s.frames() for s in scenes]))
     waves = [s.waveform() for s in scenes]
     extract = _processor(family).feature_extractor
+    if family == "gemma4":
+        patches = frames.flatten(0, 1).unflatten(1, (-1, 14)).unflatten(3, (-1, 14))
+        patches = patches.transpose(2, 3).flatten(1, 2).flatten(2) / 255
+        return patches, extract(waves, return_tensors="pt").input_features
+    patches = patchify(frames)
+    how = dict(padding="longest", truncation=False, return_attention_mask=True)
     found = extract(waves, sampling_rate=Scene.SAMPLE_RATE, return_tensors="pt", **how)
     return patches, found.input_features[..., : int(found.attention_mask[0].sum())]
 
@@ -295,7 +308,14 @@ class Batch:
             captions = [text_ids(f"<|im_start|> user {s.caption()} .") for s in scenes]
             return cls(rows, captions=captions)
         patches, mel = features(scenes, c.family)
-        return cls(rows, patches=patches, mel=mel, hints=hints(scenes, cls.read(c), c.beside))
+        read = cls.read(c)
+        told = hints(scenes, read, c.beside)
+        if c.family == "gemma4":  # both frames of a second have tokens
+            size = Scene.ROWS * Scene.COLS
+            for name in (name for name, tower in read.items() if tower == 0):
+                frames = told[name].unflatten(1, (-1, size)).repeat_interleave(2, 1)
+                told[name] = frames.flatten(1)
+        return cls(rows, patches=patches, mel=mel, hints=told)
 
 
 def _draw_scenes(rng, c: TrainConfig, told, windows, first_seed=10**6):

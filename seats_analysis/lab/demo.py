@@ -53,8 +53,9 @@ def _train_config(config):
     from dataclasses import fields
     from seats_analysis.lab.train import TrainConfig
 
-    named = not config.endswith(".json")
-    given = dict(family=config) if named else json.loads(Path(config).read_text())
+    if not config.endswith(".json"):
+        return TrainConfig.recipe(config)
+    given = json.loads(Path(config).read_text())
     known = sorted(f.name for f in fields(TrainConfig))
     if bad := sorted(set(given) - set(known)):
         raise ValueError(f"{config}: unknown {', '.join(bad)}; known: {', '.join(known)}")
@@ -69,7 +70,8 @@ def train_testbed(
     ),
     overwrite: Overwrite = False,
     config: str = Option(
-        "qwen2.5-omni", help="qwen2.5-omni, qwen3-omni, or a JSON file with fields of TrainConfig."
+        "qwen2.5-omni",
+        help="qwen2.5-omni, qwen3-omni, gemma4, or a JSON file with fields of TrainConfig.",
     ),
 ):
     """Train an embedded model from a seed.

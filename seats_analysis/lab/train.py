@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..inputs.layout import Modality
 from ..inputs.samples import Sample
 from ..models.encode import encode
 from ..models.families import adapter_for
@@ -47,45 +48,68 @@ def media_prefix(family, windows):
     encoded = encode(build_model(family, 1), build_processor(family), [clip])
     ids = encoded.inputs["input_ids"][0]
     end = ids.tolist().index(*text_ids("?"))
-    return ids[:end], encoded.position_ids[:, 0, :end]
+    return ids[:end], encoded.position_ids[..., 0, :end].expand(3, -1)
 
 
 def embed_captions(model, batch):
-    "Embeddings (B, P, width) and M-RoPE positions (3, B, P), padded on the right."
+    "Tokens (B, P), embeddings (B, P, width) and positions (3, B, P), padded on the right."
     import torch
 
     ids = [torch.tensor(x) for x in batch.captions]
     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
     positions = torch.arange(padded.shape[1]).expand(3, *padded.shape)
-    return model.get_input_embeddings()(padded), positions
+    return padded, model.get_input_embeddings()(padded), positions
 
 
-def embed_clips(model, batch, family):
-    """Embeddings (B, P, width) and M-RoPE positions (3, B, P) of clips, outputs of both towers
-    (B, tokens, width), and the decoder's arguments for DeepStack."""
+def _qwen_towers(model, batch):
+    "Outputs of both towers (B, tokens, width), and what DeepStack adds, if anything."
     import torch
 
     parts = adapter_for(model)
     B = len(batch.branches)
     rows = 2 * Scene.ROWS
     cols = 2 * Scene.COLS
-    grids = len(batch.patches) // (rows * cols * B)
-    grid = torch.tensor([[grids, rows, cols]] * B)
+    grid = torch.tensor([[len(batch.patches) // (rows * cols * B), rows, cols]] * B)
     vision = parts.visual(model)(batch.patches, grid_thw=grid)
     mel = batch.mel.permute(1, 0, 2).flatten(1)
     lengths = torch.tensor([batch.mel.shape[-1]] * B)
     audio = parts.audio_tower(model)(mel, feature_lens=lengths).last_hidden_state
     towers = [x.view(B, -1, x.shape[-1]) for x in (vision.pooler_output, audio)]
+    return towers, getattr(vision, "deepstack_features", None)
 
-    ids, positions = media_prefix(family, grids // 2)
+
+def _gemma_towers(model, batch):
+    "Outputs of both towers (B, tokens, width): of every frame, and of the sound."
+    import torch
+
+    B = len(batch.branches)
+    at = torch.cartesian_prod(torch.arange(2 * Scene.ROWS), torch.arange(2 * Scene.COLS)).flip(1)
+    vision = model.model.get_video_features(
+        batch.patches,
+        at.expand(len(batch.patches), -1, -1),
+        num_frames_per_video=torch.tensor([len(batch.patches) // B] * B),
+    )
+    heard = torch.ones(batch.mel.shape[:2], dtype=torch.bool)
+    audio = model.model.get_audio_features(batch.mel, heard)
+    return [torch.stack(vision.pooler_output), audio.pooler_output], None
+
+
+def embed_clips(model, batch, family):
+    """Tokens (B, P) with padding for media, embeddings (B, P, width) and positions (3, B, P) of
+    clips, outputs of both towers (B, tokens, width), and the decoder's arguments for DeepStack."""
+    B = len(batch.branches)
+    towers, features = (_gemma_towers if family == "gemma4" else _qwen_towers)(model, batch)
+    code = adapter_for(model).token_ids(model)
+    windows = towers[1].shape[1] / (Scene.AUDIO_RATE * Scene.WINDOW_SECONDS)
+    ids, positions = media_prefix(family, int(windows))
     media = model.get_input_embeddings()(ids).expand(B, -1, -1).clone()
-    video, audio = text_ids("<|VIDEO|> <|AUDIO|>")
-    visual = ids == video
-    media[:, visual], media[:, ids == audio] = towers
+    visual, audible = (ids == code[kind] for kind in Modality.CODES.values())
+    media[:, visual], media[:, audible] = towers
     deepstack = {}
-    if features := getattr(vision, "deepstack_features", None):
+    if features:
         deepstack = dict(visual_pos_masks=visual.expand(B, -1), deepstack_visual_embeds=features)
-    return media, positions[:, None].expand(-1, B, -1), towers, deepstack
+    ids = ids.masked_fill(visual | audible, 0).expand(B, -1)
+    return ids, media, positions[:, None].expand(-1, B, -1), towers, deepstack
 
 
 def pack(
@@ -132,27 +156,36 @@ def packed_hidden(model, batch: Batch, c: TrainConfig):
     towers = ()
     deepstack = {}
     if batch.captions:
-        prefix, positions = embed_captions(model, batch)
+        ids, prefix, positions = embed_captions(model, batch)
         lengths = [len(x) for x in batch.captions]
     else:
-        prefix, positions, towers, deepstack = embed_clips(model, batch, c.family)
+        ids, prefix, positions, towers, deepstack = embed_clips(model, batch, c.family)
         lengths = [prefix.shape[1]] * len(prefix)
     tokens, where, mask, labels = pack(batch.branches, positions, lengths, c.room)
     embeddings = torch.cat([prefix, model.get_input_embeddings()(tokens)], 1)
     if deepstack:
         visual = torch.nn.functional.pad(deepstack["visual_pos_masks"], (0, c.room))
         deepstack["visual_pos_masks"] = visual
-    bias = torch.zeros(mask.shape).masked_fill_(~mask, -1e30)[:, None]
+    masks = {"full_attention": mask}
+    decoder = model.get_decoder()
+    if c.family == "gemma4":
+        where = where[0]
+        near = where[:, :, None] - where[:, None] < decoder.config.sliding_window
+        masks["sliding_attention"] = mask & near
+        each = decoder.get_per_layer_inputs(torch.cat([ids, tokens], 1), None)
+        # of the prefix, layers that share keys need no more than these
+        deepstack = dict(per_layer_inputs=each, logits_to_keep=c.room)
+    bias = {k: torch.zeros(m.shape).masked_fill_(~m, -1e30)[:, None] for k, m in masks.items()}
     # a dict where layers may differ in what they see
-    bias = {"full_attention": bias} if c.family == "qwen2.5-omni" else bias
-    hidden = model.get_decoder()(
+    bias = bias["full_attention"] if c.family == "qwen3-omni" else bias
+    hidden = decoder(
         inputs_embeds=embeddings,
         position_ids=where,
         attention_mask=bias,
         use_cache=False,
         **deepstack,
     ).last_hidden_state
-    return hidden[:, prefix.shape[1] :], labels, towers
+    return hidden[:, -c.room :], labels, towers
 
 # %% ../../nbs/lab/00_train.ipynb #7569bb08
 def hint_loss(
@@ -207,7 +240,8 @@ class Trainer:
         self.model = begin(config)
         for layer in list(self.model.get_decoder().layers)[config.layers - config.frozen :]:
             layer.mlp.requires_grad_(False)
-        fast_vision(self.model)
+        if config.family != "gemma4":  # whose tower has no windows
+            fast_vision(self.model)
         width = self.model.config.text_config.hidden_size
         torch.manual_seed(config.seed)  # the read-outs are not part of the model
         pools = {name: POOLS[Batch.OF.get(name, name)] for name in Batch.read(config)}
@@ -252,7 +286,7 @@ class Trainer:
             loss = torch.nn.functional.cross_entropy(logits, labels[asked])
         else:
             with torch.set_grad_enabled(not reading):
-                towers = embed_clips(self.model, batch, c.family)[2]
+                towers = embed_clips(self.model, batch, c.family)[3]
         hint = hint_loss(self.heads, towers, batch.hints, self.step) if towers else torch.zeros(())
         (loss + hint).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -70,7 +70,7 @@ def prompt_of(
 # %% ../../nbs/serving/02_lmms.ipynb #4a1df743
 @checked(frozen=True, config=ConfigDict(coerce_numbers_to_str=True))
 class ModelArgs:
-    "What lmms-eval passes on from `--model_args`; numbers may be text. Raises ValueError for others."
+    "What lmms-eval passes on from `--model_args`; numbers may be text. Or raises ValueError."
 
     pretrained: str = "testbed"  # a folder or a hub id
     method: str = "seats"  # key of `METHODS` or `ABLATIONS`; 'full' prunes nothing
@@ -143,7 +143,7 @@ def answer_requests(
     batch_size: int = 1,
     quiet=True,  # no progress bar
 ) -> list:  # of str, in order
-    "Answer what lmms-eval asks, requests with equal settings together; greedily, whatever they say."
+    "Answer what lmms-eval asks, requests with equal settings together, always greedily."
     groups = defaultdict(list)  # settings -> indices of requests
     for i, r in enumerate(requests):
         groups[repr(sorted(r.args[2].items()))].append(i)

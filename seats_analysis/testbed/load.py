@@ -10,6 +10,7 @@ __all__ = ['TESTBEDS', 'build_processor', 'load_testbed', 'testbed_samples', 'he
 import json
 import os
 import random
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -49,6 +50,10 @@ _WORDS = (  # of questions and captions, beside those of the pools
 )
 
 
+# what Gemma 4 calls a frame's token, and the times that its processor writes before each frame
+_GEMMA_WORDS = "<|video|>", *(f"00:{second:02}" for second in range(8))
+
+
 def vocabulary() -> list:
     "Every word of the task, in a fixed order."
     words = {*_WORDS.split(), *(word for pool in POOLS.values() for word in pool)}
@@ -56,23 +61,30 @@ def vocabulary() -> list:
 
 # %% ../../nbs/testbed/01_load.ipynb #17d041d9
 @cache
-def word_ids() -> dict:  # word -> token id
-    return {w: i for i, w in enumerate(vocabulary())}
+def word_ids(family="") -> dict:  # word -> token id; those of Gemma 4 have a few more at the end
+    more = _GEMMA_WORDS if family == "gemma4" else ()
+    return {w: i for i, w in enumerate([*vocabulary(), *more])}
 
 
 def text_ids(text: str) -> list:  # token ids
     return [word_ids()[w] for w in text.split()]
 
 # %% ../../nbs/testbed/01_load.ipynb #1a761b85
-def build_tokenizer():
-    "A word-level tokenizer with the special tokens of Qwen-Omni."
+_GEMMA_MARKS = dict(boi="vision_bos", eoi="vision_eos", boa="audio_bos", eoa="audio_eos")
+
+
+def build_tokenizer(family="qwen2.5-omni"):
+    "A word-level tokenizer with the special tokens of Qwen-Omni, to which Gemma 4's names point."
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(models.WordLevel(word_ids(), unk_token="<|unk|>"))
+    core = Tokenizer(models.WordLevel(word_ids(family), unk_token="<|unk|>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.add_special_tokens(list(SPECIAL.values()))
     extra = {k: v for k, v in SPECIAL.items() if k not in ("pad_token", "eos_token", "im_start")}
+    if family == "gemma4":
+        core.add_special_tokens(["<|video|>"])
+        extra |= {f"{k}_token": SPECIAL[f"{v}_token"] for k, v in _GEMMA_MARKS.items()}
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         unk_token="<|unk|>",
@@ -88,8 +100,13 @@ MEL_BINS = 64
 HOPS = {"qwen2.5-omni": 800, "qwen3-omni": 416}  # audio samples from one mel frame to the next
 
 # %% ../../nbs/testbed/01_load.ipynb #c27b036a
-TESTBEDS = {"testbed": "qwen2.5-omni", "testbed-qwen3": "qwen3-omni"}  # name -> family
-_CLASSES = {"qwen2.5-omni": "Qwen2_5Omni", "qwen3-omni": "Qwen3OmniMoe"}
+_NAMES = {"testbed": "qwen2.5-omni", "testbed-qwen3": "qwen3-omni", "testbed-gemma4": "gemma4"}
+TESTBEDS = {  # name -> family, of those that are shipped
+    name: family
+    for name, family in _NAMES.items()
+    if (shipped_folder("testbed") / family / "model.safetensors").is_file()
+}
+_CLASSES = {"qwen2.5-omni": "Qwen2_5Omni", "qwen3-omni": "Qwen3OmniMoe", "gemma4": "Gemma4"}
 
 
 def _class(
@@ -100,13 +117,37 @@ def _class(
 
     if family not in _CLASSES:
         raise ValueError(f"family {family!r}, expected one of {', '.join(_CLASSES)}")
+    if family == "gemma4":
+        kind = kind.removeprefix("Thinker")
     return getattr(transformers, _CLASSES[family] + kind)
 
 
-def build_processor(family: str = "qwen2.5-omni"):  # or "qwen3-omni"
+def _gemma_processor():
+    import transformers
+
+    frames = dict(do_resize=False, patch_size=Scene.CELL // 2, pooling_kernel_size=2)
+    # four hops are a token
+    times = dict(frame_length_ms=50.0, hop_length_ms=250.0 / Scene.AUDIO_RATE)
+    mel = transformers.Gemma4AudioFeatureExtractor(MEL_BINS, Scene.SAMPLE_RATE, **times)
+    vars(mel).update(times)  # stored with it, as it is built from them again
+    # the processor writes the marks around media
+    template = re.sub(r"<.(vision|audio)_[be]os.>", "", CHAT_TEMPLATE)
+    return transformers.Gemma4Processor(
+        image_processor=transformers.Gemma4ImageProcessor(**frames),
+        video_processor=transformers.Gemma4VideoProcessor(**frames),
+        feature_extractor=mel,
+        tokenizer=build_tokenizer("gemma4"),
+        chat_template=template.replace("VIDEO", "video"),
+        audio_ms_per_token=1000 // Scene.AUDIO_RATE,
+    )
+
+
+def build_processor(family: str = "qwen2.5-omni"):  # a key of `_CLASSES`
     "The family's processor for 28-pixel cells and 5 audio tokens a second."
     import transformers
 
+    if family == "gemma4":
+        return _gemma_processor()
     pixels = dict(
         size={
             "shortest_edge": Scene.CELL * Scene.CELL,
@@ -144,8 +185,56 @@ def _token_fields():
     return tokens | dict(pad_token_id=0, user_token_id=ids["user"])
 
 
+def _gemma_config(text, layers, tower):
+    "Every second layer has a window; the last three in eight share keys; layers have embeddings."
+    width = text["hidden_size"]
+    ids = word_ids("gemma4")
+    kinds = ["sliding_attention", "full_attention"] * layers
+    text |= dict(
+        intermediate_size=7 * width // 4,
+        head_dim=width // 4,
+        global_head_dim=width // 2,
+        layer_types=kinds[-layers:],
+        sliding_window=32,
+        num_kv_shared_layers=3 * layers // 8,
+        vocab_size_per_layer_input=len(ids),
+        hidden_size_per_layer_input=16,
+    )
+    sizes = dict(hidden_size=tower, num_hidden_layers=2, num_attention_heads=2)
+    vision = dict(
+        intermediate_size=2 * tower,
+        num_key_value_heads=2,
+        head_dim=tower // 2,
+        patch_size=Scene.CELL // 2,
+        pooling_kernel_size=2,
+        position_embedding_size=64,
+    )
+    audio = dict(
+        output_proj_dims=tower,
+        subsampling_conv_channels=[MEL_BINS, 16],
+        use_clipped_linears=False,
+        # a token sees five before it and one behind it
+        attention_chunk_size=4,
+        attention_context_left=7,
+        attention_context_right=2,
+    )
+    tokens = {f"{k}_token_id": ids[SPECIAL[f"{v}_token"]] for k, v in _GEMMA_MARKS.items()}
+    tokens["eoa_token_index"] = tokens.pop("eoa_token_id")
+    tokens["video_token_id"] = ids["<|video|>"]
+    return _class("gemma4", "Config")(
+        text_config=text,
+        vision_config=sizes | vision,
+        audio_config=sizes | audio,
+        tie_word_embeddings=False,
+        position_id_per_seconds=Scene.AUDIO_RATE,
+        image_token_id=ids[SPECIAL["image_token"]],
+        audio_token_id=ids[SPECIAL["audio_token"]],
+        **tokens,
+    )
+
+
 def build_config(
-    family: str = "qwen2.5-omni",  # or "qwen3-omni"
+    family: str = "qwen2.5-omni",  # a key of `_CLASSES`
     layers: int = 16,  # decoder layers
     width: int = 128,  # hidden size of the decoder
     tower: int = 64,  # hidden size of both towers
@@ -154,7 +243,7 @@ def build_config(
     dense = family == "qwen2.5-omni"
     rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[8, 4, 4])
     text = dict(
-        vocab_size=len(word_ids()),
+        vocab_size=len(word_ids(family)),
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=layers,
@@ -166,8 +255,10 @@ def build_config(
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,
-        rope_parameters=rope if dense else dict(rope, mrope_interleaved=True),
     )
+    if family == "gemma4":
+        return _gemma_config(text, layers, tower)
+    text["rope_parameters"] = rope if dense else dict(rope, mrope_interleaved=True)
     vision = dict(
         depth=2,
         hidden_size=tower,
@@ -210,7 +301,7 @@ def build_config(
 
 # %% ../../nbs/testbed/01_load.ipynb #fb565d93
 def build_model(
-    family: str = "qwen2.5-omni",  # or "qwen3-omni"
+    family: str = "qwen2.5-omni",  # a key of `_CLASSES`
     layers: int = 16,  # decoder layers
     seed: int = 0,
 ):
@@ -220,18 +311,24 @@ def build_model(
 
     model = _class(family, "ThinkerForConditionalGeneration")(build_config(family, layers))
     generator = torch.Generator().manual_seed(seed)
+    gemma = family == "gemma4"
     for name, p in sorted(model.named_parameters()):
         if p.ndim < 2:
+            if gemma and name.endswith("q_norm.weight"):
+                p.data.fill_(p.numel() ** -0.5)  # its attention divides by nothing
+            elif gemma and ".post_" in name and "language_model" in name:
+                p.data.fill_((2 * layers) ** -0.5)  # norms of what goes into the stream
             continue
         fan_in = p.shape[-1] if "experts" in name else p[0].numel()
-        std = 1.0 if "embed_tokens" in name else fan_in**-0.5
+        # Gemma's embeddings are multiplied by the root of their size
+        std = 1.0 if "embed_tokens" in name and not gemma else fan_in**-0.5
         into_stream = name.removesuffix(".weight").endswith(("o_proj", "down_proj"))
         p.data.normal_(0, std * (2 * layers) ** (-0.5 * into_stream), generator=generator)
     return model
 
 # %% ../../nbs/testbed/01_load.ipynb #e76fbaf2
 def load_testbed(
-    family: str = "qwen2.5-omni",  # or "qwen3-omni"
+    family: str = "qwen2.5-omni",  # a value of `TESTBEDS`; of others, too, with a folder
     folder: str | Path | None = None,  # another folder of the same make; default: the shipped one
 ) -> tuple:  # model in eval mode, processor
     "The small thinker of a family and its processor, by `from_pretrained`, without a network."
@@ -261,9 +358,6 @@ def testbed_samples(
         raise ValueError(f"split must be 'derive', 'test' or None, not {split!r}")
     samples = read_samples(Path(folder or shipped_folder("testbed")) / "questions.jsonl")
     return [s for s in samples if split in (None, s.split)][:limit]
-
-
-# %% ../../nbs/testbed/01_load.ipynb #53546790
 
 # %% ../../nbs/testbed/01_load.ipynb #73fd511c
 def held_out_scene(seed, k):
@@ -296,9 +390,6 @@ def clip_samples(
         samples.append(scene.ask(family, rng, lettered=rng.random() < 0.5, **kw))
     video = video or scene.clip()
     return [replace(s, video=video) for s in samples]
-
-
-# %% ../../nbs/testbed/01_load.ipynb #6924b768
 
 # %% ../../nbs/testbed/01_load.ipynb #6924b768
 def fresh_samples(
