@@ -14,7 +14,7 @@ help:
 	@echo "make constraints  the newest versions of everything, and constraints.txt with them"
 	@echo "make demo      probe -> boundaries -> schedule -> pruned answers -> figures, into build/demo"
 	@echo "make results   the demo of both testbeds again, into data/ (profiles, schedules, results; then: make figures)"
-	@echo "make evidence  all that rests on the testbeds' weights again, into build/evidence (some hours; goes on where it was)"
+	@echo "make evidence  all that rests on the testbeds' weights again, into data/ (some hours; goes on where it was; then: make figures)"
 	@echo "make test      what CI runs; the last line counts passed and failed"
 	@echo "make test-vllm the plug-in for vLLM, in an environment of its own (build/vllm); CI runs it as well"
 	@echo "make nightly   the long version of the tests"

@@ -215,7 +215,7 @@ def test_a_search_without_its_fields_is_not_drawn(tmp_path):
 
 def test_a_chain_of_another_name_is_drawn(tmp_path):
     def change(found):
-        found["chains"]["mine"] = found["chains"]["fixed"]
+        found["chains"]["mine"] = found["chains"]["tuned"]
 
     stored_search(tmp_path, change)
     assert "tune_t.png" in seats("figures", "--data", tmp_path, "--out", tmp_path / "f").stdout

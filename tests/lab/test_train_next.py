@@ -1,4 +1,4 @@
-"""Crowded scenes leave the others alone; the next testbeds attend over whole frames."""
+"""Crowded scenes leave the others alone; the testbeds attend over whole frames."""
 
 import hashlib
 import json
@@ -15,10 +15,10 @@ from seats_analysis.models.encode import encode
 from seats_analysis.pruning.seats import Seats
 from seats_analysis.pruning.session import prune
 from seats_analysis.schedules.schedule import Schedule
-from seats_analysis.testbed.load import TESTBEDS, build_model, load_testbed
+from seats_analysis.testbed.load import TESTBEDS, load_testbed
 from seats_analysis.testbed.task import Scene
 
-NEXT = Path(__file__).resolve().parents[2] / "data" / "testbed_next"
+SHIPPED = Path(__file__).resolve().parents[2] / "data" / "testbed"
 
 
 def digest(seeds, **draw):
@@ -42,8 +42,8 @@ def test_plain_scenes_are_what_they_were():
     assert digest(seeds[:2], crowded=True) != digest(seeds[:2])
 
 
-def test_batches_of_the_shipped_recipe_are_what_they_were():
-    "No decoy in them, and the read-outs that the shipped towers had."
+def test_batches_of_the_recipe_without_crowds_are_what_they_were():
+    "No decoy in them, and the read-outs of things and sounds alone."
     batch = Batch.of_step(2400 + 1, TrainConfig(batch=2))
     assert list(batch.hints) == ["colour", "shape", "place", "light", "pitch", "kind"]
     said = [b.ids for row in batch.branches for b in row]
@@ -104,16 +104,16 @@ def test_hints_name_every_decoy():
 
 
 def test_the_last_vision_block_spans_a_frame():
-    "The segments that the tower's last block is handed; in the shipped one four patches, one cell."
-    for model, span in ((load_testbed()[0], 4), (build_model(), 96)):
-        seen = []
-        last = train.adapter_for(model).visual(model).blocks[-1]
-        last.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(kwargs["cu_seqlens"]), with_kwargs=True
-        )
-        patches, mel = features([Scene.draw(3)], "qwen2.5-omni")
-        train.embed_clips(model, Batch([()], patches=patches, mel=mel), "qwen2.5-omni")
-        assert set(seen[0].diff().tolist()) == {span}
+    "The segments that the tower's last block is handed: frames of 24 cells of four patches."
+    model, _ = load_testbed()
+    seen = []
+    last = train.adapter_for(model).visual(model).blocks[-1]
+    last.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["cu_seqlens"]), with_kwargs=True
+    )
+    patches, mel = features([Scene.draw(3)], "qwen2.5-omni")
+    train.embed_clips(model, Batch([()], patches=patches, mel=mel), "qwen2.5-omni")
+    assert set(seen[0].diff().tolist()) == {96}
 
 
 def test_beside_a_sound_nothing_is_asked_or_nothing_is_there():
@@ -131,11 +131,11 @@ def test_beside_a_sound_nothing_is_asked_or_nothing_is_there():
                     assert around - {x for x in asked if x > 0} <= {0 if beside else -100}
 
 
-@pytest.mark.parametrize("name", [n for n in TESTBEDS if (NEXT / n).exists()])
+@pytest.mark.parametrize("name", TESTBEDS)
 def test_evidence_receives_attention_and_survives(name, monkeypatch):
     "Its token receives more than the mean of its window, and Stage I keeps it."
-    model, processor = load_testbed(TESTBEDS[name], NEXT / name)
-    *_, last = (NEXT / name / "train_log.jsonl").read_text().splitlines()
+    model, processor = load_testbed(TESTBEDS[name])
+    *_, last = (SHIPPED / TESTBEDS[name] / "train_log.jsonl").read_text().splitlines()
     stored = json.loads(last)["weights_sha256"]
     assert stored == train.adapter_for(model).hash_weights(model)
     scenes = crowded_scenes(8)
