@@ -23,8 +23,8 @@ class TextDims:
     vocab: int  # V, rows of the output head
     active: tuple  # (L,) MLP width I that a token passes: where sparse, that of its experts
     routed: tuple  # (L,) experts E that the router scores, 0 where dense
-    # (L,) width of all heads, 0 where the layer is recurrent; weights beside MLP and router; numbers
-    # cached of a token
+    # (L,) width of all heads, 0 where the layer is recurrent; weights beside MLP and router;
+    # numbers cached of a token
     sizes: tuple
     sharing: int  # first layer that reads the keys of an earlier one; L where none does
     state: tuple = ()  # of recurrent layers: key heads, value heads, widths of a key and a value,
