@@ -177,10 +177,10 @@ def test_twice_the_same_question_is_refused(ask, samples):
         (dict(samples=[]), "at least one sample"),
         (dict(model=torch.nn.Linear(1, 1).eval()), "names no token"),
         (dict(removed="smell"), "not one of visual"),
-        (dict(removed=()), "once"),
+        (dict(removed=()), "at least one condition"),
         (dict(layers=[LAYERS + 1]), f"outside 0..{LAYERS}"),
         (dict(answers="guess"), "'guess' is not known"),
-        (dict(layers="all"), "'all' is not known"),
+        (dict(layers="all"), "in 'all' is outside"),
         (dict(shard=(0, 2)), "need a checkpoint"),
     ],
 )
