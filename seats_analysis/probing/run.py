@@ -299,7 +299,7 @@ def _check_layers(layers, num_layers):
     known = range(num_layers + 1)
     layers = known if layers is None else layers
     if bad := [i for i in layers if i not in known]:
-        raise ValueError(f"layers: {bad[0]!r} is outside 0..{num_layers}")
+        raise ValueError(f"layers: {bad[0]!r} in {layers!r} is outside 0..{num_layers}")
     return sorted({int(i) for i in layers} | {num_layers})
 
 
