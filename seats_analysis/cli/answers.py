@@ -152,8 +152,9 @@ def run(
     if choice and len(choice) < 2:
         raise ValueError("--choice: give at least two choices, or none for a free answer")
     limits = dict(fps=asked.fps or 2.0, max_frames=asked.max_frames or MAX_FRAMES)
-    # a broken file costs no model
-    seconds = max(decode_clip(clip, max_frames=1).duration for clip in clips)
+    first = [decode_clip(clip, max_frames=1) for clip in clips]  # a broken file costs no model
+    moving = [c for c in first if c.frames is not None and not c.picture]
+    seconds = max((1 / c.fps for c in moving), default=0.0)
     if asked.max_frames is None and seconds * limits["fps"] > MAX_FRAMES:
         note(f"note: {MAX_FRAMES} frames spread over {seconds:.0f} s; --max-frames takes more")
     sample = Sample(clips, question, choice or (), answer=0 if choice else -1)
