@@ -122,6 +122,8 @@ def test_a_picture_is_a_file_like_others(tmp_path):
     several, alone = read_samples(tmp_path / "own.jsonl")
     assert (several.clip, alone.clip) == ("a+turned+heard", "turned")
     assert [c.id for c in several.load_media()] == ["a", "turned", "heard"]
+    spoken = Sample(tmp_path / "turned.png", "?", audio=str(tmp_path / "heard.mp4")).load_media()
+    assert [(c.picture, c.waveform is None) for c in spoken] == [(True, True), (False, False)]
     wrong = {
         "picture, or broken": lambda: decode_clip(bad),
         "holds no video": lambda: check_media(tmp_path / "heard.mp4", "video"),

@@ -133,8 +133,9 @@ class Sample:
         audio = decode(self.audio, 1)  # whatever it shows is not looked at
         if audio.waveform is None:
             raise ValueError(f"{self.audio}: holds no audio (audio of sample {self.id!r})")
-        seen = clips[0] if clips else replace(audio, frames=None)
-        return [replace(audio, frames=seen.frames, fps=seen.fps, resized=seen.resized)]
+        if not clips or clips[0].picture:
+            return [*clips, replace(audio, frames=None)]
+        return [replace(clips[0], waveform=audio.waveform, sample_rate=sample_rate)]
 
 # %% ../../nbs/inputs/01_samples.ipynb #baca7b5f
 def check_ids(
