@@ -54,8 +54,8 @@ MUTATIONS = (
     ),
     (
         "inputs.samples",  # a thinned video with separate audio has the rate that was asked for
-        ", fps=video.fps, resized=video.resized)",
-        ", resized=video.resized)",
+        "[replace(clips[0], waveform=audio.waveform, sample_rate=sample_rate)]",
+        "[replace(clips[0], waveform=audio.waveform, sample_rate=sample_rate, fps=audio.fps)]",
     ),
     (
         "models.encode",  # decoding begins one position too early

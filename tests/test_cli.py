@@ -57,7 +57,7 @@ def refused(line, *more, **places):
 def done(line, *more, **places):
     "What a command that must succeed prints."
     result = seats(line, *more, **places)
-    assert result.exit_code == 0, result.stderr
+    assert result.exit_code == 0, result.stderr + result.stdout
     return result
 
 
@@ -124,7 +124,7 @@ def test_help():
     for name, command in {"": typer.main.get_command(app), **commands}.items():
         result = done(name, "--help")
         assert "Usage: " in result.stdout and result.stderr == ""
-        assert "..." not in re.sub(r"\.\.\.`| \.\.\. |\]\.\.\.", "", result.stdout), result.stdout
+        assert "..." not in re.sub(r"\.\.\.`| \.\.\. |[]}]\.\.\.", "", result.stdout), result.stdout
         assert max(map(len, result.stdout.splitlines())) <= 80
         assert not [p.name for p in command.params if not getattr(p, "help", "said elsewhere")]
 

@@ -549,13 +549,13 @@ def test_few_clips_conclude_nothing(others):
 
 @pytest.mark.parametrize("name", TESTBEDS)
 def test_stored_comparison(name):
-    "SEATS is never significantly below chance or stride, and nothing is above tuned SEATS."
+    "SEATS is never below chance or stride; what is significantly above its tuned schedule is said."
     found = json.loads((ROOT / "data" / "results" / f"eval_{name}.json").read_text())
     assert any(r["label"] == "seats+tuned" for r in found["rows"])
-    assert not significantly_better(found["rows"], "tuned")
+    above = {r["trr"] for r in significantly_better(found["rows"], "tuned")}
+    assert above == ({10} if name == "testbed" else set())  # README and results/01 say so
     known = {r["method"] for r in found["rows"]}
-    later = {"omnipack"}  # than these files, as is downsampling
-    assert found["questions"] >= 1000 and known >= {"full", *tiny.PRUNERS} - later
+    assert found["clips"] >= 300 and known >= {"full", *tiny.PRUNERS}
     for r in found["rows"]:
         if r["ranked"] and r["method"] in ("random", "uniform"):
             assert r["diff_seats_low"] <= 0, (r["label"], r["trr"])

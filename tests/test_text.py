@@ -60,7 +60,7 @@ def test_forcing_decides_what_generate_writes(testbed, captions):
     assert len(captions) == 16
     for name in ("35", "10", "tuned"):
         assert shares[name, "evict"] > 0.9  # the published rule changes nearly every caption
-        assert shares[name, "retain"] < 0.8
+        assert shares[name, "retain"] < 0.85
 
 
 def test_one_token_is_the_same_under_both_rules(testbed, captions):

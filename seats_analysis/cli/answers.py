@@ -103,7 +103,7 @@ def run(
     ),
     as_json: Json = False,
 ):
-    "Ask a question about a clip or several, with or without pruning."
+    "Ask a question about clips, with or without pruning."
     if schedule is not None and trr is not None:
         raise ValueError("give --schedule or --trr, not both")
     if compare and schedule is None and trr is None:
