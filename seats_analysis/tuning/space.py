@@ -62,6 +62,7 @@ class SearchSpace:
         late = {}
         for m in Modality.CODES:
             here = [b for removed, b in bounds.items() if removed in (m, "both")]
+            here = here or bounds.values()  # of a modality that the clips do not have
             late[m] = span([(b.late_start, b.late_start_ci) for b in here], 1)
         middle = span([(b.shallow_end, b.shallow_end_ci) for b in bounds.values()], 0)
         weights = origin.parameters.get("weights_sha256")
