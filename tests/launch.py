@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import socket
 
+import torch
+
 FORK = multiprocessing.get_context("fork")
 
 
@@ -16,6 +18,9 @@ def launch(work, of=2):
     def run(rank):
         said = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=of, MASTER_PORT=port)
         os.environ.update({k: str(v) for k, v in said.items()}, MASTER_ADDR="127.0.0.1")
+        # torch makes its pool of threads anew after a fork, and threads that ask for it at once,
+        # as those that load a model do, may find none
+        torch.set_num_threads(1)
         work(rank)
 
     children = [FORK.Process(target=run, args=(rank,)) for rank in range(of)]
