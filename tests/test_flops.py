@@ -58,7 +58,7 @@ def test_every_heading_says_its_convention():
     assert all(says_its_convention(h) for h in headings), headings
 
 
-@pytest.mark.parametrize("name", TESTBEDS)
+@pytest.mark.parametrize("name", ["testbed", "testbed-qwen3"])
 def test_the_same_plan_has_one_number_everywhere(name):
     "SEATS at 35 to 10 %: its closed form, the demo's answers, the comparison and its table."
     shape = DataShape.of(*load_testbed(TESTBEDS[name]), testbed_samples("test", limit=24))

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 CONDITIONS = dict(visual=["visual"], audio=["audio"], both=["visual", "audio"])
 
 
-@pytest.fixture(scope="module", params=TESTBEDS)
+# of Gemma 4 the loop knows neither windows nor shared keys: tests/test_matrix.py
+@pytest.fixture(scope="module", params=["testbed", "testbed-qwen3"])
 def testbed(request):
     return load_testbed(TESTBEDS[request.param])
 

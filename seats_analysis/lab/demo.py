@@ -236,7 +236,7 @@ def _demo_table(rows):
 # %% ../../nbs/lab/12_demo.ipynb #914eb1ff
 @app.command()
 def demo(
-    model: str = Option("testbed", help="`testbed` or `testbed-qwen3`."),
+    model: str = Option("testbed", help="`testbed`, `testbed-qwen3` or `testbed-gemma4`."),
     out: Path = Option(
         "seats_out/demo", help="Folder for profile, schedules, results and figures."
     ),

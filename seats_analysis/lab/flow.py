@@ -222,7 +222,7 @@ def conflict_study(model, processor, limit):  # -> rows by family, rows by edge 
 
 @app.command("flow-study")
 def flow_study(
-    model: str = Option("testbed", help="`testbed` or `testbed-qwen3`."),
+    model: str = Option("testbed", help="`testbed`, `testbed-qwen3` or `testbed-gemma4`."),
     out: StudyOut = None,
     overwrite: Overwrite = False,
     limit: int = Option(100, min=6, max=4000, help="Questions of each study, at most."),

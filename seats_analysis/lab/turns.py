@@ -188,7 +188,7 @@ def stage2_questions(
 # %% ../../nbs/lab/11_turns.ipynb #43bd2ccc
 @app.command()
 def turns(
-    model: str = Option("testbed", help="`testbed` or `testbed-qwen3`."),
+    model: str = Option("testbed", help="`testbed`, `testbed-qwen3` or `testbed-gemma4`."),
     out: StudyOut = None,
     overwrite: Overwrite = False,
     limit: int = Option(200, min=2, max=4000, help="Clips of each study."),

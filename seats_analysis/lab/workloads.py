@@ -41,11 +41,13 @@ SIZES = {  # of released language models, where they differ from the defaults of
     ),
 }
 _CLASSES = {"qwen2.5-omni": "Qwen2_5Omni", "qwen3-omni": "Qwen3OmniMoe"}
+# testbed -> family, of those whose released shapes are timed
+TIMED = {name: family for name, family in TESTBEDS.items() if family in _CLASSES}
 
 
 def _family(config):
     released = "qwen3-omni" if config.startswith("qwen3-omni") else "qwen2.5-omni"
-    return TESTBEDS.get(config, released)
+    return TIMED.get(config, released)
 
 
 def _class(config, name):
@@ -130,7 +132,7 @@ def _narrow(config, width):
 
 
 def config_of(
-    config: str,  # key of SIZES or of TESTBEDS
+    config: str,  # key of SIZES or of TIMED
     width: int | None = None,  # of the residual stream; None = as it is
 ):  # configuration of a thinker
     "As released, or with the same depth and proportions at another width. ValueError if unknown."
@@ -139,16 +141,16 @@ def config_of(
         if width is not None:
             _narrow(made, width)
         return made
-    if config not in TESTBEDS:
-        known = ", ".join([*SIZES, *TESTBEDS])
+    if config not in TIMED:
+        known = ", ".join([*SIZES, *TIMED])
         raise ValueError(f"unknown configuration {config!r}; known: {known}")
     from seats_analysis.testbed.load import build_config
 
     if width is None:
-        return build_config(TESTBEDS[config])
+        return build_config(TIMED[config])
     if width % 128:
         raise ValueError(f"--width {width}: the testbed takes multiples of 128")
-    made = build_config(TESTBEDS[config], width=width)
+    made = build_config(TIMED[config], width=width)
     made.text_config.rope_parameters["mrope_section"] = [width // 16, width // 32, width // 32]
     return made
 
@@ -169,7 +171,7 @@ def _randomise(model, seed):
 
 
 def build_model(
-    config: str,  # key of SIZES or of TESTBEDS
+    config: str,  # key of SIZES or of TIMED
     width: int | None = None,  # see `config_of`; a testbed as it is has its trained weights
     device="cpu",  # where weights are made and used; 'meta' for shapes alone
     dtype=None,  # default: bfloat16 on a GPU, float32 elsewhere
@@ -181,8 +183,8 @@ def build_model(
 
     made = config_of(config, width)
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
-    if config in TESTBEDS and width is None:
-        model = load_testbed(TESTBEDS[config])[0].to(device=device, dtype=dtype)
+    if config in TIMED and width is None:
+        model = load_testbed(TIMED[config])[0].to(device=device, dtype=dtype)
         model.set_attn_implementation(attention)
         return model
     with torch.device(device):
@@ -201,7 +203,7 @@ def bench_processor(config: str):
 
     made = config_of(config)
     processor = build_processor(_family(config))
-    if config not in TESTBEDS:
+    if config not in TIMED:
         vision = made.vision_config
         names = "patch_size", "temporal_patch_size"
         pixels = {k: getattr(vision, k) for k in names} | dict(merge_size=vision.spatial_merge_size)
@@ -316,7 +318,7 @@ def bench_inputs(
 
 # %% ../../nbs/lab/05_workloads.ipynb #8c52842b
 def bench_schedule(
-    config: str,  # key of SIZES or of TESTBEDS
+    config: str,  # key of SIZES or of TIMED
     trr: float,  # headline, percent
     tokens: Mapping,  # of `Request.tokens`
 ) -> Schedule:
@@ -329,7 +331,7 @@ def bench_schedule(
                 return plan
         bounds = Boundaries(*PUBLISHED[config]["boundaries"])
         return Schedule.from_trr(bounds, trr, *counts, like=config)
-    if config in TESTBEDS:
+    if config in TIMED:
         plan = Schedule.load(f"{config}/10")
     else:
         plan = Schedule.at_published_depth(config_of(config).text_config.num_hidden_layers)

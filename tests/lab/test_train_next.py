@@ -131,7 +131,7 @@ def test_beside_a_sound_nothing_is_asked_or_nothing_is_there():
                     assert around - {x for x in asked if x > 0} <= {0 if beside else -100}
 
 
-@pytest.mark.parametrize("name", TESTBEDS)
+@pytest.mark.parametrize("name", ["testbed", "testbed-qwen3"])
 def test_evidence_receives_attention_and_survives(name, monkeypatch):
     "Its token receives more than the mean of its window, and Stage I keeps it."
     model, processor = load_testbed(TESTBEDS[name])
