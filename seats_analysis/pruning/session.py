@@ -300,7 +300,7 @@ class Session:
                 self.slots.open = True
             with self.timings.time("selection"):
                 kwargs = self.prefill.stage1(kwargs, self.encoders)
-            if cache is None and self.decoder.window and kwargs.get("use_cache") is not False:
+            if cache is None and self.decoder.by_column and kwargs.get("use_cache") is not False:
                 from transformers import DynamicCache
 
                 kwargs["past_key_values"] = DynamicCache()  # whose layers forget nothing
@@ -312,7 +312,7 @@ class Session:
     def decode_step(self, kwargs, slots, cache) -> dict:  # the decoder's keyword arguments
         "Make the masks of all layers, and let them read the cache."
         embeds = kwargs["inputs_embeds"]
-        mask = self.attention if self.decoder.window else kwargs.get("attention_mask")
+        mask = self.attention if self.decoder.by_column else kwargs.get("attention_mask")
         self.masks = slots.masks(self.decoder, embeds, mask, cache)
         self.slots = slots
         slots.open = True
