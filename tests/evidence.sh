@@ -25,6 +25,8 @@ cp "$out"/flows/*.nc data/flows/  # flow-study reads the shipped ones
 make results/flow_$name.json $seats flow-study
 make results/turns_$name.json $seats turns
 make schedules/${name}_tuned.json $seats tune $profile --budget 20 --batch 12 --evidence $out/results/tune_$name.json
+make schedules/${name}_tuned-family.json $seats tune $profile --by family --budget 20 --batch 12 \
+    --evidence $out/results/tune_${name}_family.json
 for method in divprune-om+late visionzip-om+late; do  # no schedule file: the chain is what is wanted
     found=$out/results/tune_${name}_$method.json
     test -s "$found" || $seats tune $profile --model "$name" --budget 20 --batch 12 --method $method --max-change 20 \
