@@ -53,8 +53,8 @@ class Planted:
     "A curve with the boundaries that it truly has: the rule applied to it without noise."
 
     share: np.ndarray  # (L+1,) share that survives, from 0 to 1 at the end
-    full: float = 0.9  # accuracy with nothing removed
-    chance: float = 0.25  # accuracy of a guess
+    full = 0.9  # accuracy with nothing removed
+    chance = 0.25  # of a guess
 
     @property
     def retained(self):  # (L+1,) true R

@@ -192,8 +192,7 @@ def hint_loss(
     heads,  # name -> linear read-out
     towers,  # outputs of both, (B, tokens, width)
     wanted,  # of `hints`
-    seed: int,  # of the noise
-    noise: float = 0.5,  # its std, of features at unit rms
+    seed: int,  # of the noise, of half the features' rms
 ):
     'Mean cross-entropy of linear read-outs through noise; "nothing" counts a twentieth.'
     import torch
@@ -203,7 +202,7 @@ def hint_loss(
     for name in wanted:
         x = towers[(Batch.READ | Batch.CROWD)[name]]
         x = x * x.pow(2).mean(-1, keepdim=True).add(1e-6).rsqrt()
-        logits = heads[name](x + noise * torch.randn(x.shape, generator=generator))
+        logits = heads[name](x + 0.5 * torch.randn(x.shape, generator=generator))
         weight = torch.tensor([0.05] + [1.0] * (logits.shape[-1] - 1))
         asked = logits.flatten(0, 1), wanted[name].flatten()
         loss = loss + torch.nn.functional.cross_entropy(*asked, weight)

@@ -16,7 +16,7 @@ from threading import Condition, current_thread, enumerate as running_threads
 from unittest.mock import patch
 from weakref import WeakSet, ref
 from ..models.attention import TowerAttention
-from ..inputs.layout import Modality, TokenLayout
+from ..inputs.layout import Modality
 from ..models.families import adapter_for
 from .base import Pruner
 from .received import attention_received
