@@ -52,7 +52,7 @@ MAX = {  # what tests/test_repo.py holds the house to, and in a comment where it
     "assignments of several things": 25,
     "lambdas with a name": 0,
     "files above 500 lines": 0,
-    "options of all commands": 148,  # 140
+    "options of all commands": 140,
 }
 _LAYOUT = {getattr(tokenize, kind) for kind in "COMMENT NL NEWLINE INDENT DEDENT ENDMARKER".split()}
 

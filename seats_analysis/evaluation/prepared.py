@@ -24,7 +24,7 @@ from ..models.encode import Encoded, encode_questions, layout_of, pad_positions
 from ..models.families import adapter_for
 from ..schedules.cost import kv_bytes, prefill_flops, text_dims
 from ..pruning.timing import Timings
-from ..pruning.encoders import ENCODED, join_calls, watch_encoders
+from ..pruning.encoders import ENCODED, watch_encoders
 from ..pruning.session import as_pruner, prune
 from ..baselines.downsample import Downsample
 from .evaluate import WHOLE, chosen_answers, clip_cache, write_answers
@@ -171,7 +171,7 @@ class PreparedBatch:
         out = dict(visual=[], audio=[])
         for m in out if noted else ():
             calls = [q.calls[noted][m] for q in self.questions if m in q.calls[noted]]
-            out[m] = [join_calls(calls)] if calls else []
+            out[m] = [calls[0].joined(calls[1:])] if calls else []
         return out
 
     @contextmanager

@@ -26,11 +26,23 @@ from ..schedules.choose import known_schedule
 from ..schedules.schedule import Schedule, ScheduleWarning
 from .base import Pruner, Tokens
 from .cache import Slots
-from .encoders import ENCODED, EncoderWatch, Hooks, visual_order
+from .encoders import ENCODED, EncoderWatch, Hooks
 from .prefill import Check, Prefill
 from .report import Run
 from .seats import Seats
 from .timing import Timings
+
+# %% ../../nbs/pruning/10_session.ipynb #698334ac
+def visual_order(
+    input_ids: torch.Tensor,  # (B, S)
+    layout: TokenLayout,  # (B, S) on the CPU
+    image: int,  # id of the image token
+) -> torch.Tensor | None:  # (T_v,) int64; None where all visual tokens come from one call
+    "For every visual token in sequence its place among all images' tokens, then all videos'."
+    images = input_ids.cpu()[layout.visual] == image
+    if not images.any() or images.all():
+        return None
+    return torch.where(images, images.cumsum(0), images.sum() + (~images).cumsum(0)) - 1
 
 # %% ../../nbs/pruning/10_session.ipynb #005bb6bc
 # keyword argument that travels through `generate` to the thinker's pre-hook, which takes it out
