@@ -24,15 +24,17 @@ make flows/${name}_heads.nc $seats flow --limit 64 --heads --window 1 --edges 'v
 cp "$out"/flows/*.nc data/flows/  # flow-study reads the shipped ones
 make results/flow_$name.json $seats flow-study
 make results/turns_$name.json $seats turns
-make schedules/${name}_tuned.json $seats tune $profile --budget 20 --batch 12 --evidence $out/results/tune_$name.json
+make schedules/${name}_tuned.json $seats tune $profile --budget 20 --evidence $out/results/tune_$name.json
+make schedules/${name}_tuned-family.json $seats tune $profile --by family --budget 20 \
+    --evidence $out/results/tune_${name}_family.json
 for method in divprune-om+late visionzip-om+late; do  # no schedule file: the chain is what is wanted
     found=$out/results/tune_${name}_$method.json
-    test -s "$found" || $seats tune $profile --model "$name" --budget 20 --batch 12 --method $method --max-change 20 \
+    test -s "$found" || $seats tune $profile --model "$name" --budget 20 --method $method --max-change 20 \
         --out "$out/schedules/${name}_$method.json" --evidence "$found"
 done
 make schedules/${name}_tuned-text.json $seats tune --profile $out/profiles/captions/$name.nc --answers text \
-    --budget 8 --batch 16 --limit 1200 --evidence $out/results/captions/tune_$name.json
-test -s $out/results/check_$name.json || $seats check $out/results/tune_$name.json --model $name --limit 1000 --batch 12 \
+    --budget 8 --limit 1200 --evidence $out/results/captions/tune_$name.json
+test -s $out/results/check_$name.json || $seats check $out/results/tune_$name.json --model $name --limit 1000 \
     --out $out/results/check_$name.json
 make results/eval_$name.json $seats eval $profile --methods all,late,ablations --trr 35,25,15,10 --limit 600 --seed 2 \
     --tuned $out/results/tune_$name.json --tuned $out/results/tune_${name}_divprune-om+late.json \
@@ -43,4 +45,4 @@ for kind in profiles schedules results flows; do
     cp -r "$out/$kind" data/
 done
 # the shipped profile of the first testbed
-test "$name" != testbed || $seats transfer --trr 10 --by needs --out data/results/task_sensitivity.json --overwrite
+test "$name" != testbed || $seats transfer --trr 10 --out data/results/task_sensitivity.json --overwrite

@@ -17,7 +17,7 @@ from seats_analysis.baselines.merging import VisionZipOm, select_visionzip, visi
 from seats_analysis.baselines.registry import method_at
 from seats_analysis.models.encode import layout_of
 from seats_analysis.pruning.base import Tokens, plan_steps
-from seats_analysis.pruning.received import window_sizes
+from seats_analysis.pruning.encoders import window_sizes
 from seats_analysis.schedules.cost import text_dims
 
 FOLDER, MODALITY = "baselines", {1: "visual", 2: "audio"}

@@ -19,7 +19,8 @@ TOKENS = (
     "<|begin_of_image|> <|end_of_image|> <|begin_of_video|> <|end_of_video|> <|sound_bos|> "
     "<|sound_eos|>"
 ).split()
-IDS = {word: i for i, word in enumerate([*TOKENS, *WORDS, *kinds_gemma.TOKENS])}
+MARKS = [*kinds_gemma.TOKENS, *kinds_more.TOKENS]
+IDS = {word: i for i, word in enumerate([*TOKENS, *WORDS, *MARKS])}
 
 TEXT = tiny.TEXT | dict(
     moe_intermediate_size=32, num_experts=4, num_local_experts=4, num_experts_per_tok=2
@@ -29,6 +30,7 @@ VISION = dict(
     embed_dim=32,
     depth=2,
     num_heads=2,
+    num_key_value_heads=1,
     mlp_ratio=2,
     intermediate_size=48,
     out_hidden_size=64,
@@ -75,8 +77,10 @@ BEFORE = {"internvl": "<video>", "glm4v": "<|begin_of_video|><|video|><|end_of_v
 BEFORE["glm46v"] = BEFORE["glm4v"]
 
 
-def heard(family):
-    return "Audio" in ROWS[family][0]
+def modalities(family):
+    "What its prompts can hold."
+    picture, *more = ROWS[family][2]
+    return ("visual",) * bool(picture) + ("audio",) * (len(more) == 2)
 
 
 def model(family, attention="sdpa", seed=0):
@@ -97,12 +101,13 @@ def model(family, attention="sdpa", seed=0):
     text = TEXT | kinds_more.TEXT.get(family, {})
     parts = dict(text_config=part(stock.get_text_config(), text, rope_parameters=rope))
     if hasattr(stock, "vision_config"):
-        vision = part(stock.vision_config, VISION)
+        vision = part(stock.vision_config, VISION | kinds_more.VISION.get(family, {}))
         if name == "Qwen2VL":
             vision.hidden_size = 64  # of what comes out
         parts["vision_config"] = vision
     if hasattr(stock, "audio_config"):
-        parts["audio_config"] = part(stock.audio_config, AUDIO)
+        audio = AUDIO | kinds_more.AUDIO.get(family, {})
+        parts["audio_config"] = part(stock.audio_config, audio)
     known = stock.to_dict()
     for kind, token in zip(("image", "video", "audio"), tokens):
         ends = [e for e in ("id", "index") if f"{kind}_token_{e}" in known]
@@ -120,19 +125,22 @@ def model(family, attention="sdpa", seed=0):
         parts |= dict(image_seq_length=4)
     if name == "MiniCPMV4_6":
         parts |= dict(insert_layer_id=0)
+    parts |= kinds_more.parts(family, IDS)
     settings = cls.config_class(**parts)
     settings.get_text_config()._experts_implementation = "eager"  # what torch's counter counts
     made = tiny.randomise(cls._from_config(settings, attn_implementation=attention), seed)
     for name, p in made.named_parameters():
         if name.endswith("A_log"):
             p.data -= 4  # so that a state holds what was read long ago
+        if name.endswith("residual_gate.gate"):
+            p.data -= 1  # so that half of a residual stays, and rounding is not amplified
     return made
 
 
 def tokenizer(family):
     core = Tokenizer(models.WordLevel(IDS, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.add_special_tokens([*TOKENS, *kinds_gemma.TOKENS])
+    core.add_special_tokens([*TOKENS, *MARKS])
     extra = kinds_gemma.MARKS if family in kinds_gemma.ROWS else kinds_more.MARKS.get(family, {})
     if family == "internvl":
         extra = dict(
@@ -180,7 +188,7 @@ def processor(family):
     if (made := kinds_more.processor(name, given)) is not None:
         return made
     cls = getattr(transformers, name.removesuffix("Moe") + "Processor")
-    if heard(family):
+    if name.endswith("Audio") or name.startswith("Audio"):
         mel = transformers.WhisperFeatureExtractor(
             feature_size=16, chunk_length=30, return_attention_mask=True
         )

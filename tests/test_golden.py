@@ -39,9 +39,9 @@ from seats_analysis.inputs.layout import Modality
 from seats_analysis.models.decoder import Decoder
 from seats_analysis.models.encode import layout_of
 from seats_analysis.pruning.base import Tokens, stage1_counts, window_tokens
-from seats_analysis.pruning.encoders import pool_groups
+from seats_analysis.pruning.encoders import pool_groups, window_sizes
 from seats_analysis.pruning.prefill import Prefill
-from seats_analysis.pruning.received import attention_received, window_sizes
+from seats_analysis.pruning.received import attention_received
 from seats_analysis.pruning.seats import Seats
 from seats_analysis.pruning.select import query_scores, select_in_clip
 from seats_analysis.schedules.solve import Segments

@@ -12,7 +12,7 @@ from seats_analysis.boundaries.find import find_boundaries
 from seats_analysis.evaluation.load import load_model
 from seats_analysis.models.decoder import Decoder
 from seats_analysis.models.scoring import last_logits_only
-from seats_analysis.models.encode import encode
+from seats_analysis.models.encode import encode, encode_questions
 from seats_analysis.models.families import FAMILIES, adapter_for, families
 from seats_analysis.models.scoring import score_choices
 from seats_analysis.probing.branches import Stream
@@ -165,9 +165,7 @@ def test_from_one_modality_to_boundaries_and_schedule(case):
 
 def test_the_family_is_found_by_its_class(case):
     assert case.adapter.family == case.family
-    kinds_of = ("visual", "audio")
-    if not case.omni and case.family not in kinds_gemma.ROWS:
-        kinds_of = ("audio",) if kinds.heard(case.family) else ("visual",)
+    kinds_of = ("visual", "audio") if case.omni else kinds.modalities(case.family)
     assert case.adapter.modalities(case.model) == kinds_of
 
 
@@ -211,6 +209,15 @@ def test_keeping_everything_changes_no_bit_and_leaves_nothing_behind(case):
         assert torch.equal(stock, case.model(**case.single.inputs).logits[:, -1])
 
 
+def test_questions_on_one_clip_are_their_prompts(case):
+    asked = [replace(s, video=case.samples[0].video) for s in case.samples]
+    for group in encode_questions(case.model, case.processor, asked):
+        begin = group.encoded.inputs["input_ids"][0, : group.shared].tolist()
+        for sample, tail in zip(group.samples, group.tails):
+            alone = case.encode([sample]).inputs["input_ids"][0].tolist()
+            assert begin + list(tail) == alone
+
+
 def test_positions_are_those_that_the_stock_model_gives_itself(case):
     inputs = {k: v for k, v in case.single.inputs.items() if k != "position_ids"}
     if case.omni:
@@ -225,10 +232,17 @@ def test_removal_before_layer_0_equals_the_prompt_without_these_tokens(case):
     given = decoder.inputs(case.single.inputs)
     stays = (~case.media)[0].nonzero()[:, 0]
     mask = given["attention_mask"]
-    if isinstance(mask, dict):  # the windows are those of the whole prompt
-        mask = {k: m if m is None else m[:, :, stays][..., stays] for k, m in mask.items()}
+    if decoder.window and not isinstance(mask, dict):  # the text model makes its masks itself
+        causal = torch.ones(1, 1, *2 * mask.shape[1:], dtype=torch.bool).tril()
+        mask = dict(full_attention=causal, sliding_attention=causal.triu(1 - decoder.window))
+
+    def cut(m):  # the windows are those of the whole prompt
+        return m if m is None else m[:, :, stays][..., stays]
+
+    if isinstance(mask, dict):
+        mask = {k: cut(m) for k, m in mask.items()}
     else:
-        mask = torch.ones(1, len(stays), dtype=torch.long)
+        mask = cut(mask) if mask.ndim == 4 else mask[:, stays]
     more = {}
     if given.get("visual_pos_masks") is not None:
         more = dict(visual_pos_masks=None, deepstack_visual_embeds=None)

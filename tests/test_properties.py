@@ -12,7 +12,7 @@ from seats_analysis import Schedule
 from seats_analysis.inputs.layout import Modality, TokenLayout, chunk_ids
 from seats_analysis.pruning.base import Stage1Inputs, Tokens, take
 from seats_analysis.pruning.prefill import finite_rows
-from seats_analysis.pruning.received import window_sizes
+from seats_analysis.pruning.encoders import window_sizes
 from seats_analysis.pruning.seats import Seats
 from seats_analysis.pruning.select import plan_chunks, select_in_clip
 

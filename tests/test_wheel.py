@@ -162,7 +162,7 @@ seats flow-study --limit 8
 seats run "$CLIP" {ASKED} --trr 10
 seats run "$CLIP" {ASKED} --schedule testbed/10
 seats run "$CLIP" {ASKED} --schedule seats_out/testbed/schedules/testbed_trr10.json
-seats simulate --trials 1 --replicates 10 --sizes 25
+seats simulate --trials 1 --sizes 25
 seats sample-size --trials 2 --sizes 25,50
 seats transfer --limit 4
 seats turns --limit 2
@@ -174,7 +174,7 @@ seats probe --data clips/mine.jsonl --layers 0:17:4
 seats eval --methods seats,random --trr 10 --data clips/mine.jsonl --profile testbed
 seats figures --data clips/mine.jsonl
 seats figures --data seats_out/mine/profiles/testbed.nc --out drawn
-seats bench --config testbed --frames 8 --seconds 4 --methods seats --trr 10 --repeats 1 --steps 1
+seats bench --config testbed --frames 8 --seconds 4 --methods seats --trr 10 --repeats 1
 seats train-testbed --config tiny.json
 seats demo --limit 6
 """

@@ -280,13 +280,12 @@ def whole_counts(
 def density_peaks(
     x,  # (F, P, D) tokens of frames, padded
     valid,  # (F, P) bool
-    k=5,  # neighbours
 ):  # (F, P) float32, higher for tokens in a dense place far from denser ones
     "What `peaks_of` says of cosine distances."
     unit = normalize(x.float(), dim=-1)
     both = valid[:, None] & valid[:, :, None]
     itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-    return peaks_of((1 - unit @ unit.mT).masked_fill(~both | itself, torch.inf), k)
+    return peaks_of((1 - unit @ unit.mT).masked_fill(~both | itself, torch.inf), 5)
 
 
 def peaks_of(

@@ -33,10 +33,6 @@ from seats_analysis.storage.files import Checkpoint
 # %% ../../nbs/cli/04_tune.ipynb #fa4fd932
 TUNE_SEED = 5  # of the testbed's fresh clips; eval has 2
 CHECK_SEED = 4
-BatchOfClip = Annotated[
-    int | None,
-    Option(min=1, help="Questions per batch; default: 4 of the testbed, else those on one clip."),
-]
 
 
 def _fresh(asked, promise, times, seed, folder):
@@ -49,12 +45,12 @@ def _fresh(asked, promise, times, seed, folder):
     return fresh_samples(n, seed=seed, per_clip=1, folder=folder / CLIPS, progress=True)
 
 
-def _asked_options(asked, batch, processor):
+def _asked_options(asked, processor):
     "What both functions are told of the questions."
     return dict(
         data=Path(asked.data).name,
         broken=asked.broken,
-        batch_size=batch or (4 if asked.data == "testbed" else 1),
+        batch_size=12 if asked.data == "testbed" else 1,  # those on one clip
         progress=True,
         **asked.limits(processor),
     )
@@ -140,7 +136,6 @@ def tune(
         help="JSON file for search, chain and certificate; default: "
         "seats_out/DATA/results/tune_MODEL.json.",
     ),
-    batch: BatchOfClip = None,
 ):
     """Find the cheapest schedule that changes few answers.
 
@@ -185,7 +180,7 @@ def tune(
                 by=by or "",
                 path=evidence,
                 schedule_path=out,
-                **_asked_options(asked, batch, processor),
+                **_asked_options(asked, processor),
             )
     if result is None:
         return
@@ -215,7 +210,6 @@ def check(
         max=99.99,
         help="Percent of calibrations in which it holds; default: as promised, else 95.",
     ),
-    batch: BatchOfClip = None,
 ):
     """Test the promise of a schedule on other questions.
 
@@ -247,7 +241,7 @@ def check(
                 schedule,
                 promise,
                 path=out,
-                **_asked_options(asked, batch, processor),
+                **_asked_options(asked, processor),
             )
     if found is None:
         return

@@ -24,7 +24,7 @@ from ..models.encode import Encoded, encode_questions, layout_of, pad_positions
 from ..models.families import adapter_for
 from ..schedules.cost import kv_bytes, prefill_flops, text_dims
 from ..pruning.timing import Timings
-from ..pruning.encoders import ENCODED, join_calls, watch_encoders
+from ..pruning.encoders import ENCODED, watch_encoders
 from ..pruning.session import as_pruner, prune
 from ..baselines.downsample import Downsample
 from .evaluate import WHOLE, chosen_answers, clip_cache, write_answers
@@ -40,6 +40,7 @@ class Question:
     layout: TokenLayout  # (1, S)
     choices: tuple  # per choice: token ids of the answer text
     shapes: Mapping  # those of `_SHAPES` that the clip has
+    types: Mapping  # (S,) token types by their name in the inputs, where the processor makes them
     # the clip as the decoder gets it, the same for all questions on it
     embeds: torch.Tensor | None = None  # (T, D) visual, audio and image tokens, in sequence
     deepstack: tuple = ()  # of (T_visual, D), added after the first layers in some families
@@ -102,6 +103,7 @@ def prepare_questions(
         clip = {} if methods is None else encode_clip(model, encoded, methods)
         shapes = {k: encoded.inputs[k] for k in _SHAPES if k in encoded.inputs}
         ids = encoded.inputs["input_ids"][0, : group.shared]
+        types = {k: x for k, x in encoded.inputs.items() if k.endswith("token_type_ids")}
         positions = encoded.position_ids[..., 0, : group.shared]
         for sample, tail, choices in zip(group.samples, group.tails, group.choice_ids):
             after = group.positions(torch.arange(len(tail), device=ids.device))[..., 0, :]
@@ -116,6 +118,7 @@ def prepare_questions(
                 layout=TokenLayout(**padded),
                 choices=choices,
                 shapes=shapes,
+                types={k: F.pad(x[0, : len(ids)], (0, len(tail))) for k, x in types.items()},
                 **clip,
             )
             out.append(question)
@@ -145,6 +148,9 @@ class PreparedBatch:
             input_ids=ids, attention_mask=mask, position_ids=positions, inputs_embeds=embeds
         )
         inputs |= adapter_for(model).beside_embeddings(model, ids, layout.modality)
+        for name in questions[0].types:
+            none = torch.zeros_like
+            inputs[name] = pad_left([q.types.get(name, none(q.ids)) for q in questions], 0)
         for name in _SHAPES:
             if found := [q.shapes[name] for q in questions if name in q.shapes]:
                 longest = max(x.shape[-1] for x in found)
@@ -165,7 +171,7 @@ class PreparedBatch:
         out = dict(visual=[], audio=[])
         for m in out if noted else ():
             calls = [q.calls[noted][m] for q in self.questions if m in q.calls[noted]]
-            out[m] = [join_calls(calls)] if calls else []
+            out[m] = [calls[0].joined(calls[1:])] if calls else []
         return out
 
     @contextmanager

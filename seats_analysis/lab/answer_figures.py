@@ -131,12 +131,11 @@ _RULES = dict(
 @house_style()
 def answer_figure(
     profile,  # of whole answers: `probe_dependency(..., answers="text")`
-    removed: str = "both",
 ):  # matplotlib Figure
     "Share of the tokens that stay, layer by position in the answer. ValueError for choices."
     if "token_stays" not in profile:
         raise ValueError("this profile is of choices: probe with answers='text'")
-    stays = profile["token_stays"].sel(removed=removed)
+    stays = profile["token_stays"].sel(removed="both")
     means = stays.mean("sample")  # of the samples that have such tokens
     bins = profile["bin"].values
     layers = profile["layer"].values

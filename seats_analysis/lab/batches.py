@@ -46,10 +46,7 @@ class TrainConfig:
     threads: int = 1
     go_on: str = ""  # folder of the weights that the run begins with
     read_first: int = 0  # steps in which only the read-outs learn
-    every: int = 1  # then, every so manyth step is a whole one; the others train towers on hints
     crowded: float = 0.0  # share of the scenes with decoys, and wrong choices from the clip
-    crowd: tuple = ("rim", "noise", "thing", "sound")  # of `Batch.CROWD`: what hints ask in those
-    frozen: int = 0  # last layers whose MLPs stay as they are
     beside: bool = False  # whether hints say of the tokens beside a sound that nothing is there
 
     @classmethod
@@ -245,9 +242,7 @@ def _crowd_hints(out, scene, number, beside):
         out["thing"][t.token] = -100
     for t in scene.decoys:
         out["light"][t.token] = -100
-        for name, look in (("rim", t.colour), ("outline", t.shape), ("spot", t.place)):
-            if name in out:
-                out[name][t.token] = number[name][look]
+        out["rim"][t.token] = number["rim"][t.colour]
     for s in (*scene.sounds, *scene.noises):
         out["sound"][s.token - (not beside) : s.token + 1 + (not beside)] = -100
     for s in scene.noises:
@@ -268,15 +263,13 @@ class Batch:
 
     # what linear read-outs find in each token, and of which tower: 0 vision, 1 audio
     READ = dict(colour=0, shape=0, place=0, light=0, pitch=1, kind=1)
-    CROWD = dict(rim=0, outline=0, spot=0, thing=0, noise=1, sound=1)  # see `crowd` of the config
-    OF = dict(  # the pools of those
-        rim="colour", outline="shape", spot="place", noise="pitch", thing="number", sound="number"
-    )
+    CROWD = dict(rim=0, thing=0, noise=1, sound=1)  # where scenes are crowded
+    OF = dict(rim="colour", noise="pitch", thing="number", sound="number")  # the pools of those
 
     @classmethod
     def read(cls, c):
         "What the read-outs of a run are asked."
-        return cls.READ | {k: cls.CROWD[k] for k in c.crowd if c.crowded}
+        return cls.READ | cls.CROWD if c.crowded else cls.READ
 
     @classmethod
     def of_step(cls, step, c: TrainConfig):

@@ -54,7 +54,7 @@ def _text(results, path, ratios):
     return f"{shown}\n{unit}; medians of interleaved runs\n{path}"
 
 # %% ../../nbs/lab/11_bench_command.ipynb #2d5fe2e3
-MAX_COUNT = 4096  # timings, decoded tokens, questions at once
+MAX_COUNT = 4096  # timings, questions at once
 MAX_SECONDS = 60.0  # a request that would take longer is left out
 
 
@@ -85,7 +85,6 @@ def bench(
     repeats: int = Option(
         5, min=1, max=MAX_COUNT, help="Timings of each row, in turns; their median is reported."
     ),
-    steps: int = Option(8, min=1, max=MAX_COUNT, help="Tokens to decode."),
     out: Path | None = Option(
         None, help="JSON file, or a folder for bench_DEVICE.json; default: seats_out/bench/results."
     ),
@@ -116,7 +115,7 @@ def bench(
         raise ValueError(f"--batch {batch!r}: from 1 to {MAX_COUNT}")
     plans = Job.pairs(names_of(methods, "--methods"), trrs)
     prepare()
-    setup = BenchSetup(check_device(""), steps=steps)
+    setup = BenchSetup(check_device(""))
     cuda = setup.cuda
     if names or asked or width or batches or scaling:
         sizes = (1,) if scaling else batches or ((1, 4, 16) if cuda else (1,))

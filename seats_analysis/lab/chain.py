@@ -27,7 +27,10 @@ def _tried(ax, rows):
         look = dict(s=size[own.index], color=color, linewidth=0, alpha=0.7)
         ax.scatter(100 * own["cost"], own["kl"].clip(lower=1e-6), label=label, **look)
     chain = tried[tried["chain"]].sort_values(["cost", "kl"])
-    ax.plot(100 * chain["cost"], chain["kl"], color=PALETTE.blue, label="chain", zorder=4)
+    look = dict(color=PALETTE.blue, label="chain", zorder=4)
+    if not chain["kl"].is_monotonic_decreasing:  # the chains of several kinds of questions
+        look |= dict(label="chain of some kind", marker="o", linestyle="", fillstyle="none")
+    ax.plot(100 * chain["cost"], chain["kl"], **look)
     ax.set(yscale="log", ylabel="KL to the full model (nats)", title="a  search")
 
 

@@ -56,10 +56,13 @@ def _train_config(config):
     if not config.endswith(".json"):
         return TrainConfig.recipe(config)
     given = json.loads(Path(config).read_text())
+    # what all files of earlier versions say beside that
+    same = dict(every=1, frozen=0, crowd=["rim", "noise", "thing", "sound"])
+    given = {name: value for name, value in given.items() if same.get(name) != value}
     known = sorted(f.name for f in fields(TrainConfig))
     if bad := sorted(set(given) - set(known)):
         raise ValueError(f"{config}: unknown {', '.join(bad)}; known: {', '.join(known)}")
-    return TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    return TrainConfig(**given)
 
 
 @app.command("train-testbed")

@@ -87,10 +87,10 @@ def all_heads(flow):  # -> [(layer, head)]
     return [(l, h) for l in flow["layer"].values.tolist() for h in flow["head"].values.tolist()]
 
 
-def joint_sets(cells, draws=128, seed=0):  # -> name -> [(layer, head)]
+def joint_sets(cells):  # -> name -> [(layer, head)]
     "Halves of all heads, at random."
-    rng = np.random.default_rng(seed)
-    return {f"{k}": [c for c in cells if rng.random() < 0.5] for k in range(draws)}
+    rng = np.random.default_rng(0)
+    return {f"{k}": [c for c in cells if rng.random() < 0.5] for k in range(128)}
 
 
 def joint_heads(flow, cells, sets, n=10):  # of `heads=sets`, one edge -> [(layer, head)]
@@ -101,9 +101,9 @@ def joint_heads(flow, cells, sets, n=10):  # of `heads=sets`, one edge -> [(laye
     return [cells[i] for i in np.argsort(weights)[::-1][:n]]
 
 
-def head_sets(best, cells, draws=5, seed=0):  # name -> [(layer, head)] -> the same and more
+def head_sets(best, cells):  # name -> [(layer, head)] -> the same and more
     "Lists of heads, the others of their layers, random ones that are in none of them, and all."
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     listed = [cell for found in best.values() for cell in found]
     others = [cell for cell in cells if cell not in listed]
     sets = dict(best)
@@ -112,7 +112,7 @@ def head_sets(best, cells, draws=5, seed=0):  # name -> [(layer, head)] -> the s
         sets[f"{name}: others of their layers"] = [
             c for c in cells if c[0] in layers and c not in found
         ]
-    for k in range(draws):
+    for k in range(5):
         drawn = rng.choice(len(others), len(found), replace=False).tolist()
         sets[f"random {k + 1}"] = [others[i] for i in drawn]
     return sets | {"all": cells}

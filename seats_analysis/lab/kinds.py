@@ -16,10 +16,9 @@ if TYPE_CHECKING:
 # %% ../../nbs/lab/02_kinds.ipynb #0fb63dc5
 def pooled(
     results: Sequence,  # stored files of `seats tune` and `seats check`, one question a clip
-    chain: str = "tuned",
 ) -> tuple:  # (S,) costs, (N, S) losses, (N,) family of each question
     "What several runs measured of the same schedules. ValueError where they are not the same."
-    rows = [r["chains"][chain]["rows"] for r in results]
+    rows = [r["chains"]["tuned"]["rows"] for r in results]
     if any([x["schedule"] for x in own] != [x["schedule"] for x in rows[0]] for own in rows):
         raise ValueError("these files hold different chains: give those of one search")
     if not all("asked" in r for r in results):

@@ -284,7 +284,7 @@ def write_shared(folder, model, plan, prompts):  # prompts: name -> inputs of th
         save_file(whole, folder / f"{name}.safetensors")
 
 
-def take_turns(sides, prompts, rounds, seed=0):  # sides: name -> `asked` -> rows, and what is kept
+def take_turns(sides, prompts, rounds):  # sides: name -> `asked` -> rows, and what is kept
     "Every side's full and pruned prefill in each round, in another order each time; one warms up."
     rows = []
     kept = {}
@@ -294,7 +294,7 @@ def take_turns(sides, prompts, rounds, seed=0):  # sides: name -> `asked` -> row
             kept[prompt, name] = side("kept")
         jobs = [(name, pruned) for name in sides for pruned in (False, True)]
         for k in range(rounds + 1):
-            random.Random(f"{seed} {prompt} {k}").shuffle(jobs)
+            random.Random(f"0 {prompt} {k}").shuffle(jobs)
             for name, pruned in jobs:
                 row = dict(prompt=prompt, round=k, side=name, pruned=pruned)
                 row |= sides[name]("run", pruned)

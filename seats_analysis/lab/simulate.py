@@ -53,8 +53,8 @@ class Planted:
     "A curve with the boundaries that it truly has: the rule applied to it without noise."
 
     share: np.ndarray  # (L+1,) share that survives, from 0 to 1 at the end
-    full: float = 0.9  # accuracy with nothing removed
-    chance: float = 0.25  # accuracy of a guess
+    full = 0.9  # accuracy with nothing removed
+    chance = 0.25  # of a guess
 
     @property
     def retained(self):  # (L+1,) true R
@@ -201,7 +201,7 @@ def _head(kind, command, profile, seed, sizes):
     sizes = ",".join(map(str, sizes))
     return dict(
         schema=SCHEMAS[kind].id,
-        command=f"seats {command} --seed {seed} --sizes {sizes}",
+        command=f"seats {command} --sizes {sizes}",
         model=str(profile.attrs.get("model", "")),
         revision=profile.attrs.get("revision") or None,
         seed=seed,
@@ -227,7 +227,7 @@ def coverage_study(
         dict(removed=name, **coverage_row(shape, n, noises[name], trials, n_boot, seed))
         for name, shape, n in tqdm(cells, desc="simulate", unit="cell", disable=not progress)
     ]
-    command = f"simulate --trials {trials} --replicates {n_boot}"
+    command = f"simulate --trials {trials}"
     return _head("coverage", command, profile, seed, sizes) | dict(
         removed=list(conditions),
         trials=trials,
@@ -342,8 +342,6 @@ def needed_study(
     profile,  # dependency profile: noise, and one of the curves
     sizes: Sequence[int] = TRIED,  # questions
     trials: int = 200,  # experiments at each size
-    within: int = 1,  # layers
-    seed: int = 0,
     progress: bool = False,  # show a bar
 ) -> dict:  # JSON-able
     "Questions needed for each boundary, for every shape and for the profile's own curve."
@@ -355,7 +353,7 @@ def needed_study(
     names = [*SHAPES] if pilot else [MEASURED, *SHAPES]
     for name in tqdm(names, desc="questions", unit="curve", disable=not progress):
         planted = Planted(_curve(name, profile, noise.num_layers))
-        close = [_precision(planted, noise, n, within, trials, seed) for n in sizes]
+        close = [_precision(planted, noise, n, trials=trials) for n in sizes]
         row = dict(curve=name, **dict(zip(_BOUNDARIES, planted.blocks)), within={}, needed={})
         for boundary, shares in zip(_BOUNDARIES, zip(*close)):
             row["within"][boundary] = list(shares)
@@ -366,15 +364,15 @@ def needed_study(
         removed="both",
         num_layers=noise.num_layers,
         trials=trials,
-        within=within,
+        within=1,
         share=_SHARE,
         sizes=list(sizes),
         rows=rows,
     )
     if pilot:
         study["pilot"] = pilot  # why its own curve is left out
-    command = f"sample-size --trials {trials} --within {within}"
-    return _head("needed", command, profile, seed, sizes) | study
+    command = f"sample-size --trials {trials}"
+    return _head("needed", command, profile, 0, sizes) | study
 
 # %% ../../nbs/lab/01_simulate.ipynb #41a65e11
 _SERIES = [

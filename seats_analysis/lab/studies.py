@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/lab/10_studies.ipynb #c8e6b586
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from typer import Option
 
@@ -52,9 +52,7 @@ def simulate(
     out: StudyOut = None,
     overwrite: Overwrite = False,
     trials: Trials = 100,
-    replicates: int = Option(200, min=10, max=10**5, help="Bootstrap replicates in each."),
     sizes: Sizes = "50,100,200,500,1000",
-    seed: int = Option(0, min=0, help="Seed of what is drawn at random."),
 ):
     """Check the intervals of boundaries on planted curves.
 
@@ -65,9 +63,7 @@ def simulate(
     from seats_analysis.lab.simulate import choose_late_confidence, coverage_study, coverage_table
 
     stored = load_profile(profile)
-    study = coverage_study(
-        stored, sizes, trials=trials, n_boot=replicates, seed=seed, progress=True
-    )
+    study = coverage_study(stored, sizes, trials, progress=True)
     save_json(out, study)
     chosen = choose_late_confidence(study, study["goal"])
     least = "no confidence has" if chosen is None else f"{chosen:g} is the least that has"
@@ -83,10 +79,8 @@ def sample_size(
     profile: Pilot = TESTBED,
     out: StudyOut = None,
     overwrite: Overwrite = False,
-    within: int = Option(1, min=0, help="Layers that an estimate may be off."),
     trials: Trials = 200,
     sizes: Sizes = "25,50,100,200,400,800,1600,3200,6400",
-    seed: int = Option(0, min=0, help="Seed of what is drawn at random."),
 ):
     """Count how many questions a boundary takes.
 
@@ -97,7 +91,7 @@ def sample_size(
     from seats_analysis.lab.simulate import needed_study
 
     stored = load_profile(profile)
-    study = needed_study(stored, sizes, trials, within=within, seed=seed, progress=True)
+    study = needed_study(stored, sizes, trials, progress=True)
     if "pilot" in study:
         note(f"note: the pilot's own curve is left out: {study['pilot']}")
     save_json(out, study)
@@ -114,8 +108,8 @@ def sample_size(
         for r in study["rows"]
     ]
     said = (
-        f"questions for an estimate within {within} of the truth in {study['share']:.0%} of "
-        f"{trials} experiments; {out}"
+        f"questions for an estimate within {study['within']} of the truth in "
+        f"{study['share']:.0%} of {trials} experiments; {out}"
     )
     print(f"{table(rows)}\n\n{said}")
 
@@ -150,7 +144,6 @@ def transfer(
     out: StudyOut = None,
     overwrite: Overwrite = False,
     trr: float = Option(10, help="Percent of all tokens that every schedule keeps."),
-    by: Literal["needs", "family"] = Option("needs", help="What makes kinds of questions."),
     limit: int | None = Option(
         None, min=1, max=10**6, help="Use only the first so many questions."
     ),
@@ -167,7 +160,7 @@ def transfer(
     from seats_analysis.schedules.choose import stored_tokens
 
     stored = load_profile(profile)
-    made = TaskSchedules.of(stored, trr, by, stored_tokens(stored))
+    made = TaskSchedules.of(stored, trr, stored_tokens(stored))
     prepare()
     name = str(stored.attrs["model"])
     model, processor = load_model(name if name in TESTBEDS else "testbed", "cpu")
@@ -179,14 +172,13 @@ def transfer(
     families = made.kinds["all"]
     samples = [s for s in load_samples("testbed", "test") if s.family in families][:limit]
     rows = made.compare(model, processor, samples, 16)
-    command = f"seats transfer --trr {trr:g} --by {by}" + (f" --limit {limit}" if limit else "")
+    command = f"seats transfer --trr {trr:g}" + (f" --limit {limit}" if limit else "")
     about = dict(
         schema=SCHEMAS["sensitivity"].id,
         command=command,
         **origin(stored),
         split="test",
         trr=trr,
-        by=by,
         **made.to_dict(),
         rows=rows,
     )

@@ -44,9 +44,9 @@ def whiskers(ax, x, quartiles, **look):
     ax.errorbar(x, mid, (mid - low, high - mid), fmt="none", elinewidth=0.6, **look)
 
 
-def _least(table, method="seats"):
-    "The row of a method with the least tokens, with plain encoders; None where there is none."
-    own = table[(table["method"] == method) & (table["encoders"] == "")]
+def _least(table):
+    "The row of SEATS with the least tokens, with plain encoders; None where there is none."
+    own = table[(table["method"] == "seats") & (table["encoders"] == "")]
     return None if own.empty else own.sort_values("trr").iloc[0]
 
 

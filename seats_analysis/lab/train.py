@@ -192,8 +192,7 @@ def hint_loss(
     heads,  # name -> linear read-out
     towers,  # outputs of both, (B, tokens, width)
     wanted,  # of `hints`
-    seed: int,  # of the noise
-    noise: float = 0.5,  # its std, of features at unit rms
+    seed: int,  # of the noise, of half the features' rms
 ):
     'Mean cross-entropy of linear read-outs through noise; "nothing" counts a twentieth.'
     import torch
@@ -203,7 +202,7 @@ def hint_loss(
     for name in wanted:
         x = towers[(Batch.READ | Batch.CROWD)[name]]
         x = x * x.pow(2).mean(-1, keepdim=True).add(1e-6).rsqrt()
-        logits = heads[name](x + noise * torch.randn(x.shape, generator=generator))
+        logits = heads[name](x + 0.5 * torch.randn(x.shape, generator=generator))
         weight = torch.tensor([0.05] + [1.0] * (logits.shape[-1] - 1))
         asked = logits.flatten(0, 1), wanted[name].flatten()
         loss = loss + torch.nn.functional.cross_entropy(*asked, weight)
@@ -232,14 +231,14 @@ class Trainer:
         self.seconds = saved.get("seconds", 0.0)
         ours = asdict(config)
         theirs = saved.get("config", {})
-        if bad := [k for k in theirs.keys() - {"steps", "threads"} if theirs[k] != ours.get(k)]:
+        if bad := [
+            k for k in (theirs.keys() & ours.keys()) - {"steps", "threads"} if theirs[k] != ours[k]
+        ]:
             raise ValueError(
                 f"{self.checkpoint} is of another run: {bad[0]} {theirs[bad[0]]} there, "
-                f"{ours.get(bad[0])} now; remove it to begin anew, or choose another folder"
+                f"{ours[bad[0]]} now; remove it to begin anew, or choose another folder"
             )
         self.model = begin(config)
-        for layer in list(self.model.get_decoder().layers)[config.layers - config.frozen :]:
-            layer.mlp.requires_grad_(False)
         if config.family != "gemma4":  # whose tower has no windows
             fast_vision(self.model)
         width = self.model.config.text_config.hidden_size
@@ -279,13 +278,13 @@ class Trainer:
         c = self.config
         reading = self.step < c.read_first
         loss = torch.zeros(())
-        if batch.captions or not (reading or self.step % c.every):
+        if batch.captions or not reading:
             hidden, labels, towers = packed_hidden(self.model, batch, c)
             asked = labels >= 0
             logits = self.model.lm_head(hidden[asked])
             loss = torch.nn.functional.cross_entropy(logits, labels[asked])
         else:
-            with torch.set_grad_enabled(not reading):
+            with torch.no_grad():
                 towers = embed_clips(self.model, batch, c.family)[3]
         hint = hint_loss(self.heads, towers, batch.hints, self.step) if towers else torch.zeros(())
         (loss + hint).backward()

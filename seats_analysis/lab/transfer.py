@@ -12,7 +12,6 @@ from dataclasses import dataclass
 # %% ../../nbs/lab/02_transfer.ipynb #d3289426
 def task_kinds(
     profile,  # dependency profile
-    by="needs",  # or 'family'
 ) -> dict:  # name -> families, `all` last
     "Kinds of questions that need visual or audio tokens."
     from seats_analysis.boundaries.retention import needed_families
@@ -22,7 +21,7 @@ def task_kinds(
     kinds = {}
     for family in both:
         needs = " and ".join(m for m in needed if family in needed[m])
-        kinds.setdefault(family if by == "family" else needs, []).append(family)
+        kinds.setdefault(needs, []).append(family)
     in_order = sorted(kinds, key=lambda k: (len(k.split()), k))
     return {k: kinds[k] for k in in_order} | {"all": sorted(both)}
 
@@ -74,7 +73,6 @@ class TaskSchedules:
         cls,
         profile,  # dependency profile
         trr: float,  # percent
-        by: str,  # 'needs' or 'family'
         tokens,  # mean visual and audio tokens of the data
     ):
         "Boundaries of each kind on the `derive` split, and the schedule that they give."
@@ -82,7 +80,7 @@ class TaskSchedules:
         from seats_analysis.schedules.schedule import Schedule, ScheduleWarning
 
         split = "derive" if "derive" in profile["split"].values.astype(str) else None
-        kinds = task_kinds(profile, by)
+        kinds = task_kinds(profile)
         bounds = {}
         plans = {}
         missing = {}

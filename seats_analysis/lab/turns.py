@@ -20,10 +20,13 @@ from ..storage.schemas import SCHEMAS, save_json
 from ..testbed.load import TESTBEDS, caption_samples, held_out_scene
 
 # %% ../../nbs/lab/11_turns.ipynb #38ba722c
-def conversation(k, seed):  # -> Sample, Sample, Sample
+SEED = 7  # of the clips
+
+
+def conversation(k):  # -> Sample, Sample, Sample
     "A question on a clip, another one on the same, and one on another clip."
-    rng = random.Random(f"turns {seed} {k}")
-    scenes = [held_out_scene(seed, 2 * k + i) for i in range(2)]
+    rng = random.Random(f"turns {SEED} {k}")
+    scenes = [held_out_scene(SEED, 2 * k + i) for i in range(2)]
     clips = [s.clip() for s in scenes]
     families = [[f for f in s.families if f != "control"] for s in scenes]
     first, second = rng.sample(families[0], 2)
@@ -100,7 +103,6 @@ def second_turns(
     processor,
     plans,  # label -> Schedule
     n: int,  # conversations
-    seed: int = 7,
     progress: bool = False,  # show a bar
 ) -> list:  # of rows: plan, turn, and shares right with their 95 % intervals
     "Share of right answers to a second question, alone and in a second turn."
@@ -108,7 +110,7 @@ def second_turns(
 
     got = {}
     for k in tqdm(range(n), desc="conversations", disable=not progress):
-        asked = conversation(k, seed)
+        asked = conversation(k)
         right = dict(question=asked[1], clip=asked[2])
         for label, plan in (("full", None), *plans.items()):
             for (turn, when), word in Talk(model, processor, plan).answers(*asked).items():
@@ -151,7 +153,6 @@ def stage2_questions(
     processor,
     plans,  # TRR in percent -> Schedule
     n: int,  # clips
-    seed: int = 7,
     progress: bool = False,  # show a bar
 ) -> list:  # of rows: trr, question, share of the tokens that stay with its 95 % interval
     "What Stage II's question costs in captions."
@@ -167,7 +168,7 @@ def stage2_questions(
     asked = Answering(
         model,
         processor,
-        caption_samples(n, seed),
+        caption_samples(n, SEED),
         runs=runs,
         batch_size=16,
         answers="text",
@@ -206,9 +207,9 @@ def turns(
     prepare()
     thinker, processor = load_model(model, "cpu")
     plans = {trr: Schedule.load(f"{model}/{trr}") for trr in (35, 25, 15, 10)}
-    captions = caption_samples(limit, 7)
+    captions = caption_samples(limit, SEED)
     shown = {f"{trr} %": plans[trr] for trr in (35, 10)}
-    result = provenance(thinker, processor, captions, seed=7) | dict(
+    result = provenance(thinker, processor, captions, seed=SEED) | dict(
         schema=SCHEMAS["turns"].id,
         command=f"seats turns --model {model} --limit {limit}",
         rows=second_turns(thinker, processor, shown, limit, progress=True),

@@ -10,7 +10,6 @@ import hashlib
 import torch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import ClassVar
 from ..inputs.layout import Modality
@@ -43,7 +42,10 @@ class Adapter:
     # rotary tables hold halves: queries and keys are projected alone, without their layer
     half_split: bool = False
     frames_as_pictures: bool = False  # the frames of a video have the placeholders of pictures
-    logits_times: bool = False  # `logits_scaling` of the config is a factor, not a divisor
+    # all tokens of pictures and frames see one another, of which the config says nothing
+    both_ways: bool = False
+    # text config -> factor of the logits; None: one over `logits_scaling`, where there is such
+    logits_factor: Callable | None = None
     rows_per_token: int = 1  # rows of the audio tower's last layer whose mean is an audio token
     # config of the audio tower -> mel frames to which shorter audio is filled up; None: to none
     min_frames: Callable | None = None
@@ -130,7 +132,9 @@ class Adapter:
             ids = (getattr(config, f"{name}_token_{end}", None) for end in ("id", "index"))
             if (token := next((i for i in ids if i is not None), None)) is not None:
                 found[kind] = token
-        if Modality.IMAGE in found and (self.frames_as_pictures or Modality.VISUAL not in found):
+        picture = found.get(Modality.IMAGE)
+        shared = self.frames_as_pictures or found.get(Modality.VISUAL, picture) == picture
+        if picture is not None and shared:
             found[Modality.VISUAL] = found.pop(Modality.IMAGE)
         return found
 
@@ -179,11 +183,8 @@ class Adapter:
         return _runs(inputs["input_ids"] == token)
 
     def beside_embeddings(self, model, ids, modality) -> dict:  # both (B, S)
-        "What goes with embeddings instead of ids: token types, Gemma 4's embeddings per layer."
+        "What goes with embeddings instead of ids: Gemma 4's embeddings per layer."
         given = {}
-        if "mm_token_type_ids" in signature(self.thinker(model).forward).parameters:
-            types = torch.tensor([0, 2, 3, 1, 0])  # of text, video, audio, pictures, padding
-            given["mm_token_type_ids"] = types[modality.long()].to(ids.device)
         decoder = self.decoder(model)
         if getattr(decoder, "hidden_size_per_layer_input", 0):  # of media those of padding
             media = (modality > Modality.TEXT).to(ids.device)

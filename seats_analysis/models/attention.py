@@ -48,8 +48,15 @@ class TowerAttention:
         "Queries and keys from what was projected; rotary in float32, as the encoders do it."
         # vLLM's linear layers return their bias beside the (T, 1, ...) output
         made = [x[0].flatten(0, -2) if isinstance(x, tuple) else x for x in projected]
-        pair = made[0].chunk(3, -1)[:2] if len(made) == 1 else made
-        q_k = tuple(x.unflatten(-1, (self.module.num_heads, -1)) for x in pair)
+        heads = self.module.num_heads
+        shared = getattr(self.module, "num_key_value_groups", 1)  # query heads of a key
+        split = [heads, heads // shared, heads // shared]
+        if len(made) == 1:
+            q_k = made[0].unflatten(-1, (sum(split), -1)).split(split, 1)[:2]
+        else:
+            q_k = tuple(x.unflatten(-1, (n, -1)) for x, n in zip(made, split))
+        if shared > 1:
+            q_k = q_k[0], q_k[1].repeat_interleave(shared, 1)
         if rotary is None:
             return q_k
         cos, sin = (t[:, None].float() for t in rotary)

@@ -83,7 +83,10 @@ class Decoder:
         self.recurrent = frozenset(i for i, k in enumerate(self.kinds) if k == "linear_attention")
         self.stock = {}  # kind -> (B, n, n) bool whom each of the first positions sees
         # whether the tokens of a frame or picture see one another
-        self.both_ways = bool(getattr(self.config, "use_bidirectional_attention", None))
+        told = getattr(self.config, "use_bidirectional_attention", None)
+        self.both_ways = self.adapter.both_ways or bool(told)
+        # whether masks say more than causality and padding, so that columns are counted
+        self.by_column = sliding or self.both_ways
 
     @property
     def mrope(self):
@@ -109,7 +112,7 @@ class Decoder:
                 f"not on {' and '.join(devices)}: load the model without a `device_map` over "
                 "several devices; what does not fit may be offloaded to the CPU or to the disk"
             )
-        if self.window:
+        if self.by_column:
             self._takes_masks()
         return self
 
@@ -188,7 +191,8 @@ class Decoder:
     def note(self, prompt, n):  # keyword arguments of the text model
         "Whom the stock model lets the first n positions of a prompt see, where it says so."
         masks = prompt.get("attention_mask")
-        masks = masks if isinstance(masks, Mapping) else {}
+        if not isinstance(masks, Mapping):
+            masks = dict(full_attention=masks if getattr(masks, "ndim", 2) == 4 else None)
         known = {kind: mask[:, 0, :n, :n] for kind, mask in masks.items() if mask is not None}
         self.stock = {k: m if m.dtype == torch.bool else m == 0 for k, m in known.items()}
 
@@ -200,7 +204,7 @@ class Decoder:
         position_ids: torch.Tensor,  # (B, N) int64
     ) -> tuple:  # of (B, N, ...): columns, embeddings of all layers; () where all layers are alike
         "What layers get beside rotary tables; notes whom the stock model lets each position see."
-        if self.window is None:
+        if not self.by_column:
             return ()
         n = embeds.shape[1] - ids.shape[1]
         self.note(prompt, n)
@@ -214,9 +218,13 @@ class Decoder:
         return place, each.flatten(2)
 
     @cached_property
-    def _ropes(self):  # what the rotary module is told, for each kind of layer or for all
-        by_kind = "layer_type" in signature(self.module.rotary_emb.forward).parameters
-        return [(kind,) for kind in sorted(set(self.kinds))] if by_kind else [()]
+    def _ropes(self):  # kind of table -> its module, and what that is told
+        rope = self.module.rotary_emb
+        if "layer_type" in signature(rope.forward).parameters:
+            return {kind: (rope, kind) for kind in sorted(set(self.kinds))}
+        if hasattr(self.module, "rope_types"):  # Molmo 2
+            return dict(scaled=(rope,), unscaled=(self.module.rotary_emb_unscaled,))
+        return {None: (rope,)}
 
     def rotary_tables(
         self,
@@ -227,7 +235,8 @@ class Decoder:
         rope = self.module.rotary_emb
         if position_ids.ndim == 2 and hasattr(rope, "mrope_section"):  # in old versions
             position_ids = position_ids.expand(3, *position_ids.shape)
-        return sum((tuple(rope(hidden, position_ids, *kind)) for kind in self._ropes), ())
+        made = (rope(hidden, position_ids, *kind) for rope, *kind in self._ropes.values())
+        return sum(map(tuple, made), ())
 
     def _takes_masks(self):
         kind = self.config._attn_implementation
@@ -262,12 +271,14 @@ class Decoder:
         return _Mask(mask, own[:, line - 1, :line], own[:, line:, line:])
 
     def _parts(self, layer, rotary):  # what `rotary_tables` and `beside` give
-        "cos and sin of one layer; columns and embeddings, where there are any."
+        "cos and sin of one layer, if it rotates; columns and embeddings, where there are any."
         end = 2 * len(self._ropes)
         at = 0
         if len(rotary) >= end > 2:
-            at = 2 * self._ropes.index((self.kinds[layer],))
-        return rotary[at : at + 2], *rotary[end:]
+            at = 2 * list(self._ropes).index(getattr(self.module, "rope_types", self.kinds)[layer])
+        bases = getattr(self.config, "layer_rope_theta", None)  # Muse Spark: 0 where it does not
+        tables = rotary[at : at + 2] if bases is None or bases[layer] else ()
+        return tables, *rotary[end:]
 
     def sees(
         self,
@@ -300,7 +311,8 @@ class Decoder:
         rows = columns[:, -hidden.shape[1] :]
         r = rows[:, :, None]
         c = columns[:, None]
-        seen = self.sees(layer, valid[:, None] & (c <= r) | (c == r), rows, columns)
+        there = valid[:, None] | (c == r)
+        seen = self.sees(layer, there & (c <= r), rows, columns) & there
         return self.mask(seen[:, None], hidden.dtype, spare=False)
 
     def _masked(self, layer, mask, place, keys):  # (B, n, 1)
@@ -339,7 +351,7 @@ class Decoder:
         out = (module if hooked else module.forward)(
             hidden,
             attention_mask=getattr(mask, "attention", mask),
-            position_embeddings=tables,
+            position_embeddings=tables or None,
             position_ids=None,
             past_key_values=keys,
             use_cache=True,
@@ -459,8 +471,9 @@ class Decoder:
     ) -> torch.Tensor:  # (B, n, vocabulary)
         "Final norm and output head."
         logits = self.head(self.module.norm(hidden[..., : self.config.hidden_size]))
-        scale = getattr(self.config, "logits_scaling", 1)  # Granite
-        scale = 1 / scale if self.adapter.logits_times else scale
-        logits = logits if scale == 1 else logits / scale
+        if (factor := self.adapter.logits_factor) is not None:
+            logits = logits * factor(self.config)
+        elif (scale := getattr(self.config, "logits_scaling", 1)) != 1:  # Granite
+            logits = logits / scale
         cap = getattr(self.config, "final_logit_softcapping", None)
         return cap * (logits / cap).tanh() if cap else logits

@@ -10,10 +10,12 @@ __all__ = ['Prompt', 'sampling_rate', 'frame_resizer', 'pad_positions', 'layout_
 import numpy as np
 import re
 import torch
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
-from itertools import takewhile
+from io import BytesIO
+from itertools import accumulate, takewhile
 from ..inputs.media import Clip
 from ..inputs.questions import samples_of
 from ..inputs.samples import Sample
@@ -23,7 +25,14 @@ from .families import adapter_for, check_words
 # %% ../../nbs/models/01_encode.ipynb #02a07440
 def _turn_text(processor, content):
     turn = [dict(role="user", content=list(content))]
-    return processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    made = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return made if isinstance(made, str) else processor.tokenizer.decode(made["input_ids"][0])
+
+
+def _wants_files(processor) -> bool:
+    "Whether sounds enter by conversations alone, as files: Voxtral's processor."
+    takes = "audio" in signature(processor.__call__).parameters
+    return hasattr(processor, "feature_extractor") and not takes
 
 
 def chat_prompt(
@@ -32,8 +41,8 @@ def chat_prompt(
     media: Sequence[str] = ("video",),  # content types before the text: 'video', 'audio' or none
 ) -> str:
     "The whole prompt by the processor's chat template, up to where the answer starts."
-    text = dict(type="text", text=sample.prompt_text)
-    return _turn_text(processor, [*(dict(type=m) for m in media), text])
+    parts = [] if _wants_files(processor) else [dict(type=m) for m in media]
+    return _turn_text(processor, [*parts, dict(type="text", text=sample.prompt_text)])
 
 # %% ../../nbs/models/01_encode.ipynb #80590269
 @dataclass(frozen=True, eq=False)
@@ -186,7 +195,8 @@ def rope_index(
     return owner.get_rope_index(inputs["input_ids"], **named)[0]
 
 # %% ../../nbs/models/01_encode.ipynb #538211f9
-_AUDIO_INPUTS = "input_features", "feature_attention_mask"
+_AUDIO_INPUTS = "input_features", "feature_attention_mask", "input_values", "input_values_mask"
+_POOLED = dict(video_token_pooling="pixel_values_videos", image_token_pooling="pixel_values")
 _TOKEN_TYPES = "mm_token_type_ids", "token_type_ids"  # of every token of a prompt
 
 
@@ -200,18 +210,28 @@ def _process(model, processor, text, kwargs):
         raise ValueError(
             "clips of unequal length in one prompt, which this model's processor does not take"
         ) from None
+    out.pop("video_metadata", None)
     if "video_second_per_grid" in out:
         out["video_second_per_grid"] = torch.as_tensor(out["video_second_per_grid"])
     # the extractor pads to its chunk length
     if adapter_for(model).interleaved and "feature_attention_mask" in out:
         n = int(out["feature_attention_mask"].sum(-1).max())
-        out |= {key: out[key][..., :n] for key in _AUDIO_INPUTS}
+        out |= {key: out[key][..., :n] for key in _AUDIO_INPUTS if key in out}
     return out | dict(position_ids=rope_index(model, out))
+
+
+def _wav(clip) -> str:
+    "The sound of a clip as a file of float32 samples, in base64."
+    from scipy.io import wavfile
+
+    wavfile.write(file := BytesIO(), int(clip.sample_rate), clip.waveform)
+    return b64encode(file.getvalue()).decode()
 
 
 def _whole(model, processor, parts):
     "One user's turn through the processor at once, with the media that the model takes."
     takes = adapter_for(model).modalities(model)
+    files = _wants_files(processor)
     content = []
     media = dict(images=[], videos=[], audio=[])
     times = []
@@ -230,12 +250,16 @@ def _whole(model, processor, parts):
                     dict(total_num_frames=n, fps=float(part.fps), frames_indices=list(range(n)))
                 )
             if part.waveform is not None and "audio" in takes:
-                content.append(dict(type="audio"))
+                content.append(dict(type="audio") | (dict(base64=_wav(part)) if files else {}))
                 media["audio"].append(part.waveform)
+    if files:
+        out = dict(processor.apply_chat_template([dict(role="user", content=content)]))
+        return [out | dict(position_ids=rope_index(model, out))]
     text = _turn_text(processor, content)
     given = {name: found for name, found in media.items() if found}
     if times:
-        given["videos_kwargs"] = dict(do_sample_frames=False, video_metadata=times)
+        timed = dict(video_metadata=times, return_metadata=True)
+        given["videos_kwargs"] = dict(do_sample_frames=False, **timed)
     return [_process(model, processor, text, given)]
 
 
@@ -342,6 +366,9 @@ def _collate(prompts, pad_id):
     for piece in (piece for pieces in prompts for piece in pieces):
         for key in piece.keys() - sequence.keys():
             media.setdefault(key, []).append(piece[key])
+    for key in media.keys() & _POOLED.keys():  # by places of patches among those of all media
+        starts = accumulate((x.shape[:2].numel() for x in media[_POOLED[key]]), initial=0)
+        media[key] = [torch.where(x < 0, x, x + n) for x, n in zip(media[key], starts)]
     for key in media.keys() & set(_AUDIO_INPUTS):  # padded at the end
         n = max(x.shape[-1] for x in media[key])
         media[key] = [torch.nn.functional.pad(x, (0, n - x.shape[-1])) for x in media[key]]

@@ -68,6 +68,12 @@ def _patches(config, pooled):
     return side**2
 
 
+def _pooled(config):
+    "Tokens of a frame whose tower is timm's."
+    rows, columns = config.vision_config.model_args["ref_feat_shape"]
+    return (rows // config.projector_pooling_ratio) * (columns // config.projector_pooling_ratio)
+
+
 _SIGHT = (
     _vision("qwen2-vl", "Qwen2VL", received=("visual",)),
     _vision("qwen2.5-vl", "Qwen2_5_VL", received=("visual",)),
@@ -76,6 +82,8 @@ _SIGHT = (
     _vision("llava-onevision", "LlavaOnevision", frame_tokens=lambda config: _patches(config, 2)),
     _vision("video-llama-3", "VideoLlama3"),
     _vision("internvl", "InternVL"),
+    _vision("perception-lm", "PerceptionLM", frame_tokens=_pooled),
+    Adapter("exaone4.5", ("Exaone4_5_ForConditionalGeneration",), received=("visual",)),
     Adapter("glm4v", ("Glm4vForConditionalGeneration",), frames_as_pictures=True),
     Adapter("glm46v", ("Glm46VForConditionalGeneration",), frames_as_pictures=True),
 )
@@ -87,6 +95,13 @@ def _gemma(family, name):
 
 
 _GEMMA = (_gemma("gemma4", "Gemma4"), _gemma("gemma4-unified", "Gemma4Unified"))
+_MUSE = Adapter(
+    "muse-spark",
+    ("MuseSparkForConditionalGeneration",),
+    audio_rate=12.5,
+    logits_factor=lambda text: text.output_multiplier,
+)
+_MOLMO = Adapter("molmo2", ("Molmo2ForConditionalGeneration",), both_ways=True)
 
 # %% ../../nbs/models/00_families.ipynb #0112858b
 _HYBRID = (
@@ -96,19 +111,33 @@ _HYBRID = (
 )
 _SCALED = (
     _vision(
-        "hyperclovax-vision-v2", "HyperCLOVAXVisionV2", received=("visual",), logits_times=True
+        "hyperclovax-vision-v2",
+        "HyperCLOVAXVisionV2",
+        received=("visual",),
+        logits_factor=lambda text: text.logits_scaling,
     ),
 )
 
 # %% ../../nbs/models/00_families.ipynb #7672baed
-def _sound(family, name, per_second):
+def _sound(family, name, per_second, **fields):
     "A row of the table: audio alone."
     classes = (f"{name}ForConditionalGeneration",)
-    return Adapter(family, classes, half_split=True, audio_rate=per_second)
+    return Adapter(family, classes, half_split=True, audio_rate=per_second, **fields)
 
 
-_SOUND = (_sound("qwen2-audio", "Qwen2Audio", 25), _sound("audioflamingo3", "AudioFlamingo3", 25))
-FAMILIES = {a.family: a for a in (*_OMNI, *_GEMMA, *_SIGHT, *_SOUND, *_HYBRID, *_SCALED)}
+def _one(text):
+    "The stock model leaves out the factor that the text model's config names."
+    return 1
+
+
+_SOUND = (
+    _sound("qwen2-audio", "Qwen2Audio", 25),
+    _sound("audioflamingo3", "AudioFlamingo3", 25),
+    _sound("voxtral", "Voxtral", 12.5),
+    _sound("granite-speech", "GraniteSpeech", 10, logits_factor=_one),
+)
+_ALL = *_OMNI, *_GEMMA, _MUSE, *_SIGHT, _MOLMO, *_SOUND, *_HYBRID, *_SCALED
+FAMILIES = {a.family: a for a in _ALL}
 
 # %% ../../nbs/models/00_families.ipynb #715a91af
 def adapter_for(

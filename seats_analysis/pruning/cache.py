@@ -59,7 +59,7 @@ class Slots:
 
         first = layers[p.decoder.attentive(0)]  # as which a recurrent layer counts, without slots
         layers = [first if i in p.decoder.recurrent else t for i, t in enumerate(layers)]
-        windows = p.decoder.window is not None
+        windows = p.decoder.by_column
         slots = cls(
             valid=tuple(visible(*t) for t in layers),
             lengths=tuple(t.column.shape[1] for t, _ in layers),

@@ -175,9 +175,14 @@ class Prefill:
             "inputs_embeds": embeds,
             # the last axis: positions may have several
             "position_ids": positions.gather(-1, index.expand(*positions.shape[:-2], -1, -1)),
-            "attention_mask": mask if self.decoder.window is None else self.by_kind(embeds),
+            "attention_mask": self.by_column(embeds) if self.decoder.by_column else mask,
         }
         return self.behind_earlier(self.decoder.attentive(0), embeds, kwargs)
+
+    def by_column(self, hidden):
+        "As the text model takes its masks: for each kind of layer, or one."
+        masks = self.by_kind(hidden)
+        return masks if self.decoder.window else masks["full_attention"]
 
     def along(self, x, index):
         "What stays of an argument that is one entry for each position that entered; or all of it."
@@ -234,7 +239,7 @@ class Prefill:
         "Masks of what is in the sequence."
         kinds = self.decoder.kinds
         now = self.tokens
-        if self.decoder.window is None:
+        if not self.decoder.by_column:
             config = self.decoder.module.config
             valid = now.valid if now.padded else None
             stock = stock_mask(config, hidden, valid)
@@ -246,8 +251,8 @@ class Prefill:
 
     def given(self, layer, hidden, beside, kwargs):  # -> arguments of a layer, None = as they are
         "What a layer is given, cut along the sequence as its hidden states are."
-        tables = kwargs["position_embeddings"]
-        if self.index is not None and tables[0].shape[1] == self.entered:
+        tables = kwargs["position_embeddings"] or ()
+        if self.index is not None and tables and tables[0].shape[1] == self.entered:
             if tables not in self.follows:
                 self.follows[tables] = tuple(take(t, self.index) for t in tables)
             tables = self.follows[tables]
@@ -255,7 +260,7 @@ class Prefill:
         if self.index is None and self.earlier is None:
             return None
         if self.index is not None:
-            kwargs = {**kwargs, "position_embeddings": tables, "position_ids": None}
+            kwargs = {**kwargs, "position_embeddings": tables or None, "position_ids": None}
             beside = [self.along(x, self.index) for x in beside]
         if self.earlier is not None:
             return (hidden, *beside), self.behind_earlier(layer, hidden, kwargs)

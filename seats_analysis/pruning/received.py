@@ -79,15 +79,6 @@ def triton_kernels(
         return None  # no Triton for this platform
     return kernels
 
-# %% ../../nbs/pruning/04_received.ipynb #c2cbea7b
-def window_sizes(
-    total: int,  # tokens of one video or audio
-    window: int,  # tokens per time window
-) -> tuple[int, ...]:  # consecutive window sizes, the last may be short
-    "Cut `total` tokens into windows of `window`."
-    full, rest = divmod(total, window)
-    return (window,) * full + ((rest,) if rest else ())
-
 # %% ../../nbs/pruning/04_received.ipynb #2c4fa889
 def equal_runs(sizes, chosen=None):  # yields (start, how many, size)
     "Consecutive windows of one size, as one batch; empty ones and those not `chosen` are skipped."

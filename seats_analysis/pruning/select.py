@@ -44,11 +44,10 @@ def _tables(
     attention,  # (T,) or None
     runs,  # of `equal_runs`
     flat,  # float32, filled from its beginning with the tables of all windows, one behind the other
-    elements=2**22,  # features normalised at once, on a CPU; elsewhere 16 times as many
 ):  # yields (g, size, size) views of it
     "Distances within the windows, some windows of one size at a time."
     done = 0
-    limit = elements * (1 if features.device.type == "cpu" else 16)
+    limit = 2**22 if features.device.type == "cpu" else 2**26  # features normalised at once
     for start, count, size in runs:
         step = max(1, limit // (size * features.shape[1]))
         for first in range(0, count, step):

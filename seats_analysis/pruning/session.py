@@ -26,11 +26,23 @@ from ..schedules.choose import known_schedule
 from ..schedules.schedule import Schedule, ScheduleWarning
 from .base import Pruner, Tokens
 from .cache import Slots
-from .encoders import ENCODED, EncoderWatch, Hooks, visual_order
+from .encoders import ENCODED, EncoderWatch, Hooks
 from .prefill import Check, Prefill
 from .report import Run
 from .seats import Seats
 from .timing import Timings
+
+# %% ../../nbs/pruning/10_session.ipynb #698334ac
+def visual_order(
+    input_ids: torch.Tensor,  # (B, S)
+    layout: TokenLayout,  # (B, S) on the CPU
+    image: int,  # id of the image token
+) -> torch.Tensor | None:  # (T_v,) int64; None where all visual tokens come from one call
+    "For every visual token in sequence its place among all images' tokens, then all videos'."
+    images = input_ids.cpu()[layout.visual] == image
+    if not images.any() or images.all():
+        return None
+    return torch.where(images, images.cumsum(0), images.sum() + (~images).cumsum(0)) - 1
 
 # %% ../../nbs/pruning/10_session.ipynb #005bb6bc
 # keyword argument that travels through `generate` to the thinker's pre-hook, which takes it out
@@ -120,14 +132,15 @@ class Session:
         if expand_size == 1 or input_ids is None:
             return stock(expand_size=expand_size, input_ids=input_ids, **given)
         media = {}
-        cache = given.get("past_key_values")
+        name = "cache" if "cache" in given else "past_key_values"  # since transformers 5.24
+        cache = given.get(name)
         if self.adapter.interleaved:
             new = input_ids[:, Slots.known(cache, given.get("position_ids")) :]
             media = self.encoders.repeat_media(new, given, expand_size)
         others = {k: v for k, v in given.items() if k not in media}
         ids, rest = stock(expand_size=expand_size, input_ids=input_ids, **others)
         if cache is not None:
-            rest["past_key_values"] = Slots.repeat_cache(cache, len(input_ids), expand_size)
+            rest[name] = Slots.repeat_cache(cache, len(input_ids), expand_size)
         return ids, {**rest, **media, COPIES: expand_size}
 
     # ---- before the thinker: a prefill is planned, or a decode step goes on
@@ -144,7 +157,7 @@ class Session:
         given = self.signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.pop("kwargs", {})}
         self.attention = given.get("attention_mask")
-        cache = given.get("past_key_values")
+        cache = given.get("cache", given.get("past_key_values"))
         if known := Slots.known(cache, given.get("position_ids")):
             new = {k: given[k][..., known:] for k in ("input_ids", "position_ids")}
             given |= new
@@ -292,7 +305,8 @@ class Session:
         shorter sequence; in a decode step on a pruned cache, the masks of all layers."""
         self.hooks.claim()
         self.hooks.refuse_compiled(module)
-        cache = kwargs.get("past_key_values")
+        name = "cache" if "cache" in kwargs else "past_key_values"  # since transformers 5.24
+        cache = kwargs.get(name)
         self.timings.start("decode" if cache is not None and cache.get_seq_length() else "prefill")
         if self.prefill is not None:
             if self.prefill.earlier is not None:
@@ -300,10 +314,10 @@ class Session:
                 self.slots.open = True
             with self.timings.time("selection"):
                 kwargs = self.prefill.stage1(kwargs, self.encoders)
-            if cache is None and self.decoder.window and kwargs.get("use_cache") is not False:
+            if cache is None and self.decoder.by_column and kwargs.get("use_cache") is not False:
                 from transformers import DynamicCache
 
-                kwargs["past_key_values"] = DynamicCache()  # whose layers forget nothing
+                kwargs[name] = DynamicCache()  # whose layers forget nothing
             return args, kwargs
         slots = Slots.of(cache)
         if slots is not None:
@@ -312,7 +326,7 @@ class Session:
     def decode_step(self, kwargs, slots, cache) -> dict:  # the decoder's keyword arguments
         "Make the masks of all layers, and let them read the cache."
         embeds = kwargs["inputs_embeds"]
-        mask = self.attention if self.decoder.window else kwargs.get("attention_mask")
+        mask = self.attention if self.decoder.by_column else kwargs.get("attention_mask")
         self.masks = slots.masks(self.decoder, embeds, mask, cache)
         self.slots = slots
         slots.open = True

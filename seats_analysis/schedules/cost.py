@@ -58,7 +58,7 @@ def _sizes(c, sharing, state):
         width = heads * head
         keys = (own.get("num_key_value_heads") or heads) * head if i < sharing else 0
         same = c.get("attention_k_eq_v") and kinds[i] == "full_attention"
-        queries = 2 if state else 1  # with a gate
+        queries = 2 if state or "qk_scale_factor" in c else 1  # with a gate, as Muse Spark's
         per_token = (1 + queries) * width + (1 if same else 2) * keys + beside * (2 if i else 2 + L)
         sizes.append((width, D * per_token, 2 * keys))
     return tuple(sizes)
@@ -85,10 +85,11 @@ def text_dims(
         sharing = c["num_hidden_layers"] - (c.get("num_kv_shared_layers") or 0)
         linear = "linear_attention" in (c.get("layer_types") or ())
         state = tuple(c[f"linear_{name}"] for name in _STATE) if linear else ()
+        plain = set(c.get("mlp_only_layers") or ())
+        plain |= {i for i, k in enumerate(c.get("mlp_layer_types") or ()) if k == "dense"}
+        narrow = c.get("moe_hidden_size")  # Muse Spark: what a token is before its experts
         for i in range(c["num_hidden_layers"]):
-            dense = i in (c.get("mlp_only_layers") or ()) or (i + 1) % c.get(
-                "decoder_sparse_step", 1
-            )
+            dense = i in plain or (i + 1) % c.get("decoder_sparse_step", 1)
             routed.append(0 if not experts or dense else experts)
             width = 0
             if routed[-1]:
@@ -96,6 +97,9 @@ def text_dims(
                 shared = c.get("shared_expert_intermediate_size") or 0  # behind a gate
                 width = top * c["moe_intermediate_size"] + shared
                 routed[-1] += bool(shared)
+                if narrow:
+                    routed[-1] += 2 * narrow
+                    width *= narrow / c["hidden_size"]
             if beside or not routed[-1]:
                 twice = c.get("use_double_wide_mlp") and i >= sharing
                 width += c["intermediate_size"] * (2 if twice else 1)

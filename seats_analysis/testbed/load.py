@@ -351,12 +351,11 @@ def load_testbed(
 def testbed_samples(
     split: str | None = None,  # 'derive' or 'test'; default: both
     limit: int | None = None,  # at most so many, spread over the clips in file order
-    folder: str | Path | None = None,  # with questions.jsonl; default: the shipped one
 ) -> list:  # of Sample
     "The shipped questions."
     if split not in (None, "derive", "test"):
         raise ValueError(f"split must be 'derive', 'test' or None, not {split!r}")
-    samples = read_samples(Path(folder or shipped_folder("testbed")) / "questions.jsonl")
+    samples = read_samples(shipped_folder("testbed") / "questions.jsonl")
     return [s for s in samples if split in (None, s.split)][:limit]
 
 # %% ../../nbs/testbed/01_load.ipynb #73fd511c

@@ -20,7 +20,6 @@ from seats_analysis.testbed.task import synthetic_profile
 ENDS = {  # numbers at their ends: command and option -> values
     "simulate --sizes": f"0 99999999999 {LONG} nan",
     "simulate --trials": "0 999999999999",
-    "simulate --replicates": "0 999999999999",
     "sample-size --sizes": "-1 99999999999",
     "sample-size --trials": "999999999999",
     "transfer --trr": "0 nan",
@@ -31,7 +30,6 @@ ENDS = {  # numbers at their ends: command and option -> values
     "bench --trr": "nan",
     "bench --scaling": "0 999999999999",
     "bench --repeats": "0 999999999999",
-    "bench --steps": "0 999999999999",
 }
 
 
@@ -46,13 +44,12 @@ WORKS = {  # what makes each command quick where a number is good
     "probe": "--limit 2 --layers 0,5",
     "boundaries": "testbed",
     "schedule": "testbed --trr 10",
-    "simulate": "--trials 1 --replicates 10 --sizes 25",
+    "simulate": "--trials 1 --sizes 25",
     "sample-size": "--trials 2 --sizes 25",
     "run": "{clip} --question x --trr 10 --max-tokens 2",
     "eval": "--methods seats,random --trr 10 --limit 2",
     "transfer": "--limit 2",
-    "bench": "--config testbed --frames 8 --seconds 4 --methods seats --trr 10 --repeats 1 "
-    "--steps 1",
+    "bench": "--config testbed --frames 8 --seconds 4 --methods seats --trr 10 --repeats 1",
     "train-testbed": "--config tiny.json",
     "demo": "--limit 6",
 }

@@ -135,7 +135,7 @@ def test_sensitivity_answers_every_kind(tmp_path):
     made = {r["made_for"] for r in data["rows"]}
     assert (
         made | set(data["without_schedule"]) == {"full", *data["kinds"]}
-        and data["command"] == "seats transfer --trr 10 --by needs --limit 3"
+        and data["command"] == "seats transfer --trr 10 --limit 3"
     )
     assert all(r["kept"] in (1.0, None) for r in data["rows"] if r["made_for"] == "full")
 
