@@ -58,9 +58,9 @@ MUTATIONS = (
         "[replace(clips[0], waveform=audio.waveform, sample_rate=sample_rate, fps=audio.fps)]",
     ),
     (
-        "models.encode",  # decoding begins one position too early
-        '.max() + 1 - row["input_ids"].shape[-1]',
-        '.max() - row["input_ids"].shape[-1]',
+        "models.encode",  # what follows a medium begins one position too early
+        "positions[-1][..., -1].max() + 1",
+        "positions[-1][..., -1].max()",
     ),
     (
         "models.attention",  # first instead of last layer of the audio tower

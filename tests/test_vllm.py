@@ -56,6 +56,7 @@ os.environ |= dict(
     VLLM_LOGGING_LEVEL="WARNING",
     HF_HUB_OFFLINE="1",
 )
+os.environ.setdefault("VLLM_CPU_CI_ENV", "1")  # without inductor
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,7 @@ def kinds():
         image_and_clip=((image, "then", half, ask), True),
         clip_and_image=((c, image, ask), True),
         short_clip=((half, ask), True),
+        long_text=((half, *[ask] * 15), True),
         slow=((replace(a, fps=1.0), ask), True),
         odd=((replace(c, fps=1.3), ask), True),
         fast=((replace(a, fps=4.0), ask), True),
@@ -374,7 +376,8 @@ STAGE_3 = dict(  # family, plan, tokens of an answer, settings of the engine
 @pytest.mark.parametrize("case", STAGE_3)
 def test_stage_3_is_that_of_prune(case, kinds, tmp_path):
     """Questions and every kind of request in one batch, read in chunks that end anywhere; alone, a
-    request takes as many blocks as `cache_bytes` says. Parts that vLLM compiles are traced only."""
+    request takes as many blocks as `cache_bytes` says. Parts that vLLM compiles are traced only,
+    or compiled: VLLM_CPU_CI_ENV=0 python tests/run_vllm.py -k compiled."""
     family, plan, tokens, settings = STAGE_3[case]
     testbed = load_testbed(family)
     testbed[0].generation_config.eos_token_id = None
@@ -383,17 +386,17 @@ def test_stage_3_is_that_of_prune(case, kinds, tmp_path):
     given.save(tmp_path / "plan.json")
     late, split, _ = late_layers(given)
     wanted = replace(given, late_start=late, trr=None, scale=None)
-    few = samples()[: None if case in ("chunks", "qwen3") else 20]
+    few = samples()[: 20 if split else None]
     asked = [(Prompt(s.id, (clip_of(s), s.prompt_text)), True) for s in few]
     if family == "qwen3-omni":  # there, vLLM's own towers hear audio a little otherwise
         silent = [(replace(p.content[0], waveform=None), p.content[1]) for p, _ in asked]
         asked = [(Prompt("silent", parts), True) for parts in silent] + [kinds["image"]]
     else:
-        asked += [k for name, k in kinds.items() if case == "chunks" or "two" not in name]
+        asked += [k for name, k in kinds.items() if not split or "two" not in name]
     caching = "cache" not in plan  # then the first request is found again in the batch
     settings = dict(max_num_batched_tokens=24, enable_prefix_caching=caching) | settings
     requests = [request_of(testbed[1], *question) for question in asked]
-    env = dict(SEATS_VLLM_LATE="1", VLLM_CPU_CI_ENV="1")  # without inductor
+    env = dict(SEATS_VLLM_LATE="1")
     batches = [requests[:1], requests]
     found = engine(folder, batches, tmp_path / "plan.json", env, tokens, **settings)
     references = [reference(testbed, p, wanted, how, tokens) for p, how in asked]
@@ -691,14 +694,15 @@ def test_server(testbed, folder, schedules, tmp_path):
         without.stop()
 
 
-def test_stage_3_in_a_server(testbed, folder, tmp_path):
-    "There the scheduler has a process of its own."
+def test_stage_3_in_a_server(testbed, folder, tmp_path, monkeypatch):
+    "There the scheduler has a process of its own. Somebody hangs up."
     schedule = Schedule(LAYERS, late_start=4, entering=ENTERING)
     schedule.save(tmp_path / "plan.json")
-    late = type("Late", (Server,), dict(env=dict(SEATS_VLLM_LATE="1")))
-    server = late(folder, tmp_path / "plan.json", tmp_path / "log", "--no-enable-prefix-caching")
+    monkeypatch.setattr(Server, "env", dict(SEATS_VLLM_LATE="1"))
+    server = Server(folder, tmp_path / "plan.json", tmp_path / "log")
     try:
         server.ready()
+        server.post(chat(samples()[0], stream=True, max_tokens=400, ignore_eos=True)).close()
         for s in samples()[:4]:
             want = reference(testbed, Prompt(s.id, (clip_of(s), s.prompt_text)), schedule)
             got = server.ask(chat(s, max_tokens=TOKENS, ignore_eos=True))

@@ -107,7 +107,6 @@ def probe(
         sa.probe_to_file,
         out,
         samples,
-        broken=asked.broken,
         removed=conditions,
         layers=chosen,
         needs=needs,
@@ -299,7 +298,7 @@ def analyze(
         n = stored.sizes["sample"]
         note(f"note: {profile} is there ({n} questions) and is used; --overwrite measures again")
     else:
-        stored = asked.measured(sa.probe_to_file, profile, broken=asked.broken, needs=asked.needs)
+        stored = asked.measured(sa.probe_to_file, profile, needs=asked.needs)
     if stored is None:
         return
     found = Analysis.of(stored, trr)

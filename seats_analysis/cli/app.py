@@ -401,7 +401,8 @@ class DataOptions(ModelOptions):
         samples = samples or self.samples()
         model, processor = self.load()
         with resumable(Checkpoint.folder_of(path), "samples"):
-            return measure(model, processor, samples, path, **options, **self.limits(processor))
+            options |= dict(broken=self.broken, **self.limits(processor))
+            return measure(model, processor, samples, path, **options)
 
 
 def takes(group):

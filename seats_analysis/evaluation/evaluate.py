@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 from torch.nn.utils.rnn import pad_sequence
@@ -23,7 +23,7 @@ from ..inputs.questions import samples_of
 from ..inputs.samples import Sample, check_ids
 from ..models.encode import encode, frame_resizer, mean_tokens, sampling_rate
 from ..models.families import adapter_for
-from ..models.scoring import last_logits_only, score_choices
+from ..models.scoring import last_logits_only, read_on, score_choices
 from ..statistics.intervals import clip_draws, mcnemar
 from ..pruning.cache import Slots
 from ..schedules.choose import known_schedule
@@ -180,19 +180,11 @@ def greedy(
 ):  # yields (B, V) logits, of which the next token of every row is the largest
     "What the model writes, without end. The first takes the prefill, each other a step."
     thinker = adapter_for(model).thinker(model)
-    mask = inputs["attention_mask"]
-    at = inputs["position_ids"][..., -1:]
-    while True:
-        out = thinker(**inputs, use_cache=True)
+    out = thinker(**inputs, use_cache=True)
+    for done in count():
         yield (logits := out.logits[:, -1])
-        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        at = at + 1
-        inputs = dict(
-            input_ids=logits.argmax(-1, keepdim=True),
-            attention_mask=mask,
-            position_ids=at,
-            past_key_values=out.past_key_values,
-        )
+        likeliest = logits.argmax(-1, keepdim=True)
+        out = read_on(thinker, inputs, out.past_key_values, likeliest, done)
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #5bb8152a
 def write_tokens(
@@ -249,17 +241,9 @@ def force_answers(
     done = 0
     at_once = 1 if slots and slots.removed else max(fed.shape[1], 1)
     for part in fed.split(at_once, dim=1) if fed.shape[1] else ():
-        end = done + part.shape[1]
-        at = torch.arange(1 + done, 1 + end, device=device)
-        step = thinker(
-            input_ids=part,
-            attention_mask=F.pad(batch.inputs["attention_mask"], (0, end), value=1),
-            position_ids=batch.position_ids[..., -1:] + at,
-            past_key_values=out.past_key_values,
-            use_cache=True,
-        )
+        step = read_on(thinker, batch.inputs, out.past_key_values, part, done)
         logits.append(step.logits)
-        done = end
+        done += part.shape[1]
     return torch.cat(logits, 1).float().log_softmax(-1)
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #81257bec

@@ -155,11 +155,9 @@ class PreparedBatch:
             if found := [q.shapes[name] for q in questions if name in q.shapes]:
                 longest = max(x.shape[-1] for x in found)
                 inputs[name] = torch.cat([F.pad(x, (0, longest - x.shape[-1])) for x in found])
-        last = positions.view(-1, *ids.shape).amax((0, 2))
         encoded = Encoded(
             inputs=inputs,
             layout=layout,
-            rope_deltas=(last + 1 - mask.sum(1))[:, None],
             samples=tuple(q.sample for q in questions),
             choice_ids=tuple(q.choices for q in questions),
         )

@@ -48,24 +48,20 @@ SHAPES = {  # name -> function: number of layers -> (L+1,) share that survives
 }
 
 # %% ../../nbs/lab/01_simulate.ipynb #80827e08
-@dataclass(frozen=True)
-class Planted:
-    "A curve with the boundaries that it truly has: the rule applied to it without noise."
+FULL = 0.9  # accuracy with nothing removed
+CHANCE = 0.25  # of a guess
 
-    share: np.ndarray  # (L+1,) share that survives, from 0 to 1 at the end
-    full = 0.9  # accuracy with nothing removed
-    chance = 0.25  # of a guess
 
-    @property
-    def retained(self):  # (L+1,) true R
-        return (self.chance + self.share * (self.full - self.chance)) / self.full
+def true_retained(planted):  # (L+1,) share that survives, from 0 to 1 at the end -> (L+1,) R
+    "What a planted curve keeps."
+    return (CHANCE + planted * (FULL - CHANCE)) / FULL
 
-    @property
-    def blocks(self):  # (shallow_end, late_start)
-        layers = np.arange(len(self.share))
-        return tuple(
-            map(int, crossings(self.retained, layers, Resampled.TOLERANCE, Resampled.RISE))
-        )
+
+def true_blocks(planted):  # likewise -> (shallow_end, late_start)
+    "The boundaries that a planted curve truly has: the rule applied to it without noise."
+    layers = np.arange(len(planted))
+    found = crossings(true_retained(planted), layers, Resampled.TOLERANCE, Resampled.RISE)
+    return tuple(map(int, found))
 
 # %% ../../nbs/lab/01_simulate.ipynb #d5cf7913
 @dataclass(frozen=True)
@@ -83,9 +79,9 @@ class Noise:
 
     def columns(self, planted):
         "(L+1,) column of the ranks for each planted layer: the same block, stretched to fit."
-        last = len(planted.share) - 1
+        last = len(planted) - 1
         end = self.ranks.shape[1] - 1
-        knots = sorted({(0, 0), *zip(planted.blocks, self.blocks), (last, end)})
+        knots = sorted({(0, 0), *zip(true_blocks(planted), self.blocks), (last, end)})
         knots = [k for i, k in enumerate(knots) if i == 0 or k[0] > knots[i - 1][0]]
         knots[-1] = last, end
         return np.round(np.interp(np.arange(last + 1), *zip(*knots))).astype(int)
@@ -97,9 +93,8 @@ class Noise:
         clip = np.repeat(np.arange(clips), [len(p) for p in picked])
         ranks = self.ranks[np.concatenate(picked)][:, self.columns(planted)]
         height = (ranks - rng.random((len(ranks), 1))) / len(self.ranks)
-        right = (height > 1 - planted.retained * planted.full).astype(float)
-        layers = np.arange(len(planted.share))
-        return ClipCounts.tally(layers, right, clip, chance=planted.chance)
+        right = (height > 1 - true_retained(planted) * FULL).astype(float)
+        return ClipCounts.tally(np.arange(len(planted)), right, clip, chance=CHANCE)
 
 # %% ../../nbs/lab/01_simulate.ipynb #9fb2ac27
 def noise_of(
@@ -172,11 +167,11 @@ def coverage_row(
     seed=0,
 ):  # dict: coverage, mean width, bias, share within one layer; for all LATE_CONFIDENCES
     "What the rule makes of one planted shape at one sample size."
-    planted = Planted(SHAPES[shape](noise.num_layers))
+    planted = SHAPES[shape](noise.num_layers)
     rng = np.random.default_rng([seed, questions, list(SHAPES).index(shape)])
     runs = [_trial(planted, noise, questions, rng, n_boot) for _ in range(trials)]
     found = {key: [r[key] for r in runs] for key in runs[0]}
-    shallow, late = planted.blocks
+    shallow, late = true_blocks(planted)
     return dict(
         shape=shape,
         questions=questions,
@@ -299,10 +294,10 @@ _SHARE = 0.95  # of experiments that must come close
 def _precision(planted, noise, questions, within=1, trials=200, seed=0):
     "Share of experiments with shallow_end within so many layers, and with late_start."
     rng = np.random.default_rng([seed, questions])
-    layers = np.arange(len(planted.share))
+    layers = np.arange(len(planted))
     curves = [noise.draw(planted, questions, rng).retained for _ in range(trials)]
     found = crossings(monotone_fit(curves), layers, Resampled.TOLERANCE, Resampled.RISE)
-    return [float((np.abs(f - t) <= within).mean()) for f, t in zip(found, planted.blocks)]
+    return [float((np.abs(f - t) <= within).mean()) for f, t in zip(found, true_blocks(planted))]
 
 
 def _curve(name, profile, num_layers):
@@ -330,9 +325,8 @@ def questions_needed(
     noise = noise_of(profile)
     if isinstance(curve, str):
         curve = _curve(curve, profile, noise.num_layers)
-    planted = Planted(curve)
     for n in sizes:
-        close = _precision(planted, noise, n, within, **options)
+        close = _precision(curve, noise, n, within, **options)
         if close[_BOUNDARIES.index(boundary)] >= _SHARE:
             return n
     return None
@@ -352,9 +346,9 @@ def needed_study(
     pilot = find_boundaries(profile, split=None, n_boot=100).unmeasurable
     names = [*SHAPES] if pilot else [MEASURED, *SHAPES]
     for name in tqdm(names, desc="questions", unit="curve", disable=not progress):
-        planted = Planted(_curve(name, profile, noise.num_layers))
+        planted = _curve(name, profile, noise.num_layers)
         close = [_precision(planted, noise, n, trials=trials) for n in sizes]
-        row = dict(curve=name, **dict(zip(_BOUNDARIES, planted.blocks)), within={}, needed={})
+        row = dict(curve=name, **dict(zip(_BOUNDARIES, true_blocks(planted))), within={}, needed={})
         for boundary, shares in zip(_BOUNDARIES, zip(*close)):
             row["within"][boundary] = list(shares)
             enough = [n for n, p in zip(sizes, shares) if p >= _SHARE]

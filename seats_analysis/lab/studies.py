@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/lab/10_studies.ipynb #c8e6b586
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -113,6 +114,103 @@ def sample_size(
     )
     print(f"{table(rows)}\n\n{said}")
 
+# %% ../../nbs/lab/10_studies.ipynb #d3289426
+def task_kinds(
+    profile,  # dependency profile
+) -> dict:  # name -> families, `all` last
+    "Kinds of questions that need visual or audio tokens."
+    from seats_analysis.boundaries.retention import needed_families
+
+    needed = {m: needed_families(profile, m) for m in ("visual", "audio")}
+    both = needed_families(profile, "both")
+    kinds = {}
+    for family in both:
+        needs = " and ".join(m for m in needed if family in needed[m])
+        kinds.setdefault(needs, []).append(family)
+    in_order = sorted(kinds, key=lambda k: (len(k.split()), k))
+    return {k: kinds[k] for k in in_order} | {"all": sorted(both)}
+
+# %% ../../nbs/lab/10_studies.ipynb #968fffc1
+def sensitivity_rows(
+    frames: dict,  # what the schedule was made for -> frame of `evaluate`; 'full' without pruning
+    kinds: dict,  # name -> families
+) -> list:  # of dict: made_for, used_on, n, accuracy, kept (share of full), kept_ci over clips
+    "Every schedule on every kind of question, relative to the full model."
+    from seats_analysis.evaluation.evaluate import over_clips
+
+    full = frames["full"].set_index("id")
+    rows = []
+    for made_for, frame in frames.items():
+        for used_on, families in kinds.items():
+            part = frame[frame.family.isin(families)]
+            if part.empty:
+                continue
+            base = full.loc[part.id].correct
+            share = None  # of nothing
+            if base.any():
+                share = over_clips(part.correct, part["clip"], base)
+                if made_for == "full":
+                    share = (1.0, 1.0, 1.0)
+            rows.append(
+                dict(
+                    made_for=made_for,
+                    used_on=used_on,
+                    n=len(part),
+                    accuracy=float(part.correct.mean()),
+                    kept=share and share[0],
+                    kept_ci=share and list(share[1:]),
+                )
+            )
+    return rows
+
+# %% ../../nbs/lab/10_studies.ipynb #04e618c0
+def task_schedules(
+    profile,  # dependency profile
+    trr: float,  # percent
+    tokens,  # mean visual and audio tokens of the data
+) -> tuple:  # kind -> Schedule; what is stored beside the results
+    "Boundaries of each kind on the `derive` split, and the schedule that they give."
+    from seats_analysis.boundaries.find import find_boundaries
+    from seats_analysis.schedules.schedule import Schedule, ScheduleWarning
+
+    split = "derive" if "derive" in profile["split"].values.astype(str) else None
+    kinds = task_kinds(profile)
+    plans = {}
+    blocks = {}
+    missing = {}  # kind -> why there is no schedule
+    for kind, families in kinds.items():
+        try:
+            b = find_boundaries(profile, split=split, families=tuple(families))
+            blocks[kind] = dict(
+                shallow_end=b.shallow_end,
+                late_start=b.late_start,
+                late_start_ci=list(b.late_start_ci),
+            )
+            with warnings.catch_warnings():  # one for each kind; the table has a line for all
+                warnings.simplefilter("ignore", ScheduleWarning)
+                plans[kind] = Schedule.from_trr(b, trr, *tokens)
+        except ValueError as error:
+            missing[kind] = " ".join(str(error).split())
+    return plans, dict(kinds=kinds, blocks=blocks, without_schedule=missing)
+
+
+def compare_kinds(
+    model,
+    processor,
+    samples,  # of Sample, of the `test` split
+    plans: dict,  # kind -> Schedule
+    kinds: dict,  # name -> families
+) -> list:  # of `sensitivity_rows`
+    "Answer the questions in full and under every schedule, with a progress bar."
+    from seats_analysis.evaluation.evaluate import evaluate
+    from tqdm import tqdm
+
+    frames = {
+        name: evaluate(model, processor, samples, plan)
+        for name, plan in tqdm(({"full": None} | plans).items(), desc="schedules", unit="schedule")
+    }
+    return sensitivity_rows(frames, kinds)
+
 # %% ../../nbs/lab/10_studies.ipynb #71410050
 def origin(profile) -> dict:
     "Attributes that say where results come from."
@@ -155,12 +253,11 @@ def transfer(
     check_trr(trr)
     out = output_file(out, profile, "results/task_sensitivity.json", "sensitivity", overwrite)
     from seats_analysis.evaluation.load import load_samples
-    from seats_analysis.lab.transfer import TaskSchedules
     from seats_analysis.models.families import adapter_for
     from seats_analysis.schedules.choose import stored_tokens
 
     stored = load_profile(profile)
-    made = TaskSchedules.of(stored, trr, stored_tokens(stored))
+    plans, made = task_schedules(stored, trr, stored_tokens(stored))
     prepare()
     name = str(stored.attrs["model"])
     model, processor = load_model(name if name in TESTBEDS else "testbed", "cpu")
@@ -169,9 +266,9 @@ def transfer(
             "the profile was measured on other weights than the testbed has: "
             "make one with `seats probe`"
         )
-    families = made.kinds["all"]
+    families = made["kinds"]["all"]
     samples = [s for s in load_samples("testbed", "test") if s.family in families][:limit]
-    rows = made.compare(model, processor, samples, 16)
+    rows = compare_kinds(model, processor, samples, plans, made["kinds"])
     command = f"seats transfer --trr {trr:g}" + (f" --limit {limit}" if limit else "")
     about = dict(
         schema=SCHEMAS["sensitivity"].id,
@@ -179,7 +276,7 @@ def transfer(
         **origin(stored),
         split="test",
         trr=trr,
-        **made.to_dict(),
+        **made,
         rows=rows,
     )
     save_json(out, about)

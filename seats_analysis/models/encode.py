@@ -288,9 +288,7 @@ def _join(pieces):
         end = positions[-1][..., -1].max() + 1
     names = [k for k in ("input_ids", "attention_mask", *_TOKEN_TYPES) if k in pieces[0]]
     row = {key: torch.cat([p[key] for p in pieces], -1) for key in names}
-    row["position_ids"] = torch.cat(positions, -1)
-    row["rope_deltas"] = (row["position_ids"].max() + 1 - row["input_ids"].shape[-1]).view(1, 1)
-    return row
+    return row | dict(position_ids=torch.cat(positions, -1))
 
 
 def pad_positions(
@@ -323,7 +321,6 @@ class Encoded:
 
     inputs: dict  # input_ids, attention_mask (B, S), position_ids (3, B, S), and media tensors
     layout: TokenLayout  # (B, S)
-    rope_deltas: torch.Tensor  # (B, 1) what decoding adds to a position in the sequence
     samples: tuple  # of `Sample` or `Prompt`
     choice_ids: tuple = ()  # per sample, per choice: tuple of token ids of the answer text
 
@@ -382,7 +379,7 @@ def _collate(prompts, pad_id):
             "these clips have different sizes, which this model cannot take in one batch: "
             f"encode them one by one (batch_size=1) ({e})"
         ) from None
-    return sequence | tensors, torch.cat([row["rope_deltas"] for row in rows])
+    return sequence | tensors
 
 
 def encode(
@@ -421,13 +418,9 @@ def encode(
                     f"the model wants {rate}"
                 )
         prompts.append(_turn(model, processor, content, interleave))
-    inputs, rope_deltas = _collate(prompts, processor.tokenizer.pad_token_id)
+    inputs = _collate(prompts, processor.tokenizer.pad_token_id)
     return Encoded(
-        inputs,
-        layout_of(model, inputs),
-        rope_deltas,
-        tuple(samples),
-        _choice_ids(processor, samples),
+        inputs, layout_of(model, inputs), tuple(samples), _choice_ids(processor, samples)
     ).to(adapter_for(model).device(model))
 
 # %% ../../nbs/models/01_encode.ipynb #95cdbd94
@@ -489,7 +482,6 @@ def mean_tokens(
     "Mean tokens of a prompt."
     from tqdm.auto import tqdm
 
-    check_words(model, processor, samples)
     first = {}
     for sample in samples_of(samples):
         first.setdefault(sample.clip, sample)

@@ -328,7 +328,6 @@ class Traversal:
             if removed.any():
                 groups.setdefault(tuple(removed.nonzero()[:, 0].tolist()), []).append(name)
         nothing = torch.zeros(c, dtype=torch.bool)
-        self.whole = whole
         self.conditions = []
         for names in groups.values():
             gone = marks[names[0]][:c]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from torch.nn.functional import pad
-from ..storage.files import Checkpoint, processes
+from ..storage.files import Checkpoint
 from ..storage.schemas import SCHEMAS, save_flow
 from ..inputs.questions import samples_of
 from ..inputs.samples import Sample
@@ -394,17 +394,13 @@ def flow_to_file(
     processor,
     samples: Sequence[Sample],  # see `trace_flow`
     path,  # NetCDF file to write
+    broken: list | None = None,  # clips that were left out; stored where it is given
     **options,  # of `trace_flow`
 ):  # xr.Dataset, or None in all processes but the first
     "Trace and store the flow; the same call goes on after an interruption."
-    with Checkpoint.hold(Checkpoint.folder_of(path)) as folder:
-        flow = trace_flow(
-            model, processor, samples, checkpoint=folder, shard=processes(), **options
-        )
-        if flow is not None:
-            save_flow(flow, path)
-            Checkpoint.remove(folder)
-    return flow
+    return Checkpoint.to_file(
+        trace_flow, save_flow, path, broken, model, processor, samples, **options
+    )
 
 # %% ../../nbs/probing/05_flow.ipynb #94282077
 @torch.no_grad()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-from ..storage.files import Checkpoint, processes
+from ..storage.files import Checkpoint
 from ..storage.schemas import save_profile
 from ..inputs.questions import samples_of
 from ..inputs.samples import Sample, check_ids, clips_of
@@ -378,13 +378,6 @@ def probe_to_file(
     **options,  # of `probe_dependency`
 ) -> "xr.Dataset":  # None in all processes but the first
     "Probe and store the profile; the same call goes on after an interruption."
-    with Checkpoint.hold(Checkpoint.folder_of(path)) as folder:
-        profile = probe_dependency(
-            model, processor, samples, checkpoint=folder, shard=processes(), **options
-        )
-        if profile is not None:
-            if broken is not None:
-                profile.attrs["broken"] = json.dumps(broken)
-            save_profile(profile, path)
-            Checkpoint.remove(folder)
-    return profile
+    return Checkpoint.to_file(
+        probe_dependency, save_profile, path, broken, model, processor, samples, **options
+    )

@@ -259,6 +259,26 @@ class Checkpoint:
         os.rename(folder, done)
         shutil.rmtree(done, ignore_errors=True)
 
+    @classmethod
+    def to_file(
+        cls,
+        measure,  # function (*asked, checkpoint, shard, **options) -> xr.Dataset, or None
+        save,  # function (dataset, path)
+        path,  # file to write
+        broken,  # clips that were left out, as JSON; None: they would have been an error
+        *asked,
+        **options,
+    ):  # the dataset, or None
+        "Measure and store; the same call goes on after an interruption."
+        with cls.hold(cls.folder_of(path)) as folder:
+            found = measure(*asked, checkpoint=folder, shard=processes(), **options)
+            if found is not None:
+                if broken is not None:
+                    found.attrs["broken"] = json.dumps(broken)
+                save(found, path)
+                cls.remove(folder)
+        return found
+
     def open(self):
         "Make the folder. Raises ValueError naming what differs if it belongs to another run."
         if self.folder is None:

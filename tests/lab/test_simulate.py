@@ -31,7 +31,7 @@ def noise(measured):
 
 
 def test_questions_on_a_clip_stay_together(noise):
-    drawn = noise.draw(S.Planted(S.SHAPES["ramp"](16)), 500, np.random.default_rng(0))
+    drawn = noise.draw(S.SHAPES["ramp"](16), 500, np.random.default_rng(0))
     assert len(drawn.asked) == round(500 / noise.per_clip) and set(drawn.asked) == {
         len(r) for r in noise.rows
     }
