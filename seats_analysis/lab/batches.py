@@ -52,9 +52,11 @@ class TrainConfig:
     @classmethod
     def recipe(cls, family):
         "What a family is trained with from nothing."
-        fewer = dict(text_batch=8, batch=4, text_steps=2000, steps=5000, short_until=3600)
-        rest = dict(crowded=0.75, beside=True, eval_every=100, eval_clips=48)
-        return cls(family, **(fewer | rest if family == "gemma4" else {}))
+        if family != "gemma4":
+            return cls(family)
+        small = dict(layers=12, text_batch=8, batch=4, crowded=0.75, beside=True, eval_clips=48)
+        steps = dict(text_steps=3000, steps=9600, short_until=6000, text_every=2)
+        return cls(family, lr=8e-4, decay=0.15, **small, **steps)
 
     def is_told(self, step):
         "Whether a step is made of captions instead of clips: at first all are, later some."
