@@ -103,17 +103,24 @@ def _files(name):
     return [f"profiles/{name}.nc", f"results/{name}.json", f"results/kept_{name}.json", *schedules]
 
 
+def _shipped(name, kind):
+    "A shipped schedule of a testbed, None where there is none of the kind."
+    from seats_analysis.schedules.schedule import Schedule
+
+    path = shipped_folder("schedules") / f"{name}_{kind}.json"
+    return Schedule.load(path) if path.is_file() else None
+
+
 def _tuned_plan(name, plan, tokens, data):
     "A name, and the tuned schedule nearest in FLOPs to a plan; the shipped one without a search."
     from math import log
     from seats_analysis.evaluation.load import check_model_name
     from seats_analysis.schedules.cost import flops_fraction
-    from seats_analysis.schedules.schedule import Schedule
     from seats_analysis.tuning.check import load_chains
 
     found = data / "results" / f"tune_{name}.json"
     if not found.is_file():
-        return "tuned", Schedule.load(f"{name}/tuned")
+        return "tuned", _shipped(name, "tuned")
     config = check_model_name(name)
     counts = [round(tokens[m]) for m in ("visual", "audio", "text")]
     chain = [pruner.schedule for pruner in load_chains(found)[1]["tuned"]]
@@ -185,7 +192,7 @@ def _demo(name, out, limit, data):
     save_json(results_to, about)
     least = min(plans)
     label, tuned = _tuned_plan(name, plans[least], json.loads(profile.attrs["tokens"]), data)
-    shown = {f"SEATS, TRR {least} %": plans[least], label: tuned}
+    shown = {f"SEATS, TRR {least} %": plans[least]} | ({label: tuned} if tuned else {})
     kept = _kept_example(model, processor, test, shown)
     save_json(kept_to, kept)
     note("figures")
@@ -195,15 +202,16 @@ def _demo(name, out, limit, data):
 
 
 def _caption_lines(name, model, processor):
-    "One clip described by the full model and under the schedule that was tuned for text."
+    "One clip described by the full model, and under the schedule tuned for text if there is one."
     from seats_analysis.evaluation.evaluate import write_answers
     from seats_analysis.models.encode import encode
     from seats_analysis.pruning.session import prune
-    from seats_analysis.schedules.schedule import Schedule
     from seats_analysis.testbed.load import caption_samples
 
     encoded = encode(model, processor, caption_samples(1))
-    plans = {"full": None, f"{name}/tuned-text": Schedule.load(f"{name}/tuned-text")}
+    plans = {"full": None}
+    if tuned := _shipped(name, "tuned-text"):
+        plans[f"{name}/tuned-text"] = tuned
     lines = []
     for said, plan in plans.items():
         with prune(model, plan):
