@@ -482,6 +482,7 @@ def mean_tokens(
     "Mean tokens of a prompt."
     from tqdm.auto import tqdm
 
+    check_words(model, processor, samples)
     first = {}
     for sample in samples_of(samples):
         first.setdefault(sample.clip, sample)
