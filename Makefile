@@ -13,7 +13,7 @@ help:
 	@echo "make install   .venv with everything (again only when settings.ini, setup.py or constraints.txt change)"
 	@echo "make constraints  the newest versions of everything, and constraints.txt with them"
 	@echo "make demo      probe -> boundaries -> schedule -> pruned answers -> figures, into build/demo"
-	@echo "make results   the demo of both testbeds again, into data/ (profiles, schedules, results; then: make figures)"
+	@echo "make results   the demo of all testbeds again, into data/ (profiles, schedules, results; then: make figures)"
 	@echo "make evidence  all that rests on the testbeds' weights again, into data/ (some hours; goes on where it was; then: make figures)"
 	@echo "make test      what CI runs; the last line counts passed and failed"
 	@echo "make test-vllm the plug-in for vLLM, in an environment of its own (build/vllm); CI runs it as well"
@@ -55,7 +55,7 @@ demo: install
 RESULTS = profiles/$$name.nc results/$$name.json results/kept_$$name.json $(foreach t,35 25 15 10,schedules/$${name}_trr$(t).json)
 results: install
 	rm -rf build/results
-	for name in testbed testbed-qwen3; do \
+	for name in testbed testbed-qwen3 testbed-gemma4; do \
 		$(VENV)/bin/seats demo --model $$name --out build/results/$$name; \
 		(cd build/results/$$name && ls $(RESULTS) && tar cf - $(RESULTS) | tar xf - -C ../../../data) || exit 1; \
 	done

@@ -298,8 +298,8 @@ class ModelOptions:
     model: Annotated[
         str,
         Option(
-            help="`testbed`, `testbed-qwen3`, `testbed-gemma4`, a folder with a checkpoint, or a hub id, as "
-            "owner/name or owner/name@revision."
+            help="`testbed`, `testbed-qwen3`, `testbed-gemma4`, a folder with a checkpoint, or a "
+            "hub id, as owner/name or owner/name@revision."
         ),
     ] = "testbed"
     fps: Annotated[

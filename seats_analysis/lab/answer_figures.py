@@ -39,10 +39,11 @@ from seats_analysis.storage.schemas import load_profile
 def plot_side_by_side(
     models,  # name -> xr.Dataset, {condition: Boundaries}
 ):  # matplotlib Figure, two columns wide
-    "Dependency of several models, a panel each."
-    fig = new_figure(3.3, columns=2)
-    panels = fig.subfigures(1, len(models))
-    for panel, (name, (profile, bounds)) in zip(panels, models.items()):
+    "Dependency of several models, a panel each, two beside one another."
+    rows = -(-len(models) // 2)
+    fig = new_figure(3.3 * rows, columns=2)
+    panels = fig.subfigures(rows, 2, squeeze=False)
+    for panel, (name, (profile, bounds)) in zip(panels.flat, models.items()):
         draw_dependency(panel, curves_of(profile), bounds)
         panel.legends[-1].set_title(name)  # a title of the panel would lie on the legend
     return fig
@@ -191,7 +192,7 @@ def answers_figure(
                 y = row + 0.22 * (k - 1)
                 draw_boundary(ax, y, (low, b.late_start, high), removed, late=True, label=label)
         ax.set(title=model, ylim=(len(kinds) - 0.5, -0.5))
-        layer_axis(ax, b.num_layers, "Late block begins at layer")
+        layer_axis(ax, b.num_layers, "Late block begins at layer", most_ticks=8)
     axes[0].set_yticks(range(len(kinds)), kinds)
     legend_outside(fig, axes[:1], 3)
     return fig

@@ -39,6 +39,7 @@ def kept_data(
         schema=SCHEMAS["kept"].id,
         clip=str(clip),
         grid=[t, h // rates.merge_size, w // rates.merge_size],
+        visual_tokens=len(at["visual"]),
         audio_tokens=len(at["audio"]),
         audio_rate=rates.positions_per_second,
         **more,
@@ -58,9 +59,8 @@ def plot_kept(
     "Frames and spectrogram of a clip with the tokens that were kept after each stage; runs beside."
     has_video = clip.frames is not None and kept["grid"][0] > 0
     has_audio = clip.waveform is not None and kept["audio_tokens"] > 0
-    everything = dict(
-        stage=0, visual=range(np.prod(kept["grid"])), audio=range(kept["audio_tokens"])
-    )
+    visual = kept.get("visual_tokens", np.prod(kept["grid"]))  # a family may have no grid to draw
+    everything = dict(stage=0, visual=range(visual), audio=range(kept["audio_tokens"]))
     runs = [kept, *kept.get("beside", ())]
     stages = [[everything, *(s for s in r["stages"] if s["visual"] or s["audio"])] for r in runs]
     depth = max(map(len, stages))
