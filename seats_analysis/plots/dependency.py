@@ -74,7 +74,7 @@ def curves_of(profile, conditions=None, families=None, **options):
     return curves
 
 
-def layer_axis(ax, n_layers, label="Tokens removed before layer", most_ticks=11):
+def layer_axis(ax, n_layers, label="Tokens removed before layer", most_ticks=14):
     "Printed layers 1..L, then 'none' where nothing is removed."
     step = next(s for s in (1, 2, 3, 4, 5, 8, 10, 20) if n_layers / s <= most_ticks)
     ticks = [t for t in range(1, n_layers + 1, step) if n_layers + 1 - t >= 0.8 * step]
