@@ -17,7 +17,9 @@ DATA = ROOT / "data"
 
 @pytest.fixture(scope="module")
 def panel(tmp_path_factory):
-    return explore(DATA, tmp_path_factory.mktemp("schedules"))
+    panel = explore(DATA, tmp_path_factory.mktemp("schedules"))
+    panel.profile.value = "testbed-qwen3"
+    return panel
 
 
 @pytest.fixture(scope="module")
