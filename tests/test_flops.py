@@ -54,7 +54,7 @@ def test_every_heading_says_its_convention():
     headings = [FLOPS]
     for path in sorted(TABLES.glob("eval_*.csv")):
         headings += [h for h in next(csv.reader(path.open())) if "FLOPs" in h]
-    assert len(headings) > 2 * len(TESTBEDS)
+    assert len(headings) > 2 * 2  # two testbeds are compared
     assert all(says_its_convention(h) for h in headings), headings
 
 
