@@ -330,6 +330,19 @@ def ask(questions, monkeypatch, tmp_path):
     return "--model", "m", "--profile", tmp_path / "p.nc", "--data", questions
 
 
+def test_published_shapes_are_tried_whole_and_in_parts():
+    config = {"num_hidden_layers": 16}
+    plans = tune.fixed_shapes(("testbed", None, config), (96, 40))
+    for whole, flat, plain in zip(plans[::3], plans[1::3], plans[2::3], strict=True):
+        assert whole.drop_layers and not flat.drop_layers and not flat.cache
+        assert whole.trr == pytest.approx(dict(flat.trr)) and flat.late_start == whole.late_start
+        assert whole.weighted and flat.weighted and not plain.weighted
+        levels = np.mean(flat.levels("visual"))
+        assert levels == pytest.approx(flat.trr["visual"])
+    assert len({p.plan_sha256 for p in plans}) == 3 * len(tune.LADDER)
+    assert len(tune.fixed_shapes(("testbed-qwen3", None, config), (96, 40))) < len(plans)
+
+
 LOOSE = "--max-change", 90, "--confidence", 50
 
 

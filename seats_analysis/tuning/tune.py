@@ -292,13 +292,17 @@ LADDER = (80, 60, 45, 35, 25, 15, 10, 5)  # TRR of the published shape, percent
 
 
 def fixed_shapes(where, counts):  # arguments of `blocks_of`; mean visual and audio tokens
-    "The published shape at every ratio that this model's late block allows."
+    """The published shape at every ratio that this model's late block allows; also without Stage
+    II, and then with Stage I by distance alone."""
     plans = []
     for trr in LADDER:
         with suppress(ValueError), warnings.catch_warnings():  # too high for the late block
             warnings.simplefilter("ignore")
-            plans += solve_schedules(blocks_of(*where), (trr,), counts).values()
-    return plans
+            plan = solve_schedules(blocks_of(*where), (trr,), counts)[trr]
+            enters = {m: plan.trr[m] * plan.num_layers / plan.late(m) for m in plan.trr}
+            flat = replace(plan, drop_layers=(), keep_ratios=None, entering=enters, scale=None)
+            plans += [plan, flat, replace(flat, weighted=False)]
+    return [*{p.plan_sha256: p for p in plans}.values()]  # without drops two are the same
 
 
 def drawn_settings(method, plan, counts):
