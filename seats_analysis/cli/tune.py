@@ -31,7 +31,7 @@ from seats_analysis.cli.app import (
 from seats_analysis.storage.files import Checkpoint
 
 # %% ../../nbs/cli/04_tune.ipynb #fa4fd932
-TUNE_SEED = 5  # of the testbed's fresh clips; eval has 2
+TUNE_SEED = 6  # of the testbed's fresh clips; eval has 2
 CHECK_SEED = 4
 
 
@@ -160,7 +160,7 @@ def tune(
     with Checkpoint.hold(Checkpoint.folder_of(evidence)) as folder:
         if asked.data == "testbed":
             samples = asked.samples("derive") if answers == "choices" else []
-            times = 4 if answers == "choices" else 10  # a share of tokens takes more to show
+            times = 8 if answers == "choices" else 10  # a share of tokens takes more to show
             samples += _fresh(asked, promise, times, TUNE_SEED, folder)
         else:
             samples = asked.samples()
