@@ -31,7 +31,7 @@ from seats_analysis.cli.app import (
 from seats_analysis.storage.files import Checkpoint
 
 # %% ../../nbs/cli/04_tune.ipynb #fa4fd932
-TUNE_SEED = 6  # of the testbed's fresh clips; eval has 2
+TUNE_SEED = 8  # of the testbed's fresh clips; eval has 2
 CHECK_SEED = 4
 
 
