@@ -61,7 +61,7 @@ results: install
 	done
 
 evidence: install
-	for name in testbed testbed-qwen3; do sh tests/evidence.sh $$name || exit 1; done
+	for name in testbed testbed-qwen3 testbed-gemma4; do sh tests/evidence.sh $$name || exit 1; done
 
 test: $(OVERLAY)/.installed
 	$(PY) tests/run_all.py --overlay $(OVERLAY)
