@@ -21,35 +21,6 @@ from threading import get_ident
 
 from .provenance import digest
 
-# %% ../../nbs/storage/01_files.ipynb #3fdb875f
-@contextmanager
-def hold_file(
-    path,  # a name that only this program gives
-    busy,  # what to say while another process has it
-):  # yields why locks do not work there, as 'ENOLCK'; '' where they do
-    "A file that is there as long as the body runs. Raises ValueError if it cannot be had."
-    from filelock import FileLock, Timeout
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=1)
-    why = ""
-    try:
-        lock.acquire(poll_interval=0.02)
-    except Timeout:
-        raise ValueError(busy) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        why = errno.errorcode[error.errno]
-    ours = path.stat()
-    try:
-        yield why
-    finally:
-        with suppress(FileNotFoundError):  # its folder is gone, and perhaps there is a new one
-            if os.path.samestat(ours, path.stat()):
-                path.unlink()
-        lock.release()
-
 # %% ../../nbs/storage/01_files.ipynb #3a423af5
 def new_neighbour(path):
     "A name beside a file that nothing has."
@@ -200,6 +171,19 @@ def processes() -> tuple:  # (number of this process, how many there are)
 _HELD = set()  # folders that a thread of this process holds
 
 
+def _write_signed(path, data):
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(data | dict(sha256=digest(data))))
+
+
+def _read_signed(path):
+    "What `_write_signed` wrote; None if it is not there, or damaged."
+    with suppress(ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        data = json.loads(path.read_bytes()) if path.is_file() else {}
+        if data.pop("sha256") == digest(data):
+            return data
+
+
 class Checkpoint:
     "The finished samples of a run, in a folder; without a folder, in memory only."
 
@@ -229,6 +213,8 @@ class Checkpoint:
         number=None,  # of this process; default: as the launcher says
     ):  # yields the folder
         "Keep other runs out as long as the body lasts. Raises ValueError if one is in already."
+        from filelock import FileLock, Timeout
+
         key = folder and (os.path.abspath(folder), get_ident())
         if folder is None or key in _HELD:
             yield folder
@@ -236,18 +222,35 @@ class Checkpoint:
         folder = Path(folder)
         if folder.is_symlink():
             raise ValueError(f"{folder} is a link, expected a folder")
-        lock = folder / f"process-{processes()[0] if number is None else number}.lock"
-        busy = "is in use: another run writes to this output; wait for it or choose another"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"process-{processes()[0] if number is None else number}.lock"
+        lock = FileLock(path, timeout=1)
         try:
-            with hold_file(lock, f"{folder} {busy}") as unlocked:
-                if unlocked and not _HELD:
-                    said = f"locks do not work in {folder.parent} ({unlocked}): "
-                    said += "make sure that no second run writes there"
-                    warnings.warn(said, CheckpointWarning)
-                _HELD.add(key)
-                yield folder
+            lock.acquire(poll_interval=0.02)
+        except Timeout:
+            raise ValueError(
+                f"{folder} is in use: another run writes to this output; wait for it or choose "
+                "another"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            if not _HELD:
+                warnings.warn(
+                    f"locks do not work in {folder.parent} ({errno.errorcode[error.errno]}): make "
+                    "sure that no second run writes there",
+                    CheckpointWarning,
+                )
+        ours = path.stat()
+        _HELD.add(key)
+        try:
+            yield folder
         finally:
             _HELD.discard(key)
+            with suppress(FileNotFoundError):  # its folder is gone, and perhaps there is a new one
+                if os.path.samestat(ours, path.stat()):
+                    path.unlink()
+            lock.release()
             with suppress(OSError):
                 folder.rmdir()  # nothing was begun
 
@@ -292,13 +295,8 @@ class Checkpoint:
         if not about.is_file():
             if found:
                 raise ValueError(f"{self.folder} has {found[0]} but no {about.name}; {anew}")
-            return self._save(about, self.identity | dict(sha256=digest(self.identity)))
-        try:
-            theirs = json.loads(about.read_text())
-            whole = theirs.pop("sha256") == digest(theirs)
-        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-            whole = False
-        if not whole:
+            return _write_signed(about, self.identity)
+        if (theirs := _read_signed(about)) is None:
             raise ValueError(f"{about} is damaged; {anew}")
         if differs := _differences(theirs, self.identity):
             raise ValueError(
@@ -307,34 +305,25 @@ class Checkpoint:
                 "or choose another output"
             )
 
-    def _save(self, path, data):
-        with atomic_write(path) as part:
-            part.write_text(json.dumps(data))
-
     def _file(self, i):
         return self.folder / f"{i:06d}.json"
 
-    def _signed(self, i, row):
-        about = dict(run=self.digest, id=self.identity["samples"][i][0], row=row)
-        return about | dict(sha256=digest(about))
+    def _about(self, i, row):
+        return dict(run=self.digest, id=self.identity["samples"][i][0], row=row)
 
     def write(self, i, row):
         "Keep the row of sample `i`, as JSON."
         if self.folder is None:
             self.rows[i] = row
         else:
-            self._save(self._file(i), self._signed(i, row))
+            _write_signed(self._file(i), self._about(i, row))
 
     def read(self, i):
         "The row of sample `i`, or None if it is not there, damaged or of another run."
-        if self.folder is None or i in self.rows:
-            return self.rows.get(i)
-        try:
-            found = json.loads(self._file(i).read_text())
-            if found["sha256"] == self._signed(i, found["row"])["sha256"]:
+        if self.folder is not None and i not in self.rows:
+            found = _read_signed(self._file(i))
+            if found and found == self._about(i, found.get("row")):
                 self.rows[i] = found["row"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            pass
         return self.rows.get(i)
 
     def run(
@@ -366,8 +355,11 @@ class Checkpoint:
         missing = {i for _, unit in mine for i in unit if self.read(i) is None}
         bad = sum(self._file(i).exists() for i in missing) if self.folder else 0
         if bad:
-            said = f"{bad} of its samples are damaged or of another run; they are run again"
-            warnings.warn(f"{self.folder}: {said}", CheckpointWarning)
+            warnings.warn(
+                f"{self.folder}: {bad} of its samples are damaged or of another run; they are run "
+                "again",
+                CheckpointWarning,
+            )
         todo = [(k, unit) for k, unit in mine if missing & set(unit)]
         total, left = (sum(len(unit) for _, unit in some) for some in (mine, todo))
         if of > 1:

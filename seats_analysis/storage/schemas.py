@@ -15,7 +15,17 @@ from pathlib import Path
 from reprlib import repr as in_short
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
 from typing_extensions import NotRequired, TypedDict
 
 from .files import atomic_write, shipped_folder
@@ -53,10 +63,15 @@ def wrong_with(
 
 _SHARE = Annotated[float, Field(ge=0, le=1)]
 _INSIDE = Annotated[float, Field(gt=0, lt=1)]
-_AMOUNT = Annotated[float, Field(ge=0)]
-_COUNT = Annotated[int, Field(ge=1)]
 _SHA256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-_CLIPS = Annotated[list[Annotated[str, Field(pattern="^[0-9a-f]{12}$")]], Field(min_length=1)]
+
+
+def _some(form):
+    "A list or mapping that is not empty."
+    return Annotated[form, Field(min_length=1)]
+
+
+_CLIPS = _some(list[Annotated[str, Field(pattern="^[0-9a-f]{12}$")]])
 
 _MEASURED = dict(
     promise=record(
@@ -64,16 +79,18 @@ _MEASURED = dict(
     ),
     answers=Literal["likelihood", "token", "text"],
     one_question_a_clip=bool,
-    clips=_COUNT,
-    questions=_COUNT,
+    clips=PositiveInt,
+    questions=PositiveInt,
     mix=record(
-        families=Annotated[dict[str, _COUNT], Field(min_length=1)],
-        tokens=record(visual=_AMOUNT, audio=_AMOUNT, text=_AMOUNT),
+        families=_some(dict[str, PositiveInt]),
+        tokens=record(visual=NonNegativeFloat, audio=NonNegativeFloat, text=NonNegativeFloat),
     ),
     data=str,
 )
-_FAMILY = record(changed=Annotated[int, Field(ge=0)], questions=_COUNT, low=_SHARE, high=_SHARE)
-_LOSS = dict(cost=_AMOUNT, changed=_SHARE, p=_SHARE, families=NotRequired[dict[str, _FAMILY]])
+_FAMILY = record(changed=NonNegativeInt, questions=PositiveInt, low=_SHARE, high=_SHARE)
+_LOSS = dict(
+    cost=NonNegativeFloat, changed=_SHARE, p=_SHARE, families=NotRequired[dict[str, _FAMILY]]
+)
 _CERTIFICATE = record(**_MEASURED, **_LOSS, known_clips=_CLIPS, plan_sha256=_SHA256, sha256=_SHA256)
 _ROW = record(
     closed=False,
@@ -81,22 +98,23 @@ _ROW = record(
     method=str,
     schedule=dict[str, Any],
     settings=dict[str, Any],
-    losses=Annotated[list[_SHARE], Field(min_length=1)],
+    losses=_some(list[_SHARE]),
 )
-_CHAIN = record(held=Annotated[int, Field(ge=0)], rows=Annotated[list[_ROW], Field(min_length=1)])
-_TRIED = record(closed=False, cost=_AMOUNT, kl=float, questions=_COUNT, fixed=bool, chain=bool)
+_CHAIN = record(held=NonNegativeInt, rows=_some(list[_ROW]))
+_TRIED = record(
+    closed=False, cost=NonNegativeFloat, kl=float, questions=PositiveInt, fixed=bool, chain=bool
+)
 _TUNED = record(
     closed=False,
     **_MEASURED,
     chains=record(closed=False, tuned=_CHAIN, fixed=NotRequired[_CHAIN]),
     known_clips=_CLIPS,
     method=str,
-    search=Annotated[list[_TRIED], Field(min_length=1)],
+    search=_some(list[_TRIED]),
 )
 
 # %% ../../nbs/storage/03_schemas.ipynb #48d47a62
 _FRACTION = Annotated[float, Field(gt=0, le=1)]  # kept; not percent
-_POSITIVE = Annotated[float, Field(gt=0)]
 _LAYER = Annotated[int, Field(ge=0, le=10_000)]
 
 
@@ -113,11 +131,11 @@ _PLAN = record(
     entering=_pair(_FRACTION) | None,
     trr=_pair(_SHARE) | None,
     scale=_pair(float) | None,
-    temperature=_POSITIVE,
+    temperature=PositiveFloat,
     query=Literal["last", "text"],
     weighted=bool,
     cache=_pair(Annotated[list[_LAYER], Field(min_length=2, max_length=2)]) | None,
-    windows=record(visual_grids=Annotated[int, Field(ge=1, le=10_000)], seconds=_POSITIVE),
+    windows=record(visual_grids=Annotated[int, Field(ge=1, le=10_000)], seconds=PositiveFloat),
     model=str,
     revision=str | None,
     seed=Annotated[int, Field(ge=-(2**63), lt=2**64)] | None,
@@ -126,7 +144,7 @@ _PLAN = record(
 _EVIDENCE = record(
     closed=False,
     kind=NotRequired[str | None],
-    scale_requested=NotRequired[_POSITIVE | None],
+    scale_requested=NotRequired[PositiveFloat | None],
     weights_sha256=NotRequired[str | None],
     certificate=NotRequired[_CERTIFICATE | None],
     kinds=NotRequired[record(by=Literal["family", "split"], plans=dict[str, dict[str, Any]])],
@@ -154,7 +172,7 @@ def _having(names):
 def _json(name, what, keys="", row_keys=""):
     form = _having(keys)
     if row_keys:
-        form = record(closed=False, rows=Annotated[list[_having(row_keys)], Field(min_length=1)])
+        form = record(closed=False, rows=_some(list[_having(row_keys)]))
     return Schema(f"seats_analysis/{name}/1", what, form)
 
 # %% ../../nbs/storage/03_schemas.ipynb #779d85fc
@@ -286,7 +304,10 @@ _FORMS = dict(  # variable -> its dimensions, kinds of its numpy type
     split=(("sample",), "OUT"),
     n_choices=(("sample",), "iu"),
 ) | dict.fromkeys(("correct_letter", "nll", "margin", "kl"), (_DIMS, "bf"))
-_SAID = record(tokens=record(closed=False, visual=_AMOUNT, audio=_AMOUNT), needs=dict[str, list])
+_SAID = record(
+    tokens=record(closed=False, visual=NonNegativeFloat, audio=NonNegativeFloat),
+    needs=dict[str, list],
+)
 
 
 def _wrong_with(profile):
@@ -368,8 +389,11 @@ def _load_netcdf(path, name):
     _check_dataset(found, name, path)
     found.attrs.pop("content_sha256", None)  # in files of earlier versions
     if len(body) == len(data):
-        said = "has no checksum: it was not written by seats_analysis, or changed since"
-        warnings.warn(f"{path} {said}", ProfileWarning, stacklevel=3)
+        warnings.warn(
+            f"{path} has no checksum: it was not written by seats_analysis, or changed since",
+            ProfileWarning,
+            stacklevel=3,
+        )
     return found
 
 
