@@ -402,6 +402,7 @@ def test_stage_3_is_that_of_prune(case, kinds, tmp_path):
     references = [reference(testbed, p, wanted, how, tokens) for p, how in asked]
     alone, found = found.result()
     assert_equal(alone["answers"] + found["answers"], references[:1] + references)
+    assert (found["answers"][0]["cached"] > 0) == settings["enable_prefix_caching"]
     assert (found["preempted"] > 0) == (case == "preempted")
     n = references[0]["prompt"]
     text = n - len(references[0]["kept"]) + tokens - 1
@@ -694,20 +695,34 @@ def test_server(testbed, folder, schedules, tmp_path):
         without.stop()
 
 
-def test_stage_3_in_a_server(testbed, folder, tmp_path, monkeypatch):
-    "There the scheduler has a process of its own. Somebody hangs up."
-    schedule = Schedule(LAYERS, late_start=4, entering=ENTERING)
-    schedule.save(tmp_path / "plan.json")
-    monkeypatch.setattr(Server, "env", dict(SEATS_VLLM_LATE="1"))
-    server = Server(folder, tmp_path / "plan.json", tmp_path / "log")
+def test_stage_3_in_a_server(tmp_path, monkeypatch):
+    "Of either family: there the scheduler has a process of its own. Somebody hangs up."
+    env = dict(SEATS_VLLM_LATE="1", VLLM_LOGGING_LEVEL="INFO")
+    monkeypatch.setattr(Server, "env", env)
+    silent = "--mm-processor-kwargs", '{"do_resize": false, "fps": 2}'
+    long = dict(stream=True, max_tokens=400, ignore_eos=True)
+    servers = {}
     try:
-        server.ready()
-        server.post(chat(samples()[0], stream=True, max_tokens=400, ignore_eos=True)).close()
-        for s in samples()[:4]:
-            want = reference(testbed, Prompt(s.id, (clip_of(s), s.prompt_text)), schedule)
-            got = server.ask(chat(s, max_tokens=TOKENS, ignore_eos=True))
-            assert got["usage"]["prompt_tokens"] == want["prompt"]
-            words = testbed[1].tokenizer.decode(want["ids"], skip_special_tokens=True)
-            assert got["choices"][0]["message"]["content"].split() == words.split()
+        for family, entering in {"qwen2.5-omni": ENTERING, "qwen3-omni": None}.items():
+            schedule = Schedule(LAYERS, late_start=4, entering=entering)
+            schedule.save(tmp_path / f"{family}.json")
+            folder = full_checkpoint(shipped_folder("testbed") / family, tmp_path / family)
+            given = folder, tmp_path / f"{family}.json", tmp_path / f"{family}.log"
+            servers[family] = schedule, Server(*given, *() if entering else silent)
+        for family, (schedule, server) in servers.items():
+            sound = family == "qwen2.5-omni"
+            testbed = load_testbed(family)
+            testbed[0].generation_config.eos_token_id = None
+            server.ready()
+            server.post(chat(samples()[0], sound, **long)).close()
+            for s in samples()[:4]:
+                clip = clip_of(s) if sound else clip_of(s, waveform=None)
+                want = reference(testbed, Prompt(s.id, (clip, s.prompt_text)), schedule)
+                got = server.ask(chat(s, sound, max_tokens=TOKENS, ignore_eos=True))
+                assert got["usage"]["prompt_tokens"] == want["prompt"]
+                words = testbed[1].tokenizer.decode(want["ids"], skip_special_tokens=True)
+                assert got["choices"][0]["message"]["content"].split() == words.split()
+            assert "stage III: 12 of 16 layers hold no media" in server.log.read_text()
     finally:
-        server.stop()
+        for _, server in servers.values():
+            server.stop()

@@ -2,10 +2,12 @@
 
 import re
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from run_vllm import VLLM
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from seats_analysis.pruning.seats import Seats
@@ -83,6 +85,17 @@ def test_plans_are_bounded_by_bytes(planner, monkeypatch):
         shape = (40, 16, 16), None, seconds / 8
         assert planner.plan(*shape) is planner.plan(*shape)
         assert sum(len(p.ids) for p in planner.plans.values()) <= 3 * len(plan.ids)
+    monkeypatch.setattr(vllm, "PLANS", 9 * vllm.PLAIN)
+    for frames in range(100, 200):
+        planner.plan(None, frames, None)
+        assert len(planner.plans) < 9
+
+
+def test_what_is_installed_is_tested():
+    "The extra for vLLM takes the minor version that `make test-vllm` installs, and no other."
+    setup = (Path(__file__).parents[1] / "setup.py").read_text()
+    minor = int(VLLM[0].split(".")[1])
+    assert f'"vllm[audio]>=0.{minor},<0.{minor + 1}"' in setup
 
 
 @pytest.mark.parametrize(
@@ -109,6 +122,8 @@ REFUSED = dict(  # option: what serves, what does not; always, with stage III, w
     speculative_config=("None", "a draft", 1),
     cache_dtype=("auto", "fp8", 1),
     kv_events_config=("None", "events", 1),
+    lora_config=("None", "an adapter", 1),
+    data_parallel_size=("1", 2, 1),
     disable_hybrid_kv_cache_manager=("False", True, 1),
     cudagraph_mode=("PIECEWISE or NONE", "FULL", 1),
     enable_prefix_caching=("False", True, 2),

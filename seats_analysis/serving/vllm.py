@@ -51,6 +51,8 @@ def check_engine(
             ("speculative_config", "None", "a draft does not know of layers without media"),
             ("cache_dtype", "auto", "a quantised cache was not tested"),
             ("kv_events_config", "None", "blocks of text have keys of their own"),
+            ("lora_config", "None", "an adapter goes by rows, and late layers have fewer"),
+            ("data_parallel_size", "1", "experts of all ranks want equally many rows"),
             ("disable_hybrid_kv_cache_manager", "False", "late layers need blocks of their own"),
             ("cudagraph_mode", "PIECEWISE or NONE", "a graph has as many rows in all its layers"),
         ]
@@ -68,6 +70,7 @@ def check_engine(
 # %% ../../nbs/serving/00_vllm.ipynb #af0a8bcc
 PLANS = 64 * 2**20  # bytes of plans that a planner holds
 BYTES = 41  # of a plan, for each token
+PLAIN = 3000  # likewise, besides
 LONGEST = 3  # times the model's positions: vLLM's table has 4, one is left for text
 
 
@@ -147,8 +150,8 @@ class Planner:
         with self.lock:
             if shape not in self.plans:
                 made = self._plan(*shape)
-                held = sum(len(p.ids) for p in (made, *self.plans.values()))
-                if held * BYTES > PLANS:  # seldom
+                held = (made, *self.plans.values())
+                if sum(PLAIN + BYTES * len(p.ids) for p in held) > PLANS:  # seldom
                     self.plans.clear()
                 self.plans[shape] = made
             return self.plans[shape]
