@@ -114,8 +114,8 @@ MUTATIONS = (
     ),
     (
         "boundaries.retention",  # chance of mixed numbers of choices
-        '(1 / profile["n_choices"].values[keep]).mean()',
-        '1 / profile["n_choices"].values[keep].mean()',
+        '(1 / asked["n_choices"].values).mean()',
+        '1 / asked["n_choices"].values.mean()',
     ),
     (
         "schedules.solve",  # a drop where the late block begins counts

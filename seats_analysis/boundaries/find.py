@@ -8,26 +8,23 @@ __all__ = ['mean_counts', 'Boundaries', 'Resampled', 'kl_late_start', 'find_boun
 # %% ../../nbs/boundaries/01_find.ipynb #0eac3bf1
 import json
 import numpy as np
+import xarray as xr
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from scipy.special import ndtri
-from typing import TYPE_CHECKING
 from ..storage.schemas import SCHEMAS, load_profile
 from ..storage.shown import as_html
 from ..statistics.intervals import crossings, first_staying, loss_bound, monotone_fit
 from seats_analysis.boundaries.retention import (
     ClipCounts,
-    family_needs,
     known_split,
     layer_changes,
+    needed_families,
     profile_hash,
 )
 from ..inputs.layout import Modality
-
-if TYPE_CHECKING:
-    import xarray as xr
 
 # %% ../../nbs/boundaries/01_find.ipynb #57b13c1a
 def mean_counts(profile) -> dict:  # tokens: visual and audio; empty where it does not say
@@ -190,7 +187,7 @@ class Resampled:
         if counts.accuracy[-1] > counts.chance:
             corrected = _rounded(counts.ratio(counts.accuracy, counts.chance))
         try:
-            asked = [family for family, needs in family_needs(profile).items() if not needs]
+            asked = needed_families(profile, "control")
             control = _rounded(ClipCounts.of(profile, removed, split, asked).retained)
         except ValueError:
             control = ()  # none asked in this split, or none answered: it is for comparison only

@@ -33,11 +33,12 @@ def family_needs(
 
 def needed_families(
     profile,  # dependency profile
-    removed: str = "both",  # "visual", "audio" or "both"
+    removed: str = "both",  # "visual", "audio" or "both"; "control": those that need nothing
 ) -> tuple:  # sorted names
     "Families whose questions need what was removed: the ones that boundaries are derived from."
     asked = set(Modality.CODES) if removed == "both" else {removed}
-    return tuple(name for name, needs in family_needs(profile).items() if needs & asked)
+    all_needs = family_needs(profile).items()
+    return tuple(name for name, needs in all_needs if (needs or {"control"}) & asked)
 
 
 def known_split(profile, split):
@@ -45,18 +46,17 @@ def known_split(profile, split):
     splits = {*profile["split"].values.astype(str).tolist()} if "split" in profile.coords else {""}
     if split in (None, "all") or splits == {""}:  # data of one's own need not be split
         return None
-    if split in splits:
-        return split
-    if split == "derive":
-        return None
+    if split in splits or split == "derive":
+        return split if split in splits else None
     raise ValueError(f"profile has no split {split!r}, only {sorted(splits)}; `all` takes all")
 
 
 def derived_from(
     profile,  # dependency profile
+    split="derive",  # or another one, see `known_split`
 ):  # the same, of fewer samples
     "What boundaries are derived from: the split `derive`, or all samples where there is none."
-    if split := known_split(profile, "derive"):
+    if (split := known_split(profile, split)) is not None:
         return profile.isel(sample=profile["split"].values.astype(str) == split)
     return profile
 
@@ -113,26 +113,25 @@ class ClipCounts:
                 f"layer {last} (nothing removed) was not scanned, only {layers.tolist()}"
             )
         families = needed_families(profile, removed) if families is None else tuple(families)
-        keep = np.isin(profile["family"].values.astype(str), families)
-        if (split := known_split(profile, split)) is not None:
-            keep &= profile["split"].values.astype(str) == split
-        if not keep.any():
+        asked = derived_from(profile, split)
+        asked = asked.isel(sample=np.isin(asked["family"].values.astype(str), families))
+        if not asked.sizes["sample"]:
             raise ValueError(f"no sample of the families {list(families)} in split {split!r}")
         chance = profile.attrs.get("chance", 0.25)
         if variable == "correct" and "n_choices" in profile.coords:
-            keep &= profile["n_choices"].values > 1
-            if not keep.any():
+            asked = asked.isel(sample=asked["n_choices"].values > 1)
+            if not asked.sizes["sample"]:
                 raise ValueError(
                     "no chosen question has choices, so none is right or wrong; "
                     "`kl` needs none, see `kl_late_start`"
                 )
-            chance = (1 / profile["n_choices"].values[keep]).mean()
-        values = profile[variable].sel(removed=removed).sortby("layer")
-        values = values.transpose("sample", "layer").values[keep].astype(float)
+            chance = (1 / asked["n_choices"].values).mean()
+        values = asked[variable].sel(removed=removed).sortby("layer")
+        values = values.transpose("sample", "layer").values.astype(float)
         counts = cls.tally(
             layers=layers,
             values=1 - values if variable == "kl" else values,
-            clips=profile["clip"].values[keep],
+            clips=asked["clip"].values,
             chance=float(chance),
             families=families,
         )
@@ -232,23 +231,21 @@ def retained(
     split: str = "derive",  # all samples where there is no such split, and for `all`
     families=None,  # None: those that need what was removed
     n_boot: int = 2000,  # resamples of the clips
-    seed: int = 0,
 ):  # xr.Dataset (layer): accuracy; retained, corrected, with _low and _high (95 %)
     "Accuracy and (chance-corrected) retained performance per layer; `corrected` if above chance."
     counts = ClipCounts.of(profile, removed, split, families)
-    boot = counts.bootstrap(n_boot, seed)
+    boot = counts.bootstrap(n_boot)
     curves = dict(retained=_band(counts, boot, 0.0))
     if min(counts.accuracy[-1], boot[:, -1].min()) > counts.chance:
         curves["corrected"] = _band(counts, boot, counts.chance)
-    out = dict(accuracy=counts.accuracy)
+    out = dict(accuracy=("layer", counts.accuracy))
     for name, band in curves.items():
-        out |= {f"{name}{end}": x for end, x in zip(("", "_low", "_high"), band)}
+        out |= {f"{name}{end}": ("layer", x) for end, x in zip(("", "_low", "_high"), band)}
     attrs = dict(
         chance=counts.chance,
         n_samples=int(counts.asked.sum()),
         units="share of the performance with nothing removed",
     )
-    out = {name: ("layer", values) for name, values in out.items()}
     return xr.Dataset(out, {"layer": counts.layers}, attrs)
 
 # %% ../../nbs/boundaries/00_retention.ipynb #9d37a1c1

@@ -21,7 +21,7 @@ from ..testbed.task import NEEDS
 from ..probing.run import probe_dependency, probe_to_file
 from ..boundaries.find import Boundaries, find_boundaries, kl_late_start
 from ..boundaries.report import explain
-from ..boundaries.retention import derived_from, family_needs
+from ..boundaries.retention import derived_from, needed_families
 from ..schedules.schedule import Schedule
 from ..evaluation.load import load_samples
 from .dependency import plot_dependency
@@ -44,7 +44,7 @@ def not_known(
             "count for every modality."
         )
     if bounds.control:
-        free = [family for family, needs in family_needs(profile).items() if not needs]
+        free = needed_families(profile, "control")
         n = int(derived_from(profile)["family"].isin(free).sum())
         kept = f"keep at least {100 * min(bounds.control):.0f} % of their right answers"
         said.append(f"{n} control questions {kept}: what they lose, the removal itself disturbs.")
@@ -58,8 +58,7 @@ def not_known(
 
 def _solved(bounds, trr):
     "A schedule, or None, and what is to be said of it."
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True, action="always") as caught:
         try:
             plan = Schedule.from_trr(bounds, trr)
         except ValueError as error:

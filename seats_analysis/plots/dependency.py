@@ -9,7 +9,7 @@ __all__ = ['plot_dependency', 'plot_retention']
 import numpy as np
 from contextlib import suppress
 from typing import TYPE_CHECKING
-from ..boundaries.retention import family_needs, retained
+from ..boundaries.retention import needed_families, retained
 from seats_analysis.plots.style import (
     PALETTE,
     chance_line,
@@ -68,9 +68,9 @@ def curves_of(profile, conditions=None, families=None, **options):
     "Condition -> curve, and `control`: the families that need nothing, where one is answered."
     conditions = conditions or conditions_of(profile)
     curves = {r: curve_of(profile, r, families=families, **options) for r in conditions}
-    if control := [f for f, needs in family_needs(profile).items() if not needs]:
-        with suppress(ValueError):
-            curves["control"] = curve_of(profile, conditions[0], families=control, **options)
+    with suppress(ValueError):
+        control = needed_families(profile, "control")
+        curves["control"] = curve_of(profile, conditions[0], families=control, **options)
     return curves
 
 

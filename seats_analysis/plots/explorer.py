@@ -105,8 +105,8 @@ class View:
                 needed = needed_families(self.source.profile, m)
                 family = self.family if self.family in needed else ALL
                 bounds[m] = self.source.drawn(m, family)[0].decide(self.tolerance)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ScheduleWarning)  # both late starts are on the panel
+        # both late starts are on the panel
+        with warnings.catch_warnings(action="ignore", category=ScheduleWarning):
             return Schedule.from_trr(bounds, self.trr, late=self.late)
 
     def text(self):
@@ -194,7 +194,9 @@ class Explorer:
 
     def _draw(self, _=None):
         self.view = self.source.view(**{k: control.value for k, control in self.settings.items()})
-        self.picture.value = _png(self.view.figure())
+        with io.BytesIO() as file, house_style():
+            self.view.figure().savefig(file, dpi=110)
+            self.picture.value = file.getvalue()
         self.words.value = f"<pre>{escape(self.view.text())}</pre>"
         self.button.disabled = self.view.plan is None
         self.status.value = ""
@@ -220,12 +222,6 @@ class Explorer:
         "The panel for those who can show it, the picture for the others."
         shown = {"image/png": bytes(self.picture.value), "text/plain": self.view.text()}
         return (self.panel._repr_mimebundle_() or {}) | shown
-
-
-def _png(fig):
-    with io.BytesIO() as file, house_style():
-        fig.savefig(file, dpi=110)
-        return file.getvalue()
 
 # %% ../../nbs/plots/06_explorer.ipynb #a232f137
 def explore(

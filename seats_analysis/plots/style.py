@@ -38,7 +38,6 @@ RC = {
     "ytick.major.width": 0.6,
     "xtick.major.size": 2.5,
     "ytick.major.size": 2.5,
-    "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "pdf.fonttype": 42,
     "legend.frameon": False,
@@ -74,10 +73,8 @@ def new_figure(height, columns=1):
 def legend_outside(fig, axes, ncols, loc="upper", **options):
     "One legend for several axes, outside of all of them."
     handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels())}
-    options = dict(handlelength=2.4, borderpad=0) | options
-    fig.legend(
-        handles.values(), handles.keys(), loc=f"outside {loc} center", ncols=ncols, **options
-    )
+    options = dict(handlelength=2.4, borderpad=0, ncols=ncols) | options
+    fig.legend(handles.values(), handles.keys(), loc=f"outside {loc} center", **options)
 
 # %% ../../nbs/plots/00_style.ipynb #c1aa440d
 _NO_DATES = {

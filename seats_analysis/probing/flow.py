@@ -144,8 +144,8 @@ class Knockouts:
         positions = encoded.position_ids[..., at.clamp(max=alike)] + (at - alike).clamp(min=0)
         self.stream = Stream.enter(model, encoded, questions.shared, tail.ids[None], positions)
         self.stream.decoder.refuse_recurrent("edges of attention")
-        found = marks_of(self.stream, encoded, {s: s for s in selectors})
-        marks = {s: mark.to(device) for s, mark in found.items()}
+        marks = marks_of(self.stream, encoded, {s: s for s in selectors})
+        marks = {s: mark.to(device) for s, mark in marks.items()}
         self.sides = Sides.of(questions, tail, marks, processor.tokenizer)
 
     def score(self, hidden):  # (k, n, D) of the tail -> k Scores
@@ -375,8 +375,8 @@ def trace_flow(
     def work(number, unit):
         rows = []
         some = [samples[i] for i in unit]
-        limits = dict(fps=fps, max_frames=max_frames)
-        for questions in encode_questions(model, processor, some, **limits):
+        asked = encode_questions(model, processor, some, fps=fps, max_frames=max_frames)
+        for questions in asked:
             here = _time_edges(questions) if edges == "time" else edges
             selectors = {side for pair in here.values() for side in pair if callable(side)}
             walk = Knockouts(model, processor, questions, selectors)

@@ -69,15 +69,20 @@ def describe(
 
 def units_of(samples):
     "Lists of indices that run at once: questions on one clip."
-    starts = [(clip, i) for clip in clips_of(samples) for i in range(0, len(clip), MAX_QUESTIONS)]
-    return [clip[i : i + MAX_QUESTIONS] for clip, i in starts]
+    return [
+        clip[i : i + MAX_QUESTIONS]
+        for clip in clips_of(samples)
+        for i in range(0, len(clip), MAX_QUESTIONS)
+    ]
 
 
 def labels_of(samples):  # -> coordinate -> dimension, values
     "What tells the samples of a dataset apart."
     names = dict(sample="id", family="family", clip="clip", split="split")
-    found = {k: [getattr(s, name) for s in samples] for k, name in names.items()}
-    return {k: ("sample", np.array(values, dtype=object)) for k, values in found.items()}
+    return {
+        k: ("sample", np.array([getattr(s, name) for s in samples], dtype=object))
+        for k, name in names.items()
+    }
 
 
 def within_memory(
@@ -274,22 +279,16 @@ class ProbeRun:
             labels_of(self.samples),
             removed=("removed", np.array(list(self.removed), dtype=object)),
             layer=("layer", np.array(layers, "int64"), dict(description=before, units="1")),
-            n_choices=(
-                "sample",
-                np.array([len(s.choices) for s in self.samples]),
-                dict(description=choices, units="1"),
-            ),
         )
         attrs = {k: v for k, v in self.about.items() if k != "samples"}
-        if text:
-            del coords["n_choices"]
+        if not text:
+            n_choices = np.array([len(s.choices) for s in self.samples])
+            coords["n_choices"] = "sample", n_choices, dict(description=choices, units="1")
+        else:
             coords["rule"] = ("rule", np.array(RULES, dtype=object), dict(description=RULE_SAYS))
             first = "first position in the answer; a bin ends where the next begins"
-            coords["bin"] = (
-                "bin",
-                np.array(BIN_EDGES[: variables["tokens"][1].shape[1]]),
-                dict(description=first, units="1"),
-            )
+            edges = np.array(BIN_EDGES[: variables["tokens"][1].shape[1]])
+            coords["bin"] = "bin", edges, dict(description=first, units="1")
             attrs |= dict(chance=0.0, answer_ids=json.dumps([r["answer"] for r in rows]))
         return xr.Dataset(variables, coords, attrs)
 
@@ -363,8 +362,7 @@ def probe_dependency(
     )
     profile = run.scan(layers)
     if profile is not None:
-        media = dict(fps=fps, max_frames=max_frames)
-        counts = mean_tokens(model, processor, samples, progress, **media)
+        counts = mean_tokens(model, processor, samples, progress, fps=fps, max_frames=max_frames)
         profile.attrs["tokens"] = json.dumps(counts)
     return profile
 

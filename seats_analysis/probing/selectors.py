@@ -34,7 +34,7 @@ class View:
 
     @property
     def media(self):
-        return (self.kind == Modality.VISUAL) | (self.kind == Modality.AUDIO)
+        return self.among(("both",))
 
     def among(self, modalities):  # names -> (S,) bool
         "The positions of some modalities."

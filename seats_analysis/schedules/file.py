@@ -59,19 +59,16 @@ def _plain(name, value):
         raise ValueError(f"`{name}` must hold JSON values only: {error}") from None
 
 
-def checked_evidence(value) -> FrozenDict:
-    "A frozen copy of the evidence. Raises ValueError for what is read of it in another form."
-    copied = _plain("evidence", value)
-    if wrong := SCHEMAS["evidence"].wrong_with(copied, "evidence"):
-        pass
-    elif proof := copied.get("certificate"):
+def _check_evidence(evidence):  # as a JSON file would give it back
+    "Raise ValueError for what is read of the evidence in another form."
+    wrong = SCHEMAS["evidence"].wrong_with(evidence, "evidence")
+    if not wrong and (proof := evidence.get("certificate")):
         facts = {name: value for name, value in proof.items() if name != "sha256"}
         if sealed(facts) != proof:
             wrong = "`evidence.certificate` was changed after it was made"
     if wrong:
         remedy = ": remove it, or run `seats tune` again" if "certificate" in wrong else ""
         raise ValueError(wrong + remedy)
-    return FrozenDict(copied)
 
 # %% ../../nbs/schedules/01_file.ipynb #84191d53
 def levels_of(
@@ -89,8 +86,9 @@ def levels_of(
     return tuple((entering * kept).tolist())
 
 # %% ../../nbs/schedules/01_file.ipynb #f766dd23
-def _check_layers(layers, shallow, drops, late):
-    "Raise ValueError for layers out of place."
+def _check_places(layers, shallow, drops, late, keep_ratios):
+    """Raise ValueError for layers out of place, and unless there is one ratio per drop, which is 1
+    where a modality has left already."""
     last = max(late.values())
     if last > layers:
         raise ValueError(f"`late_start` must lie in 0 to {layers}, not {last}")
@@ -101,10 +99,6 @@ def _check_layers(layers, shallow, drops, late):
         raise ValueError(
             f"`drop_layers` must ascend without repeats and lie in {first} to {last}, not {drops}"
         )
-
-
-def _check_keep(keep_ratios, drops, late):
-    "Raise ValueError unless there is one ratio per drop, and 1 where a modality has left already."
     for m, values in keep_ratios.items():
         if len(values) != len(drops):
             raise ValueError(
@@ -137,8 +131,7 @@ def checked(
     late = {m: stated[m] for m in Modality.CODES}
     keep = plain["keep_ratios"] or both([1.0] * len(drops))
     entering = _floats(plain["entering"] or both(1.0))
-    _check_layers(layers, plain["shallow_end"], drops, late)
-    _check_keep(keep, drops, late)
+    _check_places(layers, plain["shallow_end"], drops, late, keep)
     for m, (start, end) in (plain["cache"] or {}).items():
         if not 0 <= start <= end <= layers:
             raise ValueError(
@@ -161,6 +154,7 @@ def checked(
     if any(abs(stated[m] - scale[m]) > 1e-6 for m in Modality.CODES):
         raise ValueError(f"`scale` is entering / trr = {scale}, not {dict(stated)}")
 
+    _check_evidence(plain["evidence"])
     windows = plain["windows"]
     return plain | dict(
         drop_layers=drops,
@@ -172,7 +166,7 @@ def checked(
         temperature=float(plain["temperature"]),
         cache=plain["cache"] and FrozenDict({m: tuple(plain["cache"][m]) for m in Modality.CODES}),
         windows=FrozenDict(visual_grids=windows["visual_grids"], seconds=float(windows["seconds"])),
-        evidence=checked_evidence(plain["evidence"]),
+        evidence=FrozenDict(plain["evidence"]),
     )
 
 # %% ../../nbs/schedules/01_file.ipynb #71c33c22

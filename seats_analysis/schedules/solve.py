@@ -35,10 +35,11 @@ def too_high(highest):  # fraction that can be kept
     )
 
 
-def drop_shares(n):
-    "(n,) part of the dropped tokens removed after each of n drops: sums of normalised powers of e."
-    weights = np.exp(np.arange(n) - n)
-    return np.cumsum(weights) / weights.sum() if n else weights
+def drop_shares(n, equal=False):
+    """(n,) part of the dropped tokens removed after each of n drops: sums of normalised powers of
+    e, or of equal parts."""
+    weights = np.ones(n) if equal else np.exp(np.arange(n) - n)
+    return np.cumsum(weights) / weights.sum()
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,7 @@ class Segments:
 
     @property
     def shares(self):  # C_i
-        n = len(self.active)
-        return np.arange(1, n + 1) / n if self.equal and n else drop_shares(n)
+        return drop_shares(len(self.active), self.equal)
 
     @property
     def room(self):  # layers that a strength of 1 saves, in units of the entering level
