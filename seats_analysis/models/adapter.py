@@ -129,9 +129,10 @@ class Adapter:
         config = self.config(model)
         found = {}
         for kind, name in Modality.FIELDS.items():
-            ids = (getattr(config, f"{name}_token_{end}", None) for end in ("id", "index"))
-            if (token := next((i for i in ids if i is not None), None)) is not None:
-                found[kind] = token
+            for end in ("index", "id"):
+                token = getattr(config, f"{name}_token_{end}", None)
+                if token is not None:
+                    found[kind] = token
         picture = found.get(Modality.IMAGE)
         shared = self.frames_as_pictures or found.get(Modality.VISUAL, picture) == picture
         if picture is not None and shared:
@@ -180,7 +181,11 @@ class Adapter:
 
     def sizes(self, model, inputs, kind, token) -> list:  # tokens of each medium
         "What lies side by side in a prompt is one medium."
-        return _runs(inputs["input_ids"] == token)
+        found = []
+        for row in (inputs["input_ids"] == token).cpu():
+            values, lengths = row.unique_consecutive(return_counts=True)
+            found += lengths[values].tolist()
+        return found
 
     def beside_embeddings(self, model, ids, modality) -> dict:  # both (B, S)
         "What goes with embeddings instead of ids: Gemma 4's embeddings per layer."
@@ -205,15 +210,6 @@ class Adapter:
     def hash_weights(self, model) -> str:
         "sha256 of all weights, by the names that transformers gives them."
         return _digest({(): self.thinker(model)})
-
-
-def _runs(here):  # (B, S) bool -> list of int
-    "Lengths of the runs of True, row by row."
-    found = []
-    for row in here.cpu():
-        values, lengths = row.unique_consecutive(return_counts=True)
-        found += lengths[values].tolist()
-    return found
 
 
 def _offloaded(module):

@@ -130,9 +130,9 @@ def _media(processor, part, rates, interleave):
         settings = processor.video_processor
         kwargs = dict(size=dict(settings.size), fps=float(part.fps), do_sample_frames=False)
         if hasattr(settings, "cap_pixels_per_frame"):
-            kwargs |= dict(cap_pixels_per_frame=settings.cap_pixels_per_frame or False)
+            kwargs["cap_pixels_per_frame"] = settings.cap_pixels_per_frame or False
         if part.resized:
-            kwargs |= dict(do_resize=False)
+            kwargs["do_resize"] = False
         video = dict(
             videos=[torch.as_tensor(part.frames).permute(0, 3, 1, 2)],
             videos_kwargs=kwargs,
@@ -145,10 +145,9 @@ def _media(processor, part, rates, interleave):
         audio = dict(audio=[wave], audio_kwargs=dict(truncation=False))
     if video and audio and interleave:
         # how this version's processor is told that the audio belongs to the video
-        newer = hasattr(processor, "load_audio_from_video")
-        old = dict(use_audio_in_video=True)
-        new = dict(audio_from_video_indices=[0])
-        both = new | dict(load_audio_from_video=True) if newer else old
+        both = dict(use_audio_in_video=True)
+        if hasattr(processor, "load_audio_from_video"):
+            both = dict(audio_from_video_indices=[0], load_audio_from_video=True)
         return [("video", video | audio | both)]
     return [(kind, kwargs) for kind, kwargs in (("video", video), ("audio", audio)) if kwargs]
 
@@ -348,18 +347,14 @@ def _choice_ids(processor, samples):
 def _collate(prompts, pad_id):
     "The pieces of several prompts as one batch: sequences padded on the left, media in a row."
     rows = [_join(pieces) for pieces in prompts]
+    fill = dict(input_ids=pad_id, attention_mask=0) | dict.fromkeys(_TOKEN_TYPES, 0)
+    sequence = {
+        key: pad_left([row[key][0] for row in rows], value)
+        for key, value in fill.items()
+        if key in rows[0]
+    }
+    sequence["position_ids"] = pad_positions([row["position_ids"][..., 0, :] for row in rows])
     media = {}
-
-    def pad(key, value):
-        return pad_left([row[key][0] for row in rows], value)
-
-    positions = pad_positions([row["position_ids"][..., 0, :] for row in rows])
-    sequence = dict(
-        input_ids=pad("input_ids", pad_id),
-        attention_mask=pad("attention_mask", 0),
-        position_ids=positions,
-    )
-    sequence |= {key: pad(key, 0) for key in _TOKEN_TYPES if key in rows[0]}
     for piece in (piece for pieces in prompts for piece in pieces):
         for key in piece.keys() - sequence.keys():
             media.setdefault(key, []).append(piece[key])
@@ -398,19 +393,16 @@ def encode(
     rate = sampling_rate(processor)
     resize = frame_resizer(processor)
     clips = {}
-
-    def parts(sample):
-        if isinstance(sample, Prompt):
-            return sample.content
-        key = sample.video, sample.audio
-        if key not in clips:  # questions on the same clip share its decoding
-            media = sample.load_media(fps, rate, max_frames, resize)
-            clips[key] = [c.frames[0] if c.picture else c for c in media]
-        return [*clips[key], sample.prompt_text]
-
     prompts = []
     for sample in samples:
-        content = parts(sample)
+        if isinstance(sample, Prompt):
+            content = sample.content
+        else:
+            key = sample.video, sample.audio
+            if key not in clips:  # questions on the same clip share its decoding
+                media = sample.load_media(fps, rate, max_frames, resize)
+                clips[key] = [c.frames[0] if c.picture else c for c in media]
+            content = [*clips[key], sample.prompt_text]
         for part in content:
             if isinstance(part, Clip) and part.waveform is not None and part.sample_rate != rate:
                 raise ValueError(

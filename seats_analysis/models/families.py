@@ -89,12 +89,10 @@ _SIGHT = (
 )
 
 # %% ../../nbs/models/00_families.ipynb #6e4a4d02
-def _gemma(family, name):
-    "A row of the table: 40 ms of sound are a token."
-    return Adapter(family, (f"{name}ForConditionalGeneration",), audio_rate=25)
-
-
-_GEMMA = (_gemma("gemma4", "Gemma4"), _gemma("gemma4-unified", "Gemma4Unified"))
+_GEMMA = (  # 40 ms of sound are a token
+    Adapter("gemma4", ("Gemma4ForConditionalGeneration",), audio_rate=25),
+    Adapter("gemma4-unified", ("Gemma4UnifiedForConditionalGeneration",), audio_rate=25),
+)
 _MUSE = Adapter(
     "muse-spark",
     ("MuseSparkForConditionalGeneration",),
@@ -125,16 +123,12 @@ def _sound(family, name, per_second, **fields):
     return Adapter(family, classes, half_split=True, audio_rate=per_second, **fields)
 
 
-def _one(text):
-    "The stock model leaves out the factor that the text model's config names."
-    return 1
-
-
 _SOUND = (
     _sound("qwen2-audio", "Qwen2Audio", 25),
     _sound("audioflamingo3", "AudioFlamingo3", 25),
     _sound("voxtral", "Voxtral", 12.5),
-    _sound("granite-speech", "GraniteSpeech", 10, logits_factor=_one),
+    # the stock model leaves out the factor that the text model's config names
+    _sound("granite-speech", "GraniteSpeech", 10, logits_factor=lambda text: 1),
 )
 _ALL = *_OMNI, *_GEMMA, _MUSE, *_SIGHT, _MOLMO, *_SOUND, *_HYBRID, *_SCALED
 FAMILIES = {a.family: a for a in _ALL}

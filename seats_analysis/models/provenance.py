@@ -9,6 +9,7 @@ __all__ = ['provenance']
 import json
 import torch
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from ..storage.provenance import digest, tensor_bytes, versions
 from ..storage.schemas import SCHEMAS
@@ -35,11 +36,8 @@ def sample_rows(
         return digest(b"|".join([*parts, f"{medium.fps} {medium.sample_rate}".encode()]))
 
     media = {m: content(m) for s in samples for m in (s.video, s.audio)}
-    rows = []
-    for s in samples:
-        said = s.question, s.choices, s.answer, s.family, s.split, s.lettered
-        rows.append([s.id, media[s.video], media[s.audio], *said])
-    return rows
+    fields = attrgetter(*"question choices answer family split lettered".split())
+    return [[s.id, media[s.video], media[s.audio], *fields(s)] for s in samples]
 
 # %% ../../nbs/models/05_provenance.ipynb #36864bf7
 def provenance(
