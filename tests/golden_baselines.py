@@ -312,7 +312,8 @@ def test_fastv_drop(case):
             method_at(our_name(case["method"]), plan, tuple(n.values()))
         return
     method = METHODS[our_name(case["method"])](plan)
-    cuts = plan_steps([dict(text=int((kind == 0).sum()), **n)], [n], method.drops, method.late)
+    text = int((kind == 0).sum())
+    cuts = plan_steps([text], [n], [n], method.drops, method.late)
     everything = torch.arange(len(kind))[None]
     tokens = Tokens(everything, kind[None].to(torch.int8), None, None, len(kind), (0,), False)
     keep = torch.ones_like(kind, dtype=torch.bool)

@@ -13,13 +13,7 @@ from itertools import accumulate
 from typing import ClassVar
 
 from ..inputs.layout import Modality
-from seats_analysis.pruning.base import (
-    Pruner,
-    Stage1Inputs,
-    WindowBudget,
-    window_tokens,
-    stage1_counts,
-)
+from ..pruning.base import Pruner, Stage1Inputs, stage1_counts
 from ..pruning.received import on_device
 from ..pruning.select import topk_in_groups
 from ..schedules.schedule import Schedule
@@ -189,11 +183,11 @@ class Baseline(Pruner):
         **options,  # of the method
     ):  # -> the method
         "The method with these TRRs, or the nearest that it can have; never an error."
-        pair = cls.fair_pair(visual, audio, n_visual, n_audio)
-        return cls(Schedule(num_layers, entering=cls.nearest_pair(pair, **options)), **options)
+        whole = cls(Schedule(num_layers), **options)
+        entering = whole.nearest_pair(cls.fair_pair(visual, audio, n_visual, n_audio))
+        return replace(whole, schedule=Schedule(num_layers, entering=entering))
 
-    @classmethod
-    def nearest_pair(cls, pair, **options):  # modality -> fraction, likewise
+    def nearest_pair(self, pair):  # modality -> fraction, likewise
         "The nearest pair that its rule can have."
         return pair
 
@@ -204,32 +198,30 @@ class Baseline(Pruner):
         keep = {
             m: tuple(k[m] if d < late[m] else 1.0 for d, k in drops.items()) for m in Modality.CODES
         }
-        own = dict(drop_layers=tuple(drops), keep_ratios=keep, late_start=late)
-        schedule = replace(self.schedule, trr=None, scale=None, **own)
+        schedule = replace(
+            self.schedule,
+            drop_layers=tuple(drops),
+            late_start=late,
+            keep_ratios=keep,
+            trr=None,
+            scale=None,
+        )
         return replace(self, schedule=schedule)
 
     def budget(self, modality, sizes):  # -> sizes of the windows it chooses in, kept of each
-        "What to keep, from the sizes of the time windows."
+        "What to keep of a modality that it has a rule for, from the sizes of the time windows."
         if not self.in_windows:
             sizes = (sum(sizes),) if sum(sizes) else ()
-        ratio = self.schedule.entering[modality]
         if not self.one_count:
-            return sizes, stage1_counts(sizes, ratio)
-        (n,) = stage1_counts((sum(sizes),), ratio)
+            return super().window_counts(modality, sizes)
+        (n,) = stage1_counts((sum(sizes),), self.schedule.entering[modality])
         ends = [n * end // max(sum(sizes), 1) for end in accumulate(sizes)]
         return sizes, tuple(np.diff(ends, prepend=0).tolist())
 
-    def window_budgets(self, layout, first):
-        windows = window_tokens(layout)
-        found = []
-        for m in Modality.CODES:
-            for number, sizes in enumerate((w[m] for w in windows), first):
-                if m in self.prunes:
-                    sizes, keep = self.budget(m, sizes)
-                else:
-                    sizes, keep = random_budget(self.schedule.entering[m], sizes)
-                found.append(WindowBudget(modality=m, number=number, sizes=sizes, keep=keep))
-        return tuple(found)
+    def window_counts(self, modality, sizes):
+        if modality in self.prunes:
+            return self.budget(modality, sizes)
+        return random_budget(self.schedule.entering[modality], sizes)
 
     def pick(self, inputs):  # -> (T,) bool; or that and (T, D) new features
         "Which tokens of one modality stay before the decoder."

@@ -30,8 +30,7 @@ class Downsample(Baseline):
     min_visual = 0.0
     knobs = dict(pixels=(0.0, 0.25, 0.5, 0.75, 1.0))
 
-    @classmethod
-    def nearest_pair(cls, pair, **options):
+    def nearest_pair(self, pair):
         "Nobody shortens the audio."
         return dict(pair, audio=1.0)
 

@@ -132,11 +132,9 @@ class VisionZipOm(Baseline):
                 f"{self.seconds!r}"
             )
 
-    @classmethod
-    def nearest_pair(cls, pair, **options):
+    def nearest_pair(self, pair):
         "At least the contextual share, and one dominant token in each window."
-        contextual = options.get("contextual", cls.contextual)
-        return {m: max(r, contextual) if m in cls.prunes else r for m, r in pair.items()}
+        return {m: max(r, self.contextual) if m in self.prunes else r for m, r in pair.items()}
 
     def select_flops(self, budgets, width, keys):  # windows are padded to the largest
         return sum(
@@ -199,10 +197,9 @@ class DyCoke(Baseline):
     prunes = ("visual",)
     min_visual = 0.25  # the first of four frames
 
-    @classmethod
-    def nearest_pair(cls, pair, **options):
+    def nearest_pair(self, pair):
         "At least a quarter of the visual tokens."
-        return dict(pair, visual=max(pair["visual"], cls.min_visual))
+        return dict(pair, visual=max(pair["visual"], self.min_visual))
 
     def budget(self, modality, sizes):
         later = max((4 * self.schedule.entering[modality] - 1) / 3, 0.0)
@@ -353,16 +350,13 @@ class OmniZip(Baseline):
         contextual=(0.0, 0.05, 0.1), g=(1, 3, 6), bounds=((0.05, 0.95), (0.35, 0.75))
     )
 
-    @classmethod
-    def nearest_pair(cls, pair, **options):
+    def nearest_pair(self, pair):
         "Visual tokens within the bounds of a group, audio above the anchors' share; all is all."
-        low, high = options.get("bounds", cls.bounds)
+        low, high = self.bounds
         visual = pair["visual"]
         if visual != 1:
             visual = min(max(visual, 1 - high), 1 - low)
-        return dict(
-            visual=visual, audio=max(pair["audio"], options.get("contextual", cls.contextual))
-        )
+        return dict(visual=visual, audio=max(pair["audio"], self.contextual))
 
     def select_flops(self, budgets, width, keys):
         (seen, some), (n, few) = ((sum(b.sizes), sum(b.keep) < sum(b.sizes)) for b in budgets)

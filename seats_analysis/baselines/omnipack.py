@@ -109,11 +109,11 @@ class OmniPack(Baseline):
     constants = dict(visual=(0.25, 0.10, 0.62), audio=(0.35, 0.05, 0.65))
 
     @classmethod
-    def for_trr(cls, num_layers, visual, audio, n_visual, n_audio, **options):
+    def for_trr(
+        cls, num_layers, visual, audio, n_visual, n_audio, depth=18 / 28, later=0.5, **options
+    ):
         """Options: `depth` of Stage II over that of the model; `later`, what it keeps, or more
         where a target leaves Stage I nothing to do."""
-        depth = options.pop("depth", 18 / 28)
-        later = options.pop("later", 0.5)
         layer = min(max(round(depth * num_layers), 1), num_layers - 1)
         after = num_layers - layer
         totals = [visual * num_layers, audio * num_layers]

@@ -155,13 +155,6 @@ class Decoder:
         return captured
 
     @staticmethod
-    def take_deepstack(kwargs: Mapping) -> tuple:  # DeepStack or None, and keyword arguments
-        "What the text model would add, and arguments that leave the adding to the caller."
-        if (deep := DeepStack.of(kwargs)) is None:
-            return None, kwargs
-        return deep, {**kwargs, "deepstack_visual_embeds": None, "visual_pos_masks": None}
-
-    @staticmethod
     def deepstack_terms(kwargs: Mapping) -> tuple:  # of (B, S, D), one per layer from layer 0 on
         "What the text model adds, as tensors over all positions; () where there is nothing."
         if (deep := DeepStack.of(kwargs)) is None:
@@ -420,8 +413,8 @@ class Decoder:
         attn = self.layers[layer].self_attn
         x = getattr(attn, f"{which}_proj")(self.layers[layer].input_layernorm(hidden))
         x = x.unflatten(-1, (-1, attn.head_dim))
-        if hasattr(attn, f"{which}_norm"):  # Qwen3 normalises each head
-            x = getattr(attn, f"{which}_norm")(x)
+        if norm := getattr(attn, f"{which}_norm", None):  # Qwen3 normalises each head
+            x = norm(x)
         return self.adapter.rotate(x.transpose(1, 2), cos[:, None], sin[:, None])
 
     def query(

@@ -82,7 +82,8 @@ def sample_counts(
 
 
 def plan_steps(
-    full: list,  # per sample: 'text', 'visual', 'audio' -> tokens in the prompt
+    text: list,  # per sample: tokens that always stay
+    full: list,  # per sample: modality -> tokens in the prompt
     entering: list,  # per sample: modality -> tokens that enter layer 0
     drops: dict,  # layer -> modality -> fraction kept
     late_start: dict,  # modality -> first layer without it; None = it stays
@@ -92,8 +93,8 @@ def plan_steps(
     for layer in set(late_start.values()) - {None}:
         todo.append((layer, 3, tuple(m for m in Modality.CODES if late_start[m] == layer)))
     todo.sort(key=lambda step: step[:2])
-    samples = [sample_counts(f["text"], n, todo) for f, n in zip(full, entering)]
-    before = tuple({m: f[m] for m in Modality.CODES} for f in full)
+    samples = [sample_counts(t, n, todo) for t, n in zip(text, entering)]
+    before = tuple(full)
     steps = []
     for (layer, stage, what), *counts in zip(todo, *samples):
         n_keep, widths, exact = zip(*counts)
@@ -289,26 +290,26 @@ class Pruner(ABC):
         starts = {m: self.schedule.late(m) for m in Modality.CODES}
         return {m: None if l == self.schedule.num_layers else l for m, l in starts.items()}
 
+    def window_counts(self, modality, sizes):  # -> sizes of the windows it chooses in, kept of each
+        "What stage I keeps of one modality of a sample, from the sizes of its time windows."
+        return sizes, stage1_counts(sizes, self.schedule.entering[modality])
+
     def window_budgets(self, layout, first):  # -> tuple of `WindowBudget`, visual before audio
         "What stage I keeps of every window; `first` is the ordinal of the first sample."
-        budgets = []
-        windows = window_tokens(layout)
-        for m in Modality.CODES:
-            for b, sizes in enumerate(windows):
-                keep = stage1_counts(sizes[m], self.schedule.entering[m])
-                budgets.append(WindowBudget(m, number=first + b, sizes=sizes[m], keep=keep))
-        return tuple(budgets)
+        windows = list(enumerate(window_tokens(layout), first))
+        return tuple(
+            WindowBudget(m, number, *self.window_counts(m, sizes[m]))
+            for m in Modality.CODES
+            for number, sizes in windows
+        )
 
     def plan(self, layout, budgets, late=None):  # -> list of `PruneStep`
         "Every count of a forward pass over this layout; with other layers of stage III if given."
-        n = layout.counts()
-        text = (n["text"] + n["image"]).tolist()
-        media = [n[m].tolist() for m in Modality.CODES]
-        full = [dict(text=t, visual=v, audio=a) for t, v, a in zip(text, *media)]
-        kept = [sum(b.keep) for b in budgets]
-        B = len(layout)
-        entering = [dict(visual=v, audio=a) for v, a in zip(kept[:B], kept[B:])]
-        return plan_steps(full, entering, self.drops, late or self.late)
+        text = (layout.text | layout.image).sum(1).tolist()
+        samples = [budgets[b :: len(layout)] for b in range(len(layout))]
+        full = [{b.modality: sum(b.sizes) for b in own} for own in samples]
+        entering = [{b.modality: sum(b.keep) for b in own} for own in samples]
+        return plan_steps(text, full, entering, self.drops, late or self.late)
 
     def select_flops(self, budgets, width, keys):  # of one sample; D; modality -> size of a key
         "FLOPs of the matrix products in `select`."

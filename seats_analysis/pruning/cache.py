@@ -217,9 +217,12 @@ class Slots:
         q = new.shape[1]
         theirs = given.get("position_ids")
         if self.removed and q == 1:
-            said = "nothing after the first token of an answer sees the"
-            remedy = 'for whole answers take kv="retain", and layers in the schedule\'s `cache`'
-            warnings.warn(f"{said} {' and '.join(self.removed)}: {remedy}", ScheduleWarning)
+            warnings.warn(
+                "nothing after the first token of an answer sees the "
+                f'{" and ".join(self.removed)}: for whole answers take kv="retain", and layers in '
+                "the schedule's `cache`",
+                ScheduleWarning,
+            )
         if q == 1 and theirs is not None:
             return {}  # every step of `generate`
         self.check_media_left(q)
@@ -292,9 +295,7 @@ class Slots:
             return None
         if held is None:
             held = torch.ones(len(hidden), n, dtype=torch.bool, device=hidden.device)
-        new = tail
-        if tail is None:
-            new = held.new_ones(len(hidden), self.after(cache) + q)
+        new = held.new_ones(len(hidden), self.after(cache) + q) if tail is None else tail
         seen = torch.cat([held, new], 1)
         if self.columns is None:
             return stock_mask(decoder.module.config, hidden, seen, cache, layer)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from ..inputs.layout import Modality, TokenLayout
 from ..models.decoder import Decoder
+from ..models.deepstack import DeepStack
 from .base import Pruner, Stage1Inputs, Tokens, take
 from .select import query_scores, text_scores
 
@@ -118,7 +119,7 @@ class Prefill:
     tokens: Tokens  # what is in the sequence now
     media: torch.Tensor  # (T,) int64 where visual, then audio tokens lie in the flattened batch
     order: torch.Tensor | None = None  # (T_v,) int64 `visual_order`; None = in sequence
-    deep: object = None  # `DeepStack` of what is in the sequence; None if the family has none
+    deep: DeepStack | None = None  # of what is in the sequence; None if the family has none
     index: torch.Tensor | None = None  # (B, n) int64 what is left of what entered layer 0
     entered: int = 0  # positions that entered it
     follows: dict = field(default_factory=dict)  # rotary tables -> what is left of them
@@ -147,8 +148,9 @@ class Prefill:
         "Shorten what enters layer 0."
         embeds = kwargs["inputs_embeds"]
         positions = kwargs.get("position_ids")
-        # the session adds them behind each layer
-        self.deep, kwargs = Decoder.take_deepstack(kwargs)
+        self.deep = DeepStack.of(kwargs)
+        if self.deep is not None:  # the session adds it behind each layer
+            kwargs = {**kwargs, "deepstack_visual_embeds": None, "visual_pos_masks": None}
         if positions is None:
             positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
         # (3, B, S): time, height and width, as the decoder would see them
@@ -158,31 +160,26 @@ class Prefill:
         self.position = positions.reshape(-1, *embeds.shape[:2]).amax((0, 2)) + 1
         self.entered = embeds.shape[1]
         self.decoder.note(kwargs, self.entered)
-        if not self.steps or self.steps[0].stage != 1:
-            return self.behind_earlier(self.decoder.attentive(0), embeds, kwargs)
-        step = self.steps[0]
-        with torch.set_grad_enabled(self.method.merges and torch.is_grad_enabled()):
-            keep, embeds = self.select(embeds, positions, encoders)
-        index = self.cut(step, keep)
-        kwargs = {k: self.along(x, index) for k, x in kwargs.items() if k != "inputs_embeds"}
-        self.index = None
-        self.entered = step.width
-        embeds = take(embeds, index)
-        # without a mask, gaps in positions of one axis would be taken for a new sequence
-        mask = None if not step.padded and self.decoder.mrope else self.tokens.valid.long()
-        kwargs = {
-            **kwargs,
-            "inputs_embeds": embeds,
+        if self.steps and self.steps[0].stage == 1:
+            step = self.steps[0]
+            with torch.set_grad_enabled(self.method.merges and torch.is_grad_enabled()):
+                keep, embeds = self.select(embeds, positions, encoders)
+            index = self.cut(step, keep)
+            kwargs = {k: self.along(x, index) for k, x in kwargs.items() if k != "inputs_embeds"}
+            self.index = None
+            self.entered = step.width
+            embeds = take(embeds, index)
+            # without a mask, gaps in positions of one axis would be taken for a new sequence
+            mask = None if not step.padded and self.decoder.mrope else self.tokens.valid.long()
+            if self.decoder.by_column:  # for each kind of layer, or one
+                masks = self.by_kind(embeds)
+                mask = masks if self.decoder.window else masks["full_attention"]
+            kwargs["inputs_embeds"] = embeds
             # the last axis: positions may have several
-            "position_ids": positions.gather(-1, index.expand(*positions.shape[:-2], -1, -1)),
-            "attention_mask": self.by_column(embeds) if self.decoder.by_column else mask,
-        }
+            places = index.expand(*positions.shape[:-2], -1, -1)
+            kwargs["position_ids"] = positions.gather(-1, places)
+            kwargs["attention_mask"] = mask
         return self.behind_earlier(self.decoder.attentive(0), embeds, kwargs)
-
-    def by_column(self, hidden):
-        "As the text model takes its masks: for each kind of layer, or one."
-        masks = self.by_kind(hidden)
-        return masks if self.decoder.window else masks["full_attention"]
 
     def along(self, x, index):
         "What stays of an argument that is one entry for each position that entered; or all of it."

@@ -15,17 +15,8 @@ from ..inputs.layout import Modality
 from .received import equal_runs, on_device, triton_kernels, true_float32
 
 # %% ../../nbs/pruning/06_select.ipynb #e61cc062
-def _distances(
-    features,  # (G, N, D) tokens per window
-    attention,  # (G, N, 1) attention received, or None
-    out=None,  # (G, N, N) float32 to write to; None = new
-):  # (G, N, N) float32, [g, i, j] from i to the candidate j
-    "Attention-weighted cosine distance to each candidate (SEATS); the diagonal as computed."
-    x = features.float()
-    x = x / (x.norm(dim=-1, keepdim=True) + 1e-8)
-    with true_float32(x.device):
-        distance = torch.bmm(x, x.mT, out=out).neg_().add_(1)
-    return distance if attention is None else distance.mul_((attention.float() * 1e6).mT)
+#| export
+
 
 # %% ../../nbs/pruning/06_select.ipynb #8c440ae1
 def _second_smallest(table):  # (G, N, N) -> (G, N)
@@ -44,8 +35,9 @@ def _tables(
     attention,  # (T,) or None
     runs,  # of `equal_runs`
     flat,  # float32, filled from its beginning with the tables of all windows, one behind the other
-):  # yields (g, size, size) views of it
-    "Distances within the windows, some windows of one size at a time."
+):  # yields (g, size, size) views of it, [., i, j] from i to the candidate j
+    """Attention-weighted cosine distances within the windows (SEATS), some windows of one size at a
+    time; the diagonals as computed."""
     done = 0
     limit = 2**22 if features.device.type == "cpu" else 2**26  # features normalised at once
     for start, count, size in runs:
@@ -53,10 +45,15 @@ def _tables(
         for first in range(0, count, step):
             n = min(step, count - first)
             at = slice(start + first * size, start + (first + n) * size)
-            x, a = (t if t is None else t[at].view(n, size, -1) for t in (features, attention))
-            out = flat[done : done + n * size**2].view(n, size, size)
-            done += out.numel()
-            yield _distances(x, a, out)
+            x = features[at].view(n, size, -1).float()
+            x = x / (x.norm(dim=-1, keepdim=True) + 1e-8)
+            table = flat[done : done + n * size**2].view(n, size, size)
+            done += table.numel()
+            with true_float32(x.device):
+                torch.bmm(x, x.mT, out=table).neg_().add_(1)
+            if attention is not None:
+                table.mul_(attention[at].view(n, 1, size).float() * 1e6)
+            yield table
 
 
 def _take_diverse(
@@ -119,15 +116,23 @@ def select_in_clip(
     return _take_diverse(distance, gap, host, width, max(count), keep)
 
 # %% ../../nbs/pruning/06_select.ipynb #ba04b8e8
+def _logits(
+    q,  # (B, H, ..., d)
+    k,  # (B, K, ..., S, d); K divides H
+):  # (B, K, H / K, ..., S) float32
+    "Scaled products of queries and keys, query heads of one key head together."
+    grouped = q.float().unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5
+    with true_float32(q.device):
+        return grouped @ k.float().mT
+
+
 def query_scores(
     q: Tensor,  # (B, H, d) query of one position per sample, after rotary
     k: Tensor,  # (B, K, S, d) keys of all positions, after rotary; K divides H
     mask: Tensor | None = None,  # (B, S) bool, False = padding; None = no padding
 ) -> Tensor:  # (B, S) float32, sums to 1 per sample, 0 on padding
     "Attention of one query over all positions, mean over heads (SEATS, arXiv 2605.20035)."
-    grouped = q.float().unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5
-    with true_float32(q.device):
-        logits = grouped @ k.float().mT
+    logits = _logits(q, k)
     if mask is not None:
         logits = logits.masked_fill(~mask[:, None, None], -torch.inf)
     return torch.softmax(logits, -1).mean((1, 2))
@@ -141,9 +146,7 @@ def text_scores(
 ) -> Tensor:  # (B, S) float32 in [0, 1], 0 on padding
     "The highest attention (mean over heads) from any of several queries, each a causal row."
     t, S = q.shape[2], k.shape[2]
-    grouped = q.float().unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5
-    with true_float32(q.device):
-        logits = grouped @ k.float()[:, :, None].mT
+    logits = _logits(q, k[:, :, None])
     unseen = torch.ones(t, S, dtype=torch.bool, device=q.device).triu(S - t + 1)
     if mask is not None:
         unseen = unseen | ~mask[:, None, None, None]

@@ -258,8 +258,8 @@ class Session:
         encoded = given.get("mm_encoder_outputs") or {}
         if "visual" not in watch.attention:
             encoded = {}  # its windows are read from the prompt
-        found = {name: watch.call_of(encoded.get(name)) for name in ("image", "video")}
-        known = {name: call for name, call in found.items() if call is not None}
+        names = "image", "video"
+        known = {name: call for name in names if (call := watch.call_of(encoded.get(name)))}
         watch.forget()
         watch.calls["visual"] = list(known.values())  # those that belong to these inputs
         for name, call in known.items():
@@ -284,9 +284,11 @@ class Session:
         "What follows on a cache that is not empty: an answer, or a further question."
         if (slots := Slots.of(cache)) is not None:
             if self.method is not None and self.method.schedule.answers == "choices":
-                said = "this schedule was measured on answers of one choice; what it does to longer"
-                remedy = "ones, `seats probe` and `seats tune` show with --answers text"
-                warnings.warn(f"{said} {remedy}", ScheduleWarning)
+                warnings.warn(
+                    "this schedule was measured on answers of one choice; what it does to longer "
+                    "ones, `seats probe` and `seats tune` show with --answers text",
+                    ScheduleWarning,
+                )
             return slots.go_on(given, cache, media)
         refused = [m for m in media if self.method and (m != "image" or self.images == "prune")]
         if refused:
@@ -308,10 +310,10 @@ class Session:
         name = "cache" if "cache" in kwargs else "past_key_values"  # since transformers 5.24
         cache = kwargs.get(name)
         self.timings.start("decode" if cache is not None and cache.get_seq_length() else "prefill")
+        self.slots = Slots.of(cache)  # in a prefill those of an earlier turn
+        if self.slots is not None:
+            self.slots.open = True
         if self.prefill is not None:
-            if self.prefill.earlier is not None:
-                self.slots = Slots.of(cache)
-                self.slots.open = True
             with self.timings.time("selection"):
                 kwargs = self.prefill.stage1(kwargs, self.encoders)
             if cache is None and self.decoder.by_column and kwargs.get("use_cache") is not False:
@@ -319,18 +321,11 @@ class Session:
 
                 kwargs[name] = DynamicCache()  # whose layers forget nothing
             return args, kwargs
-        slots = Slots.of(cache)
-        if slots is not None:
-            return args, self.decode_step(kwargs, slots, cache)
-
-    def decode_step(self, kwargs, slots, cache) -> dict:  # the decoder's keyword arguments
-        "Make the masks of all layers, and let them read the cache."
-        embeds = kwargs["inputs_embeds"]
+        if self.slots is None:
+            return None
         mask = self.attention if self.decoder.by_column else kwargs.get("attention_mask")
-        self.masks = slots.masks(self.decoder, embeds, mask, cache)
-        self.slots = slots
-        slots.open = True
-        return {**kwargs, "attention_mask": self.masks[self.decoder.attentive(0)]}
+        self.masks = self.slots.masks(self.decoder, kwargs["inputs_embeds"], mask, cache)
+        return args, {**kwargs, "attention_mask": self.masks[self.decoder.attentive(0)]}
 
     # ---- around every decoder layer: stages II and III, DeepStack
 
@@ -479,5 +474,8 @@ def prune(
     if cut_short:
         raise ValueError(Hooks.LEFT)
     if not any(session.timings.calls.values()):
-        said = "no prompt was read in this `prune` block: where a thread generates, its end has to"
-        warnings.warn(f"{said} be awaited within the block (`thread.join()`)", stacklevel=3)
+        warnings.warn(
+            "no prompt was read in this `prune` block: where a thread generates, its end has to be "
+            "awaited within the block (`thread.join()`)",
+            stacklevel=3,
+        )
