@@ -63,7 +63,8 @@ CASES += [(f"certificate.{place}", value) for place in WRONG for value in WRONG[
 CASES += [("certificate", value) for value in ({}, "yes", OTHER["evidence"]["certificate"])]
 CASES += [("weights_sha256", value) for value in (OTHER["evidence"]["weights_sha256"], GONE)]
 CASES = [(f"evidence.{place}", value) for place, value in CASES]
-CASES += [("temperature", 0.5), ("query", "last"), ("weighted", False), ("windows.visual_grids", 2)]
+CASES += [("temperature", 0.5), ("query", "text"), ("windows.visual_grids", 5)]
+CASES += [("weighted", not TUNED["weighted"])]
 
 
 @pytest.mark.usefixtures("no_model")
@@ -90,13 +91,13 @@ def test_a_certificate_survives_other_writers_and_older_plans_without_one_load(t
 ANEW = dict(trr=None, scale=None)  # computed
 CHANGES = [
     dict(num_layers=17, **ANEW),
-    dict(drop_layers=(5,), keep_ratios=dict(visual=(0.5,), audio=(1.0,)), **ANEW),
-    dict(late_start=14, **ANEW),
+    dict(shallow_end=5, drop_layers=(5,), keep_ratios=tiny.ratios((0.5,), (1.0,)), **ANEW),
+    dict(late_start=15, **ANEW),
     dict(entering=tiny.ratios(0.5, 0.5), **ANEW),
-    dict(temperature=0.1),
-    dict(query="last"),
-    dict(weighted=False),
-    dict(windows=dict(visual_grids=2, seconds=8.0)),
+    dict(temperature=0.7),
+    dict(query="text"),
+    dict(weighted=not TUNED["weighted"]),
+    dict(windows=dict(visual_grids=5, seconds=8.0)),
     dict(evidence=OTHER["evidence"]),
     dict(evidence=TUNED["evidence"] | dict(weights_sha256="0" * 64)),
 ]

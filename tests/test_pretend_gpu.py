@@ -22,7 +22,7 @@ HOT = (
     (Prefill, "stage1"),
     (Session, "before_layer"),
     (Session, "after_layer"),
-    (Session, "decode_step"),
+    (Session, "before_decoder"),
     (Prefill, "held"),
     (Slots, "evict"),
     (encoders.EncoderWatch, "aggregate"),

@@ -36,7 +36,9 @@ _LOOKS = {  # name in print, colour, marker (open where a sibling prunes both mo
     "dycoke": ("DyCoke", PALETTE.purple, "X", "-."),
     "omnizip": ("OmniZip", _SKY, "h", "--"),
     "vtw": ("VTW", _BROWN, "*", ":"),
+    "omnipack": ("OmniPack", _SKY, "H", "-."),
     "pyramiddrop": ("PyramidDrop", _BROWN, "<", "-."),
+    "downsample": ("downsampling", _GREY, "P", "--"),
 }
 _OPEN = "uniform", "fastv", "visionzip", "divprune"
 NAMES = {method: look[0] for method, look in _LOOKS.items()}
