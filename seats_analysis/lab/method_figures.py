@@ -38,7 +38,7 @@ _LOOKS = {  # name in print, colour, marker (open where a sibling prunes both mo
     "vtw": ("VTW", _BROWN, "*", ":"),
     "omnipack": ("OmniPack", _SKY, "H", "-."),
     "pyramiddrop": ("PyramidDrop", _BROWN, "<", "-."),
-    "downsample": ("downsampling", _GREY, "P", "--"),
+    "downsample": ("downsampling", _GREY, ">", "--"),
 }
 _OPEN = "uniform", "fastv", "visionzip", "divprune"
 NAMES = {method: look[0] for method, look in _LOOKS.items()}
