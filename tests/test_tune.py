@@ -341,6 +341,9 @@ def test_published_shapes_are_tried_whole_and_in_parts():
         assert levels == pytest.approx(flat.trr["visual"])
     assert len({p.plan_sha256 for p in plans}) == 3 * len(tune.LADDER)
     assert len(tune.fixed_shapes(("testbed-qwen3", None, config), (96, 40))) < len(plans)
+    shape = Schedule.from_boundaries(Boundaries(41, 2, 14), 0.1, 0.2)
+    found = tune.fixed_shapes(("m", shape, {}), (96, 40))
+    assert max(p.entering["audio"] for p in found) == 1  # where 14 / 41 * 41 / 14 is more
 
 
 LOOSE = "--max-change", 90, "--confidence", 50

@@ -46,8 +46,10 @@ def known_split(profile, split):
     splits = {*profile["split"].values.astype(str).tolist()} if "split" in profile.coords else {""}
     if split in (None, "all") or splits == {""}:  # data of one's own need not be split
         return None
-    if split in splits or split == "derive":
-        return split if split in splits else None
+    if split in splits:
+        return split
+    if split == "derive":
+        return None
     raise ValueError(f"profile has no split {split!r}, only {sorted(splits)}; `all` takes all")
 
 

@@ -177,8 +177,8 @@ def _write_signed(path, data):
 
 
 def _read_signed(path):
-    "What `_write_signed` wrote; None if it is not there, or damaged."
-    with suppress(ValueError, AttributeError, KeyError, TypeError, RecursionError):
+    "What `_write_signed` wrote; None if it is not there, cannot be read, or is damaged."
+    with suppress(OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         data = json.loads(path.read_bytes()) if path.is_file() else {}
         if data.pop("sha256") == digest(data):
             return data

@@ -300,6 +300,7 @@ def fixed_shapes(where, counts):  # arguments of `blocks_of`; mean visual and au
             warnings.simplefilter("ignore")
             plan = solve_schedules(blocks_of(*where), (trr,), counts)[trr]
             enters = {m: plan.trr[m] * plan.num_layers / plan.late(m) for m in plan.trr}
+            enters = {m: min(1.0, share) for m, share in enters.items()}  # rounded
             flat = replace(plan, drop_layers=(), keep_ratios=None, entering=enters, scale=None)
             plans += [plan, flat, replace(flat, weighted=False)]
     return [*{p.plan_sha256: p for p in plans}.values()]  # without drops two are the same
