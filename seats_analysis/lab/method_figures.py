@@ -36,7 +36,7 @@ _LOOKS = {  # name in print, colour, marker (open where a sibling prunes both mo
     "dycoke": ("DyCoke", PALETTE.purple, "X", "-."),
     "omnizip": ("OmniZip", _SKY, "h", "--"),
     "vtw": ("VTW", _BROWN, "*", ":"),
-    "omnipack": ("OmniPack", _SKY, "H", "-."),
+    "omnipack": ("OmniPack", PALETTE.ink, "H", "-."),
     "pyramiddrop": ("PyramidDrop", _BROWN, "<", "-."),
     "downsample": ("downsampling", _GREY, ">", "--"),
 }
