@@ -15,12 +15,21 @@ make() {  # FILE, then a command without --out
     test -s "$file" || "$@" --model "$name" --out "$file"
 }
 
-test -s "$out/profiles/$name.nc" || $seats demo --model "$name" --out "$out" || test -s "$out/results/$name.json"
+demo() {  # what it writes, whether or not it agrees with what was there before
+    rm -rf "$out/demo"
+    $seats demo --model "$name" --out "$out/demo" || test -s "$out/demo/results/kept_$name.json"
+    for kind in profiles schedules results; do
+        cp "$out/demo/$kind"/* data/$kind/
+    done
+}
+
+make profiles/$name.nc $seats probe
 profile="--profile $out/profiles/$name.nc"
 make profiles/captions/$name.nc $seats probe --answers text --limit 64
 if test "$name" = testbed-gemma4; then  # the weaker one: no more is shown of it
     make results/captions/$name.json $seats eval --methods random --trr 35,10 --limit 100 --seed 3 --answers text
-    cp -r "$out/profiles" "$out/schedules" "$out/results" data/
+    cp -r "$out/profiles" "$out/results" data/
+    demo
     exit
 fi
 make flows/$name.nc $seats flow --limit 200
@@ -49,5 +58,6 @@ make results/captions/$name.json $seats eval $profile --methods divprune-om,rand
 for kind in profiles schedules results flows; do
     cp -r "$out/$kind" data/
 done
+demo  # last: its example shows the chain that was found
 # the shipped profile of the first testbed
 test "$name" != testbed || $seats transfer --trr 10 --out data/results/task_sensitivity.json --overwrite
