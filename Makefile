@@ -14,7 +14,7 @@ help:
 	@echo "make constraints  the newest versions of everything, and constraints.txt with them"
 	@echo "make demo      probe -> boundaries -> schedule -> pruned answers -> figures, into build/demo"
 	@echo "make results   the demo of all testbeds again, into data/ (profiles, schedules, results; then: make figures)"
-	@echo "make evidence  all that rests on the testbeds' weights again, into data/ (some hours; goes on where it was; then: make figures)"
+	@echo "make evidence  all that rests on the testbeds' weights again, into data/ (some hours, with -j2 half; goes on where it was; then: make figures)"
 	@echo "make test      what CI runs; the last line counts passed and failed"
 	@echo "make test-vllm the plug-in for vLLM, in an environment of its own (build/vllm); CI runs it as well"
 	@echo "make nightly   the long version of the tests"
@@ -60,8 +60,9 @@ results: install
 		(cd build/results/$$name && ls $(RESULTS) && tar cf - $(RESULTS) | tar xf - -C ../../../data) || exit 1; \
 	done
 
-evidence: install
-	for name in testbed testbed-qwen3 testbed-gemma4; do sh tests/evidence.sh $$name || exit 1; done
+evidence: $(addprefix evidence-,testbed testbed-qwen3 testbed-gemma4)
+evidence-%: install
+	sh tests/evidence.sh $*
 
 test: $(OVERLAY)/.installed
 	$(PY) tests/run_all.py --overlay $(OVERLAY)
