@@ -38,9 +38,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% ../../nbs/evaluation/02_compare.ipynb #cceb46f0
-TOLERANCE = (
-    0.02  # relative difference in causal FLOPs with selection at which two methods cost the same
-)
+# relative difference in causal FLOPs with selection at which two methods cost the same
+TOLERANCE = 0.02
 LOWEST = 1e-4  # setting of the knob
 
 

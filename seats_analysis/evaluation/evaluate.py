@@ -253,9 +253,7 @@ def whole_answers(
     batch,  # of `encode`
     full,  # per row: what this gave for the full model; None: this is its run
     max_new_tokens: int,
-) -> (
-    list
-):  # per row: correct: share of the tokens that stay; pick: 0 where all do; kl, mean in nats
+) -> list:  # per row: `correct`, share of the tokens that stay; `pick`, 0 where all do; `kl`, nats
     "The full model writes; any other is asked at each of its tokens whether it would as well."
     if full is None:
         rows = zip(*write_tokens(model, processor, batch, max_new_tokens, scored=True))

@@ -14,10 +14,6 @@ from torch.nn import functional as F
 from ..inputs.layout import Modality
 from .received import equal_runs, on_device, triton_kernels, true_float32
 
-# %% ../../nbs/pruning/06_select.ipynb #e61cc062
-#| export
-
-
 # %% ../../nbs/pruning/06_select.ipynb #8c440ae1
 def _second_smallest(table):  # (G, N, N) -> (G, N)
     "How far each candidate is from its nearest other token: the second smallest of each column."

@@ -35,12 +35,8 @@ def tensor_bytes(
     return np.ascontiguousarray(x).tobytes()
 
 # %% ../../nbs/storage/00_provenance.ipynb #e12a9069
-_NO_NUMBERS = (
-    "serving",
-    "plots",
-    "cli",
-    "lab",
-)  # rooms that show or use a result, or study the rest
+# rooms that show or use a result, or study the rest
+_NO_NUMBERS = ("serving", "plots", "cli", "lab")
 
 
 def hash_code() -> str:
