@@ -227,8 +227,8 @@ def prefill(model, encoded, plan, layout=None, earlier=None):
             i = plan.drop_layers.index(l)
             aim = {m: kept_of(aim[m], plan.keep_ratios[m][i]) for m in aim}
             text = [j for j, p in enumerate(here) if kind[p] not in (VISUAL, AUDIO)]
-            end = max((j for j, p in enumerate(here) if kind[p] in (VISUAL, AUDIO)), default=-1)
-            queries = [j for j in text if j > end] if plan.query == "text" else text[-1:]
+            end = max((p for p, code in enumerate(kind) if code in (VISUAL, AUDIO)), default=-1)
+            queries = [j for j in text if here[j] > end] if plan.query == "text" else text[-1:]
             there = {m: sum(kind[p] == c for p in here) for m, c in CODE.items()}
             keep = stage2(
                 text_scores(layers[l - 1], h, cos[:, here], sin[:, here], queries),

@@ -172,7 +172,8 @@ def test_sound_behind_the_video(model, processor, singles):
         (PLAN, "keep", [*SAMPLES]),
         (PLAN, "prune", [*SAMPLES]),
         (PLAN, "prune", ["everything", "text", "clips"]),  # other neighbours, other padding
-        (replace(PLAN, query="text"), "keep", [*SAMPLES]),  # a row's own text asks
+        # a row's own text asks, also behind a clip that has left
+        (replace(tiny.PLANS["drop_after_one_left"], query="text"), "keep", [*SAMPLES]),
         (STAGE1, "prune", [*SAMPLES]),
         (STAGE3, "keep", [*SAMPLES]),
     ],

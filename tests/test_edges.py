@@ -1,5 +1,7 @@
 """Ties, empty sets, rounding and other ends, where a small wrong change shows first."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from seats_analysis.boundaries.find import Resampled
 from seats_analysis.boundaries.retention import ClipCounts
 from seats_analysis.evaluation.evaluate import paired_difference
 from seats_analysis.probing.branches import Scores
+from seats_analysis.probing.edges import spans_of
 from seats_analysis.schedules.solve import Segments
 from seats_analysis.serving.lmms import by_family
 from seats_analysis.testbed.task import synthetic_profile
@@ -29,6 +32,13 @@ def test_a_tie_is_no_right_answer():
     found = scores.metrics([Sample(None, "?", ("a", "b"), 0, id=i) for i in "12"], scores)
     assert found["correct"].tolist() == [False, True]
     assert found["margin"].tolist() == [0.0, 0.5]
+
+
+def test_choices_are_words():
+    "One within another, and a token that ends a choice and its line."
+    asked = Sample(None, "?", ("1.", "12."), 0, lettered=True)
+    ids = "?\n|A.| 1|.\n|B.| 1|2|.".split("|")
+    assert spans_of(SimpleNamespace(decode="".join), ids, asked) == [range(2, 4), range(5, 8)]
 
 
 def test_critical_value_is_never_below_the_normal_quantile():

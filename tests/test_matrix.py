@@ -11,10 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from seats_analysis.boundaries.find import find_boundaries
 from seats_analysis.evaluation.load import load_model
 from seats_analysis.models.decoder import Decoder
-from seats_analysis.models.scoring import last_logits_only
 from seats_analysis.models.encode import encode, encode_questions
 from seats_analysis.models.families import FAMILIES, adapter_for, families
-from seats_analysis.models.scoring import score_choices
+from seats_analysis.models.scoring import last_logits_only, score_choices
 from seats_analysis.probing.branches import Stream
 from seats_analysis.probing.flow import trace_flow
 from seats_analysis.probing.run import probe_dependency
@@ -367,17 +366,13 @@ def test_generate_equals_a_loop_over_tokens(case, kv, plan):
     S = case.batch.shape[1]
     ids = []
     with prune(case.model, plan, kv):
-        out = case.model(**inputs, use_cache=True)
+        out = case.model(**inputs)
         mask = inputs["attention_mask"]
-        for t in range(5):
+        for _ in range(5):  # positions are left to the cache
             ids.append(out.logits[:, -1].argmax(-1, keepdim=True))
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             out = case.model(
-                input_ids=ids[-1],
-                attention_mask=mask,
-                position_ids=inputs["position_ids"][..., -1:] + 1 + t,
-                past_key_values=out.past_key_values,
-                use_cache=True,
+                input_ids=ids[-1], attention_mask=mask, past_key_values=out.past_key_values
             )
     assert stock[:, S:].tolist() == torch.cat(ids, 1).tolist()
 

@@ -6,8 +6,7 @@ import math
 from conftest import ROOT
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from seats_analysis import Schedule
 from seats_analysis.schedules.file import PUBLISHED

@@ -215,7 +215,8 @@ def marks_of(stream, encoded, selectors):  # name -> (N,) bool
             return front.hidden[0]
         causal = torch.ones(1, 1, end, end, dtype=torch.bool, device=front.hidden.device).tril()
         mask = decoder.mask(causal, stream.hidden.dtype)
-        return replace(front, mask=mask).through(0, layer).hidden[0]
+        hidden = replace(front, mask=mask).through(0, layer).hidden[0]
+        return hidden[:, : decoder.config.hidden_size]  # behind them, keys that late layers share
 
     view = View(
         kind=layout.modality[0, :end],

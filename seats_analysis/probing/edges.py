@@ -6,7 +6,9 @@
 __all__ = ['check_edges']
 
 # %% ../../nbs/probing/04_edges.ipynb #4eb4dd50
+import re
 import torch
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from ..inputs.layout import Modality
@@ -57,17 +59,16 @@ def behind_media(questions):  # Questions -> Questions
     return replace(questions, shared=start, tails=tails)
 
 # %% ../../nbs/probing/04_edges.ipynb #fb9c1118
-def spans_of(tokenizer, ids, texts):  # token ids, texts -> per text: range of where it stands last
-    "Where each text stands in a prompt, as tokens; an empty range where it does not."
+def spans_of(tokenizer, ids, sample):  # token ids -> per choice: range of where it stands last
+    "Where each choice stands in a prompt, as tokens; an empty range where it does not."
+    ends = [len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
+    whole = tokenizer.decode(ids)
     found = []
-    for text in texts:
-        at = range(0)
-        for said in (text, f" {text}"):
-            wanted = tokenizer(said, add_special_tokens=False)["input_ids"]
-            for start in range(at.start, len(ids) - len(wanted) + 1):
-                if wanted and ids[start : start + len(wanted)] == wanted:
-                    at = range(start, start + len(wanted))
-        found.append(at)
+    for choice, text in zip(sample.choices, sample.answer_texts):
+        # by words: a token may hold the end of a choice and of its line
+        end = re.match(rf"(?as).*(?<!\w){re.escape(text)}(?!\w)|", whole).end()  # or 0
+        first = bisect_right(ends, end - len(choice))
+        found.append(range(first, bisect_left(ends, end) + bool(end)))
     return found
 
 # %% ../../nbs/probing/04_edges.ipynb #a6f18e8f
@@ -96,7 +97,7 @@ class Sides:
         words = {side: torch.zeros_like(tail.ids, dtype=torch.bool) for side in ("right", "wrong")}
         for q, sample in enumerate(questions.samples):
             at = ((tail.question == q) & (tail.choice < 0)).nonzero()[:, 0]
-            spans = spans_of(tokenizer, tail.ids[at].tolist(), sample.choices)
+            spans = spans_of(tokenizer, tail.ids[at].tolist(), sample)
             for i, span in enumerate(spans):
                 words["right" if i == sample.answer else "wrong"][at[span.start : span.stop]] = True
         words["options"] = words["right"] | words["wrong"]

@@ -255,7 +255,7 @@ def _time_edges(questions):
     for m in ("visual", "audio"):
         windows = layout.window[0][getattr(layout, m)[0]].unique()  # ascending
         names += [f"{m}@{k}->text" for k in windows.tolist()]
-    return check_edges(names)
+    return check_edges(names) if names else {}
 
 
 def _rows(walk, edges, blocked, coarse, tell):

@@ -13,6 +13,7 @@ from ..inputs.layout import Modality, TokenLayout
 from ..models.decoder import Decoder
 from ..models.deepstack import DeepStack
 from .base import Pruner, Stage1Inputs, Tokens, take
+from .received import on_device
 from .select import query_scores, text_scores
 
 # %% ../../nbs/pruning/08_prefill.ipynb #da1d6e34
@@ -136,11 +137,12 @@ class Prefill:
 
     @cached_property
     def behind(self):
-        "Columns behind the media, of the sample that has most; on the host."
+        """(B, 1) last column of the prompt's media, whether it is left or not; columns behind it,
+        of the sample that has most. On the host."""
         S = self.layout.shape[1]
         media = self.layout.visual | self.layout.audio
-        ends = (media * torch.arange(S)).amax(1)[media.any(1)]
-        return max(1, S - 1 - int(ends.min()))
+        ends = (media * torch.arange(S)).amax(1, keepdim=True)
+        return ends, max(1, S - 1 - int(ends[media.any(1)].min()))
 
     # ---- before the decoder: stage I
 
@@ -157,7 +159,9 @@ class Prefill:
         if self.decoder.mrope:
             positions = positions.expand(3, -1, -1) if positions.ndim == 2 else positions[-3:]
         positions = positions.expand(*positions.shape[:-2], *embeds.shape[:2])
-        self.position = positions.reshape(-1, *embeds.shape[:2]).amax((0, 2)) + 1
+        # behind the last, not the largest: in Qwen2.5-VL a clip's times run ahead of the text
+        last = (self.tokens.valid * self.tokens.column).amax(1, keepdim=True)
+        self.position = take(positions.movedim(-2, 0), last, -1).flatten(1).amax(1) + 1
         self.entered = embeds.shape[1]
         self.decoder.note(kwargs, self.entered)
         if self.steps and self.steps[0].stage == 1:
@@ -316,10 +320,10 @@ class Prefill:
             k = self.decoder.key(layer, hidden, *tables)
         mask = tokens.valid if tokens.padded else None
         if self.method.schedule.query == "text":
-            end = ((tokens.valid & ~tokens.text) * place).amax(1, keepdim=True)
-            queries = (tokens.text & (place > end))[:, -self.behind :]
-            q = self.decoder.query(layer, *(x[:, -self.behind :] for x in (hidden, *tables)))
-            return text_scores(q, k, queries, mask)
+            ends, behind = self.behind
+            asking = tokens.text & (tokens.column > on_device(ends, hidden.device))
+            q = self.decoder.query(layer, *(x[:, -behind:] for x in (hidden, *tables)))
+            return text_scores(q, k, asking[:, -behind:], mask)
         last = (tokens.text * place).argmax(1, keepdim=True)
         q = (take(x, last + x.shape[1] - n) for x in (hidden, *tables))
         q = self.decoder.query(layer, *q)[:, :, 0]
