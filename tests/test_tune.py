@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -160,10 +161,13 @@ def test_an_interrupted_search_goes_on_and_the_chain_was_fixed_before(
     whole = tuning(samples).tune(**given)
     assert [r["fixed"] for r in whole["search"][:3]] == [True, True, False]
     real, calls = Answering.answer_unit, []
+    opens = Mock(wraps=DataShape.of)
+    monkeypatch.setattr(DataShape, "of", opens)
 
     def dies(self, *args):
         calls.append(self.title)
         if calls.count("calibration") == 2:
+            assert opens.call_count == 2  # no clip is opened when another process may be done
             chain = json.loads((tmp_path / "calibration" / "run.json").read_text())["runs"]
             assert len(chain) == 1 + sum(len(c["rows"]) for c in whole["chains"].values())
             raise KeyboardInterrupt
