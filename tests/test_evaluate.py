@@ -99,6 +99,7 @@ def test_a_file_is_decoded_once(omni, monkeypatch):
 
 def test_parsing_never_guesses():
     "Text that names no choice, or two, is unparsable; only what names one is taken."
+    assert parse_answer("Option red.", ("Option red", "red")) == 0
     choices = ("red", "green circle", "blue")
     words = (*choices, "A", "B.", "(C)", "D", "or", "not")
     for said in itertools.chain(*(itertools.product(words, repeat=n) for n in (1, 2, 3))):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -160,10 +161,13 @@ def test_an_interrupted_search_goes_on_and_the_chain_was_fixed_before(
     whole = tuning(samples).tune(**given)
     assert [r["fixed"] for r in whole["search"][:3]] == [True, True, False]
     real, calls = Answering.answer_unit, []
+    opens = Mock(wraps=DataShape.of)
+    monkeypatch.setattr(DataShape, "of", opens)
 
     def dies(self, *args):
         calls.append(self.title)
         if calls.count("calibration") == 2:
+            assert opens.call_count == 2  # no clip is opened when another process may be done
             chain = json.loads((tmp_path / "calibration" / "run.json").read_text())["runs"]
             assert len(chain) == 1 + sum(len(c["rows"]) for c in whole["chains"].values())
             raise KeyboardInterrupt
@@ -190,11 +194,10 @@ def test_a_search_ends_at_its_most_schedules(samples, monkeypatch):
 def test_no_clip_serves_twice(samples, monkeypatch):
     profile = synthetic_profile({"both": ramp(tiny.LAYERS, 1, 4)})
     clips = np.repeat("c5", profile.sizes["sample"])
-    monkeypatch.setattr(
-        space, "load_profile", lambda name: profile.assign_coords(clip=("sample", clips))
-    )
-    proposal, calibration = deal_clips(samples, EASY, profile="p.nc")
-    sides = [{s.clip for s in side} for side in (proposal, calibration)]
+    known = {"captions/testbed": profile.assign_coords(clip=("sample", clips))}
+    monkeypatch.setattr(space, "load_profile", known.get)
+    whole = replace(EASY, of="text")
+    sides = [{s.clip for s in side} for side in deal_clips(samples, whole, "testbed")]
     assert not sides[0] & sides[1] and "c5" in sides[0] and len(sides[0] | sides[1]) == 6
     named = [replace(s, split="derive" if s.clip < "c2" else "test") for s in samples]
     assert {s.split for s in deal_clips(named, EASY)[1]} == {"test"}
@@ -325,7 +328,8 @@ def ask(questions, monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "LADDER", (60,))
     monkeypatch.setattr(shared, "check_model_name", lambda name, revision: {})
     monkeypatch.setattr(shared, "load_model", lambda *args, given=small(), **options: given)
-    profile = synthetic_profile({r: ramp(tiny.LAYERS, 1, 4) for r in ("visual", "audio", "both")})
+    shown = ramp(tiny.LAYERS, 1, 4)
+    profile = synthetic_profile(dict(visual=shown, audio=shown**0, both=shown))  # nothing is heard
     save_profile(profile, tmp_path / "p.nc")
     return "--model", "m", "--profile", tmp_path / "p.nc", "--data", questions
 
@@ -363,9 +367,11 @@ def test_tune_and_check(questions, ask, tmp_path):
     changed = proof["families"]["colour"]
     assert changed["changed"] == round(proof["changed"] * proof["clips"])
     assert evidence["kinds"]["by"] == "family" and {*evidence["kinds"]["plans"]} == {"colour"}
-    kinds = "eval", *ask, "--methods", "seats", "--schedule", schedule, "--out", tmp_path / "e.json"
-    assert seats(*kinds).exit_code == 0
+    seats("eval", *ask, "--methods", "seats", "--schedule", schedule, "--out", tmp_path / "e.json")
+    assert json.loads((tmp_path / "e.json").read_text())["questions_of_schedule"] == 10
     assert "exists; --overwrite" in refused("tune", *ask, *LOOSE)
+    done = seats("tune", *ask[:2], *ask[4:], "--schedule", schedule, *LOOSE, "--overwrite")
+    assert "of the clips made this schedule" in done.stderr
 
     def check(plan, data, *options):
         return seats("check", plan, "--model", "m", "--data", data, *options)
@@ -389,12 +395,9 @@ def test_tune_and_check(questions, ask, tmp_path):
     assert done.exit_code == 1 and "refused: other kinds of questions" in done.stdout
     done = check(chain, new)
     assert done.exit_code == 0, done.stderr
-    found = json.loads((tmp_path / "seats_out/new/results/check_tune_m.json").read_text())
-    given, stored = (
-        {name: [len(r["losses"]) for r in c["rows"]] for name, c in file["chains"].items()}
-        for file in (found, json.loads(chain.read_text()))
-    )
-    assert given == {name: [10] * len(rows) for name, rows in stored.items()}
+    files = tmp_path / "seats_out/new/results/check_tune_m.json", chain
+    given, stored = (json.loads(f.read_text())["chains"]["tuned"]["rows"] for f in files)
+    assert [len(r["losses"]) for r in given] == [10] * len(stored)
 
 
 def test_too_few_clips_are_refused_before_the_model_is_loaded(ask, no_model):

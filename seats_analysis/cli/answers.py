@@ -187,9 +187,9 @@ def _eval_text(result, out):
     for name in frame.select_dtypes("float"):
         form = "{:.3g}" if name == "p" else "{:.1f}"
         frame[name] = [form.format(v) if v == v or name != "p" else "" for v in frame[name]]
-    said = "no ranked method is significantly above SEATS"
+    said = "no method is significantly above SEATS at its cost"
     if above := frame.attrs["above seats"]:
-        said = f"ranked and significantly above SEATS: {', '.join(above)}"
+        said = f"significantly above SEATS at its cost: {', '.join(above)}"
     if any(r["label"] == "seats+tuned" for r in result["rows"]):
         above = ", ".join(frame.attrs["above seats+tuned"]) or "nothing"
         said += f"; above tuned SEATS: {above}"
@@ -284,9 +284,11 @@ def eval_(
         if schedule is not None:
             plans = {round(100 * source.token_trr(*counts), 1): source}
             given["trr"] = None
+            searched.update(getattr(source.certificate, "known_clips", ()))
             given["schedule"] = schedule.name if schedule.is_file() else schedule
         given |= dict(model=Path(model_name).name, data=data, limit=len(samples), answers=answers)
-        given |= {"seed": seed, "fps": asked.fps, "max-frames": asked.max_frames}
+        given |= {"seed": seed, "fps": asked.fps, "max-frames": asked.max_frames, "split": split}
+        given["profile"] = profile and profile.name
         words = [f" --{name} {value}" for name, value in given.items() if value is not None]
         words += [f" --tuned {p.name}" for p in tuned]
         with resumable(folder, "questions"):

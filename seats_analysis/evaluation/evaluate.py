@@ -159,8 +159,10 @@ def parse_answer(
     lettered: bool = False,  # whether the prompt lists them as A., B., ...
 ) -> int | None:  # index of the choice; None where the text does not say exactly one
     "The choice that an answer names, if it names one and no other."
-    said = _LEAD.sub("", text.strip().strip("*` "))
+    said = text.strip().strip("*` ")
     plain = [_plain(c) for c in choices]
+    if _plain(said) not in plain:  # a choice may itself begin so
+        said = _LEAD.sub("", said)
     if plain.count(_plain(said)) == 1:
         return plain.index(_plain(said))
     found = _LETTER.match(said) if lettered else None
@@ -348,8 +350,9 @@ def paired_difference(
     if diff.any():
         low, high = _interval(diff, np.ones_like(diff), clips, n_boot)
     else:
-        low, high = (sign * _alike(0.0, clips)[1] for sign in (-1, 1))
-    return float(diff.mean()), low, high, float(mcnemar(a, b))
+        high = _alike(0.0, clips)[1]
+        low = -high
+    return float(diff.mean()), low, high, mcnemar(a, b)
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #6353ac90
 def _table_row(part, base):

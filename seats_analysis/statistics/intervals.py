@@ -69,13 +69,13 @@ def clip_draws(
 
 # %% ../../nbs/statistics/00_intervals.ipynb #3e32b226
 def mcnemar(
-    a: Sequence,  # (N,) bool, right answers of one method
+    a: Sequence,  # (N,) bool, right answers of one method, or shares of whole ones that stay
     b: Sequence,  # (N,) bool, of another one on the same questions
 ) -> float:
-    "Exact two-sided p-value of McNemar's test; 1 where the two never disagree."
+    "Exact two-sided p-value of McNemar's test, of shares the sign test; 1 without a difference."
     from scipy.stats import binomtest
 
-    a, b = np.asarray(a, bool), np.asarray(b, bool)
-    wins = int((a & ~b).sum())
-    losses = int((b & ~a).sum())
+    diff = np.subtract(a, b, dtype=float)
+    wins = int((diff > 0).sum())
+    losses = int((diff < 0).sum())
     return binomtest(wins, wins + losses).pvalue if wins + losses else 1.0

@@ -170,7 +170,7 @@ class Promise:
                 f"{len(clips)} clips to certify on are too few: {self} takes {self.clips()} "
                 f"without a change; so many could show --max-change {lowest:g} at best"
             )
-        if old := {clip for clip in clips if digest(clip)[:12] in set(known)}:
+        if old := {clip for clip in clips if digest(clip)[:12] in known}:
             raise ValueError(
                 f"{len(old)} of the clips made this schedule or its promise, the first is "
                 f"{min(old)!r}: give questions on others"

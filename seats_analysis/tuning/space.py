@@ -16,7 +16,7 @@ from ..inputs.layout import Modality
 from ..inputs.samples import Sample
 from ..testbed.load import TESTBEDS
 from ..boundaries.find import find_boundaries, layers_read, mean_counts
-from ..boundaries.retention import derived_from
+from ..boundaries.retention import derived_from, needed_families
 from ..schedules.choose import blocks_of
 from ..schedules.schedule import Schedule
 from ..schedules.solve import drop_positions
@@ -48,21 +48,23 @@ class SearchSpace:
         cls,
         bounds: Mapping,  # what was removed: visual, audio or both -> `Boundaries`
     ):
-        "As the intervals of measured boundaries allow. Raises ValueError where they are not."
-        for b in bounds.values():
-            b.check_measured()
-        origin = next(iter(bounds.values()))
+        "As the intervals of measured boundaries allow. Raises ValueError where none is."
+        origin, *_ = bounds.values()
+        bounds = {removed: b for removed, b in bounds.items() if not b.unmeasurable}
+        if not bounds:
+            origin.check_measured()
         layers = origin.num_layers
 
         def span(found, lowest):  # of layers and their intervals: all of them, within the model
             ends = [ci or (layer - _MARGIN, layer + _MARGIN) for layer, ci in found]
-            whole = min(low for low, _ in ends), max(high for _, high in ends)
+            lows, highs = zip(*ends)
+            whole = min(lows), max(highs)
             return tuple(np.clip(whole, lowest, layers).tolist())
 
         late = {}
         for m in Modality.CODES:
             here = [b for removed, b in bounds.items() if removed in (m, "both")]
-            here = here or bounds.values()  # of a modality that the clips do not have
+            here = here or bounds.values()  # of a modality that the clips do not have, or not need
             late[m] = span([(b.late_start, b.late_start_ci) for b in here], 1)
         middle = span([(b.shallow_end, b.shallow_end_ci) for b in bounds.values()], 0)
         weights = origin.parameters.get("weights_sha256")
@@ -110,26 +112,27 @@ class SearchSpace:
         )
 
 # %% ../../nbs/tuning/01_space.ipynb #479214f0
-def _profile_of(model_name, profile):
+def _profile_of(model_name, profile, text):
     "What the blocks of a model were measured on; None where they are published or stated."
     if isinstance(profile, Schedule) or (profile is None and model_name not in TESTBEDS):
         return None
-    return load_profile(profile or model_name)
+    return load_profile(profile or (f"captions/{model_name}" if text else model_name))
 
 
 def deal_clips(
     samples: Sequence[Sample],
     promise: Promise,
     model_name="",
-    profile=None,  # NetCDF file of the model; its clips are for the search
+    profile=None,  # NetCDF file of the model; its clips are for the search. Or a `Schedule`
 ) -> tuple:  # questions for the search, questions for calibration
     """Deal the clips in two, without the questions of a family `control`: they need no clip, and
-    their answers cannot change. Raises ValueError where too few are left to certify on."""
+    their answers cannot change. Raises ValueError where too few are left to certify on, or some
+    that made the schedule that bounds the search."""
     samples = [s for s in samples if s.family not in APART]
     named = "derive" in {s.split for s in samples}
     first = {s.clip for s in samples if (s.split if named else split_of(s.clip)) == "derive"}
-    if (stored := _profile_of(model_name, profile)) is not None:
-        first.update(derived_from(stored)["clip"].values.astype(str).tolist())
+    if (stored := _profile_of(model_name, profile, promise.of != "choices")) is not None:
+        first.update(map(str, derived_from(stored)["clip"].values))
     proposal = [s for s in samples if s.clip in first]
     calibration = [s for s in samples if s.clip not in first]
     if samples and not calibration:
@@ -137,7 +140,9 @@ def deal_clips(
             "all clips made the profile and none is left to certify on: give questions on others, "
             'or mark the lines for the profile by "split": "derive" before it is made'
         )
-    promise.check_clips(calibration)
+    promise.check_clips(
+        calibration, getattr(getattr(profile, "certificate", None), "known_clips", ())
+    )
     if not proposal:
         raise ValueError("no clip is left for the search: give more questions")
     return proposal, calibration
@@ -145,16 +150,15 @@ def deal_clips(
 # %% ../../nbs/tuning/01_space.ipynb #e60b3c44
 def measured_space(model_name, profile=None, config={}, text=False) -> SearchSpace:
     "What the analysis leaves open; that of whole answers also says which caches they read."
-    if text and profile is None and model_name in TESTBEDS:
-        profile = f"captions/{model_name}"
-    if (stored := _profile_of(model_name, profile)) is None:
+    if (stored := _profile_of(model_name, profile, text)) is None:
         return SearchSpace.of(dict(both=blocks_of(model_name, profile, config)[0]))
-    removed = sorted({"visual", "audio", "both"} & set(stored["removed"].values.astype(str)))
+    known = stored["removed"].values.tolist()
+    removed = [r for r in ("audio", "both", "visual") if r in known and needed_families(stored, r)]
     space = SearchSpace.of({r: find_boundaries(stored, r) for r in removed})
     if not text:
         return space
     counts = zip(Modality.CODES, mean_counts(stored).get("tokens", (1, 1)))
-    if "token_stays" not in stored or any(n and m not in removed for m, n in counts):
+    if "token_stays" not in stored or any(n and m not in known for m, n in counts):
         raise ValueError(
             "whole answers take a profile of visual and audio apart that was made with "
             "`seats probe --answers text`"

@@ -235,8 +235,9 @@ class Tuning:
         plans = [as_pruner(p) for chain in chains.values() for p in chain]
         answers = "likelihood" if all(len(s.choices) > 1 for s in samples) else "token"
         asked = self._asked(samples, plans, answers, "calibration")
-        _, changed = self._answer(asked, "calibration")
+        # before all have met: then the first process may remove clips that were made in the folder
         shape = DataShape.of(self.model, self.processor, samples, plans=plans, **self.limits)
+        _, changed = self._answer(asked, "calibration")
         families = [s.family for s in samples]
         names = [s.clip for s in samples]
         clips, first, at = np.unique(names, return_index=True, return_inverse=True)
