@@ -73,12 +73,6 @@ class Prompt:
                 )
 
 # %% ../../nbs/models/01_encode.ipynb #f5c9aa04
-def _audible(processor, clip: Clip) -> bool:
-    "Whether a clip has enough audio for a token; `encode` leaves out a shorter scrap."
-    shortest = 4 * processor.feature_extractor.hop_length
-    return clip.waveform is not None and len(clip.waveform) >= shortest
-
-
 def sampling_rate(processor) -> int:  # Hz; 16,000 where the processor takes no audio
     "The rate at which a model hears."
     names = "feature_extractor", "audio_processor"
@@ -139,9 +133,9 @@ def _media(processor, part, rates, interleave):
             position_id_per_seconds=rates.positions_per_second,
             seconds_per_chunk=rates.seconds_per_chunk,
         )
-    if _audible(processor, part):
-        shortest = rates.min_frames * processor.feature_extractor.hop_length
-        wave = np.pad(part.waveform, (0, max(shortest - len(part.waveform), 0)))
+    hop = processor.feature_extractor.hop_length
+    if part.waveform is not None and len(part.waveform) >= 4 * hop:  # enough for a token
+        wave = np.pad(part.waveform, (0, max(rates.min_frames * hop - len(part.waveform), 0)))
         audio = dict(audio=[wave], audio_kwargs=dict(truncation=False))
     if video and audio and interleave:
         # how this version's processor is told that the audio belongs to the video
@@ -219,16 +213,10 @@ def _process(model, processor, text, kwargs):
     return out | dict(position_ids=rope_index(model, out))
 
 
-def _wav(clip) -> str:
-    "The sound of a clip as a file of float32 samples, in base64."
-    from scipy.io import wavfile
-
-    wavfile.write(file := BytesIO(), int(clip.sample_rate), clip.waveform)
-    return b64encode(file.getvalue()).decode()
-
-
 def _whole(model, processor, parts):
     "One user's turn through the processor at once, with the media that the model takes."
+    from scipy.io import wavfile
+
     takes = adapter_for(model).modalities(model)
     files = _wants_files(processor)
     content = []
@@ -249,7 +237,10 @@ def _whole(model, processor, parts):
                     dict(total_num_frames=n, fps=float(part.fps), frames_indices=list(range(n)))
                 )
             if part.waveform is not None and "audio" in takes:
-                content.append(dict(type="audio") | (dict(base64=_wav(part)) if files else {}))
+                content.append(dict(type="audio"))
+                if files:  # of float32 samples
+                    wavfile.write(file := BytesIO(), int(part.sample_rate), part.waveform)
+                    content[-1]["base64"] = b64encode(file.getvalue()).decode()
                 media["audio"].append(part.waveform)
     if files:
         out = dict(processor.apply_chat_template([dict(role="user", content=content)]))
