@@ -41,7 +41,7 @@ make results/turns_$name.json $seats turns
 make schedules/${name}_tuned.json $seats tune $profile --budget 20 --evidence $out/results/tune_$name.json
 make schedules/${name}_tuned-family.json $seats tune $profile --by family --budget 20 \
     --evidence $out/results/tune_${name}_family.json
-for method in divprune-om+late visionzip-om+late; do  # no schedule file: the chain is what is wanted
+for method in divprune-om+late visionzip-om+late omnipack+late downsample; do  # no schedule file: the chain is what is wanted
     found=$out/results/tune_${name}_$method.json
     test -s "$found" || $seats tune $profile --model "$name" --budget 20 --method $method --max-change 20 \
         --out "$out/schedules/${name}_$method.json" --evidence "$found"
@@ -53,6 +53,9 @@ test -s $out/results/check_$name.json || $seats check $out/results/tune_$name.js
 make results/eval_$name.json $seats eval $profile --methods all,late,ablations --trr 35,25,15,10 --limit 600 --seed 2 \
     --tuned $out/results/tune_$name.json --tuned $out/results/tune_${name}_divprune-om+late.json \
     --tuned $out/results/tune_${name}_visionzip-om+late.json
+make results/rivals/$name.json $seats eval $profile --methods seats --trr 35,25,15,10 --limit 600 --seed 2 \
+    --tuned $out/results/tune_$name.json --tuned $out/results/tune_${name}_omnipack+late.json \
+    --tuned $out/results/tune_${name}_downsample.json
 make results/captions/$name.json $seats eval $profile --methods divprune-om,random --trr 35,25,15,10 --limit 250 --seed 3 \
     --answers text --tuned $out/results/captions/tune_$name.json
 for kind in profiles schedules results flows; do

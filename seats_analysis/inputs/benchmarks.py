@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
+from ..storage.provenance import digest
 
 # %% ../../nbs/inputs/02_benchmarks.ipynb #795c0793
 @dataclass(frozen=True)
@@ -186,5 +186,5 @@ def split_of(
     clip,  # id of a clip
 ):
     "`derive` or `test`, the same on every machine; all questions on a clip fall on one side."
-    digest = sha256(str(clip).encode()).hexdigest()
-    return "derive" if int(digest[:8], 16) < 2**31 else "test"
+    number = int(digest(str(clip).encode())[:8], 16)
+    return "derive" if number < 2**31 else "test"

@@ -143,8 +143,11 @@ def check_schedule(
     promise.check_clips(samples, known_clips, enough=promised is None)
     origin = provenance(model, processor, samples, seed=0)
     origin |= dict(code_sha256=hash_code(), data=data)
-    for plan in (plan for chain in chains.values() for plan in chain):
-        plan.check_model(origin["num_layers"], origin["model"], lambda: origin["weights_sha256"])
+    for chain in chains.values():
+        for plan in chain:
+            plan.check_model(
+                origin["num_layers"], origin["model"], lambda: origin["weights_sha256"]
+            )
     with Checkpoint.hold(path and Checkpoint.folder_of(path)) as folder:
         tuning = Tuning(
             model=model,
