@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -395,6 +396,12 @@ def test_tune_and_check(questions, ask, tmp_path):
         for file in (found, json.loads(chain.read_text()))
     )
     assert given == {name: [10] * len(rows) for name, rows in stored.items()}
+
+
+def test_a_check_is_named_after_the_shipped_schedule(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("seats_out/testbed/results/check_testbed_10.json").mkdir(parents=True)
+    assert "check_testbed_10" in refused("check", "testbed/10", "--limit", 1)
 
 
 def test_too_few_clips_are_refused_before_the_model_is_loaded(ask, no_model):
