@@ -568,7 +568,7 @@ def test_run_compares_full_and_pruned(clip, profile, stubbed):
     said = done(line, c=clip, p=profile).stdout
     early = next(row.split() for row in said.splitlines() if "shallow" in row)
     assert [int(n) for n in early[-2:]] == [a["tokens_per_layer"][0] for a in (full, pruned)]
-    assert "times faster" in said and "FLOPs (causal, with selection)" in said
+    assert "times as fast" in said and "FLOPs (causal, with selection)" in said
 
 
 def test_run_prints_what_was_kept(tmp_path, clip, profile, stubbed):

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from unittest.mock import Mock
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -398,6 +399,12 @@ def test_tune_and_check(questions, ask, tmp_path):
     files = tmp_path / "seats_out/new/results/check_tune_m.json", chain
     given, stored = (json.loads(f.read_text())["chains"]["tuned"]["rows"] for f in files)
     assert [len(r["losses"]) for r in given] == [10] * len(stored)
+
+
+def test_a_check_is_named_after_the_shipped_schedule(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("seats_out/testbed/results/check_testbed_10.json").mkdir(parents=True)
+    assert "check_testbed_10" in refused("check", "testbed/10", "--limit", 1)
 
 
 def test_too_few_clips_are_refused_before_the_model_is_loaded(ask, no_model):

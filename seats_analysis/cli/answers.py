@@ -78,7 +78,7 @@ def _compare_text(found, plan):
         answer.report["ms"]["selection"] + answer.report["ms"]["prefill"]
         for answer in (found["full"], found["pruned"])
     )
-    said = f"FLOPs {fewer:.1f} times fewer, prefill {before / after:.1f} times faster"
+    said = f"FLOPs {fewer:.1f} times fewer, prefill {before / after:.1f} times as fast"
     return f"{table(rows)}\n\n{said} (medians of 3; `seats bench` measures more)"
 
 # %% ../../nbs/cli/02_answers.ipynb #fe0c7ac1

@@ -218,7 +218,8 @@ def check(
     few to tell, the exit code is 1.
     """
     asked.depth()  # a model that cannot be had is refused first
-    out = asked.output(f"results/check_{schedule.stem}.json", "check")
+    name = schedule.stem if schedule.suffix else f"{schedule.parent.name}_{schedule.name}"
+    out = asked.output(f"results/check_{name}.json", "check")
     from seats_analysis.tuning.check import load_promised
 
     chains, promised, known_clips = load_promised(schedule)
