@@ -211,10 +211,9 @@ def outcome_rows(
     shape: DataShape,
 ):  # of dict, the full model first
     "Accuracy, cost and differences of every run."
-    names = "correct", "flops_causal", "ms"
     right, flops, ms = (  # (K, N), (K, N), (K, N, 3)
         np.array([[row[k][name] for row in answers] for k in range(len(runs))], float)
-        for name in names
+        for name in ("correct", "flops_causal", "ms")
     )
     families = np.array([s.family for s in samples])
     clips = np.array([s.clip for s in samples])
@@ -394,9 +393,8 @@ def clips_needed(
     rows,  # of `compare_methods`
 ):  # 0 where there are enough
     "Clips below which no test could be significant, whatever the answers, if there are fewer."
-    tests = len(_tested(rows))
     # clips are independent; the least p of McNemar's test on n of them is 2 ** (1 - n)
-    needed = 2 + int(np.log2(max(tests, 1) / _LEVEL))
+    needed = 2 + int(np.log2(max(len(_tested(rows)), 1) / _LEVEL))
     return 0 if min((r.get("clips", np.inf) for r in rows), default=0) >= needed else needed
 
 

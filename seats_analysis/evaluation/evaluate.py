@@ -128,8 +128,7 @@ def evaluate(
                     if less:
                         shown = method.shown(processor, shown)
                     scores = score_choices(model, encode(model, processor, shown))
-                    found = score_rows(scores, some)  # files keep their names
-                    rows |= zip([s.id for s in some], found)
+                    rows |= zip([s.id for s in some], score_rows(scores, some))
                     tokens.append(run.tokens_per_layer)
                     bar.update(len(some))
             ms.update(run.timings.ms)

@@ -215,8 +215,9 @@ def marks_of(stream, encoded, selectors):  # name -> (N,) bool
             return front.hidden[0]
         causal = torch.ones(1, 1, end, end, dtype=torch.bool, device=front.hidden.device).tril()
         mask = decoder.mask(causal, stream.hidden.dtype)
-        hidden = replace(front, mask=mask).through(0, layer).hidden[0]
-        return hidden[:, : decoder.config.hidden_size]  # behind them, keys that late layers share
+        # behind the states may be keys that late layers share
+        width = decoder.config.hidden_size
+        return replace(front, mask=mask).through(0, layer).hidden[0, :, :width]
 
     view = View(
         kind=layout.modality[0, :end],

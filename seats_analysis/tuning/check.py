@@ -51,10 +51,10 @@ def load_promised(
     "Plans with what was promised of them; one schedule is called `given`. Raises ValueError."
     if not Path(path).is_file() or schema_of(path) != "tune":
         plan = Schedule.load(path)
-        proof = plan.certificate
-        if proof is None:
-            return dict(given=[plan]), None, ()
-        return dict(given=[plan]), Promise(**proof.promise), proof.known_clips
+        plans = dict(given=[plan])
+        if (proof := plan.certificate) is None:
+            return plans, None, ()
+        return plans, Promise(**proof.promise), proof.known_clips
     stored, chains = load_chains(path)
     if stored["method"] != "seats":
         raise ValueError(f"{path} holds settings of {stored['method']}, which no file can hold")

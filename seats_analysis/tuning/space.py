@@ -58,8 +58,7 @@ class SearchSpace:
         def span(found, lowest):  # of layers and their intervals: all of them, within the model
             ends = [ci or (layer - _MARGIN, layer + _MARGIN) for layer, ci in found]
             lows, highs = zip(*ends)
-            whole = min(lows), max(highs)
-            return tuple(np.clip(whole, lowest, layers).tolist())
+            return tuple(np.clip((min(lows), max(highs)), lowest, layers).tolist())
 
         late = {}
         for m in Modality.CODES:
