@@ -245,7 +245,7 @@ def usual_edges(modalities):  # -> names
     "What reaches the text, and where: each modality to the question, to the last token, to all."
     into = [f"{m}->{side}" for side in ("question", "last") for m in modalities]
     both = ["both"] if len(modalities) > 1 else []
-    return tuple(into + ["question->last"] + [f"{m}->text" for m in (*modalities, *both)])
+    return (*into, "question->last", *(f"{m}->text" for m in (*modalities, *both)))
 
 # %% ../../nbs/probing/05_flow.ipynb #74af7fdb
 def _time_edges(questions):
