@@ -23,7 +23,7 @@ demo() {  # what it writes, whether or not it agrees with what was there before
     done
 }
 
-make profiles/$name.nc $seats probe
+make profiles/$name.nc $seats probe --limit 192  # `derive`, as the demo
 profile="--profile $out/profiles/$name.nc"
 make profiles/captions/$name.nc $seats probe --answers text --limit 64
 if test "$name" = testbed-gemma4; then  # the weaker one: no more is shown of it
