@@ -192,6 +192,15 @@ def test_a_search_ends_at_its_most_schedules(samples, monkeypatch):
         tuning(samples).search(SPACE.draw, (), 900)
 
 
+def test_what_saves_more_in_the_encoders_than_is_left_has_no_cost(samples, monkeypatch):
+    costs = iter([-0.1] + [0.5] * 99)
+    monkeypatch.setattr(DataShape, "cost", lambda *given: next(costs))
+    _, found, known = tuning(samples)._candidates(
+        SPACE.draw, [SPACE.draw(np.random.default_rng(0))], 3
+    )
+    assert not known and {*found} == {0.5}
+
+
 def test_no_clip_serves_twice(samples, monkeypatch):
     profile = synthetic_profile({"both": ramp(tiny.LAYERS, 1, 4)})
     clips = np.repeat("c5", profile.sizes["sample"])

@@ -155,7 +155,8 @@ class Tuning:
 
         def take(plan):
             plan = as_pruner(plan)
-            if (cost := shape.cost(plan)) <= 1:  # no dearer than the full model
+            # no dearer than the full model; below 0 is what saves more in the encoders than is left
+            if 0 < (cost := shape.cost(plan)) <= 1:
                 plans.append(plan)
                 costs.append(cost)
 
@@ -198,9 +199,11 @@ class Tuning:
         seen = np.zeros(len(plans), int)
         edges = [0, *rounds_of(len(self.proposal))]
         for k, (start, end) in enumerate(pairwise(edges), 1):
-            title = f"search {k} of {len(edges) - 1}, {len(alive)} schedules"
-            some = [plans[i] for i in alive]
-            asked = self._asked(self._searched[start:end], some, title=title)
+            asked = self._asked(
+                self._searched[start:end],
+                [plans[i] for i in alive],
+                title=f"search {k} of {len(edges) - 1}, {len(alive)} schedules",
+            )
             rows, changed[start:end, alive] = self._answer(asked, f"round-{k}")
             kl[start:end, alive] = [[cell["kl"] for cell in row[1:]] for row in rows]
             seen[alive] = end
