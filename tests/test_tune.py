@@ -3,8 +3,8 @@
 import json
 import shutil
 from dataclasses import replace
-from unittest.mock import Mock
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest

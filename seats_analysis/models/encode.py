@@ -215,8 +215,6 @@ def _process(model, processor, text, kwargs):
 
 def _whole(model, processor, parts):
     "One user's turn through the processor at once, with the media that the model takes."
-    from scipy.io import wavfile
-
     takes = adapter_for(model).modalities(model)
     files = _wants_files(processor)
     content = []
@@ -239,6 +237,8 @@ def _whole(model, processor, parts):
             if part.waveform is not None and "audio" in takes:
                 content.append(dict(type="audio"))
                 if files:  # of float32 samples
+                    from scipy.io import wavfile
+
                     wavfile.write(file := BytesIO(), int(part.sample_rate), part.waveform)
                     content[-1]["base64"] = b64encode(file.getvalue()).decode()
                 media["audio"].append(part.waveform)
