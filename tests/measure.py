@@ -46,7 +46,7 @@ BEFORE = {  # commit 85d5dfe, by this script
 MAX = {  # what tests/test_repo.py holds the house to, and in a comment where it is meant to go
     "of the core rooms": 88_400,  # 68,000 before whole answers, flow, families whose layers differ
     "of the instrument": 134_100,  # 98,000; all features since were to add 14,000 and added 27,000
-    "of the tests": 182_800,  # 1.0 times the package, which has 185,700
+    "of the tests": 182_850,  # 1.0 times the package, which has 185,700
     "names that cross a file's border": 324,  # 260
     "classes": 131,  # 100
     "assignments of several things": 25,

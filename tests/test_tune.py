@@ -213,6 +213,9 @@ def test_no_clip_serves_twice(samples, monkeypatch):
     assert {s.split for s in deal_clips(named, EASY)[1]} == {"test"}
     with pytest.raises(ValueError, match=r"too few: .* takes 149 .* --max-change \d+"):
         deal_clips(samples, Promise())
+    known["p"] = profile.assign_coords(removed=["own"])
+    with pytest.raises(ValueError, match="no question needs .* among .'own'"):
+        space.measured_space("m", "p")
 
 
 # ---------------------------------------------------------------- schedules by kind

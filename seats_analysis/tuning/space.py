@@ -66,12 +66,13 @@ class SearchSpace:
             here = here or bounds.values()  # of a modality that the clips do not have, or not need
             late[m] = span([(b.late_start, b.late_start_ci) for b in here], 1)
         middle = span([(b.shallow_end, b.shallow_end_ci) for b in bounds.values()], 0)
-        weights = origin.parameters.get("weights_sha256")
         facts = dict(
             model=origin.model,
             revision=origin.revision,
             seed=origin.seed,
-            evidence=dict(kind="searched", weights_sha256=weights),
+            evidence=dict(
+                kind="searched", weights_sha256=origin.parameters.get("weights_sha256")
+            ),
         )
         return cls(layers, middle, late, facts)
 
@@ -153,6 +154,10 @@ def measured_space(model_name, profile=None, config={}, text=False) -> SearchSpa
         return SearchSpace.of(dict(both=blocks_of(model_name, profile, config)[0]))
     known = stored["removed"].values.tolist()
     removed = [r for r in ("audio", "both", "visual") if r in known and needed_families(stored, r)]
+    if not removed:
+        raise ValueError(
+            f"{profile or model_name}: no question needs visual, audio or both among {known}"
+        )
     space = SearchSpace.of({r: find_boundaries(stored, r) for r in removed})
     if not text:
         return space

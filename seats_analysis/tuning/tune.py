@@ -214,8 +214,9 @@ class Tuning:
             steps = self._by_kind(costs, kl, alive)
             how = "fixed-sequence testing along the KL, which is the same for all kinds"
         else:
-            clips = len({s.clip for s in self.calibration})
-            chosen, how = self.promise.choose_chain(costs, mean, changed, alive, clips)
+            chosen, how = self.promise.choose_chain(
+                costs, mean, changed, alive, n=len({s.clip for s in self.calibration})
+            )
             steps = [{"": i} for i in chosen]
         rows = [
             dict(
@@ -263,8 +264,7 @@ class Tuning:
         start = 0
         for name, chain in chains.items():
             own = slice(start, start + len(chain))
-            held = int(self.promise.certify(losses[own], exact))
-            found[name] = dict(held=held, rows=rows[own])
+            found[name] = dict(held=int(self.promise.certify(losses[own], exact)), rows=rows[own])
             start += len(chain)
         result = dict(
             promise=self.promise.to_dict(),
