@@ -70,9 +70,7 @@ class SearchSpace:
             model=origin.model,
             revision=origin.revision,
             seed=origin.seed,
-            evidence=dict(
-                kind="searched", weights_sha256=origin.parameters.get("weights_sha256")
-            ),
+            evidence=dict(kind="searched", weights_sha256=origin.parameters.get("weights_sha256")),
         )
         return cls(layers, middle, late, facts)
 
